@@ -1,0 +1,111 @@
+"""Small helpers that need the standard library only: atomic files, suggestions, sizes, exit codes."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from enum import IntEnum
+from pathlib import Path
+
+KIB, MIB, GIB = 1024, 1024**2, 1024**3
+DEFAULT_FILE_MODE = 0o644
+
+
+class ExitCode(IntEnum):
+    """What a command or a rank tells its caller; anything else that fails exits 1."""
+
+    DONE = 0
+    FAILED = 1
+    BAD_INPUT = 2
+    PREEMPTED_AND_SAVED = 3
+    STOPPED_BY_GUARD = 4
+
+
+class UserError(Exception):
+    """Bad input: the message says what happened, where, and what to type. Commands exit with code 2 on it."""
+
+
+def run_command(main: Callable[[], int | None]) -> int:
+    """Run a command's `main`; a `UserError` becomes its message on stderr and exit code 2, never a traceback."""
+    try:
+        return main() or ExitCode.DONE
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return ExitCode.BAD_INPUT
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Put `data` (text as UTF-8) at `path` so that a reader sees the old file or the new one, never a part.
+
+    The file is written beside its destination, flushed to the disk and renamed; the directory's entry is flushed too,
+    so the new name survives a power cut. Missing parent directories are made. On any error the old file stands.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = data.encode() if isinstance(data, str) else data
+    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fchmod(file.fileno(), DEFAULT_FILE_MODE)  # mkstemp makes files that only their owner can read
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Flush a directory's entries: a rename or a new file in it is durable only after this."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def closest(word: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that `word` was most likely meant to be, or None where nothing is near."""
+    by_lower_case = {candidate.lower(): candidate for candidate in candidates}
+    near = difflib.get_close_matches(word.lower(), by_lower_case, n=1, cutoff=0.6)
+    return by_lower_case[near[0]] if near else None
+
+
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """`, did you mean "stage"?` or an empty string, to be put at the end of an error line."""
+    suggestion = closest(word, candidates)
+    return f', did you mean "{suggestion}"?' if suggestion else ""
+
+
+def human_count(count: float) -> str:
+    """A count with a decimal prefix and three digits: 124M, 1.56B, 13.0B."""
+    for divisor, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(count) >= divisor:
+            scaled = count / divisor
+            return f"{scaled:.0f}{suffix}" if abs(scaled) >= 100 else f"{scaled:.3g}{suffix}"
+    return f"{count:.0f}"
+
+
+def human_bytes(size: float) -> str:
+    """A size in binary units with two digits: 1.50 GiB."""
+    for divisor, suffix in ((1024 * GIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if abs(size) >= divisor:
+            return f"{size / divisor:.2f} {suffix}"
+    return f"{size:.0f} B"
+
+
+def human_duration(duration_s: float) -> str:
+    """A duration in its two largest units: 42 s, 3 min 05 s, 2 h 07 min, 5 d 03 h."""
+    total = round(duration_s)
+    if total < 60:
+        return f"{total} s"
+    if total < 3600:
+        return f"{total // 60} min {total % 60:02d} s"
+    if total < 86400:
+        return f"{total // 3600} h {total % 3600 // 60:02d} min"
+    return f"{total // 86400} d {total % 86400 // 3600:02d} h"

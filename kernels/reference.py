@@ -1,0 +1,133 @@
+"""The plain-torch twin of every operation: what the fused kernels must equal, and what runs on a CPU.
+
+Shapes follow torch's scaled_dot_product_attention: (batch, heads, length, head_dim).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from kernels.philox import keep_mask
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    document_ids: Tensor | None = None,
+    dropout: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    head_offset: int = 0,
+    deterministic: bool = False,
+) -> Tensor:
+    """softmax(q k^T * scale) v, with K and V shared by groups of query heads.
+
+    q (batch, heads, length, head_dim); k and v (batch, key_value_heads, key_length, head_dim), heads a multiple of
+    key_value_heads. ``causal`` aligns the last query with the last key (a KV cache), so a query sees nothing where
+    length > key_length puts it before the first key; such rows are zero. ``document_ids`` (batch, key_length) confines
+    attention to equal ids; the queries are the last ``length`` positions. ``dropout_seed`` (batch,) int64 and
+    ``head_offset`` (this shard's first head) select the mask. ``deterministic`` asks a fused backward for a fixed
+    summation order; this twin has one anyway.
+    """
+    length, key_length = q.shape[2], k.shape[2]
+    if not dropout and document_ids is None and (not causal or length == key_length):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    mask = _visible(length, key_length, causal, document_ids, q.device)
+    if not dropout and length <= key_length:  # every query sees itself at least
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return _explicit_attention(q, k, v, mask, scale, dropout, dropout_seed, head_offset)
+
+
+def _visible(length: int, key_length: int, causal: bool, document_ids: Tensor | None, device: torch.device) -> Tensor:
+    """Boolean (1 or batch, 1, length, key_length): may this query attend to that key?"""
+    query = torch.arange(key_length - length, key_length, device=device)[:, None]
+    visible = torch.ones(1, 1, length, key_length, dtype=torch.bool, device=device)
+    if causal:
+        visible = visible & (query >= torch.arange(key_length, device=device))
+    if document_ids is not None:
+        visible = visible & (document_ids[:, None, -length:, None] == document_ids[:, None, None, :])
+    return visible
+
+
+def _explicit_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, dropout: float, seed: Tensor | None, head_offset: int
+) -> Tensor:
+    """Attention with its probabilities written out, for dropout and for rows that see nothing."""
+    heads, length = q.shape[1:3]
+    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    scores = (q @ k.mT).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).masked_fill(~mask, 0.0)
+    if dropout:
+        if seed is None:
+            raise ValueError("attention: dropout needs dropout_seed, one int64 for each sample of the batch")
+        plane = torch.arange(head_offset, head_offset + heads, device=q.device)[None, :, None]
+        row = torch.arange(length, device=q.device)[None, None, :]
+        keep = keep_mask(dropout, seed.to(q.device)[:, None, None], plane, row, k.shape[2])
+        weights = weights * keep / (1.0 - dropout)
+    return weights.to(v.dtype) @ v
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float = 1e-5, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Layer normalisation over the last dimension (Ba et al. 2016); with a residual, of x + residual, returning both."""
+    if residual is None:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    total = x + residual
+    return F.layer_norm(total, weight.shape, weight, bias, eps), total
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float = 1e-5, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Root-mean-square normalisation (Zhang and Sennrich 2019); with a residual, of x + residual, returning both."""
+    if residual is None:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    total = x + residual
+    return F.rms_norm(total, weight.shape, weight, eps), total
+
+
+def dropout(x: Tensor, probability: float, *, seed: Tensor, position_offset: int = 0) -> Tensor:
+    """Zero elements of x (batch, length, channels) and scale the rest by 1 / (1 - probability).
+
+    The mask depends on ``seed`` (batch,), the position in the sequence and the channel: not on how ranks share the batch.
+    """
+    position = torch.arange(position_offset, position_offset + x.shape[1], device=x.device)[None, :]
+    seed = seed.to(x.device)[:, None]
+    keep = keep_mask(probability, seed, torch.zeros_like(seed), position, x.shape[2])
+    return x * keep / (1.0 - probability)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    vocabulary_start: int = 0,
+    group: ProcessGroup | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of ``hidden @ weight.T`` (the language-model head and its loss), computed in fp32.
+
+    hidden (..., hidden_size), weight (vocabulary, hidden_size), targets (...). ``reduction`` is mean (over targets that
+    are not ``ignore_index``), sum or none (the shape of targets). ``z_loss`` adds z_loss * logsumexp^2 (PaLM, section 5).
+    With a ``group``, weight holds this rank's rows of the vocabulary, the first being ``vocabulary_start``; every rank of
+    the group must call it, and each receives the whole loss.
+    """
+    if group is not None:
+        raise ValueError("linear_cross_entropy: the torch twin has no vocabulary-parallel form; pass the whole weight")
+    logits = (hidden @ weight.T).flatten(0, -2).float()
+    targets = targets - vocabulary_start * (targets != ignore_index)
+    losses = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction="none")
+    counted = targets.flatten() != ignore_index
+    if z_loss:
+        losses = losses + z_loss * logits.logsumexp(dim=-1).square() * counted
+    if reduction == "none":
+        return losses.view(targets.shape)
+    return losses.sum() if reduction == "sum" else losses.sum() / counted.sum()

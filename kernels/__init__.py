@@ -1,19 +1,38 @@
 """Fused operations for GPT training, each with a plain-torch twin of the same signature.
 
-``import kernels`` is cheap: torch and triton are imported when an operation is first used.
+``import kernels`` is cheap: torch and triton are imported when an operation is first used. ``explain`` says which
+implementation a call would run and why, ``launches`` counts the Triton functions that ran, and the variable
+``MEGAGPT_KERNELS=triton|torch|interpret`` forces the choice.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kernels.reference import attention, dropout, layer_norm, linear_cross_entropy, rms_norm
+    from kernels.dispatch import explain as explain
+    from kernels.launcher import launches as launches
+    from kernels.reference import attention as attention
+    from kernels.reference import dropout as dropout
+    from kernels.reference import layer_norm as layer_norm
+    from kernels.reference import linear_cross_entropy as linear_cross_entropy
+    from kernels.reference import rms_norm as rms_norm
 
-__all__ = ["attention", "dropout", "layer_norm", "linear_cross_entropy", "rms_norm"]
+if os.environ.get("MEGAGPT_KERNELS") == "interpret":
+    # Triton decides how to decorate its own library when it is first imported, so this cannot wait.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'kernels' has no attribute {name!r}")
-    from kernels import reference
+    if name == "launches":
+        from kernels.launcher import launches
 
-    return getattr(reference, name)
+        return launches
+    if name.startswith("_"):
+        raise AttributeError(f"module 'kernels' has no attribute {name!r}")
+    from kernels import dispatch
+
+    if name == "explain":
+        return dispatch.explain
+    if name not in dispatch.TABLE:
+        raise AttributeError(f"module 'kernels' has no attribute {name!r}")
+    return dispatch.operation(name)

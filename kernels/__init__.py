@@ -22,17 +22,23 @@ if os.environ.get("MEGAGPT_KERNELS") == "interpret":
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+_OPERATIONS = (
+    "attention",
+    "bias_gelu",
+    "dropout",
+    "layer_norm",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rotary",
+    "swiglu",
+)
+__all__ = [*_OPERATIONS, "explain", "launches"]
+
+
 def __getattr__(name: str) -> Any:
-    if name == "launches":
-        from kernels.launcher import launches
-
-        return launches
-    if name.startswith("_"):
+    if name not in __all__:
         raise AttributeError(f"module 'kernels' has no attribute {name!r}")
-    from kernels import dispatch
+    from kernels.dispatch import explain, operation
+    from kernels.launcher import launches
 
-    if name == "explain":
-        return dispatch.explain
-    if name not in dispatch.TABLE:
-        raise AttributeError(f"module 'kernels' has no attribute {name!r}")
-    return dispatch.operation(name)
+    return {"explain": explain, "launches": launches}.get(name) or operation(name)

@@ -70,7 +70,8 @@ def mode() -> str | None:
 
 def choose(op: str, *args: Any, **kwargs: Any) -> Choice:
     """The implementation that would run ``op`` on these arguments. Raises ValueError where a forced one cannot."""
-    forced, refusals = mode(), []
+    forced = mode()
+    refusals: list[str] = []
     for row in TABLE[op]:
         reason = _refusal(row, op, forced, args, kwargs)
         if reason is None:

@@ -1,0 +1,304 @@
+"""GPT-2 and GPT-3 in plain PyTorch, with the rotary, RMS-norm, SwiGLU and grouped-query variants of their successors.
+
+Radford et al. 2019 and Brown et al. 2020 (arXiv 2005.14165): pre-norm blocks, learned positions, GELU(tanh), tied head,
+residual projections initialised smaller by sqrt(2 x layers). Nothing here knows of ranks, meshes or DeepSpeed. Shapes:
+tokens (batch, length); hidden states (batch, length, hidden_size).
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from kernels.philox import fold_seed
+from megagpt.config import ModelConfig
+
+NORM_EPSILON = 1e-5  # GPT-2's
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every block needs beside the hidden states.
+
+    document_ids (batch, key_length) confines attention to one document; dropout_seed (batch,) makes the masks of a sample
+    and is None in evaluation; cache holds the keys and values of earlier positions while generating.
+    """
+
+    document_ids: Tensor | None = None
+    dropout_seed: Tensor | None = None
+    cache: "KeyValueCache | None" = None
+
+    @property
+    def offset(self) -> int:
+        """The position of the first token given to the model."""
+        return self.cache.length if self.cache is not None else 0
+
+
+class KeyValueCache:
+    """Keys and values of the positions seen so far, by layer; one allocation, filled in place."""
+
+    def __init__(self, config: ModelConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (config.num_layers, 2, batch, config.num_kv_heads, length, config.head_size)
+        self.storage = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k and v (batch, heads, new, head_size) of one layer; return all of them."""
+        end = self.length + k.shape[2]
+        if end > self.storage.shape[4]:
+            raise ValueError(f"the cache holds {self.storage.shape[4]} positions, position {end} was asked for")
+        keys, values = self.storage[layer]
+        keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
+        return keys[:, :, :end], values[:, :, :end]
+
+
+class Linear(nn.Module):
+    """x W^T + b with W (outputs, inputs)."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Norm(nn.Module):
+    """Layer or RMS normalisation; with a residual, of their sum, which is returned too."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.hidden_size))
+        self.layer_norm = config.norm == "layernorm"
+        self.bias = nn.Parameter(torch.empty(config.hidden_size)) if self.layer_norm and config.bias else None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if self.layer_norm:
+            return kernels.layer_norm(x, self.weight, self.bias, eps=NORM_EPSILON, residual=residual)
+        return kernels.rms_norm(x, self.weight, eps=NORM_EPSILON, residual=residual)
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask follows from (seed of the sample, site, position, channel), so it is the same on any mesh."""
+
+    def __init__(self, probability: float, site: int) -> None:
+        super().__init__()
+        self.probability, self.site = probability, site
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        if not self.probability or context.dropout_seed is None:
+            return x
+        return kernels.dropout(x, self.probability, seed=fold_seed(context.dropout_seed, self.site))
+
+
+class Attention(nn.Module):
+    """Causal self-attention. The fused projection is laid out by key-value group (its queries, then k, then v), so that a
+    run of whole rows is a run of whole groups."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_size, self.rotary = layer, config.head_size, config.position == "rotary"
+        self.queries_per_group = config.num_heads // config.num_kv_heads
+        self.dropout, self.site = config.dropout, dropout_site(layer, 0)
+        self.qkv = Linear(
+            config.hidden_size, (config.num_heads + 2 * config.num_kv_heads) * config.head_size, config.bias
+        )
+        self.output = Linear(config.num_heads * config.head_size, config.hidden_size, config.bias)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        batch, length, _ = x.shape
+        grouped = self.qkv(x).view(batch, length, -1, self.queries_per_group + 2, self.head_size).permute(0, 2, 3, 1, 4)
+        q, k, v = grouped[:, :, :-2].flatten(1, 2), grouped[:, :, -2], grouped[:, :, -1]
+        if self.rotary:
+            angles = rotary_angles(context.offset, length, self.head_size, x.device)
+            q, k = rotate(q, *angles), rotate(k, *angles)
+        if context.cache is not None:
+            k, v = context.cache.extend(self.layer, k, v)
+        y = kernels.attention(q, k, v, document_ids=context.document_ids, **self._dropout(context))
+        return self.output(y.transpose(1, 2).flatten(2))
+
+    def _dropout(self, context: Context) -> dict[str, float | Tensor]:
+        if not self.dropout or context.dropout_seed is None:
+            return {}
+        return {"dropout": self.dropout, "dropout_seed": fold_seed(context.dropout_seed, self.site)}
+
+
+class MLP(nn.Module):
+    """Two projections round GELU(tanh), or three round SwiGLU (Shazeer 2020), whose gate and value interleave by row."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gated = config.activation == "swiglu"
+        self.up = Linear(config.hidden_size, config.mlp_size * (2 if self.gated else 1), config.bias)
+        self.down = Linear(config.mlp_size, config.hidden_size, config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        if not self.gated:
+            return self.down(F.gelu(x, approximate="tanh"))
+        gate, value = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return self.down(F.silu(gate) * value)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer: hidden states in, hidden states out."""
+
+    def __init__(self, config: ModelConfig, layer: int, recompute: str) -> None:
+        super().__init__()
+        self.recompute = recompute
+        self.attention_norm, self.attention = Norm(config), Attention(config, layer)
+        self.mlp_norm, self.mlp = Norm(config), MLP(config)
+        self.attention_dropout = Dropout(config.dropout, dropout_site(layer, 1))
+        self.mlp_dropout = Dropout(config.dropout, dropout_site(layer, 2))
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        if self.recompute == "full" and torch.is_grad_enabled():
+            return recomputed(self._forward, x, context)
+        return self._forward(x, context)
+
+    def _forward(self, x: Tensor, context: Context) -> Tensor:
+        y = self.attention_dropout(self.attention(self.attention_norm(x), context), context)
+        y, x = self.mlp_norm(y, residual=x)
+        # The MLP keeps two tensors of 4 x hidden_size a token, most of a block's activations, and is cheap to run again.
+        selective = self.recompute == "selective" and torch.is_grad_enabled()
+        y = recomputed(self.mlp, y) if selective else self.mlp(y)
+        return x + self.mlp_dropout(y, context)
+
+
+class Embedding(nn.Module):
+    """Token vectors, plus learned positions where the model has them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.tokens = Table(config.vocab_size, config.hidden_size)
+        learned = config.position == "learned"
+        self.positions = Table(config.sequence_length, config.hidden_size) if learned else None
+        self.dropout = Dropout(config.dropout, site=0)
+
+    def forward(self, tokens: Tensor, context: Context) -> Tensor:
+        x = self.tokens(tokens)
+        if self.positions is not None:
+            x = x + self.positions(torch.arange(context.offset, context.offset + tokens.shape[1], device=tokens.device))
+        return self.dropout(x, context)
+
+
+class Table(nn.Module):
+    """Rows looked up by index."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns))
+
+    def forward(self, index: Tensor) -> Tensor:
+        return F.embedding(index, self.weight)
+
+
+class Head(nn.Module):
+    """The last norm, then the mean loss against targets, or logits where there are none."""
+
+    def __init__(self, config: ModelConfig, tied: nn.Parameter | None) -> None:
+        super().__init__()
+        self.norm = Norm(config)
+        self.weight = tied if tied is not None else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+    def forward(self, x: Tensor, targets: Tensor | None) -> Tensor:
+        x = self.norm(x)
+        if targets is None:
+            return F.linear(x, self.weight)
+        return kernels.linear_cross_entropy(x, self.weight, targets)
+
+
+class GPT(nn.Module):
+    """A decoder-only language model.
+
+    Parameters are allocated on torch's current default device and left without values: fill them with
+    ``initialise_`` (or load them). ``recompute``: activations to compute again in backward, none | selective | full.
+    """
+
+    def __init__(self, config: ModelConfig, recompute: str = "none") -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config)
+        self.blocks = nn.ModuleList(Block(config, layer, recompute) for layer in range(config.num_layers))
+        self.head = Head(config, self.embedding.tokens.weight if config.tie_embeddings else None)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        document_ids: Tensor | None = None,
+        dropout_seed: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """The mean loss (a scalar) where targets (batch, length) are given, else logits (batch, length, vocabulary)."""
+        context = Context(document_ids, dropout_seed, cache)
+        x = self.embedding(tokens, context)
+        for block in self.blocks:
+            x = block(x, context)
+        loss_or_logits = self.head(x, targets)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        return loss_or_logits
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: object) -> Tensor:
+    """Run without keeping activations; backward runs it again. Masks are counter-based, so no generator is saved."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def dropout_site(layer: int, which: int) -> int:
+    """A number for each place that drops elements; 0 is the embedding's."""
+    return 1 + 3 * layer + which
+
+
+def rotary_angles(offset: int, length: int, head_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (length, head_size / 2) of rotary positions (Su et al. 2021, base 10,000), in fp32."""
+    frequencies = 10_000.0 ** (-torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
+    positions = torch.arange(offset, offset + length, device=device, dtype=torch.float32)
+    angles = torch.outer(positions, frequencies)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + head_size / 2) of x (..., length, head_size) by their position's angle."""
+    left, right = x.float().chunk(2, dim=-1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
+
+
+def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
+    """The starting fp32 value (on the CPU) of the parameter with this global name, whatever rank asks for it.
+
+    Weights are normal with standard deviation init_std, those that write to the residual stream smaller by
+    sqrt(2 x layers) (GPT-2, section 2.3); biases are 0, norm weights 1. Every parameter draws from a generator of its own.
+    """
+    owner, _, kind = name.rpartition(".")
+    if kind == "bias":
+        return torch.zeros(shape)
+    if owner.endswith("norm"):
+        return torch.ones(shape)
+    residual = owner.endswith((".attention.output", ".mlp.down"))
+    std = config.init_std / math.sqrt(2 * config.num_layers) if residual else config.init_std
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+    return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+@torch.no_grad()
+def initialise_(model: GPT, seed: int) -> GPT:
+    """Give every parameter its starting value in place."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial_value(name, parameter.shape, model.config, seed))
+    return model
+
+
+def decayed(name: str, parameter: Tensor) -> bool:
+    """Weight decay applies to matrices, not to biases and norm weights (GPT-3, appendix B, as nanoGPT reads it)."""
+    return parameter.ndim >= 2 and not name.endswith(".bias")

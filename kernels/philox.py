@@ -15,7 +15,7 @@ _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, rounds: int = 10) -> Tensor:
     """Four 32-bit words for each counter ``(c0, c1, c2, 0)`` under a 64-bit key.
 
-    Arguments are int64 tensors that broadcast together. Returns int64 of their common shape + (4,), values in [0, 2^32).
+    Arguments are int64 and broadcast together. Returns int64 of their common shape + (4,), values in [0, 2^32).
     """
     seed, c0, c1, c2 = torch.broadcast_tensors(seed, c0, c1, c2)
     c3 = torch.zeros_like(c0)

@@ -26,8 +26,8 @@ NORM_EPSILON = 1e-5  # GPT-2's
 class Context:
     """What every block needs beside the hidden states.
 
-    document_ids (batch, key_length) confines attention to one document; dropout_seed (batch,) makes the masks of a sample
-    and is None in evaluation; cache holds the keys and values of earlier positions while generating.
+    document_ids (batch, key_length) confines attention to one document; dropout_seed (batch,) makes the masks of a
+    sample and is None in evaluation; cache holds the keys and values of earlier positions while generating.
     """
 
     document_ids: Tensor | None = None
@@ -99,8 +99,10 @@ class Dropout(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention. The fused projection is laid out by key-value group (its queries, then k, then v), so that a
-    run of whole rows is a run of whole groups."""
+    """Causal self-attention.
+
+    The fused projection is laid out by key-value group (its queries, then k, then v): a run of its rows is a run of groups.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -131,7 +133,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two projections round GELU(tanh), or three round SwiGLU (Shazeer 2020), whose gate and value interleave by row."""
+    """Two projections round GELU(tanh), or three round SwiGLU (Shazeer 2020), its gate and value interleaved by row."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -166,7 +168,7 @@ class Block(nn.Module):
     def _forward(self, x: Tensor, context: Context) -> Tensor:
         y = self.attention_dropout(self.attention(self.attention_norm(x), context), context)
         y, x = self.mlp_norm(y, residual=x)
-        # The MLP keeps two tensors of 4 x hidden_size a token, most of a block's activations, and is cheap to run again.
+        # The MLP keeps two tensors of 4 x hidden_size a token, most of a block's activations; it is cheap to run again.
         selective = self.recompute == "selective" and torch.is_grad_enabled()
         y = recomputed(self.mlp, y) if selective else self.mlp(y)
         return x + self.mlp_dropout(y, context)
@@ -277,7 +279,7 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     """The starting fp32 value (on the CPU) of the parameter with this global name, whatever rank asks for it.
 
     Weights are normal with standard deviation init_std, those that write to the residual stream smaller by
-    sqrt(2 x layers) (GPT-2, section 2.3); biases are 0, norm weights 1. Every parameter draws from a generator of its own.
+    sqrt(2 x layers) (GPT-2, section 2.3); biases are 0, norm weights 1. Each parameter draws from its own generator.
     """
     owner, _, kind = name.rpartition(".")
     if kind == "bias":

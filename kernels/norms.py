@@ -1,0 +1,290 @@
+"""Layer and root-mean-square normalisation, forward and backward, with the residual addition fused in.
+
+Both norms are memory-bound, so the kernels read each byte once: forward 2 rows x columns elements, backward 3, one more
+where a residual takes part. Statistics are fp32 whatever the input. Rows of up to ``_WIDEST_TILE`` columns stay in
+registers; wider ones are walked in chunks and read twice, the second time mostly from cache.
+
+With z = (x - mean) * rstd and g = dy * weight, averages over a row (Ba et al. 2016; RMSNorm drops mean(g) and mean):
+    dx = rstd * (g - mean(g) - z * mean(g * z))       dweight = sum over rows of dy * z       dbias = sum of dy
+The sums over rows are fp32 partial sums, one row of them for each program, added up by a second reduction in a fixed
+order: no atomics, so repeated runs give the same bits.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.checks import require
+from kernels.compile_ahead import AheadOfTime
+from kernels.launcher import INTERPRETED, launch
+from kernels.norm_kernels import (
+    norm_backward,
+    norm_backward_wide,
+    norm_forward,
+    norm_forward_wide,
+    norm_parameter_sums,
+)
+
+_WIDEST_TILE = 8192
+_CHUNK = 4096  # columns at a time in wider rows
+
+
+# ------------------------------------------------------------------------------------------------------------ launches
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """How rows of a given width are covered: rows and columns at a time, warps; wide rows are walked in chunks."""
+
+    rows: int
+    block: int
+    warps: int
+    wide: bool
+
+
+def _tile(columns: int) -> _Tile:
+    if columns > _WIDEST_TILE:
+        return _Tile(rows=1, block=_CHUNK, warps=8, wide=True)
+    block = max(16, triton.next_power_of_2(columns))
+    # 4096 elements over 4 warps or more: 32 registers a thread for each of the backward's five tiles at most.
+    return _Tile(rows=min(16, max(1, 4096 // block)), block=block, warps=min(16, max(4, block // 512)), wide=False)
+
+
+def _programs(device: torch.device) -> int:
+    """Resident programs of the persistent backward: two for each multiprocessor hide one another's latency."""
+    if device.type != "cuda":
+        return 4
+    return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@torch.library.custom_op("megagpt::norm_forward", mutates_args=())
+def _forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centred: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, x + residual, mean, rstd); the sum is empty without a residual, the mean without centring."""
+    y, total, mean, rstd = _forward_outputs(x, residual, weight, bias, eps, centred)
+    columns = x.shape[-1]
+    rows = rstd.numel()
+    if rows == 0:
+        return y, total, mean, rstd
+    tile = _tile(columns)
+    x = x.contiguous()
+    pointers = (x, x if residual is None else residual.contiguous(), weight, weight if bias is None else bias)
+    constants = {
+        "CENTRED": centred,
+        "RESIDUAL": residual is not None,
+        "BIAS": bias is not None,
+        "BLOCK": tile.block,
+        "INTERPRETED": INTERPRETED,
+        "num_warps": tile.warps,
+    }
+    if tile.wide:
+        launch(norm_forward_wide, (rows,), x, *pointers, y, total, mean, rstd, columns, eps, **constants)
+    else:
+        grid = (triton.cdiv(rows, tile.rows),)
+        launch(norm_forward, grid, x, *pointers, y, total, mean, rstd, rows, columns, eps, ROWS=tile.rows, **constants)
+    return y, total, mean, rstd
+
+
+@_forward.register_fake
+def _forward_outputs(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centred: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    statistics = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        x.new_empty(0) if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format),
+        torch.empty_like(statistics) if centred else statistics.new_empty(0),
+        statistics,
+    )
+
+
+@torch.library.custom_op("megagpt::norm_backward", mutates_args=())
+def _backward(
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of (x, weight, bias), the last empty without a bias; x is what the forward normalised."""
+    dx, dweight, dbias = _backward_outputs(dy, dtotal, x, weight, mean, rstd, bias)
+    if rstd.numel() == 0:
+        return dx, dweight.zero_(), dbias.zero_()
+    x, dy = x.contiguous(), dy.contiguous()
+    dtotal = None if dtotal is None else dtotal.contiguous()
+    run = _backward_wide if _tile(x.shape[-1]).wide else _backward_narrow
+    partial_sums = run(dy, dtotal, x, weight, mean, rstd, dx, bias)
+    sums = partial_sums.sum(dim=1)
+    dweight.copy_(sums[0])
+    if bias:
+        dbias.copy_(sums[1])
+    return dx, dweight, dbias
+
+
+@_backward.register_fake
+def _backward_outputs(
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return dx, torch.empty_like(weight), torch.empty_like(weight) if bias else weight.new_empty(0)
+
+
+def _backward_narrow(
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, dx: Tensor, bias: bool
+) -> Tensor:
+    """Fills dx; returns partial sums (1 + bias, programs, columns) of the parameters' gradients."""
+    rows, columns = rstd.numel(), x.shape[-1]
+    tile = _tile(columns)
+    programs = min(_programs(x.device), triton.cdiv(rows, tile.rows))
+    partial_sums = x.new_empty(1 + bias, programs, columns, dtype=torch.float32)
+    rows_per_program = triton.cdiv(triton.cdiv(rows, tile.rows), programs) * tile.rows
+    launch(
+        norm_backward,
+        (programs,),
+        x,
+        *(dy, dy if dtotal is None else dtotal, x, weight, mean, rstd, dx, partial_sums[0], partial_sums[-1]),
+        *(rows, columns, rows_per_program),
+        CENTRED=mean.numel() > 0,
+        RESIDUAL=dtotal is not None,
+        BIAS=bias,
+        ROWS=tile.rows,
+        BLOCK=tile.block,
+        STAGES=3,
+        INTERPRETED=INTERPRETED,
+        num_warps=tile.warps,
+    )
+    return partial_sums
+
+
+def _backward_wide(
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, dx: Tensor, bias: bool
+) -> Tensor:
+    """Fills dx; returns partial sums (1 + bias, programs, columns) of the parameters' gradients."""
+    rows, columns = rstd.numel(), x.shape[-1]
+    launch(
+        norm_backward_wide,
+        (rows,),
+        x,
+        *(dy, dy if dtotal is None else dtotal, x, weight, mean, rstd, dx, columns),
+        CENTRED=mean.numel() > 0,
+        RESIDUAL=dtotal is not None,
+        BLOCK=_CHUNK,
+        INTERPRETED=INTERPRETED,
+        num_warps=8,
+    )
+    blocks = triton.cdiv(columns, 1024)
+    programs = min(rows, triton.cdiv(4 * _programs(x.device), blocks))
+    partial_sums = x.new_empty(1 + bias, programs, columns, dtype=torch.float32)
+    launch(
+        norm_parameter_sums,
+        (programs, blocks),
+        x,
+        *(dy, x, mean, rstd, partial_sums[0], partial_sums[-1]),
+        *(rows, columns, triton.cdiv(rows, programs)),
+        CENTRED=mean.numel() > 0,
+        BIAS=bias,
+        BLOCK=1024,
+        STAGES=3,
+        num_warps=4,
+    )
+    return partial_sums
+
+
+# ------------------------------------------------------------------------------------------------------------ autograd
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, residual, weight, bias, _, _ = inputs
+    _, total, mean, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.has_residual, ctx.has_bias = residual is not None, bias is not None
+    # The weight itself, not a view of it: ZeRO-3 frees a gathered parameter by its identity.
+    ctx.save_for_backward(x if residual is None else total, weight, mean, rstd)
+
+
+def _gradients(
+    ctx: Any, dy: Tensor | None, dtotal: Tensor | None, dmean: Tensor | None, drstd: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    x, weight, mean, rstd = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(x)
+    dx, dweight, dbias = _backward(dy, dtotal if ctx.has_residual else None, x, weight, mean, rstd, ctx.has_bias)
+    return dx, dx if ctx.has_residual else None, dweight, dbias if ctx.has_bias else None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+
+
+# ----------------------------------------------------------------------------------------------------- public functions
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float = 1e-5, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Layer normalisation over the last dimension; with a residual, of x + residual, returning both."""
+    return _normalise("layer_norm", x, residual, weight, bias, eps, centred=True)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float = 1e-5, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Root-mean-square normalisation; with a residual, of x + residual, returning both."""
+    return _normalise("rms_norm", x, residual, weight, None, eps, centred=False)
+
+
+def refusal(op: str, *args: Any, **kwargs: Any) -> str | None:
+    """Nothing is refused: any number of rows, any width."""
+    return None
+
+
+def _normalise(
+    op: str, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centred: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    columns = x.shape[-1]
+    require(op, "weight", weight, x, (columns,))
+    if bias is not None:
+        require(op, "bias", bias, x, (columns,))
+    if residual is not None:
+        require(op, "residual", residual, x, tuple(x.shape))
+    y, total, _, _ = _forward(x, residual, weight, bias, eps, centred)
+    return y if residual is None else (y, total)
+
+
+# ----------------------------------------------------------------------------------------------------- ahead of time
+
+
+def _shipped(columns: int, centred: bool, residual: bool) -> list[AheadOfTime]:
+    """Forward and backward in bf16 at one width, as this module would launch them."""
+    tile = _tile(columns)
+    pointers = dict.fromkeys(("x", "residual", "weight", "bias", "y", "total"), "*bf16")
+    statistics = {"mean": "*fp32", "rstd": "*fp32"}
+    flags = {"CENTRED": centred, "RESIDUAL": residual, "BIAS": centred}
+    shape = {"BLOCK": tile.block, "INTERPRETED": False}
+    name = f"{'layer' if centred else 'rms'}_norm{'_residual' if residual else ''}_{columns}"
+    forward = {**pointers, **statistics, "columns": "i32:16", "eps": "fp32"}
+    backward = {**dict.fromkeys(("dy", "dtotal", "x", "weight"), "*bf16"), **statistics, "dx": "*bf16"}
+    sums = {"dweight": "*fp32", "dbias": "*fp32", "rows": "i32", "columns": "i32:16", "rows_per_program": "i32"}
+    if tile.wide:
+        slim = {"CENTRED": centred, "RESIDUAL": residual, **shape}
+        summed = {**dict.fromkeys(("dy", "x"), "*bf16"), **statistics, **sums}
+        summing = {"CENTRED": centred, "BIAS": centred, "BLOCK": 1024, "STAGES": 3}
+        return [
+            AheadOfTime(f"{name}_forward", norm_forward_wide, forward, {**flags, **shape}, tile.warps),
+            AheadOfTime(f"{name}_backward", norm_backward_wide, {**backward, "columns": "i32:16"}, slim, tile.warps),
+            AheadOfTime(f"{name}_parameter_sums", norm_parameter_sums, summed, summing, 4),
+        ]
+    constants = {**flags, **shape, "ROWS": tile.rows}
+    forward = {**pointers, **statistics, "rows": "i32", "columns": "i32:16", "eps": "fp32"}
+    return [
+        AheadOfTime(f"{name}_forward", norm_forward, forward, constants, tile.warps),
+        AheadOfTime(f"{name}_backward", norm_backward, {**backward, **sums}, {**constants, "STAGES": 3}, tile.warps),
+    ]
+
+
+AHEAD_OF_TIME: list[AheadOfTime] = [
+    *_shipped(768, centred=True, residual=False),
+    *_shipped(4096, centred=True, residual=True),
+    *_shipped(8192, centred=True, residual=True),
+    *_shipped(12288, centred=True, residual=True),
+    *_shipped(4096, centred=False, residual=True),
+]

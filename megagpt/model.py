@@ -41,21 +41,29 @@ class Context:
 
 
 class KeyValueCache:
-    """Keys and values of the positions seen so far, by layer; one allocation, filled in place."""
+    """Keys and values of the positions seen so far, by layer: allocated when a layer first writes, filled in place.
 
-    def __init__(self, config: ModelConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (config.num_layers, 2, batch, config.num_kv_heads, length, config.head_size)
-        self.storage = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0
+    The model that fills it decides batch, heads, dtype and device; ``length`` counts the positions in every layer.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.length = capacity, 0
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k and v (batch, heads, new, head_size) of one layer; return all of them."""
         end = self.length + k.shape[2]
-        if end > self.storage.shape[4]:
-            raise ValueError(f"the cache holds {self.storage.shape[4]} positions, position {end} was asked for")
-        keys, values = self.storage[layer]
+        if end > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} positions, position {end} was asked for")
+        if layer not in self._layers:
+            self._layers[layer] = (self._allocate(k), self._allocate(v))
+        keys, values = self._layers[layer]
         keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
         return keys[:, :, :end], values[:, :, :end]
+
+    def _allocate(self, like: Tensor) -> Tensor:
+        batch, heads, _, head_size = like.shape
+        return like.new_empty(batch, heads, self.capacity, head_size)
 
 
 class Linear(nn.Module):
@@ -101,7 +109,7 @@ class Dropout(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention.
 
-    The fused projection is laid out by key-value group (its queries, then k, then v): a run of its rows is a run of groups.
+    The fused projection is laid out by key-value group (its queries, then k, then v): a run of rows is a run of groups.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -123,13 +131,14 @@ class Attention(nn.Module):
             q, k = rotate(q, *angles), rotate(k, *angles)
         if context.cache is not None:
             k, v = context.cache.extend(self.layer, k, v)
-        y = kernels.attention(q, k, v, document_ids=context.document_ids, **self._dropout(context))
+        dropout, seed = self._dropout(context)
+        y = kernels.attention(q, k, v, document_ids=context.document_ids, dropout=dropout, dropout_seed=seed)
         return self.output(y.transpose(1, 2).flatten(2))
 
-    def _dropout(self, context: Context) -> dict[str, float | Tensor]:
+    def _dropout(self, context: Context) -> tuple[float, Tensor | None]:
         if not self.dropout or context.dropout_seed is None:
-            return {}
-        return {"dropout": self.dropout, "dropout_seed": fold_seed(context.dropout_seed, self.site)}
+            return 0.0, None
+        return self.dropout, fold_seed(context.dropout_seed, self.site)
 
 
 class MLP(nn.Module):
@@ -271,7 +280,7 @@ def rotary_angles(offset: int, length: int, head_size: int, device: torch.device
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (i, i + head_size / 2) of x (..., length, head_size) by their position's angle."""
-    left, right = x.float().chunk(2, dim=-1)
+    left, right = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
 
 
@@ -301,6 +310,6 @@ def initialise_(model: GPT, seed: int) -> GPT:
     return model
 
 
-def decayed(name: str, parameter: Tensor) -> bool:
+def decayed(name: str) -> bool:
     """Weight decay applies to matrices, not to biases and norm weights (GPT-3, appendix B, as nanoGPT reads it)."""
-    return parameter.ndim >= 2 and not name.endswith(".bias")
+    return not name.endswith((".bias", "norm.weight"))

@@ -1,0 +1,287 @@
+"""One JSON file a run: read strictly, checked once, then trusted.
+
+`load_config` reads a file (a DeepSpeed config plus one `megagpt` object) and reports every error at once;
+`RunConfig.resolved` fills in what only the world and the data can say. `python -m megagpt.config` prints the JSON
+Schema of the file, which ds_configs/schema.json keeps; `--reference` prints the tables of docs/configuration.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path as FilePath
+from typing import Any, Self, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from megagpt import config_json
+from megagpt.config_arithmetic import BatchSizes, nearest_multiples, round_up, solve_batch
+from megagpt.config_deepspeed import (
+    AioConfig,
+    Bf16Config,
+    DataTypesConfig,
+    FloatType,
+    Fp16Config,
+    OptimizerConfig,
+    SchedulerConfig,
+    TensorboardConfig,
+    WandbConfig,
+    WarmupDecayLR,
+    WarmupLR,
+    ZeroConfig,
+)
+from megagpt.config_errors import ConfigError, Path, Problem, dotted, problems_in, shown
+from megagpt.config_fields import Section, execution, identity, refuse, section
+from megagpt.config_megagpt import MegagptConfig, MegagptSection
+from megagpt.config_model import ModelConfig
+from megagpt.config_refused import REFUSED
+
+__all__ = ["ConfigError", "ModelConfig", "ResolvedConfig", "RunConfig", "identity_differences", "load_config"]
+
+VOCABULARY_MULTIPLE = 128  # rows of the embedding: whole tiles for the matrix units, divisible by any tensor axis here
+NOT_FOR_DEEPSPEED = ("megagpt", "$schema", "wandb", "tensorboard")  # monitor.py drives the trackers, on the right rank
+
+
+class RunConfig(Section):
+    """A run as its file describes it. Values that depend on the world or the data may still be absent or "auto"."""
+
+    schema_file: str | None = Field(None, alias="$schema", description="JSON Schema for editors; ignored by the run")
+    train_batch_size: int | None = identity(None, "sequences of one optimizer step, over all ranks", ge=1)
+    train_micro_batch_size_per_gpu: int | None = execution(None, "sequences of one forward-backward, on one rank", ge=1)
+    gradient_accumulation_steps: int | None = execution(None, "micro-batches of one optimizer step", ge=1)
+    optimizer: OptimizerConfig = section(..., "optimizer")
+    scheduler: SchedulerConfig | None = section(None, "learning-rate schedule; default: constant")
+    gradient_clipping: float = identity(1.0, "largest gradient norm; 0: no clipping", ge=0)
+    fp16: Fp16Config = section(Fp16Config(), "half precision")
+    bf16: Bf16Config = section(Bf16Config(), "bfloat16")
+    data_types: DataTypesConfig = section(DataTypesConfig(), "number formats")
+    communication_data_type: FloatType | None = execution(None, "format of reduced gradients; default: the model's")
+    zero_optimization: ZeroConfig = section(ZeroConfig(), "ZeRO and offload")
+    aio: AioConfig | None = section(None, "disk I/O of the NVMe offload")
+    wandb: WandbConfig = section(WandbConfig(), "Weights & Biases")
+    tensorboard: TensorboardConfig = section(TensorboardConfig(), "TensorBoard")
+    megagpt: MegagptSection = section(..., "everything that DeepSpeed has no key for")
+
+    @model_validator(mode="after")
+    def _check_sections_together(self) -> Self:
+        problems = []
+        if self.train_batch_size is None and self.train_micro_batch_size_per_gpu is None:
+            problems.append(("train_batch_size", "required key is missing (or give train_micro_batch_size_per_gpu)"))
+        if self.fp16.enabled and self.bf16.enabled:
+            problems.append(
+                ("fp16.enabled", f"true beside bf16.enabled {shown(self.bf16.enabled)}; enable one of the two")
+            )
+        if isinstance(self.scheduler, WarmupLR | WarmupDecayLR):
+            maximum, peak = self.scheduler.params.warmup_max_lr, self.optimizer.params.lr
+            if maximum not in (None, peak):
+                message = f"{maximum} would replace optimizer.params.lr {peak}; make them equal, or remove it"
+                problems.append(("scheduler.params.warmup_max_lr", message))
+        if self.aio and "nvme" not in (
+            self.zero_optimization.optimizer_device,
+            self.zero_optimization.parameter_device,
+        ):
+            problems.append(("aio", 'acts only with an offload to "nvme"; remove it'))
+        refuse(problems)
+        return self
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "config.json") -> Self:
+        """Read what `to_json` wrote (or any configuration text), with all the checks of `load_config`."""
+        document, problems = config_json.parse(text, source)
+        return _validated(cls, document, problems, source, ())
+
+    def to_json(self) -> str:
+        """Canonical text: one order of keys, defaults written out, so that equal runs have equal text."""
+        return json.dumps(self._document(), indent=2, ensure_ascii=False) + "\n"
+
+    def deepspeed_dict(self) -> dict[str, Any]:
+        """What `deepspeed.initialize` gets: DeepSpeed's sections, nothing of ours, a fresh copy each time."""
+        return {key: value for key, value in self._document().items() if key not in NOT_FOR_DEEPSPEED}
+
+    def identity(self) -> dict[str, Any]:
+        """The keys that say what is trained, by dotted name; of a resolved run, they fix its result."""
+        return dict(_leaves_of_role("identity", self))
+
+    def resolved(self, *, world_size: int, vocabulary: int | None, bf16_native: bool) -> ResolvedConfig:
+        """The run on `world_size` ranks with data of `vocabulary` tokens, with nothing left open.
+
+        `vocabulary` is None where the data are not at hand (planning). Raises ConfigError with every impossible value
+        and the nearest possible ones. `bf16_native`: the device multiplies bfloat16 matrices in hardware.
+        """
+        ranks = _data_parallel_size(self.megagpt.parallel, world_size)
+        vocab_size = _padded_vocabulary(self, vocabulary)
+        batch = ranks if isinstance(ranks, Problem) else _batch_sizes(self, ranks)
+        problems = [found for found in (batch, vocab_size) if isinstance(found, Problem)]
+        if isinstance(batch, Problem) or isinstance(vocab_size, Problem):
+            raise ConfigError(problem.line("") for problem in problems)
+        return _resolve(self, batch, vocab_size, bf16_native)
+
+    def _document(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+class ResolvedConfig(RunConfig):
+    """A run with nothing left open: what the trainer works with and what runs/NAME/config.json holds."""
+
+    train_batch_size: int = identity(..., "sequences of one optimizer step, over all ranks", ge=1)
+    train_micro_batch_size_per_gpu: int = execution(..., "sequences of one forward-backward, on one rank", ge=1)
+    gradient_accumulation_steps: int = execution(..., "micro-batches of one optimizer step", ge=1)
+    megagpt: MegagptConfig = section(..., "everything that DeepSpeed has no key for")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step, over all ranks."""
+        return self.train_batch_size * self.megagpt.model.sequence_length
+
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def load_config(path: str | FilePath, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a configuration file with `a.b=value` overrides on top; raises ConfigError with ALL errors at once."""
+    source = str(path)
+    document, _ = config_json.parse(config_json.read_text(FilePath(path)), source)
+    keys_set, errors = config_json.apply_overrides(document, overrides)
+    try:
+        config = _validated(RunConfig, document, config_json.hidden_problems(document), source, keys_set)
+    except ConfigError as error:
+        raise ConfigError(errors + error.errors) from error
+    if errors:
+        raise ConfigError(errors)
+    return config
+
+
+def identity_differences(recorded: Mapping[str, Any], requested: Mapping[str, Any]) -> list[str]:
+    """Compare two `identity()` results: `megagpt.model.num_layers: 12 in the run directory, 24 requested`."""
+    keys = dict.fromkeys([*recorded, *requested])
+    return [
+        f"{key}: {shown(recorded.get(key))} in the run directory, {shown(requested.get(key))} requested"
+        for key in keys
+        if recorded.get(key) != requested.get(key)
+    ]
+
+
+def _validated(
+    model: type[Config], document: dict[str, Any], hidden: list[Problem], source: str, keys_set: Sequence[Path]
+) -> Config:
+    """The checked configuration, or every problem of it; what the command line set is blamed on the command line."""
+    try:
+        config = model.model_validate(document)
+        problems = hidden
+    except ValidationError as error:
+        reported = {problem.path for problem in hidden if "finite" in problem.message}
+        found = problems_in(error, document, model, REFUSED)
+        problems = hidden + [problem for problem in found if problem.path not in reported]
+    if problems:
+        unique = dict.fromkeys(problem.line(_blamed(problem, source, keys_set)) for problem in problems)
+        raise ConfigError(unique)
+    return config
+
+
+def _blamed(problem: Problem, source: str, keys_set: Sequence[Path]) -> str:
+    from_command_line = any(problem.path[: len(key)] == key for key in keys_set)
+    return "--set" if from_command_line else source
+
+
+def _data_parallel_size(parallel: Any, world_size: int) -> int | Problem:
+    replica = parallel.model_parallel_size
+    expected = parallel.world_size
+    if expected not in (None, world_size):
+        return Problem(
+            ("megagpt", "parallel", "world_size"),
+            f"the run expects {expected} ranks and {world_size} started: bring back the missing hosts, "
+            f"or --set megagpt.parallel.world_size={world_size}",
+        )
+    if world_size % replica:
+        return Problem(
+            ("megagpt", "parallel"),
+            f"{world_size} ranks cannot hold replicas of tensor {parallel.tensor} x pipeline {parallel.pipeline}: "
+            f"use {nearest_multiples(world_size, replica)} ranks",
+        )
+    return int(world_size // replica)
+
+
+def _batch_sizes(config: RunConfig, data_parallel_size: int) -> BatchSizes | Problem:
+    solved = solve_batch(
+        config.train_batch_size,
+        config.train_micro_batch_size_per_gpu,
+        config.gradient_accumulation_steps,
+        data_parallel_size,
+    )
+    return Problem(("train_batch_size",), solved) if isinstance(solved, str) else solved
+
+
+def _padded_vocabulary(config: RunConfig, vocabulary: int | None) -> int | Problem:
+    key = ("megagpt", "model", "vocab_size")
+    model = config.megagpt.model
+    wanted = model.vocab_size or vocabulary or model.published_vocabulary
+    if wanted is None:
+        return Problem(key, "unknown while the data are not prepared; give it, or prepare the data")
+    if vocabulary is not None and wanted < vocabulary:
+        return Problem(
+            key, f"{wanted} is smaller than the data's vocabulary of {vocabulary}: use {vocabulary} or remove it"
+        )
+    return round_up(wanted, VOCABULARY_MULTIPLE)
+
+
+def _resolve(config: RunConfig, batch: BatchSizes, vocab_size: int, bf16_native: bool) -> ResolvedConfig:
+    document = config._document()
+    document.pop("$schema", None)  # it is relative to the file it stood in
+    document["train_batch_size"] = batch.train_batch
+    document["train_micro_batch_size_per_gpu"] = batch.micro_batch
+    document["gradient_accumulation_steps"] = batch.accumulation_steps
+    document["megagpt"]["model"]["vocab_size"] = vocab_size
+    total_steps = _total_steps(config, batch)
+    document["megagpt"]["training"]["total_steps"] = total_steps
+    if config.bf16.enabled == "auto":
+        document["bf16"]["enabled"] = bf16_native
+    _resolve_scheduler(document, total_steps)
+    return _validated(ResolvedConfig, document, [], "", ())
+
+
+def _total_steps(config: RunConfig, batch: BatchSizes) -> int:
+    """The run's steps; a length in tokens is rounded up to whole steps, so that none of them is missing."""
+    training = config.megagpt.training
+    if training.total_steps is not None:
+        return training.total_steps
+    assert training.total_tokens is not None  # the section holds exactly one of the two
+    tokens_per_step = batch.train_batch * config.megagpt.model.sequence_length
+    return -(-training.total_tokens // tokens_per_step)
+
+
+def _resolve_scheduler(document: dict[str, Any], total_steps: int) -> None:
+    """Give the schedule its length and peak; DeepSpeed's WarmupDecayLR would else peak at 0.001, whatever lr says."""
+    if "scheduler" not in document:
+        return
+    params = document["scheduler"]["params"]
+    if document["scheduler"]["type"] != "WarmupCosineLR":
+        params["warmup_max_lr"] = document["optimizer"]["params"]["lr"]
+    if params.get("total_num_steps") == "auto":
+        params["total_num_steps"] = total_steps
+    length = params.get("total_num_steps")
+    if length is not None and length < params["warmup_num_steps"]:
+        problem = f"{params['warmup_num_steps']} is longer than the schedule of {length} steps: use at most {length}"
+        raise ConfigError([f"scheduler.params.warmup_num_steps: {problem}"])
+
+
+def _leaves_of_role(role: str, value: BaseModel, prefix: Path = ()) -> list[tuple[str, Any]]:
+    leaves: list[tuple[str, Any]] = []
+    for name, field in type(value).model_fields.items():
+        member = getattr(value, name)
+        if isinstance(member, BaseModel):
+            leaves += _leaves_of_role(role, member, (*prefix, name))
+        elif isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("role") == role:
+            leaves.append((dotted((*prefix, name)), _as_json(member)))
+    return leaves
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_as_json(item) for item in value]
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+
+
+if __name__ == "__main__":
+    from megagpt.config_reference import main
+
+    main()

@@ -1,0 +1,183 @@
+"""What is wrong with a run's configuration: every problem at once, each with its key and what to write instead."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from megagpt.utils import UserError, did_you_mean
+
+Path = tuple[str | int, ...]
+
+AUTO_REFUSED = '"auto" is resolved only in bf16.enabled and scheduler.params.total_num_steps; write the value'
+EXPECTED_KIND = {
+    "int_type": "an integer",
+    "float_type": "a number",
+    "string_type": "a string",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "model_type": "an object",
+}
+BOUND_WORDS = {
+    "greater_than": ("gt", "greater than"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used. `errors` holds one line for each problem, `str(error)` joins them."""
+
+    def __init__(self, errors: Iterable[str]) -> None:
+        self.errors = list(errors)
+        super().__init__("\n".join(self.errors))
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong, and the key it is wrong at (empty: the whole document)."""
+
+    path: Path
+    message: str
+
+    def line(self, source: str) -> str:
+        """`ds_configs/x.json: zero_optimization.stage: must be at most 3, got 4`."""
+        return ": ".join(part for part in (source, dotted(self.path), self.message) if part)
+
+
+def dotted(path: Path) -> str:
+    """A key as the user types it: `megagpt.data.path[0].weight`."""
+    text = ""
+    for element in path:
+        text += f"[{element}]" if isinstance(element, int) else f".{element}" if text else element
+    return text
+
+
+def shown(value: object) -> str:
+    """A value as JSON, short enough for an error line."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def problems_in(
+    error: ValidationError, document: object, model: type[BaseModel], refused: Mapping[str, str]
+) -> list[Problem]:
+    """Translate pydantic's errors; `refused` maps dotted keys that we refuse on purpose to what to use instead."""
+    problems: list[Problem] = []
+    for details in error.errors(include_url=False):
+        problems += _translate(details, document, model, refused)
+    return problems
+
+
+def _translate(
+    details: ErrorDetails, document: object, model: type[BaseModel], refused: Mapping[str, str]
+) -> list[Problem]:
+    kind, location = details["type"], details["loc"]
+    path = _path_in_document(location, document, keep_last=kind in ("missing", "extra_forbidden"))
+    if kind == "default_factory_not_called":
+        return []  # the key that this default follows from is reported by itself
+    if kind == "section_check":
+        found: Sequence[tuple[str, str]] = details["ctx"]["problems"]
+        return [Problem((*path, *(key.split(".") if key else ())), message) for key, message in found]
+    if kind == "extra_forbidden":
+        return [Problem(path, refused.get(dotted(path)) or _unknown_key(path, location, model))]
+    return [Problem(path, _message(details, location, model))]
+
+
+def _message(details: ErrorDetails, location: Path, model: type[BaseModel]) -> str:
+    kind, value, context = details["type"], details["input"], details.get("ctx", {})
+    if kind == "missing":
+        return _missing_key(location, model)
+    if value == "auto":
+        return AUTO_REFUSED
+    if kind in EXPECTED_KIND:
+        return f"expected {EXPECTED_KIND[kind]}, got {shown(value)}"
+    if kind in BOUND_WORDS:
+        key, words = BOUND_WORDS[kind]
+        return f"must be {words} {context[key]}, got {shown(value)}"
+    if kind == "literal_error":
+        return _not_a_choice(value, re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]])
+    if kind == "union_tag_invalid":
+        choices = re.findall(r"'([^']*)'", context["expected_tags"])
+        return f'"type": {_not_a_choice(context["tag"], choices)}'
+    return f"{details['msg'][0].lower()}{details['msg'][1:]}, got {shown(value)}"
+
+
+def _not_a_choice(value: object, choices: list[str]) -> str:
+    expected = ", ".join(f'"{choice}"' for choice in choices)
+    return f"expected one of {expected}; got {shown(value)}{did_you_mean(str(value), choices)}"
+
+
+def _missing_key(location: Path, model: type[BaseModel]) -> str:
+    for parent in _models_at(model, location[:-1]):
+        field = parent.model_fields.get(str(location[-1]))
+        if field is not None and field.description:
+            return f"required key is missing ({field.description})"
+    return "required key is missing"
+
+
+def _unknown_key(path: Path, location: Path, model: type[BaseModel]) -> str:
+    """A near key of the same section, else the place where a key of exactly this name lives."""
+    word = str(path[-1])
+    siblings = [key for parent in _models_at(model, location[:-1]) for key in keys_of(parent)]
+    suggestion = did_you_mean(word, siblings)
+    if not suggestion:
+        elsewhere = [key for key in all_keys(model) if key.rsplit(".", 1)[-1] == word]
+        suggestion = f', did you mean "{elsewhere[0]}"?' if elsewhere else ""
+    return f"unknown key{suggestion}"
+
+
+def _path_in_document(location: Path, document: object, *, keep_last: bool) -> Path:
+    """Pydantic's location without the tags that it inserts for unions: only keys and indices of the document."""
+    path: list[str | int] = []
+    here = document
+    for position, element in enumerate(location):
+        last = keep_last and position == len(location) - 1
+        if isinstance(here, dict) and (element in here or last):
+            path.append(element)
+            here = here.get(element)
+        elif isinstance(here, list | tuple) and isinstance(element, int):
+            path.append(element)
+            here = here[element] if element < len(here) else None
+    return tuple(path)
+
+
+def keys_of(model: type[BaseModel]) -> list[str]:
+    """The keys that a section accepts, as written in the file."""
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every accepted key at any depth, dotted, sections before their members, each once."""
+    found: dict[str, None] = {}
+    for name, field in model.model_fields.items():
+        key = prefix + (field.alias or name)
+        found[key] = None
+        for member in models_in(field.annotation):
+            found.update(dict.fromkeys(all_keys(member, f"{key}.")))
+    return list(found)
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The section classes that a type annotation mentions, through unions, tuples and `Annotated`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in models_in(argument)]
+
+
+def _models_at(root: type[BaseModel], location: Path) -> list[type[BaseModel]]:
+    """The section classes that a location may name; a class name in it is the tag of a union's member."""
+    models = [root]
+    for element in location:
+        tagged = [model for model in models if model.__name__ == element]
+        fields = [field for model in models if (field := model.model_fields.get(str(element))) is not None]
+        if tagged:
+            models = tagged
+        elif fields:
+            models = [member for field in fields for member in models_in(field.annotation)]
+    return models

@@ -3,61 +3,44 @@
 Inputs are contiguous rows; statistics and sums are fp32. CENTRED tells layer norm from RMS norm, and pointers that a
 flag switches off may be anything.
 """
-
-from typing import Any
+# mypy: disable-error-code="no-untyped-def"
 
 import triton
 import triton.language as tl
 
 from kernels.rounding import narrow
+from kernels.tiles import IN_INTERPRETER
 
 
 @triton.jit
-def _load(pointer: Any, offsets: Any, mask: Any) -> Any:
+def _load(pointer, offsets, mask):
     return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _load_total(
-    x: Any, residual: Any, offsets: Any, mask: Any, RESIDUAL: tl.constexpr, INTERPRETED: tl.constexpr
-) -> Any:
+def _load_total(x, residual, offsets, mask, RESIDUAL: tl.constexpr):
     """x, or x + residual rounded as it is stored: backward reads the stored sum, so both see the same numbers."""
     value = _load(x, offsets, mask)
     if RESIDUAL:
         value += _load(residual, offsets, mask)
-        value = narrow(value, x.dtype.element_ty, INTERPRETED).to(tl.float32)
+        value = narrow(value, x.dtype.element_ty, IN_INTERPRETER).to(tl.float32)
     return value
 
 
 @triton.jit
 def norm_forward(
-    x: Any,
-    residual: Any,
-    weight: Any,
-    bias: Any,
-    y: Any,
-    total: Any,
-    mean: Any,
-    rstd: Any,
-    rows: Any,
-    columns: Any,
-    eps: Any,
-    CENTRED: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-) -> None:
+    x, residual, weight, bias, y, total, mean, rstd, rows, columns, eps,
+    CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """ROWS rows for each program, a whole row (columns <= BLOCK) in registers."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < columns
     mask = (row < rows)[:, None] & inside[None, :]
     offsets = row[:, None] * columns + column[None, :]
-    value = _load_total(x, residual, offsets, mask, RESIDUAL, INTERPRETED)
+    value = _load_total(x, residual, offsets, mask, RESIDUAL)
     if RESIDUAL:
-        tl.store(total + offsets, narrow(value, total.dtype.element_ty, INTERPRETED), mask=mask)
+        tl.store(total + offsets, narrow(value, total.dtype.element_ty, IN_INTERPRETER), mask=mask)
     if CENTRED:
         average = tl.sum(value, axis=1) / columns
         value = tl.where(mask, value - average[:, None], 0.0)
@@ -67,27 +50,14 @@ def norm_forward(
     value *= scale[:, None] * _load(weight, column, inside)[None, :]
     if BIAS:
         value += _load(bias, column, inside)[None, :]
-    tl.store(y + offsets, narrow(value, y.dtype.element_ty, INTERPRETED), mask=mask)
+    tl.store(y + offsets, narrow(value, y.dtype.element_ty, IN_INTERPRETER), mask=mask)
 
 
 @triton.jit
 def norm_forward_wide(
-    x: Any,
-    residual: Any,
-    weight: Any,
-    bias: Any,
-    y: Any,
-    total: Any,
-    mean: Any,
-    rstd: Any,
-    columns: Any,
-    eps: Any,
-    CENTRED: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-) -> None:
+    x, residual, weight, bias, y, total, mean, rstd, columns, eps,
+    CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One row for each program, in chunks of BLOCK columns: statistics first, then the result."""
     row = tl.program_id(0).to(tl.int64)
     x += row * columns
@@ -97,7 +67,7 @@ def norm_forward_wide(
     for start in tl.range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         mask = column < columns
-        value = _load_total(x, residual, column, mask, RESIDUAL, INTERPRETED)
+        value = _load_total(x, residual, column, mask, RESIDUAL)
         if CENTRED:
             # Chan, Golub and LeVeque 1983: merging chunks keeps the precision that E[x^2] - E[x]^2 would lose.
             count = tl.minimum(columns - start, BLOCK).to(tl.float32)
@@ -115,37 +85,21 @@ def norm_forward_wide(
     for start in tl.range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         mask = column < columns
-        value = _load_total(x, residual, column, mask, RESIDUAL, INTERPRETED)
+        value = _load_total(x, residual, column, mask, RESIDUAL)
         if RESIDUAL:
-            tl.store(total + row * columns + column, narrow(value, total.dtype.element_ty, INTERPRETED), mask=mask)
+            tl.store(total + row * columns + column, narrow(value, total.dtype.element_ty, IN_INTERPRETER), mask=mask)
         value = (value - average) * scale * _load(weight, column, mask)
         if BIAS:
             value += _load(bias, column, mask)
-        tl.store(y + row * columns + column, narrow(value, y.dtype.element_ty, INTERPRETED), mask=mask)
+        tl.store(y + row * columns + column, narrow(value, y.dtype.element_ty, IN_INTERPRETER), mask=mask)
 
 
 @triton.jit
 def norm_backward(
-    dy: Any,
-    dtotal: Any,
-    x: Any,
-    weight: Any,
-    mean: Any,
-    rstd: Any,
-    dx: Any,
-    dweight: Any,
-    dbias: Any,
-    rows: Any,
-    columns: Any,
-    rows_per_program: Any,
-    CENTRED: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    dy, dtotal, x, weight, mean, rstd, dx, dweight, dbias, rows, columns, rows_per_program,
+    CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-) -> None:
+):  # fmt: skip
     """A run of rows for each program, ROWS at a time; its share of dweight and dbias stays in registers to the end."""
     program = tl.program_id(0).to(tl.int64)
     first = program * rows_per_program
@@ -175,7 +129,7 @@ def norm_backward(
         result *= scale
         if RESIDUAL:
             result += _load(dtotal, offsets, mask)
-        tl.store(dx + offsets, narrow(result, dx.dtype.element_ty, INTERPRETED), mask=mask)
+        tl.store(dx + offsets, narrow(result, dx.dtype.element_ty, IN_INTERPRETER), mask=mask)
     tl.store(dweight + program * columns + column, tl.sum(weight_sum, axis=0), mask=inside)
     if BIAS:
         tl.store(dbias + program * columns + column, tl.sum(bias_sum, axis=0), mask=inside)
@@ -183,19 +137,9 @@ def norm_backward(
 
 @triton.jit
 def norm_backward_wide(
-    dy: Any,
-    dtotal: Any,
-    x: Any,
-    weight: Any,
-    mean: Any,
-    rstd: Any,
-    dx: Any,
-    columns: Any,
-    CENTRED: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    BLOCK: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-) -> None:
+    dy, dtotal, x, weight, mean, rstd, dx, columns,
+    CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """dx of one row for each program, in chunks of BLOCK columns: the two row averages first, then the result."""
     row = tl.program_id(0).to(tl.int64)
     offset = row * columns
@@ -223,25 +167,14 @@ def norm_backward_wide(
         result *= scale
         if RESIDUAL:
             result += _load(dtotal + offset, column, mask)
-        tl.store(dx + offset + column, narrow(result, dx.dtype.element_ty, INTERPRETED), mask=mask)
+        tl.store(dx + offset + column, narrow(result, dx.dtype.element_ty, IN_INTERPRETER), mask=mask)
 
 
 @triton.jit
 def norm_parameter_sums(
-    dy: Any,
-    x: Any,
-    mean: Any,
-    rstd: Any,
-    dweight: Any,
-    dbias: Any,
-    rows: Any,
-    columns: Any,
-    rows_per_program: Any,
-    CENTRED: tl.constexpr,
-    BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-) -> None:
+    dy, x, mean, rstd, dweight, dbias, rows, columns, rows_per_program,
+    CENTRED: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Partial sums of dweight and dbias for one run of rows and one block of columns (wide rows only)."""
     program = tl.program_id(0).to(tl.int64)
     first = program * rows_per_program

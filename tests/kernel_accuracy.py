@@ -1,0 +1,59 @@
+"""Is a fused operation as accurate as torch's own? Both are held against the same operation in fp64."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def outputs_and_gradients(
+    function: Callable[..., Any], tensors: dict[str, Tensor], dtype: torch.dtype, **options: Any
+) -> dict[str, Tensor]:
+    """What the function returns, and the gradient of every floating-point argument, from random output gradients.
+
+    The numbers are the same whatever the dtype: they are rounded to the dtype of ``tensors`` first.
+    """
+    arguments = {
+        name: tensor.detach().to(dtype).requires_grad_() if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }
+    result = function(**arguments, **options)
+    outputs = result if isinstance(result, tuple) else (result,)
+    generator = torch.Generator().manual_seed(1)
+    given = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    seeds = [torch.randn(x.shape, generator=generator).to(given).to(x.device, x.dtype) for x in outputs]
+    leaves = {name: x for name, x in arguments.items() if x.requires_grad}
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), seeds)
+    named = {f"output {i}": x.detach() for i, x in enumerate(outputs)}
+    return named | {f"gradient of {name}": x for name, x in zip(leaves, gradients, strict=True)}
+
+
+def assert_as_accurate_as_torch(op: str, tensors: dict[str, Tensor], **options: Any) -> None:
+    """Outputs and gradients of ``kernels.<op>`` are within twice the error of torch's in the same dtype.
+
+    The rule of FlashAttention's tests (hopper/test_flash_attn.py), whose second term allows for rounding the result.
+    """
+    dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    twin = getattr(reference, op)
+    ours = outputs_and_gradients(getattr(kernels, op), tensors, dtype, **options)
+    theirs = outputs_and_gradients(twin, tensors, dtype, **options)
+    exact = outputs_and_gradients(twin, tensors, torch.float64, **options)
+    for name, truth in exact.items():
+        assert ours[name].dtype == theirs[name].dtype, name
+        assert ours[name].shape == theirs[name].shape, name
+        error, allowed = largest_error(ours[name], truth), 2 * largest_error(theirs[name], truth)
+        shifted = (truth.to(dtype) + 0.3 - 0.3).double() - truth
+        allowed += 2 * (shifted.abs().max().item() if shifted.numel() else 0.0)
+        assert error <= allowed, f"{op}: {name}: error {error:.3g}, torch's allows {allowed:.3g}"
+
+
+def largest_error(value: Tensor, truth: Tensor) -> float:
+    """The largest absolute difference, infinite where either is not a number and the other is."""
+    difference = (value.double() - truth).abs()
+    return difference.nan_to_num(nan=float("inf")).max().item() if difference.numel() else 0.0

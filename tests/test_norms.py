@@ -1,0 +1,193 @@
+"""Layer and RMS normalisation: accuracy of outputs and every gradient, odd shapes and strides, exact and repeatable."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kernel_accuracy import DTYPES, assert_as_accurate_as_torch, outputs_and_gradients
+from torch import Tensor
+
+import kernels
+from kernels import norms
+
+OPS = ("layer_norm", "rms_norm")
+
+
+def case(op: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, residual: bool = False) -> dict[str, Tensor]:
+    """Random arguments of a norm."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    tensors = {"x": random(*shape), "weight": random(shape[-1])}
+    if op == "layer_norm":
+        tensors["bias"] = random(shape[-1])
+    if residual:
+        tensors["residual"] = random(*shape)
+    return tensors
+
+
+@pytest.fixture
+def narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of more than 64 columns count as wide, so that a few hundred columns already make many chunks."""
+    monkeypatch.setattr(norms, "_WIDEST_TILE", 64)
+    monkeypatch.setattr(norms, "_CHUNK", 32)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 5, 127, 768])
+@pytest.mark.parametrize("op", OPS)
+def test_accuracy(fused_device: str, op: str, columns: int, dtype: torch.dtype, residual: bool) -> None:
+    assert_as_accurate_as_torch(op, case(op, (3, 7, columns), dtype, fused_device, residual))
+    assert kernels.launches() == {"norm_forward": 1, "norm_backward": 1}
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [65, 96, 300])
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.usefixtures("narrow_tiles")
+def test_accuracy_of_wide_rows(fused_device: str, op: str, columns: int, dtype: torch.dtype, residual: bool) -> None:
+    assert_as_accurate_as_torch(op, case(op, (5, columns), dtype, fused_device, residual))
+    assert kernels.launches() == {"norm_forward_wide": 1, "norm_backward_wide": 1, "norm_parameter_sums": 1}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_widest_rows(fused_device: str, op: str) -> None:
+    assert_as_accurate_as_torch(op, case(op, (2, 65_537), torch.float32, fused_device, residual=True))
+    assert kernels.launches()["norm_parameter_sums"] == 1
+
+
+def test_layer_norm_without_a_bias(fused_device: str) -> None:
+    x, weight = case("rms_norm", (4, 33), torch.float32, fused_device).values()
+    expected = torch.nn.functional.layer_norm(x, (33,), weight)
+    torch.testing.assert_close(kernels.layer_norm(x, weight, None), expected)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_large_mean_costs_no_precision(fused_device: str, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E[x^2] - E[x]^2 in fp32 would be off by several units here: the mean is 10^4 deviations away."""
+    if wide:
+        monkeypatch.setattr(norms, "_WIDEST_TILE", 64)
+        monkeypatch.setattr(norms, "_CHUNK", 32)
+    x = torch.randn(4, 256, generator=torch.Generator().manual_seed(0)).to(fused_device) + 1e4
+    ones, zeros = torch.ones(256, device=fused_device), torch.zeros(256, device=fused_device)
+    y = kernels.layer_norm(x, ones, zeros)
+    truth = torch.nn.functional.layer_norm(x.double(), (256,))
+    torch.testing.assert_close(y.double(), truth, atol=2e-3, rtol=0.0)
+
+
+@pytest.mark.filterwarnings("ignore:(divide by zero|invalid value):RuntimeWarning")  # in rows beyond the last
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_integer_values_are_exact(fused_device: str, op: str, dtype: torch.dtype) -> None:
+    """Rows of +1 and -1 have mean 0 and variance 1, so with integer weights every number is an integer."""
+    signs = torch.tensor([1.0, -1.0]).repeat(3, 32).to(fused_device, dtype)
+    tensors = case(op, (3, 64), dtype, fused_device)
+    tensors |= {name: x.mul(3).round() for name, x in tensors.items()} | {"x": signs}
+    y = getattr(kernels, op)(**tensors, eps=0.0)
+    assert torch.equal(y, signs * tensors["weight"] + tensors.get("bias", 0))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("wide", [False, True])
+def test_repeated_runs_are_equal(fused_device: str, op: str, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if wide:
+        monkeypatch.setattr(norms, "_WIDEST_TILE", 64)
+    tensors = case(op, (30 if wide else 300, 100), torch.bfloat16, fused_device, residual=True)
+    first, second = (outputs_and_gradients(getattr(kernels, op), tensors, torch.bfloat16) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_strides(fused_device: str, op: str) -> None:
+    """A transposed input, a broadcast residual and the stride-0 gradient that sum() sends back."""
+    tensors = case(op, (6, 5, 40), torch.float32, fused_device)
+    gradients = []
+    for function in (getattr(kernels, op), getattr(kernels.reference, op)):
+        x = tensors["x"].detach().requires_grad_()
+        y, total = function(
+            x.transpose(0, 1), *list(tensors.values())[1:], residual=x[0, 0].expand(5, 6, 40).clone().expand(5, 6, 40)
+        )
+        (y.square().sum() + total.sum()).backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_unused_output_has_no_gradient(fused_device: str, op: str) -> None:
+    tensors = case(op, (2, 3, 40), torch.float32, fused_device, residual=True)
+    for output in (0, 1):
+        gradients = []
+        for function in (getattr(kernels, op), getattr(kernels.reference, op)):
+            arguments = {name: x.detach().requires_grad_() for name, x in tensors.items()}
+            function(**arguments)[output].square().sum().backward()
+            gradients.append([torch.zeros_like(x) if x.grad is None else x.grad for x in arguments.values()])
+        torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_rows(fused_device: str, op: str) -> None:
+    tensors = case(op, (0, 16), torch.float32, fused_device)
+    result = outputs_and_gradients(getattr(kernels, op), tensors, torch.float32)
+    assert result["output 0"].shape == (0, 16)
+    assert not result["gradient of weight"].any()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_parameter_freed_between_forward_and_backward(fused_device: str, op: str) -> None:
+    """ZeRO-3 empties a gathered parameter after forward and fills it again, elsewhere, before backward."""
+    tensors = case(op, (4, 24), torch.float32, fused_device)
+    expected = outputs_and_gradients(getattr(kernels, op), tensors, torch.float32)["gradient of x"]
+    weight = torch.nn.Parameter(tensors.pop("weight"))
+    x = tensors.pop("x").requires_grad_()
+    y = getattr(kernels, op)(x, weight, **tensors)
+    gathered = weight.data
+    weight.data = torch.empty(0, device=fused_device)
+    gathered_again = gathered.clone()
+    gathered.fill_(float("nan"))
+    weight.data = gathered_again
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(fused_device))
+    assert torch.equal(x.grad, expected)
+
+
+def test_the_operator_is_sound_for_compilers(fused_device: str) -> None:
+    """Schema, fake implementation and autograd registration, as torch.compile relies on them."""
+    x, weight, bias, residual = (
+        t.requires_grad_() for t in case("layer_norm", (2, 8), torch.float32, fused_device, True).values()
+    )
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(norms._forward, (x, residual, weight, bias, 1e-5, True), test_utils=checks)
+    torch.library.opcheck(norms._forward, (x, None, weight, None, 1e-5, False), test_utils=checks)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    op=st.sampled_from(OPS),
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 200),
+    dtype=st.sampled_from(DTYPES),
+    residual=st.booleans(),
+)
+def test_any_shape(fused_device: str, op: str, rows: int, columns: int, dtype: torch.dtype, residual: bool) -> None:
+    assert_as_accurate_as_torch(op, case(op, (rows, columns), dtype, fused_device, residual))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.ones(7)}, r"layer_norm: weight has shape \(7,\), expected \(8,\)"),
+        ({"bias": torch.ones(8).half()}, "layer_norm: bias has dtype torch.float16, expected torch.float32"),
+        ({"weight": torch.ones(8, device="meta")}, "layer_norm: weight is on meta, expected c"),
+        ({"residual": torch.ones(3, 8)}, r"layer_norm: residual has shape \(3, 8\), expected \(2, 8\)"),
+    ],
+)
+def test_bad_arguments_are_named(fused_device: str, change: dict[str, Tensor], message: str) -> None:
+    tensors = case("layer_norm", (2, 8), torch.float32, fused_device)
+    changed = {name: x if x.is_meta else x.to(fused_device) for name, x in change.items()}
+    with pytest.raises(ValueError, match=message):
+        kernels.layer_norm(**(tensors | changed))
+    assert kernels.launches() == {}

@@ -6,12 +6,16 @@ from its own generator, so a text depends neither on the other prompts nor on th
 
 import codecs
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import tiktoken
 import torch
 from torch import Tensor
 
+from megagpt.config_megagpt import MegagptConfig
 from megagpt.model import KeyValueCache
+from megagpt.tokenizer import load_tokenizer
+from megagpt.utils import UserError
 
 # Reads tokens (1, length), on the CPU, at positions cache.length and after, and adds them to the cache. Returns logits
 # (1, any length, vocabulary), on any device: the last row scores the next token.
@@ -119,6 +123,18 @@ class Sampler:
         more_probable = probabilities.cumsum(dim=0) - probabilities
         kept = probabilities.where(more_probable < self.top_p, 0.0)  # the first is always among them
         return order[torch.multinomial(kept, 1, generator=self.generator)]
+
+
+def open_tokenizer(config: MegagptConfig) -> tiktoken.Encoding:
+    """The encoding of a run's data. UserError where it is missing, or has tokens that the model has no row for."""
+    directory = Path(config.data.sources[0].path)
+    encoding = load_tokenizer(directory)
+    if encoding.n_vocab > config.model.vocab_size:
+        raise UserError(
+            f"{directory}: its vocabulary is {encoding.n_vocab}, the model's {config.model.vocab_size}: it was "
+            "prepared anew since the run; prepare it again with the tokenizer of the run"
+        )
+    return encoding
 
 
 def allowed_tokens(encoding: tiktoken.Encoding) -> Tensor:

@@ -1,0 +1,51 @@
+"""Loss, perplexity and bits per byte on the validation split: python launch/evaluate.py --run_dir runs/NAME"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import json
+
+from megagpt.arguments import whole_number
+from megagpt.utils import run_command
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    import torch  # after the arguments, so that --help and a wrong value answer at once
+
+    from megagpt.checkpoint import load_model
+    from megagpt.evaluate import evaluate, model_loss, open_validation
+    from megagpt.tokenizer import load_tokenizer
+
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    model, config, step = load_model(arguments.run_dir, step=arguments.step, device=device)
+    for directory, stream in open_validation(config.megagpt):
+        result = evaluate(
+            model_loss(model, device),
+            stream,
+            load_tokenizer(directory),
+            batch_size=arguments.batch_size,
+            batches=arguments.batches,
+        )
+        print(f"step {step}, {directory}: {result}", file=sys.stderr)
+        print(json.dumps({"step": step, "data": str(directory), **result.as_json()}), flush=True)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Loss, perplexity and bits per byte on the validation split of each dataset of a run: "
+        "a sentence on stderr, one JSON object a line on stdout."
+    )
+    add = parser.add_argument
+    add("--run_dir", type=Path, required=True, help="run directory, such as runs/NAME")
+    add("--batch_size", type=whole_number(1), default=8, help="sequences at once [8]")
+    add("--batches", type=whole_number(1), help="evaluate on the first so many batches only [all]")
+    add("--step", type=whole_number(0), help="step of the checkpoint [the newest]")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

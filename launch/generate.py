@@ -1,0 +1,56 @@
+"""Continue prompts with a trained model: python launch/generate.py --run_dir runs/NAME --prompt "import os" """
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+
+from megagpt.arguments import non_negative, probability, whole_number
+from megagpt.utils import run_command
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    import torch  # after the arguments, so that --help and a wrong value answer at once
+
+    from megagpt.checkpoint import load_model
+    from megagpt.generate import generate, open_tokenizer
+
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    model, config, _ = load_model(arguments.run_dir, step=arguments.step, device=device)
+    encoding = open_tokenizer(config.megagpt)
+    for prompt in arguments.prompt:
+        print(prompt, end="", flush=True)
+        generate(
+            lambda tokens, cache: model(tokens.to(device), cache=cache),
+            encoding,
+            [prompt],
+            sequence_length=config.megagpt.model.sequence_length,
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+            on_text=lambda _, piece: print(piece, end="", flush=True),
+        )
+        print("\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Continue prompts with a trained model.")
+    add = parser.add_argument
+    add("--run_dir", type=Path, required=True, help="run directory, such as runs/NAME")
+    add("--prompt", action="append", required=True, help="text to continue; give it again for another")
+    add("--max_new_tokens", type=whole_number(0), default=256, help="longest continuation [256]")
+    add("--temperature", type=non_negative, default=0.8, help="0: always the best token; 1: as trained [0.8]")
+    add("--top_k", type=whole_number(1), help="draw from the k best tokens [all]")
+    add("--top_p", type=probability, default=1.0, help="draw from the best tokens that sum to this probability [1]")
+    add("--seed", type=whole_number(0), default=0, help="another seed, another text [0]")
+    add("--step", type=whole_number(0), help="step of the checkpoint [the newest]")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

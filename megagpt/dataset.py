@@ -1,0 +1,239 @@
+"""Reading prepared tokens: memory-mapped streams, cut into samples visited in a reproducible order.
+
+A run reads a `SampleStream`: sample `index` is a pure function of (data, seed, index), the same on every rank and mesh,
+so the position in the data is one integer and resuming costs nothing. numpy only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from megagpt.integrity import check, verify
+from megagpt.manifest import OFFSET_DTYPE, Manifest, Shard, Split, read_manifest
+from megagpt.sample_order import Blend, permute
+from megagpt.utils import UserError
+
+__all__ = ["Batch", "Dataset", "Manifest", "Sample", "SampleStream", "TokenStream", "open_dataset", "verify"]
+
+
+class TokenStream:
+    """The tokens of one split as one long sequence, whatever files they lie in, and where its documents begin."""
+
+    def __init__(self, directory: Path, shards: Sequence[Shard], dtype: np.dtype) -> None:
+        self._tokens = [np.memmap(directory / shard.file, dtype, mode="r") for shard in shards]
+        self._offsets = [_open_offsets(directory / shard.offsets.file) for shard in shards]
+        self._starts = np.cumsum([0, *(shard.tokens for shard in shards)])
+        self._first_documents = np.cumsum([0, *(shard.documents for shard in shards)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) as int64."""
+        pieces = [self._tokens[shard][low:high] for shard, low, high in self._pieces(start, stop)]
+        return np.concatenate(pieces, dtype=np.int64)
+
+    def document_ids(self, start: int, stop: int) -> np.ndarray:
+        """The number, in the split, of the document that each token of [start, stop) belongs to, as int64."""
+        return np.concatenate([self._shard_document_ids(*piece) for piece in self._pieces(start, stop)])
+
+    def _shard_document_ids(self, shard: int, low: int, high: int) -> np.ndarray:
+        offsets = self._offsets[shard]
+        # Scalars of the file's own type: with any other, searchsorted would convert the whole file first.
+        first, last = np.searchsorted(offsets, [OFFSET_DTYPE.type(low), OFFSET_DTYPE.type(high - 1)], side="right")
+        begins = np.zeros(high - low, np.int64)
+        begins[(offsets[first:last] - OFFSET_DTYPE.type(low)).astype(np.int64)] = 1
+        return self._first_documents[shard] + first - 1 + np.cumsum(begins)
+
+    def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """(shard, low, high) of the shards that [start, stop) touches."""
+        if not 0 <= start < stop <= len(self):
+            raise IndexError(f"tokens [{start}, {stop}) of a stream of {len(self)}")
+        first, last = np.searchsorted(self._starts, [start, stop - 1], side="right") - 1
+        return [
+            (
+                shard,
+                max(start - int(self._starts[shard]), 0),
+                min(stop, int(self._starts[shard + 1])) - int(self._starts[shard]),
+            )
+            for shard in range(first, last + 1)
+        ]
+
+
+def _open_offsets(path: Path) -> np.ndarray:
+    if path.stat().st_size == 0:  # no document begins in this shard; an empty file cannot be mapped
+        return np.empty(0, OFFSET_DTYPE)
+    return np.memmap(path, OFFSET_DTYPE, mode="r")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A directory of prepared tokens that agrees with its manifest."""
+
+    directory: Path
+    manifest: Manifest
+
+    @property
+    def vocabulary(self) -> int:
+        return self.manifest.vocabulary
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the contents, for checkpoints: equal for equal tokens and tokenizer, wherever they lie."""
+        return self.manifest.fingerprint
+
+    def split(self, name: Split) -> TokenStream:
+        if not self.manifest.tokens(name):
+            advice = "a --validation-fraction above 0" if name == "val" else "more text"
+            raise UserError(f"{self.directory}: no tokens in its {name} split; prepare it again with {advice}")
+        return TokenStream(self.directory, self.manifest.shards(name), self.manifest.token_dtype)
+
+
+def open_dataset(directory: Path) -> Dataset:
+    """Open a prepared dataset once its files agree with its manifest by size, dtype, largest token and probes.
+
+    Takes well under two seconds. UserError with file, offset, found and expected where they do not agree.
+    """
+    manifest = read_manifest(Path(directory))
+    check(Path(directory), manifest)
+    return Dataset(Path(directory), manifest)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`tokens` and the token after each, `targets`: int64 [L]. `document_ids`: int32 [L], equal within a document."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    document_ids: np.ndarray | None
+    sample_id: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples stacked: int64 [n, L], int64 [n, L], int32 [n, L] or None, int64 [n]."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    document_ids: np.ndarray | None
+    sample_ids: np.ndarray
+
+
+class SampleStream:
+    """Endless samples of `sequence_length` tokens from one dataset or a weighted blend.
+
+    Samples are windows of L + 1 tokens that overlap by one: each token is a target once an epoch, and the rest of a
+    split that fills no window is left out. The training split is visited in a new order each epoch, the validation
+    split in its own. In a blend each dataset counts its own epochs. A sample's id is its index.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        blend: Blend,
+        *,
+        split: Split,
+        sequence_length: int,
+        seed: int,
+        document_mask: bool,
+    ) -> None:
+        self.datasets, self.sequence_length = tuple(datasets), sequence_length
+        self._blend, self._seed = blend, seed
+        self._shuffled, self._document_mask = split == "train", document_mask
+        self._streams = [dataset.split(split) for dataset in datasets]
+        self._windows = [_count_windows(dataset, split, sequence_length) for dataset in datasets]
+
+    @classmethod
+    def open(
+        cls,
+        data: Sequence[tuple[Path, float]],
+        *,
+        split: Split,
+        sequence_length: int,
+        seed: int,
+        document_mask: bool,
+    ) -> SampleStream:
+        """Open (directory, weight) pairs; UserError for a bad dataset, weight, or differing tokenizers."""
+        blend = Blend([weight for _, weight in data])
+        datasets = [open_dataset(directory) for directory, _ in data]
+        for other in datasets[1:]:
+            if other.manifest.tokenizer.sha256 != datasets[0].manifest.tokenizer.sha256:
+                raise UserError(
+                    f"{other.directory}: its tokenizer ({other.manifest.tokenizer.name}) is not that of "
+                    f"{datasets[0].directory} ({datasets[0].manifest.tokenizer.name}); prepare both with the same one"
+                )
+        return cls(
+            datasets, blend, split=split, sequence_length=sequence_length, seed=seed, document_mask=document_mask
+        )
+
+    @property
+    def vocabulary(self) -> int:
+        return self.datasets[0].vocabulary
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Windows in all the datasets together; each dataset of a blend begins its next epoch on its own."""
+        return sum(self._windows)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the data and their shares: what a resumed run compares."""
+        contents = [
+            [dataset.fingerprint, str(share)] for dataset, share in zip(self.datasets, self._blend.shares, strict=True)
+        ]
+        return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+
+    def locate(self, index: int) -> tuple[Dataset, int]:
+        """The dataset of sample `index` and its first token there: for people who look at a sample on record."""
+        number, window = self._window(index)
+        return self.datasets[number], window * self.sequence_length
+
+    def sample(self, index: int) -> Sample:
+        """Sample `index`, counted over all epochs without end."""
+        number, window = self._window(index)
+        stream, start = self._streams[number], window * self.sequence_length
+        stop = start + self.sequence_length
+        tokens = stream.read(start, stop + 1)
+        document_ids = None
+        if self._document_mask:
+            ids = stream.document_ids(start, stop)
+            document_ids = (ids - ids[0]).astype(np.int32)
+        return Sample(tokens[:-1], tokens[1:], document_ids, index)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The samples at `indices`, stacked in that order."""
+        samples = [self.sample(index) for index in indices]
+        return Batch(
+            tokens=np.stack([sample.tokens for sample in samples]),
+            targets=np.stack([sample.targets for sample in samples]),
+            document_ids=np.stack([s.document_ids for s in samples if s.document_ids is not None])
+            if self._document_mask
+            else None,
+            sample_ids=np.array([sample.sample_id for sample in samples], np.int64),
+        )
+
+    def _window(self, index: int) -> tuple[int, int]:
+        """(number of the dataset, window in it) of sample `index`."""
+        number, visit = self._blend.locate(index)
+        epoch, place = divmod(visit, self._windows[number])
+        if not self._shuffled:
+            return number, place
+        return number, permute(place, self._windows[number], seed=self._seed, epoch=epoch)
+
+
+def _count_windows(dataset: Dataset, split: Split, sequence_length: int) -> int:
+    tokens = dataset.manifest.tokens(split)
+    windows = (tokens - 1) // sequence_length
+    if windows < 1:
+        raise UserError(
+            f"{dataset.directory}: its {split} split has {tokens} tokens, a sample takes {sequence_length + 1}; use a "
+            f"model.sequence_length of at most {max(tokens - 1, 0)}, or more data"
+        )
+    return windows

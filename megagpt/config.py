@@ -133,6 +133,11 @@ class ResolvedConfig(RunConfig):
         """Tokens of one optimizer step, over all ranks."""
         return self.train_batch_size * self.megagpt.model.sequence_length
 
+    @property
+    def data_parallel_size(self) -> int:
+        """Ranks that see different sequences; ZeRO partitions over them."""
+        return self.train_batch_size // (self.train_micro_batch_size_per_gpu * self.gradient_accumulation_steps)
+
 
 Config = TypeVar("Config", bound=RunConfig)
 

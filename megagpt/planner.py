@@ -1,0 +1,204 @@
+"""The one table of what composes: each row refuses a combination, says why, and names the nearest legal one.
+
+A row stands here because DeepSpeed 0.19.8 would ignore the combination or fail late, or because this trainer does not
+do it yet: a key that is accepted acts. Call `require_legal` on the configuration as read and again on the resolved
+one, where "auto" and the number of ranks are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megagpt.config import ConfigError, ResolvedConfig, RunConfig
+from megagpt.config_errors import shown
+
+BUFFER_ELEMENTS = 100_000_000  # what DeepSpeed takes where offload_param.buffer_size is absent (zero/offload_config.py)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row. `remedy` is the `--set` item that makes a refused configuration legal in this respect."""
+
+    key: str
+    refuses: Callable[[RunConfig], bool]
+    reason: str
+    remedy: str | Callable[[RunConfig], str]
+
+    def remedy_for(self, config: RunConfig) -> str:
+        """The `--set` item for this configuration."""
+        return self.remedy if isinstance(self.remedy, str) else self.remedy(config)
+
+    def line(self, config: RunConfig) -> str:
+        """`megagpt.parallel.tensor: 2 is refused: ...; nearest legal: --set megagpt.parallel.tensor=1`."""
+        value = shown(_value_at(config, self.key))
+        return f"{self.key}: {value} is refused: {self.reason}; nearest legal: --set {self.remedy_for(config)}"
+
+
+def refusals(config: RunConfig) -> list[Rule]:
+    """The rows that refuse this configuration; an empty list is a legal one."""
+    return [rule for rule in RULES if rule.refuses(config)]
+
+
+def require_legal(config: RunConfig, source: str = "") -> None:
+    """Raise ConfigError with a line for every row that refuses; `source` (the file) stands before each."""
+    prefix = f"{source}: " if source else ""
+    lines = [prefix + rule.line(config) for rule in refusals(config)]
+    if lines:
+        raise ConfigError(lines)
+
+
+def _value_at(config: RunConfig, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _optimizer_device(config: RunConfig) -> str:
+    return config.zero_optimization.optimizer_device
+
+
+def _parameter_device(config: RunConfig) -> str:
+    return config.zero_optimization.parameter_device
+
+
+def _stage(config: RunConfig) -> int:
+    return config.zero_optimization.stage
+
+
+def _model_type(config: RunConfig) -> str:
+    """fp32, fp16, bf16, or "unknown" while bf16.enabled is still "auto"."""
+    if config.bf16.enabled == "auto":
+        return "unknown"
+    return "fp16" if config.fp16.enabled else "bf16" if config.bf16.enabled else "fp32"
+
+
+def _accumulates_otherwise(config: RunConfig) -> bool:
+    """Gradients accumulate in a format other than the model's."""
+    wanted, model_type = config.data_types.grad_accum_dtype, _model_type(config)
+    return wanted is not None and "unknown" not in (wanted, model_type) and wanted != model_type
+
+
+def _largest_parameter_shard(config: RunConfig) -> int:
+    """Elements of the largest parameter's share on one rank; 0 until the ranks are known."""
+    if not isinstance(config, ResolvedConfig):
+        return 0
+    model = config.megagpt.model
+    up_width = model.mlp_size * (1 if model.activation == "gelu" else 2)  # gate and up are one matrix
+    qkv_width = model.hidden_size + 2 * model.num_kv_heads * model.head_size
+    largest = model.hidden_size * max(model.vocab_size, up_width, qkv_width)
+    return -(-largest // config.data_parallel_size)
+
+
+def _buffer_too_small(config: RunConfig) -> bool:
+    offload = config.zero_optimization.offload_param
+    if offload is None or offload.device != "nvme":
+        return False
+    return (offload.buffer_size or BUFFER_ELEMENTS) < _largest_parameter_shard(config)
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "megagpt.parallel.tensor",
+        lambda config: config.megagpt.parallel.tensor > 1,
+        "this version has no tensor-parallel layers",
+        "megagpt.parallel.tensor=1",
+    ),
+    Rule(
+        "megagpt.parallel.pipeline",
+        lambda config: config.megagpt.parallel.pipeline > 1,
+        "this version has no pipeline stages",
+        "megagpt.parallel.pipeline=1",
+    ),
+    Rule(
+        "megagpt.parallel.schedule",
+        lambda config: config.megagpt.parallel.schedule != "1f1b" and config.megagpt.parallel.pipeline == 1,
+        "it orders the micro-batches of a pipeline, and there is none",
+        "megagpt.parallel.schedule=1f1b",
+    ),
+    Rule(
+        "megagpt.parallel.virtual_stages",
+        lambda config: config.megagpt.parallel.virtual_stages > 1 and config.megagpt.parallel.pipeline == 1,
+        "it cuts the stages of a pipeline, and there is none",
+        "megagpt.parallel.virtual_stages=1",
+    ),
+    Rule(
+        "megagpt.parallel.sequence",
+        lambda config: config.megagpt.parallel.sequence and config.megagpt.parallel.tensor == 1,
+        "it splits the norms over the tensor axis, which has one rank",
+        "megagpt.parallel.sequence=false",
+    ),
+    Rule(
+        "megagpt.parallel.gradient_reduction",
+        lambda config: config.megagpt.parallel.gradient_reduction == "per_step" and _stage(config) == 0,
+        "DeepSpeed's coalesced reduction needs a ZeRO optimizer",
+        "zero_optimization.stage=1",
+    ),
+    Rule(
+        "megagpt.checkpoint.asynchronous",
+        lambda config: config.megagpt.checkpoint.asynchronous,
+        "this version saves synchronously",
+        "megagpt.checkpoint.asynchronous=false",
+    ),
+    Rule(
+        "megagpt.training.on_spike",
+        lambda config: config.megagpt.training.on_spike in ("skip", "rewind"),
+        "this version reports loss spikes and does not act on them",
+        "megagpt.training.on_spike=warn",
+    ),
+    Rule(
+        "zero_optimization.offload_optimizer.device",
+        lambda config: _optimizer_device(config) != "none" and _stage(config) == 0,
+        "ZeRO 0 has no partitioned optimizer state to offload",
+        "zero_optimization.stage=1",
+    ),
+    Rule(
+        "zero_optimization.offload_optimizer.device",
+        lambda config: _optimizer_device(config) == "nvme" and _stage(config) in (1, 2),
+        "DeepSpeed ignores NVMe below ZeRO 3: no swap file ever appears",
+        "zero_optimization.stage=3",
+    ),
+    Rule(
+        "zero_optimization.offload_param.device",
+        lambda config: _parameter_device(config) != "none" and _stage(config) < 3,
+        "DeepSpeed ignores parameter offload below ZeRO 3",
+        "zero_optimization.stage=3",
+    ),
+    Rule(
+        "zero_optimization.offload_param.device",
+        lambda config: _parameter_device(config) == "nvme" and _model_type(config) == "fp32",
+        "DeepSpeed swaps parameters to NVMe in bf16 or fp16 only, and this run computes in fp32",
+        "bf16.enabled=true",
+    ),
+    Rule(
+        "zero_optimization.offload_param.buffer_size",
+        _buffer_too_small,
+        "a rank's share of the largest parameter does not fit into one I/O buffer",
+        lambda config: f"zero_optimization.offload_param.buffer_size={_largest_parameter_shard(config)}",
+    ),
+    Rule(
+        "data_types.grad_accum_dtype",
+        lambda config: _accumulates_otherwise(config) and config.data_types.grad_accum_dtype != "fp32",
+        "it is less exact than the model, or another 16-bit format",
+        "data_types.grad_accum_dtype=fp32",
+    ),
+    Rule(
+        "data_types.grad_accum_dtype",
+        lambda config: _accumulates_otherwise(config) and _stage(config) == 0,
+        "DeepSpeed has no optimizer at ZeRO 0 that accumulates in another format than the model's",
+        "zero_optimization.stage=2",
+    ),
+    Rule(
+        "data_types.grad_accum_dtype",
+        lambda config: (
+            _accumulates_otherwise(config)
+            and _model_type(config) == "bf16"
+            and _stage(config) == 1
+            and _optimizer_device(config) == "none"
+        ),
+        "DeepSpeed then leaves the ZeRO optimizer for its BF16_Optimizer, which cannot coalesce reductions",
+        "zero_optimization.stage=2",
+    ),
+)

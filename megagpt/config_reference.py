@@ -9,48 +9,51 @@ from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from pydantic.json_schema import GenerateJsonSchema
 
 from megagpt.config import RunConfig
 from megagpt.config_errors import models_in, shown
+from megagpt.config_megagpt import ParallelConfig
+from megagpt.config_model import ModelSection
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+TABLE_HEAD = "| key | meaning | default | role |\n| --- | --- | --- | --- |"
+DERIVED_DEFAULTS = {
+    (ModelSection, "num_kv_heads"): "num_heads",
+    (ParallelConfig, "gradient_reduction"): "see meaning",
+}
+
+
+class _FileSchema(GenerateJsonSchema):
+    """Leaves out the titles that pydantic makes of every key: they repeat it with a capital letter."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
 
 
 def schema_text() -> str:
     """The JSON Schema of a whole file, as ds_configs/schema.json holds it."""
-    schema = RunConfig.model_json_schema(by_alias=True, mode="validation")
-    document = {
-        "$schema": SCHEMA_DIALECT,
-        "title": "A megagpt run",
-        **{k: v for k, v in schema.items() if k != "title"},
-    }
-    return json.dumps(_without_required_that_presets_give(document), indent=2, ensure_ascii=False) + "\n"
-
-
-def _without_required_that_presets_give(schema: dict[str, Any]) -> dict[str, Any]:
-    """A file with a preset need not repeat the preset's keys, so an editor must not ask for them."""
-    schema["$defs"]["ModelSection"].pop("required")
-    return schema
+    schema = RunConfig.model_json_schema(by_alias=True, schema_generator=_FileSchema)
+    schema["$defs"]["ModelSection"].pop("required")  # a preset gives these keys, so an editor must not ask for them
+    document = {"$schema": SCHEMA_DIALECT, **schema, "title": "A megagpt run"}
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
 def reference_text() -> str:
     """One Markdown table a section: every key with its meaning, its default and its role."""
-    return "\n\n".join(_tables(RunConfig, "", "Top level"))
+    return "\n\n".join(_tables(RunConfig, "", "Top level")) + "\n"
 
 
-def _tables(model: type[BaseModel], prefix: str, title: str) -> list[str]:
-    rows, below = ["| key | meaning | default | role |", "| --- | --- | --- | --- |"], []
+def _tables(model: type[BaseModel], prefix: str, title: str, variant: str = "") -> list[str]:
+    rows, below = [], []
     for name, field in model.model_fields.items():
-        key = field.alias or name
-        members = models_in(field.annotation)
+        key, members = field.alias or name, models_in(field.annotation)
         if _role(field) or not members:
-            rows.append(f"| `{key}` | {field.description} | {_default(field)} | {_role(field)} |")
+            rows.append(f"| `{key}` | {field.description} | {_default(model, name, field)} | {_role(field)} |")
         for member in members:
-            variant = f" ({member.__name__})" if len(members) > 1 else ""
-            below += _tables(member, f"{prefix}{key}.", f"`{prefix}{key}`{variant}")
-    table = [f"### {title}\n\n" + "\n".join(rows)] if len(rows) > 2 else []
-    return table + below
+            kind = f" ({member.__name__})" if len(members) > 1 else variant
+            below += _tables(member, f"{prefix}{key}.", f"`{prefix}{key}`{kind}", kind)
+    return ([f"### {title}\n\n{TABLE_HEAD}\n" + "\n".join(rows)] if rows else []) + below
 
 
 def _role(field: FieldInfo) -> str:
@@ -58,16 +61,16 @@ def _role(field: FieldInfo) -> str:
     return str(extra["role"]) if isinstance(extra, dict) else ""
 
 
-def _default(field: FieldInfo) -> str:
+def _default(model: type[BaseModel], name: str, field: FieldInfo) -> str:
+    if field.default_factory is not None:
+        return DERIVED_DEFAULTS[model, name]
     if field.is_required():
         return "required"
-    if field.default is None or field.default is PydanticUndefined:
-        return ""
-    return f"`{shown(field.default)}`"
+    return "" if field.default is None else f"`{shown(field.default)}`"
 
 
 def main() -> None:
     """Print the schema, or with `--reference` the tables."""
     parser = argparse.ArgumentParser(prog="python -m megagpt.config", description="Describe the configuration file.")
     parser.add_argument("--reference", action="store_true", help="Markdown tables of every key instead of JSON Schema")
-    sys.stdout.write(reference_text() + "\n" if parser.parse_args().reference else schema_text())
+    sys.stdout.write(reference_text() if parser.parse_args().reference else schema_text())

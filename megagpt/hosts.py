@@ -74,7 +74,7 @@ def world_size(hosts: list[Host]) -> int:
 
 
 def _parse_line(content: str) -> Host | str:
-    """The host, or what is wrong with the line (shown with `ascii`, so that no control character reaches a terminal)."""
+    """The host, or what is wrong with the line; `ascii` keeps control characters of a hostile file off the terminal."""
     match = LINE_PATTERN.fullmatch(content)
     if match is None:
         return f"expected `NAME slots=N` with N from 1 to 9999, such as `{EXAMPLE}`, got {_shown(content)}"

@@ -18,7 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 from megagpt.utils import UserError, human_count
 
 MANIFEST_FILE = "manifest.json"
-FORMAT_VERSION = 1
 OFFSET_DTYPE = np.dtype("<u8")
 
 Split = Literal["train", "val"]

@@ -1,0 +1,13 @@
+#!/usr/bin/env python3
+"""Prepare a dataset: python launch/download_data.py --dataset stdlib --output data/stdlib (docs/data.md)."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from megagpt.download_data import main  # noqa: E402
+from megagpt.utils import run_command  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

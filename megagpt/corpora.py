@@ -1,0 +1,231 @@
+"""Where documents come from: Python's own standard library, local files, any Hugging Face dataset.
+
+A source yields pieces in an order that never changes: most are whole documents, a long text file comes in several. The
+number of pieces taken is all that an interrupted preparation has to remember.
+"""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import itertools
+import platform
+import re
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import JsonValue
+
+from megagpt.utils import MIB, UserError
+
+TEXT_BLOCK_BYTES = MIB
+LONGEST_TEXT_PIECE = 16 * MIB  # characters; only a text without a single plain line break is cut elsewhere
+FORMAT_OF_SUFFIX = {".txt": "text", ".jsonl": "json", ".jsonl.zst": "json", ".parquet": "parquet"}
+# Tests, the editor, tables of character sets and help texts: large, and not the code that people read.
+LEFT_OUT = {"test", "tests", "idlelib", "encodings", "pydoc_data", "lib2to3", "turtledemo", "ensurepip"}
+INSTALLED = {"site-packages", "dist-packages", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a document: `document` counts from 0, `starts` and `ends` say whether its first and last part is here."""
+
+    document: int
+    text: str
+    starts: bool = True
+    ends: bool = True
+
+
+class Source(Protocol):
+    """A corpus. `description` goes into the manifest; `version` must be equal for a preparation to be continued."""
+
+    description: dict[str, JsonValue]
+    version: JsonValue
+    size_bytes: int | None  # of the text, where it is known beforehand
+
+    def pieces(self, skip: int = 0) -> Iterator[Piece]:
+        """Every piece but the first `skip`."""
+        ...
+
+
+def open_source(dataset: str, *, config: str | None = None, split: str = "train", column: str = "text") -> Source:
+    """The source that `--dataset` names; UserError where there is none."""
+    if dataset == "stdlib":
+        return StandardLibrary(Path(sysconfig.get_path("stdlib")))
+    suffix = next((suffix for suffix in FORMAT_OF_SUFFIX if dataset.endswith(suffix)), None)
+    if suffix:
+        return _local_source(dataset, FORMAT_OF_SUFFIX[suffix], column)
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset) and not Path(dataset).exists():
+        description: dict[str, JsonValue] = {"dataset": dataset, "config": config, "split": split, "column": column}
+        return Table(description, {"path": dataset, "name": config, "split": split}, column, None, None)
+    raise UserError(
+        f"--dataset {dataset}: use stdlib, a Hugging Face dataset (owner/name), or a path or pattern that ends in "
+        f"{', '.join(FORMAT_OF_SUFFIX)}"
+    )
+
+
+def _local_source(pattern: str, file_format: str, column: str) -> Source:
+    paths = sorted(Path(path) for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
+    if not paths:
+        raise UserError(f"--dataset {pattern}: no such file; a pattern needs quotes, so that the shell leaves it whole")
+    status = [path.stat() for path in paths]
+    version: JsonValue = [[str(path), s.st_size, s.st_mtime_ns] for path, s in zip(paths, status, strict=True)]
+    description: dict[str, JsonValue] = {"dataset": pattern, "files": len(paths)}
+    size_bytes = sum(s.st_size for s in status)
+    if file_format == "text":
+        return TextFiles(paths, description, version, size_bytes)
+    arguments = {"path": file_format, "data_files": [str(path) for path in paths], "split": "train"}
+    compressed = file_format == "parquet" or pattern.endswith(".zst")
+    return Table({**description, "column": column}, arguments, column, version, None if compressed else size_bytes)
+
+
+class StandardLibrary:
+    """The sources of the Python that runs this, one document a module: the corpus that needs no download."""
+
+    def __init__(self, root: Path) -> None:
+        self._paths = sorted(path for path in root.rglob("*.py") if not _is_left_out(path.relative_to(root)))
+        if len(self._paths) < 20:
+            raise UserError(
+                f"{root}: {len(self._paths)} Python sources found; this Python comes without its standard library's "
+                "sources, use --dataset with a text of your own"
+            )
+        python = f"{platform.python_implementation()} {platform.python_version()}"
+        self.description: dict[str, JsonValue] = {"dataset": "stdlib", "python": python, "files": len(self._paths)}
+        self.version: JsonValue = None
+        self.size_bytes: int | None = sum(path.stat().st_size for path in self._paths)
+
+    def pieces(self, skip: int = 0) -> Iterator[Piece]:
+        for number, path in enumerate(self._paths[skip:], start=skip):
+            with tokenize.open(path) as file:  # honours a module's own declaration of its encoding
+                yield Piece(number, file.read())
+
+
+def _is_left_out(path: Path) -> bool:
+    return bool((LEFT_OUT | INSTALLED).intersection(path.parts)) or path.parts[0].startswith("config-")
+
+
+class TextFiles:
+    """UTF-8 text, one document a file, in pieces so that a file of any size fits in memory."""
+
+    def __init__(
+        self, paths: list[Path], description: dict[str, JsonValue], version: JsonValue, size_bytes: int | None
+    ) -> None:
+        self._paths, self.description, self.version, self.size_bytes = paths, description, version, size_bytes
+
+    def pieces(self, skip: int = 0) -> Iterator[Piece]:
+        return itertools.islice(self._all_pieces(), skip, None)
+
+    def _all_pieces(self) -> Iterator[Piece]:
+        for document, path in enumerate(self._paths):
+            starts = True
+            texts = _text_pieces(path)
+            text = next(texts, "")
+            for following in texts:
+                yield Piece(document, text, starts, ends=False)
+                text, starts = following, False
+            yield Piece(document, text, starts, ends=True)
+
+
+def _text_pieces(path: Path) -> Iterator[str]:
+    """The file's text, cut where no tokenizer's pattern reaches across: a line break between two visible characters."""
+    text = ""
+    for block in _decoded_blocks(path):
+        text += block
+        cut = _last_plain_line_break(text)
+        if cut is None and len(text) > LONGEST_TEXT_PIECE:
+            cut = len(text)
+        if cut is not None:
+            yield text[:cut]
+            text = text[cut:]
+    if text:
+        yield text
+
+
+def _last_plain_line_break(text: str) -> int | None:
+    """The position after the last "\\n" that has a visible character on either side."""
+    place = len(text)
+    while (place := text.rfind("\n", 1, place)) != -1:
+        if place + 1 < len(text) and not text[place - 1].isspace() and not text[place + 1].isspace():
+            return place + 1
+    return None
+
+
+def _decoded_blocks(path: Path) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    read_bytes = 0
+    with path.open("rb") as file:
+        while True:
+            block = file.read(TEXT_BLOCK_BYTES)
+            held_back = len(decoder.getstate()[0])
+            try:
+                yield decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                offset = read_bytes - held_back + error.start
+                raise UserError(
+                    f"{path}: not UTF-8 at byte {offset} ({error.reason}); convert it, for example: "
+                    f"iconv -f LATIN1 -t UTF-8 {path} > converted.txt"
+                ) from None
+            if not block:
+                return
+            read_bytes += len(block)
+
+
+class Table:
+    """One text column of a Hugging Face dataset: from the hub, or local .jsonl, .jsonl.zst and .parquet files.
+
+    `datasets` streams it, one document a row. Code that a dataset brings along is never run.
+    """
+
+    def __init__(
+        self,
+        description: dict[str, JsonValue],
+        arguments: dict[str, Any],
+        column: str,
+        version: JsonValue,
+        size_bytes: int | None,
+    ) -> None:
+        self.description, self.version, self.size_bytes = description, version, size_bytes
+        self._arguments, self._column = arguments, column
+
+    def pieces(self, skip: int = 0) -> Iterator[Piece]:
+        rows = enumerate(self._rows(skip), start=skip)
+        while (numbered := self._guarded(next, rows, None)) is not None:
+            number, row = numbered
+            yield Piece(number, self._text(number, row))
+
+    def _rows(self, skip: int) -> Iterator[dict[str, Any]]:
+        from datasets import load_dataset
+
+        dataset = self._guarded(load_dataset, streaming=True, **self._arguments)
+        return iter(dataset.skip(skip) if skip else dataset)
+
+    def _guarded(self, function: Any, *arguments: Any, **keywords: Any) -> Any:
+        """Call into `datasets`; what goes wrong there (no such dataset or configuration, no network, a damaged file)
+        comes back as one line."""
+        from datasets.exceptions import DatasetsError
+
+        try:
+            return function(*arguments, **keywords)
+        except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"--dataset {self.description['dataset']}: {type(error).__name__}: {reason}. "
+                "Check the name, --config and --split, and the network (HF_ENDPOINT, HF_TOKEN for gated data)"
+            ) from error
+
+    def _text(self, number: int, row: dict[str, Any]) -> str:
+        text = row.get(self._column)
+        if isinstance(text, str):
+            return text
+        where = f"--dataset {self.description['dataset']}: row {number}"
+        if self._column not in row:
+            raise UserError(f"{where} has no column {self._column!r}; choose one with --column: {', '.join(row)}")
+        if text is None:
+            return ""
+        raise UserError(
+            f"{where}: column {self._column!r} holds {type(text).__name__}, not text; choose another with --column"
+        )

@@ -35,7 +35,9 @@ def attention(
     """
     length, key_length = q.shape[2], k.shape[2]
     if not dropout and document_ids is None and (not causal or length == key_length):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
     mask = _visible(length, key_length, causal, document_ids, q.device)
     if not dropout and length <= key_length:  # every query sees itself at least
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
@@ -54,7 +56,14 @@ def _visible(length: int, key_length: int, causal: bool, document_ids: Tensor | 
 
 
 def _explicit_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, dropout: float, seed: Tensor | None, head_offset: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scale: float | None,
+    dropout: float,
+    seed: Tensor | None,
+    head_offset: int,
 ) -> Tensor:
     """Attention with its probabilities written out, for dropout and for rows that see nothing."""
     heads, length = q.shape[1:3]
@@ -74,7 +83,7 @@ def _explicit_attention(
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float = 1e-5, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Layer normalisation over the last dimension (Ba et al. 2016); with a residual, of x + residual, returning both."""
+    """Layer normalisation of the last dimension (Ba et al. 2016); with a residual, of x + residual, returning both."""
     if residual is None:
         return F.layer_norm(x, weight.shape, weight, bias, eps)
     total = x + residual
@@ -94,7 +103,7 @@ def rms_norm(
 def dropout(x: Tensor, probability: float, *, seed: Tensor, position_offset: int = 0) -> Tensor:
     """Zero elements of x (batch, length, channels) and scale the rest by 1 / (1 - probability).
 
-    The mask depends on ``seed`` (batch,), the position in the sequence and the channel: not on how ranks share the batch.
+    The mask depends on ``seed`` (batch,), the position in the sequence and the channel, not on how ranks share a batch.
     """
     position = torch.arange(position_offset, position_offset + x.shape[1], device=x.device)[None, :]
     seed = seed.to(x.device)[:, None]
@@ -116,13 +125,20 @@ def linear_cross_entropy(
     """Cross-entropy of ``hidden @ weight.T`` (the language-model head and its loss), computed in fp32.
 
     hidden (..., hidden_size), weight (vocabulary, hidden_size), targets (...). ``reduction`` is mean (over targets that
-    are not ``ignore_index``), sum or none (the shape of targets). ``z_loss`` adds z_loss * logsumexp^2 (PaLM, section 5).
-    With a ``group``, weight holds this rank's rows of the vocabulary, the first being ``vocabulary_start``; every rank of
-    the group must call it, and each receives the whole loss.
+    are not ``ignore_index``), sum or none (the shape of targets). ``z_loss`` adds z_loss * logsumexp^2 (PaLM, sec. 5).
+    With a ``group``, weight holds this rank's rows of the vocabulary, the first being ``vocabulary_start``; every rank
+    of the group must call it with the same hidden and targets, and each receives the whole loss and, in backward, the
+    whole gradient of hidden.
     """
     if group is not None:
-        raise ValueError("linear_cross_entropy: the torch twin has no vocabulary-parallel form; pass the whole weight")
-    logits = (hidden @ weight.T).flatten(0, -2).float()
+        from kernels import chunked_cross_entropy  # plain torch too, and the one place that knows of groups
+
+        return chunked_cross_entropy.linear_cross_entropy(
+            hidden, weight, targets, ignore_index=ignore_index, z_loss=z_loss, vocabulary_start=vocabulary_start,
+            group=group, reduction=reduction,
+        )  # fmt: skip
+    logits = F.linear(hidden, weight).flatten(0, -2)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = targets - vocabulary_start * (targets != ignore_index)
     losses = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction="none")
     counted = targets.flatten() != ignore_index
@@ -131,3 +147,22 @@ def linear_cross_entropy(
     if reduction == "none":
         return losses.view(targets.shape)
     return losses.sum() if reduction == "sum" else losses.sum() / counted.sum()
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """GELU(x + bias) in the tanh approximation (Hendrycks and Gimpel 2016), as GPT-2 uses it; bias (channels,)."""
+    return F.gelu(x + bias, approximate="tanh")
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020), element by element."""
+    return F.silu(gate) * up
+
+
+def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021): rotate the pair of channels (i, i + head_dim / 2) by its angle.
+
+    x (batch, heads, length, head_dim); cosine and sine (length, head_dim / 2) in fp32, row t for position t.
+    """
+    first, second = x.to(torch.promote_types(x.dtype, cosine.dtype)).chunk(2, dim=-1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)

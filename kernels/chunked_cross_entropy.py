@@ -1,0 +1,302 @@
+"""The language-model head and its loss, a chunk of rows at a time, so that the full logits never exist.
+
+For a chunk: logits = hidden @ weight.T; three numbers a row (maximum, sum of exponentials, the target's logit); the
+loss; and at once, in place, the gradient of the logits, (softmax * (1 + 2 z lse) - one_hot), from which the gradients
+of hidden and weight follow by two more products. That spares backward a second pass over the logits: the products are
+those of plain autograd, three in all. Gradients wait, unscaled, for the gradient of the loss, which fp16 needs (its
+loss scale arrives only then); the weight's is summed over the chunks in fp32. Idea: Liger-Kernel's fused linear
+cross-entropy (Hsu et al. 2024, arXiv:2410.10989). With ``reduction="none"`` each row's gradient has its own factor,
+unknown until backward, which therefore computes the logits again.
+
+Everything here is plain torch; ``kernels.cross_entropy`` adds the two functions of a chunk in Triton. In a vocabulary-
+parallel group each rank holds some rows of the weight; a chunk costs one all-gather of three numbers a row.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels import costs
+from kernels.checks import require, require_shape
+
+CHUNK_BYTES = 256 * 2**20  # of logits: long enough for full-speed products, a tenth of what 8k rows of GPT-2 would take
+GROUP_CHUNK_ROWS = 2048  # ranks of a group meet once a chunk, so they must agree whatever their share of the vocabulary
+
+
+@dataclass(frozen=True)
+class RowFunctions:
+    """What is computed from one chunk of logits (rows, vocabulary); targets outside 0 .. vocabulary-1 are elsewhere.
+
+    ``statistics(logits, targets)`` returns fp32 (3, rows): maximum, sum of exp(logit - maximum), and the logit of the
+    target or -inf. ``gradient(logits, targets, log_sum_exp, scales, z_loss)`` overwrites the logits by their gradient
+    times ``scales`` (rows,), exactly zero where that is.
+    """
+
+    statistics: Callable[[Tensor, Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor, Tensor, Tensor, float], None]
+
+
+def _torch_statistics(logits: Tensor, targets: Tensor) -> Tensor:
+    values = _at_least_fp32(logits)
+    maximum = values.amax(dim=-1)
+    total = (values - maximum[:, None]).exp().sum(dim=-1)
+    here = (targets >= 0) & (targets < logits.shape[1])
+    logit = values.gather(1, (targets * here)[:, None])[:, 0].masked_fill(~here, -torch.inf)
+    return torch.stack((maximum, total, logit))
+
+
+def _torch_gradient(logits: Tensor, targets: Tensor, log_sum_exp: Tensor, scales: Tensor, z_loss: float) -> None:
+    gradient = (_at_least_fp32(logits) - log_sum_exp[:, None]).exp_()
+    gradient *= (scales * (1.0 + 2.0 * z_loss * log_sum_exp))[:, None]
+    here = (targets >= 0) & (targets < logits.shape[1])
+    gradient.scatter_add_(1, (targets * here)[:, None], (-scales * here)[:, None])
+    logits.copy_(gradient.masked_fill_((scales == 0)[:, None], 0.0))
+
+
+ROW_FUNCTIONS = {"torch": RowFunctions(_torch_statistics, _torch_gradient)}
+_GROUPS: dict[str, ProcessGroup] = {}  # operators take a group by its name
+
+
+# ----------------------------------------------------------------------------------------------------------- operators
+
+
+@torch.library.custom_op("megagpt::linear_cross_entropy", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    z_loss: float,
+    vocabulary_start: int,
+    group: str,
+    implementation: str,
+    hidden_gradient: bool,
+    weight_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(sum of the losses, losses (rows,), log-sum-exp (rows,), gradients of the sum for hidden and weight if asked).
+
+    hidden (rows, hidden_size), targets (rows,). The gradient of weight is fp32; one not asked for is empty.
+    """
+    loss_sum, losses, log_sum_exp, dhidden, dweight = _forward_outputs(
+        hidden, weight, targets, ignore_index, z_loss, vocabulary_start, group, implementation, hidden_gradient,
+        weight_gradient,
+    )  # fmt: skip
+    functions = ROW_FUNCTIONS[implementation]
+    counted = targets != ignore_index
+    scales = counted.to(losses.dtype)
+    targets = targets - vocabulary_start
+    dweight.zero_()
+    for rows in _chunks(hidden, weight, group):
+        logits = F.linear(hidden[rows], weight)
+        maximum, total, target_logit = _over_group(functions.statistics(logits, targets[rows]), group)
+        lse = torch.add(maximum, total.log(), out=log_sum_exp[rows])
+        # A target that no rank holds has logit -inf: the loss is infinite, not quietly wrong.
+        losses[rows] = (lse - target_logit + z_loss * lse.square()).where(counted[rows], 0.0)
+        if not (hidden_gradient or weight_gradient):
+            continue
+        functions.gradient(logits, targets[rows], lse, scales[rows], z_loss)
+        _add_products(logits, hidden[rows], weight, dhidden[rows], dweight)
+    _sum_over_group(dhidden, group)
+    torch.sum(losses, dim=0, out=loss_sum)
+    return loss_sum, losses, log_sum_exp, dhidden, dweight
+
+
+@_forward.register_fake
+def _forward_outputs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    z_loss: float,
+    vocabulary_start: int,
+    group: str,
+    implementation: str,
+    hidden_gradient: bool,
+    weight_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    losses = hidden.new_empty(hidden.shape[0], dtype=wide)
+    return (
+        losses.new_empty(()),
+        losses,
+        torch.empty_like(losses),
+        torch.empty_like(hidden) if hidden_gradient else hidden.new_empty(0),
+        torch.empty_like(weight, dtype=wide) if weight_gradient else losses.new_empty(0),
+    )
+
+
+@torch.library.custom_op("megagpt::linear_cross_entropy_backward", mutates_args=())
+def _backward(
+    row_gradients: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    log_sum_exp: Tensor,
+    ignore_index: int,
+    z_loss: float,
+    vocabulary_start: int,
+    group: str,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of hidden and weight where every row's loss has its own gradient: the logits are computed again."""
+    dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=log_sum_exp.dtype)
+    scales = row_gradients * (targets != ignore_index)
+    targets = targets - vocabulary_start
+    for rows in _chunks(hidden, weight, group):
+        logits = F.linear(hidden[rows], weight)
+        ROW_FUNCTIONS[implementation].gradient(logits, targets[rows], log_sum_exp[rows], scales[rows], z_loss)
+        _add_products(logits, hidden[rows], weight, dhidden[rows], dweight)
+    _sum_over_group(dhidden, group)
+    return dhidden, dweight.to(weight.dtype)
+
+
+@_backward.register_fake
+def _backward_outputs(
+    row_gradients: Tensor, hidden: Tensor, weight: Tensor, *others: Tensor | int | float | str
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(hidden), torch.empty_like(weight)
+
+
+def _chunks(hidden: Tensor, weight: Tensor, group: str) -> list[slice]:
+    rows = GROUP_CHUNK_ROWS if group else max(128, CHUNK_BYTES // max(1, weight.shape[0] * hidden.element_size()))
+    # Even chunks, so that the last is not a sliver.
+    chunks = max(1, -(-hidden.shape[0] // rows))
+    rows = max(1, -(-hidden.shape[0] // chunks))
+    return [slice(start, start + rows) for start in range(0, hidden.shape[0], rows)]
+
+
+def _add_products(dlogits: Tensor, hidden: Tensor, weight: Tensor, dhidden: Tensor, dweight: Tensor) -> None:
+    """dhidden = dlogits @ weight; dweight += dlogits.T @ hidden in the precision of dweight; empty ones are left."""
+    if dhidden.numel():
+        torch.mm(dlogits, weight, out=dhidden)
+    if not dweight.numel():
+        return
+    if dlogits.dtype != dweight.dtype and dlogits.is_cuda:
+        torch.addmm(dweight, dlogits.T, hidden, out_dtype=dweight.dtype, out=dweight)
+    else:  # mixed products exist on CUDA only
+        dweight.addmm_(dlogits.T.to(dweight.dtype), hidden.to(dweight.dtype))
+
+
+def _over_group(statistics: Tensor, group: str) -> Tensor:
+    """Merge every rank's statistics of its own columns: log-sum-exp of log-sum-exps; one rank has the target."""
+    if not group:
+        return statistics
+    everywhere = statistics.new_empty(dist.get_world_size(_GROUPS[group]), *statistics.shape)
+    dist.all_gather_into_tensor(everywhere, statistics.contiguous(), group=_GROUPS[group])
+    maxima, totals, logits = everywhere.unbind(dim=1)
+    maximum = maxima.amax(dim=0)
+    return torch.stack((maximum, (totals * (maxima - maximum).exp()).sum(dim=0), logits.amax(dim=0)))
+
+
+def _sum_over_group(tensor: Tensor, group: str) -> None:
+    if group and tensor.numel():
+        dist.all_reduce(tensor, group=_GROUPS[group])
+
+
+# ------------------------------------------------------------------------------------------------------------ autograd
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, targets, *options, hidden_gradient, weight_gradient = inputs
+    _, _, log_sum_exp, dhidden, dweight = output
+    ctx.set_materialize_grads(False)
+    ctx.weight_dtype, ctx.options = weight.dtype, options
+    ctx.ready = hidden_gradient or weight_gradient
+    if ctx.ready:
+        ctx.save_for_backward(dhidden, dweight)
+    else:
+        # The weight itself, not a view of it: ZeRO-3 frees a gathered parameter by its identity.
+        ctx.save_for_backward(hidden, weight, targets, log_sum_exp)
+
+
+def _gradients(ctx: Any, dsum: Tensor | None, dlosses: Tensor | None, *unused: Tensor | None) -> tuple[Any, ...]:
+    nothing = (None,) * (1 + len(ctx.options) + 2)
+    if ctx.ready and dsum is not None:
+        dhidden, dweight = ctx.saved_tensors
+        return _scaled(dhidden, dsum, dhidden.dtype), _scaled(dweight, dsum, ctx.weight_dtype), *nothing
+    if not ctx.ready and dlosses is not None:
+        hidden, weight, targets, log_sum_exp = ctx.saved_tensors
+        return *_backward(dlosses, hidden, weight, targets, log_sum_exp, *ctx.options), *nothing
+    return None, None, *nothing
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """gradient * factor in ``dtype``, without a second copy in the wider one; None where it was not asked for."""
+    if not gradient.numel():
+        return None
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.megagpt.linear_cross_entropy)
+def _forward_flops(hidden: Any, weight: Any, *others: Any, **options: Any) -> int:
+    """Products of the forward, and those of the gradients it computes on the way."""
+    cost = costs.linear_cross_entropy(hidden[0], hidden[1], weight[0], itemsize=2).flops
+    return int(cost) * (1 + sum(others[-2:]))
+
+
+@register_flop_formula(torch.ops.megagpt.linear_cross_entropy_backward)
+def _backward_flops(row_gradients: Any, hidden: Any, weight: Any, *others: Any, **options: Any) -> int:
+    return 3 * int(costs.linear_cross_entropy(hidden[0], hidden[1], weight[0], itemsize=2).flops)
+
+
+# ----------------------------------------------------------------------------------------------------- public function
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    vocabulary_start: int = 0,
+    group: ProcessGroup | None = None,
+    reduction: str = "mean",
+    implementation: str = "torch",
+) -> Tensor:
+    """``kernels.reference.linear_cross_entropy`` in chunks, and over a vocabulary split between the ranks of a group.
+
+    With a group every rank must call it with the same hidden and targets; each gets the whole loss and the whole
+    gradient of hidden (summed over the group in here), and the gradient of its own rows of the weight.
+    """
+    _check(hidden, weight, targets, reduction)
+    name = "" if group is None else group.group_name
+    if group is not None:
+        _GROUPS[name] = group
+    counted = targets != ignore_index
+    now = torch.is_grad_enabled() and reduction != "none"
+    total, losses, *_ = _forward(
+        hidden.flatten(0, -2), weight, targets.flatten(), ignore_index, z_loss, vocabulary_start, name, implementation,
+        now and hidden.requires_grad, now and weight.requires_grad,
+    )  # fmt: skip
+    if reduction == "none":
+        return losses.view(targets.shape)
+    return total if reduction == "sum" else total / counted.sum()
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> None:
+    op = "linear_cross_entropy"
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'{op}: reduction is "{reduction}", expected "mean", "sum" or "none"')
+    if hidden.dim() < 2:
+        raise ValueError(f"{op}: hidden has shape {tuple(hidden.shape)}, expected (..., hidden_size)")
+    require(op, "weight", weight, hidden, (weight.shape[0], hidden.shape[-1]))
+    if targets.dtype != torch.int64:
+        raise ValueError(f"{op}: targets have dtype {targets.dtype}, expected torch.int64")
+    if targets.device != hidden.device:
+        raise ValueError(f"{op}: targets are on {targets.device}, expected {hidden.device}")
+    require_shape(op, "targets", targets, tuple(hidden.shape[:-1]))
+
+
+def _at_least_fp32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,106 @@
+"""Arithmetic and memory traffic of every operation, declared once: for MFU, the benchmark and the report.
+
+No torch. ``flops`` counts multiplications and additions of matrix products (2 for a multiply-add), as is usual; the
+element-wise work beside them is not counted. ``bytes`` is the floor: each input read once, each output written once.
+Costs are of the forward unless ``backward`` asks for the backward alone; a training step is the sum of both.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Floating-point operations and bytes moved to or from memory; costs add."""
+
+    flops: int
+    bytes: int
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+
+def matmul(rows: int, inner: int, columns: int, *, itemsize: int, backward: bool = False) -> Cost:
+    """(rows, inner) @ (inner, columns); backward is two products of the same size."""
+    flops = 2 * rows * inner * columns
+    moved = itemsize * (rows * inner + inner * columns + rows * columns)
+    return Cost(2 * flops, 2 * moved) if backward else Cost(flops, moved)
+
+
+def attention(
+    batch: int,
+    heads: int,
+    length: int,
+    head_dim: int,
+    *,
+    key_length: int | None = None,
+    key_value_heads: int | None = None,
+    causal: bool = True,
+    itemsize: int,
+    backward: bool = False,
+) -> Cost:
+    """Two products over the visible scores forward, five backward (one of them recomputes the scores).
+
+    The convention of the FlashAttention papers: 4 * batch * heads * length * key_length * head_dim forward, 2.5 times
+    that backward, halved when causal (for equal lengths; a query that is last of many keys sees nearly all of them).
+    """
+    key_length = length if key_length is None else key_length
+    key_value_heads = heads if key_value_heads is None else key_value_heads
+    seen = min(length, key_length)
+    twice_pairs = seen * (2 * key_length - seen) if causal else 2 * length * key_length
+    flops = 2 * batch * heads * twice_pairs * head_dim
+    queries = batch * heads * length * head_dim
+    keys_and_values = 2 * batch * key_value_heads * key_length * head_dim
+    statistics = 4 * batch * heads * length
+    if backward:  # reads q, k, v, out, dout; writes dq, dk, dv
+        return Cost(flops * 5 // 2, itemsize * (4 * queries + 2 * keys_and_values) + statistics)
+    return Cost(flops, itemsize * (2 * queries + keys_and_values) + statistics)
+
+
+def layer_norm(rows: int, columns: int, *, residual: bool = False, itemsize: int, backward: bool = False) -> Cost:
+    """Read x, write y; backward reads dy and x, writes dx. A residual adds a read, and forward a write, of x's size."""
+    return _norm(rows, columns, residual, itemsize, backward, parameters=2, statistics=2)
+
+
+def rms_norm(rows: int, columns: int, *, residual: bool = False, itemsize: int, backward: bool = False) -> Cost:
+    """As layer_norm, with neither mean nor bias."""
+    return _norm(rows, columns, residual, itemsize, backward, parameters=1, statistics=1)
+
+
+def _norm(
+    rows: int, columns: int, residual: bool, itemsize: int, backward: bool, parameters: int, statistics: int
+) -> Cost:
+    passes = (4 if residual else 3) if backward else (4 if residual else 2)
+    # Backward reads the weight and writes a gradient for every parameter.
+    parameter_passes = 1 + parameters if backward else parameters
+    return Cost(0, itemsize * columns * (passes * rows + parameter_passes) + 4 * statistics * rows)
+
+
+def linear_cross_entropy(
+    rows: int, hidden_size: int, vocabulary: int, *, itemsize: int, backward: bool = False
+) -> Cost:
+    """One product forward, two backward. The floor moves hidden, weight and targets only: the logits are not needed."""
+    flops = 2 * rows * hidden_size * vocabulary
+    operands = itemsize * hidden_size * (rows + vocabulary)
+    if backward:
+        return Cost(2 * flops, 2 * operands)
+    return Cost(flops, operands + 8 * rows + 4)
+
+
+def bias_gelu(rows: int, columns: int, *, itemsize: int, backward: bool = False) -> Cost:
+    """Read x, write y; backward reads dy and x, writes dx."""
+    return Cost(0, itemsize * columns * ((3 if backward else 2) * rows + (2 if backward else 1)))
+
+
+def swiglu(rows: int, columns: int, *, itemsize: int, backward: bool = False) -> Cost:
+    """Read gate and up, write their product; backward reads three and writes two."""
+    return Cost(0, itemsize * rows * columns * (5 if backward else 3))
+
+
+def rotary(rows: int, head_dim: int, length: int, *, itemsize: int, backward: bool = False) -> Cost:
+    """Rows of head_dim are read and written, and a table of cosines and sines (length, head_dim) in fp32 read once."""
+    return Cost(0, itemsize * 2 * rows * head_dim + 4 * length * head_dim)
+
+
+def dropout(elements: int, *, itemsize: int, backward: bool = False) -> Cost:
+    """Read and write; the mask is computed again in backward, not stored."""
+    return Cost(0, itemsize * 2 * elements)

@@ -1,15 +1,15 @@
+#!/usr/bin/env python3
 """Loss, perplexity and bits per byte on the validation split: python launch/evaluate.py --run_dir runs/NAME"""
 
+import argparse
+import json
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import argparse
-import json
-
-from megagpt.arguments import whole_number
-from megagpt.utils import run_command
+from megagpt.arguments import whole_number  # noqa: E402
+from megagpt.utils import run_command  # noqa: E402
 
 
 def main() -> None:

@@ -1,14 +1,14 @@
+#!/usr/bin/env python3
 """Continue prompts with a trained model: python launch/generate.py --run_dir runs/NAME --prompt "import os" """
 
+import argparse
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import argparse
-
-from megagpt.arguments import non_negative, probability, whole_number
-from megagpt.utils import run_command
+from megagpt.arguments import non_negative, probability, whole_number  # noqa: E402
+from megagpt.utils import run_command  # noqa: E402
 
 
 def main() -> None:

@@ -1,0 +1,301 @@
+"""Saving and resuming a distributed run: every rank writes what it owns and reads what it needs.
+
+Commit protocol: all ranks write into a staging directory and report size and SHA-256; rank 0 writes the manifest last
+and renames the directory in one move. Whatever the moment of a crash, a directory named ``step_...`` is complete.
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megagpt import __version__, compat
+from megagpt.checkpoint_format import (
+    MANIFEST,
+    WEIGHT,
+    DamagedCheckpointError,
+    Manifest,
+    Reader,
+    Slice,
+    StoredFile,
+    StoredTensor,
+    TrainState,
+    complete_steps,
+    hash_file,
+    open_checkpoint,
+    read_manifest,
+    step_directory,
+    verify_file,
+)
+from megagpt.config import ResolvedConfig
+from megagpt.engine import Engine, replace_parameters
+from megagpt.model import GPT
+from megagpt.run_directory import read_config
+from megagpt.utils import UserError, human_bytes, sync_directory, write_atomically
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+SPARE_SPACE = 1.05  # manifests and the file system's own records, beside the tensors
+
+
+def save(engine: Engine, state: TrainState, run_directory: Path, data_fingerprint: str) -> Path:
+    """Write one checkpoint and commit it; every rank must call it. Returns its directory.
+
+    Raises UserError on every rank, with the previous checkpoints untouched, where any rank could not write.
+    """
+    checkpoints = run_directory / "checkpoints"
+    final = step_directory(checkpoints, state.step)
+    staging = checkpoints / f".staging_{final.name}"
+    together(lambda: _prepare(engine, checkpoints, staging))
+    written = together(lambda: _write_files(engine, staging))
+    together(lambda: _commit(engine, state, staging, final, data_fingerprint, written))
+    return final
+
+
+def _prepare(engine: Engine, checkpoints: Path, staging: Path) -> None:
+    """Rank 0: an empty staging directory on a disk with room for it."""
+    if engine.mesh.rank == 0:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        needed = SPARE_SPACE * 12 * engine.config.megagpt.model.num_parameters  # weight and two moments in fp32
+        free = shutil.disk_usage(checkpoints).free
+        if needed > free:
+            raise UserError(
+                f"{checkpoints}: a checkpoint needs {human_bytes(needed)}, the disk has {human_bytes(free)}: "
+                f"free some space, or lower megagpt.checkpoint.keep"
+            )
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+    dist.barrier()
+    if not staging.is_dir():
+        raise UserError(
+            f"{engine.mesh.name} does not see {staging}: the run directory must lie on a disk that all hosts share"
+        )
+
+
+def _write_files(engine: Engine, staging: Path) -> list[tuple[str, StoredFile, dict[str, tuple[int, int]]]]:
+    """One file a bucket; returns (name, what it is, parameter -> (start, numel)) of each."""
+    written = []
+    buckets = (bucket for bucket in engine.buckets() if bucket.owned and bucket.pieces)
+    for index, bucket in enumerate(buckets):
+        name = f"rank_{engine.mesh.rank:05d}_{index:03d}.safetensors"
+        with bucket.resident(False) as (master, optimizer_state):
+            save_file(dict(_tensors(bucket, master, optimizer_state)), staging / name)
+        with (staging / name).open("rb") as file:
+            os.fsync(file.fileno())
+        entry = StoredFile((staging / name).stat().st_size, hash_file(staging / name))
+        written.append((name, entry, {piece.name: (piece.start, piece.numel) for piece in bucket.pieces}))
+    return written
+
+
+def _tensors(bucket: compat.Bucket, master: Tensor, optimizer_state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for kind, flat in _kinds(master, optimizer_state):
+        for piece in bucket.pieces:
+            run = flat.view(-1)[piece.offset : piece.offset + piece.numel]
+            yield f"{kind}/{piece.name}", run.to("cpu", torch.float32).clone()
+
+
+def _kinds(master: Tensor, optimizer_state: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    """Weights and moments by their name in a file; moments that Adam has not made yet are zero."""
+    moments = [(name, optimizer_state.get(name)) for name in compat.MOMENTS]
+    return [(WEIGHT, master), *((name, torch.zeros_like(master) if m is None else m) for name, m in moments)]
+
+
+def _commit(
+    engine: Engine, state: TrainState, staging: Path, final: Path, data_fingerprint: str, written: list[Any]
+) -> None:
+    """Rank 0: the manifest last, then one rename; an older directory of the same step gives way."""
+    by_rank: list[Any] = [None] * engine.mesh.world_size if engine.mesh.rank == 0 else []
+    dist.gather_object(written, by_rank if engine.mesh.rank == 0 else None)
+    if engine.mesh.rank == 0:
+        entries = [entry for of_rank in by_rank for entry in of_rank]
+        manifest = _manifest(engine, state, data_fingerprint, entries)
+        write_atomically(staging / MANIFEST, manifest.to_json())
+        sync_directory(staging)
+        if final.exists():
+            remove(final)
+        staging.rename(final)
+        sync_directory(final.parent)
+        write_atomically(final.parent / "latest", final.name + "\n")
+        _retire(final.parent, engine.config.megagpt.checkpoint.keep)
+    dist.barrier()
+
+
+def _manifest(engine: Engine, state: TrainState, data_fingerprint: str, entries: list[Any]) -> Manifest:
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for p, name in engine.names.items()}
+    slices: dict[str, list[Slice]] = {name: [] for name in shapes}
+    for file, _, pieces in entries:
+        for name, (start, numel) in pieces.items():
+            slices[name].append(Slice(file, start, numel, tuple((0, size) for size in shapes[name])))
+    scheduler = engine.deepspeed.lr_scheduler
+    return Manifest(
+        state=state,
+        identity=engine.config.identity(),
+        data_fingerprint=data_fingerprint,
+        topology=_topology(engine),
+        scheduler=scheduler.state_dict() if scheduler else {},
+        learning_rates=[group["lr"] for group in compat.base_optimizer(engine.deepspeed).param_groups],
+        loss_scaler=compat.loss_scaler_state(engine.deepspeed),
+        tensors={name: StoredTensor(shapes[name], tuple(slices[name])) for name in shapes},
+        files={file: entry for file, entry, _ in entries},
+        versions={"megagpt": __version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__},
+    )
+
+
+def _topology(engine: Engine) -> dict[str, Any]:
+    """How the writer was laid out: for the reader's log only, a resume does not depend on it."""
+    mesh, zero = engine.mesh, engine.config.zero_optimization
+    return {
+        "pipeline": mesh.pipeline_size,
+        "data": mesh.data_size,
+        "tensor": mesh.tensor_size,
+        "zero_stage": zero.stage,
+        "optimizer_device": zero.optimizer_device,
+        "parameter_device": zero.parameter_device,
+    }
+
+
+def _retire(checkpoints: Path, keep: int) -> None:
+    for step in complete_steps(checkpoints)[keep:]:
+        remove(step_directory(checkpoints, step))
+
+
+def remove(directory: Path) -> None:
+    """Delete a checkpoint so that no moment shows a part of it under its name."""
+    aside = directory.with_name(f".deleting_{directory.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    directory.rename(aside)
+    shutil.rmtree(aside)
+
+
+def collect_leftovers(checkpoints: Path) -> list[str]:
+    """Remove what a killed save or deletion left; returns the names."""
+    leftovers = [*checkpoints.glob(".staging_*"), *checkpoints.glob(".deleting_*")]
+    for directory in leftovers:
+        shutil.rmtree(directory, ignore_errors=True)
+    return [directory.name for directory in leftovers]
+
+
+def resume(engine: Engine, run_directory: Path) -> tuple[TrainState, Manifest, list[str]] | None:
+    """Load the newest checkpoint that every rank finds sound; every rank must call it.
+
+    Returns the state, its manifest and what is wrong with newer ones that were passed over; None where the run has no
+    checkpoint yet. Raises UserError where it has some and none is sound: a run never silently starts again from zero.
+    """
+    checkpoints = run_directory / "checkpoints"
+    steps = _from_rank0(lambda: complete_steps(checkpoints))
+    faults: list[str] = []
+    for step in steps:
+        directory = step_directory(checkpoints, step)
+        fault = _first_fault(lambda directory=directory: _verify_share(engine, directory))
+        if fault is None:
+            manifest = read_manifest(directory)
+            together(lambda directory=directory, manifest=manifest: _load(engine, Reader(directory, manifest)))
+            return manifest.state, manifest, faults
+        faults.append(fault)
+    if faults:
+        listed = "\n  ".join(faults)
+        raise UserError(
+            f"{run_directory}: every checkpoint is damaged:\n  {listed}\n"
+            f"restore one from a backup, or start afresh in another directory with --run_dir"
+        )
+    return None
+
+
+def _verify_share(engine: Engine, directory: Path) -> None:
+    """The manifest, and every world-size-th file, so that the ranks together hash each file once."""
+    files = read_manifest(directory).files
+    for name in sorted(files)[engine.mesh.rank :: engine.mesh.world_size]:
+        verify_file(directory, name, files[name])
+
+
+def _load(engine: Engine, reader: Reader) -> None:
+    """Give this rank's buckets, and through them the model, what the checkpoint holds."""
+    state = reader.manifest.state
+    for bucket in engine.buckets():
+        with bucket.resident(True) as (master, optimizer_state):
+            _fill(bucket, master, optimizer_state, reader)
+            compat.set_adam_step(engine.deepspeed, optimizer_state, state.applied_steps)
+    compat.publish_master_weights(engine.deepspeed)
+    if engine.deepspeed.lr_scheduler:
+        engine.deepspeed.lr_scheduler.load_state_dict(reader.manifest.scheduler)
+    groups = compat.base_optimizer(engine.deepspeed).param_groups
+    for group, learning_rate in zip(groups, reader.manifest.learning_rates, strict=True):
+        group["lr"] = learning_rate
+    compat.set_loss_scaler_state(engine.deepspeed, reader.manifest.loss_scaler)
+    compat.set_counters(engine.deepspeed, steps=state.step, skipped=state.skipped_steps)
+
+
+def _fill(bucket: compat.Bucket, master: Tensor, optimizer_state: dict[str, Any], reader: Reader) -> None:
+    for moment in compat.MOMENTS:
+        optimizer_state.setdefault(moment, torch.zeros_like(master))
+    for kind, flat in _kinds(master, optimizer_state):
+        for piece in bucket.pieces:
+            run = reader.read(kind, piece.name, piece.start, piece.numel)
+            flat.view(-1)[piece.offset : piece.offset + piece.numel].copy_(run)
+
+
+def load_model(
+    run_directory: Path,
+    *,
+    step: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[GPT, ResolvedConfig, int]:
+    """The plain model of a run, in one process: (model, configuration, step) of its newest sound checkpoint.
+
+    Raises UserError where the directory is no run, or has no checkpoint (of that step).
+    """
+    config = read_config(run_directory)
+    reader = open_checkpoint(run_directory, step)
+    with torch.device("meta"):
+        model = GPT(config.megagpt.model)
+    templates = {parameter: name for name, parameter in model.named_parameters()}
+    replace_parameters(
+        model, lambda p: torch.nn.Parameter(reader.tensor(WEIGHT, templates[p]).to(device=device, dtype=dtype))
+    )
+    return model.eval(), config, reader.manifest.state.step
+
+
+def together(work: Callable[[], Result]) -> Result:
+    """Run ``work`` on every rank; where it fails on any, raise on all, so that none waits."""
+    error: Exception | None = None
+    result: Result | None = None
+    try:
+        result = work()
+    except (OSError, ValueError, RuntimeError, UserError, DamagedCheckpointError) as caught:
+        error = caught
+    fault = _first_fault_of(error)
+    if fault is not None:
+        raise UserError(fault) from error
+    return result  # type: ignore[return-value]  # no rank failed, so this one has its result
+
+
+def _first_fault(work: Callable[[], None]) -> str | None:
+    """Run ``work`` on every rank; None where all succeed, else what the first failing rank says."""
+    try:
+        work()
+    except DamagedCheckpointError as error:
+        return _first_fault_of(error)
+    return _first_fault_of(None)
+
+
+def _first_fault_of(error: Exception | None) -> str | None:
+    faults: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, None if error is None else f"{error}")
+    return next((f"{fault} (rank {rank})" for rank, fault in enumerate(faults) if fault is not None), None)
+
+
+def _from_rank0(work: Callable[[], Result]) -> Result:
+    """Rank 0's answer, on every rank: file systems may show different things to different hosts."""
+    box: list[Any] = [work() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,208 @@
+"""Every touch of DeepSpeed's internals, in one file: what is done, why, and the line of 0.19.8 it answers to.
+
+The rest of the project sees ``Bucket``: a run of optimizer state that this rank holds, whatever the ZeRO stage and
+wherever it lies (device, host memory, NVMe). Paths below are relative to the ``deepspeed`` package.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor, nn
+
+from megagpt.utils import UserError
+
+TESTED_DEEPSPEED = "0.19.8"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+Names = dict[nn.Parameter, str]  # the global name of each parameter
+
+
+def check_version() -> None:
+    """Refuse a DeepSpeed whose internals were never compared with this file."""
+    if deepspeed.__version__ != TESTED_DEEPSPEED:
+        raise UserError(
+            f"deepspeed {deepspeed.__version__} is installed; megagpt relies on internals of {TESTED_DEEPSPEED}: "
+            f"pip install deepspeed=={TESTED_DEEPSPEED}"
+        )
+
+
+def suppress_shared_memory_collectives() -> None:
+    """Keep ``init_distributed`` from compiling an op that training never calls.
+
+    On CPUs it builds a shared-memory all-reduce (75 s on two cores, an error without a compiler), which serves
+    inference only (comm/torch.py:47, 207). An op listed as incompatible is passed over.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class Partitioner:
+    """Hands over parameters, one by one, to ZeRO-3: each is cut over the data axis as soon as it has its values.
+
+    ``zero.Init`` as a context partitions what a constructor allocates, before it has values, and calls
+    ``Module.apply`` with broadcasts from global rank 0, which fails in other groups. Its conversion of a single
+    parameter (zero/partition_parameters.py:1209) has neither fault.
+    """
+
+    def __init__(self, ds_config: dict[str, Any], mesh: Any) -> None:
+        self._init = deepspeed.zero.Init(
+            module=nn.Module(), data_parallel_group=mesh.data_group, config_dict_or_path=ds_config, mpu=mesh
+        )
+
+    def partition(self, parameter: nn.Parameter) -> None:
+        """Leave this rank its shard of the parameter; every rank of the data axis must call it."""
+        self._init._convert_to_zero_parameters([parameter])
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The elements [start, start + numel) of a flattened parameter, found at ``offset`` in its bucket."""
+
+    name: str
+    start: int
+    numel: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One flat run of fp32 master weights with its Adam moments, as this rank holds it.
+
+    ``resident(write)`` brings it into memory and yields (master weights, optimizer state); with ``write`` the model's
+    parameters follow the master weights afterwards. ``owned`` is false where another rank saves the same copy.
+    """
+
+    pieces: tuple[Piece, ...]
+    owned: bool
+    resident: Callable[[bool], AbstractContextManager[tuple[Tensor, dict[str, Any]]]]
+
+
+def buckets(engine: DeepSpeedEngine, names: Names) -> list[Bucket]:
+    """This rank's optimizer state, cut as its ZeRO stage cuts it."""
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        return list(_replicated_buckets(engine, names))
+    return list(_zero3_buckets(engine, names) if stage == 3 else _zero12_buckets(engine, names))
+
+
+def _replicated_buckets(engine: DeepSpeedEngine, names: Names) -> Iterator[Bucket]:
+    """ZeRO 0 in fp32: every rank holds everything, the parameters themselves being the master weights."""
+    data_rank, data_size = engine.mpu.get_data_parallel_rank(), engine.mpu.get_data_parallel_world_size()
+    parameters = [parameter for group in engine.optimizer.param_groups for parameter in group["params"]]
+    for index, parameter in enumerate(parameters):
+
+        @contextmanager
+        def resident(write: bool, parameter: nn.Parameter = parameter) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+            yield parameter.data, engine.optimizer.state[parameter]
+
+        piece = Piece(names[parameter], 0, parameter.numel(), 0)
+        yield Bucket((piece,), index % data_size == data_rank, resident)
+
+
+def _zero12_buckets(engine: DeepSpeedEngine, names: Names) -> Iterator[Bucket]:
+    """ZeRO 1 and 2: one flat partition a parameter group (zero/stage_1_and_2.py:824 links parameters to it)."""
+    zero = engine.optimizer
+    for group, master in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+        pieces = []
+        for parameter in group:
+            if (mapping := parameter._hp_mapping) is not None:
+                held, placed = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+                pieces.append(Piece(names[parameter], held.start, held.numel, placed.start))
+
+        @contextmanager
+        def resident(write: bool, master: Tensor = master) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+            yield master.data, zero.optimizer.state[master]
+
+        yield Bucket(tuple(pieces), True, resident)
+
+
+def _zero3_buckets(engine: DeepSpeedEngine, names: Names) -> Iterator[Bucket]:
+    """ZeRO 3: one flat partition a sub-group, perhaps on NVMe (zero/stage3.py:2710, 2764, 2835)."""
+    zero = engine.optimizer
+    for index, group in enumerate(zero.fp16_groups):
+        pieces = []
+        for parameter in group:
+            _, offset, partition = zero.grad_position[zero.get_param_id(parameter)]
+            start = parameter.ds_zero_partition_rank * partition
+            numel = min(partition, parameter.ds_numel - start)  # the last ranks may hold padding only
+            if numel > 0:
+                pieces.append(Piece(names[parameter], start, numel, offset))
+
+        @contextmanager
+        def resident(write: bool, index: int = index) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+            swapped = zero._swappable_optimizer_subgroup(index)
+            if swapped:
+                zero._optimizer_states_and_gradient_swap_in(index)
+            master = zero.fp32_partitioned_groups_flat[index]
+            yield master.data, zero.optimizer.state[master]
+            if write:
+                zero._reassign_or_swap_out_partitioned_parameters(index)
+            if swapped:
+                (zero._optimizer_states_and_gradient_swap_out if write else zero._release_swap_buffers)(index)
+
+        yield Bucket(tuple(pieces), True, resident)
+
+
+def publish_master_weights(engine: DeepSpeedEngine) -> None:
+    """After every bucket was written: give the model's parameters the new values on all ranks (a collective call)."""
+    stage = engine.zero_optimization_stage()
+    if stage in (1, 2):
+        engine.optimizer.update_lp_params()
+    elif stage == 3 and engine.optimizer.persistent_parameters:
+        # Small parameters stay gathered between steps; step() refreshes them the same way (zero/stage3.py:2824).
+        engine.optimizer._partition_all_parameters()
+        engine.optimizer.persistent_parameters[0].all_gather(engine.optimizer.persistent_parameters)
+
+
+def base_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
+    """The Adam inside the ZeRO wrapper."""
+    return engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
+
+
+def set_adam_step(engine: DeepSpeedEngine, state: dict[str, Any], step: int) -> None:
+    """Tell Adam how many updates it has made: torch's keeps a tensor, DeepSpeed's CPU Adam an integer, both by
+    parameter (ops/adam/cpu_adam.py:141), its fused Adam one integer a group (ops/adam/fused_adam.py)."""
+    adam = base_optimizer(engine)
+    if isinstance(adam, torch.optim.Adam):
+        state["step"] = torch.tensor(float(step))
+    else:
+        state["step"] = step
+    if type(adam).__name__ == "FusedAdam":
+        for group in adam.param_groups:
+            group["step"] = step
+
+
+_LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def loss_scaler_state(engine: DeepSpeedEngine) -> dict[str, float]:
+    """What a dynamic loss scale remembers (fp16/loss_scaler.py); empty where there is none."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return {field: getattr(scaler, field) for field in _LOSS_SCALER_FIELDS if hasattr(scaler, field)}
+
+
+def set_loss_scaler_state(engine: DeepSpeedEngine, state: dict[str, float]) -> None:
+    """The way back."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    for field, value in state.items():
+        if hasattr(scaler, field):
+            setattr(scaler, field, value)
+
+
+def set_counters(engine: DeepSpeedEngine, *, steps: int, skipped: int) -> None:
+    """The engine's own counters, which its logs and accumulation boundaries use (runtime/engine.py:3558)."""
+    engine.global_steps, engine.skipped_steps = steps, skipped
+    engine.micro_steps = steps * engine.gradient_accumulation_steps()
+    engine.global_samples = steps * engine.train_batch_size()
+
+
+def abandon_step(engine: DeepSpeedEngine) -> None:
+    """End a step of ZeRO 0 without an update: DeepSpeed checks for overflow from stage 1 on only."""
+    engine.zero_grad()
+    engine.global_steps += 1
+    engine.skipped_steps += 1
+    engine.micro_steps += 1
+    engine.global_samples += engine.train_batch_size()

@@ -1,0 +1,56 @@
+"""What the device of this rank is and can do: its name, bf16, its peak."""
+
+import statistics
+import time
+
+import torch
+
+# Dense 16-bit peaks with fp32 accumulation, TFLOP/s, from NVIDIA's data sheets (A100 2020, L4 and L40S 2023, H100 and
+# H200 2023, B200 2024). The first name found in the device's own name counts.
+_PEAK_TFLOPS_16_BIT = {
+    "B200": 2250.0,
+    "H200": 989.4,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.4,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+}
+_CPU_MATRIX = 1024
+
+
+def describe(device: torch.device) -> str:
+    """For a log line: `NVIDIA H200` or `CPU, 2 threads`."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type.upper()}, {torch.get_num_threads()} threads"
+
+
+def multiplies_bf16_natively(device: torch.device) -> bool:
+    """Whether bf16 matrix products beat fp32: on GPUs since Ampere. On CPUs they were seen 85 times slower."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The peak that MFU is a fraction of, in FLOP/s; None where it is unknown.
+
+    On GPUs the data sheet's, as published MFUs use. On a CPU, whose sheet says no such thing, the speed of torch's
+    own fp32 matrix product on this machine, measured now (median of five).
+    """
+    if device.type == "cpu":
+        return _measured_product_flops(device)
+    if device.type == "cuda" and dtype != torch.float32:
+        name = torch.cuda.get_device_name(device)
+        return next((1e12 * peak for known, peak in _PEAK_TFLOPS_16_BIT.items() if known in name), None)
+    return None
+
+
+def _measured_product_flops(device: torch.device) -> float:
+    left, right = (torch.randn(_CPU_MATRIX, _CPU_MATRIX, device=device) for _ in range(2))
+    times_s = []
+    for _ in range(6):
+        started = time.perf_counter()
+        left @ right
+        times_s.append(time.perf_counter() - started)
+    return 2 * _CPU_MATRIX**3 / statistics.median(times_s[1:])

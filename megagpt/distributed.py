@@ -1,0 +1,81 @@
+"""The mesh of ranks: which process is which pipeline stage, data replica and tensor shard, and the groups they form.
+
+World = pipeline x data x tensor, tensor innermost, so that tensor-parallel ranks are neighbours on one host. The mesh
+is also what DeepSpeed calls an mpu (model-parallel unit); its model-parallel group is all that is not data parallel.
+"""
+
+import os
+import socket
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+class Mesh:
+    """This rank's place on the axes pipeline, data and tensor, and the process group of each axis.
+
+    Built by every rank together once torch.distributed is up. ``device_type`` is cpu or cuda.
+    """
+
+    def __init__(self, pipeline: int, data: int, tensor: int, device_type: str) -> None:
+        sizes, names = (pipeline, data, tensor), ("pipeline", "data", "tensor")
+        self.device_mesh: DeviceMesh = init_device_mesh(device_type, sizes, mesh_dim_names=names)
+        self.pipeline_rank, self.data_rank, self.tensor_rank = self.device_mesh.get_coordinate() or (0, 0, 0)
+        self.pipeline_size, self.data_size, self.tensor_size = sizes
+        self.data_group = self.device_mesh["data"].get_group()
+        self.model_group = self._model_group()
+
+    def _model_group(self) -> dist.ProcessGroup:
+        """The pipeline x tensor ranks of one data replica; every rank takes part in making every group."""
+        ranks = self.device_mesh.mesh
+        groups = {data: dist.new_group(ranks[:, data, :].flatten().tolist()) for data in range(self.data_size)}
+        return groups[self.data_rank]
+
+    @property
+    def rank(self) -> int:
+        """The global rank."""
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return dist.get_world_size()
+
+    @property
+    def name(self) -> str:
+        """What errors call this rank."""
+        place = f"pipeline {self.pipeline_rank}, data {self.data_rank}, tensor {self.tensor_rank}"
+        return f"{place} (rank {self.rank}, host {socket.gethostname()})"
+
+    # What DeepSpeed asks of an mpu. It must not offer initialize_sequence_parallel.
+    def get_data_parallel_rank(self) -> int:
+        return self.data_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.data_size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.data_group
+
+    def get_model_parallel_rank(self) -> int:
+        return self.pipeline_rank * self.tensor_size + self.tensor_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.pipeline_size * self.tensor_size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.model_group
+
+
+def become_single_process() -> None:
+    """Without a launcher, set what it would have set, for a world of one rank on this machine."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -1,0 +1,159 @@
+"""The one place that builds a DeepSpeedEngine: model, ZeRO partitioning, optimizer groups, scheduler."""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
+
+from megagpt import compat, ops
+from megagpt.config import ResolvedConfig
+from megagpt.distributed import COLLECTIVE_TIMEOUT, Mesh, become_single_process
+from megagpt.model import GPT, decayed, initial_value
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A DeepSpeedEngine with what the rest of the trainer wants to know of it."""
+
+    deepspeed: DeepSpeedEngine
+    mesh: Mesh
+    config: ResolvedConfig
+    names: compat.Names
+
+    @property
+    def model(self) -> GPT:
+        """The model whose forward gathers what ZeRO-3 has cut up."""
+        return self.deepspeed.module
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage."""
+        return self.config.zero_optimization.stage
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return training_device()
+
+    def buckets(self) -> list[compat.Bucket]:
+        """The optimizer state that this rank holds."""
+        return compat.buckets(self.deepspeed, self.names)
+
+
+def training_device() -> torch.device:
+    """Where this rank computes."""
+    return torch.device(get_accelerator().device_name(int(os.environ.get("LOCAL_RANK", "0"))))
+
+
+def start_ranks(config: ResolvedConfig) -> Mesh:
+    """Join the other ranks, as a launcher's environment says; alone where there is no launcher."""
+    become_single_process()
+    ops.use_private_extensions()
+    compat.check_version()
+    compat.suppress_shared_memory_collectives()
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(timeout=COLLECTIVE_TIMEOUT)
+    parallel = config.megagpt.parallel
+    data = dist.get_world_size() // parallel.model_parallel_size
+    return Mesh(parallel.pipeline, data, parallel.tensor, get_accelerator().device_name())
+
+
+def compute_dtype(config: ResolvedConfig) -> torch.dtype:
+    """The type of the model's parameters and matrix products."""
+    if config.bf16.enabled:
+        return torch.bfloat16
+    return torch.float16 if config.fp16.enabled else torch.float32
+
+
+def build_engine(config: ResolvedConfig, mesh: Mesh) -> Engine:
+    """Initialise the model straight into its ZeRO shards and wrap it; every rank must call it.
+
+    Peak memory is this rank's shard plus one parameter. Raises UserError where an op that the configuration needs
+    cannot be built.
+    """
+    ds_config = deepspeed_config(config, get_accelerator().device_name())
+    model, names = build_model(config, mesh, ds_config)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=parameter_groups(model, names),
+        config=ds_config,
+        mpu=mesh,
+        dist_init_required=False,
+    )
+    return Engine(engine, mesh, config, names)
+
+
+def build_model(config: ResolvedConfig, mesh: Mesh, ds_config: dict[str, Any]) -> tuple[GPT, compat.Names]:
+    """The initialised model and the global name of each parameter."""
+    with torch.device("meta"):
+        model = GPT(config.megagpt.model, config.megagpt.training.recompute)
+    templates = {parameter: name for name, parameter in model.named_parameters()}
+    dtype, device = compute_dtype(config), training_device()
+    seed = config.megagpt.training.seed
+    partitioner = compat.Partitioner(ds_config, mesh) if config.zero_optimization.stage == 3 else None
+
+    def allocate(template: nn.Parameter) -> nn.Parameter:
+        value = initial_value(templates[template], template.shape, config.megagpt.model, seed)
+        parameter = nn.Parameter(value.to(device=device, dtype=dtype))
+        parameter.model_parallel = mesh.tensor_rank == 0  # counted once in the gradient norm
+        if partitioner is not None:
+            partitioner.partition(parameter)
+        return parameter
+
+    allocated = replace_parameters(model, allocate)
+    return model, {allocated[template]: name for template, name in templates.items()}
+
+
+def replace_parameters(
+    model: nn.Module, make: Callable[[nn.Parameter], nn.Parameter]
+) -> dict[nn.Parameter, nn.Parameter]:
+    """Put ``make(parameter)`` in place of every parameter, a tied one once; returns the new by the old ones."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for attribute, template in list(module.named_parameters(recurse=False)):
+            if template not in made:
+                made[template] = make(template)
+            setattr(module, attribute, made[template])
+    return made
+
+
+def parameter_groups(model: nn.Module, names: compat.Names) -> list[dict[str, Any]]:
+    """Matrices with the configured weight decay, the rest (biases, norm weights) without."""
+    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for parameter in model.parameters():
+        groups[0 if decayed(names[parameter]) else 1].append(parameter)
+    return [{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}]
+
+
+def deepspeed_config(config: ResolvedConfig, device_type: str) -> dict[str, Any]:
+    """What DeepSpeed is given: its own sections, with the optimizer implementation that works on this machine."""
+    result = config.deepspeed_dict()
+    for section in ("wandb", "tensorboard"):  # megagpt.monitor writes to them: DeepSpeed's own know no loss
+        result.pop(section, None)
+    result["steps_per_print"] = None
+    if not config.optimizer.params.torch_adam and (reason := _why_torch_adam(config, device_type)):
+        log.warning("Adam is torch's own: %s", reason)
+        result["optimizer"]["params"]["torch_adam"] = True
+        result["zero_force_ds_cpu_optimizer"] = False
+    return result
+
+
+def _why_torch_adam(config: ResolvedConfig, device_type: str) -> str | None:
+    """Why DeepSpeed's compiled Adam is not used, or None where it is."""
+    for op in ops.needed_ops(config, device_type):
+        if op != "AsyncIOBuilder" and (reason := ops.missing_tools(op)):
+            return reason
+    offload = config.zero_optimization.offload_optimizer
+    if device_type == "cpu" and (offload is None or offload.device == "none"):
+        return "DeepSpeed has none for a CPU without offload"
+    return None

@@ -1,0 +1,150 @@
+"""DeepSpeed's compiled ops: which ones a run needs, built once, visibly, in a directory of their own.
+
+DeepSpeed compiles an op when it is first used, minutes into a start, silently, and every rank at once. Here one process
+of a host builds while the others wait; a lock that a killed build left behind is named instead of waited for.
+"""
+
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megagpt.config import ResolvedConfig
+from megagpt.utils import UserError, human_duration
+
+EXTENSIONS_VARIABLE = "TORCH_EXTENSIONS_DIR"
+STALE_LOCK_AGE_S = 15 * 60  # the longest build seen took 3 minutes on two cores
+
+log = logging.getLogger(__name__)
+
+
+def use_private_extensions() -> None:
+    """Point torch's extension cache at this environment's own directory, unless the user chose one.
+
+    Two environments that share a cache rebuild each other's ops for ever, and ops are compiled for the exact processor
+    (-march=native), so the directory belongs to the environment and is named after the processor's features.
+    """
+    if EXTENSIONS_VARIABLE not in os.environ:
+        os.environ[EXTENSIONS_VARIABLE] = str(_private_directory())
+
+
+def _private_directory() -> Path:
+    prefix = Path(sys.prefix)
+    if os.access(prefix, os.W_OK):
+        return prefix / "torch_extensions" / _processor()
+    environment = hashlib.sha256(str(prefix).encode()).hexdigest()[:8]
+    return Path.home() / ".cache" / "megagpt" / environment / _processor()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), "unknown")
+    return hashlib.sha256(features.encode()).hexdigest()[:8]
+
+
+def needed_ops(config: ResolvedConfig, device_type: str) -> list[str]:
+    """The builders of the compiled ops that this configuration's optimizer and offload will call."""
+    zero = config.zero_optimization
+    devices = {part.device for part in (zero.offload_optimizer, zero.offload_param) if part is not None}
+    optimizer_offloaded = zero.offload_optimizer is not None and zero.offload_optimizer.device != "none"
+    ops = []
+    if not config.optimizer.params.torch_adam:
+        if optimizer_offloaded:
+            ops.append("CPUAdamBuilder")
+        elif device_type == "cuda":
+            ops.append("FusedAdamBuilder")
+    if "nvme" in devices:
+        ops.append("AsyncIOBuilder")
+    return ops
+
+
+def missing_tools(op: str) -> str | None:
+    """What keeps an op from being compiled here, in words; None where nothing does."""
+    if _is_built(op):
+        return None
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        return "there is no C++ compiler (Debian, Ubuntu: apt install g++)"
+    if op == "FusedAdamBuilder" and shutil.which("nvcc") is None and "CUDA_HOME" not in os.environ:
+        return "there is no CUDA compiler (nvcc, or CUDA_HOME pointing at a toolkit)"
+    return None
+
+
+def build(ops: list[str]) -> None:
+    """Compile and load each op, or load it from the cache. Safe to call from several processes at once."""
+    for op in ops:
+        started = time.monotonic()
+        fresh = not _is_built(op)
+        with _one_builder(op):
+            if fresh and not _is_built(op):
+                print(f"compiling DeepSpeed's {_name(op)}: once, one to three minutes ...", file=sys.stderr, flush=True)
+            _load(op)
+        if fresh:
+            print(f"{_name(op)} ready after {human_duration(time.monotonic() - started)}", file=sys.stderr, flush=True)
+
+
+def _load(op: str) -> None:
+    try:
+        _builder(op).load(verbose=False)
+    except Exception as error:  # whatever the compiler or the loader had to say belongs to the reader
+        remedy = "apt install libaio-dev" if op == "AsyncIOBuilder" else "see the compiler's output above"
+        raise UserError(f"DeepSpeed's {_name(op)} did not build: {error}\n{remedy}") from error
+
+
+def _builder(op: str):  # type: ignore[no-untyped-def]  # DeepSpeed's builders have no common public type
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder(op)
+    if op == "AsyncIOBuilder" and not builder.is_compatible(verbose=False):
+        raise UserError(
+            "NVMe offload needs libaio's headers (Debian, Ubuntu: apt install libaio-dev), then start again"
+        )
+    return builder
+
+
+def _name(op: str) -> str:
+    return op.removesuffix("Builder")
+
+
+def _op_directory(op: str) -> Path:
+    return Path(os.environ[EXTENSIONS_VARIABLE]) / _builder(op).name
+
+
+def _is_built(op: str) -> bool:
+    return any(_op_directory(op).glob("*.so"))
+
+
+@contextmanager
+def _one_builder(op: str) -> Iterator[None]:
+    """One process of this host at a time; the kernel frees the lock when its holder dies, however it dies."""
+    directory = _op_directory(op)
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".megagpt_lock").open("w") as ours:
+        fcntl.flock(ours, fcntl.LOCK_EX)
+        _clear_stale_lock(directory / "lock")
+        yield
+
+
+def _clear_stale_lock(torch_lock: Path) -> None:
+    """torch marks a build by a file that a killed build leaves behind, and waits for it silently and for ever."""
+    try:
+        age_s = time.time() - torch_lock.stat().st_mtime
+    except FileNotFoundError:
+        return
+    if Path(os.environ[EXTENSIONS_VARIABLE]) == _private_directory() or age_s > STALE_LOCK_AGE_S:
+        # Nobody else builds in our own directory while we hold our lock; elsewhere no build takes this long.
+        log.warning("removed %s, left by a build that was killed %s ago", torch_lock, human_duration(age_s))
+        torch_lock.unlink(missing_ok=True)
+        return
+    raise UserError(
+        f"{torch_lock} says that another program is compiling this op since {human_duration(age_s)}. "
+        f"If none is: rm {torch_lock}"
+    )

@@ -1,0 +1,45 @@
+"""A run directory: which run it belongs to, and whether this configuration may continue it."""
+
+from pathlib import Path
+
+from megagpt.config import ConfigError, ResolvedConfig, identity_differences
+from megagpt.utils import UserError, write_atomically
+
+CONFIG_FILE = "config.json"
+
+
+def read_config(run_directory: Path) -> ResolvedConfig:
+    """The configuration a run was started with; raises UserError where the directory is no run."""
+    path = run_directory / CONFIG_FILE
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); give the directory of a run, --run_dir runs/NAME"
+        ) from error
+    return ResolvedConfig.from_json(text, str(path))
+
+
+def check(run_directory: Path, config: ResolvedConfig) -> None:
+    """Refuse a directory that holds another run: another model, other data, another optimizer ...
+
+    A run may be continued under any execution: mesh, ZeRO stage, precision, length. Raises UserError listing the keys.
+    """
+    path = run_directory / CONFIG_FILE
+    if not path.exists():
+        if (run_directory / "checkpoints").exists():
+            raise UserError(f"{path}: missing beside checkpoints; restore it, or choose another --run_dir")
+        return
+    differences = identity_differences(read_config(run_directory).identity(), config.identity())
+    if differences:
+        remedy = f"{run_directory} holds another run: choose another --run_dir, or take back these differences"
+        raise ConfigError([*(f"{run_directory}: {difference}" for difference in differences), remedy])
+
+
+def record(run_directory: Path, config: ResolvedConfig) -> None:
+    """Write down which run the directory holds; once ``check`` has agreed."""
+    path = run_directory / CONFIG_FILE
+    try:
+        write_atomically(path, config.to_json())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --run_dir") from error

@@ -1,0 +1,215 @@
+"""From a command line to the running loop, and from its end to an exit code.
+
+What can be checked without torch is checked before it is imported, so that bad input is answered at once, on every
+rank alike and before any rank waits for another.
+"""
+
+import argparse
+import logging
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megagpt import run_directory as directories
+from megagpt.config import ResolvedConfig, RunConfig, load_config
+from megagpt.dataset import SampleStream, open_dataset
+from megagpt.planner import require_legal
+from megagpt.utils import ExitCode, UserError, human_count
+
+if TYPE_CHECKING:
+    from megagpt.engine import Engine
+    from megagpt.train import Run
+
+log = logging.getLogger(__name__)
+
+EMBEDDED_CORPUS = Path("data/stdlib")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Train as the command line says; returns this rank's exit code. Raises UserError for bad input."""
+    config = load_config(arguments.deepspeed_config, arguments.set)
+    require_legal(config, str(arguments.deepspeed_config))
+    directory = arguments.run_dir or Path("runs") / Path(arguments.deepspeed_config).stem
+    if arguments.resume and not any((directory / "checkpoints").glob("step_*")):
+        raise UserError(f"{directory}: nothing to resume; leave out --resume to start it")
+    _resolve(config, 1)  # whatever the vocabulary: impossible arithmetic is reported before any data are prepared
+    resolved = _resolve(config, _prepare_vocabulary(config))
+    directories.check(directory, resolved)
+    streams = {split: _open_stream(resolved, split) for split in ("train", "val")}
+    return _run_to_its_end(config, streams, directory)
+
+
+def _resolve(config: RunConfig, vocabulary: int, *, bf16_native: bool = False) -> ResolvedConfig:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    resolved = config.resolved(world_size=world_size, vocabulary=vocabulary, bf16_native=bf16_native)
+    require_legal(resolved)
+    return resolved
+
+
+def _prepare_vocabulary(config: RunConfig) -> int:
+    """The number of tokens of the data; the embedded corpus is made when missing, by one process of a host."""
+    directories_of_data = [Path(source.path) for source in config.megagpt.data.sources]
+    if EMBEDDED_CORPUS in directories_of_data:
+        from megagpt.download_data import prepare_embedded_corpus
+
+        prepare_embedded_corpus(EMBEDDED_CORPUS)
+    return max(open_dataset(directory).vocabulary for directory in directories_of_data)
+
+
+def _open_stream(config: ResolvedConfig, split: str) -> SampleStream:
+    data = config.megagpt.data
+    return SampleStream.open(
+        [(Path(source.path), source.weight) for source in data.sources],
+        split=split,
+        sequence_length=config.megagpt.model.sequence_length,
+        seed=data.seed,
+        document_mask=data.document_mask,
+    )
+
+
+def _run_to_its_end(config: RunConfig, streams: dict[str, SampleStream], directory: Path) -> int:
+    """Train; whatever ends the run early is shown on one screen by the rank that failed first."""
+    from megagpt.guard import StoppedByGuardError
+    from megagpt.train import train
+
+    run = None
+    try:
+        run = _assemble(config, streams, directory)
+        with run.monitor:
+            train(run)
+        _farewell(run)
+    except UserError:
+        raise
+    except BaseException as error:
+        _show_crash(error, run, directory)
+        return ExitCode.STOPPED_BY_GUARD if isinstance(error, StoppedByGuardError) else ExitCode.FAILED
+    return ExitCode.DONE
+
+
+def _assemble(config: RunConfig, streams: dict[str, SampleStream], directory: Path) -> "Run":
+    """Bring up the ranks, the engine and the newest checkpoint; every rank does the same."""
+    from megagpt import device, ops
+    from megagpt.batches import BatchLoader
+    from megagpt.engine import build_engine, compute_dtype, start_ranks, training_device
+    from megagpt.generate import open_tokenizer
+    from megagpt.monitor import Monitor, open_rank_log
+    from megagpt.train import Run
+
+    open_rank_log(directory, int(os.environ.get("RANK", "0")))
+    native = device.multiplies_bf16_natively(training_device())
+    resolved = _resolve(config, streams["train"].vocabulary, bf16_native=native)
+    mesh = start_ranks(resolved)
+    if mesh.rank == 0:
+        directories.record(directory, resolved)
+        (directory / "logs" / "crash.txt").unlink(missing_ok=True)
+    ops.build(ops.needed_ops(resolved, training_device().type))
+    engine = build_engine(resolved, mesh)
+    _announce(engine, directory, device.describe(training_device()))
+    run = Run(
+        config=resolved,
+        engine=engine,
+        training=BatchLoader(streams["train"], resolved, mesh, training_device()),
+        validation=BatchLoader(streams["val"], resolved, mesh, training_device()),
+        encoding=open_tokenizer(resolved.megagpt),
+        directory=directory,
+        peak_flops=device.peak_flops(training_device(), compute_dtype(resolved)),
+    )
+    found = _resume(run)
+    run.monitor = Monitor.open(
+        resolved,
+        directory,
+        total_steps=resolved.megagpt.training.total_steps,
+        start_step=run.state.step,
+        is_writer=mesh.rank == 0,
+    )
+    if found:
+        run.monitor.event("resume", step=run.state.step, **found)
+    return run
+
+
+def _resume(run: "Run") -> dict[str, object] | None:
+    """Load the newest sound checkpoint into the run; what it was, for the record."""
+    from megagpt import checkpoint
+
+    checkpoints = run.directory / "checkpoints"
+    if run.engine.mesh.rank == 0:
+        for name in checkpoint.collect_leftovers(checkpoints):
+            log.warning("removed %s, left by a save that was interrupted", name)
+    resumed = checkpoint.resume(run.engine, run.directory)
+    if resumed is None:
+        return None
+    run.state, manifest, faults = resumed
+    run.last_saved_step = run.state.step
+    for fault in faults:
+        log.warning("passed over a damaged checkpoint: %s", fault)
+    if manifest.data_fingerprint != run.training.stream.fingerprint:
+        raise UserError(
+            f"{run.directory}: its data changed since step {run.state.step} was saved; "
+            f"restore them, or start afresh with another --run_dir"
+        )
+    return {"written_by": manifest.topology, "passed_over": faults}
+
+
+def _announce(engine: "Engine", directory: Path, device: str) -> None:
+    """One paragraph on the screen before the first step: what trains, how, where."""
+    if engine.mesh.rank != 0:
+        return
+    config, zero = engine.config, engine.config.zero_optimization
+    model = config.megagpt.model
+    print(
+        f"{directory}: {human_count(model.num_parameters)} parameters "
+        f"({model.num_layers} layers, width {model.hidden_size}, {model.num_heads} heads, "
+        f"{model.vocab_size} tokens, length {model.sequence_length})\n"
+        f"{engine.mesh.world_size} x {device}; ZeRO {zero.stage}, optimizer on {zero.optimizer_device}, "
+        f"parameters on {zero.parameter_device}; batch {config.train_batch_size} = "
+        f"{config.train_micro_batch_size_per_gpu} x {config.gradient_accumulation_steps} micro-batches x "
+        f"{engine.mesh.data_size} replicas",
+        flush=True,
+    )
+
+
+def _farewell(run: "Run") -> None:
+    """What the user can type next."""
+    import torch.distributed as dist
+
+    if run.engine.mesh.rank == 0:
+        done = f"done: step {run.state.step}, {human_count(run.state.tokens)} tokens"
+        print(f"{done}; samples in {run.directory}/samples.txt")
+        print(f'next: python launch/generate.py --run_dir {run.directory} --prompt "import os"', flush=True)
+    dist.destroy_process_group()
+
+
+def _show_crash(error: BaseException, run: "Run | None", directory: Path) -> None:
+    """The page of the rank that failed first; the others, which only lost a peer, write to their logs."""
+    from megagpt.monitor import crash_page
+    from megagpt.rank_log import rank_log_path
+
+    rank = int(os.environ.get("RANK", "0"))
+    log.error("the run ended early", exc_info=error)
+    page = crash_page(
+        error,
+        rank_name=run.engine.mesh.name if run else f"rank {rank}",
+        last_step=run.state.step if run else None,
+        last_checkpoint=_last_checkpoint(directory),
+        resume_command=_resume_command() if _last_checkpoint(directory) else None,
+        log_path=rank_log_path(directory, rank),
+    )
+    try:
+        with (directory / "logs" / "crash.txt").open("x") as file:
+            file.write(page)
+    except FileExistsError:
+        return
+    print(page, file=sys.stderr, flush=True)
+
+
+def _last_checkpoint(directory: Path) -> Path | None:
+    return max((directory / "checkpoints").glob("step_*"), default=None)
+
+
+def _resume_command() -> str:
+    """What started this run, without what the launcher added."""
+    started = [word for word in sys.argv if not word.startswith("--local_rank")]
+    launcher = "deepspeed" if "CROSS_RANK" in os.environ else "python"
+    return shlex.join([launcher, *started])

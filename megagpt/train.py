@@ -1,0 +1,204 @@
+"""The training loop: fetch, forward-backward, guard, step, report, save."""
+
+import logging
+import math
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import tiktoken
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megagpt import checkpoint, pipeline
+from megagpt.batches import BatchLoader
+from megagpt.checkpoint_format import TrainState
+from megagpt.config import ResolvedConfig
+from megagpt.engine import Engine
+from megagpt.flops import model_flops_utilisation
+from megagpt.generate import generate
+from megagpt.guard import Guard
+from megagpt.model import KeyValueCache
+from megagpt.monitor import Monitor, StepRecord
+from megagpt.utils import GIB
+
+log = logging.getLogger(__name__)
+
+SAMPLE_TOKENS = 96
+SAMPLE_TEMPERATURE = 0.8
+
+
+@dataclass
+class Run:
+    """All that the loop works with. ``peak_flops`` is the device's, in FLOP/s; None where it is unknown."""
+
+    config: ResolvedConfig
+    engine: Engine
+    training: BatchLoader
+    validation: BatchLoader
+    encoding: tiktoken.Encoding
+    directory: Path
+    peak_flops: float | None
+    monitor: Monitor = field(default_factory=Monitor)
+    state: TrainState = field(default_factory=TrainState)
+    last_saved_step: int | None = None
+
+
+def train(run: Run) -> TrainState:
+    """Train from ``run.state`` to the configured number of steps; every rank must call it."""
+    settings = run.config.megagpt.training
+    guard = Guard(settings.on_nonfinite, settings.on_spike)
+    meter = Meter(run)
+    while run.state.step < settings.total_steps:
+        step = run.state.step + 1
+        micro_batches = run.training.load(run.state.cursor, step)
+        result = pipeline.train_step(run.engine, micro_batches)
+        run.state = advanced(run.state, run.config, result)
+        report_verdict(run, guard, result)
+        meter.after_step(result)
+        if due(settings.eval_interval_steps, step, settings.total_steps):
+            meter.pause(lambda step=step: run.monitor.event("eval", step=step, val_loss=validate(run)))
+        if due(settings.sample_interval_steps, step, settings.total_steps):
+            meter.pause(lambda: write_samples(run))
+        if due(run.config.megagpt.checkpoint.interval_steps, step, settings.total_steps):
+            meter.pause(lambda: save(run))
+    return run.state
+
+
+def due(interval_steps: int, step: int, last_step: int) -> bool:
+    """Every so many steps and after the last one; an interval of 0 means never."""
+    return interval_steps > 0 and (step % interval_steps == 0 or step == last_step)
+
+
+def advanced(state: TrainState, config: ResolvedConfig, result: pipeline.StepResult) -> TrainState:
+    """The state after a step. A skipped step consumes its samples too: the data's order stays that of the steps."""
+    return replace(
+        state,
+        step=state.step + 1,
+        cursor=state.cursor + config.train_batch_size,
+        tokens=state.tokens + config.tokens_per_step,
+        applied_steps=state.applied_steps + result.applied,
+        skipped_steps=state.skipped_steps + (not result.applied),
+    )
+
+
+def report_verdict(run: Run, guard: Guard, result: pipeline.StepResult) -> None:
+    """Log what the guard says of a step; where it stops the run, StoppedByGuardError passes through."""
+    warning = guard.judge(run.state.step, result)
+    if warning is None:
+        return
+    first = run.state.cursor - run.config.train_batch_size
+    samples = {"first_sample": first, "last_sample": run.state.cursor - 1}
+    run.monitor.event("warning" if result.applied else "skip", step=run.state.step, message=warning, **samples)
+
+
+@torch.no_grad()
+def validate(run: Run) -> float:
+    """The mean loss over the first ``eval_batches`` global batches of the validation split; every rank must call it."""
+    run.engine.deepspeed.eval()
+    losses = [
+        pipeline.forward(run.engine, micro_batch)
+        for index in range(validation_batches(run))
+        for micro_batch in run.validation.load(index * run.config.train_batch_size)
+    ]
+    run.engine.deepspeed.train()
+    return pipeline.mean_over_data(run.engine, torch.stack(losses).mean())
+
+
+def validation_batches(run: Run) -> int:
+    """As many global batches as configured, or as one pass over the split fills."""
+    whole_split = math.ceil(run.validation.stream.samples_per_epoch / run.config.train_batch_size)
+    return min(run.config.megagpt.training.eval_batches, whole_split)
+
+
+@torch.no_grad()
+def write_samples(run: Run) -> None:
+    """Continue each prompt; every rank must call it, as ZeRO-3 gathers parameters in each forward."""
+    model = run.engine.model
+    model.eval()
+
+    def forward(tokens: Tensor, cache: KeyValueCache) -> Tensor:
+        logits = model(tokens.to(run.engine.device), cache=cache)[:, -1:].float()
+        dist.broadcast(logits, src=0)  # rounding may differ between devices: all must draw the same token
+        return logits
+
+    prompts = run.config.megagpt.training.sample_prompts
+    texts = generate(
+        forward,
+        run.encoding,
+        prompts,
+        sequence_length=run.config.megagpt.model.sequence_length,
+        max_new_tokens=SAMPLE_TOKENS,
+        temperature=SAMPLE_TEMPERATURE,
+        seed=run.state.step,
+    )
+    model.train()
+    for prompt, text in zip(prompts, texts, strict=True):
+        run.monitor.sample(run.state.step, prompt, text)
+
+
+def save(run: Run) -> None:
+    """Commit a checkpoint of the present state; every rank must call it."""
+    started = time.perf_counter()
+    path = checkpoint.save(run.engine, run.state, run.directory, run.training.stream.fingerprint)
+    run.last_saved_step = run.state.step
+    run.monitor.event("save", step=run.state.step, path=str(path), duration_s=time.perf_counter() - started)
+
+
+class Meter:
+    """Times steps and reports them every ``log_interval_steps``; pauses are not counted as training."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.steps, self.paused_s, self.started = 0, 0.0, time.perf_counter()
+
+    def after_step(self, result: pipeline.StepResult) -> None:
+        """Count a step; report where a report is due."""
+        self.steps += 1
+        total_steps = self.run.config.megagpt.training.total_steps
+        if due(self.run.config.megagpt.monitor.log_interval_steps, self.run.state.step, total_steps):
+            step_time_s = (time.perf_counter() - self.started - self.paused_s) / self.steps
+            self.run.monitor.step(self._record(result, step_time_s))
+            self.steps, self.paused_s, self.started = 0, 0.0, time.perf_counter()
+
+    def pause(self, work: Callable[[], None]) -> None:
+        """Do something that is not training."""
+        started = time.perf_counter()
+        work()
+        self.paused_s += time.perf_counter() - started
+
+    def _record(self, result: pipeline.StepResult, step_time_s: float) -> StepRecord:
+        state, config, devices = self.run.state, self.run.config, self.run.engine.mesh.world_size
+        tokens_per_s = config.tokens_per_step / step_time_s
+        return StepRecord(
+            step=state.step,
+            tokens=state.tokens,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            learning_rate=result.learning_rate,
+            step_time_s=step_time_s,
+            tokens_per_s=tokens_per_s,
+            tokens_per_s_per_device=tokens_per_s / devices,
+            mfu=self._mfu(tokens_per_s / devices),
+            memory_gib=peak_memory_gib(self.run.engine.device),
+            skipped_steps=state.skipped_steps,
+        )
+
+    def _mfu(self, tokens_per_s_per_device: float) -> float | None:
+        if self.run.peak_flops is None:
+            return None
+        return model_flops_utilisation(
+            self.run.config.megagpt.model,
+            tokens_per_s_per_device=tokens_per_s_per_device,
+            peak_flops_per_s=self.run.peak_flops,
+        )
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory this rank has held: on its GPU, or of the process where it computes on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB

@@ -46,7 +46,8 @@ def solve_batch(
     if micro_batch is None:
         steps = accumulation_steps or 1
         if train_batch % (steps * ranks):
-            return _does_not_divide(train_batch, steps * ranks, f"{_ranks(ranks)} x {steps} accumulation steps")
+            by = f"{_ranks(ranks)} x {steps} accumulation steps" if steps > 1 else _ranks(ranks)
+            return _does_not_divide(train_batch, steps * ranks, by)
         return BatchSizes(train_batch, train_batch // (steps * ranks), steps)
     if train_batch % (micro_batch * ranks):
         return _does_not_divide(train_batch, micro_batch * ranks, f"{_ranks(ranks)} x micro-batches of {micro_batch}")

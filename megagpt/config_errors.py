@@ -99,7 +99,7 @@ def _message(details: ErrorDetails, location: Path, model: type[BaseModel]) -> s
         return f"expected {EXPECTED_KIND[kind]}, got {shown(value)}"
     if kind in BOUND_WORDS:
         key, words = BOUND_WORDS[kind]
-        return f"must be {words} {context[key]}, got {shown(value)}"
+        return f"must be {words} {context[key]:g}, got {shown(value)}"
     if kind == "literal_error":
         return _not_a_choice(value, re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]])
     if kind == "union_tag_invalid":

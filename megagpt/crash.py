@@ -66,10 +66,7 @@ def _frames(error: BaseException) -> list[str]:
         return ["    (no traceback)"]
     places = [f"{_short_path(frame.filename)}:{frame.lineno}" for frame in frames]
     width = max(map(len, places))
-    return [
-        textwrap.shorten(f"{place:<{width}}  {frame.name}", PAGE_WIDTH - 4, placeholder=" ...").join(("    ", ""))
-        for place, frame in zip(places, frames, strict=True)
-    ]
+    return [f"    {place:<{width}}  {frame.name}"[:PAGE_WIDTH] for place, frame in zip(places, frames, strict=True)]
 
 
 def _short_path(filename: str) -> str:

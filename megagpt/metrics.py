@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -121,6 +122,8 @@ def plain(value: Any) -> Any:
 def encode_line(line: Line) -> bytes:
     """One line of strict JSON in UTF-8 with its newline."""
     text = json.dumps(line, ensure_ascii=False, allow_nan=False)
+    # JSON itself escapes what is below 0x20; the rest of the control characters would reach a terminal through `cat`.
+    text = re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)
     # A sample cut inside a character may hold a lone surrogate; backslashreplace writes it as JSON's own \udXXX.
     return text.encode("utf-8", errors="backslashreplace") + b"\n"
 

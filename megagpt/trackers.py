@@ -5,6 +5,7 @@ DeepSpeed's own monitors are not used: they live on its rank 0, which holds no l
 
 from __future__ import annotations
 
+import json
 import logging
 import netrc
 import os
@@ -49,7 +50,7 @@ class WandbTracker:
     def __init__(self, config: RunConfig, run_directory: Path) -> None:
         import wandb
 
-        why_offline = _why_offline()
+        offline_reason = why_offline()
         settings = wandb.Settings(
             silent=True,  # its banners would tear the live table
             console="off",  # it would swallow the table's control characters
@@ -66,16 +67,16 @@ class WandbTracker:
             id=_run_id(run_directory),
             resume="allow",
             dir=str(run_directory),
-            config=config.model_dump(mode="json"),
-            mode="offline" if why_offline else None,
+            config=json.loads(config.to_json()),
+            mode="offline" if offline_reason else None,
             settings=settings,
         )
         # Steps as an ordinary metric: wandb's own counter refuses the steps that a resumed run makes again.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
-        if why_offline:
+        if offline_reason:
             logger.warning(
-                "wandb is offline: %s; upload later with: wandb sync %s", why_offline, self._sync_directory()
+                "wandb is offline: %s; upload later with: wandb sync %s", offline_reason, self._sync_directory()
             )
 
     def _sync_directory(self) -> Path:
@@ -111,7 +112,7 @@ class TensorboardTracker:
         self._writer.close()
 
 
-def _why_offline() -> str | None:
+def why_offline() -> str | None:
     """The reason to write wandb's files without uploading, or None; WANDB_MODE, where set, decides for itself."""
     if os.environ.get("WANDB_MODE"):
         return None

@@ -1,0 +1,30 @@
+"""One HTML page with the curves of a run: python launch/report.py --run_dir runs/NAME"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+
+from megagpt.utils import run_command
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from megagpt.report import write_report  # after the arguments, so that --help answers at once
+
+    print(write_report(arguments.run_dir))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Write report.html into a run directory and print its path: loss, gradient norm, learning rate, "
+        "speed, memory, samples and events, in one file that needs no network. Works while the run goes on."
+    )
+    parser.add_argument("--run_dir", type=Path, required=True, metavar="DIR", help="the run, runs/NAME")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

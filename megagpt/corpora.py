@@ -73,6 +73,9 @@ def _local_source(pattern: str, file_format: str, column: str) -> Source:
     if not paths:
         raise UserError(f"--dataset {pattern}: no such file; a pattern needs quotes, so that the shell leaves it whole")
     status = [path.stat() for path in paths]
+    empty = [str(path) for path, s in zip(paths, status, strict=True) if s.st_size == 0]
+    if empty:
+        raise UserError(f"--dataset {pattern}: empty: {', '.join(empty)}; remove it or name other files")
     version: JsonValue = [[str(path), s.st_size, s.st_mtime_ns] for path, s in zip(paths, status, strict=True)]
     description: dict[str, JsonValue] = {"dataset": pattern, "files": len(paths)}
     size_bytes = sum(s.st_size for s in status)
@@ -210,12 +213,16 @@ class Table:
 
         try:
             return function(*arguments, **keywords)
-        except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+        except (DatasetsError, OSError, ValueError, RuntimeError, StopIteration) as error:
+            reason = " ".join(str(error).split()) or "no rows"
             raise UserError(
-                f"--dataset {self.description['dataset']}: {type(error).__name__}: {reason}. "
-                "Check the name, --config and --split, and the network (HF_ENDPOINT, HF_TOKEN for gated data)"
+                f"--dataset {self.description['dataset']}: {type(error).__name__}: {reason}. {self._advice()}"
             ) from error
+
+    def _advice(self) -> str:
+        if "data_files" in self._arguments:
+            return "Check the files"
+        return "Check the name, --config and --split, and the network (HF_ENDPOINT; HF_TOKEN for gated data)"
 
     def _text(self, number: int, row: dict[str, Any]) -> str:
         text = row.get(self._column)

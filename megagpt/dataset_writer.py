@@ -149,6 +149,8 @@ class DatasetWriter:
 
     def write(self, split: Split, tokens: np.ndarray, *, starts_document: bool) -> None:
         """Append part of a document or all of it; UserError, with need and have, where the disk is full."""
+        if tokens.max(initial=0) >= self._vocabulary:  # a cast to uint16 would make 70000 4464 without a word
+            raise ValueError(f"token id {tokens.max()} in a vocabulary of {self._vocabulary}")
         with explain_full_disk(self._staging, tokens.nbytes):
             self._splits[split].write(tokens, starts_document=starts_document)
 

@@ -118,7 +118,11 @@ def prepare(request: Request, report: Report = print) -> Manifest:
             shutil.rmtree(staging)
             report(f"{request.output}: already prepared: {present.summary()}")
             return present
-        manifest = _prepare_staged(request, source, description, staging, report)
+        try:
+            manifest = _prepare_staged(request, source, description, staging, report)
+        except UserError:
+            _discard_unless_committed(staging)
+            raise
         publish(staging, request.output)
     report(f"{request.output}: {manifest.summary()}, in {time.monotonic() - began:.1f} s")
     return manifest
@@ -170,7 +174,7 @@ def _prepare_staged(
 def _progress(request: Request, wanted: dict[str, JsonValue], staging: Path, report: Report) -> Progress:
     """Where to continue. Another request's leftovers are an error; with --force, they are removed."""
     progress = None if request.force else read_progress(staging)
-    if progress is None:
+    if progress is None or (progress.request != wanted and not progress.pieces):
         _clear(staging)
         progress = Progress(request=wanted)
         progress.save(staging)
@@ -182,6 +186,17 @@ def _progress(request: Request, wanted: dict[str, JsonValue], staging: Path, rep
         done = human_count(sum(map(progress.tokens, SPLITS)))
         report(f"{staging}: continuing after {progress.pieces} pieces of text, {done} tokens")
     return progress
+
+
+def _discard_unless_committed(staging: Path) -> None:
+    """Leave nothing behind a request that failed before anything worth continuing was written."""
+    try:
+        progress = read_progress(staging)
+    except UserError:
+        return  # damaged: the message names --force, which clears it
+    if progress is not None and not progress.pieces:
+        _clear(staging)
+        staging.rmdir()
 
 
 def _clear(staging: Path) -> None:

@@ -48,15 +48,19 @@ def _every_nth(source: Source, fraction: float, skip: int) -> Iterator[tuple[Spl
 
 def _head_and_tail(source: Source, cut: int) -> Iterator[tuple[Split, Piece]]:
     """Characters up to the first line break from `cut` on, then the rest; the document between them becomes two."""
-    position, reached = 0, False
+    position, first_held_out = 0, True
     for piece in source.pieces():
-        if not reached and position + len(piece.text) > cut:
-            reached = True
-            line_end = piece.text.find("\n", cut - position) + 1 or cut - position
-            head, tail = piece.text[:line_end], piece.text[line_end:]
+        head, tail = _cut_at_line(piece.text, cut - position)
+        if head:
             yield "train", replace(piece, text=head, ends=piece.ends and not tail)
-            if tail:
-                yield "val", replace(piece, text=tail, starts=True)
-        else:
-            yield ("val" if reached else "train"), piece
+        if tail:
+            yield "val", replace(piece, text=tail, starts=piece.starts or first_held_out)
+            first_held_out = False
         position += len(piece.text)
+
+
+def _cut_at_line(text: str, place: int) -> tuple[str, str]:
+    if place <= 0 or place >= len(text):
+        return (text, "") if place > 0 else ("", text)
+    line_end = text.find("\n", place) + 1 or place
+    return text[:line_end], text[line_end:]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiktoken_ext.openai_public
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt import tokenizer
@@ -62,6 +62,7 @@ def test_ids_equal_those_of_hugging_face(both, text):
     assert encoding.decode(ids) == text
 
 
+@settings(deadline=None)
 @given(text=st.lists(st.sampled_from(PIECES) | st.text(max_size=20), max_size=12).map("".join))
 def test_ids_equal_those_of_hugging_face_on_any_text(both, text):
     encoding, hugging_face = both
@@ -77,6 +78,7 @@ def periodic(tmp_path_factory):
     return tokenizer.load_tokenizer(directory), tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
 
 
+@settings(deadline=None)
 @given(text=st.text(alphabet="ab", max_size=60))
 def test_ids_equal_on_periodic_text(periodic, text):
     """Runs of one letter are where another order among equal merges would show."""

@@ -151,7 +151,7 @@ def _short(value: object) -> str:
 
 
 def progress_panel(progress: Progress) -> Panel:
-    """The live table: a bar, then three rows of two columns, then the newest sample."""
+    """The live table: a bar, the numbers in two columns, the newest sample."""
     from rich.console import Group
     from rich.panel import Panel
     from rich.text import Text

@@ -1,15 +1,14 @@
 """One JSON file a run: read strictly, checked once, then trusted.
 
 `load_config` reads a file (a DeepSpeed config plus one `megagpt` object) and reports every error at once;
-`RunConfig.resolved` fills in what only the world and the data can say. `python -m megagpt.config` prints the JSON
-Schema of the file, which ds_configs/schema.json keeps; `--reference` prints the tables of docs/configuration.md.
+`RunConfig.resolved` fills in what only the world and the data can say.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -30,9 +29,9 @@ from megagpt.config_deepspeed import (
     WarmupLR,
     ZeroConfig,
 )
-from megagpt.config_errors import ConfigError, Path, Problem, dotted, problems_in, shown
+from megagpt.config_errors import ConfigError, KeyPath, Problem, dotted, problems_in, shown
 from megagpt.config_fields import Section, execution, identity, refuse, section
-from megagpt.config_megagpt import MegagptConfig, MegagptSection
+from megagpt.config_megagpt import MegagptConfig, MegagptSection, ParallelConfig
 from megagpt.config_model import ModelConfig
 from megagpt.config_refused import REFUSED
 
@@ -142,10 +141,10 @@ class ResolvedConfig(RunConfig):
 Config = TypeVar("Config", bound=RunConfig)
 
 
-def load_config(path: str | FilePath, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a configuration file with `a.b=value` overrides on top; raises ConfigError with ALL errors at once."""
     source = str(path)
-    document, _ = config_json.parse(config_json.read_text(FilePath(path)), source)
+    document, _ = config_json.parse(config_json.read_text(Path(path)), source)
     keys_set, errors = config_json.apply_overrides(document, overrides)
     try:
         config = _validated(RunConfig, document, config_json.hidden_problems(document), source, keys_set)
@@ -167,28 +166,26 @@ def identity_differences(recorded: Mapping[str, Any], requested: Mapping[str, An
 
 
 def _validated(
-    model: type[Config], document: dict[str, Any], hidden: list[Problem], source: str, keys_set: Sequence[Path]
+    model: type[Config], document: dict[str, Any], hidden: list[Problem], source: str, keys_set: Sequence[KeyPath]
 ) -> Config:
     """The checked configuration, or every problem of it; what the command line set is blamed on the command line."""
     try:
         config = model.model_validate(document)
         problems = hidden
     except ValidationError as error:
-        reported = {problem.path for problem in hidden if "finite" in problem.message}
-        found = problems_in(error, document, model, REFUSED)
-        problems = hidden + [problem for problem in found if problem.path not in reported]
+        problems = hidden + problems_in(error, document, model, REFUSED)
     if problems:
         unique = dict.fromkeys(problem.line(_blamed(problem, source, keys_set)) for problem in problems)
         raise ConfigError(unique)
     return config
 
 
-def _blamed(problem: Problem, source: str, keys_set: Sequence[Path]) -> str:
+def _blamed(problem: Problem, source: str, keys_set: Sequence[KeyPath]) -> str:
     from_command_line = any(problem.path[: len(key)] == key for key in keys_set)
     return "--set" if from_command_line else source
 
 
-def _data_parallel_size(parallel: Any, world_size: int) -> int | Problem:
+def _data_parallel_size(parallel: ParallelConfig, world_size: int) -> int | Problem:
     replica = parallel.model_parallel_size
     expected = parallel.world_size
     if expected not in (None, world_size):
@@ -203,7 +200,7 @@ def _data_parallel_size(parallel: Any, world_size: int) -> int | Problem:
             f"{world_size} ranks cannot hold replicas of tensor {parallel.tensor} x pipeline {parallel.pipeline}: "
             f"use {nearest_multiples(world_size, replica)} ranks",
         )
-    return int(world_size // replica)
+    return world_size // replica
 
 
 def _batch_sizes(config: RunConfig, data_parallel_size: int) -> BatchSizes | Problem:
@@ -269,7 +266,7 @@ def _resolve_scheduler(document: dict[str, Any], total_steps: int) -> None:
         raise ConfigError([f"scheduler.params.warmup_num_steps: {problem}"])
 
 
-def _leaves_of_role(role: str, value: BaseModel, prefix: Path = ()) -> list[tuple[str, Any]]:
+def _leaves_of_role(role: str, value: BaseModel, prefix: KeyPath = ()) -> list[tuple[str, Any]]:
     leaves: list[tuple[str, Any]] = []
     for name, field in type(value).model_fields.items():
         member = getattr(value, name)
@@ -284,9 +281,3 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_as_json(item) for item in value]
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-
-
-if __name__ == "__main__":
-    from megagpt.config_reference import main
-
-    main()

@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from megagpt.utils import UserError, did_you_mean
 
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 
 AUTO_REFUSED = '"auto" is resolved only in bf16.enabled and scheduler.params.total_num_steps; write the value'
 EXPECTED_KIND = {
@@ -39,10 +39,17 @@ class ConfigError(UserError):
         super().__init__("\n".join(self.errors))
 
 
+class NotFinite:
+    """Stands where a text had NaN, Infinity or a number beyond the range of a float: JSON has no such values."""
+
+    def __init__(self, spelling: str) -> None:
+        self.spelling = spelling
+
+
 class Problem(NamedTuple):
     """One thing that is wrong, and the key it is wrong at (empty: the whole document)."""
 
-    path: Path
+    path: KeyPath
     message: str
 
     def line(self, source: str) -> str:
@@ -50,7 +57,7 @@ class Problem(NamedTuple):
         return ": ".join(part for part in (source, dotted(self.path), self.message) if part)
 
 
-def dotted(path: Path) -> str:
+def dotted(path: KeyPath) -> str:
     """A key as the user types it: `megagpt.data.path[0].weight`."""
     text = ""
     for element in path:
@@ -79,8 +86,8 @@ def _translate(
 ) -> list[Problem]:
     kind, location = details["type"], details["loc"]
     path = _path_in_document(location, document, keep_last=kind in ("missing", "extra_forbidden"))
-    if kind == "default_factory_not_called":
-        return []  # the key that this default follows from is reported by itself
+    if kind == "default_factory_not_called" or isinstance(details["input"], NotFinite):
+        return []  # reported already: the key that this default follows from, or the number that is none
     if kind == "section_check":
         found: Sequence[tuple[str, str]] = details["ctx"]["problems"]
         return [Problem((*path, *(key.split(".") if key else ())), message) for key, message in found]
@@ -89,7 +96,7 @@ def _translate(
     return [Problem(path, _message(details, location, model))]
 
 
-def _message(details: ErrorDetails, location: Path, model: type[BaseModel]) -> str:
+def _message(details: ErrorDetails, location: KeyPath, model: type[BaseModel]) -> str:
     kind, value, context = details["type"], details["input"], details.get("ctx", {})
     if kind == "missing":
         return _missing_key(location, model)
@@ -113,7 +120,7 @@ def _not_a_choice(value: object, choices: list[str]) -> str:
     return f"expected one of {expected}; got {shown(value)}{did_you_mean(str(value), choices)}"
 
 
-def _missing_key(location: Path, model: type[BaseModel]) -> str:
+def _missing_key(location: KeyPath, model: type[BaseModel]) -> str:
     for parent in _models_at(model, location[:-1]):
         field = parent.model_fields.get(str(location[-1]))
         if field is not None and field.description:
@@ -121,7 +128,7 @@ def _missing_key(location: Path, model: type[BaseModel]) -> str:
     return "required key is missing"
 
 
-def _unknown_key(path: Path, location: Path, model: type[BaseModel]) -> str:
+def _unknown_key(path: KeyPath, location: KeyPath, model: type[BaseModel]) -> str:
     """A near key of the same section, else the place where a key of exactly this name lives."""
     word = str(path[-1])
     siblings = [key for parent in _models_at(model, location[:-1]) for key in keys_of(parent)]
@@ -132,7 +139,7 @@ def _unknown_key(path: Path, location: Path, model: type[BaseModel]) -> str:
     return f"unknown key{suggestion}"
 
 
-def _path_in_document(location: Path, document: object, *, keep_last: bool) -> Path:
+def _path_in_document(location: KeyPath, document: object, *, keep_last: bool) -> KeyPath:
     """Pydantic's location without the tags that it inserts for unions: only keys and indices of the document."""
     path: list[str | int] = []
     here = document
@@ -170,7 +177,7 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for argument in get_args(annotation) for model in models_in(argument)]
 
 
-def _models_at(root: type[BaseModel], location: Path) -> list[type[BaseModel]]:
+def _models_at(root: type[BaseModel], location: KeyPath) -> list[type[BaseModel]]:
     """The section classes that a location may name; a class name in it is the tag of a union's member."""
     models = [root]
     for element in location:

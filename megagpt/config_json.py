@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
-from megagpt.config_errors import ConfigError, Path, Problem
+from megagpt.config_errors import ConfigError, KeyPath, NotFinite, Problem
 from megagpt.utils import did_you_mean
 
 
@@ -21,14 +21,7 @@ class JsonObject(dict[str, Any]):
         self.repeated = sorted({name for name in names if names.count(name) > 1})
 
 
-class NotFinite:
-    """Stands where the text had NaN, Infinity or a number beyond the range of a float: JSON has no such values."""
-
-    def __init__(self, spelling: str) -> None:
-        self.spelling = spelling
-
-
-def read_text(path: FilePath) -> str:
+def read_text(path: Path) -> str:
     """The file's text; a missing file is an error that lists the configurations lying there."""
     try:
         return path.read_text(encoding="utf-8")
@@ -53,15 +46,15 @@ def parse(text: str, source: str) -> tuple[dict[str, Any], list[Problem]]:
         raise ConfigError([f"{source}: not a usable JSON document: {error}"]) from error
     if not isinstance(document, dict):
         raise ConfigError([f"{source}: expected one JSON object, {{...}}, at the top level"])
-    return document, _hidden_problems(document, ())
+    return document, hidden_problems(document)
 
 
-def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> tuple[list[Path], list[str]]:
+def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> tuple[list[KeyPath], list[str]]:
     """Write `a.b=value` items into the document, the last one winning; gives the keys set and the error lines.
 
     A value is JSON (`3`, `true`, `[1, 2]`, `"text"`); a bare word that is not JSON is taken as a string.
     """
-    keys_set: list[Path] = []
+    keys_set: list[KeyPath] = []
     errors: list[str] = []
     for item in overrides:
         key, equals, text = item.partition("=")
@@ -102,23 +95,20 @@ def _parse_float(text: str) -> float | NotFinite:
     return value if math.isfinite(value) else NotFinite(text)
 
 
-def _hidden_problems(value: object, path: Path) -> list[Problem]:
+def hidden_problems(value: object, path: KeyPath = ()) -> list[Problem]:
+    """The duplicate keys and non-finite numbers of a document, which a plain dict would not show."""
     if isinstance(value, NotFinite):
         return [Problem(path, f"{value.spelling} is not a JSON number; write a finite one")]
     problems: list[Problem] = []
+    children: list[tuple[str | int, object]] = []
     if isinstance(value, JsonObject):
         problems += [Problem((*path, name), "written more than once; keep one") for name in value.repeated]
-        children: list[tuple[str | int, object]] = list(value.items())
-    else:
-        children = list(enumerate(value)) if isinstance(value, list) else []
+        children += value.items()
+    elif isinstance(value, list):
+        children += enumerate(value)
     for name, child in children:
-        problems += _hidden_problems(child, (*path, name))
+        problems += hidden_problems(child, (*path, name))
     return problems
-
-
-def hidden_problems(document: dict[str, Any]) -> list[Problem]:
-    """The duplicates and non-finite numbers of a document, after overrides."""
-    return _hidden_problems(document, ())
 
 
 def _syntax_hint(text: str, position: int) -> str:

@@ -1,4 +1,8 @@
-"""What a configuration file may hold, for editors (JSON Schema) and for readers (Markdown tables)."""
+"""What a configuration file may hold, for editors (JSON Schema) and for readers (Markdown tables).
+
+`python -m megagpt.config_reference > ds_configs/schema.json` writes the schema; with `--tables` it prints the last
+section of docs/configuration.md.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +74,11 @@ def _default(model: type[BaseModel], name: str, field: FieldInfo) -> str:
 
 
 def main() -> None:
-    """Print the schema, or with `--reference` the tables."""
-    parser = argparse.ArgumentParser(prog="python -m megagpt.config", description="Describe the configuration file.")
-    parser.add_argument("--reference", action="store_true", help="Markdown tables of every key instead of JSON Schema")
-    sys.stdout.write(reference_text() if parser.parse_args().reference else schema_text())
+    """Print the schema, or with `--tables` the tables."""
+    parser = argparse.ArgumentParser(description="Describe the configuration file.")
+    parser.add_argument("--tables", action="store_true", help="Markdown tables of every key instead of JSON Schema")
+    sys.stdout.write(reference_text() if parser.parse_args().tables else schema_text())
+
+
+if __name__ == "__main__":
+    main()

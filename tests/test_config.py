@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from config_documents import MINIMAL, errors_of, parse, put, resolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.config import ConfigError, RunConfig, load_config
+from tests.config_documents import MINIMAL, errors_of, parse, put, resolve
 
 TYPOS = {  # what was typed, where; what was meant
     "train_bach_size": "train_batch_size",

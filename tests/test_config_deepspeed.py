@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from config_documents import MINIMAL, parse, put, resolve
 from deepspeed.monitor.config import TensorBoardConfig as DeepSpeedTensorBoard
 from deepspeed.monitor.config import WandbConfig as DeepSpeedWandb
 from deepspeed.runtime import config as deepspeed_config
@@ -42,6 +41,7 @@ from megagpt.config_deepspeed import (
 )
 from megagpt.config_errors import all_keys, keys_of
 from megagpt.config_refused import REFUSED
+from tests.config_documents import MINIMAL, parse, put, resolve
 
 OURS_ALONE = {"megagpt", "$schema"}
 NOT_IN_THE_CONFIG_CLASS = {"sequence_parallel_size"}  # DeepSpeed reads it only where no mpu is given

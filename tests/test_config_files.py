@@ -39,12 +39,12 @@ def test_the_default_run_is_small_offloaded_and_writes_samples() -> None:
 
 def test_the_committed_schema_is_up_to_date() -> None:
     committed = (REPOSITORY / "ds_configs" / "schema.json").read_text()
-    assert committed == schema_text(), "run: python -m megagpt.config > ds_configs/schema.json"
+    assert committed == schema_text(), "run: python -m megagpt.config_reference > ds_configs/schema.json"
 
 
 def test_the_documentation_holds_every_key() -> None:
     page = (REPOSITORY / "docs" / "configuration.md").read_text()
-    assert reference_text().strip() in page, "paste the output of: python -m megagpt.config --reference"
+    assert reference_text().strip() in page, "paste the output of: python -m megagpt.config_reference --tables"
     assert all(path.name in page for path in CONFIG_FILES), "each file's numbers are explained there"
 
 
@@ -60,6 +60,6 @@ def test_reading_a_configuration_imports_no_torch() -> None:
 
 def test_the_schema_command_prints_the_schema() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "megagpt.config"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "megagpt.config_reference"], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
     assert done.stdout == schema_text()

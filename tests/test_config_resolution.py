@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from config_documents import MINIMAL, parse, put, resolve, resolve_errors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.config import ModelConfig, ResolvedConfig, RunConfig, identity_differences, load_config
 from megagpt.config_arithmetic import BatchSizes, solve_batch
+from tests.config_documents import MINIMAL, parse, put, resolve, resolve_errors
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIG_FILES = sorted(path for path in (REPOSITORY / "ds_configs").glob("*.json") if path.name != "schema.json")

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from config_documents import MINIMAL, put
 
 from megagpt import planner
 from megagpt.config import ConfigError, RunConfig, load_config
+from tests.config_documents import MINIMAL, put
 
 NVME = {"device": "nvme", "nvme_path": "swap"}
 CASES: list[tuple[dict[str, Any], str]] = [  # changes to the minimal (ZeRO 3) configuration; words of the reason

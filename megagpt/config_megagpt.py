@@ -114,7 +114,7 @@ class CheckpointConfig(Section):
     """What is saved, and how often."""
 
     interval_steps: int = execution(500, "steps between checkpoints", ge=0)
-    keep: int = execution(3, "newest checkpoints that are kept; at least two, so that one torn disk is survived", ge=2)
+    keep: int = execution(3, "newest checkpoints that are kept; at least two, so that a damaged one is survived", ge=2)
     asynchronous: bool = execution(False, "write in the background while training goes on")
 
 

@@ -112,6 +112,7 @@ class Monitor:
         for outlet in list(self._outlets):
             if not self._guarded(outlet.name, partial(outlet.write, line)) and not outlet.retried:
                 self._outlets.remove(outlet)
+                self._guarded(outlet.name, outlet.close)  # a live table gives the terminal back
 
     def _guarded(self, name: str, action: Callable[[], None]) -> bool:
         """Run `action` and say whether it worked; trackers document no closed set of errors, so all count."""

@@ -27,6 +27,7 @@ from kernels import costs
 from kernels.checks import require, require_shape
 
 CHUNK_BYTES = 256 * 2**20  # of logits: long enough for full-speed products, a tenth of what 8k rows of GPT-2 would take
+LEAST_CHUNK_ROWS = 128
 GROUP_CHUNK_ROWS = 2048  # ranks of a group meet once a chunk, so they must agree whatever their share of the vocabulary
 
 
@@ -35,8 +36,9 @@ class RowFunctions:
     """What is computed from one chunk of logits (rows, vocabulary); targets outside 0 .. vocabulary-1 are elsewhere.
 
     ``statistics(logits, targets)`` returns fp32 (3, rows): maximum, sum of exp(logit - maximum), and the logit of the
-    target or -inf. ``gradient(logits, targets, log_sum_exp, scales, z_loss)`` overwrites the logits by their gradient
-    times ``scales`` (rows,), exactly zero where that is.
+    target or -inf. ``gradient(logits, targets, normaliser, scales, z_loss)`` overwrites the logits by their gradient
+    times ``scales`` (rows,), exactly zero where that is. ``normaliser`` (rows, 2) holds the maximum and the logarithm
+    of the sum: added up at once they would lose what distinguishes large logits.
     """
 
     statistics: Callable[[Tensor, Tensor], Tensor]
@@ -52,9 +54,10 @@ def _torch_statistics(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.stack((maximum, total, logit))
 
 
-def _torch_gradient(logits: Tensor, targets: Tensor, log_sum_exp: Tensor, scales: Tensor, z_loss: float) -> None:
-    gradient = (_at_least_fp32(logits) - log_sum_exp[:, None]).exp_()
-    gradient *= (scales * (1.0 + 2.0 * z_loss * log_sum_exp))[:, None]
+def _torch_gradient(logits: Tensor, targets: Tensor, normaliser: Tensor, scales: Tensor, z_loss: float) -> None:
+    maximum, log_total = normaliser.unbind(dim=1)
+    gradient = (_at_least_fp32(logits) - maximum[:, None] - log_total[:, None]).exp_()
+    gradient *= (scales * (1.0 + 2.0 * z_loss * (maximum + log_total)))[:, None]
     here = (targets >= 0) & (targets < logits.shape[1])
     gradient.scatter_add_(1, (targets * here)[:, None], (-scales * here)[:, None])
     logits.copy_(gradient.masked_fill_((scales == 0)[:, None], 0.0))
@@ -80,11 +83,11 @@ def _forward(
     hidden_gradient: bool,
     weight_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(sum of the losses, losses (rows,), log-sum-exp (rows,), gradients of the sum for hidden and weight if asked).
+    """(sum of losses, losses (rows,), normaliser (rows, 2), gradients of the sum for hidden and weight if asked).
 
     hidden (rows, hidden_size), targets (rows,). The gradient of weight is fp32; one not asked for is empty.
     """
-    loss_sum, losses, log_sum_exp, dhidden, dweight = _forward_outputs(
+    loss_sum, losses, normaliser, dhidden, dweight = _forward_outputs(
         hidden, weight, targets, ignore_index, z_loss, vocabulary_start, group, implementation, hidden_gradient,
         weight_gradient,
     )  # fmt: skip
@@ -96,16 +99,18 @@ def _forward(
     for rows in _chunks(hidden, weight, group):
         logits = F.linear(hidden[rows], weight)
         maximum, total, target_logit = _over_group(functions.statistics(logits, targets[rows]), group)
-        lse = torch.add(maximum, total.log(), out=log_sum_exp[rows])
+        log_total = total.log()
+        torch.stack((maximum, log_total), dim=1, out=normaliser[rows])
         # A target that no rank holds has logit -inf: the loss is infinite, not quietly wrong.
-        losses[rows] = (lse - target_logit + z_loss * lse.square()).where(counted[rows], 0.0)
+        loss = (maximum - target_logit) + log_total + z_loss * (maximum + log_total).square()
+        losses[rows] = loss.where(counted[rows], 0.0)
         if not (hidden_gradient or weight_gradient):
             continue
-        functions.gradient(logits, targets[rows], lse, scales[rows], z_loss)
+        functions.gradient(logits, targets[rows], normaliser[rows], scales[rows], z_loss)
         _add_products(logits, hidden[rows], weight, dhidden[rows], dweight)
     _sum_over_group(dhidden, group)
     torch.sum(losses, dim=0, out=loss_sum)
-    return loss_sum, losses, log_sum_exp, dhidden, dweight
+    return loss_sum, losses, normaliser, dhidden, dweight
 
 
 @_forward.register_fake
@@ -126,7 +131,7 @@ def _forward_outputs(
     return (
         losses.new_empty(()),
         losses,
-        torch.empty_like(losses),
+        losses.new_empty(hidden.shape[0], 2),
         torch.empty_like(hidden) if hidden_gradient else hidden.new_empty(0),
         torch.empty_like(weight, dtype=wide) if weight_gradient else losses.new_empty(0),
     )
@@ -138,7 +143,7 @@ def _backward(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    log_sum_exp: Tensor,
+    normaliser: Tensor,
     ignore_index: int,
     z_loss: float,
     vocabulary_start: int,
@@ -146,12 +151,12 @@ def _backward(
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of hidden and weight where every row's loss has its own gradient: the logits are computed again."""
-    dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=log_sum_exp.dtype)
+    dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=normaliser.dtype)
     scales = row_gradients * (targets != ignore_index)
     targets = targets - vocabulary_start
     for rows in _chunks(hidden, weight, group):
         logits = F.linear(hidden[rows], weight)
-        ROW_FUNCTIONS[implementation].gradient(logits, targets[rows], log_sum_exp[rows], scales[rows], z_loss)
+        ROW_FUNCTIONS[implementation].gradient(logits, targets[rows], normaliser[rows], scales[rows], z_loss)
         _add_products(logits, hidden[rows], weight, dhidden[rows], dweight)
     _sum_over_group(dhidden, group)
     return dhidden, dweight.to(weight.dtype)
@@ -165,7 +170,11 @@ def _backward_outputs(
 
 
 def _chunks(hidden: Tensor, weight: Tensor, group: str) -> list[slice]:
-    rows = GROUP_CHUNK_ROWS if group else max(128, CHUNK_BYTES // max(1, weight.shape[0] * hidden.element_size()))
+    rows = (
+        GROUP_CHUNK_ROWS
+        if group
+        else max(LEAST_CHUNK_ROWS, CHUNK_BYTES // max(1, weight.shape[0] * hidden.element_size()))
+    )
     # Even chunks, so that the last is not a sliver.
     chunks = max(1, -(-hidden.shape[0] // rows))
     rows = max(1, -(-hidden.shape[0] // chunks))
@@ -189,7 +198,7 @@ def _over_group(statistics: Tensor, group: str) -> Tensor:
     if not group:
         return statistics
     everywhere = statistics.new_empty(dist.get_world_size(_GROUPS[group]), *statistics.shape)
-    dist.all_gather_into_tensor(everywhere, statistics.contiguous(), group=_GROUPS[group])
+    dist.all_gather(list(everywhere), statistics, group=_GROUPS[group])
     maxima, totals, logits = everywhere.unbind(dim=1)
     maximum = maxima.amax(dim=0)
     return torch.stack((maximum, (totals * (maxima - maximum).exp()).sum(dim=0), logits.amax(dim=0)))
@@ -205,32 +214,34 @@ def _sum_over_group(tensor: Tensor, group: str) -> None:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, targets, *options, hidden_gradient, weight_gradient = inputs
-    _, _, log_sum_exp, dhidden, dweight = output
+    _, _, normaliser, dhidden, dweight = output
     ctx.set_materialize_grads(False)
     ctx.weight_dtype, ctx.options = weight.dtype, options
-    ctx.ready = hidden_gradient or weight_gradient
-    if ctx.ready:
+    ctx.wanted = hidden_gradient, weight_gradient
+    if any(ctx.wanted):
         ctx.save_for_backward(dhidden, dweight)
     else:
         # The weight itself, not a view of it: ZeRO-3 frees a gathered parameter by its identity.
-        ctx.save_for_backward(hidden, weight, targets, log_sum_exp)
+        ctx.save_for_backward(hidden, weight, targets, normaliser)
 
 
 def _gradients(ctx: Any, dsum: Tensor | None, dlosses: Tensor | None, *unused: Tensor | None) -> tuple[Any, ...]:
     nothing = (None,) * (1 + len(ctx.options) + 2)
-    if ctx.ready and dsum is not None:
+    if any(ctx.wanted) and dsum is not None:
         dhidden, dweight = ctx.saved_tensors
-        return _scaled(dhidden, dsum, dhidden.dtype), _scaled(dweight, dsum, ctx.weight_dtype), *nothing
-    if not ctx.ready and dlosses is not None:
-        hidden, weight, targets, log_sum_exp = ctx.saved_tensors
-        return *_backward(dlosses, hidden, weight, targets, log_sum_exp, *ctx.options), *nothing
+        return (
+            _scaled(dhidden, dsum, dhidden.dtype) if ctx.wanted[0] else None,
+            _scaled(dweight, dsum, ctx.weight_dtype) if ctx.wanted[1] else None,
+            *nothing,
+        )
+    if not any(ctx.wanted) and dlosses is not None:
+        hidden, weight, targets, normaliser = ctx.saved_tensors
+        return *_backward(dlosses, hidden, weight, targets, normaliser, *ctx.options), *nothing
     return None, None, *nothing
 
 
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """gradient * factor in ``dtype``, without a second copy in the wider one; None where it was not asked for."""
-    if not gradient.numel():
-        return None
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor in ``dtype``, without a second copy in the wider one."""
     return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 

@@ -44,38 +44,49 @@ def cross_entropy_statistics(logits, targets, statistics, vocabulary, BLOCK: tl.
 
 
 @triton.jit
-def cross_entropy_gradient(logits, targets, log_sum_exp, scales, z_loss, vocabulary, BLOCK: tl.constexpr):
+def cross_entropy_gradient(logits, targets, normaliser, scales, z_loss, vocabulary, BLOCK: tl.constexpr):
     """One block of one row for each program: the logits become their gradient, in place."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < vocabulary
     logits += row * vocabulary
-    lse = tl.load(log_sum_exp + row)
+    maximum = tl.load(normaliser + 2 * row)
+    log_total = tl.load(normaliser + 2 * row + 1)
     scale = tl.load(scales + row)
     value = tl.load(logits + column, mask=mask, other=0.0).to(tl.float32)
-    gradient = tl.exp(value - lse) * (scale * (1.0 + 2.0 * z_loss * lse))
+    gradient = tl.exp(value - maximum - log_total) * (scale * (1.0 + 2.0 * z_loss * (maximum + log_total)))
     gradient -= tl.where(column == tl.load(targets + row), scale, 0.0)
     gradient = tl.where(scale == 0.0, 0.0, gradient)
     tl.store(logits + column, narrow(gradient, logits.dtype.element_ty, IN_INTERPRETER), mask=mask)
+
+
+def _block(vocabulary: int) -> int:
+    return min(_BLOCK, max(16, triton.next_power_of_2(vocabulary)))
 
 
 def _statistics(logits: Tensor, targets: Tensor) -> Tensor:
     rows, vocabulary = logits.shape
     statistics = logits.new_empty(3, rows, dtype=torch.float32)
     launch(
-        cross_entropy_statistics, (rows,), logits, logits, targets, statistics, vocabulary, BLOCK=_BLOCK, num_warps=8
+        cross_entropy_statistics,
+        (rows,),
+        logits,
+        *(logits, targets, statistics, vocabulary),
+        BLOCK=_block(vocabulary),
+        num_warps=8,
     )
     return statistics
 
 
-def _gradient(logits: Tensor, targets: Tensor, log_sum_exp: Tensor, scales: Tensor, z_loss: float) -> None:
+def _gradient(logits: Tensor, targets: Tensor, normaliser: Tensor, scales: Tensor, z_loss: float) -> None:
     rows, vocabulary = logits.shape
+    block = _block(vocabulary)
     launch(
         cross_entropy_gradient,
-        (rows, triton.cdiv(vocabulary, _BLOCK)),
+        (rows, triton.cdiv(vocabulary, block)),
         logits,
-        *(logits, targets, log_sum_exp, scales, z_loss, vocabulary),
-        BLOCK=_BLOCK,
+        *(logits, targets, normaliser, scales, z_loss, vocabulary),
+        BLOCK=block,
         num_warps=8,
     )
 
@@ -105,7 +116,7 @@ AHEAD_OF_TIME: list[AheadOfTime] = [
     AheadOfTime(
         "cross_entropy_gradient",
         cross_entropy_gradient,
-        {**_ROW_POINTERS, "log_sum_exp": "*fp32", "scales": "*fp32", "z_loss": "fp32", "vocabulary": "i32:16"},
+        {**_ROW_POINTERS, "normaliser": "*fp32", "scales": "*fp32", "z_loss": "fp32", "vocabulary": "i32:16"},
         {"BLOCK": _BLOCK},
         num_warps=8,
     ),

@@ -154,9 +154,10 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(x + bias, approximate="tanh")
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up (Shazeer 2020), element by element."""
-    return F.silu(gate) * up
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * value (Shazeer 2020) of x (..., 2 * channels), whose channels alternate gate, value, gate, value."""
+    gate, value = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return F.silu(gate) * value
 
 
 def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

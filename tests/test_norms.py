@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_accuracy import DTYPES, assert_as_accurate_as_torch, outputs_and_gradients
 from torch import Tensor
 
 import kernels
 from kernels import norms
+from tests.kernel_accuracy import DTYPES, assert_as_accurate_as_torch, outputs_and_gradients
 
 OPS = ("layer_norm", "rms_norm")
 

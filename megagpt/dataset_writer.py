@@ -240,11 +240,27 @@ def exclusive_staging(directory: Path) -> Iterator[Path]:
         lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if staging.is_dir() and os.path.samestat(os.fstat(lock), staging.stat()):
-                yield staging
+            if _is_open_as(lock, staging):
+                try:
+                    yield staging
+                finally:
+                    _remove_if_empty(lock, staging)
                 return
         finally:
             os.close(lock)
+
+
+def _is_open_as(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _remove_if_empty(lock: int, staging: Path) -> None:
+    """Leave no empty directory behind; after publishing, the name may be another process's already."""
+    if _is_open_as(lock, staging) and not any(staging.iterdir()):
+        staging.rmdir()
 
 
 def publish(staging: Path, directory: Path) -> None:

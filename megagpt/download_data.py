@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -68,6 +67,8 @@ class Request:
     def check(self) -> None:
         """UserError for a value that no preparation could use."""
         parse_tokenizer_name(self.tokenizer)
+        if self.output.name in ("", ".."):
+            raise UserError(f"--output {self.output}: name a directory to make, for example data/NAME")
         if self.validation_fraction is not None and not 0 <= self.validation_fraction < 1:
             raise UserError(f"--validation-fraction {self.validation_fraction}: use a number from 0 to below 1")
         for option in ("max_tokens", "shard_tokens", "workers"):
@@ -115,7 +116,6 @@ def prepare(request: Request, report: Report = print) -> Manifest:
     with exclusive_staging(request.output) as staging:
         present = _present(request, description)
         if present is not None:
-            shutil.rmtree(staging)
             report(f"{request.output}: already prepared: {present.summary()}")
             return present
         try:
@@ -196,7 +196,6 @@ def _discard_unless_committed(staging: Path) -> None:
         return  # damaged: the message names --force, which clears it
     if progress is not None and not progress.pieces:
         _clear(staging)
-        staging.rmdir()
 
 
 def _clear(staging: Path) -> None:

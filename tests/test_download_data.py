@@ -225,6 +225,7 @@ BAD_REQUESTS = {
     "no such tokenizer": ({"tokenizer": "gpt3"}, 'did you mean "gpt2"'),
     "fraction of one": ({"validation_fraction": 1.0}, "use a number from 0 to below 1"),
     "no workers": ({"workers": 0}, "--workers 0: use a whole number above 0"),
+    "no name": ({"output": Path("..")}, r"--output \.\.: name a directory to make"),
     "no tokens": ({"max_tokens": 0}, "--max-tokens 0"),
 }
 
@@ -309,6 +310,11 @@ def test_a_directory_of_something_else_is_never_touched(tmp_path):
             quietly(request(path, tmp_path / "out", force=force))
         with pytest.raises(UserError, match=r"other\.partial: in the way, and no preparation wrote thesis\.tex"):
             quietly(request(path, tmp_path / "other", force=force))
+    quietly(request(path, tmp_path / "done"))
+    shutil.copytree(tmp_path / "other.partial", tmp_path / "done.partial")
+    quietly(request(path, tmp_path / "done"))  # already prepared: what lies beside it is none of our business
+    assert (tmp_path / "done.partial" / "thesis.tex").exists()
+    assert names(tmp_path) == {"data.jsonl", "out", "other.partial", "done", "done.partial"}
     assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
     assert (tmp_path / "other.partial" / "thesis.tex").read_text() == "years of work"
 

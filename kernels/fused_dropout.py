@@ -1,0 +1,107 @@
+"""Dropout in one pass, its mask drawn from counters and drawn again in backward: nothing is stored.
+
+The mask is ``kernels.philox.keep_mask``, bit for bit: a function of the sample's seed, the position and the channel.
+"""
+# mypy: disable-error-code="no-untyped-def"
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.checks import require_shape
+from kernels.compile_ahead import AheadOfTime
+from kernels.launcher import launch
+from kernels.rounding import narrow
+from kernels.tiles import IN_INTERPRETER
+
+_BLOCK = 1024  # channels for each program
+
+
+@triton.jit
+def dropout_apply(x, seeds, y, length, channels, position_offset, threshold, scale, BLOCK: tl.constexpr):
+    """One block of one position for each program; a word below ``threshold`` drops its channel."""
+    row = tl.program_id(0).to(tl.int64)
+    sample = row // length
+    position = (row % length + position_offset).to(tl.int32)
+    seed = tl.load(seeds + sample)
+    first = tl.program_id(1) * BLOCK
+    group = first // 4 + tl.arange(0, BLOCK // 4)
+    zero = group * 0
+    # One call of Philox gives four neighbouring channels their words.
+    a, b, c, d = tl.philox(seed, group, zero + position, zero, zero)
+    words = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+    column = first + tl.arange(0, BLOCK)
+    mask = column < channels
+    offset = row * channels + column
+    value = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32) * scale
+    value = tl.where(words.to(tl.int64) >= threshold, value, 0.0)
+    tl.store(y + offset, narrow(value, y.dtype.element_ty, IN_INTERPRETER), mask=mask)
+
+
+@torch.library.custom_op("megagpt::dropout", mutates_args=())
+def _dropout(x: Tensor, probability: float, seed: Tensor, position_offset: int) -> Tensor:
+    y = _output(x, probability, seed, position_offset)
+    batch, length, channels = x.shape
+    if y.numel() == 0:
+        return y
+    launch(
+        dropout_apply,
+        (batch * length, triton.cdiv(channels, _BLOCK)),
+        x,
+        *(x.contiguous(), seed.contiguous(), y, length, channels, position_offset),
+        *(int(probability * 2**32), 1.0 / (1.0 - probability)),
+        BLOCK=_BLOCK,
+    )
+    return y
+
+
+@_dropout.register_fake
+def _output(x: Tensor, probability: float, seed: Tensor, position_offset: int) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.probability, seed, ctx.position_offset = inputs
+    ctx.save_for_backward(seed)
+
+
+def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+    (seed,) = ctx.saved_tensors
+    return _dropout(dy, ctx.probability, seed, ctx.position_offset), None, None, None
+
+
+_dropout.register_autograd(_gradient, setup_context=_save)
+
+
+def dropout(x: Tensor, probability: float, *, seed: Tensor, position_offset: int = 0) -> Tensor:
+    """Zero elements of x (batch, length, channels) and scale the rest by 1 / (1 - probability).
+
+    ``seed`` (batch,) int64; the mask depends on it, the position in the sequence and the channel alone.
+    """
+    if x.dim() != 3:
+        raise ValueError(f"dropout: x has shape {tuple(x.shape)}, expected (batch, length, channels)")
+    if not 0.0 <= probability < 1.0:
+        raise ValueError(f"dropout: probability is {probability}, expected 0 <= probability < 1")
+    if seed.dtype != torch.int64:
+        raise ValueError(f"dropout: seed has dtype {seed.dtype}, expected torch.int64")
+    require_shape("dropout", "seed", seed, (x.shape[0],))
+    return _dropout(x, probability, seed.to(x.device), position_offset)
+
+
+def refusal(op: str, *args: Any, **kwargs: Any) -> str | None:
+    """Nothing is refused: any length, any number of channels."""
+    return None
+
+
+AHEAD_OF_TIME: list[AheadOfTime] = [
+    AheadOfTime(
+        "dropout",
+        dropout_apply,
+        {"x": "*bf16", "seeds": "*i64", "y": "*bf16", "length": "i32", "channels": "i32:16", "position_offset": "i32"}
+        | {"threshold": "i64", "scale": "fp32"},
+        {"BLOCK": _BLOCK},
+    )
+]

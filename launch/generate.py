@@ -7,8 +7,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from megagpt.arguments import non_negative, probability, whole_number  # noqa: E402
-from megagpt.utils import run_command  # noqa: E402
+from megagpt.arguments import non_negative, probability, whole_number
+from megagpt.utils import run_command
 
 
 def main() -> None:

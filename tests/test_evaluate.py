@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from trained_run import SEQUENCE_LENGTH, trained_model, write_dataset, write_run
 
 from megagpt.dataset import Batch
 from megagpt.evaluate import Evaluation, evaluate, model_loss, open_validation, token_bytes
@@ -21,6 +20,7 @@ from megagpt.generate import generate
 from megagpt.run_directory import read_config
 from megagpt.tokenizer import build_tokenizer
 from megagpt.utils import UserError
+from tests.trained_run import SEQUENCE_LENGTH, trained_model, write_dataset, write_run
 
 ROOT = Path(__file__).resolve().parent.parent
 BYTES = build_tokenizer("bytes", list)

@@ -179,7 +179,7 @@ def refusal(op: str, *args: Any, **kwargs: Any) -> str | None:
     return None
 
 
-def _shipped(kernel: Any, signature: dict[str, str]) -> AheadOfTime:
+def _shipped(kernel: Any, signature: dict[str, Any]) -> AheadOfTime:
     return AheadOfTime(kernel.fn.__name__, kernel, signature, {"BLOCK": _BLOCK})
 
 

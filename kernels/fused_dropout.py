@@ -96,12 +96,8 @@ def refusal(op: str, *args: Any, **kwargs: Any) -> str | None:
     return None
 
 
-AHEAD_OF_TIME: list[AheadOfTime] = [
-    AheadOfTime(
-        "dropout",
-        dropout_apply,
-        {"x": "*bf16", "seeds": "*i64", "y": "*bf16", "length": "i32", "channels": "i32:16", "position_offset": "i32"}
-        | {"threshold": "i64", "scale": "fp32"},
-        {"BLOCK": _BLOCK},
-    )
-]
+_TYPES: dict[str, Any] = {
+    "x": "*bf16", "seeds": "*i64", "y": "*bf16", "length": "i32", "channels": "i32:16", "position_offset": "i32",
+    "threshold": "i64", "scale": "fp32",
+}
+AHEAD_OF_TIME: list[AheadOfTime] = [AheadOfTime("dropout", dropout_apply, _TYPES, {"BLOCK": _BLOCK})]

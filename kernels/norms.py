@@ -30,6 +30,7 @@ from kernels.norm_kernels import (
 
 _WIDEST_TILE = 8192
 _CHUNK = 4096  # columns at a time in wider rows
+_SUM_BLOCK = 1024  # columns for each program of their parameter sums
 
 
 # ------------------------------------------------------------------------------------------------------------ launches
@@ -170,7 +171,7 @@ def _backward_wide(
         BLOCK=_CHUNK,
         num_warps=8,
     )
-    blocks = triton.cdiv(columns, 1024)
+    blocks = triton.cdiv(columns, _SUM_BLOCK)
     programs = min(rows, triton.cdiv(4 * _programs(x.device), blocks))
     partial_sums = x.new_empty(1 + bias, programs, columns, dtype=torch.float32)
     launch(
@@ -181,7 +182,7 @@ def _backward_wide(
         *(rows, columns, triton.cdiv(rows, programs)),
         CENTRED=mean.numel() > 0,
         BIAS=bias,
-        BLOCK=1024,
+        BLOCK=_SUM_BLOCK,
         STAGES=3,
         num_warps=4,
     )
@@ -251,32 +252,28 @@ def _normalise(
 # ----------------------------------------------------------------------------------------------------- ahead of time
 
 
+_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("x", "residual", "weight", "bias", "y", "total", "dy", "dtotal", "dx"), "*bf16"),
+    **dict.fromkeys(("mean", "rstd", "dweight", "dbias"), "*fp32"),
+    "rows": "i32", "columns": "i32:16", "rows_per_program": "i32", "eps": "fp32",
+}
+
+
 def _shipped(columns: int, centred: bool, residual: bool) -> list[AheadOfTime]:
     """Forward and backward in bf16 at one width, as this module would launch them."""
     tile = _tile(columns)
-    pointers = dict.fromkeys(("x", "residual", "weight", "bias", "y", "total"), "*bf16")
-    statistics = {"mean": "*fp32", "rstd": "*fp32"}
-    flags = {"CENTRED": centred, "RESIDUAL": residual, "BIAS": centred}
-    shape = {"BLOCK": tile.block}
     name = f"{'layer' if centred else 'rms'}_norm{'_residual' if residual else ''}_{columns}"
-    forward = {**pointers, **statistics, "columns": "i32:16", "eps": "fp32"}
-    backward = {**dict.fromkeys(("dy", "dtotal", "x", "weight"), "*bf16"), **statistics, "dx": "*bf16"}
-    sums = {"dweight": "*fp32", "dbias": "*fp32", "rows": "i32", "columns": "i32:16", "rows_per_program": "i32"}
-    if tile.wide:
-        slim = {"CENTRED": centred, "RESIDUAL": residual, **shape}
-        summed = {**dict.fromkeys(("dy", "x"), "*bf16"), **statistics, **sums}
-        summing = {"CENTRED": centred, "BIAS": centred, "BLOCK": 1024, "STAGES": 3}
-        return [
-            AheadOfTime(f"{name}_forward", norm_forward_wide, forward, {**flags, **shape}, tile.warps),
-            AheadOfTime(f"{name}_backward", norm_backward_wide, {**backward, "columns": "i32:16"}, slim, tile.warps),
-            AheadOfTime(f"{name}_parameter_sums", norm_parameter_sums, summed, summing, 4),
-        ]
-    constants = {**flags, **shape, "ROWS": tile.rows}
-    forward = {**pointers, **statistics, "rows": "i32", "columns": "i32:16", "eps": "fp32"}
-    return [
-        AheadOfTime(f"{name}_forward", norm_forward, forward, constants, tile.warps),
-        AheadOfTime(f"{name}_backward", norm_backward, {**backward, **sums}, {**constants, "STAGES": 3}, tile.warps),
+    flags = {"CENTRED": centred, "RESIDUAL": residual, "BIAS": centred, "STAGES": 3}
+    shape = {"ROWS": tile.rows, "BLOCK": tile.block}
+    forward, backward = (norm_forward_wide, norm_backward_wide) if tile.wide else (norm_forward, norm_backward)
+    entries = [
+        AheadOfTime(f"{name}_forward", forward, _TYPES, flags | shape, tile.warps),
+        AheadOfTime(f"{name}_backward", backward, _TYPES, flags | shape, tile.warps),
     ]
+    if tile.wide:
+        sums = AheadOfTime(f"{name}_parameter_sums", norm_parameter_sums, _TYPES, flags | {"BLOCK": _SUM_BLOCK}, 4)
+        entries.append(sums)
+    return entries
 
 
 AHEAD_OF_TIME: list[AheadOfTime] = [

@@ -6,8 +6,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from megagpt.download_data import main  # noqa: E402
-from megagpt.utils import run_command  # noqa: E402
+from megagpt.download_data import main
+from megagpt.utils import run_command
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

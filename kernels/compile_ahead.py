@@ -1,11 +1,40 @@
-"""Compile Triton functions for GPUs that are not here, and read from the machine code what would make them slow.
+"""Compile Triton functions for GPUs that are not here, and read from the result what would make them slow.
 
-A module with kernels publishes ``AHEAD_OF_TIME: list[AheadOfTime]``: the shipped configurations. Compiling needs only
+A module with kernels publishes ``AHEAD_OF_TIME: list[AheadOfTime]``: the configurations it ships. Compiling needs only
 the assembler that triton carries, no GPU, but a process without TRITON_INTERPRET.
+
+    python -m kernels.compile_ahead [--capability 90] [--match attention] [--write TABLE.json]
 """
 
-from dataclasses import dataclass, field
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels.launcher import INTERPRETED
+
+MODULES = (
+    "kernels.attention_ahead",
+    "kernels.norms",
+    "kernels.cross_entropy",
+    "kernels.activations",
+    "kernels.rotary_embedding",
+    "kernels.fused_dropout",
+)
+_ALIGNED = [["tt.divisibility", 16]]
+_LOAD = re.compile(r"\bld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\b")
+_ASYNCHRONOUS_LOAD = re.compile(r"\bcp\.async\S*\.shared\S*\.global\S* .*?\], (0x[0-9a-f]+|\d+)")
 
 
 @dataclass(frozen=True)
@@ -13,13 +42,119 @@ class AheadOfTime:
     """One shipped configuration of a Triton function.
 
     ``signature`` maps run-time arguments to triton types, e.g. ``{"x": "*bf16", "rows": "i32", "stride": "i32:16"}``;
-    pointers are taken as 16-byte aligned, and ``:16`` marks an integer divisible by 16. ``constants`` are the
-    compile-time arguments (and run-time ones that triton would specialise, such as a stride of 1).
+    pointers are taken as 16-byte aligned, and ``:16`` marks an integer divisible by 16. A tuple argument is a tuple of
+    such types or of integers known when compiling. ``constants`` are the compile-time arguments (and run-time ones that
+    triton would specialise, such as a stride of 1).
     """
 
     name: str
     kernel: Any
-    signature: dict[str, str]
-    constants: dict[str, Any] = field(default_factory=dict)
+    signature: Mapping[str, str | tuple[str | int, ...]]
+    constants: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the assembler said of one configuration, and how wide its loads from global memory are."""
+
+    registers: int
+    spill_bytes: int  # stored to and loaded from local memory for want of registers
+    serialised_wgmma: int  # ptxas warnings C7510-C7519: matrix products that wait for one another
+    shared_bytes: int
+    wide_loads: int  # of 16 bytes and more
+    narrow_loads: int
+
+
+def compile_for(entry: AheadOfTime, capability: int = 90) -> Compiled:
+    """Compile for a compute capability (90 is sm_90). Raises RuntimeError in a process that interprets kernels."""
+    if INTERPRETED:
+        raise RuntimeError("compiling ahead of time: TRITON_INTERPRET is set; run in a process without it")
+    target = GPUTarget("cuda", capability, 32)
+    options = {"num_warps": entry.num_warps, "num_stages": entry.num_stages}
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log), triton.knobs.nvidia.scope(), triton.knobs.compilation.scope():
+        triton.knobs.nvidia.dump_ptxas_log = True
+        triton.knobs.compilation.always_compile = True  # a cached kernel comes without the assembler's messages
+        kernel = triton.compile(_source(entry), target=target, options=options)
+    return _read(log.getvalue(), kernel.asm["ptx"], kernel.metadata.shared)
+
+
+def shipped(modules: tuple[str, ...] = MODULES) -> Iterator[AheadOfTime]:
+    """Every configuration the modules publish."""
+    for name in modules:
+        yield from importlib.import_module(name).AHEAD_OF_TIME
+
+
+def _source(entry: AheadOfTime) -> ASTSource:
+    """The function with its types, constants (by position) and alignment (by position)."""
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def declare(value: Any, path: tuple[int, ...]) -> Any:
+        if not isinstance(value, str):
+            constants[path] = value
+            return "constexpr"
+        if value.startswith("*") or value.endswith(":16"):
+            attributes[path] = _ALIGNED
+        return value.removesuffix(":16")
+
+    for position, name in enumerate(entry.kernel.arg_names):
+        value = entry.signature.get(name)
+        if name in entry.constants:
+            signature[name] = "constexpr"
+            constants[(position,)] = entry.constants[name]
+        elif isinstance(value, tuple):
+            signature[name] = tuple(declare(element, (position, i)) for i, element in enumerate(value))
+        elif value is not None:
+            signature[name] = declare(value, (position,))
+        else:
+            raise ValueError(f"{entry.name}: argument {name} is neither in signature nor in constants")
+    return ASTSource(fn=entry.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def _read(log: str, ptx: str, shared_bytes: int) -> Compiled:
+    """Parse the assembler's verbose output and the loads in the PTX."""
+    registers = re.search(r"Used (\d+) registers", log)
+    if registers is None:
+        raise RuntimeError(f"compiling ahead of time: the assembler's output names no registers:\n{log}")
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    widths = Counter({True: 0, False: 0})
+    for count, bits in _LOAD.findall(ptx):
+        widths[int(count or 1) * int(bits) >= 128] += 1
+    for size in _ASYNCHRONOUS_LOAD.findall(ptx):
+        widths[int(size, 0) >= 16] += 1
+    return Compiled(
+        registers=int(registers[1]),
+        spill_bytes=sum(int(stored) + int(loaded) for stored, loaded in spills),
+        serialised_wgmma=len(re.findall(r"\bC75\d\d\b", log)),
+        shared_bytes=shared_bytes,
+        wide_loads=widths[True],
+        narrow_loads=widths[False],
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile what matches, print one JSON line each, and optionally write the table the tests compare with."""
+    parser = argparse.ArgumentParser(prog="python -m kernels.compile_ahead", description=__doc__)
+    parser.add_argument("--capability", type=int, nargs="+", default=[90], help="compute capabilities, e.g. 80 90 100")
+    parser.add_argument("--match", default="", help="only configurations whose name contains this")
+    parser.add_argument("--write", type=Path, metavar="TABLE", help="write the table here, keeping rows not compiled")
+    options = parser.parse_args(arguments)
+    table = json.loads(options.write.read_text()) if options.write and options.write.exists() else {}
+    for entry in shipped():
+        for capability in options.capability:
+            if options.match in entry.name:
+                row = asdict(compile_for(entry, capability))
+                print(json.dumps({"name": entry.name, "capability": capability, **row}), flush=True)
+                table.setdefault(f"sm_{capability}", {})[entry.name] = row
+    if options.write:
+        table["triton"] = triton.__version__
+        options.write.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

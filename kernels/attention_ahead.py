@@ -59,7 +59,7 @@ def _configuration(
 
 
 def _delta(head_dim: int) -> AheadOfTime:
-    types = {"out": "*bf16", "out_gradient": "*bf16", "delta": "*fp32", "heads": "i32", "length": "i32"}
+    types: dict[str, Any] = {"out": "*bf16", "out_gradient": "*bf16", "delta": "*fp32", "heads": "i32", "length": "i32"}
     strides = {"out_strides": _STRIDES, "gradient_strides": _STRIDES}
     constants = {"HEAD_DIM": head_dim, "BLOCK_DIM": padded(head_dim), "BLOCK_M": 64}
     return AheadOfTime(

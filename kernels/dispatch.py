@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.launcher import INTERPRETED
 
 VARIABLE = "MEGAGPT_KERNELS"
 _MODES = ("triton", "torch", "interpret")
+_LOADED: dict[str, Any] = {}
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -39,7 +42,10 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "attention": (Row("triton", "kernels.fused_attention"), _TORCH),
     "layer_norm": (Row("triton", "kernels.norms"), _TORCH),
     "rms_norm": (Row("triton", "kernels.norms"), _TORCH),
-    "linear_cross_entropy": (Row("triton", "kernels.cross_entropy"), _TORCH),
+    "linear_cross_entropy": (
+        Row("triton", "kernels.cross_entropy"),
+        Row("torch", "kernels.chunked_cross_entropy", fused=False),
+    ),
     "bias_gelu": (Row("triton", "kernels.activations"), _TORCH),
     "swiglu": (Row("triton", "kernels.activations"), _TORCH),
     "rotary": (Row("triton", "kernels.rotary_embedding"), _TORCH),
@@ -112,8 +118,10 @@ def _refusal(row: Row, op: str, forced: str | None, args: tuple[Any, ...], kwarg
 def _device_refusal(device: torch.device, forced: str | None) -> str | None:
     if forced == "torch":
         return f"{VARIABLE}=torch"
-    if importlib.util.find_spec("triton") is None:
+    if not _TRITON_INSTALLED:
         return "the package triton is not installed"
+    if forced == "interpret" and not INTERPRETED:
+        return f"{VARIABLE}=interpret came too late; set it before Python starts"
     if forced == "interpret":
         return None if device.type == "cpu" else f"the interpreter works on CPU tensors, not on {device.type}"
     if device.type != "cuda":
@@ -126,6 +134,8 @@ def _dtype_refusal(dtype: torch.dtype) -> str | None:
     return None if dtype in _FUSED_DTYPES else f"dtype {dtype} is not bfloat16, float16 or float32"
 
 
-@functools.cache
 def _module(name: str) -> Any:
-    return importlib.import_module(name)
+    """The module, imported once. torch.compile traces through a dictionary, but not through an import."""
+    if name not in _LOADED:
+        _LOADED[name] = importlib.import_module(name)
+    return _LOADED[name]

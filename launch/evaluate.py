@@ -16,7 +16,7 @@ def main() -> None:
     arguments = parse_arguments()
     import torch  # after the arguments, so that --help and a wrong value answer at once
 
-    from megagpt.checkpoint import load_model
+    from megagpt.stored_model import load_model
     from megagpt.evaluate import evaluate, model_loss, open_validation
     from megagpt.tokenizer import load_tokenizer
 

@@ -15,7 +15,7 @@ def main() -> None:
     arguments = parse_arguments()
     import torch  # after the arguments, so that --help and a wrong value answer at once
 
-    from megagpt.checkpoint import load_model
+    from megagpt.stored_model import load_model
     from megagpt.generate import generate, open_tokenizer
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -30,15 +30,11 @@ from megagpt.checkpoint_format import (
     TrainState,
     complete_steps,
     hash_file,
-    open_checkpoint,
     read_manifest,
     step_directory,
     verify_file,
 )
-from megagpt.config import ResolvedConfig
-from megagpt.engine import Engine, replace_parameters
-from megagpt.model import GPT
-from megagpt.run_directory import read_config
+from megagpt.engine import Engine
 from megagpt.utils import UserError, human_bytes, sync_directory, write_atomically
 
 log = logging.getLogger(__name__)
@@ -241,28 +237,6 @@ def _fill(bucket: compat.Bucket, master: Tensor, optimizer_state: dict[str, Any]
         for piece in bucket.pieces:
             run = reader.read(kind, piece.name, piece.start, piece.numel)
             flat.view(-1)[piece.offset : piece.offset + piece.numel].copy_(run)
-
-
-def load_model(
-    run_directory: Path,
-    *,
-    step: int | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> tuple[GPT, ResolvedConfig, int]:
-    """The plain model of a run, in one process: (model, configuration, step) of its newest sound checkpoint.
-
-    Raises UserError where the directory is no run, or has no checkpoint (of that step).
-    """
-    config = read_config(run_directory)
-    reader = open_checkpoint(run_directory, step)
-    with torch.device("meta"):
-        model = GPT(config.megagpt.model)
-    templates = {parameter: name for name, parameter in model.named_parameters()}
-    replace_parameters(
-        model, lambda p: torch.nn.Parameter(reader.tensor(WEIGHT, templates[p]).to(device=device, dtype=dtype))
-    )
-    return model.eval(), config, reader.manifest.state.step
 
 
 def together(work: Callable[[], Result]) -> Result:

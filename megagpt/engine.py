@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import nn
 from megagpt import compat, ops
 from megagpt.config import ResolvedConfig
 from megagpt.distributed import COLLECTIVE_TIMEOUT, Mesh, become_single_process
-from megagpt.model import GPT, decayed, initial_value
+from megagpt.model import GPT, decayed, initial_value, replace_parameters
 
 log = logging.getLogger(__name__)
 
@@ -55,14 +54,26 @@ def training_device() -> torch.device:
     return torch.device(get_accelerator().device_name(int(os.environ.get("LOCAL_RANK", "0"))))
 
 
-def start_ranks(config: ResolvedConfig) -> Mesh:
+def join_ranks() -> None:
     """Join the other ranks, as a launcher's environment says; alone where there is no launcher."""
     become_single_process()
     ops.use_private_extensions()
     compat.check_version()
     compat.suppress_shared_memory_collectives()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    share_cores()
     deepspeed.init_distributed(timeout=COLLECTIVE_TIMEOUT)
+
+
+def share_cores() -> None:
+    """On a CPU, give each rank of this host its part of the cores, unless the user decided."""
+    ranks_here = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if "OMP_NUM_THREADS" not in os.environ and ranks_here > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+
+
+def build_mesh(config: ResolvedConfig) -> Mesh:
+    """The mesh of the configuration over all ranks; every rank must call it."""
     parallel = config.megagpt.parallel
     data = dist.get_world_size() // parallel.model_parallel_size
     return Mesh(parallel.pipeline, data, parallel.tensor, get_accelerator().device_name())
@@ -81,6 +92,7 @@ def build_engine(config: ResolvedConfig, mesh: Mesh) -> Engine:
     Peak memory is this rank's shard plus one parameter. Raises UserError where an op that the configuration needs
     cannot be built.
     """
+    ops.build(ops.needed_ops(config, get_accelerator().device_name()))
     ds_config = deepspeed_config(config, get_accelerator().device_name())
     model, names = build_model(config, mesh, ds_config)
     engine, *_ = deepspeed.initialize(
@@ -112,19 +124,6 @@ def build_model(config: ResolvedConfig, mesh: Mesh, ds_config: dict[str, Any]) -
 
     allocated = replace_parameters(model, allocate)
     return model, {allocated[template]: name for template, name in templates.items()}
-
-
-def replace_parameters(
-    model: nn.Module, make: Callable[[nn.Parameter], nn.Parameter]
-) -> dict[nn.Parameter, nn.Parameter]:
-    """Put ``make(parameter)`` in place of every parameter, a tied one once; returns the new by the old ones."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
-        for attribute, template in list(module.named_parameters(recurse=False)):
-            if template not in made:
-                made[template] = make(template)
-            setattr(module, attribute, made[template])
-    return made
 
 
 def parameter_groups(model: nn.Module, names: compat.Names) -> list[dict[str, Any]]:

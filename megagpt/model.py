@@ -310,6 +310,19 @@ def initialise_(model: GPT, seed: int) -> GPT:
     return model
 
 
+def replace_parameters(
+    model: nn.Module, make: Callable[[nn.Parameter], nn.Parameter]
+) -> dict[nn.Parameter, nn.Parameter]:
+    """Put ``make(parameter)`` in place of every parameter, a tied one once; returns the new by the old ones."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for attribute, template in list(module.named_parameters(recurse=False)):
+            if template not in made:
+                made[template] = make(template)
+            setattr(module, attribute, made[template])
+    return made
+
+
 def decayed(name: str) -> bool:
     """Weight decay applies to matrices, not to biases and norm weights (GPT-3, appendix B, as nanoGPT reads it)."""
     return not name.endswith((".bias", "norm.weight"))

@@ -82,13 +82,17 @@ def build(ops: list[str]) -> None:
     """Compile and load each op, or load it from the cache. Safe to call from several processes at once."""
     for op in ops:
         started = time.monotonic()
-        fresh = not _is_built(op)
         with _one_builder(op):
-            if fresh and not _is_built(op):
-                print(f"compiling DeepSpeed's {_name(op)}: once, one to three minutes ...", file=sys.stderr, flush=True)
+            if _is_built(op):
+                _load(op)
+                continue
+            _say(f"compiling DeepSpeed's {_name(op)}: once, one to three minutes ...")
             _load(op)
-        if fresh:
-            print(f"{_name(op)} ready after {human_duration(time.monotonic() - started)}", file=sys.stderr, flush=True)
+            _say(f"{_name(op)} ready after {human_duration(time.monotonic() - started)}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _load(op: str) -> None:

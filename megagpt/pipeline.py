@@ -40,13 +40,13 @@ class StepResult:
 def train_step(engine: Engine, micro_batches: Sequence[MicroBatch]) -> StepResult:
     """Train on one global batch, of which ``micro_batches`` is this data replica's part; every rank must call it."""
     learning_rate = compat.base_optimizer(engine.deepspeed).param_groups[0]["lr"]
-    losses = _accumulate(engine, micro_batches)
+    losses = accumulate(engine, micro_batches)
     loss = mean_over_data(engine, torch.stack(losses).mean())
     norm, applied = _update_replicated(engine) if engine.stage == 0 else _update_partitioned(engine)
     return StepResult(loss, norm, learning_rate, applied)
 
 
-def _accumulate(engine: Engine, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+def accumulate(engine: Engine, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
     """Forward and backward of every micro-batch; leaves the reduced gradients and everything but the update done."""
     per_step = engine.config.megagpt.parallel.gradient_reduction == "per_step" and engine.stage > 0
     losses = []

@@ -90,9 +90,9 @@ def _run_to_its_end(config: RunConfig, streams: dict[str, SampleStream], directo
 
 def _assemble(config: RunConfig, streams: dict[str, SampleStream], directory: Path) -> "Run":
     """Bring up the ranks, the engine and the newest checkpoint; every rank does the same."""
-    from megagpt import device, ops
+    from megagpt import device
     from megagpt.batches import BatchLoader
-    from megagpt.engine import build_engine, compute_dtype, start_ranks, training_device
+    from megagpt.engine import build_engine, build_mesh, compute_dtype, join_ranks, training_device
     from megagpt.generate import open_tokenizer
     from megagpt.monitor import Monitor, open_rank_log
     from megagpt.train import Run
@@ -100,11 +100,11 @@ def _assemble(config: RunConfig, streams: dict[str, SampleStream], directory: Pa
     open_rank_log(directory, int(os.environ.get("RANK", "0")))
     native = device.multiplies_bf16_natively(training_device())
     resolved = _resolve(config, streams["train"].vocabulary, bf16_native=native)
-    mesh = start_ranks(resolved)
+    join_ranks()
+    mesh = build_mesh(resolved)
     if mesh.rank == 0:
         directories.record(directory, resolved)
         (directory / "logs" / "crash.txt").unlink(missing_ok=True)
-    ops.build(ops.needed_ops(resolved, training_device().type))
     engine = build_engine(resolved, mesh)
     _announce(engine, directory, device.describe(training_device()))
     run = Run(

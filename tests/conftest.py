@@ -1,9 +1,12 @@
 """Where the kernels' tests run: the GPU (``-m gpu``) where there is one, Triton's interpreter elsewhere."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tests.ranks import RankPool
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -19,3 +22,37 @@ def fused_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("MEGAGPT_KERNELS", "triton" if HAS_GPU else "interpret")
     reset_launches()
     return str(request.param)
+
+
+class _Pools:
+    """One pool a size for the whole session, replaced where a test ended it."""
+
+    def __init__(self) -> None:
+        self.by_size: dict[int, RankPool] = {}
+
+    def get(self, world_size: int) -> RankPool:
+        pool = self.by_size.get(world_size)
+        if pool is None or not pool.alive:
+            pool = self.by_size[world_size] = RankPool(world_size)
+        return pool
+
+    def close(self) -> None:
+        for pool in self.by_size.values():
+            pool.close()
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[_Pools]:
+    found = _Pools()
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def one_rank(pools: _Pools) -> RankPool:
+    return pools.get(1)
+
+
+@pytest.fixture
+def two_ranks(pools: _Pools) -> RankPool:
+    return pools.get(2)

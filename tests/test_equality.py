@@ -1,0 +1,109 @@
+"""Every ZeRO stage with every legal offload trains exactly as one plain PyTorch process does, and really acts."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import plain
+from tests.configurations import tiny, with_zero
+from tests.ranks import RankPool
+
+STEPS = 4
+CELLS = [
+    (0, "none", "none"),
+    (1, "none", "none"),
+    (1, "cpu", "none"),
+    (2, "none", "none"),
+    (2, "cpu", "none"),
+    (3, "none", "none"),
+    (3, "cpu", "none"),
+    (3, "none", "cpu"),
+    (3, "cpu", "cpu"),
+    (3, "nvme", "none"),
+    (3, "nvme", "cpu"),
+]
+WRAPPERS = {0: "AdamW", 1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer", 3: "DeepSpeedZeroOptimizer_Stage3"}
+
+
+Ranks = list[dict[str, Any]]
+State = dict[str, dict[str, torch.Tensor]]
+
+
+def nvme_sized(config: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Big enough that DeepSpeed really swaps (1 MiB a rank and tile at least), with the disk named."""
+    zero = config["zero_optimization"]
+    for section in ("offload_optimizer", "offload_param"):
+        if zero.get(section, {}).get("device") == "nvme":
+            zero[section]["nvme_path"] = str(directory)
+    if "nvme" in json.dumps(zero):
+        config["megagpt"]["model"] |= {"hidden_size": 128, "num_layers": 4}
+    return config
+
+
+def assembled(ranks: Ranks, like: State) -> State:
+    """The logical tensors from what the ranks hold; every element exactly once."""
+    whole = {kind: {name: torch.full_like(v, math.nan) for name, v in of.items()} for kind, of in like.items()}
+    for rank in ranks:
+        for kind, name, start, values in rank["state"]:
+            target = whole[kind][name][start : start + values.numel()]
+            assert target.isnan().all(), f"{kind}/{name} from {start} is owned twice"
+            target.copy_(values)
+    return whole
+
+
+def meaningful(name: str, numel: int, head_size: int) -> torch.Tensor:
+    """False at key biases: softmax does not see them, so their gradient is rounding noise that Adam blows up."""
+    row = torch.arange(numel)
+    return row >= 0 if not name.endswith("qkv.bias") else (row // head_size) % 3 != 1
+
+
+def assert_equal_training(ranks: Ranks, reference: dict[str, Any], head_size: int, tolerance: float) -> None:
+    for rank in ranks:
+        results = rank["results"]
+        assert [r.loss for r in results] == pytest.approx(reference["losses"], rel=tolerance)
+        assert [r.grad_norm for r in results] == pytest.approx(reference["norms"], rel=tolerance)
+        assert all(r.applied for r in results)
+    for kind, tensors in assembled(ranks, reference["state"]).items():
+        for name, values in tensors.items():
+            expected, counted = reference["state"][kind][name], meaningful(name, values.numel(), head_size)
+            difference = (values - expected).abs()[counted].max() / expected.abs().max()
+            assert difference < 100 * tolerance, f"{kind}/{name} differs by {difference:.1e} of its largest element"
+
+
+def assert_mechanism_acted(ranks: Ranks, stage: int, optimizer: str, parameters: str, elements: int) -> None:
+    for rank in ranks:
+        seen = rank["evidence"]
+        assert seen["wrapper"] == WRAPPERS[stage]
+        assert seen["adam"] == ("AdamW" if optimizer == "none" else "DeepSpeedCPUAdam")
+        assert seen["optimizer_offloaded"] == (optimizer != "none")
+        if stage == 3:
+            assert seen["parameter_elements"] == 0, "parameters are whole between steps"
+            assert elements / len(ranks) <= seen["shard_elements"] < elements / len(ranks) + 100
+            assert seen["parameters_offloaded"] == (parameters != "none")
+            assert seen["parameters_on_nvme"] == (parameters == "nvme")
+        share = elements if stage == 0 else elements / len(ranks)
+        assert seen["master_elements"] == pytest.approx(share, rel=0.02)
+        swapped_bytes = sum(size for _, size in seen["swap_files"])
+        if optimizer == "nvme":
+            assert swapped_bytes >= 3 * 4 * 0.95 * elements, seen["swap_files"]
+        elif parameters == "none":
+            assert swapped_bytes == 0
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize(("stage", "optimizer", "parameters"), CELLS)
+def test_training_equals_one_plain_process(
+    two_ranks: RankPool, tmp_path: Path, stage: int, optimizer: str, parameters: str, accumulation: int
+) -> None:
+    config = with_zero(tiny(batch=4 * accumulation, micro=2, steps=STEPS), stage, optimizer, parameters)
+    config = nvme_sized(config, tmp_path)
+    ranks = two_ranks.run("tests.jobs:train", config=config, steps=STEPS)
+    reference = plain.train(config, STEPS)
+    model = config["megagpt"]["model"]
+    assert_equal_training(ranks, reference, model["hidden_size"] // model["num_heads"], tolerance=2e-5)
+    elements = sum(values.numel() for values in reference["state"]["weight"].values())
+    assert_mechanism_acted(ranks, stage, optimizer, parameters, elements)

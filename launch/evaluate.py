@@ -16,8 +16,8 @@ def main() -> None:
     arguments = parse_arguments()
     import torch  # after the arguments, so that --help and a wrong value answer at once
 
-    from megagpt.stored_model import load_model
     from megagpt.evaluate import evaluate, model_loss, open_validation
+    from megagpt.stored_model import load_model
     from megagpt.tokenizer import load_tokenizer
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -191,10 +192,10 @@ def resume(engine: Engine, run_directory: Path) -> tuple[TrainState, Manifest, l
     faults: list[str] = []
     for step in steps:
         directory = step_directory(checkpoints, step)
-        fault = _first_fault(lambda directory=directory: _verify_share(engine, directory))
+        fault = _first_fault(partial(_verify_share, engine, directory))
         if fault is None:
             manifest = read_manifest(directory)
-            together(lambda directory=directory, manifest=manifest: _load(engine, Reader(directory, manifest)))
+            together(partial(_load, engine, Reader(directory, manifest)))
             return manifest.state, manifest, faults
         faults.append(fault)
     if faults:

@@ -57,6 +57,14 @@ class Partitioner:
         self._init._convert_to_zero_parameters([parameter])
 
 
+def count_in_norm(parameter: nn.Parameter, counted: bool) -> None:
+    """Whether this rank's copy enters the global gradient norm: a replicated parameter must on one rank only.
+
+    DeepSpeed counts what is flagged model_parallel, or lies on model-parallel rank 0 (zero/stage3.py:1982, 2455).
+    """
+    parameter.model_parallel = counted  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True)
 class Piece:
     """The elements [start, start + numel) of a flattened parameter, found at ``offset`` in its bucket."""

@@ -117,7 +117,7 @@ def build_model(config: ResolvedConfig, mesh: Mesh, ds_config: dict[str, Any]) -
     def allocate(template: nn.Parameter) -> nn.Parameter:
         value = initial_value(templates[template], template.shape, config.megagpt.model, seed)
         parameter = nn.Parameter(value.to(device=device, dtype=dtype))
-        parameter.model_parallel = mesh.tensor_rank == 0  # counted once in the gradient norm
+        compat.count_in_norm(parameter, mesh.tensor_rank == 0)
         if partitioner is not None:
             partitioner.partition(parameter)
         return parameter

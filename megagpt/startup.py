@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from megagpt import run_directory as directories
 from megagpt.config import ResolvedConfig, RunConfig, load_config
 from megagpt.dataset import SampleStream, open_dataset
+from megagpt.manifest import Split
 from megagpt.planner import require_legal
 from megagpt.utils import ExitCode, UserError, human_count
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EMBEDDED_CORPUS = Path("data/stdlib")
+SPLITS: tuple[Split, ...] = ("train", "val")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -37,7 +39,7 @@ def main(arguments: argparse.Namespace) -> int:
     _resolve(config, 1)  # whatever the vocabulary: impossible arithmetic is reported before any data are prepared
     resolved = _resolve(config, _prepare_vocabulary(config))
     directories.check(directory, resolved)
-    streams = {split: _open_stream(resolved, split) for split in ("train", "val")}
+    streams = {split: _open_stream(resolved, split) for split in SPLITS}
     return _run_to_its_end(config, streams, directory)
 
 
@@ -58,7 +60,7 @@ def _prepare_vocabulary(config: RunConfig) -> int:
     return max(open_dataset(directory).vocabulary for directory in directories_of_data)
 
 
-def _open_stream(config: ResolvedConfig, split: str) -> SampleStream:
+def _open_stream(config: ResolvedConfig, split: Split) -> SampleStream:
     data = config.megagpt.data
     return SampleStream.open(
         [(Path(source.path), source.weight) for source in data.sources],
@@ -69,7 +71,7 @@ def _open_stream(config: ResolvedConfig, split: str) -> SampleStream:
     )
 
 
-def _run_to_its_end(config: RunConfig, streams: dict[str, SampleStream], directory: Path) -> int:
+def _run_to_its_end(config: RunConfig, streams: dict[Split, SampleStream], directory: Path) -> int:
     """Train; whatever ends the run early is shown on one screen by the rank that failed first."""
     from megagpt.guard import StoppedByGuardError
     from megagpt.train import train
@@ -88,7 +90,7 @@ def _run_to_its_end(config: RunConfig, streams: dict[str, SampleStream], directo
     return ExitCode.DONE
 
 
-def _assemble(config: RunConfig, streams: dict[str, SampleStream], directory: Path) -> "Run":
+def _assemble(config: RunConfig, streams: dict[Split, SampleStream], directory: Path) -> "Run":
     """Bring up the ranks, the engine and the newest checkpoint; every rank does the same."""
     from megagpt import device
     from megagpt.batches import BatchLoader

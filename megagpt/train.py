@@ -60,7 +60,7 @@ def train(run: Run) -> TrainState:
         report_verdict(run, guard, result)
         meter.after_step(result)
         if due(settings.eval_interval_steps, step, settings.total_steps):
-            meter.pause(lambda step=step: run.monitor.event("eval", step=step, val_loss=validate(run)))
+            meter.pause(lambda: report_validation(run))
         if due(settings.sample_interval_steps, step, settings.total_steps):
             meter.pause(lambda: write_samples(run))
         if due(run.config.megagpt.checkpoint.interval_steps, step, settings.total_steps):
@@ -93,6 +93,11 @@ def report_verdict(run: Run, guard: Guard, result: pipeline.StepResult) -> None:
     first = run.state.cursor - run.config.train_batch_size
     samples = {"first_sample": first, "last_sample": run.state.cursor - 1}
     run.monitor.event("warning" if result.applied else "skip", step=run.state.step, message=warning, **samples)
+
+
+def report_validation(run: Run) -> None:
+    """Validate and record it; every rank must call it."""
+    run.monitor.event("eval", step=run.state.step, val_loss=validate(run))
 
 
 @torch.no_grad()

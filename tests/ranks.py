@@ -1,7 +1,7 @@
 """A pool of real ranks (processes joined by gloo) that serves many test cases.
 
 Starting ranks costs seconds, so a pool lives for the session. A job that fails or outlasts its deadline fails one test,
-with what every rank was doing; the pool is then ended, by its own recorded process ids, and the next test gets a new one.
+with what every rank was doing; the pool is then ended, by its own process ids, and the next test gets a new one.
 """
 
 import faulthandler
@@ -23,12 +23,12 @@ JOB_DEADLINE_S = 120.0
 START_DEADLINE_S = 120.0
 
 
-class RankFailure(AssertionError):
+class RankError(AssertionError):
     """A job failed on some rank; the message holds its traceback, or every rank's stack after a hang."""
 
 
 class RankPool:
-    """``world_size`` ranks; ``run("tests.jobs:name", argument=...)`` calls a function on each and returns the results."""
+    """``world_size`` ranks; ``run("tests.jobs:name", argument=...)`` calls a function on each, returns the results."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
@@ -46,7 +46,7 @@ class RankPool:
         self._collect("start", START_DEADLINE_S)
 
     def run(self, job: str, *, deadline_s: float = JOB_DEADLINE_S, **arguments: Any) -> list[Any]:
-        """Each rank's result of ``module:function(**arguments)``. Raises RankFailure."""
+        """Each rank's result of ``module:function(**arguments)``. Raises RankError."""
         for connection in self.connections:
             connection.send((job, arguments))
         return self._collect(job, deadline_s)
@@ -82,7 +82,7 @@ class RankPool:
         if failures:
             message = "\n".join([*failures, self._stacks()])
             self.close()
-            raise RankFailure(message)
+            raise RankError(message)
         return results
 
     def _stacks(self) -> str:

@@ -39,6 +39,8 @@ def nvme_sized(config: dict[str, Any], directory: Path) -> dict[str, Any]:
     for section in ("offload_optimizer", "offload_param"):
         if zero.get(section, {}).get("device") == "nvme":
             zero[section]["nvme_path"] = str(directory)
+            if section == "offload_param":
+                zero[section] |= {"max_in_cpu": 0, "buffer_size": 200_000}
     if "nvme" in json.dumps(zero):
         config["megagpt"]["model"] |= {"hidden_size": 128, "num_layers": 4}
     return config

@@ -1,0 +1,40 @@
+"""Compile the DeepSpeed ops that a configuration needs, once and visibly: python launch/build_ops.py"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+
+from megagpt.config import load_config
+from megagpt.utils import run_command
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    config = load_config(arguments.deepspeed_config)
+    from deepspeed.accelerator import get_accelerator  # after the arguments, so that --help answers at once
+
+    from megagpt import ops
+
+    ops.use_private_extensions()
+    for op in ops.needed_ops(config, get_accelerator().device_name()):
+        if reason := ops.missing_tools(op):
+            print(f"DeepSpeed's {op.removesuffix('Builder')} is left out: {reason}", file=sys.stderr)
+            print("Training works without it, with torch's own Adam: its optimizer step is slower", file=sys.stderr)
+        else:
+            ops.build([op])
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Compile the DeepSpeed ops that a configuration needs, into the cache that its runs use. "
+        "A run does so itself; this does it beforehand."
+    )
+    parser.add_argument("--deepspeed_config", default="ds_configs/default.json", help="[ds_configs/default.json]")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -7,6 +7,17 @@ Costs are of the forward unless ``backward`` asks for the backward alone; a trai
 
 from dataclasses import dataclass
 
+OPERATIONS = (
+    "attention",
+    "layer_norm",
+    "rms_norm",
+    "linear_cross_entropy",
+    "bias_gelu",
+    "swiglu",
+    "rotary",
+    "dropout",
+)
+
 
 @dataclass(frozen=True)
 class Cost:

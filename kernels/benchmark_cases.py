@@ -1,0 +1,180 @@
+"""What the benchmark runs: for each operation, shapes a GPT trainer meets, random data, and what they cost."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import costs
+from kernels.costs import Cost
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The axes of the benchmark: sequence lengths and head dimensions, widths of rows, tokens in a batch."""
+
+    lengths: tuple[int, ...]
+    head_dims: tuple[int, ...]
+    widths: tuple[int, ...]
+    tokens: int
+    vocabulary: int
+    attention_width: int  # heads * head_dim, as in the FlashAttention papers
+
+
+GPU_SIZES = Sizes((1024, 2048, 4096, 8192, 16384), (64, 128), (768, 1600, 4096, 8192, 12288), 16384, 50304, 2048)
+CPU_SIZES = Sizes((128, 256), (64,), (256, 768), 512, 2048, 128)
+CHECK_SIZES = Sizes((33,), (16,), (40,), 33, 70, 32)  # what the interpreter gets through in a second
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of one operation: arguments by name (floating-point ones get gradients), options, cost."""
+
+    op: str
+    shape: str
+    size: int  # the x axis of its plot
+    tensors: dict[str, Tensor]
+    forward: Cost
+    backward: Cost
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def bound(self) -> str:
+        """What limits it on a GPU: matrix products or memory."""
+        return "gemm" if self.forward.flops else "copy"
+
+    def cost(self, mode: str) -> Cost:
+        """Of forward, backward or both."""
+        return {"fwd": self.forward, "bwd": self.backward, "both": self.forward + self.backward}[mode]
+
+
+def cases(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """The cases of an operation, one at a time: the largest fill a good part of a GPU."""
+    yield from _MAKERS[op](op, sizes, dtype, device)
+
+
+def _random(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
+    """Normal numbers: zeros draw less power, so a GPU would run them at a higher clock than real data."""
+    return torch.randn(shape, device=device, dtype=torch.float32).to(dtype)
+
+
+def _attention(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Case]:
+    for head_dim in sizes.head_dims:
+        for length in sizes.lengths:
+            batch, heads = max(1, sizes.tokens // length), max(1, sizes.attention_width // head_dim)
+            shape = (batch, heads, length, head_dim)
+            size: dict[str, Any] = {
+                "batch": batch,
+                "heads": heads,
+                "length": length,
+                "head_dim": head_dim,
+                "itemsize": dtype.itemsize,
+            }
+            yield Case(
+                op,
+                f"batch {batch}, heads {heads}, length {length}, head_dim {head_dim}, causal",
+                length,
+                {name: _random(*shape, dtype=dtype, device=device) for name in ("q", "k", "v")},
+                costs.attention(**size),
+                costs.attention(**size, backward=True),
+                {"causal": True},
+            )
+
+
+def _norm(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Case]:
+    cost = getattr(costs, op)
+    parameters = ("weight", "bias") if op == "layer_norm" else ("weight",)
+    for width in sizes.widths:
+        for residual in (False, True):
+            rows = {"x": sizes.tokens, **({"residual": sizes.tokens} if residual else {})}
+            tensors = {name: _random(count, width, dtype=dtype, device=device) for name, count in rows.items()}
+            tensors |= {name: _random(width, dtype=dtype, device=device) for name in parameters}
+            yield Case(
+                op,
+                f"rows {sizes.tokens}, width {width}{', residual' if residual else ''}",
+                width,
+                tensors,
+                cost(sizes.tokens, width, residual=residual, itemsize=dtype.itemsize),
+                cost(sizes.tokens, width, residual=residual, itemsize=dtype.itemsize, backward=True),
+            )
+
+
+def _linear_cross_entropy(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Case]:
+    for width in sizes.widths:
+        size = (sizes.tokens, width, sizes.vocabulary)
+        yield Case(
+            op,
+            f"rows {sizes.tokens}, width {width}, vocabulary {sizes.vocabulary}",
+            width,
+            {
+                "hidden": _random(sizes.tokens, width, dtype=dtype, device=device),
+                "weight": _random(sizes.vocabulary, width, dtype=dtype, device=device) * width**-0.5,
+                "targets": torch.randint(sizes.vocabulary, (sizes.tokens,), device=device),
+            },
+            costs.linear_cross_entropy(*size, itemsize=dtype.itemsize),
+            costs.linear_cross_entropy(*size, itemsize=dtype.itemsize, backward=True),
+        )
+
+
+def _activation(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Case]:
+    cost = getattr(costs, op)
+    for width in sizes.widths:
+        channels = 4 * width  # of the feed-forward layer
+        tensors = {"x": _random(sizes.tokens, channels * (2 if op == "swiglu" else 1), dtype=dtype, device=device)}
+        if op == "bias_gelu":
+            tensors["bias"] = _random(channels, dtype=dtype, device=device)
+        yield Case(
+            op,
+            f"rows {sizes.tokens}, channels {channels}",
+            channels,
+            tensors,
+            cost(sizes.tokens, channels, itemsize=dtype.itemsize),
+            cost(sizes.tokens, channels, itemsize=dtype.itemsize, backward=True),
+        )
+
+
+def _rotary(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Case]:
+    for head_dim in sizes.head_dims:
+        for length in sizes.lengths:
+            batch, heads = max(1, sizes.tokens // length), max(1, sizes.attention_width // head_dim)
+            angles = torch.outer(torch.arange(length), 10_000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)).to(
+                device
+            )
+            cost = costs.rotary(batch * heads * length, head_dim, length, itemsize=dtype.itemsize)
+            yield Case(
+                op,
+                f"batch {batch}, heads {heads}, length {length}, head_dim {head_dim}",
+                length,
+                {"x": _random(batch, heads, length, head_dim, dtype=dtype, device=device)},
+                cost,
+                cost,
+                {"cosine": angles.cos(), "sine": angles.sin()},
+            )
+
+
+def _dropout(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Case]:
+    for width in sizes.widths:
+        cost = costs.dropout(sizes.tokens * width, itemsize=dtype.itemsize)
+        yield Case(
+            op,
+            f"rows {sizes.tokens}, width {width}",
+            width,
+            {"x": _random(1, sizes.tokens, width, dtype=dtype, device=device)},
+            cost,
+            cost,
+            {"probability": 0.1, "seed": torch.tensor([5], device=device)},
+        )
+
+
+_MAKERS = {
+    "attention": _attention,
+    "layer_norm": _norm,
+    "rms_norm": _norm,
+    "linear_cross_entropy": _linear_cross_entropy,
+    "bias_gelu": _activation,
+    "swiglu": _activation,
+    "rotary": _rotary,
+    "dropout": _dropout,
+}

@@ -1,0 +1,125 @@
+"""Who is compared: ours, plain torch, each of torch's attention backends by name, and libraries that are installed."""
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import kernels
+from kernels import chunked_cross_entropy, reference
+from kernels.benchmark_cases import Case
+
+Function = Callable[..., Any]
+
+
+_BACKENDS = {
+    "cuda": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION],
+    "cpu": [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH],
+}
+
+
+class UnavailableError(Exception):
+    """This provider cannot run here or cannot run this case; the message says why."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A name and how to get its function for a case, which takes the case's tensors and options by name."""
+
+    name: str
+    prepare: Callable[[Case], Function]
+
+
+def providers(op: str, device: str) -> list[Provider]:
+    """Those for an operation; whether one is available is known when it is prepared or first runs."""
+    found = [Provider("torch", _torch)]
+    if device == "cuda":
+        found = [Provider("megagpt", _ours), *found, Provider("torch.compile", _compiled)]
+    if op == "attention":
+        found = [provider for provider in found if provider.name == "megagpt"]
+        found += [Provider(f"sdpa {_short(b)}", functools.partial(_sdpa, backend=b)) for b in _BACKENDS[device]]
+        if device == "cuda":
+            found += [Provider("flex_attention", _flex), Provider("flash-attn", _flash_attn)]
+    if op == "linear_cross_entropy":
+        found.append(Provider("torch, chunked", lambda case: chunked_cross_entropy.linear_cross_entropy))
+    if op in _LIGER and device == "cuda":
+        found.append(Provider("liger", _liger))
+    return found
+
+
+def _ours(case: Case) -> Function:
+    line = kernels.explain(case.op, **case.tensors, **case.options)
+    if not line.startswith(f"{case.op}: triton"):
+        raise UnavailableError(line)
+    function: Function = getattr(kernels, case.op)
+    return function
+
+
+def _torch(case: Case) -> Function:
+    function: Function = getattr(reference, case.op)
+    return function
+
+
+def _compiled(case: Case) -> Function:
+    function: Function = torch.compile(getattr(reference, case.op), dynamic=False)
+    return function
+
+
+def _short(backend: SDPBackend) -> str:
+    name = backend.name.removesuffix("_ATTENTION").lower()
+    return f"cudnn {torch.backends.cudnn.version()}" if name == "cudnn" else name
+
+
+def _sdpa(case: Case, backend: SDPBackend) -> Function:
+    def run(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+    return run
+
+
+def _flex(case: Case) -> Function:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+    length, device = case.tensors["q"].shape[2], case.tensors["q"].device.type
+    mask = create_block_mask(lambda b, h, query, key: query >= key, None, None, length, length, device=device)
+    return lambda q, k, v, causal: compiled(q, k, v, block_mask=mask)
+
+
+def _flash_attn(case: Case) -> Function:
+    flash = _import("flash_attn").flash_attn_func
+
+    def run(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        return flash(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=causal).transpose(1, 2)
+
+    return run
+
+
+# Liger-Kernel's autograd functions take their arguments by position.
+_LIGER: dict[str, Callable[[Any], Function]] = {
+    "layer_norm": lambda ops: lambda x, weight, bias: ops.LigerLayerNormFunction.apply(x, weight, bias, 1e-5),
+    "rms_norm": lambda ops: lambda x, weight: ops.LigerRMSNormFunction.apply(x, weight, 1e-5, 0.0, "llama", False),
+    "linear_cross_entropy": lambda ops: (
+        lambda hidden, weight, targets: ops.LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, targets)[0]
+    ),
+}
+
+
+def _liger(case: Case) -> Function:
+    if "residual" in case.tensors:
+        raise UnavailableError("has no such function with the residual fused")
+    return _LIGER[case.op](_import("liger_kernel.ops"))
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UnavailableError(f"not installed ({error})") from error

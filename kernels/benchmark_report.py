@@ -1,0 +1,148 @@
+"""The benchmark's rows as one CSV, one Markdown table and a plot for each operation and mode."""
+
+import csv
+import io
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. Times and rates are None where a provider was checked but not timed."""
+
+    op: str
+    provider: str
+    mode: str
+    shape: str
+    size: int
+    dtype: str
+    error_vs_torch: float  # 2 or less passes
+    correct: bool
+    device: str
+    versions: str
+    p20_ms: float | None = None
+    p50_ms: float | None = None
+    p80_ms: float | None = None
+    tflops: float | None = None  # of operations bound by matrix products
+    gb_per_s: float | None = None  # of the others: the bytes that must move, over the time
+    fraction_of_ceiling: float | None = None
+    peak_mib: float | None = None  # on a GPU, beyond the arguments
+
+    @property
+    def rate(self) -> float | None:
+        return self.gb_per_s if self.tflops is None else self.tflops
+
+    @property
+    def unit(self) -> str:
+        return "GB/s" if self.tflops is None else "TFLOP/s"
+
+
+@dataclass(frozen=True)
+class Heading:
+    """What every number depends on."""
+
+    command: str
+    date: str
+    machine: str
+    ceilings: str
+    notes: tuple[str, ...]
+
+
+def write_report(directory: Path, heading: Heading, rows: Sequence[Row]) -> list[Path]:
+    """Write results.csv, results.md and the plots; returns their paths."""
+    directory.mkdir(parents=True, exist_ok=True)
+    written = [directory / "results.csv", directory / "results.md"]
+    _replace(written[0], as_csv(rows))
+    _replace(written[1], as_markdown(heading, rows))
+    return written + [path for group in _grouped(rows) if (path := _plot(directory, group)) is not None]
+
+
+def as_csv(rows: Iterable[Row]) -> str:
+    """One line a row, a header first; empty where not timed."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in asdict(row).items()})
+    return text.getvalue()
+
+
+def as_markdown(heading: Heading, rows: Sequence[Row]) -> str:
+    """The conditions, then a table for each operation and mode."""
+    lines = [
+        "# Kernel benchmark",
+        "",
+        f"`{heading.command}`, {heading.date}, on {heading.machine}. {heading.ceilings}",
+        "",
+        "Error is a multiple of plain torch's own in the same dtype, against the next wider one: 2 passes.",
+        *(["", *(f"* {note}" for note in heading.notes)] if heading.notes else []),
+    ]
+    for group in _grouped(rows):
+        lines += ["", f"## {group[0].op}, {group[0].mode}", ""]
+        lines += [
+            "| shape | dtype | provider | p20 / p50 / p80 ms | rate | of ceiling | peak MiB | error |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        lines += [_markdown_row(row) for row in group]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_row(row: Row) -> str:
+    error = f"{row.error_vs_torch:.2f}" if row.correct else f"**WRONG** ({row.error_vs_torch:.3g})"
+    if row.p50_ms is None or row.rate is None or row.fraction_of_ceiling is None:
+        return f"| {row.shape} | {row.dtype} | {row.provider} | not timed | | | | {error} |"
+    times = f"{row.p20_ms:.3f} / {row.p50_ms:.3f} / {row.p80_ms:.3f}"
+    rate = f"{row.rate:.4g} {row.unit} | {row.fraction_of_ceiling:.0%}"
+    peak = "" if row.peak_mib is None else f"{row.peak_mib:.0f}"
+    return f"| {row.shape} | {row.dtype} | {row.provider} | {times} | {rate} | {peak} | {error} |"
+
+
+def _grouped(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows of one operation and mode together, in the order they came."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.op, row.mode), []).append(row)
+    return list(groups.values())
+
+
+def _plot(directory: Path, rows: Sequence[Row]) -> Path | None:
+    """Rate by size, a line for each provider and kind of shape; None where nothing was timed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        if row.rate is not None:  # timed, not only checked
+            label = row.provider + _variant(row) + ("" if row.correct else " WRONG")
+            lines.setdefault(label, []).append((row.size, row.rate))
+    if not lines:
+        return None
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for label, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+    axes.set(title=f"{rows[0].op}, {rows[0].mode}, {rows[0].dtype}, {rows[0].device}", xlabel="length or width")
+    axes.set(ylabel=rows[0].unit, xscale="log", ylim=(0, None))
+    sizes = sorted({size for points in lines.values() for size, _ in points})
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.minorticks_off()
+    axes.legend(fontsize="small")
+    path = directory / f"{rows[0].op}_{rows[0].mode}.png"
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _variant(row: Row) -> str:
+    """What distinguishes shapes of one size: the head dimension, or a residual."""
+    parts = [part for part in row.shape.split(", ") if part.startswith(("head_dim", "residual"))]
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write aside, then rename: a killed benchmark leaves the previous report whole."""
+    aside = path.with_name(path.name + ".new")
+    aside.write_text(text)
+    os.replace(aside, path)

@@ -1,0 +1,179 @@
+"""The benchmark's loop: every case, mode and provider of the operations asked for, on this machine."""
+
+import datetime
+import importlib.util
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    # Our kernels are only checked here, by the interpreter, which must be chosen before triton is first imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import kernels
+from kernels.benchmark_cases import CHECK_SIZES, CPU_SIZES, GPU_SIZES, Case, Sizes, cases
+from kernels.benchmark_providers import UnavailableError, providers
+from kernels.benchmark_report import Heading, Row, write_report
+from kernels.benchmark_timing import (
+    Measured,
+    copy_ceiling_gb_per_s,
+    errors,
+    gemm_ceiling_tflops,
+    measure,
+    step,
+)
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+OURS = "megagpt"
+INTERPRETED = "megagpt (interpreter)"
+
+
+@dataclass
+class Run:
+    """What holds for a whole run, and the rows and notes it gathers."""
+
+    device: str
+    machine: str
+    versions: str
+    dtype: str
+    gemm_tflops: float
+    copy_gb_per_s: float
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """Say something once."""
+        if text not in self.notes:
+            print(text, flush=True)
+            self.notes.append(text)
+
+    def add(self, case: Case, provider: str, mode: str, measured: Measured | None, error: float) -> None:
+        """Keep and show one measurement; without one, a check of accuracy alone."""
+        row = self._row(case, provider, mode, measured, error)
+        self.rows.append(row)
+        speed = "not timed" if row.rate is None else f"{row.p50_ms:.3f} ms, {row.rate:.4g} {row.unit}"
+        verdict = "" if row.correct else ", WRONG"
+        print(f"{case.op} {mode}, {provider}, {case.shape}: {speed}, error {error:.2f}{verdict}", flush=True)
+
+    def _row(self, case: Case, provider: str, mode: str, measured: Measured | None, error: float) -> Row:
+        row = Row(
+            op=case.op,
+            provider=provider,
+            mode=mode,
+            shape=case.shape,
+            size=case.size,
+            dtype=self.dtype,
+            error_vs_torch=error,
+            correct=error <= 2.0,
+            device=self.machine,
+            versions=self.versions,
+        )
+        if measured is None:
+            return row
+        row = replace(row, **asdict(measured))
+        if case.bound == "gemm":
+            tflops = case.cost(mode).flops / measured.p50_ms / 1e9
+            return replace(row, tflops=tflops, fraction_of_ceiling=tflops / self.gemm_tflops)
+        gb_per_s = case.cost(mode).bytes / measured.p50_ms / 1e6
+        return replace(row, gb_per_s=gb_per_s, fraction_of_ceiling=gb_per_s / self.copy_gb_per_s)
+
+
+def sizes(
+    lengths: list[int] | None, head_dims: list[int] | None, widths: list[int] | None, tokens: int | None
+) -> Sizes:
+    """This device's sizes, with what is given in their place."""
+    given = {"lengths": lengths, "head_dims": head_dims, "widths": widths}
+    changes: dict[str, Any] = {name: tuple(values) for name, values in given.items() if values}
+    if tokens:
+        changes["tokens"] = tokens
+    return replace(GPU_SIZES if torch.cuda.is_available() else CPU_SIZES, **changes)
+
+
+def run(
+    ops: tuple[str, ...], sizes: Sizes, dtype: str | None, modes: tuple[str, ...], output: Path, command: str
+) -> int:
+    """Measure, write the report; returns 1 where one of our own kernels is wrong, else 0."""
+    this = _this_machine(dtype)
+    for op in ops:
+        _measure(this, op, sizes, modes)
+    if this.device == "cpu":
+        this.note(
+            "No GPU here: torch's providers ran on the CPU; our kernels were checked by the interpreter, not timed."
+        )
+        for op in ops:
+            _check_interpreted(this, op, modes)
+    heading = Heading(
+        command,
+        datetime.date.today().isoformat(),
+        f"{this.machine} ({this.versions})",
+        f"Measured ceilings: {this.gemm_tflops:.3g} TFLOP/s in a {this.dtype} matrix product, "
+        f"{this.copy_gb_per_s:.3g} GB/s in a copy.",
+        tuple(this.notes),
+    )
+    for path in write_report(output, heading, this.rows):
+        print(path)
+    return 0 if all(row.correct for row in this.rows if row.provider in (OURS, INTERPRETED)) else 1
+
+
+def _measure(this: Run, op: str, sizes: Sizes, modes: tuple[str, ...]) -> None:
+    for case in cases(op, sizes, DTYPES[this.dtype], this.device):
+        for mode in modes:
+            if op == "linear_cross_entropy" and mode == "bwd":
+                this.note("linear_cross_entropy has no bwd rows: ours computes its gradients in the forward; see both.")
+                continue
+            for provider in providers(op, this.device):
+                try:
+                    function = provider.prepare(case)
+                    measured = measure(step(function, case, mode), this.device)
+                    this.add(case, provider.name, mode, measured, errors(function, case, mode))
+                except (UnavailableError, RuntimeError) as error:  # RuntimeError: no such backend here, out of memory
+                    this.note(f"{op}: {provider.name} not run: {str(error).splitlines()[0]}")
+
+
+def _check_interpreted(this: Run, op: str, modes: tuple[str, ...]) -> None:
+    """Our kernel's accuracy on small shapes."""
+    if importlib.util.find_spec("triton") is None:
+        this.note("Our kernels were not checked: the package triton is not installed.")
+        return
+    with _forced("interpret"):
+        for case in cases(op, CHECK_SIZES, DTYPES[this.dtype], "cpu"):
+            for mode in modes:
+                this.add(case, INTERPRETED, mode, None, errors(getattr(kernels, op), case, mode))
+
+
+@contextmanager
+def _forced(mode: str) -> Iterator[None]:
+    before = os.environ.get("MEGAGPT_KERNELS")
+    os.environ["MEGAGPT_KERNELS"] = mode
+    try:
+        yield
+    finally:
+        del os.environ["MEGAGPT_KERNELS"]
+        if before is not None:
+            os.environ["MEGAGPT_KERNELS"] = before
+
+
+def _this_machine(dtype: str | None) -> Run:
+    gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", dtype or "bf16") if gpu else ("cpu", dtype or "fp32")
+    name = torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return Run(
+        device, name, _versions(), dtype, gemm_ceiling_tflops(DTYPES[dtype], device), copy_ceiling_gb_per_s(device)
+    )
+
+
+def _versions() -> str:
+    found = [f"torch {torch.__version__}"]
+    if importlib.util.find_spec("triton") is not None:
+        import triton
+
+        found.append(f"triton {triton.__version__}")
+    if torch.cuda.is_available():
+        found += [f"CUDA {torch.version.cuda}", f"cuDNN {torch.backends.cudnn.version()}"]
+    return ", ".join(found)

@@ -32,6 +32,18 @@ def use_private_extensions() -> None:
     """
     if EXTENSIONS_VARIABLE not in os.environ:
         os.environ[EXTENSIONS_VARIABLE] = str(_private_directory())
+    _prefer_own_ninja()
+
+
+def _prefer_own_ninja() -> None:
+    """Let the ninja of this environment build, also where it was not activated (`.venv/bin/python launch/train.py`).
+
+    Two releases of ninja do not read each other's logs: each start over, minutes long, what the other has built.
+    """
+    own = str(Path(sys.executable).parent)
+    search = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    if search[0] != own:
+        os.environ["PATH"] = os.pathsep.join([own, *search])
 
 
 def _private_directory() -> Path:

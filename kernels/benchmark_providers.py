@@ -67,6 +67,7 @@ def _torch(case: Case) -> Function:
 
 
 def _compiled(case: Case) -> Function:
+    torch.compiler.reset()  # after some shapes it would stop compiling and run the plain function
     function: Function = torch.compile(getattr(reference, case.op), dynamic=False)
     return function
 
@@ -87,6 +88,7 @@ def _sdpa(case: Case, backend: SDPBackend) -> Function:
 def _flex(case: Case) -> Function:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
     length, device = case.tensors["q"].shape[2], case.tensors["q"].device.type
     mask = create_block_mask(lambda b, h, query, key: query >= key, None, None, length, length, device=device)

@@ -44,6 +44,7 @@ class _Tile:
     block: int
     warps: int
     wide: bool
+    stages: int = 3  # rows in flight while the backward works on one
 
 
 def _tile(columns: int) -> _Tile:
@@ -51,8 +52,10 @@ def _tile(columns: int) -> _Tile:
         return _Tile(rows=1, block=_CHUNK, warps=8, wide=True)
     block = max(16, triton.next_power_of_2(columns))
     rows = min(64, max(1, 4096 // block))
-    # 16 elements a thread: the backward keeps seven such tiles in registers, which just spares it spilling.
-    return _Tile(rows=rows, block=block, warps=min(16, max(4, rows * block // 512)), wide=False)
+    # 16 elements a thread: the backward keeps seven such tiles in registers, which just spares it spilling; at 8192
+    # columns a third stage would make it spill on sm_100.
+    warps = min(16, max(4, rows * block // 512))
+    return _Tile(rows=rows, block=block, warps=warps, wide=False, stages=2 if block == _WIDEST_TILE else 3)
 
 
 def _programs(device: torch.device) -> int:
@@ -150,7 +153,7 @@ def _backward_narrow(
         BIAS=bias,
         ROWS=tile.rows,
         BLOCK=tile.block,
-        STAGES=3,
+        STAGES=tile.stages,
         num_warps=tile.warps,
     )
     return partial_sums
@@ -255,7 +258,10 @@ def _normalise(
 _TYPES: dict[str, Any] = {
     **dict.fromkeys(("x", "residual", "weight", "bias", "y", "total", "dy", "dtotal", "dx"), "*bf16"),
     **dict.fromkeys(("mean", "rstd", "dweight", "dbias"), "*fp32"),
-    "rows": "i32", "columns": "i32:16", "rows_per_program": "i32", "eps": "fp32",
+    "rows": "i32",
+    "columns": "i32:16",
+    "rows_per_program": "i32",
+    "eps": "fp32",
 }
 
 
@@ -263,7 +269,7 @@ def _shipped(columns: int, centred: bool, residual: bool) -> list[AheadOfTime]:
     """Forward and backward in bf16 at one width, as this module would launch them."""
     tile = _tile(columns)
     name = f"{'layer' if centred else 'rms'}_norm{'_residual' if residual else ''}_{columns}"
-    flags = {"CENTRED": centred, "RESIDUAL": residual, "BIAS": centred, "STAGES": 3}
+    flags = {"CENTRED": centred, "RESIDUAL": residual, "BIAS": centred, "STAGES": tile.stages}
     shape = {"ROWS": tile.rows, "BLOCK": tile.block}
     forward, backward = (norm_forward_wide, norm_backward_wide) if tile.wide else (norm_forward, norm_backward)
     entries = [

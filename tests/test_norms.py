@@ -164,6 +164,14 @@ def test_the_operator_is_sound_for_compilers(fused_device: str) -> None:
     torch.library.opcheck(norms._forward, (x, None, weight, None, 1e-5, False), test_utils=checks)
 
 
+def test_compiles_into_one_graph(fused_device: str) -> None:
+    """torch.compile takes the operators as they are: one graph, forward and backward, the same numbers."""
+    tensors = case("layer_norm", (3, 24), torch.float32, fused_device, residual=True)
+    compiled = torch.compile(norms.layer_norm, backend="aot_eager", fullgraph=True)
+    ours, expected = (outputs_and_gradients(f, tensors, torch.float32) for f in (compiled, norms.layer_norm))
+    assert all(torch.equal(ours[name], value) for name, value in expected.items())
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     op=st.sampled_from(OPS),

@@ -97,7 +97,13 @@ def refusal(op: str, *args: Any, **kwargs: Any) -> str | None:
 
 
 _TYPES: dict[str, Any] = {
-    "x": "*bf16", "seeds": "*i64", "y": "*bf16", "length": "i32", "channels": "i32:16", "position_offset": "i32",
-    "threshold": "i64", "scale": "fp32",
+    "x": "*bf16",
+    "seeds": "*i64",
+    "y": "*bf16",
+    "length": "i32",
+    "channels": "i32:16",
+    "position_offset": "i32",
+    "threshold": "i64",
+    "scale": "fp32",
 }
 AHEAD_OF_TIME: list[AheadOfTime] = [AheadOfTime("dropout", dropout_apply, _TYPES, {"BLOCK": _BLOCK})]

@@ -1,0 +1,57 @@
+# On a fresh machine `make train` and `make test` are enough; `make help` lists the rest.
+
+PYTHON ?= python3
+CONFIG ?= ds_configs/default.json
+ARGUMENTS ?=
+
+RUN_DIR := runs/$(basename $(notdir $(CONFIG)))
+INSTALLED := .venv/.installed
+OPS_BUILT := .venv/.ops_built
+
+# DeepSpeed's launcher starts ranks with the `python` it finds first, and ops are compiled by the `ninja` beside it.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-all check bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(INSTALLED) $(OPS_BUILT) ## .venv with everything in it, and DeepSpeed's ops compiled
+
+train: setup ## train as CONFIG says [ds_configs/default.json], continue if begun; ARGUMENTS="--set KEY=VALUE ..."
+	deepspeed launch/train.py --deepspeed_config $(CONFIG) --run_dir $(RUN_DIR) $(ARGUMENTS)
+	@echo; echo "The last thing it wrote ($(RUN_DIR)/samples.txt):"; echo
+	@awk '/^=== step / { entry = "" } { entry = entry $$0 "\n" } END { printf "%s", entry }' $(RUN_DIR)/samples.txt
+
+test: setup ## the tests that any machine can run, in minutes
+	python -m pytest -m "not slow and not gpu and not root"
+
+test-all: setup ## every test that this machine can run: slow ones, on the GPU, as root
+	python -m pytest
+
+check: $(INSTALLED) ## lint, format, types, and that imports run downward only
+	ruff check
+	ruff format --check
+	mypy
+	lint-imports
+
+bench: setup ## time each kernel against torch's own; tables go to runs/benchmark
+	python -m kernels.benchmark --output runs/benchmark
+
+clean: ## remove the environment and the tools' caches; never data/ or runs/
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(INSTALLED): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo '$(PYTHON) is missing or older than 3.11; name another: make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12'; exit 2; }
+	@$(PYTHON) -m venv .venv || \
+	{ echo '$(PYTHON) cannot make a virtual environment (Debian, Ubuntu: apt install python3-venv)'; exit 2; }
+	.venv/bin/python -m pip install --disable-pip-version-check --requirement requirements.txt
+	@touch $@
+
+# Needs a C++ compiler; without one the command says what is lost and succeeds, and runs use torch's own Adam.
+$(OPS_BUILT): $(INSTALLED) launch/build_ops.py
+	.venv/bin/python launch/build_ops.py
+	@touch $@

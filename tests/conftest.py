@@ -1,6 +1,8 @@
 """Where the kernels' tests run: the GPU (``-m gpu``) where there is one, Triton's interpreter elsewhere."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -42,7 +44,29 @@ class _Pools:
 
 
 @pytest.fixture(scope="session")
-def pools() -> Iterator[_Pools]:
+def compiled_ops() -> None:
+    """DeepSpeed's ops, compiled before any rank starts: minutes the first time, no deadline, a visible message."""
+    build_ops("CPUAdamBuilder")
+
+
+@pytest.fixture(scope="session")
+def nvme(compiled_ops: None) -> None:
+    """What NVMe offload needs; skips where libaio's headers are absent."""
+    try:
+        build_ops("AsyncIOBuilder")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no NVMe offload here: {error.stderr.strip().splitlines()[-1]}")
+
+
+def build_ops(*ops: str) -> None:
+    """In a process of its own, as DeepSpeed's import changes what the kernels' tests see."""
+    code = f"from megagpt import ops; ops.use_private_extensions(); ops.build({list(ops)})"
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="session")
+def pools(compiled_ops: None) -> Iterator[_Pools]:
     found = _Pools()
     yield found
     found.close()

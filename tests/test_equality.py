@@ -99,8 +99,16 @@ def assert_mechanism_acted(ranks: Ranks, stage: int, optimizer: str, parameters:
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize(("stage", "optimizer", "parameters"), CELLS)
 def test_training_equals_one_plain_process(
-    two_ranks: RankPool, tmp_path: Path, stage: int, optimizer: str, parameters: str, accumulation: int
+    request: pytest.FixtureRequest,
+    two_ranks: RankPool,
+    tmp_path: Path,
+    stage: int,
+    optimizer: str,
+    parameters: str,
+    accumulation: int,
 ) -> None:
+    if "nvme" in (optimizer, parameters):
+        request.getfixturevalue("nvme")
     config = with_zero(tiny(batch=4 * accumulation, micro=2, steps=STEPS), stage, optimizer, parameters)
     config = nvme_sized(config, tmp_path)
     ranks = two_ranks.run("tests.jobs:train", config=config, steps=STEPS)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import deepspeed
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -41,6 +42,11 @@ from megagpt.utils import UserError, human_bytes, sync_directory, write_atomical
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
+Written = tuple[str, StoredFile, dict[str, tuple[int, int]]]  # a file, what it is, parameter -> (start, numel)
+
+EXPECTED = (OSError, SafetensorError, UserError, DamagedCheckpointError)  # what files and disks may do to a run
+DAMAGED = "damaged_"
+LEFTOVERS = (".staging_*", ".deleting_*", ".latest.*.partial")
 SPARE_SPACE = 1.05  # manifests and the file system's own records, beside the tensors
 
 
@@ -52,45 +58,75 @@ def save(engine: Engine, state: TrainState, run_directory: Path, data_fingerprin
     checkpoints = run_directory / "checkpoints"
     final = step_directory(checkpoints, state.step)
     staging = checkpoints / f".staging_{final.name}"
-    together(lambda: _prepare(engine, checkpoints, staging))
-    written = together(lambda: _write_files(engine, staging))
-    together(lambda: _commit(engine, state, staging, final, data_fingerprint, written))
+    try:
+        together(partial(_prepare, engine, staging))
+        together(partial(_require_visible, engine, staging))
+        written = together(partial(_write_files, engine, staging))
+        by_rank = _gather(written)
+        together(partial(_commit, engine, state, staging, final, data_fingerprint, by_rank))
+    except UserError:
+        if engine.mesh.rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)  # a torn save must not fill the disk that was too small
+        raise
     return final
 
 
-def _prepare(engine: Engine, checkpoints: Path, staging: Path) -> None:
+def _prepare(engine: Engine, staging: Path) -> None:
     """Rank 0: an empty staging directory on a disk with room for it."""
-    if engine.mesh.rank == 0:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        needed = SPARE_SPACE * 12 * engine.config.megagpt.model.num_parameters  # weight and two moments in fp32
-        free = shutil.disk_usage(checkpoints).free
-        if needed > free:
-            raise UserError(
-                f"{checkpoints}: a checkpoint needs {human_bytes(needed)}, the disk has {human_bytes(free)}: "
-                f"free some space, or lower megagpt.checkpoint.keep"
-            )
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-    dist.barrier()
+    if engine.mesh.rank != 0:
+        return
+    staging.parent.mkdir(parents=True, exist_ok=True)
+    needed, free = _needed_bytes(engine), shutil.disk_usage(staging.parent).free
+    if needed > free:
+        raise UserError(_no_room(engine, staging))
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+
+
+def _needed_bytes(engine: Engine) -> float:
+    return SPARE_SPACE * 12 * engine.config.megagpt.model.num_parameters  # weight and two moments in fp32
+
+
+def _no_room(engine: Engine, staging: Path) -> str:
+    needed, free = human_bytes(_needed_bytes(engine)), human_bytes(shutil.disk_usage(staging.parent).free)
+    return (
+        f"{staging.parent}: a checkpoint needs {needed}, the disk has {free}; earlier checkpoints are untouched: "
+        f"free some space and start again, or lower megagpt.checkpoint.keep"
+    )
+
+
+def _require_visible(engine: Engine, staging: Path) -> None:
     if not staging.is_dir():
         raise UserError(
             f"{engine.mesh.name} does not see {staging}: the run directory must lie on a disk that all hosts share"
         )
 
 
-def _write_files(engine: Engine, staging: Path) -> list[tuple[str, StoredFile, dict[str, tuple[int, int]]]]:
+def _write_files(engine: Engine, staging: Path) -> list[Written]:
     """One file a bucket; returns (name, what it is, parameter -> (start, numel)) of each."""
     written = []
     buckets = (bucket for bucket in engine.buckets() if bucket.owned and bucket.pieces)
     for index, bucket in enumerate(buckets):
         name = f"rank_{engine.mesh.rank:05d}_{index:03d}.safetensors"
         with bucket.resident(False) as (master, optimizer_state):
-            save_file(dict(_tensors(bucket, master, optimizer_state)), staging / name)
-        with (staging / name).open("rb") as file:
-            os.fsync(file.fileno())
+            tensors = dict(_tensors(bucket, master, optimizer_state))
+        try:
+            save_file(tensors, staging / name)
+            with (staging / name).open("rb") as file:
+                os.fsync(file.fileno())
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{staging / name}: {error}\n{_no_room(engine, staging)}") from error
         entry = StoredFile((staging / name).stat().st_size, hash_file(staging / name))
         written.append((name, entry, {piece.name: (piece.start, piece.numel) for piece in bucket.pieces}))
     return written
+
+
+def _gather(written: list[Written]) -> list[Written]:
+    """What all ranks wrote, on rank 0; nothing elsewhere."""
+    is_rank0 = dist.get_rank() == 0
+    by_rank: list[Any] = [None] * dist.get_world_size()
+    dist.gather_object(written, by_rank if is_rank0 else None)
+    return [entry for of_rank in by_rank for entry in of_rank] if is_rank0 else []
 
 
 def _tensors(bucket: compat.Bucket, master: Tensor, optimizer_state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -107,26 +143,22 @@ def _kinds(master: Tensor, optimizer_state: dict[str, Any]) -> list[tuple[str, T
 
 
 def _commit(
-    engine: Engine, state: TrainState, staging: Path, final: Path, data_fingerprint: str, written: list[Any]
+    engine: Engine, state: TrainState, staging: Path, final: Path, data_fingerprint: str, entries: list[Written]
 ) -> None:
     """Rank 0: the manifest last, then one rename; an older directory of the same step gives way."""
-    by_rank: list[Any] = [None] * engine.mesh.world_size if engine.mesh.rank == 0 else []
-    dist.gather_object(written, by_rank if engine.mesh.rank == 0 else None)
-    if engine.mesh.rank == 0:
-        entries = [entry for of_rank in by_rank for entry in of_rank]
-        manifest = _manifest(engine, state, data_fingerprint, entries)
-        write_atomically(staging / MANIFEST, manifest.to_json())
-        sync_directory(staging)
-        if final.exists():
-            remove(final)
-        staging.rename(final)
-        sync_directory(final.parent)
-        write_atomically(final.parent / "latest", final.name + "\n")
-        _retire(final.parent, engine.config.megagpt.checkpoint.keep)
-    dist.barrier()
+    if engine.mesh.rank != 0:
+        return
+    write_atomically(staging / MANIFEST, _manifest(engine, state, data_fingerprint, entries).to_json())
+    sync_directory(staging)
+    if final.exists():
+        remove(final)
+    staging.rename(final)
+    sync_directory(final.parent)
+    write_atomically(final.parent / "latest", final.name + "\n")
+    _retire(final.parent, engine.config.megagpt.checkpoint.keep)
 
 
-def _manifest(engine: Engine, state: TrainState, data_fingerprint: str, entries: list[Any]) -> Manifest:
+def _manifest(engine: Engine, state: TrainState, data_fingerprint: str, entries: list[Written]) -> Manifest:
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for p, name in engine.names.items()}
     slices: dict[str, list[Slice]] = {name: [] for name in shapes}
     for file, _, pieces in entries:
@@ -175,27 +207,32 @@ def remove(directory: Path) -> None:
 
 def collect_leftovers(checkpoints: Path) -> list[str]:
     """Remove what a killed save or deletion left; returns the names."""
-    leftovers = [*checkpoints.glob(".staging_*"), *checkpoints.glob(".deleting_*")]
-    for directory in leftovers:
-        shutil.rmtree(directory, ignore_errors=True)
-    return [directory.name for directory in leftovers]
+    leftovers = [path for pattern in LEFTOVERS for path in checkpoints.glob(pattern)]
+    for path in leftovers:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return [path.name for path in leftovers]
 
 
 def resume(engine: Engine, run_directory: Path) -> tuple[TrainState, Manifest, list[str]] | None:
     """Load the newest checkpoint that every rank finds sound; every rank must call it.
 
-    Returns the state, its manifest and what is wrong with newer ones that were passed over; None where the run has no
-    checkpoint yet. Raises UserError where it has some and none is sound: a run never silently starts again from zero.
+    Returns the state, its manifest and what is wrong with newer ones, which are set aside under another name; None
+    where the run has no checkpoint yet. Raises UserError where it has some and none is sound: a run never silently
+    starts again from zero.
     """
     checkpoints = run_directory / "checkpoints"
-    steps = _from_rank0(lambda: complete_steps(checkpoints))
+    steps = _from_rank0(partial(complete_steps, checkpoints))
     faults: list[str] = []
-    for step in steps:
+    for position, step in enumerate(steps):
         directory = step_directory(checkpoints, step)
-        fault = _first_fault(partial(_verify_share, engine, directory))
+        fault = _fault(partial(_verify_share, engine, directory)) or _fault(partial(_fill_buckets, engine, directory))
         if fault is None:
             manifest = read_manifest(directory)
-            together(partial(_load, engine, Reader(directory, manifest)))
+            _adopt(engine, manifest)
+            together(partial(_set_aside, engine, checkpoints, steps[:position]))
             return manifest.state, manifest, faults
         faults.append(fault)
     if faults:
@@ -207,6 +244,17 @@ def resume(engine: Engine, run_directory: Path) -> tuple[TrainState, Manifest, l
     return None
 
 
+def _set_aside(engine: Engine, checkpoints: Path, damaged_steps: list[int]) -> None:
+    """Rank 0: damaged newer checkpoints would else count among those that are kept, and push out sound ones."""
+    if engine.mesh.rank != 0:
+        return
+    for step in damaged_steps:
+        directory = step_directory(checkpoints, step)
+        aside = directory.with_name(f"{DAMAGED}{directory.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        directory.rename(aside)
+
+
 def _verify_share(engine: Engine, directory: Path) -> None:
     """The manifest, and every world-size-th file, so that the ranks together hash each file once."""
     files = read_manifest(directory).files
@@ -214,21 +262,25 @@ def _verify_share(engine: Engine, directory: Path) -> None:
         verify_file(directory, name, files[name])
 
 
-def _load(engine: Engine, reader: Reader) -> None:
-    """Give this rank's buckets, and through them the model, what the checkpoint holds."""
-    state = reader.manifest.state
+def _fill_buckets(engine: Engine, directory: Path) -> None:
+    """Give this rank's buckets what the checkpoint holds; no collective call, so that a rank may fail alone."""
+    reader = Reader(directory, read_manifest(directory))
     for bucket in engine.buckets():
         with bucket.resident(True) as (master, optimizer_state):
             _fill(bucket, master, optimizer_state, reader)
-            compat.set_adam_step(engine.deepspeed, optimizer_state, state.applied_steps)
+            compat.set_adam_step(engine.deepspeed, optimizer_state, reader.manifest.state.applied_steps)
+
+
+def _adopt(engine: Engine, manifest: Manifest) -> None:
+    """After the buckets: the model's parameters, learning rates and counters; every rank must call it."""
     compat.publish_master_weights(engine.deepspeed)
     if engine.deepspeed.lr_scheduler:
-        engine.deepspeed.lr_scheduler.load_state_dict(reader.manifest.scheduler)
+        engine.deepspeed.lr_scheduler.load_state_dict(manifest.scheduler)
     groups = compat.base_optimizer(engine.deepspeed).param_groups
-    for group, learning_rate in zip(groups, reader.manifest.learning_rates, strict=True):
+    for group, learning_rate in zip(groups, manifest.learning_rates, strict=True):
         group["lr"] = learning_rate
-    compat.set_loss_scaler_state(engine.deepspeed, reader.manifest.loss_scaler)
-    compat.set_counters(engine.deepspeed, steps=state.step, skipped=state.skipped_steps)
+    compat.set_loss_scaler_state(engine.deepspeed, manifest.loss_scaler)
+    compat.set_counters(engine.deepspeed, steps=manifest.state.step, skipped=manifest.state.skipped_steps)
 
 
 def _fill(bucket: compat.Bucket, master: Tensor, optimizer_state: dict[str, Any], reader: Reader) -> None:
@@ -241,36 +293,41 @@ def _fill(bucket: compat.Bucket, master: Tensor, optimizer_state: dict[str, Any]
 
 
 def together(work: Callable[[], Result]) -> Result:
-    """Run ``work`` on every rank; where it fails on any, raise on all, so that none waits."""
-    error: Exception | None = None
-    result: Result | None = None
-    try:
-        result = work()
-    except (OSError, ValueError, RuntimeError, UserError, DamagedCheckpointError) as caught:
-        error = caught
-    fault = _first_fault_of(error)
+    """Run ``work``, which makes no collective call, on every rank; where it fails on any, raise on all.
+
+    Raises UserError with the first failing rank's reason. A rank whose error is no bad input raises that error itself.
+    """
+    result, error, fault = _attempt(work)
+    if error is not None and not isinstance(error, EXPECTED):
+        raise error
     if fault is not None:
         raise UserError(fault) from error
     return result  # type: ignore[return-value]  # no rank failed, so this one has its result
 
 
-def _first_fault(work: Callable[[], None]) -> str | None:
+def _fault(work: Callable[[], None]) -> str | None:
     """Run ``work`` on every rank; None where all succeed, else what the first failing rank says."""
+    _, error, fault = _attempt(work)
+    if error is not None and not isinstance(error, EXPECTED):
+        raise error
+    return fault
+
+
+def _attempt(work: Callable[[], Result]) -> tuple[Result | None, Exception | None, str | None]:
+    """This rank's result and error, and the first failing rank's reason; whatever happens, no rank waits for ever."""
+    result: Result | None = None
+    error: Exception | None = None
     try:
-        work()
-    except DamagedCheckpointError as error:
-        return _first_fault_of(error)
-    return _first_fault_of(None)
-
-
-def _first_fault_of(error: Exception | None) -> str | None:
+        result = work()
+    except Exception as caught:  # of any kind: the others wait for this rank's word; the callers sort them out
+        error = caught
     faults: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, None if error is None else f"{error}")
-    return next((f"{fault} (rank {rank})" for rank, fault in enumerate(faults) if fault is not None), None)
+    dist.all_gather_object(faults, None if error is None else str(error) or repr(error))
+    return result, error, next((f"{fault} (rank {rank})" for rank, fault in enumerate(faults) if fault), None)
 
 
 def _from_rank0(work: Callable[[], Result]) -> Result:
     """Rank 0's answer, on every rank: file systems may show different things to different hosts."""
-    box: list[Any] = [work() if dist.get_rank() == 0 else None]
+    box: list[Any] = [together(lambda: work() if dist.get_rank() == 0 else None)]
     dist.broadcast_object_list(box, src=0)
     return box[0]

@@ -10,12 +10,15 @@ A tensor in a file is a flat fp32 run of a parameter named globally (``blocks.17
 
 import hashlib
 import json
+import math
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -25,40 +28,45 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 WEIGHT = "weight"
 _STEP_NAME = re.compile(r"step_(\d{8,})")
-_FILE_NAME = re.compile(r"rank_\d{5,}_\d{3,}\.safetensors")
+_SEAL = re.compile(r',\n "sha256": "([0-9a-f]{64})"\n\}\n\Z')
+_STRICT = ConfigDict(strict=True, extra="forbid")
+
+Count = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+FileName = Annotated[str, Field(pattern=r"^rank_\d{5,}_\d{3,}\.safetensors$")]  # never outside its own directory
 
 
 class DamagedCheckpointError(Exception):
     """A checkpoint that must not be loaded; the message names the file and what is wrong with it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Slice:
     """Elements [start, start + numel) of the flattened box of a logical tensor, and the file that holds them."""
 
-    file: str
-    start: int
-    numel: int
-    box: tuple[tuple[int, int], ...]  # [from, to) in each dimension of the logical tensor
+    file: FileName
+    start: Count
+    numel: Count
+    box: tuple[tuple[Count, Count], ...]  # [from, to) in each dimension of the logical tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class StoredTensor:
     """One parameter: its logical shape and where its pieces lie."""
 
-    shape: tuple[int, ...]
+    shape: tuple[Count, ...]
     slices: tuple[Slice, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class StoredFile:
     """What a file must be, byte for byte."""
 
-    bytes: int
-    sha256: str
+    bytes: Count
+    sha256: Sha256
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class TrainState:
     """Where a run stands; with the weights and moments, everything that its next step depends on.
 
@@ -66,14 +74,14 @@ class TrainState:
     next sample; ``applied_steps`` is Adam's count of updates: steps less the skipped ones.
     """
 
-    step: int = 0
-    cursor: int = 0
-    tokens: int = 0
-    applied_steps: int = 0
-    skipped_steps: int = 0
+    step: Count = 0
+    cursor: Count = 0
+    tokens: Count = 0
+    applied_steps: Count = 0
+    skipped_steps: Count = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Manifest:
     """Everything about a checkpoint but its tensors."""
 
@@ -83,46 +91,46 @@ class Manifest:
     topology: dict[str, Any]
     scheduler: dict[str, Any]
     learning_rates: list[float]
-    loss_scaler: dict[str, float]
+    loss_scaler: dict[str, int | float]
     tensors: dict[str, StoredTensor]
-    files: dict[str, StoredFile]
+    files: dict[FileName, StoredFile]
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
-        """The manifest as text."""
-        return json.dumps(asdict(self), indent=1) + "\n"
+        """The manifest as text that ends with its own SHA-256: no flipped bit in it passes for a manifest."""
+        body = json.dumps(asdict(self), indent=1)
+        return body.removesuffix("\n}") + f',\n "sha256": "{_text_hash(body)}"\n}}\n'
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
         """Parse and check; raises DamagedCheckpointError with what is wrong."""
+        body = _unsealed(text)
         try:
-            raw = json.loads(text)
-            if raw["format_version"] != FORMAT_VERSION:
+            version = json.loads(body)["format_version"]
+            if version != FORMAT_VERSION:
                 raise DamagedCheckpointError(
-                    f"{MANIFEST}: format {raw['format_version']}, this version reads {FORMAT_VERSION}"
+                    f"{MANIFEST}: format {version}, this version of megagpt reads {FORMAT_VERSION}"
                 )
-            raw["state"] = TrainState(**raw["state"])
-            raw["files"] = {_safe_name(name): StoredFile(**entry) for name, entry in raw["files"].items()}
-            raw["tensors"] = {name: _stored_tensor(entry) for name, entry in raw["tensors"].items()}
-            return cls(**raw)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return TypeAdapter(cls).validate_json(body)
+        except ValidationError as error:
+            wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:3])
+            raise DamagedCheckpointError(f"{MANIFEST}: {wrong}") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DamagedCheckpointError(f"{MANIFEST}: {type(error).__name__}: {error}") from error
 
 
-def _stored_tensor(entry: dict[str, Any]) -> StoredTensor:
-    slices = tuple(
-        Slice(_safe_name(piece["file"]), piece["start"], piece["numel"], tuple((a, b) for a, b in piece["box"]))
-        for piece in entry["slices"]
-    )
-    return StoredTensor(tuple(entry["shape"]), slices)
+def _unsealed(text: str) -> str:
+    """The JSON without its last key, the hash, once that agrees."""
+    seal = _SEAL.search(text)
+    body = f"{text[: seal.start()]}\n}}" if seal else ""
+    if seal is None or _text_hash(body) != seal[1]:
+        raise DamagedCheckpointError(f"{MANIFEST}: its content changed since it was written (SHA-256)")
+    return body
 
 
-def _safe_name(name: str) -> str:
-    """A manifest names files of its own directory only."""
-    if not _FILE_NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is not a name this format gives to a file")
-    return name
+def _text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def step_directory(checkpoints: Path, step: int) -> Path:
@@ -141,9 +149,13 @@ def complete_steps(checkpoints: Path) -> list[int]:
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of one checkpoint; raises DamagedCheckpointError."""
     try:
-        return Manifest.from_json((directory / MANIFEST).read_text())
+        return Manifest.from_json((directory / MANIFEST).read_text(encoding="utf-8"))
+    except DamagedCheckpointError as error:
+        raise DamagedCheckpointError(f"{directory.name}/{error}") from error
     except OSError as error:
         raise DamagedCheckpointError(f"{directory.name}/{MANIFEST}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DamagedCheckpointError(f"{directory.name}/{MANIFEST}: not UTF-8 at byte {error.start}") from error
 
 
 def verify_file(directory: Path, name: str, expected: StoredFile) -> None:
@@ -176,11 +188,10 @@ class Reader:
         """Elements [start, start + numel) of the flattened parameter, fp32 on the CPU; kind is weight or a moment."""
         result = torch.empty(numel)
         found = 0
-        for piece in self.manifest.tensors[name].slices:
+        for piece in self._pieces(name):
             first, last = max(start, piece.start), min(start + numel, piece.start + piece.numel)
             if first < last:
-                run = self._file(piece.file).get_slice(f"{kind}/{name}")[first - piece.start : last - piece.start]
-                result[first - start : last - start] = run
+                result[first - start : last - start] = self._run(kind, name, piece, first, last)
                 found += last - first
         if found != numel:
             raise DamagedCheckpointError(
@@ -190,8 +201,26 @@ class Reader:
 
     def tensor(self, kind: str, name: str) -> Tensor:
         """A whole parameter in its logical shape."""
+        self._pieces(name)
         shape = self.manifest.tensors[name].shape
-        return self.read(kind, name, 0, int(torch.Size(shape).numel())).view(shape)
+        return self.read(kind, name, 0, math.prod(shape)).view(shape)
+
+    def _pieces(self, name: str) -> tuple[Slice, ...]:
+        if name not in self.manifest.tensors:
+            raise DamagedCheckpointError(f"{self.directory.name}/{MANIFEST}: no parameter {name}")
+        return self.manifest.tensors[name].slices
+
+    def _run(self, kind: str, name: str, piece: Slice, first: int, last: int) -> Tensor:
+        """Elements [first, last) of the flattened parameter, all of them in one piece."""
+        try:
+            stored = self._file(piece.file).get_slice(f"{kind}/{name}")
+        except SafetensorError as error:
+            raise DamagedCheckpointError(f"{self.directory.name}/{piece.file}: {error}") from error
+        if stored.get_shape() != [piece.numel]:
+            raise DamagedCheckpointError(
+                f"{self.directory.name}/{piece.file}: {kind}/{name} has shape {stored.get_shape()}, not [{piece.numel}]"
+            )
+        return stored[first - piece.start : last - piece.start]
 
     def _file(self, name: str) -> Any:
         if name not in self._open:

@@ -26,14 +26,25 @@ def check(run_directory: Path, config: ResolvedConfig) -> None:
     A run may be continued under any execution: mesh, ZeRO stage, precision, length. Raises UserError listing the keys.
     """
     path = run_directory / CONFIG_FILE
-    if not path.exists():
-        if (run_directory / "checkpoints").exists():
+    if not _exists(path):
+        if _exists(run_directory / "checkpoints"):
             raise UserError(f"{path}: missing beside checkpoints; restore it, or choose another --run_dir")
         return
     differences = identity_differences(read_config(run_directory).identity(), config.identity())
     if differences:
         remedy = f"{run_directory} holds another run: choose another --run_dir, or take back these differences"
         raise ConfigError([*(f"{run_directory}: {difference}" for difference in differences), remedy])
+
+
+def _exists(path: Path) -> bool:
+    """Path.exists would take a file on the way for an absent path, and let the lack of a permission through."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); choose another --run_dir") from error
+    return True
 
 
 def record(run_directory: Path, config: ResolvedConfig) -> None:

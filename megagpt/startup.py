@@ -9,6 +9,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,22 +26,36 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EMBEDDED_CORPUS = Path("data/stdlib")
+SPLITS: tuple[Split, ...] = ("train", "val")
+TURN_S = 5.0  # the others of a host let its first rank speak for them: the launcher, seeing it end, ends them
 SPLITS: tuple[Split, ...] = ("train", "val")
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Train as the command line says; returns this rank's exit code. Raises UserError for bad input."""
+    try:
+        return _start(arguments)
+    except UserError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(TURN_S)
+        raise
+
+
+def _start(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.deepspeed_config, arguments.set)
     require_legal(config, str(arguments.deepspeed_config))
     directory = arguments.run_dir or Path("runs") / Path(arguments.deepspeed_config).stem
-    if arguments.resume and not any((directory / "checkpoints").glob("step_*")):
+    if arguments.resume and _last_checkpoint(directory) is None:
         raise UserError(f"{directory}: nothing to resume; leave out --resume to start it")
+    return _run_to_its_end(config, open_data(config, directory), directory)
+
+
+def open_data(config: RunConfig, directory: Path) -> dict[Split, SampleStream]:
+    """The samples of each split, once everything that needs no torch is found sound; raises UserError."""
     _resolve(config, 1)  # whatever the vocabulary: impossible arithmetic is reported before any data are prepared
     resolved = _resolve(config, _prepare_vocabulary(config))
     directories.check(directory, resolved)
-    streams = {split: _open_stream(resolved, split) for split in SPLITS}
-    return _run_to_its_end(config, streams, directory)
+    return {split: _open_stream(resolved, split) for split in SPLITS}
 
 
 def _resolve(config: RunConfig, vocabulary: int, *, bf16_native: bool = False) -> ResolvedConfig:
@@ -78,10 +93,12 @@ def _run_to_its_end(config: RunConfig, streams: dict[Split, SampleStream], direc
 
     run = None
     try:
-        run = _assemble(config, streams, directory)
+        _open_log(directory)
+        run = assemble(config, streams, directory)
+        first_step = run.state.step
         with run.monitor:
             train(run)
-        _farewell(run)
+        _farewell(run, first_step)
     except UserError:
         raise
     except BaseException as error:
@@ -90,23 +107,34 @@ def _run_to_its_end(config: RunConfig, streams: dict[Split, SampleStream], direc
     return ExitCode.DONE
 
 
-def _assemble(config: RunConfig, streams: dict[Split, SampleStream], directory: Path) -> "Run":
+def _open_log(directory: Path) -> None:
+    """This rank's log; the crash page of an earlier start gives way, so that a new one is shown."""
+    from megagpt.monitor import open_rank_log
+
+    try:
+        open_rank_log(directory, int(os.environ.get("RANK", "0")))
+        _crash_file(directory).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written ({error.strerror}); choose another --run_dir") from error
+
+
+def _crash_file(directory: Path) -> Path:
+    return directory / "logs" / "crash.txt"
+
+
+def assemble(config: RunConfig, streams: dict[Split, SampleStream], directory: Path) -> "Run":
     """Bring up the ranks, the engine and the newest checkpoint; every rank does the same."""
-    from megagpt import device
+    from megagpt import checkpoint, device
     from megagpt.batches import BatchLoader
     from megagpt.engine import build_engine, build_mesh, compute_dtype, join_ranks, training_device
     from megagpt.generate import open_tokenizer
-    from megagpt.monitor import Monitor, open_rank_log
+    from megagpt.monitor import Monitor
     from megagpt.train import Run
 
-    open_rank_log(directory, int(os.environ.get("RANK", "0")))
     native = device.multiplies_bf16_natively(training_device())
     resolved = _resolve(config, streams["train"].vocabulary, bf16_native=native)
     join_ranks()
     mesh = build_mesh(resolved)
-    if mesh.rank == 0:
-        directories.record(directory, resolved)
-        (directory / "logs" / "crash.txt").unlink(missing_ok=True)
     engine = build_engine(resolved, mesh)
     _announce(engine, directory, device.describe(training_device()))
     run = Run(
@@ -119,6 +147,7 @@ def _assemble(config: RunConfig, streams: dict[Split, SampleStream], directory: 
         peak_flops=device.peak_flops(training_device(), compute_dtype(resolved)),
     )
     found = _resume(run)
+    checkpoint.together(lambda: directories.record(directory, resolved) if mesh.rank == 0 else None)
     run.monitor = Monitor.open(
         resolved,
         directory,
@@ -172,15 +201,23 @@ def _announce(engine: "Engine", directory: Path, device: str) -> None:
     )
 
 
-def _farewell(run: "Run") -> None:
-    """What the user can type next."""
+def _farewell(run: "Run", first_step: int) -> None:
+    """What was done, and what the user can type next."""
     import torch.distributed as dist
 
     if run.engine.mesh.rank == 0:
-        done = f"done: step {run.state.step}, {human_count(run.state.tokens)} tokens"
-        print(f"{done}; samples in {run.directory}/samples.txt")
+        print(_outcome(run, first_step))
         print(f'next: python launch/generate.py --run_dir {run.directory} --prompt "import os"', flush=True)
     dist.destroy_process_group()
+
+
+def _outcome(run: "Run", first_step: int) -> str:
+    total_steps = run.config.megagpt.training.total_steps
+    if first_step >= total_steps:
+        more = f"--set megagpt.training.total_steps={2 * first_step}"
+        return f"already done: {run.directory} is at step {first_step} of {total_steps}; to train on: {more}"
+    done = f"done: step {run.state.step}, {human_count(run.state.tokens)} tokens"
+    return f"{done}; samples in {run.directory}/samples.txt"
 
 
 def _show_crash(error: BaseException, run: "Run | None", directory: Path) -> None:
@@ -199,7 +236,7 @@ def _show_crash(error: BaseException, run: "Run | None", directory: Path) -> Non
         log_path=rank_log_path(directory, rank),
     )
     try:
-        with (directory / "logs" / "crash.txt").open("x") as file:
+        with _crash_file(directory).open("x") as file:
             file.write(page)
     except FileExistsError:
         return

@@ -20,7 +20,7 @@ from megagpt.config import ResolvedConfig
 from megagpt.engine import Engine
 from megagpt.flops import model_flops_utilisation
 from megagpt.generate import generate
-from megagpt.guard import Guard
+from megagpt.guard import Guard, StoppedByGuardError
 from megagpt.model import KeyValueCache
 from megagpt.monitor import Monitor, StepRecord
 from megagpt.utils import GIB
@@ -50,7 +50,7 @@ class Run:
 def train(run: Run) -> TrainState:
     """Train from ``run.state`` to the configured number of steps; every rank must call it."""
     settings = run.config.megagpt.training
-    guard = Guard(settings.on_nonfinite, settings.on_spike)
+    guard = Guard.of(run.config)
     meter = Meter(run)
     while run.state.step < settings.total_steps:
         step = run.state.step + 1
@@ -86,13 +86,15 @@ def advanced(state: TrainState, config: ResolvedConfig, result: pipeline.StepRes
 
 
 def report_verdict(run: Run, guard: Guard, result: pipeline.StepResult) -> None:
-    """Log what the guard says of a step; where it stops the run, StoppedByGuardError passes through."""
-    warning = guard.judge(run.state.step, result)
-    if warning is None:
+    """Record what the guard says of a step; raises StoppedByGuardError where it ends the run."""
+    verdict = guard.judge(run.state.step, result)
+    if verdict is None:
         return
     first = run.state.cursor - run.config.train_batch_size
     samples = {"first_sample": first, "last_sample": run.state.cursor - 1}
-    run.monitor.event("warning" if result.applied else "skip", step=run.state.step, message=warning, **samples)
+    run.monitor.event("warning" if result.applied else "skip", step=run.state.step, message=verdict.message, **samples)
+    if verdict.fatal:
+        raise StoppedByGuardError(verdict.message)
 
 
 def report_validation(run: Run) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SPLITS: tuple[Split, ...] = ("train", "val")
+EMBEDDED_CORPUS = Path("data/stdlib")
 TURN_S = 5.0  # the others of a host let its first rank speak for them: the launcher, seeing it end, ends them
 SPLITS: tuple[Split, ...] = ("train", "val")
 

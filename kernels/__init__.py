@@ -12,10 +12,13 @@ if TYPE_CHECKING:
     from kernels.dispatch import explain as explain
     from kernels.launcher import launches as launches
     from kernels.reference import attention as attention
+    from kernels.reference import bias_gelu as bias_gelu
     from kernels.reference import dropout as dropout
     from kernels.reference import layer_norm as layer_norm
     from kernels.reference import linear_cross_entropy as linear_cross_entropy
     from kernels.reference import rms_norm as rms_norm
+    from kernels.reference import rotary as rotary
+    from kernels.reference import swiglu as swiglu
 
 if os.environ.get("MEGAGPT_KERNELS") == "interpret":
     # Triton decides how to decorate its own library when it is first imported, so this cannot wait.

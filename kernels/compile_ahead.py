@@ -3,7 +3,7 @@
 A module with kernels publishes ``AHEAD_OF_TIME: list[AheadOfTime]``: the configurations it ships. Compiling needs only
 the assembler that triton carries, no GPU, but a process without TRITON_INTERPRET.
 
-    python -m kernels.compile_ahead [--capability 90] [--match attention] [--write TABLE.json]
+    python -m kernels.compile_ahead [--capability 90] [--names NAME ...] [--write TABLE.json]
 """
 
 import argparse
@@ -68,9 +68,7 @@ class Compiled:
 
 
 def compile_for(entry: AheadOfTime, capability: int = 90) -> Compiled:
-    """Compile for a compute capability (90 is sm_90). Raises RuntimeError in a process that interprets kernels."""
-    if INTERPRETED:
-        raise RuntimeError("compiling ahead of time: TRITON_INTERPRET is set; run in a process without it")
+    """Compile for a compute capability (90 is sm_90)."""
     target = GPUTarget("cuda", capability, 32)
     options = {"num_warps": entry.num_warps, "num_stages": entry.num_stages}
     log = io.StringIO()
@@ -137,21 +135,25 @@ def _read(log: str, ptx: str, shared_bytes: int) -> Compiled:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compile what matches, print one JSON line each, and optionally write the table the tests compare with."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.compile_ahead", description=__doc__)
+    """Compile, print one JSON line for each configuration, and optionally write the table the tests compare with."""
+    parser = argparse.ArgumentParser(prog="python -m kernels.compile_ahead", description="Compile without a GPU.")
     parser.add_argument("--capability", type=int, nargs="+", default=[90], help="compute capabilities, e.g. 80 90 100")
-    parser.add_argument("--match", default="", help="only configurations whose name contains this")
+    parser.add_argument("--names", nargs="+", help="only these configurations")
     parser.add_argument("--write", type=Path, metavar="TABLE", help="write the table here, keeping rows not compiled")
     options = parser.parse_args(arguments)
+    if INTERPRETED:
+        parser.error("TRITON_INTERPRET is set; run in a process without it")
+    entries = {entry.name: entry for entry in shipped()}
+    unknown = set(options.names or ()) - set(entries)
+    if unknown:
+        parser.error(f"unknown configurations {sorted(unknown)}; known: {', '.join(entries)}")
     table = json.loads(options.write.read_text()) if options.write and options.write.exists() else {}
-    for entry in shipped():
-        for capability in options.capability:
-            if options.match in entry.name:
-                row = asdict(compile_for(entry, capability))
-                print(json.dumps({"name": entry.name, "capability": capability, **row}), flush=True)
-                table.setdefault(f"sm_{capability}", {})[entry.name] = row
+    for capability in options.capability:
+        for name in options.names or entries:
+            row = asdict(compile_for(entries[name], capability))
+            print(json.dumps({"name": name, "capability": capability, **row}), flush=True)
+            table.setdefault(triton.__version__, {}).setdefault(f"sm_{capability}", {})[name] = row
     if options.write:
-        table["triton"] = triton.__version__
         options.write.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
     return 0
 

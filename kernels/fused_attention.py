@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import costs
+from kernels import costs, self_check
 from kernels.attention_ahead import AHEAD_OF_TIME as AHEAD_OF_TIME
 from kernels.attention_backward import (
     attention_backward_delta,
@@ -55,11 +55,13 @@ def attention(
 
 
 def refusal(op: str, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **kwargs: Any) -> str | None:
-    """Why the fused kernels cannot run this call; None when they can."""
+    """Why the fused kernels cannot run this call; None when they can. The first call on a GPU checks the GPU."""
     if q.shape[-1] > MAXIMUM_HEAD_DIM:
         return f"head_dim {q.shape[-1]} is above {MAXIMUM_HEAD_DIM}"
     if scale is not None and scale <= 0:
         return f"scale {scale} is not positive"
+    if q.device.type == "cuda" and not torch.compiler.is_compiling():
+        return self_check.verdict(attention, q.device, q.dtype, max(64, padded(q.shape[-1])))
     return None
 
 

@@ -1,0 +1,76 @@
+"""Does this GPU, with this driver and assembler, compute attention right? Asked once, on inputs with exact answers.
+
+ptxas 12.8, which triton 3.6 and 3.7 carry, is reported to miscompile the very products attention is made of
+(triton-lang/triton#11781: input registers reused before an asynchronous product has read them). A wrong product is no
+rounding difference, so inputs are small integers whose result is exact in every dtype, and every bit must agree.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LENGTH = 256  # several blocks of queries and keys in every configuration
+
+Attention = Callable[..., Tensor]
+
+
+def disagreement(attention: Attention, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """What ``attention`` gets wrong on this device, forward or backward; None where every bit agrees."""
+    for title, inputs, options in _cases(device, head_dim):
+        truth = _results(_plain, inputs, torch.float64, **options)
+        for deterministic in (False, True):
+            ours = _results(attention, inputs, dtype, deterministic=deterministic, **options)
+            for name, value in ours.items():
+                # Exact answers are multiples of 1 / length; fp64's softmax strays from them by its last place.
+                exact = (truth[name] * _LENGTH).round() / _LENGTH
+                if not torch.equal(value, exact.to(dtype)):
+                    return f"self-check: {name} is wrong for {title} (see triton-lang/triton#11781)"
+    return None
+
+
+@cache
+def verdict(attention: Attention, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """``disagreement``, asked once in this process for each device, dtype and head dimension."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        return disagreement(attention, device, dtype, head_dim)
+
+
+def _cases(device: torch.device, head_dim: int) -> Iterator[tuple[str, tuple[Tensor, ...], dict[str, Any]]]:
+    """(title, (q, k, v, gradient of the output), options), as integers in fp64; head_dim is a power of two."""
+    generator = torch.Generator().manual_seed(0)
+
+    def integers() -> Tensor:
+        drawn = torch.randint(-1, 2, (1, 2, _LENGTH, head_dim), generator=generator)
+        return drawn.to(device, torch.float64)
+
+    # Equal weights over a power of two of keys. Opposite halves of v make the output 1 and its score gradients integers
+    # over 256, which bf16 holds; a sparse output gradient keeps them, and their sums, small.
+    v = integers()
+    v[:, :, _LENGTH // 2 :] = 2 - v[:, :, : _LENGTH // 2]
+    gradient = torch.zeros_like(v)
+    gradient[:, :, ::64, :16] = 1
+    yield "equal weights", (torch.zeros_like(v), 2 * integers(), v, gradient), {"causal": False, "scale": 1.0}
+    # Every position bears its index in binary, so that under a large scale a query selects its own key alone. Its score
+    # is head_dim, a power of two, whose products are exact.
+    bits = torch.arange(_LENGTH)[:, None] >> (torch.arange(head_dim) % 8) & 1
+    code = (2.0 * bits - 1.0).to(device, torch.float64).expand(1, 2, -1, -1)
+    yield "selected keys", (code, code, integers(), integers()), {"causal": True, "scale": 256.0}
+
+
+def _results(function: Attention, inputs: tuple[Tensor, ...], dtype: torch.dtype, **options: Any) -> dict[str, Tensor]:
+    q, k, v = (x.to(dtype).requires_grad_() for x in inputs[:3])
+    out = function(q, k, v, **options)
+    gradients = torch.autograd.grad(out, (q, k, v), inputs[3].to(dtype))
+    names = ("gradient of q", "gradient of k", "gradient of v")
+    return {"output": out.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+    """Attention written out."""
+    scores = q @ k.mT * scale
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+    return scores.softmax(dim=-1) @ v

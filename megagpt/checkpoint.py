@@ -274,6 +274,7 @@ def _fill_buckets(engine: Engine, directory: Path) -> None:
 def _adopt(engine: Engine, manifest: Manifest) -> None:
     """After the buckets: the model's parameters, learning rates and counters; every rank must call it."""
     compat.publish_master_weights(engine.deepspeed)
+    compat.replay_bias_correction(engine.deepspeed, manifest.state.applied_steps)
     if engine.deepspeed.lr_scheduler:
         engine.deepspeed.lr_scheduler.load_state_dict(manifest.scheduler)
     groups = compat.base_optimizer(engine.deepspeed).param_groups

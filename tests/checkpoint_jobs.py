@@ -1,0 +1,283 @@
+"""What ranks do in the tests of saving, resuming and guarding: a whole run, from its configuration to its end."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from megagpt import checkpoint, device, startup
+from megagpt import train as loop
+from megagpt.config import RunConfig
+from megagpt.guard import StoppedByGuardError
+from megagpt.train import Run
+from megagpt.utils import UserError
+from tests.configurations import Config, tiny, with_zero
+from tests.jobs import destroy, held_state
+from tests.ranks import free_port
+
+SCHEDULE_STEPS = 20  # longer than any run here, so that the schedule does not depend on where a run stops
+STACKED = {"hidden_size": 128, "num_layers": 4}  # large enough that DeepSpeed really swaps to NVMe
+
+Held = list[tuple[str, str, int, torch.Tensor]]
+
+
+def run_config(
+    data: Path,
+    steps: int,
+    zero: tuple[int, str, str] = (0, "none", "none"),
+    *,
+    nvme: Path | None = None,
+    save_every: int = 6,
+    **model: Any,
+) -> Config:
+    """A run on a dataset of ``tests.trained_run``: scheduler, clipping and every step on record."""
+    config = with_zero(tiny(steps=steps, **({"vocab_size": 384} | model)), *zero)
+    for section in ("offload_optimizer", "offload_param"):
+        if config["zero_optimization"].get(section, {}).get("device") == "nvme":
+            config["zero_optimization"][section]["nvme_path"] = str(nvme)
+    config["scheduler"] = {
+        "type": "WarmupCosineLR",
+        "params": {"total_num_steps": SCHEDULE_STEPS, "warmup_num_steps": 3, "warmup_type": "linear"},
+    }
+    config["megagpt"] |= {
+        "data": {"path": str(data)},
+        "checkpoint": {"interval_steps": save_every, "keep": 2},
+        "monitor": {"log_interval_steps": 1},
+    }
+    config["megagpt"]["training"] |= {"eval_interval_steps": 0}
+    return config
+
+
+@contextmanager
+def started(config: Config, directory: Path) -> Iterator[Run]:
+    """The run as startup brings it up, on the ranks that are there already."""
+    parsed = RunConfig.from_json(json.dumps(config))
+    with patch.object(device, "peak_flops", return_value=None):  # measured on a CPU, which takes longer than a run here
+        run = startup.assemble(parsed, startup.open_data(parsed, directory), directory)
+    try:
+        with run.monitor:
+            yield run
+    finally:
+        destroy(run.engine)
+
+
+def train(config: Config, directory: Path, poison: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Train to the end, or to where the guard stops; ``poison`` spoils gradients (see ``poison_gradients``)."""
+    with started(config, directory) as run:
+        samples = recorded_samples(run)
+        if poison:
+            poison_gradients(run, **poison)
+        outcome = {"first_step": run.state.step, "at_start": held_state(run.engine) if run.state.step else []}
+        try:
+            loop.train(run)
+        except StoppedByGuardError as error:
+            outcome["stopped"] = str(error)
+        return outcome | {"at_end": held_state(run.engine), "state": run.state, "samples": samples}
+
+
+def validation_and_samples(config: Config, directory: Path) -> dict[str, Any]:
+    """Train, then validate, and keep what this rank's monitor is told of samples."""
+    with started(config, directory) as run:
+        loop.train(run)
+        texts: list[str] = []
+        run.monitor.sample = lambda step, prompt, text: texts.append(text)  # type: ignore[method-assign]
+        loop.write_samples(run)
+        return {"val_loss": loop.validate(run), "texts": texts}
+
+
+def refusal(config: Config, directory: Path) -> str:
+    """Why the run does not start."""
+    try:
+        with started(config, directory) as run:
+            return f"started at step {run.state.step}"
+    except UserError as error:
+        return str(error)
+
+
+def failing_save(config: Config, directory: Path, failing_rank: int, fault: str) -> str:
+    """Train without saving, then save while ``fault`` strikes one rank; what every rank is told."""
+    with started(config, directory) as run:
+        loop.train(run)
+        strikes = run.engine.mesh.rank == failing_rank
+        with FAULTS[fault]() if strikes else suppress():
+            try:
+                loop.save(run)
+            except UserError as error:
+                return str(error)
+        return "saved"
+
+
+@contextmanager
+def small_files() -> Iterator[None]:
+    """Nothing this process writes may grow past 4 KiB: the operating system's own refusal, as of a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """The file system says that 1000 bytes are left."""
+    usage = shutil.disk_usage
+    shutil.disk_usage = lambda path: type(usage(path))(10**6, 10**6 - 1000, 1000)
+    try:
+        yield
+    finally:
+        shutil.disk_usage = usage
+
+
+@contextmanager
+def unforeseen_space() -> Iterator[None]:
+    """A disk that looked large enough and is not: whoever checks it first is told that nothing is needed."""
+    needed = checkpoint._needed_bytes
+    checkpoint._needed_bytes = lambda engine: 0.0
+    try:
+        yield
+    finally:
+        checkpoint._needed_bytes = needed
+
+
+FAULTS: dict[str, Callable[[], Any]] = {
+    "small_files": small_files,
+    "full_disk": full_disk,
+    "unforeseen_space": unforeseen_space,
+}
+
+
+def recorded_samples(run: Run) -> dict[int, list[int]]:
+    """Fills, step by step, with the ids of the samples that this rank reads."""
+    samples: dict[int, list[int]] = defaultdict(list)
+    stream, load = run.training.stream, run.training.load
+    step_now = 0
+
+    def batch(indices: Sequence[int], read: Callable[[Sequence[int]], Any] = stream.batch) -> Any:
+        samples[step_now] += indices
+        return read(indices)
+
+    def note_step(first: int, step: int | None = None) -> Any:
+        nonlocal step_now
+        step_now = step or 0
+        return load(first, step)
+
+    stream.batch, run.training.load = batch, note_step  # type: ignore[method-assign]
+    return samples
+
+
+def poison_gradients(run: Run, steps: Sequence[int], rank: int, kind: str) -> None:
+    """On one rank, at some steps: a loss of NaN, or an infinite gradient beneath a finite loss."""
+    if run.engine.mesh.rank != rank:
+        return
+
+    def spoil(module: Any, arguments: Any, loss: torch.Tensor) -> torch.Tensor:
+        if run.state.step + 1 not in steps:
+            return loss
+        if kind == "nan":
+            return loss * float("nan")
+        loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+    run.engine.model.register_forward_hook(spoil)
+
+
+def gathered(ranks: Sequence[dict[str, Any]], key: str) -> dict[tuple[str, str], torch.Tensor]:
+    """Whole flat tensors by (kind, parameter) from what the ranks hold; every element must be held exactly once."""
+    pieces: dict[tuple[str, str], list[tuple[int, torch.Tensor]]] = defaultdict(list)
+    for rank in ranks:
+        for kind, name, start, values in rank[key]:
+            pieces[kind, name].append((start, values))
+    whole = {}
+    for name_and_kind, found in pieces.items():
+        found.sort(key=lambda piece: piece[0])
+        ends = [start + values.numel() for start, values in found]
+        assert [start for start, _ in found] == [0, *ends[:-1]], f"{name_and_kind}: held twice or not at all"
+        whole[name_and_kind] = torch.cat([values for _, values in found])
+    return whole
+
+
+def assert_same_state(left: dict[tuple[str, str], torch.Tensor], right: dict[tuple[str, str], torch.Tensor]) -> None:
+    """Bit for bit."""
+    assert left.keys() == right.keys()
+    different = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not different
+
+
+# ------------------------------------------------------------------------------------------- a save that is killed
+
+
+def train_and_die(config: Config, directory: Path, victim: int, point: str, world_size: int = 2) -> list[int | None]:
+    """A run on ranks of their own, one of which is killed at ``point`` of a save; returns the exit codes.
+
+    The ranks are forked from a server that has the imports done, so that a case costs little.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["tests.checkpoint_jobs"])
+    port = free_port()
+    arguments = (world_size, port, config, directory, victim, point)
+    processes = [context.Process(target=_doomed_rank, args=(rank, *arguments)) for rank in range(world_size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def _doomed_rank(
+    rank: int, world_size: int, port: int, config: Config, directory: Path, victim: int, point: str
+) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    torch.set_num_threads(1)
+    if rank == victim:
+        arrange_death(point, f"step_{config['megagpt']['training']['total_steps']:08d}")
+    with started(config, directory) as run:
+        loop.train(run)
+
+
+def arrange_death(point: str, last: str) -> None:
+    """Replace one function that a save of step ``last`` calls by one that kills this process around it."""
+    name, dies_before, concerns = DEATHS[point]
+    original = getattr(checkpoint, name)
+
+    def deadly(*arguments: Any) -> Any:
+        path = next(Path(argument) for argument in arguments if isinstance(argument, Path))
+        if not concerns(path, last, arguments):
+            return original(*arguments)
+        if name == "save_file":
+            original(*arguments)
+            os.truncate(path, path.stat().st_size // 2)
+        elif name == "remove":
+            path.rename(path.with_name(f".deleting_{path.name}"))
+        elif not dies_before:
+            original(*arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(checkpoint, name, deadly)
+
+
+# point -> (function of checkpoint.py, whether the process dies before it acts, which calls of it)
+DEATHS: dict[str, tuple[str, bool, Callable[[Path, str, Any], bool]]] = {
+    "within a file": ("save_file", False, lambda path, last, _: last in str(path)),
+    "after a file": ("hash_file", True, lambda path, last, _: last in str(path)),
+    "before the manifest": ("write_atomically", True, lambda path, last, _: last in str(path)),
+    "after the manifest": ("write_atomically", False, lambda path, last, _: last in str(path)),
+    "after the rename": ("sync_directory", True, lambda path, last, _: (path / last).is_dir()),
+    "before latest": ("write_atomically", True, lambda path, last, args: path.name == "latest" and last in args[1]),
+    "while retiring": ("remove", False, lambda path, last, _: (path.parent / last).is_dir()),
+}

@@ -187,12 +187,15 @@ def replay_bias_correction(engine: DeepSpeedEngine, updates: int) -> None:
     """Bring DeepSpeed's CPU Adam to the powers of its betas that ``updates`` updates in a row leave behind.
 
     It multiplies them up in fp32, update by update, but takes ``pow`` after a jump in the count, which rounds otherwise
-    (ops/csrc/includes/cpu_adam.h:80, 87): a resumed run would differ in the last bit. Half a second in 100,000 updates.
+    (ops/csrc/includes/cpu_adam.h:80, 87): a resumed run would differ in the last bit. Powers below half a unit in the
+    last place of 1 change no correction, so that beyond 18,000 updates at a beta of 0.999 nothing is replayed.
     """
     adam = base_optimizer(engine)
     if type(adam).__name__ != "DeepSpeedCPUAdam":
         return
     beta1, beta2 = adam.param_groups[0]["betas"]
+    if max(beta1, beta2) ** updates < 2.0**-26:
+        return
     nothing = [torch.zeros(1) for _ in range(4)]  # parameter, gradient and two moments
     for update in range(1, updates + 1):
         adam.ds_opt_adam.adam_update(adam.opt_id, update, 0.0, beta1, beta2, 1.0, 0.0, True, *nothing)

@@ -7,7 +7,7 @@ import shutil
 import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def failing_save(config: Config, directory: Path, failing_rank: int, fault: str)
     with started(config, directory) as run:
         loop.train(run)
         strikes = run.engine.mesh.rank == failing_rank
-        with FAULTS[fault]() if strikes else suppress():
+        with FAULTS[fault]() if strikes else nullcontext():
             try:
                 loop.save(run)
             except UserError as error:
@@ -251,33 +251,37 @@ def _doomed_rank(
 
 
 def arrange_death(point: str, last: str) -> None:
-    """Replace one function that a save of step ``last`` calls by one that kills this process around it."""
-    name, dies_before, concerns = DEATHS[point]
+    """Replace one function that a save of step ``last`` calls by one that kills this process before or after it."""
+    name, acts_first, concerns = DEATHS[point]
     original = getattr(checkpoint, name)
 
     def deadly(*arguments: Any) -> Any:
         path = next(Path(argument) for argument in arguments if isinstance(argument, Path))
-        if not concerns(path, last, arguments):
-            return original(*arguments)
-        if name == "save_file":
-            original(*arguments)
-            os.truncate(path, path.stat().st_size // 2)
-        elif name == "remove":
-            path.rename(path.with_name(f".deleting_{path.name}"))
-        elif not dies_before:
-            original(*arguments)
-        os.kill(os.getpid(), signal.SIGKILL)
+        doomed = concerns(path, last, arguments)
+        result = None if doomed and not acts_first else original(*arguments)
+        if doomed:
+            leave_half_done(name, path)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
 
     setattr(checkpoint, name, deadly)
 
 
-# point -> (function of checkpoint.py, whether the process dies before it acts, which calls of it)
+def leave_half_done(name: str, path: Path) -> None:
+    """What a kill within these two leaves on the disk; the others are one system call."""
+    if name == "save_file":
+        os.truncate(path, path.stat().st_size // 2)
+    if name == "remove":
+        path.rename(path.with_name(f".deleting_{path.name}"))
+
+
+# point -> (function of checkpoint.py, whether it acts before the process dies, which calls of it)
 DEATHS: dict[str, tuple[str, bool, Callable[[Path, str, Any], bool]]] = {
-    "within a file": ("save_file", False, lambda path, last, _: last in str(path)),
-    "after a file": ("hash_file", True, lambda path, last, _: last in str(path)),
-    "before the manifest": ("write_atomically", True, lambda path, last, _: last in str(path)),
-    "after the manifest": ("write_atomically", False, lambda path, last, _: last in str(path)),
-    "after the rename": ("sync_directory", True, lambda path, last, _: (path / last).is_dir()),
-    "before latest": ("write_atomically", True, lambda path, last, args: path.name == "latest" and last in args[1]),
+    "within a file": ("save_file", True, lambda path, last, _: last in str(path)),
+    "after a file": ("hash_file", False, lambda path, last, _: last in str(path)),
+    "before the manifest": ("write_atomically", False, lambda path, last, _: last in str(path)),
+    "after the manifest": ("write_atomically", True, lambda path, last, _: last in str(path)),
+    "after the rename": ("sync_directory", False, lambda path, last, _: (path / last).is_dir()),
+    "before latest": ("write_atomically", False, lambda path, last, args: path.name == "latest" and last in args[1]),
     "while retiring": ("remove", False, lambda path, last, _: (path.parent / last).is_dir()),
 }

@@ -7,15 +7,20 @@ ARGUMENTS ?=
 RUN_DIR := runs/$(basename $(notdir $(CONFIG)))
 INSTALLED := .venv/.installed
 OPS_BUILT := .venv/.ops_built
+ANYWHERE := not slow and not gpu and not root
+
+# The oldest Triton that the kernels run on, laid over the environment; its interpreter breaks on numpy 2.4.
+OLDEST_TRITON := .venv/triton-3.6.0
+KERNEL_TESTS = $(shell grep --files-with-matches fused_device tests/test_*.py)
 
 # DeepSpeed's launcher starts ranks with the `python` it finds first, and ops are compiled by the `ninja` beside it.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all check bench clean
+.PHONY: help setup train test test-all test-oldest-triton check bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(INSTALLED) $(OPS_BUILT) ## .venv with everything in it, and DeepSpeed's ops compiled
 
@@ -25,10 +30,13 @@ train: setup ## train as CONFIG says [ds_configs/default.json], continue if begu
 	@awk '/^=== step / { entry = "" } { entry = entry $$0 "\n" } END { printf "%s", entry }' $(RUN_DIR)/samples.txt
 
 test: setup ## the tests that any machine can run, in minutes
-	python -m pytest -m "not slow and not gpu and not root"
+	python -m pytest -m "$(ANYWHERE)"
 
 test-all: setup ## every test that this machine can run: slow ones, on the GPU, as root
 	python -m pytest
+
+test-oldest-triton: $(OLDEST_TRITON) ## the kernels' tests on Triton 3.6, the oldest that they run on
+	PYTHONPATH=$(OLDEST_TRITON) python -m pytest -m "$(ANYWHERE)" $(KERNEL_TESTS)
 
 check: $(INSTALLED) ## lint, format, types, and that imports run downward only
 	ruff check
@@ -54,4 +62,9 @@ $(INSTALLED): requirements.txt
 # Needs a C++ compiler; without one the command says what is lost and succeeds, and runs use torch's own Adam.
 $(OPS_BUILT): $(INSTALLED) launch/build_ops.py
 	.venv/bin/python launch/build_ops.py
+	@touch $@
+
+$(OLDEST_TRITON): $(INSTALLED)
+	rm -rf $@
+	.venv/bin/python -m pip install --disable-pip-version-check --no-deps --target $@ triton==3.6.0 numpy==2.3.5
 	@touch $@

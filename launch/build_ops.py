@@ -7,14 +7,18 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
 
-from megagpt.config import load_config
 from megagpt.utils import run_command
+
+LOST = {"AsyncIOBuilder": "offload to NVMe does not work without it"}
+LOST_ADAM = "training works without it, with torch's own Adam, whose optimizer step is slower"
 
 
 def main() -> None:
     arguments = parse_arguments()
+    from megagpt.config import load_config  # after the arguments, so that --help answers at once
+
     config = load_config(arguments.deepspeed_config)
-    from deepspeed.accelerator import get_accelerator  # after the arguments, so that --help answers at once
+    from deepspeed.accelerator import get_accelerator  # after the configuration, so that its errors do too
 
     from megagpt import ops
 
@@ -22,7 +26,7 @@ def main() -> None:
     for op in ops.needed_ops(config, get_accelerator().device_name()):
         if reason := ops.missing_tools(op):
             print(f"DeepSpeed's {op.removesuffix('Builder')} is left out: {reason}", file=sys.stderr)
-            print("Training works without it, with torch's own Adam: its optimizer step is slower", file=sys.stderr)
+            print(LOST.get(op, LOST_ADAM), file=sys.stderr)
         else:
             ops.build([op])
 

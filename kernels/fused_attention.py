@@ -43,13 +43,14 @@ def attention(
     """softmax(q k^T * scale) v as ``kernels.reference.attention`` defines it, without storing the scores.
 
     Memory grows with length, not with its square. The result lies in memory as (batch, length, heads, head_dim), so
-    merging the heads afterwards is free. With ``deterministic`` repeated backward passes give the same bits, for seven
-    matrix products a score instead of five.
+    merging the heads afterwards is free. With ``deterministic``, or torch's deterministic algorithms, repeated backward
+    passes give the same bits, for seven matrix products a score instead of five.
     """
     _check(q, k, v, document_ids, dropout, dropout_seed)
     documents = None if document_ids is None else document_bounds(document_ids)
     seed = None if not dropout or dropout_seed is None else dropout_seed.to(q.device, torch.int64).contiguous()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     out, _ = _forward(q, k, v, documents, seed, scale, causal, dropout, head_offset, deterministic)
     return out
 
@@ -138,7 +139,7 @@ class _Call:
         return tiles_for(phase, q, dropout=self.dropout > 0, documents=self.documents is not None)
 
     def scalars(self, q: Tensor, k: Tensor) -> tuple[float, ...]:
-        """heads, group, length, key_length, scale, scale_log2, keep_scale, head_offset: in the kernels' order."""
+        """heads, group, length, key_length, scale, scale_log2, keep_scale, head_offset: what every kernel takes."""
         sizes = (q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2])
         return (*sizes, self.scale, self.scale * math.log2(math.e), 1.0 / (1.0 - self.dropout), self.head_offset)
 

@@ -92,6 +92,16 @@ def test_deterministic_backward(fused_device: str, length: int, key_length: int,
     assert kernels.launches() == {**ONE_PASS, "attention_backward_queries": 1}
 
 
+def test_torchs_own_switch_asks_for_a_deterministic_backward(fused_device: str) -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        q, k, v = (x.requires_grad_() for x in case(fused_device, 5, heads=1).values())
+        kernels.attention(q, k, v).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert kernels.launches()["attention_backward_queries"] == 1
+
+
 def test_deterministic_backward_repeats_its_bits(fused_device: str) -> None:
     tensors = case(fused_device, 40, key_heads=1)
     first, second = (
@@ -224,6 +234,7 @@ def test_huge_logits(fused_device: str, size: float, deterministic: bool) -> Non
         assert largest_error(value, truth[name]) <= relative * max(1.0, truth[name].abs().max().item()), name
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 def test_large_logits_in_bfloat16(fused_device: str) -> None:
     tensors = case(fused_device, 35, dtype=torch.bfloat16)
     tensors["q"] *= 100

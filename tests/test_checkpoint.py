@@ -1,0 +1,368 @@
+"""Checkpoints on disk: whole or absent, found damaged before they are loaded, written whatever the disk does."""
+
+import hashlib
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megagpt.checkpoint_format import (
+    _SEAL,
+    MANIFEST,
+    DamagedCheckpointError,
+    Manifest,
+    Slice,
+    StoredFile,
+    TrainState,
+    _text_hash,
+    complete_steps,
+    open_checkpoint,
+    read_manifest,
+    step_directory,
+)
+from megagpt.utils import UserError
+from tests.checkpoint_jobs import DEATHS, gathered, run_config, train_and_die
+from tests.conftest import _Pools
+from tests.ranks import RankPool
+from tests.trained_run import write_dataset
+
+TRAIN = "tests.checkpoint_jobs:train"
+ZERO3 = (3, "none", "none")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+@pytest.fixture(scope="module")
+def written(pools: _Pools, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """A run of two ranks under ZeRO-3, saved at steps 2, 4 and 6 of which two are kept, and what its ranks held."""
+    directory = tmp_path_factory.mktemp("runs") / "written"
+    ranks = pools.get(2).run(TRAIN, config=run_config(data, 6, ZERO3, save_every=2), directory=directory)
+    return directory, ranks
+
+
+@pytest.fixture
+def run_directory(written: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> Path:
+    """A copy of that run, to be damaged."""
+    shutil.copytree(written[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def checkpoints(run_directory: Path) -> Path:
+    return run_directory / "checkpoints"
+
+
+def newest(run_directory: Path) -> Path:
+    return step_directory(checkpoints(run_directory), 6)
+
+
+def flip_bit(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+# -------------------------------------------------------------------------------------------------------- the format
+
+
+def test_what_is_written_is_what_the_ranks_held(written: tuple[Path, list[dict[str, Any]]]) -> None:
+    directory, ranks = written
+    reader = open_checkpoint(directory)
+    assert reader.manifest.state == TrainState(step=6, cursor=48, tokens=6 * 8 * 16, applied_steps=6)
+    for (kind, name), values in gathered(ranks, "at_end").items():
+        assert torch.equal(reader.tensor(kind, name).flatten(), values)
+
+
+def test_each_element_of_each_parameter_is_stored_once(run_directory: Path) -> None:
+    manifest = read_manifest(newest(run_directory))
+    assert len(manifest.files) > 2
+    for name, tensor in manifest.tensors.items():
+        ends = 0
+        for piece in sorted(tensor.slices, key=lambda piece: piece.start):
+            assert piece.start == ends, name
+            ends += piece.numel
+        assert ends == torch.Size(tensor.shape).numel(), name
+
+
+def test_a_checkpoint_holds_safetensors_and_json_only(run_directory: Path) -> None:
+    names = {path.name for path in newest(run_directory).iterdir()}
+    assert names == {MANIFEST, *read_manifest(newest(run_directory)).files}
+    for path in newest(run_directory).glob("*.safetensors"):
+        (header_size,) = struct.unpack("<Q", path.read_bytes()[:8])
+        json.loads(path.read_bytes()[8 : 8 + header_size])
+
+
+def test_the_manifest_survives_its_own_text(run_directory: Path) -> None:
+    manifest = read_manifest(newest(run_directory))
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+def test_only_the_newest_are_kept_and_latest_names_one(run_directory: Path) -> None:
+    assert complete_steps(checkpoints(run_directory)) == [6, 4]
+    assert (checkpoints(run_directory) / "latest").read_text() == "step_00000006\n"
+
+
+# ------------------------------------------------------------------------------------------------------------ damage
+
+
+def test_each_of_a_hundred_flipped_bits_is_found(run_directory: Path) -> None:
+    chance = random.Random(0)
+    files = sorted(newest(run_directory).iterdir())
+    for number in range(100):
+        path = files[number % len(files)]
+        bit = chance.randrange(8 * path.stat().st_size)
+        flip_bit(path, bit)
+        with pytest.raises(UserError, match=f"step_00000006/{path.name}"):
+            open_checkpoint(run_directory, 6)
+        flip_bit(path, bit)
+    assert open_checkpoint(run_directory, 6).manifest.state.step == 6
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def append(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"\0")
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [truncate, append, empty, Path.unlink])
+@pytest.mark.parametrize("name", [MANIFEST, "rank_00001_000.safetensors"])
+def test_a_damaged_file_is_named_and_the_checkpoint_before_it_used(
+    run_directory: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    damage(newest(run_directory) / name)
+    assert open_checkpoint(run_directory).manifest.state.step == 4
+    with pytest.raises(UserError, match=rf"no checkpoint of step 6; it has steps 4, 6\n  step_00000006/{name}: "):
+        open_checkpoint(run_directory, 6)
+
+
+def as_attacker(manifest: str, old: str, new: str) -> str:
+    """A manifest with ``old`` replaced, under a hash that agrees."""
+    body = f"{manifest[: _SEAL.search(manifest).start()]}\n}}"
+    assert old in body
+    body = body.replace(old, new)
+    return f'{body[:-2]},\n "sha256": "{_text_hash(body)}"\n}}\n'
+
+
+@pytest.mark.parametrize(
+    "name", ["../config.json", "/etc/passwd", "rank_00000_000.safetensors/..", "model.pt", "a\\nb"]
+)
+def test_a_manifest_names_no_file_outside_its_directory(run_directory: Path, name: str) -> None:
+    manifest = (newest(run_directory) / MANIFEST).read_text()
+    with pytest.raises(DamagedCheckpointError, match=r"manifest.json: .*pattern"):
+        Manifest.from_json(as_attacker(manifest, "rank_00000_000.safetensors", name))
+    with pytest.raises(ValueError, match="pattern"):
+        Slice(name, 0, 1, ((0, 1),))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ('"format_version": 1', '"format_version": 2', "format 2, this version of megagpt reads 1"),
+        ('"cursor": 48', '"cursor": "48"', "state.cursor: Input should be a valid integer"),
+        ('"cursor": 48', '"cursor": -1', "state.cursor: .*greater than or equal to 0"),
+        ('"cursor": 48', '"cursor": 48, "__class__": "os.system"', "state.__class__: Unexpected"),
+        ('"versions": {', f'"nested": {"[" * 100_000}{"]" * 100_000}, "versions": {{', "RecursionError"),
+        ('"format_version": 1', '"format_version": [', "JSONDecodeError"),
+    ],
+)
+def test_a_manifest_of_another_shape_is_refused(run_directory: Path, old: str, new: str, reason: str) -> None:
+    manifest = (newest(run_directory) / MANIFEST).read_text()
+    with pytest.raises(DamagedCheckpointError, match=reason):
+        Manifest.from_json(as_attacker(manifest, old, new))
+
+
+def test_a_manifest_whose_pieces_leave_a_gap_is_not_read(run_directory: Path) -> None:
+    manifest = read_manifest(newest(run_directory))
+    name, tensor = next((n, t) for n, t in manifest.tensors.items() if len(t.slices) > 1)
+    gap = {**manifest.tensors, name: replace(tensor, slices=tensor.slices[1:])}
+    (newest(run_directory) / MANIFEST).write_text(replace(manifest, tensors=gap).to_json())
+    with pytest.raises(DamagedCheckpointError, match=f"{name} has .* of elements 0 to"):
+        open_checkpoint(run_directory).tensor("weight", name)
+    with pytest.raises(DamagedCheckpointError, match="no parameter wte"):
+        open_checkpoint(run_directory).tensor("weight", "wte")
+
+
+GIANT_HEADER = struct.pack("<Q", 2**62) + b"{}"
+PICKLE = b"cos\nsystem\n(S'touch executed'\ntR."
+
+
+@pytest.mark.parametrize("content", [GIANT_HEADER, PICKLE, b"", struct.pack("<Q", 2) + b"[]"], ids=repr)
+def test_a_malformed_tensor_file_is_refused_at_once(run_directory: Path, content: bytes) -> None:
+    """Even where the manifest vouches for it; nothing is executed, nothing large allocated (S1, S3)."""
+    manifest = read_manifest(newest(run_directory))
+    name = "rank_00000_000.safetensors"
+    vouched = {**manifest.files, name: StoredFile(len(content), hashlib.sha256(content).hexdigest())}
+    (newest(run_directory) / name).write_bytes(content)
+    (newest(run_directory) / MANIFEST).write_text(replace(manifest, files=vouched).to_json())
+    parameter = next(n for n, t in manifest.tensors.items() if any(piece.file == name for piece in t.slices))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.monotonic()
+    with pytest.raises(DamagedCheckpointError, match=f"step_00000006/{name}"):
+        open_checkpoint(run_directory).tensor("weight", parameter)
+    assert time.monotonic() - started < 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # KiB
+    assert not Path("executed").exists()
+
+
+# ------------------------------------------------------------------------------------------------- ranks that resume
+
+
+def test_ranks_fall_back_together_and_set_the_damaged_aside(
+    two_ranks: RankPool, data: Path, run_directory: Path
+) -> None:
+    flip_bit(newest(run_directory) / "rank_00001_000.safetensors", 5000)
+    (checkpoints(run_directory) / ".staging_step_00000008").mkdir()
+    ranks = two_ranks.run(TRAIN, config=run_config(data, 6, ZERO3, save_every=1), directory=run_directory)
+    assert [rank["first_step"] for rank in ranks] == [4, 4]
+    assert complete_steps(checkpoints(run_directory)) == [6, 5]
+    assert {path.name for path in checkpoints(run_directory).iterdir()} == {
+        "damaged_step_00000006",
+        "latest",
+        "step_00000005",
+        "step_00000006",
+    }
+    log = (run_directory / "metrics.jsonl").read_text()
+    assert "step_00000006/rank_00001_000.safetensors: its content changed" in log
+
+
+def test_a_checkpoint_that_verifies_and_does_not_load_is_passed_over(
+    two_ranks: RankPool, data: Path, run_directory: Path
+) -> None:
+    """One rank cannot read what it needs; the other must not go on without it."""
+    manifest = read_manifest(newest(run_directory))
+    files = {piece.file for tensor in manifest.tensors.values() for piece in tensor.slices}
+    lost = next(iter(sorted(files, reverse=True)))
+    tensors = {
+        name: replace(tensor, slices=tuple(piece for piece in tensor.slices if piece.file != lost))
+        for name, tensor in manifest.tensors.items()
+    }
+    (newest(run_directory) / MANIFEST).write_text(replace(manifest, tensors=tensors).to_json())
+    ranks = two_ranks.run(TRAIN, config=run_config(data, 6, ZERO3), directory=run_directory)
+    assert [rank["first_step"] for rank in ranks] == [4, 4]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(
+    two_ranks: RankPool, data: Path, run_directory: Path
+) -> None:
+    for step in (4, 6):
+        truncate(step_directory(checkpoints(run_directory), step) / "rank_00000_000.safetensors")
+    before = sorted(path.relative_to(run_directory) for path in run_directory.rglob("*"))
+    (first, second) = two_ranks.run(
+        "tests.checkpoint_jobs:refusal", config=run_config(data, 7, ZERO3), directory=run_directory
+    )
+    assert first == second
+    assert "every checkpoint is damaged" in first
+    assert "step_00000004/rank_00000_000.safetensors: " in first
+    assert "--run_dir" in first
+    assert sorted(path.relative_to(run_directory) for path in run_directory.rglob("*")) == before
+
+
+# -------------------------------------------------------------------------------------------------------- full disks
+
+
+@pytest.mark.parametrize(
+    ("failing_rank", "fault", "reason"),
+    [
+        (0, "full_disk", r"a checkpoint needs .*KiB, the disk has 1000 B.*free some space"),
+        (1, "small_files", r"rank_00001_000.safetensors: .*a checkpoint needs .*KiB, the disk has .*\(rank 1\)"),
+        (0, "small_files", r"rank_00000_000.safetensors: .*\(rank 0\)"),
+    ],
+)
+def test_a_save_that_fails_on_one_rank_ends_on_all_and_leaves_the_last_one(
+    two_ranks: RankPool, data: Path, run_directory: Path, failing_rank: int, fault: str, reason: str
+) -> None:
+    told = two_ranks.run(
+        "tests.checkpoint_jobs:failing_save",
+        config=run_config(data, 7, ZERO3, save_every=0),
+        directory=run_directory,
+        failing_rank=failing_rank,
+        fault=fault,
+        deadline_s=60,
+    )
+    assert told[0] == told[1]
+    assert re.search(reason, told[0], re.DOTALL), told[0]
+    assert complete_steps(checkpoints(run_directory)) == [6, 4]
+    assert not list(checkpoints(run_directory).glob(".staging_*"))
+    assert open_checkpoint(run_directory).manifest.state.step == 6
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB: room for one checkpoint of the test's model and the half of another."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(directory)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a small file system takes root")
+    yield directory
+    subprocess.run(["umount", str(directory)], check=True)
+
+
+@pytest.mark.parametrize("fault", ["full_disk", "unforeseen_space"])
+def test_a_disk_that_fills_up_costs_no_checkpoint(
+    two_ranks: RankPool, data: Path, small_disk: Path, fault: str
+) -> None:
+    """Found by the look before the save, or by the disk itself in the middle of it."""
+    run = small_disk / "run"
+    two_ranks.run(TRAIN, config=run_config(data, 1, ZERO3), directory=run)
+    (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free - 200_000))
+    told = two_ranks.run(
+        "tests.checkpoint_jobs:failing_save",
+        config=run_config(data, 2, ZERO3, save_every=0),
+        directory=run,
+        failing_rank=0,
+        fault=fault,
+    )
+    assert "free some space" in told[1]
+    assert open_checkpoint(run).manifest.state.step == 1
+    (small_disk / "ballast").unlink()
+    ranks = two_ranks.run(TRAIN, config=run_config(data, 2, ZERO3), directory=run)
+    assert (ranks[0]["first_step"], ranks[0]["state"].step) == (1, 2)
+
+
+# ------------------------------------------------------------------------------------------------------ killed saves
+
+QUICK = [("within a file", 1), ("after the manifest", 0), ("while retiring", 0)]
+SLOW = [("within a file", 0), ("after a file", 0), ("after a file", 1)]
+SLOW += [("before the manifest", 0), ("after the rename", 0), ("before latest", 0)]
+COMMITTED = ("after the rename", "before latest", "while retiring")
+
+
+@pytest.mark.parametrize(("point", "victim"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
+def test_a_rank_killed_during_a_save_costs_no_sound_checkpoint(
+    two_ranks: RankPool, data: Path, tmp_path: Path, point: str, victim: int
+) -> None:
+    """kill -9: the resumed run picks the newest checkpoint that was committed, and clears away the rest."""
+    config = run_config(data, 6, ZERO3, save_every=2)
+    codes = train_and_die(config, tmp_path, victim, point)
+    assert codes[victim] == -9
+    ranks = two_ranks.run(TRAIN, config=run_config(data, 7, ZERO3, save_every=0), directory=tmp_path)
+    assert [rank["first_step"] for rank in ranks] == [6 if point in COMMITTED else 4] * 2
+    assert ranks[0]["state"].step == 7
+    left = {path.name for path in checkpoints(tmp_path).iterdir()}
+    assert left <= {"latest", "step_00000002", "step_00000004", "step_00000006"}
+
+
+def test_every_point_of_a_save_is_covered() -> None:
+    assert {point for point, _ in [*QUICK, *SLOW]} == set(DEATHS)

@@ -9,6 +9,7 @@ importing ``kernels.attention`` as a module would shadow the function.
 import functools
 import importlib
 import importlib.util
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.launcher import INTERPRETED
+
+log = logging.getLogger(__name__)
 
 VARIABLE = "MEGAGPT_KERNELS"
 _MODES = ("triton", "torch", "interpret")
@@ -91,16 +94,27 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     return str(choose(op, *args, **kwargs))
 
 
+_ANNOUNCED: set[Choice] = set()
+
+
 @functools.cache
 def operation(op: str) -> Callable[..., Any]:
     """The public function ``kernels.<op>``: the twin's signature, the table's choice."""
 
     @functools.wraps(getattr(reference, op))
     def run(*args: Any, **kwargs: Any) -> Any:
-        row = choose(op, *args, **kwargs).row
-        return getattr(_module(row.module), op)(*args, **kwargs)
+        choice = choose(op, *args, **kwargs)
+        _announce(choice)
+        return getattr(_module(choice.row.module), op)(*args, **kwargs)
 
     return run
+
+
+def _announce(choice: Choice) -> None:
+    """Log each choice when it is first made, so that a run's log says which kernels it trained on, and why."""
+    if not torch.compiler.is_compiling() and choice not in _ANNOUNCED:
+        _ANNOUNCED.add(choice)
+        log.info("%s", choice)
 
 
 def _refusal(row: Row, op: str, forced: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

@@ -105,3 +105,12 @@ def test_interpret_set_after_the_start_is_refused() -> None:
     )
     done = run_python(code)
     assert "MEGAGPT_KERNELS=interpret came too late; set it before Python starts" in done.stderr
+
+
+def test_the_log_says_once_which_implementation_runs_and_why(caplog: pytest.LogCaptureFixture) -> None:
+    x = torch.randn(2, 3, 24, dtype=torch.float64)
+    caplog.set_level("INFO", logger="kernels.dispatch")
+    kernels.rms_norm(x, torch.ones(24, dtype=torch.float64))
+    kernels.rms_norm(x, torch.ones(24, dtype=torch.float64))
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [kernels.explain("rms_norm", x, torch.ones(24, dtype=torch.float64))]

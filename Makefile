@@ -11,7 +11,7 @@ ANYWHERE := not slow and not gpu and not root
 
 # The oldest Triton that the kernels run on, laid over the environment; its interpreter breaks on numpy 2.4.
 OLDEST_TRITON := .venv/triton-3.6.0
-KERNEL_TESTS = $(shell grep --files-with-matches fused_device tests/test_*.py)
+KERNEL_TESTS = $(shell grep --files-with-matches -e fused_device -e kernels.compile_ahead tests/test_*.py)
 
 # DeepSpeed's launcher starts ranks with the `python` it finds first, and ops are compiled by the `ninja` beside it.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)

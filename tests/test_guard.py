@@ -1,0 +1,154 @@
+"""A gradient that is not finite: the step is skipped on every rank, it is on record, and five in a row end the run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megagpt.guard import LEAST_SPIKE, WINDOW_STEPS, Guard
+from megagpt.metrics import read_metrics
+from megagpt.pipeline import StepResult
+from tests.checkpoint_jobs import assert_same_state, gathered, run_config
+from tests.monitoring import ENVIRONMENT, REPOSITORY
+from tests.ranks import RankPool
+from tests.trained_run import write_dataset
+
+TRAIN = "tests.checkpoint_jobs:train"
+CLEAN_STEPS = 2
+CASES = [
+    (0, "nan", "fp32"),
+    (0, "inf", "fp32"),
+    (1, "nan", "fp32"),
+    (2, "inf", "fp32"),
+    (3, "nan", "fp32"),
+    (3, "inf", "fp32"),
+    (1, "inf", "bf16"),
+    (3, "nan", "bf16"),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+def guarded_config(data: Path, steps: int, stage: int, precision: str = "fp32", **training: Any) -> dict[str, Any]:
+    config = run_config(data, steps, (stage, "none", "none"))
+    config["megagpt"]["training"] |= training
+    return config | {"bf16": {"enabled": precision == "bf16"}}
+
+
+@pytest.mark.parametrize(("stage", "kind", "precision"), CASES)
+def test_one_bad_gradient_on_one_rank_changes_no_weight_anywhere(
+    two_ranks: RankPool, data: Path, tmp_path: Path, stage: int, kind: str, precision: str
+) -> None:
+    def train(steps: int, directory: Path, poison: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+        config = guarded_config(data, steps, stage, precision)
+        return two_ranks.run(TRAIN, config=config, directory=directory, poison=poison)
+
+    bad_step = CLEAN_STEPS + 1
+    clean = train(CLEAN_STEPS, tmp_path / "clean")
+    bad = train(bad_step, tmp_path / "bad", {"steps": [bad_step], "rank": 1, "kind": kind})
+    assert_same_state(gathered(clean, "at_end"), gathered(bad, "at_end"))
+    assert [(rank["state"].step, rank["state"].skipped_steps) for rank in bad] == [(bad_step, 1)] * 2
+    (skip,) = read_metrics(tmp_path / "bad").events_named("skip")
+    assert (skip["step"], skip["first_sample"], skip["last_sample"]) == (bad_step, 8 * CLEAN_STEPS, 8 * bad_step - 1)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_training_goes_on_after_a_skip(two_ranks: RankPool, data: Path, tmp_path: Path, stage: int) -> None:
+    poison = {"steps": [2, 4], "rank": 0, "kind": "nan"}
+    config = guarded_config(data, 6, stage)
+    ranks = two_ranks.run(TRAIN, config=config, directory=tmp_path, poison=poison)
+    assert [rank["state"].skipped_steps for rank in ranks] == [2, 2]
+    assert all(values.isfinite().all() for values in gathered(ranks, "at_end").values())
+    records = read_metrics(tmp_path).steps
+    assert [record.skipped_steps for record in records] == [0, 1, 1, 2, 2, 2]
+    assert [record.step for record in records if record.loss is None or record.loss != record.loss] == [2, 4]
+
+
+def test_five_skips_in_a_row_stop_the_run(two_ranks: RankPool, data: Path, tmp_path: Path) -> None:
+    poison = {"steps": range(3, 9), "rank": 1, "kind": "nan"}
+    config = guarded_config(data, 8, 1)
+    ranks = two_ranks.run(TRAIN, config=config, directory=tmp_path, poison=poison)
+    for rank in ranks:
+        assert "step 7: a gradient is not finite" in rank["stopped"]
+        assert "5 steps in a row: lower optimizer.params.lr" in rank["stopped"]
+        assert rank["state"].step == 7
+    assert [skip["step"] for skip in read_metrics(tmp_path).events_named("skip")] == [3, 4, 5, 6, 7]
+
+
+def test_a_run_may_be_told_to_stop_at_the_first(two_ranks: RankPool, data: Path, tmp_path: Path) -> None:
+    poison = {"steps": [2], "rank": 0, "kind": "inf"}
+    config = guarded_config(data, 4, 2, on_nonfinite="stop")
+    ranks = two_ranks.run(TRAIN, config=config, directory=tmp_path, poison=poison)
+    assert all("megagpt.training.on_nonfinite is stop" in rank["stopped"] for rank in ranks)
+    assert [skip["step"] for skip in read_metrics(tmp_path).events_named("skip")] == [2]
+
+
+# ---------------------------------------------------------------------------------------------- verdicts, one by one
+
+
+def step_of(loss: float, *, applied: bool = True) -> StepResult:
+    return StepResult(loss=loss, grad_norm=1.0, learning_rate=1e-3, applied=applied)
+
+
+def steady_guard(on_spike: str = "warn") -> Guard:
+    guard = Guard("skip", on_spike)
+    for step in range(WINDOW_STEPS):
+        assert guard.judge(step, step_of(3.0 + 0.01 * (step % 2))) is None
+    return guard
+
+
+def test_a_spike_is_named_within_its_step() -> None:
+    verdict = steady_guard().judge(51, step_of(3.01 + 2 * LEAST_SPIKE))
+    assert verdict is not None
+    assert not verdict.fatal
+    assert verdict.message == "step 51: loss 4.010 jumped from a mean of 3.005 over 50 steps"
+
+
+def test_noise_is_no_spike_and_spikes_may_be_ignored() -> None:
+    assert steady_guard().judge(51, step_of(3.01 + 0.9 * LEAST_SPIKE)) is None
+    assert steady_guard("ignore").judge(51, step_of(30.0)) is None
+
+
+def test_a_young_run_has_no_spikes() -> None:
+    guard = Guard("skip", "warn")
+    assert guard.judge(1, step_of(3.0)) is None
+    assert guard.judge(2, step_of(30.0)) is None
+
+
+def test_a_step_that_was_applied_ends_a_row_of_skips() -> None:
+    guard = Guard("skip", "warn")
+    for step in range(1, 30):
+        applied = step % 5 == 0
+        verdict = guard.judge(step, step_of(3.0, applied=applied))
+        assert (verdict is None) == applied
+        assert verdict is None or not verdict.fatal
+
+
+@pytest.mark.gpu
+def test_a_dynamic_loss_scale_halves_until_gradients_fit(data: Path, tmp_path: Path) -> None:
+    """fp16 computes on GPUs only. From 2**30 the scale has to halve more often than five times in a row."""
+    fp16 = {"enabled": True, "initial_scale_power": 30, "hysteresis": 1}
+    config = guarded_config(data, 60, 3) | {"fp16": fp16}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "launch/train.py", "--deepspeed_config", str(tmp_path / "config.json")]
+    environment = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"} | ENVIRONMENT
+    result = subprocess.run(
+        [*command, "--run_dir", str(tmp_path / "run")],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    records = read_metrics(tmp_path / "run").steps
+    skipped = records[-1].skipped_steps
+    assert 5 < skipped < 30
+    assert records[-1].loss < records[skipped].loss - 0.1

@@ -57,6 +57,17 @@ class Partitioner:
         self._init._convert_to_zero_parameters([parameter])
 
 
+def leave_out_nvme_prefetch(engine: DeepSpeedEngine) -> None:
+    """With parameters on NVMe, read each when its module needs it.
+
+    Once the order of modules is known, DeepSpeed reads ahead (zero/partitioned_param_coordinator.py:667) without
+    looking whether a parameter is being read already, and fails in the second micro-batch:
+    "param 28 already assigned swap buffer".
+    """
+    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    coordinator._PartitionedParameterCoordinator__prefetch_nvme = False
+
+
 def count_in_norm(parameter: nn.Parameter, counted: bool) -> None:
     """Whether this rank's copy enters the global gradient norm: a replicated parameter must on one rank only.
 

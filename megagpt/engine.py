@@ -102,6 +102,8 @@ def build_engine(config: ResolvedConfig, mesh: Mesh) -> Engine:
         mpu=mesh,
         dist_init_required=False,
     )
+    if config.zero_optimization.parameter_device == "nvme":
+        compat.leave_out_nvme_prefetch(engine)
     return Engine(engine, mesh, config, names)
 
 

@@ -102,7 +102,9 @@ def evidence(engine: Engine) -> dict[str, Any]:
         "parameter_elements": sum(p.numel() for p in parameters),
         "shard_elements": sum(p.ds_tensor.numel() for p in parameters) if hasattr(parameters[0], "ds_tensor") else None,
         "parameters_offloaded": bool(getattr(zero, "offload_param", False)),
-        "parameters_on_nvme": all(p.ds_tensor.final_location == "nvme" for p in parameters if hasattr(p, "ds_tensor")),
+        "elements_on_nvme": sum(
+            p.ds_tensor.ds_numel for p in parameters if hasattr(p, "ds_tensor") and p.ds_tensor.final_location == "nvme"
+        ),
         "master_elements": sum(piece.numel for b in engine.buckets() for piece in b.pieces),
         "optimizer_offloaded": bool(getattr(zero, "offload_optimizer", False) or getattr(zero, "cpu_offload", False)),
         "swap_files": sorted(swap_files),

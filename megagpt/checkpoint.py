@@ -110,6 +110,7 @@ def _write_files(engine: Engine, staging: Path) -> list[Written]:
         name = f"rank_{engine.mesh.rank:05d}_{index:03d}.safetensors"
         with bucket.resident(False) as (master, optimizer_state):
             tensors = dict(_tensors(bucket, master, optimizer_state))
+        _require_finite(tensors)
         try:
             save_file(tensors, staging / name)
             with (staging / name).open("rb") as file:
@@ -119,6 +120,16 @@ def _write_files(engine: Engine, staging: Path) -> list[Written]:
         entry = StoredFile((staging / name).stat().st_size, hash_file(staging / name))
         written.append((name, entry, {piece.name: (piece.start, piece.numel) for piece in bucket.pieces}))
     return written
+
+
+def _require_finite(tensors: dict[str, Tensor]) -> None:
+    """A spoilt checkpoint would in time push out the last sound one."""
+    spoilt = next((name for name, values in tensors.items() if not values.isfinite().all()), None)
+    if spoilt is not None:
+        raise UserError(
+            f"{spoilt} is not finite, so nothing was saved; earlier checkpoints are untouched: "
+            f"lower optimizer.params.lr and start again from the newest"
+        )
 
 
 def _gather(written: list[Written]) -> list[Written]:

@@ -226,7 +226,7 @@ def _show_crash(error: BaseException, run: "Run | None", directory: Path) -> Non
     from megagpt.rank_log import rank_log_path
 
     rank = int(os.environ.get("RANK", "0"))
-    log.error("the run ended early", exc_info=error)
+    log.info("the run ended early", exc_info=error)  # for the log only: the screen gets the page
     page = crash_page(
         error,
         rank_name=run.engine.mesh.name if run else f"rank {rank}",

@@ -133,16 +133,21 @@ def write_samples(run: Run) -> None:
         return logits
 
     prompts = run.config.megagpt.training.sample_prompts
-    texts = generate(
-        forward,
-        run.encoding,
-        prompts,
-        sequence_length=run.config.megagpt.model.sequence_length,
-        max_new_tokens=SAMPLE_TOKENS,
-        temperature=SAMPLE_TEMPERATURE,
-        seed=run.state.step,
-    )
-    model.train()
+    try:
+        texts = generate(
+            forward,
+            run.encoding,
+            prompts,
+            sequence_length=run.config.megagpt.model.sequence_length,
+            max_new_tokens=SAMPLE_TOKENS,
+            temperature=SAMPLE_TEMPERATURE,
+            seed=run.state.step,
+        )
+    except ValueError as error:  # logits that are not finite: whether the run has to end is the guard's to say
+        run.monitor.event("warning", step=run.state.step, message=f"no sample: {error}")
+        return
+    finally:
+        model.train()
     for prompt, text in zip(prompts, texts, strict=True):
         run.monitor.sample(run.state.step, prompt, text)
 

@@ -117,6 +117,20 @@ def failing_save(config: Config, directory: Path, failing_rank: int, fault: str)
         return "saved"
 
 
+def spoilt_save(config: Config, directory: Path, spoilt_rank: int) -> str:
+    """Train, spoil one master weight of one rank, and save; what every rank is told."""
+    with started(config, directory) as run:
+        loop.train(run)
+        if run.engine.mesh.rank == spoilt_rank:
+            with run.engine.buckets()[0].resident(True) as (master, _):
+                master.view(-1)[0] = float("nan")
+        try:
+            loop.save(run)
+        except UserError as error:
+            return str(error)
+        return "saved"
+
+
 @contextmanager
 def small_files() -> Iterator[None]:
     """Nothing this process writes may grow past 4 KiB: the operating system's own refusal, as of a full disk."""

@@ -307,6 +307,16 @@ def test_a_save_that_fails_on_one_rank_ends_on_all_and_leaves_the_last_one(
     assert open_checkpoint(run_directory).manifest.state.step == 6
 
 
+def test_a_weight_that_is_not_finite_is_never_saved(two_ranks: RankPool, data: Path, run_directory: Path) -> None:
+    config = run_config(data, 7, ZERO3, save_every=0)
+    told = two_ranks.run("tests.checkpoint_jobs:spoilt_save", config=config, directory=run_directory, spoilt_rank=1)
+    assert told[0] == told[1]
+    assert re.search(
+        r"weight/.* is not finite, so nothing was saved; .* lower optimizer.params.lr .*\(rank 1\)", told[0]
+    )
+    assert complete_steps(checkpoints(run_directory)) == [6, 4]
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB: room for one checkpoint of the test's model and the half of another."""

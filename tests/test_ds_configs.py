@@ -1,0 +1,94 @@
+"""Every configuration that ships is read, is legal at the size it is meant for, and trains when it is scaled down."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megagpt.config import load_config
+from megagpt.planner import refusals, require_legal
+from tests.monitoring import REPOSITORY
+from tests.ranks import RankPool
+
+FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
+CONFIGS = [path for path in FILES if path.name != "schema.json"]
+STEPS, RANKS = 2, 2
+GPT_VOCABULARY = 50_257
+
+# name -> (ZeRO stage, where the optimizer works, where the parameters rest)
+MECHANISMS = {
+    "default": (3, "cpu", "cpu"),
+    "gpt2_124m": (2, "none", "none"),
+    "gpt2_1.5b_zero3": (3, "none", "none"),
+    "gpt3_6.7b_zero3_offload_cpu": (3, "cpu", "none"),
+    "gpt3_13b_zero3_offload_nvme": (3, "nvme", "nvme"),
+}
+
+
+def test_each_shipped_file_has_a_row_here() -> None:
+    assert {path.stem for path in CONFIGS} == set(MECHANISMS)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("ranks", [8, 16])
+def test_it_is_legal_where_it_is_meant_to_run(path: Path, ranks: int) -> None:
+    config = load_config(path)
+    require_legal(config)
+    expected = config.megagpt.parallel.world_size or ranks
+    resolved = config.resolved(world_size=expected, vocabulary=GPT_VOCABULARY, bf16_native=True)
+    assert refusals(resolved) == []
+    stage, optimizer, parameters = MECHANISMS[path.stem]
+    zero = resolved.zero_optimization
+    assert (zero.stage, zero.optimizer_device, zero.parameter_device) == (stage, optimizer, parameters)
+
+
+def scaled_down(path: Path, swap: Path) -> dict[str, Any]:
+    """The file with a small model, a small batch and two steps; bf16 stays where the file insists on it."""
+    document = json.loads(path.read_text())
+    document.pop("$schema")
+    if document["bf16"]["enabled"] == "auto":
+        document["bf16"] = {"enabled": False}
+        document.pop("data_types", None)  # fp32 gradients beside a bf16 model: the model is fp32 here
+    width = 128 if "nvme" in MECHANISMS[path.stem] else 64  # DeepSpeed swaps tensors of 1 MiB and more
+    document |= {"train_batch_size": 2 * RANKS, "train_micro_batch_size_per_gpu": 1}
+    document["scheduler"]["params"] |= {"total_num_steps": 10, "warmup_num_steps": 2}
+    document["megagpt"]["model"] = {
+        "num_layers": 4,
+        "hidden_size": width,
+        "num_heads": 4,
+        "sequence_length": 32,
+        "vocab_size": 256,
+    }
+    document["megagpt"]["parallel"] = {}
+    document["megagpt"]["training"] |= {"total_steps": STEPS}
+    zero = document["zero_optimization"]
+    for part in ("offload_optimizer", "offload_param"):
+        if zero.get(part, {}).get("device") == "nvme":
+            zero[part]["nvme_path"] = str(swap)
+            if part == "offload_param":
+                zero[part]["buffer_size"] = 200_000
+        zero.get(part, {}).pop("pin_memory", None)  # pages are pinned for a GPU
+    if zero["stage"] == 3:
+        zero["stage3_param_persistence_threshold"] = 0  # its smallest parameters are this model's largest
+    return document
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_it_trains_when_scaled_down_and_its_mechanism_acts(
+    request: pytest.FixtureRequest, two_ranks: RankPool, tmp_path: Path, path: Path
+) -> None:
+    stage, optimizer, parameters = MECHANISMS[path.stem]
+    if "nvme" in (optimizer, parameters):
+        request.getfixturevalue("nvme")
+    ranks = two_ranks.run("tests.jobs:train", config=scaled_down(path, tmp_path), steps=STEPS)
+    for rank in ranks:
+        seen = rank["evidence"]
+        assert all(result.applied and result.loss > 0 for result in rank["results"])
+        assert seen["optimizer_offloaded"] == (optimizer != "none")
+        assert seen["adam"] == ("AdamW" if optimizer == "none" else "DeepSpeedCPUAdam")
+        if stage == 3:
+            assert seen["parameter_elements"] == 0
+            assert seen["parameters_offloaded"] == (parameters != "none")
+        assert seen["parameters_on_nvme"] == (parameters == "nvme" or stage < 3)  # with no shard to look at, all are
+        assert bool(seen["swap_files"]) == (optimizer == "nvme")

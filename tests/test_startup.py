@@ -1,0 +1,202 @@
+"""Bad input: found before anything is written, said in a line, with what to type."""
+
+import argparse
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megagpt import startup
+from megagpt.config import RunConfig
+from megagpt.stored_model import load_model
+from megagpt.utils import UserError
+from tests import trained_run
+from tests.checkpoint_jobs import run_config
+from tests.ranks import RankPool
+from tests.trained_run import write_dataset
+
+REFUSAL = "tests.checkpoint_jobs:refusal"
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+@pytest.fixture
+def data(prepared: Path, tmp_path: Path) -> Path:
+    """A copy of the data, to be damaged."""
+    return Path(shutil.copytree(prepared, tmp_path / "data"))
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+
+
+def refused(tmp_path: Path, config: dict[str, Any], *overrides: str, resume: bool = False) -> str:
+    """What the command says of a configuration; it must not have written anything into the run directory."""
+    path, directory = tmp_path / "run.json", tmp_path / "run"
+    path.write_text(json.dumps(config))
+    before = contents(directory)
+    with pytest.raises(UserError) as error:
+        startup.main(
+            argparse.Namespace(deepspeed_config=str(path), run_dir=directory, set=list(overrides), resume=resume)
+        )
+    assert contents(directory) == before
+    return str(error.value)
+
+
+def contents(directory: Path) -> dict[Path, bytes]:
+    if directory.is_file():
+        return {directory: directory.read_bytes()}
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def truncate(data: Path) -> None:
+    os.truncate(data / "train-00000.bin", (data / "train-00000.bin").stat().st_size - 1)
+
+
+def empty(data: Path) -> None:
+    (data / "train-00000.bin").write_bytes(b"")
+
+
+def widen(data: Path) -> None:
+    tokens = np.fromfile(data / "train-00000.bin", "<u2")
+    tokens.astype("<u4").tofile(data / "train-00000.bin")
+
+
+def misname_type(data: Path) -> None:
+    manifest = json.loads((data / "manifest.json").read_text())
+    (data / "manifest.json").write_text(json.dumps(manifest | {"dtype": "uint32"}))
+
+
+def change_a_token(data: Path) -> None:
+    tokens = np.fromfile(data / "train-00000.bin", "<u2")
+    tokens[100] ^= 1
+    tokens.tofile(data / "train-00000.bin")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (shutil.rmtree, "no dataset here; prepare one: python launch/download_data.py --dataset stdlib --output"),
+        (truncate, "train-00000.bin: .* bytes found, .* expected .truncated at byte"),
+        (empty, "train-00000.bin: empty, .* bytes expected"),
+        (widen, "train-00000.bin: .* the other dtype"),
+        (misname_type, "train-00000.bin: 2 bytes a token found, uint32 has 4: wrong dtype in the manifest"),
+        (change_a_token, "train-00000.bin: changed since preparation"),
+    ],
+)
+def test_data_that_are_not_what_they_were_are_named(
+    data: Path, tmp_path: Path, damage: Callable[[Path], None], reason: str
+) -> None:
+    damage(data)
+    said = refused(tmp_path, run_config(data, 6))
+    assert re.search(reason, said), said
+    assert str(data) in said
+    assert f"python launch/download_data.py --dataset stdlib --output {data}" in said or "--force" in said
+
+
+def test_a_vocabulary_larger_than_the_models_names_both(data: Path, tmp_path: Path) -> None:
+    said = refused(tmp_path, run_config(data, 6, vocab_size=128))
+    assert "megagpt.model.vocab_size: 128 is smaller than the data's vocabulary of 257: use 257 or remove it" in said
+
+
+def test_a_missing_configuration_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nope.json: no such file"):
+        startup.main(argparse.Namespace(deepspeed_config=f"{tmp_path}/nope.json", run_dir=None, set=[], resume=False))
+
+
+def test_resume_insists_on_something_to_resume(data: Path, tmp_path: Path) -> None:
+    said = refused(tmp_path, run_config(data, 6), resume=True)
+    assert said == f"{tmp_path}/run: nothing to resume; leave out --resume to start it"
+
+
+def test_ranks_that_the_batch_does_not_divide_into(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    said = refused(tmp_path, run_config(data, 6))
+    assert "train_batch_size: 8 on 3 data-parallel ranks x micro-batches of 2: use 6 or 12" in said
+
+
+def test_a_shrunken_world_is_refused(data: Path, tmp_path: Path) -> None:
+    said = refused(tmp_path, run_config(data, 6), "megagpt.parallel.world_size=2")
+    assert "the run expects 2 ranks and 1 started: bring back the missing hosts" in said
+
+
+def test_an_unwritable_place_for_the_run_is_named(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    assert "cannot be read (Not a directory); choose another --run_dir" in refused(tmp_path, run_config(data, 6))
+
+
+def test_a_run_directory_that_cannot_be_written_is_named(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert refused(tmp_path, run_config(data, 6)) == (
+        f"{tmp_path}/run: cannot be written (Permission denied); choose another --run_dir"
+    )
+
+
+def test_the_other_ranks_of_a_host_let_the_first_speak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All find the same fault; the launcher ends those that still wait when the first has gone."""
+    pauses: list[float] = []
+    monkeypatch.setattr(startup.time, "sleep", pauses.append)
+    arguments = argparse.Namespace(deepspeed_config=f"{tmp_path}/nope.json", run_dir=None, set=[], resume=False)
+    for local_rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        with pytest.raises(UserError):
+            startup.main(arguments)
+    assert pauses == [startup.TURN_S]
+
+
+def test_data_that_changed_since_the_save_are_refused(
+    two_ranks: RankPool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sound in themselves, prepared anew: another order of tokens under the same cursor would go unnoticed."""
+    config, directory = run_config(data, 2, (1, "none", "none"), save_every=2), tmp_path / "run"
+    two_ranks.run("tests.checkpoint_jobs:train", config=config, directory=directory)
+    monkeypatch.setattr(trained_run, "TEXTS", ["Another text.\n" * 40, "A second.\n" * 60, "A third.\n" * 30])
+    shutil.rmtree(data)
+    shutil.copytree(write_dataset(tmp_path / "other"), data)
+    before = contents(directory)
+    config["megagpt"]["training"]["total_steps"] = 4
+    said = two_ranks.run(REFUSAL, config=config, directory=directory)
+    assert said[0] == said[1]
+    assert "its data changed since step 2 was saved; restore them, or start afresh with another --run_dir" in said[0]
+    after = contents(directory)
+    assert {path: after[path] for path in before} == before
+
+
+def test_all_ranks_write_the_same_sample_and_validate_as_the_stored_model_does(
+    two_ranks: RankPool, prepared: Path, tmp_path: Path
+) -> None:
+    """Under ZeRO-3, where each rank holds half of every parameter; the reference is the plain model on disk."""
+    config = run_config(prepared, 4, (3, "none", "none"), save_every=4)
+    config["megagpt"]["training"] |= {
+        "eval_interval_steps": 4,
+        "eval_batches": 1,
+        "sample_interval_steps": 4,
+        "sample_prompts": ["The ", "Zug"],
+    }
+    ranks = two_ranks.run("tests.checkpoint_jobs:validation_and_samples", config=config, directory=tmp_path)
+    assert ranks[0] == ranks[1]
+    assert len(ranks[0]["texts"]) == 2
+    model, resolved, step = load_model(tmp_path)
+    stream = startup.open_data(RunConfig.from_json(json.dumps(config)), tmp_path)["val"]
+    batch = stream.batch(range(resolved.train_batch_size))
+    with torch.no_grad():
+        expected = model(torch.from_numpy(batch.tokens), torch.from_numpy(batch.targets)).item()
+    assert step == 4
+    assert ranks[0]["val_loss"] == pytest.approx(expected, abs=1e-5)

@@ -37,6 +37,7 @@ from megagpt.checkpoint_format import (
     verify_file,
 )
 from megagpt.engine import Engine
+from megagpt.model import GPT
 from megagpt.utils import UserError, human_bytes, sync_directory, write_atomically
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ def _require_visible(engine: Engine, staging: Path) -> None:
 def _write_files(engine: Engine, staging: Path) -> list[Written]:
     """One file a bucket; returns (name, what it is, parameter -> (start, numel)) of each."""
     written = []
-    buckets = (bucket for bucket in engine.buckets() if bucket.owned and bucket.pieces)
+    buckets = (bucket for bucket in engine.buckets() if bucket.owned_pieces)
     for index, bucket in enumerate(buckets):
         name = f"rank_{engine.mesh.rank:05d}_{index:03d}.safetensors"
         with bucket.resident(False) as (master, optimizer_state):
@@ -118,7 +119,7 @@ def _write_files(engine: Engine, staging: Path) -> list[Written]:
         except (OSError, SafetensorError) as error:
             raise UserError(f"{staging / name}: {error}\n{_no_room(engine, staging)}") from error
         entry = StoredFile((staging / name).stat().st_size, hash_file(staging / name))
-        written.append((name, entry, {piece.name: (piece.start, piece.numel) for piece in bucket.pieces}))
+        written.append((name, entry, {piece.name: (piece.start, piece.numel) for piece in bucket.owned_pieces}))
     return written
 
 
@@ -142,7 +143,7 @@ def _gather(written: list[Written]) -> list[Written]:
 
 def _tensors(bucket: compat.Bucket, master: Tensor, optimizer_state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     for kind, flat in _kinds(master, optimizer_state):
-        for piece in bucket.pieces:
+        for piece in bucket.owned_pieces:
             run = flat.view(-1)[piece.offset : piece.offset + piece.numel]
             yield f"{kind}/{piece.name}", run.to("cpu", torch.float32).clone()
 
@@ -170,7 +171,9 @@ def _commit(
 
 
 def _manifest(engine: Engine, state: TrainState, data_fingerprint: str, entries: list[Written]) -> Manifest:
-    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for p, name in engine.names.items()}
+    with torch.device("meta"):
+        whole = GPT(engine.config.megagpt.model)
+    shapes = {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
     slices: dict[str, list[Slice]] = {name: [] for name in shapes}
     for file, _, pieces in entries:
         for name, (start, numel) in pieces.items():

@@ -11,8 +11,11 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero import partitioned_param_coordinator
 from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
 
 from megagpt.utils import UserError
 
@@ -68,22 +71,123 @@ def leave_out_nvme_prefetch(engine: DeepSpeedEngine) -> None:
     coordinator._PartitionedParameterCoordinator__prefetch_nvme = False
 
 
-def count_in_norm(parameter: nn.Parameter, counted: bool) -> None:
-    """Whether this rank's copy enters the global gradient norm: a replicated parameter must on one rank only.
+def count(parameter: nn.Parameter, counted: bool) -> None:
+    """Whether this rank's copy counts: of a replicated parameter one copy enters the gradient norm and checkpoints.
 
     DeepSpeed counts what is flagged model_parallel, or lies on model-parallel rank 0 (zero/stage3.py:1982, 2455).
     """
     parameter.model_parallel = counted  # type: ignore[attr-defined]
 
 
+def is_counted(parameter: nn.Parameter) -> bool:
+    """What ``count`` said."""
+    return bool(parameter.model_parallel)  # type: ignore[attr-defined]
+
+
+def scope_trace_check(mesh: Any) -> None:
+    """Compare ZeRO-3's module traces within the data axis: pipeline stages run different modules.
+
+    DeepSpeed broadcasts on the WORLD group at each root forward (zero/partitioned_param_coordinator.py:260), which
+    deadlocks as soon as stages differ.
+    """
+
+    def agree(numbers: list[int]) -> None:
+        seen: list[Any] = [None] * mesh.data_size
+        dist.all_gather_object(seen, list(numbers), group=mesh.data_group)
+        if any(other != seen[0] for other in seen):
+            raise RuntimeError(f"{mesh.name}: data-parallel ranks of one stage ran different modules")
+
+    partitioned_param_coordinator.assert_ints_same_as_other_ranks = agree
+
+
+def require_equal_tiles(engine: DeepSpeedEngine, mesh: Any) -> None:
+    """Fail at once where pipeline stages have different numbers of optimizer tiles.
+
+    Each ZeRO optimizer makes one model-parallel all-reduce a tile in step(), and would wait for ever.
+    """
+    zero = engine.optimizer
+    tiles = len(zero.fp16_groups if engine.zero_optimization_stage() == 3 else zero.bit16_groups)
+    counts: list[Any] = [None] * mesh.get_model_parallel_world_size()
+    dist.all_gather_object(counts, tiles, group=mesh.model_group)
+    if len(set(counts)) > 1:
+        raise UserError(
+            f"zero_optimization.sub_group_size: pipeline stages have {sorted(set(counts))} optimizer tiles and need "
+            "equal numbers; make it larger than the parameters of one stage's shard"
+        )
+
+
+class _Inject(torch.autograd.Function):
+    """A scalar whose gradient with respect to the output is the gradient that the next stage sent."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return output.new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, of_scalar: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * of_scalar.to(gradient.dtype), None
+
+
+class EngineStage(PipelineStage):
+    """A torch pipeline stage whose forward and backward go through the DeepSpeed engine.
+
+    torch's schedules call ``*_maybe_with_nosync`` (torch/distributed/pipelining/stage.py:755, 781); DeepSpeed must see
+    every backward through ``engine.backward``, which takes scalars only: a torch-style backward with a gradient queues
+    its epilogue once and crashes in step().
+    """
+
+    def __init__(self, engine: DeepSpeedEngine, chunk: int, before_backward: Callable[[], None], **place: Any) -> None:
+        super().__init__(engine.module.chunks[chunk], **place)
+        self.engine, self.chunk, self.before_backward = engine, chunk, before_backward
+
+    def forward_maybe_with_nosync(self, *inputs: Tensor, **context: Any) -> Tensor:
+        """One micro-batch forward."""
+        return self.engine(*inputs, chunk=self.chunk, **context)
+
+    def backward_maybe_with_nosync(
+        self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
+    ) -> tuple[tuple[Tensor | None, ...], None]:
+        """One micro-batch backward; the gradients of its inputs."""
+        if backward_type != "full":
+            raise ValueError(
+                f"a {backward_type} backward meets parameters that ZeRO-3 has released; use full schedules"
+            )
+        self.before_backward()
+        output, gradients = bwd_kwargs["stage_output"], bwd_kwargs["output_grads"]
+        if gradients is None:
+            self.engine.backward(output)  # the loss: scaled by 1 / gradient_accumulation_steps
+        else:
+            self.engine.backward(_Inject.apply(output[0], gradients[0]), scale_wrt_gas=False)
+        inputs = bwd_kwargs["input_values"]
+        received = tuple(value.grad for value in inputs)
+        for value in inputs:
+            value.grad = None
+        return received, None
+
+
+def forget_backward(engine: DeepSpeedEngine) -> None:
+    """Before every backward of a pipeline that reduces per micro-batch.
+
+    Two backwards with no forward between them overwrite gradients instead of adding to them: DeepSpeed counts
+    micro-steps in forward.
+    """
+    engine.optimizer.clear_backward_seen_flag()
+
+
 @dataclass(frozen=True)
 class Piece:
-    """The elements [start, start + numel) of a flattened parameter, found at ``offset`` in its bucket."""
+    """The elements [start, start + numel) of a flattened parameter, found at ``offset`` in its bucket.
+
+    ``owned`` is false where another rank saves the same elements.
+    """
 
     name: str
     start: int
     numel: int
     offset: int
+    owned: bool
 
 
 @dataclass(frozen=True)
@@ -91,12 +195,16 @@ class Bucket:
     """One flat run of fp32 master weights with its Adam moments, as this rank holds it.
 
     ``resident(write)`` brings it into memory and yields (master weights, optimizer state); with ``write`` the model's
-    parameters follow the master weights afterwards. ``owned`` is false where another rank saves the same copy.
+    parameters follow the master weights afterwards.
     """
 
     pieces: tuple[Piece, ...]
-    owned: bool
     resident: Callable[[bool], AbstractContextManager[tuple[Tensor, dict[str, Any]]]]
+
+    @property
+    def owned_pieces(self) -> list[Piece]:
+        """Those that this rank saves."""
+        return [piece for piece in self.pieces if piece.owned]
 
 
 def buckets(engine: DeepSpeedEngine, names: Names) -> list[Bucket]:
@@ -117,8 +225,9 @@ def _replicated_buckets(engine: DeepSpeedEngine, names: Names) -> Iterator[Bucke
         def resident(write: bool, parameter: nn.Parameter = parameter) -> Iterator[tuple[Tensor, dict[str, Any]]]:
             yield parameter.data, engine.optimizer.state[parameter]
 
-        piece = Piece(names[parameter], 0, parameter.numel(), 0)
-        yield Bucket((piece,), index % data_size == data_rank, resident)
+        owned = index % data_size == data_rank
+        piece = Piece(names[parameter], 0, parameter.numel(), 0, owned)
+        yield Bucket((piece,), resident)
 
 
 def _zero12_buckets(engine: DeepSpeedEngine, names: Names) -> Iterator[Bucket]:
@@ -129,13 +238,13 @@ def _zero12_buckets(engine: DeepSpeedEngine, names: Names) -> Iterator[Bucket]:
         for parameter in group:
             if (mapping := parameter._hp_mapping) is not None:
                 held, placed = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
-                pieces.append(Piece(names[parameter], held.start, held.numel, placed.start))
+                pieces.append(Piece(names[parameter], held.start, held.numel, placed.start, is_counted(parameter)))
 
         @contextmanager
         def resident(write: bool, master: Tensor = master) -> Iterator[tuple[Tensor, dict[str, Any]]]:
             yield master.data, zero.optimizer.state[master]
 
-        yield Bucket(tuple(pieces), True, resident)
+        yield Bucket(tuple(pieces), resident)
 
 
 def _zero3_buckets(engine: DeepSpeedEngine, names: Names) -> Iterator[Bucket]:
@@ -148,7 +257,7 @@ def _zero3_buckets(engine: DeepSpeedEngine, names: Names) -> Iterator[Bucket]:
             start = parameter.ds_zero_partition_rank * partition
             numel = min(partition, parameter.ds_numel - start)  # the last ranks may hold padding only
             if numel > 0:
-                pieces.append(Piece(names[parameter], start, numel, offset))
+                pieces.append(Piece(names[parameter], start, numel, offset, is_counted(parameter)))
 
         @contextmanager
         def resident(write: bool, index: int = index) -> Iterator[tuple[Tensor, dict[str, Any]]]:
@@ -162,7 +271,7 @@ def _zero3_buckets(engine: DeepSpeedEngine, names: Names) -> Iterator[Bucket]:
             if swapped:
                 (zero._optimizer_states_and_gradient_swap_out if write else zero._release_swap_buffers)(index)
 
-        yield Bucket(tuple(pieces), True, resident)
+        yield Bucket(tuple(pieces), resident)
 
 
 def publish_master_weights(engine: DeepSpeedEngine) -> None:

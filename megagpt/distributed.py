@@ -26,6 +26,7 @@ class Mesh:
         self.pipeline_rank, self.data_rank, self.tensor_rank = self.device_mesh.get_coordinate() or (0, 0, 0)
         self.pipeline_size, self.data_size, self.tensor_size = sizes
         self.data_group = self.device_mesh["data"].get_group()
+        self.pipeline_group = self.device_mesh["pipeline"].get_group()
         self.model_group = self._model_group()
 
     def _model_group(self) -> dist.ProcessGroup:
@@ -43,6 +44,14 @@ class Mesh:
     def world_size(self) -> int:
         """All ranks."""
         return dist.get_world_size()
+
+    def stages(self, virtual_stages: int) -> range:
+        """The stages that this rank holds: every pipeline_size-th, so that a micro-batch passes each rank in turn."""
+        return range(self.pipeline_rank, self.pipeline_size * virtual_stages, self.pipeline_size)
+
+    def rank_of_stage(self, stage: int) -> int:
+        """The global rank that holds a stage of this data replica and tensor shard."""
+        return int(self.device_mesh.mesh[stage % self.pipeline_size, self.data_rank, self.tensor_rank])
 
     @property
     def name(self) -> str:

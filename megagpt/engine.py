@@ -2,7 +2,8 @@
 
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import deepspeed
@@ -10,12 +11,13 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
-from torch import nn
+from torch import Tensor, nn
 
 from megagpt import compat, ops
 from megagpt.config import ResolvedConfig
 from megagpt.distributed import COLLECTIVE_TIMEOUT, Mesh, become_single_process
-from megagpt.model import GPT, decayed, initial_value, replace_parameters
+from megagpt.model import GPT, decayed, global_names, initial_value, replace_parameters
+from megagpt.stages import cut
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +30,23 @@ class Engine:
     mesh: Mesh
     config: ResolvedConfig
     names: compat.Names
+    tied_group: dist.ProcessGroup | None  # of the ranks that hold copies of the tied weight, where there are two
+    schedules: dict[int, Any] = field(default_factory=dict)  # pipeline schedules by number of micro-batches
 
     @property
-    def model(self) -> GPT:
-        """The model whose forward gathers what ZeRO-3 has cut up."""
-        return self.deepspeed.module
+    def chunks(self) -> list[GPT]:
+        """This rank's parts of the model, in the order of its stages: one, the whole, without a pipeline."""
+        return list(self.deepspeed.module.chunks)
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages over all ranks."""
+        return self.mesh.pipeline_size * self.config.megagpt.parallel.virtual_stages
+
+    @property
+    def stages(self) -> range:
+        """The stages that this rank's chunks are."""
+        return self.mesh.stages(self.config.megagpt.parallel.virtual_stages)
 
     @property
     def stage(self) -> int:
@@ -79,6 +93,44 @@ def build_mesh(config: ResolvedConfig) -> Mesh:
     return Mesh(parallel.pipeline, data, parallel.tensor, get_accelerator().device_name())
 
 
+class Chunks(nn.Module):
+    """A rank's parts of the model under one engine, so that clipping and stepping see them together."""
+
+    def __init__(self, chunks: Iterable[GPT]) -> None:
+        super().__init__()
+        self.chunks = nn.ModuleList(chunks)
+
+    def forward(self, *inputs: Tensor, chunk: int = 0, **context: Any) -> Tensor:
+        return self.chunks[chunk](*inputs, **context)
+
+
+def stage_layers(config: ResolvedConfig) -> list[range]:
+    """The layers of every pipeline stage."""
+    parallel = config.megagpt.parallel
+    return cut(config.megagpt.model, parallel.pipeline * parallel.virtual_stages)
+
+
+def tied_copies(model: Chunks) -> set[nn.Parameter]:
+    """Head weights that are copies of an embedding on another rank; where both are here, they become one parameter."""
+    embedding = next((chunk.embedding for chunk in model.chunks if chunk.embedding is not None), None)
+    head = next((chunk.head for chunk in model.chunks if chunk.head is not None), None)
+    if head is None or not model.chunks[0].config.tie_embeddings:
+        return set()
+    if embedding is None:
+        return {head.weight}
+    head.weight = embedding.tokens.weight
+    return set()
+
+
+def tied_group(config: ResolvedConfig, mesh: Mesh) -> dist.ProcessGroup | None:
+    """The ranks of the first and last stage, where tied embeddings lie on two of them; every rank must call it."""
+    if not config.megagpt.model.tie_embeddings or mesh.pipeline_size == 1:
+        return None
+    ends = mesh.device_mesh.mesh[[0, -1]].flatten(1).T.tolist()
+    groups = {tuple(ranks): dist.new_group(ranks) for ranks in ends}
+    return next((group for ranks, group in groups.items() if mesh.rank in ranks), None)
+
+
 def compute_dtype(config: ResolvedConfig) -> torch.dtype:
     """The type of the model's parameters and matrix products."""
     if config.bf16.enabled:
@@ -94,6 +146,8 @@ def build_engine(config: ResolvedConfig, mesh: Mesh) -> Engine:
     """
     ops.build(ops.needed_ops(config, get_accelerator().device_name()))
     ds_config = deepspeed_config(config, get_accelerator().device_name())
+    if mesh.pipeline_size > 1:
+        compat.scope_trace_check(mesh)
     model, names = build_model(config, mesh, ds_config)
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -104,14 +158,19 @@ def build_engine(config: ResolvedConfig, mesh: Mesh) -> Engine:
     )
     if config.zero_optimization.parameter_device == "nvme":
         compat.leave_out_nvme_prefetch(engine)
-    return Engine(engine, mesh, config, names)
+    if mesh.pipeline_size > 1:
+        compat.require_equal_tiles(engine, mesh)
+    return Engine(engine, mesh, config, names, tied_group(config, mesh))
 
 
-def build_model(config: ResolvedConfig, mesh: Mesh, ds_config: dict[str, Any]) -> tuple[GPT, compat.Names]:
-    """The initialised model and the global name of each parameter."""
+def build_model(config: ResolvedConfig, mesh: Mesh, ds_config: dict[str, Any]) -> tuple["Chunks", compat.Names]:
+    """This rank's part of the initialised model, and the global name of each parameter."""
+    spans = stage_layers(config)
+    own = [spans[stage] for stage in mesh.stages(config.megagpt.parallel.virtual_stages)]
     with torch.device("meta"):
-        model = GPT(config.megagpt.model, config.megagpt.training.recompute)
-    templates = {parameter: name for name, parameter in model.named_parameters()}
+        model = Chunks(GPT(config.megagpt.model, config.megagpt.training.recompute, layers) for layers in own)
+    templates = {parameter: name for chunk in model.chunks for parameter, name in global_names(chunk).items()}
+    copies = tied_copies(model)
     dtype, device = compute_dtype(config), training_device()
     seed = config.megagpt.training.seed
     partitioner = compat.Partitioner(ds_config, mesh) if config.zero_optimization.stage == 3 else None
@@ -119,7 +178,7 @@ def build_model(config: ResolvedConfig, mesh: Mesh, ds_config: dict[str, Any]) -
     def allocate(template: nn.Parameter) -> nn.Parameter:
         value = initial_value(templates[template], template.shape, config.megagpt.model, seed)
         parameter = nn.Parameter(value.to(device=device, dtype=dtype))
-        compat.count_in_norm(parameter, mesh.tensor_rank == 0)
+        compat.count(parameter, mesh.tensor_rank == 0 and template not in copies)
         if partitioner is not None:
             partitioner.partition(parameter)
         return parameter

@@ -20,6 +20,7 @@ from kernels.philox import fold_seed
 from megagpt.config import ModelConfig
 
 NORM_EPSILON = 1e-5  # GPT-2's
+TIED_WEIGHT = "embedding.tokens.weight"  # what the head multiplies with where embeddings are tied
 
 
 @dataclass(frozen=True)
@@ -227,37 +228,49 @@ class Head(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder-only language model.
+    """A decoder-only language model, or a contiguous run of its layers.
 
-    Parameters are allocated on torch's current default device and left without values: fill them with
-    ``initialise_`` (or load them). ``recompute``: activations to compute again in backward, none | selective | full.
+    Layer 0 is the embedding, layers 1 to num_layers the blocks, the last the head; ``layers`` says which to build
+    (default: all), and parameters keep the names they have in the whole. They are allocated on torch's current default
+    device and left without values: fill them with ``initialise_`` (or load them). ``recompute``: activations to compute
+    again in backward, none | selective | full.
     """
 
-    def __init__(self, config: ModelConfig, recompute: str = "none") -> None:
+    def __init__(self, config: ModelConfig, recompute: str = "none", layers: range | None = None) -> None:
         super().__init__()
         self.config = config
-        self.embedding = Embedding(config)
-        self.blocks = nn.ModuleList(Block(config, layer, recompute) for layer in range(config.num_layers))
-        self.head = Head(config, self.embedding.tokens.weight if config.tie_embeddings else None)
+        layers = range(config.num_layers + 2) if layers is None else layers
+        self.embedding = Embedding(config) if 0 in layers else None
+        blocks = {
+            str(layer - 1): Block(config, layer - 1, recompute) for layer in layers if 1 <= layer <= config.num_layers
+        }
+        self.blocks = nn.ModuleDict(blocks)
+        tied = self.embedding.tokens.weight if self.embedding is not None and config.tie_embeddings else None
+        self.head = Head(config, tied) if config.num_layers + 1 in layers else None
 
     def forward(
         self,
-        tokens: Tensor,
+        inputs: Tensor,
         targets: Tensor | None = None,
         *,
         document_ids: Tensor | None = None,
         dropout_seed: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """The mean loss (a scalar) where targets (batch, length) are given, else logits (batch, length, vocabulary)."""
+        """The mean loss (a scalar) where targets (batch, length) are given, else logits (batch, length, vocabulary).
+
+        ``inputs`` are tokens (batch, length), or the hidden states that the layers before these return; without the
+        head, hidden states are returned too.
+        """
         context = Context(document_ids, dropout_seed, cache)
-        x = self.embedding(tokens, context)
-        for block in self.blocks:
+        x = inputs if self.embedding is None else self.embedding(inputs, context)
+        for block in self.blocks.values():
             x = block(x, context)
-        loss_or_logits = self.head(x, targets)
+        if self.head is None:
+            return x
         if cache is not None:
-            cache.length += tokens.shape[1]
-        return loss_or_logits
+            cache.length += inputs.shape[1]
+        return self.head(x, targets)
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: object) -> Tensor:
@@ -321,6 +334,14 @@ def replace_parameters(
                 made[template] = make(template)
             setattr(module, attribute, made[template])
     return made
+
+
+def global_names(model: GPT) -> dict[nn.Parameter, str]:
+    """The name of each parameter in the whole model, where a tied head's weight is the embedding's."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    if model.config.tie_embeddings and model.head is not None:
+        names[model.head.weight] = TIED_WEIGHT
+    return names
 
 
 def decayed(name: str) -> bool:

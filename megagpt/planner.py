@@ -108,9 +108,9 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "megagpt.parallel.pipeline",
-        lambda config: config.megagpt.parallel.pipeline > 1,
-        "this version has no pipeline stages",
-        "megagpt.parallel.pipeline=1",
+        lambda config: config.megagpt.parallel.pipeline > 1 and _stage(config) == 0,
+        "DeepSpeed cannot put off the reduction of a pipeline's gradients without a ZeRO optimizer",
+        "zero_optimization.stage=1",
     ),
     Rule(
         "megagpt.parallel.schedule",

@@ -6,12 +6,11 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import tiktoken
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from megagpt import checkpoint, pipeline
 from megagpt.batches import BatchLoader
@@ -21,7 +20,6 @@ from megagpt.engine import Engine
 from megagpt.flops import model_flops_utilisation
 from megagpt.generate import generate
 from megagpt.guard import Guard, StoppedByGuardError
-from megagpt.model import KeyValueCache
 from megagpt.monitor import Monitor, StepRecord
 from megagpt.utils import GIB
 
@@ -105,14 +103,12 @@ def report_validation(run: Run) -> None:
 @torch.no_grad()
 def validate(run: Run) -> float:
     """The mean loss over the first ``eval_batches`` global batches of the validation split; every rank must call it."""
-    run.engine.deepspeed.eval()
+    batches = validation_batches(run)
     losses = [
-        pipeline.forward(run.engine, micro_batch)
-        for index in range(validation_batches(run))
-        for micro_batch in run.validation.load(index * run.config.train_batch_size)
+        pipeline.evaluate(run.engine, run.validation.load(index * run.config.train_batch_size))
+        for index in range(batches)
     ]
-    run.engine.deepspeed.train()
-    return pipeline.mean_over_data(run.engine, torch.stack(losses).mean())
+    return sum(losses) / batches
 
 
 def validation_batches(run: Run) -> int:
@@ -124,18 +120,10 @@ def validation_batches(run: Run) -> int:
 @torch.no_grad()
 def write_samples(run: Run) -> None:
     """Continue each prompt; every rank must call it, as ZeRO-3 gathers parameters in each forward."""
-    model = run.engine.model
-    model.eval()
-
-    def forward(tokens: Tensor, cache: KeyValueCache) -> Tensor:
-        logits = model(tokens.to(run.engine.device), cache=cache)[:, -1:].float()
-        dist.broadcast(logits, src=0)  # rounding may differ between devices: all must draw the same token
-        return logits
-
     prompts = run.config.megagpt.training.sample_prompts
     try:
         texts = generate(
-            forward,
+            partial(pipeline.logits, run.engine),
             run.encoding,
             prompts,
             sequence_length=run.config.megagpt.model.sequence_length,
@@ -146,8 +134,6 @@ def write_samples(run: Run) -> None:
     except ValueError as error:  # logits that are not finite: whether the run has to end is the guard's to say
         run.monitor.event("warning", step=run.state.step, message=f"no sample: {error}")
         return
-    finally:
-        model.train()
     for prompt, text in zip(prompts, texts, strict=True):
         run.monitor.sample(run.state.step, prompt, text)
 

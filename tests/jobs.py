@@ -67,7 +67,7 @@ def gradient_elements(engine: Engine, step: int) -> int:
     """Elements of gradients alive on this rank after a step's last backward, wherever ZeRO keeps them."""
     pipeline.accumulate(engine, micro_batches(engine, step))
     zero = engine.deepspeed.optimizer
-    alive = {id(p.grad): p.grad for p in engine.model.parameters() if p.grad is not None}
+    alive = {id(p.grad): p.grad for p in engine.names if p.grad is not None}
     for group in getattr(zero, "averaged_gradients", {}).values():
         alive |= {id(gradient): gradient for gradient in group or []}
     return sum(gradient.numel() for gradient in alive.values())
@@ -77,11 +77,9 @@ def held_state(engine: Engine) -> list[tuple[str, str, int, torch.Tensor]]:
     """(kind, parameter, start, values) of everything this rank owns."""
     held = []
     for bucket in engine.buckets():
-        if not bucket.owned:
-            continue
         with bucket.resident(False) as (master, state):
             for kind, flat in (("weight", master), *((moment, state[moment]) for moment in compat.MOMENTS)):
-                for piece in bucket.pieces:
+                for piece in bucket.owned_pieces:
                     run = flat.reshape(-1)[piece.offset : piece.offset + piece.numel]
                     held.append((kind, piece.name, piece.start, run.detach().clone().float()))
     return held
@@ -90,7 +88,7 @@ def held_state(engine: Engine) -> list[tuple[str, str, int, torch.Tensor]]:
 def evidence(engine: Engine) -> dict[str, Any]:
     """What shows that ZeRO and offload acted."""
     zero = engine.deepspeed.optimizer
-    parameters = list(engine.model.parameters())
+    parameters = list(engine.names)
     offload = engine.config.zero_optimization
     swap_files = []
     for section in (offload.offload_optimizer, offload.offload_param):

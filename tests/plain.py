@@ -14,7 +14,8 @@ def train(config: dict[str, Any], steps: int, dtype: torch.dtype = torch.float32
     """Losses, gradient norms before clipping, and the weights and Adam moments after the last step."""
     import json
 
-    resolved = RunConfig.from_json(json.dumps(config)).resolved(
+    alone = config | {"megagpt": {key: value for key, value in config["megagpt"].items() if key != "parallel"}}
+    resolved = RunConfig.from_json(json.dumps(alone)).resolved(
         world_size=1, vocabulary=config["megagpt"]["model"]["vocab_size"], bf16_native=True
     )
     model_config, adam = resolved.megagpt.model, resolved.optimizer.params

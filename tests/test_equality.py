@@ -146,3 +146,26 @@ def test_bf16_parameters_on_nvme_equal_those_in_host_memory(two_ranks: RankPool,
         files = rank["evidence"]["swap_files"]
         assert any("param" in name for name, _ in files), files
         assert rank["evidence"]["elements_on_nvme"] >= 2 * 512 * 2048 / 2, "both MLP matrices, half of each on a rank"
+
+
+PIPELINES = [
+    (stage, schedule, virtual, reduction)
+    for stage in (1, 2, 3)
+    for schedule, virtual in (("1f1b", 1), ("gpipe", 1), ("interleaved", 2))
+    for reduction in ("per_step", "per_micro_batch")
+]
+
+
+@pytest.mark.parametrize(("stage", "schedule", "virtual", "reduction"), PIPELINES)
+def test_a_pipeline_equals_one_plain_process(
+    two_ranks: RankPool, stage: int, schedule: str, virtual: int, reduction: str
+) -> None:
+    config = with_zero(tiny(batch=8, micro=2, steps=STEPS, num_layers=5, tie_embeddings=reduction == "per_step"), stage)
+    config["megagpt"]["parallel"] = {
+        "pipeline": 2,
+        "schedule": schedule,
+        "virtual_stages": virtual,
+        "gradient_reduction": reduction,
+    }
+    ranks = two_ranks.run("tests.jobs:train", config=config, steps=STEPS)
+    assert_equal_training(ranks, plain.train(config, STEPS), 8, tolerance=2e-5)

@@ -82,7 +82,7 @@ def test_the_runs_above_cross_the_end_of_an_epoch_after_they_resume(epoch_sample
 OTHER_MESH = [
     (((3, "none", "none"), 2), ((0, "none", "none"), 1)),
     (((0, "none", "none"), 1), ((2, "none", "none"), 2)),
-    (((2, "cpu", "none"), 2), ((3, "nvme", "none"), 2)),
+    pytest.param(((2, "cpu", "none"), 2), ((3, "nvme", "none"), 2), marks=pytest.mark.slow),
     pytest.param(((3, "cpu", "cpu"), 2), ((1, "none", "none"), 1), marks=pytest.mark.slow),
     pytest.param(((1, "none", "none"), 1), ((3, "cpu", "none"), 1), marks=pytest.mark.slow),
 ]

@@ -104,7 +104,11 @@ def trainer_step(config: Any) -> Callable[[list[Any]], None]:
 
     join_ranks()
     engine = build_engine(config, build_mesh(config))
-    return lambda micro_batches: train_step(engine, micro_batches)
+
+    def step(micro_batches: list[Any]) -> None:
+        train_step(engine, micro_batches)
+
+    return step
 
 
 def serve(shape: str, zero: dict[str, Any] | None, connection: Connection) -> None:

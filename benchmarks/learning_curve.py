@@ -124,8 +124,8 @@ def plot(curves: dict[str, tuple[dict[int, float], dict[int, float]]]) -> Path:
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for color, (name, (train, validation)) in zip(("C0", "C1"), curves.items(), strict=True):
-        axes.plot(train.keys(), train.values(), color=color, alpha=0.5, label=f"{name}, training")
-        axes.plot(validation.keys(), validation.values(), "o-", color=color, label=f"{name}, validation")
+        axes.plot([*train], [*train.values()], color=color, alpha=0.5, label=f"{name}, training")
+        axes.plot([*validation], [*validation.values()], "o-", color=color, label=f"{name}, validation")
     axes.set(xlabel="step", ylabel="loss (nats per byte)", title="Byte-level GPT, 0.8M parameters, the same samples")
     axes.legend()
     path = RESULTS / "learning_curve.png"

@@ -310,7 +310,7 @@ def replay_bias_correction(engine: DeepSpeedEngine, updates: int) -> None:
     (ops/csrc/includes/cpu_adam.h:80, 87): a resumed run would differ in the last bit. Powers below half a unit in the
     last place of 1 change no correction, so that beyond 18,000 updates at a beta of 0.999 nothing is replayed.
     """
-    adam = base_optimizer(engine)
+    adam: Any = base_optimizer(engine)
     if type(adam).__name__ != "DeepSpeedCPUAdam":
         return
     beta1, beta2 = adam.param_groups[0]["betas"]

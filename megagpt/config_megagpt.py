@@ -73,7 +73,7 @@ class TrainingSection(Section):
     )
     seed: int = identity(0, "seed of the initial weights and of dropout", ge=0)
     recompute: Literal["none", "selective", "full"] = execution(
-        "none", "activations computed again in backward: none, attention only, or whole blocks"
+        "none", "activations computed again in backward: none, each block's MLP (selective), or whole blocks (full)"
     )
     eval_interval_steps: int = execution(100, "steps between evaluations", ge=0)
     eval_batches: int = execution(8, "global batches of one evaluation", ge=1)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megagpt.config import ResolvedConfig
+from megagpt.config import RunConfig
 from megagpt.utils import UserError, human_duration
 
 EXTENSIONS_VARIABLE = "TORCH_EXTENSIONS_DIR"
@@ -63,7 +63,7 @@ def _processor() -> str:
     return hashlib.sha256(features.encode()).hexdigest()[:8]
 
 
-def needed_ops(config: ResolvedConfig, device_type: str) -> list[str]:
+def needed_ops(config: RunConfig, device_type: str) -> list[str]:
     """The builders of the compiled ops that this configuration's optimizer and offload will call."""
     zero = config.zero_optimization
     devices = {part.device for part in (zero.offload_optimizer, zero.offload_param) if part is not None}

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megagpt import __version__
 from megagpt import run_directory as directories
 from megagpt.config import ResolvedConfig, RunConfig, load_config
 from megagpt.dataset import SampleStream, open_dataset
@@ -134,6 +135,7 @@ def assemble(config: RunConfig, streams: dict[Split, SampleStream], directory: P
     native = device.multiplies_bf16_natively(training_device())
     resolved = _resolve(config, streams["train"].vocabulary, bf16_native=native)
     join_ranks()
+    _require_agreement(resolved, streams["train"])
     mesh = build_mesh(resolved)
     engine = build_engine(resolved, mesh)
     _announce(engine, directory, device.describe(training_device()))
@@ -158,6 +160,19 @@ def assemble(config: RunConfig, streams: dict[Split, SampleStream], directory: P
     if found:
         run.monitor.event("resume", step=run.state.step, **found)
     return run
+
+
+def _require_agreement(config: ResolvedConfig, stream: SampleStream) -> None:
+    """Hosts that hold different copies of the data, the configuration or the code would train nonsense in silence."""
+    import torch.distributed as dist
+
+    mine = {"configuration": config.to_json(), "data": stream.fingerprint, "megagpt version": __version__}
+    of_ranks: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, mine)
+    for what in mine:
+        others = [rank for rank, theirs in enumerate(of_ranks) if theirs[what] != of_ranks[0][what]]
+        if others:
+            raise UserError(f"ranks {others} differ from rank 0 in their {what}: give every host the same, start again")
 
 
 def _resume(run: "Run") -> dict[str, object] | None:

@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 
 from megagpt import checkpoint, device, startup
 from megagpt import train as loop
@@ -102,6 +103,13 @@ def refusal(config: Config, directory: Path) -> str:
             return f"started at step {run.state.step}"
     except UserError as error:
         return str(error)
+
+
+def disagreement(config: Config, directory: Path) -> str:
+    """Why the run does not start where rank 1 has another learning rate in its file."""
+    if dist.get_rank() == 1:
+        config["optimizer"]["params"]["lr"] *= 2
+    return refusal(config, directory)
 
 
 def failing_save(config: Config, directory: Path, failing_rank: int, fault: str) -> str:

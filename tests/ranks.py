@@ -14,13 +14,14 @@ import tempfile
 import time
 import traceback
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
 JOB_DEADLINE_S = 120.0
 START_DEADLINE_S = 120.0
+FAILURE_GRACE_S = 3.0
 
 
 class RankError(AssertionError):
@@ -64,21 +65,22 @@ class RankPool:
         self.processes, self.connections = [], []
 
     def _collect(self, job: str, deadline_s: float) -> list[Any]:
+        """Every rank's answer; once one has failed, the others, which may wait for it, get a moment only."""
         end = time.monotonic() + deadline_s
         results: list[Any] = [None] * self.world_size
-        failures = []
-        for rank, connection in enumerate(self.connections):
-            if not connection.poll(max(0.0, end - time.monotonic())):
-                failures.append(f"rank {rank} gave no answer to {job} within {deadline_s:.0f} s")
-                break
-            try:
-                succeeded, results[rank] = connection.recv()
-            except EOFError:
-                failures.append(f"rank {rank} died during {job}: exit code {self.processes[rank].exitcode}")
-                break
-            if not succeeded:
-                failures.append(f"rank {rank}:\n{results[rank]}")
-                break
+        failures: list[str] = []
+        waiting = {connection: rank for rank, connection in enumerate(self.connections)}
+        while waiting and (ready := wait(list(waiting), max(0.0, end - time.monotonic()))):
+            for connection in ready:
+                rank = waiting.pop(connection)
+                try:
+                    succeeded, results[rank] = connection.recv()
+                except EOFError:
+                    succeeded, results[rank] = False, f"died: exit code {self.processes[rank].exitcode}"
+                if not succeeded:
+                    failures.append(f"rank {rank} in {job}:\n{results[rank]}")
+                    end = min(end, time.monotonic() + FAILURE_GRACE_S)
+        failures += [f"rank {rank} gave no answer to {job}" for rank in waiting.values()]
         if failures:
             message = "\n".join([*failures, self._stacks()])
             self.close()

@@ -13,6 +13,7 @@ import kernels
 from kernels import costs, fused_attention, reference, self_check
 from kernels.launcher import reset_launches
 from kernels.philox import keep_mask
+from tests.attention_rounding import attention_rounding
 from tests.conftest import HAS_GPU
 from tests.kernel_accuracy import DTYPES, assert_as_accurate_as_torch, largest_error, outputs_and_gradients
 
@@ -39,24 +40,30 @@ def case(
     }
 
 
+def assert_accurate(tensors: dict[str, Tensor], **options: Any) -> None:
+    """Output and gradients are as accurate as torch's, but for what fp32 sums cost in any order."""
+    rounding = attention_rounding(tensors, **options)
+    assert_as_accurate_as_torch("attention", tensors, rounding=rounding, **options)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("length", "key_length"), [(1, 1), (33, 33), (5, 40), (40, 7)])
 def test_accuracy(fused_device: str, length: int, key_length: int, dtype: torch.dtype, causal: bool) -> None:
-    assert_as_accurate_as_torch("attention", case(fused_device, length, key_length, dtype=dtype), causal=causal)
+    assert_accurate(case(fused_device, length, key_length, dtype=dtype), causal=causal)
     assert kernels.launches() == ONE_PASS
 
 
 @pytest.mark.parametrize("length", [127, 129])
 def test_lengths_around_a_block(fused_device: str, length: int) -> None:
-    assert_as_accurate_as_torch("attention", case(fused_device, length, heads=1))
+    assert_accurate(case(fused_device, length, heads=1))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [512, 1023])
 def test_long_sequences(fused_device: str, length: int, dtype: torch.dtype) -> None:
-    assert_as_accurate_as_torch("attention", case(fused_device, length, heads=1, head_dim=64, dtype=dtype))
+    assert_accurate(case(fused_device, length, heads=1, head_dim=64, dtype=dtype))
 
 
 @pytest.mark.gpu
@@ -68,27 +75,27 @@ def test_shipped_tiles(fused_device: str, dtype: torch.dtype, head_dim: int, dro
     tensors = case(fused_device, 1023, batch=2, heads=4, key_heads=2, head_dim=head_dim, dtype=dtype)
     tensors["dropout_seed"] = torch.tensor([3, 4], device=fused_device)
     for deterministic in (False, True):
-        assert_as_accurate_as_torch("attention", tensors, dropout=dropout, deterministic=deterministic)
+        assert_accurate(tensors, dropout=dropout, deterministic=deterministic)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [1, 24, 80, 96, 256])
 def test_head_dimensions(fused_device: str, head_dim: int, dtype: torch.dtype) -> None:
-    assert_as_accurate_as_torch("attention", case(fused_device, 20, heads=1, head_dim=head_dim, dtype=dtype))
+    assert_accurate(case(fused_device, 20, heads=1, head_dim=head_dim, dtype=dtype))
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("group", [1, 4, 8])
 def test_grouped_query_heads(fused_device: str, group: int, deterministic: bool) -> None:
     tensors = case(fused_device, 18, heads=8, key_heads=8 // group)
-    assert_as_accurate_as_torch("attention", tensors, deterministic=deterministic)
+    assert_accurate(tensors, deterministic=deterministic)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("length", "key_length"), [(40, 40), (5, 40), (40, 7)])
 def test_deterministic_backward(fused_device: str, length: int, key_length: int, dtype: torch.dtype) -> None:
     tensors = case(fused_device, length, key_length, dtype=dtype)
-    assert_as_accurate_as_torch("attention", tensors, deterministic=True)
+    assert_accurate(tensors, deterministic=True)
     assert kernels.launches() == {**ONE_PASS, "attention_backward_queries": 1}
 
 
@@ -124,7 +131,7 @@ DOCUMENTS = {
 def test_documents(fused_device: str, layout: str, length: int, causal: bool, deterministic: bool) -> None:
     tensors = case(fused_device, length, 40, batch=2, heads=1)
     tensors["document_ids"] = torch.tensor(DOCUMENTS[layout], device=fused_device)
-    assert_as_accurate_as_torch("attention", tensors, causal=causal, deterministic=deterministic)
+    assert_accurate(tensors, causal=causal, deterministic=deterministic)
 
 
 def test_document_bounds() -> None:
@@ -140,7 +147,7 @@ def test_dropout(fused_device: str, probability: float, causal: bool, determinis
     tensors = case(fused_device, 21, 37, batch=2)
     tensors["dropout_seed"] = torch.tensor([2**40 + 5, -3], device=fused_device)
     options = {"dropout": probability, "causal": causal, "head_offset": 3, "deterministic": deterministic}
-    assert_as_accurate_as_torch("attention", tensors, **options)
+    assert_accurate(tensors, **options)
 
 
 @pytest.mark.parametrize("probability", [0.25, 0.75])
@@ -238,7 +245,7 @@ def test_huge_logits(fused_device: str, size: float, deterministic: bool) -> Non
 def test_large_logits_in_bfloat16(fused_device: str) -> None:
     tensors = case(fused_device, 35, dtype=torch.bfloat16)
     tensors["q"] *= 100
-    assert_as_accurate_as_torch("attention", tensors)
+    assert_accurate(tensors)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -325,7 +332,7 @@ def test_any_shape(
     tensors = case(
         fused_device, length, max(1, length + extra), heads=2, key_heads=2 // group, head_dim=head_dim, dtype=dtype
     )
-    assert_as_accurate_as_torch("attention", tensors, causal=causal, deterministic=deterministic)
+    assert_accurate(tensors, causal=causal, deterministic=deterministic)
 
 
 BAD_INPUT = {

@@ -50,14 +50,14 @@ def scaled_down(path: Path, swap: Path) -> dict[str, Any]:
     if document["bf16"]["enabled"] == "auto":
         document["bf16"] = {"enabled": False}
         document.pop("data_types", None)  # fp32 gradients beside a bf16 model: the model is fp32 here
-    width = 128 if "nvme" in MECHANISMS[path.stem] else 64  # DeepSpeed swaps tensors of 1 MiB and more
+    width = 512 if "nvme" in MECHANISMS[path.stem] else 64  # DeepSpeed swaps shards of 1 MiB and more
     document |= {"train_batch_size": 2 * RANKS, "train_micro_batch_size_per_gpu": 1}
     document["scheduler"]["params"] |= {"total_num_steps": 10, "warmup_num_steps": 2}
     document["megagpt"]["model"] = {
-        "num_layers": 4,
+        "num_layers": 2,
         "hidden_size": width,
         "num_heads": 4,
-        "sequence_length": 32,
+        "sequence_length": 16,
         "vocab_size": 256,
     }
     document["megagpt"]["parallel"] = {}
@@ -67,7 +67,7 @@ def scaled_down(path: Path, swap: Path) -> dict[str, Any]:
         if zero.get(part, {}).get("device") == "nvme":
             zero[part]["nvme_path"] = str(swap)
             if part == "offload_param":
-                zero[part]["buffer_size"] = 200_000
+                zero[part]["buffer_size"] = 2**20
         zero.get(part, {}).pop("pin_memory", None)  # pages are pinned for a GPU
     if zero["stage"] == 3:
         zero["stage3_param_persistence_threshold"] = 0  # its smallest parameters are this model's largest
@@ -90,5 +90,5 @@ def test_it_trains_when_scaled_down_and_its_mechanism_acts(
         if stage == 3:
             assert seen["parameter_elements"] == 0
             assert seen["parameters_offloaded"] == (parameters != "none")
-        assert seen["parameters_on_nvme"] == (parameters == "nvme" or stage < 3)  # with no shard to look at, all are
+        assert (seen["elements_on_nvme"] > 0) == (parameters == "nvme")
         assert bool(seen["swap_files"]) == (optimizer == "nvme")

@@ -61,6 +61,7 @@ def test_six_and_six_steps_are_twelve(
     assert_same_state(gathered(first, "at_end"), gathered(second, "at_start"))
     assert_same_state(gathered(whole, "at_end"), gathered(second, "at_end"))
     assert recorded(tmp_path / "whole") == recorded(tmp_path / "parts")
+    assert any((tmp_path / "swap").rglob("*.swp")) == ("nvme" in zero)
     assert samples_by_step(whole) == samples_by_step(first, second)
     assert samples_by_step(whole)[WHOLE] == list(range(8 * (WHOLE - 1), 8 * WHOLE))
 
@@ -81,9 +82,9 @@ def test_the_runs_above_cross_the_end_of_an_epoch_after_they_resume(epoch_sample
 OTHER_MESH = [
     (((3, "none", "none"), 2), ((0, "none", "none"), 1)),
     (((0, "none", "none"), 1), ((2, "none", "none"), 2)),
-    (((2, "cpu", "none"), 2), ((3, "nvme", "none"), 2)),
-    (((3, "cpu", "cpu"), 2), ((1, "none", "none"), 1)),
-    (((1, "none", "none"), 1), ((3, "cpu", "none"), 1)),
+    pytest.param(((2, "cpu", "none"), 2), ((3, "nvme", "none"), 2), marks=pytest.mark.slow),
+    pytest.param(((3, "cpu", "cpu"), 2), ((1, "none", "none"), 1), marks=pytest.mark.slow),
+    pytest.param(((1, "none", "none"), 1), ((3, "cpu", "none"), 1), marks=pytest.mark.slow),
 ]
 
 

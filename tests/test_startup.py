@@ -179,6 +179,11 @@ def test_data_that_changed_since_the_save_are_refused(
     assert {path: after[path] for path in before} == before
 
 
+def test_ranks_that_disagree_are_named(two_ranks: RankPool, prepared: Path, tmp_path: Path) -> None:
+    said = two_ranks.run("tests.checkpoint_jobs:disagreement", config=run_config(prepared, 2), directory=tmp_path)
+    assert said == ["ranks [1] differ from rank 0 in their configuration: give every host the same, start again"] * 2
+
+
 def test_all_ranks_write_the_same_sample_and_validate_as_the_stored_model_does(
     two_ranks: RankPool, prepared: Path, tmp_path: Path
 ) -> None:

@@ -130,7 +130,8 @@ class Pipeline:
         options: dict[str, Any] = {"loss_fn": lambda loss, _: loss, "scale_grads": False}
         if kind == "interleaved":
             return ScheduleInterleaved1F1B(self.stages, self.micro_batches, **options)
-        single = ScheduleGPipe if kind == "gpipe" else Schedule1F1B
+        # With fewer micro-batches than stages 1F1B has no steady state: it is GPipe, and torch's refuses.
+        single = ScheduleGPipe if kind == "gpipe" or self.micro_batches < self.engine.num_stages else Schedule1F1B
         return single(self.stages[0], self.micro_batches, **options)
 
     def _shapes(self, stage: int) -> dict[str, Tensor]:

@@ -68,6 +68,43 @@ def _stage(config: RunConfig) -> int:
     return config.zero_optimization.stage
 
 
+def _has_pipeline(config: RunConfig) -> bool:
+    return config.megagpt.parallel.pipeline > 1
+
+
+def _ties_embeddings(config: RunConfig) -> bool:
+    return isinstance(config, ResolvedConfig) and config.megagpt.model.tie_embeddings
+
+
+def _most_stages(config: RunConfig) -> int:
+    """Pipeline ranks that can all have a block in each of their stages; unbounded until the model is known."""
+    parallel = config.megagpt.parallel
+    if not isinstance(config, ResolvedConfig):
+        return parallel.pipeline
+    return max(1, config.megagpt.model.num_layers // parallel.virtual_stages)
+
+
+def _micro_batches(config: RunConfig) -> int:
+    """Micro-batches of a step; 0 until they are known."""
+    return config.gradient_accumulation_steps or 0 if isinstance(config, ResolvedConfig) else 0
+
+
+def _interleaved_micro_batches(config: RunConfig) -> int:
+    """The nearest number of micro-batches that torch's interleaved schedule takes: a multiple of its rounds."""
+    parallel, wanted = config.megagpt.parallel, _micro_batches(config)
+    if not _has_pipeline(config) or parallel.schedule != "interleaved" or wanted == 0:
+        return wanted
+    return wanted - wanted % max(1, wanted // parallel.pipeline)
+
+
+def _interleaved_batch(config: RunConfig) -> int:
+    """The batch of that many micro-batches."""
+    if not isinstance(config, ResolvedConfig):
+        return 0
+    samples = config.train_micro_batch_size_per_gpu * config.data_parallel_size
+    return _interleaved_micro_batches(config) * samples
+
+
 def _model_type(config: RunConfig) -> str:
     """fp32, fp16, bf16, or "unknown" while bf16.enabled is still "auto"."""
     if config.bf16.enabled == "auto":
@@ -113,6 +150,72 @@ RULES: tuple[Rule, ...] = (
         "zero_optimization.stage=1",
     ),
     Rule(
+        "megagpt.parallel.pipeline",
+        lambda config: _has_pipeline(config) and _most_stages(config) < config.megagpt.parallel.pipeline,
+        "a stage would have no block, the model having fewer blocks than stages",
+        lambda config: f"megagpt.parallel.pipeline={_most_stages(config)}",
+    ),
+    Rule(
+        "fp16.enabled",
+        lambda config: _has_pipeline(config) and config.fp16.enabled,
+        "DeepSpeed would scale the gradients that one stage sends another a second time",
+        "fp16.enabled=false",
+    ),
+    Rule(
+        "megagpt.parallel.virtual_stages",
+        lambda config: (
+            _has_pipeline(config)
+            and config.megagpt.parallel.virtual_stages > 1
+            and config.megagpt.parallel.schedule != "interleaved"
+        ),
+        "only the interleaved schedule runs several stages on a rank",
+        "megagpt.parallel.schedule=interleaved",
+    ),
+    Rule(
+        "megagpt.parallel.schedule",
+        lambda config: (
+            _has_pipeline(config)
+            and config.megagpt.parallel.schedule == "interleaved"
+            and config.megagpt.parallel.virtual_stages == 1
+        ),
+        "it interleaves several stages of a rank, and there is one",
+        "megagpt.parallel.virtual_stages=2",
+    ),
+    Rule(
+        "gradient_accumulation_steps",
+        lambda config: _interleaved_micro_batches(config) != _micro_batches(config),
+        "the interleaved schedule runs its micro-batches in equal rounds of about one a pipeline rank",
+        lambda config: f"train_batch_size={_interleaved_batch(config)}",
+    ),
+    Rule(
+        "megagpt.parallel.gradient_reduction",
+        lambda config: (
+            _has_pipeline(config)
+            and config.megagpt.parallel.gradient_reduction == "per_micro_batch"
+            and _ties_embeddings(config)
+        ),
+        "the copies of a tied embedding on the first and last stage add their gradients once a step",
+        "megagpt.parallel.gradient_reduction=per_step",
+    ),
+    Rule(
+        "megagpt.parallel.gradient_reduction",
+        lambda config: (
+            config.megagpt.parallel.gradient_reduction == "per_micro_batch"
+            and config.megagpt.parallel.schedule == "interleaved"
+            and _stage(config) == 3
+            and _has_pipeline(config)
+            and not _ties_embeddings(config)
+        ),
+        "ZeRO 3 then trains to other losses: seen, two ranks, one stage's last reduction missing",
+        "megagpt.parallel.gradient_reduction=per_step",
+    ),
+    Rule(
+        "zero_optimization.offload_param.device",
+        lambda config: _has_pipeline(config) and _parameter_device(config) == "nvme" and _ties_embeddings(config),
+        "adding the gradients of a tied embedding's two copies was not shown to work with parameters on NVMe",
+        "megagpt.model.tie_embeddings=false",
+    ),
+    Rule(
         "megagpt.parallel.schedule",
         lambda config: config.megagpt.parallel.schedule != "1f1b" and config.megagpt.parallel.pipeline == 1,
         "it orders the micro-batches of a pipeline, and there is none",
@@ -132,7 +235,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "megagpt.parallel.gradient_reduction",
-        lambda config: config.megagpt.parallel.gradient_reduction == "per_step" and _stage(config) == 0,
+        lambda config: (
+            config.megagpt.parallel.gradient_reduction == "per_step"
+            and _stage(config) == 0
+            and not _has_pipeline(config)
+        ),
         "DeepSpeed's coalesced reduction needs a ZeRO optimizer",
         "zero_optimization.stage=1",
     ),

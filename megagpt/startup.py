@@ -214,6 +214,24 @@ def _announce(engine: "Engine", directory: Path, device: str) -> None:
         f"{engine.mesh.data_size} replicas",
         flush=True,
     )
+    if engine.num_stages > 1:
+        print(f"pipeline, {config.megagpt.parallel.schedule}: {describe_stages(config)}", flush=True)
+
+
+def describe_stages(config: ResolvedConfig) -> str:
+    """What each pipeline stage holds and its share of the work: `stage 0: embedding, blocks 0-5 (49 %)`."""
+    from megagpt.stages import cut, layer_costs
+
+    model, parallel = config.megagpt.model, config.megagpt.parallel
+    costs = layer_costs(model)
+    stages = []
+    for index, layers in enumerate(cut(model, parallel.pipeline * parallel.virtual_stages)):
+        blocks = [layer - 1 for layer in layers if 1 <= layer <= model.num_layers]
+        held = ["embedding"] * (0 in layers) + [f"blocks {blocks[0]}-{blocks[-1]}"]
+        held += ["head"] * (model.num_layers + 1 in layers)
+        share = sum(costs[layer] for layer in layers) / sum(costs)
+        stages.append(f"stage {index}: {', '.join(held)} ({share:.0%})")
+    return "; ".join(stages)
 
 
 def _farewell(run: "Run", first_step: int) -> None:

@@ -213,7 +213,7 @@ def poison_gradients(run: Run, steps: Sequence[int], rank: int, kind: str) -> No
         loss.register_hook(lambda gradient: gradient * float("inf"))
         return loss
 
-    run.engine.model.register_forward_hook(spoil)
+    run.engine.chunks[0].register_forward_hook(spoil)
 
 
 def gathered(ranks: Sequence[dict[str, Any]], key: str) -> dict[tuple[str, str], torch.Tensor]:

@@ -78,5 +78,10 @@ def one_rank(pools: _Pools) -> RankPool:
 
 
 @pytest.fixture
+def four_ranks(pools: _Pools) -> RankPool:
+    return pools.get(4)
+
+
+@pytest.fixture
 def two_ranks(pools: _Pools) -> RankPool:
     return pools.get(2)

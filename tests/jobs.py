@@ -97,6 +97,8 @@ def evidence(engine: Engine) -> dict[str, Any]:
     return {
         "wrapper": type(zero).__name__,
         "adam": type(compat.base_optimizer(engine.deepspeed)).__name__,
+        "whole_elements": engine.config.megagpt.model.num_parameters,
+        "stage_elements": sum(getattr(p, "ds_numel", p.numel()) for p in parameters),
         "parameter_elements": sum(p.numel() for p in parameters),
         "shard_elements": sum(p.ds_tensor.numel() for p in parameters) if hasattr(parameters[0], "ds_tensor") else None,
         "parameters_offloaded": bool(getattr(zero, "offload_param", False)),

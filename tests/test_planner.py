@@ -15,7 +15,46 @@ from tests.config_documents import MINIMAL, put
 NVME = {"device": "nvme", "nvme_path": "swap"}
 CASES: list[tuple[dict[str, Any], str]] = [  # changes to the minimal (ZeRO 3) configuration; words of the reason
     ({"megagpt.parallel.tensor": 2}, "no tensor-parallel layers"),
-    ({"megagpt.parallel.pipeline": 2}, "no pipeline stages"),
+    ({"megagpt.parallel.pipeline": 2, "zero_optimization": {"stage": 0}}, "without a ZeRO optimizer"),
+    ({"megagpt.parallel.pipeline": 50}, "a stage would have no block"),
+    ({"megagpt.parallel.pipeline": 2, "fp16.enabled": True, "bf16.enabled": False}, "scale the gradients"),
+    (
+        {"megagpt.model.num_layers": 8, "megagpt.parallel": {"pipeline": 2, "virtual_stages": 2}},
+        "only the interleaved schedule",
+    ),
+    (
+        {"megagpt.model.num_layers": 8, "megagpt.parallel": {"pipeline": 2, "schedule": "interleaved"}},
+        "interleaves several stages",
+    ),
+    (
+        {
+            "megagpt.parallel": {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 2},
+            "megagpt.model.num_layers": 8,
+            "train_batch_size": 10,
+            "train_micro_batch_size_per_gpu": 1,
+        },
+        "in equal rounds",
+    ),
+    (
+        {"megagpt.parallel": {"pipeline": 2, "gradient_reduction": "per_micro_batch"}},
+        "copies of a tied embedding",
+    ),
+    (
+        {
+            "megagpt.parallel": {
+                "pipeline": 2,
+                "schedule": "interleaved",
+                "virtual_stages": 2,
+                "gradient_reduction": "per_micro_batch",
+            },
+            "megagpt.model": {"num_layers": 8, "hidden_size": 64, "num_heads": 4, "tie_embeddings": False},
+        },
+        "trains to other losses",
+    ),
+    (
+        {"megagpt.parallel.pipeline": 2, "zero_optimization.offload_param": NVME, "bf16.enabled": True},
+        "parameters on NVMe",
+    ),
     ({"megagpt.parallel.schedule": "gpipe"}, "orders the micro-batches"),
     ({"megagpt.parallel.virtual_stages": 2}, "cuts the stages"),
     ({"megagpt.parallel.sequence": True}, "splits the norms"),

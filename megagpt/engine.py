@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -36,7 +36,7 @@ class Engine:
     @property
     def chunks(self) -> list[GPT]:
         """This rank's parts of the model, in the order of its stages: one, the whole, without a pipeline."""
-        return list(self.deepspeed.module.chunks)
+        return self.deepspeed.module.parts
 
     @property
     def num_stages(self) -> int:
@@ -100,6 +100,11 @@ class Chunks(nn.Module):
         super().__init__()
         self.chunks = nn.ModuleList(chunks)
 
+    @property
+    def parts(self) -> list[GPT]:
+        """The chunks, typed."""
+        return [cast(GPT, chunk) for chunk in self.chunks]
+
     def forward(self, *inputs: Tensor, chunk: int = 0, **context: Any) -> Tensor:
         return self.chunks[chunk](*inputs, **context)
 
@@ -112,9 +117,9 @@ def stage_layers(config: ResolvedConfig) -> list[range]:
 
 def tied_copies(model: Chunks) -> set[nn.Parameter]:
     """Head weights that are copies of an embedding on another rank; where both are here, they become one parameter."""
-    embedding = next((chunk.embedding for chunk in model.chunks if chunk.embedding is not None), None)
-    head = next((chunk.head for chunk in model.chunks if chunk.head is not None), None)
-    if head is None or not model.chunks[0].config.tie_embeddings:
+    embedding = next((part.embedding for part in model.parts if part.embedding is not None), None)
+    head = next((part.head for part in model.parts if part.head is not None), None)
+    if head is None or not model.parts[0].config.tie_embeddings:
         return set()
     if embedding is None:
         return {head.weight}
@@ -169,7 +174,7 @@ def build_model(config: ResolvedConfig, mesh: Mesh, ds_config: dict[str, Any]) -
     own = [spans[stage] for stage in mesh.stages(config.megagpt.parallel.virtual_stages)]
     with torch.device("meta"):
         model = Chunks(GPT(config.megagpt.model, config.megagpt.training.recompute, layers) for layers in own)
-    templates = {parameter: name for chunk in model.chunks for parameter, name in global_names(chunk).items()}
+    templates = {parameter: name for part in model.parts for parameter, name in global_names(part).items()}
     copies = tied_copies(model)
     dtype, device = compute_dtype(config), training_device()
     seed = config.megagpt.training.seed

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
+from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from megagpt import compat
 from megagpt.engine import Engine, compute_dtype
@@ -116,7 +117,7 @@ class Pipeline:
     def __init__(self, engine: Engine, micro_batches: int) -> None:
         self.engine, self.micro_batches, self.backwards = engine, micro_batches, 0
         place = {"num_stages": engine.num_stages, "device": engine.device, "group": engine.mesh.pipeline_group}
-        self.stages = [
+        self.stages: list[_PipelineStageBase] = [
             compat.EngineStage(
                 engine.deepspeed, chunk, self._before_backward, stage_index=stage, **place, **self._shapes(stage)
             )
@@ -160,7 +161,8 @@ class Pipeline:
 
     def _run(self, run: Any, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Each rank passes what its own stages need; the schedule cuts it into micro-batches again."""
-        stages, losses = self.engine.stages, []
+        stages = self.engine.stages
+        losses: list[Tensor] = []
         context = {
             name: torch.cat([micro_batch.context[name] for micro_batch in micro_batches])
             for name in micro_batches[0].context

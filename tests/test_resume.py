@@ -35,10 +35,10 @@ def recorded(directory: Path) -> list[tuple[Any, ...]]:
 
 
 def samples_by_step(*runs: list[dict[str, Any]]) -> dict[int, list[int]]:
-    """The samples of each step over all ranks of one run or of several that continue each other."""
+    """The samples of each step over all ranks of runs that continue each other; pipeline ranks read alike."""
     steps = sorted({step for ranks in runs for rank in ranks for step in rank["samples"]})
     read = [rank["samples"] for ranks in runs for rank in ranks]
-    return {step: sorted(sample for samples in read for sample in samples.get(step, ())) for step in steps}
+    return {step: sorted({sample for samples in read for sample in samples.get(step, ())}) for step in steps}
 
 
 @pytest.mark.parametrize("zero", SAME_MESH, ids=str)
@@ -78,8 +78,11 @@ def test_the_runs_above_cross_the_end_of_an_epoch_after_they_resume(epoch_sample
     assert 8 * HALF < epoch_samples < 8 * WHOLE
 
 
-# (written by: ZeRO stage, optimizer on, parameters on; ranks) -> (read by ...; ranks)
+# (written by: ZeRO stage, optimizer on, parameters on; ranks, of them in a pipeline) -> (read by ...)
 OTHER_MESH = [
+    (((3, "cpu", "cpu"), 2, 2), ((0, "none", "none"), 1)),
+    (((3, "none", "none"), 2), ((1, "none", "none"), 2, 2)),
+    pytest.param(((1, "none", "none"), 1), ((3, "nvme", "none"), 2, 2), marks=pytest.mark.slow),
     (((3, "none", "none"), 2), ((0, "none", "none"), 1)),
     (((0, "none", "none"), 1), ((2, "none", "none"), 2)),
     pytest.param(((2, "cpu", "none"), 2), ((3, "nvme", "none"), 2), marks=pytest.mark.slow),
@@ -99,9 +102,10 @@ def test_a_run_goes_on_under_any_other_execution(
         model = STACKED
 
     def train(steps: int, execution: Any, directory: Path) -> list[dict[str, Any]]:
-        zero, ranks = execution
+        zero, ranks, *pipeline = execution
         pool = request.getfixturevalue("one_rank" if ranks == 1 else "two_ranks")
         config = run_config(data, steps, zero, nvme=tmp_path / "swap", **model)
+        config["megagpt"]["parallel"] = {"pipeline": pipeline[0] if pipeline else 1}
         return pool.run(TRAIN, config=config, directory=directory)
 
     half = train(HALF, writer, tmp_path / "moved")

@@ -184,11 +184,13 @@ def test_ranks_that_disagree_are_named(two_ranks: RankPool, prepared: Path, tmp_
     assert said == ["ranks [1] differ from rank 0 in their configuration: give every host the same, start again"] * 2
 
 
+@pytest.mark.parametrize("pipeline", [1, 2])
 def test_all_ranks_write_the_same_sample_and_validate_as_the_stored_model_does(
-    two_ranks: RankPool, prepared: Path, tmp_path: Path
+    two_ranks: RankPool, prepared: Path, tmp_path: Path, pipeline: int
 ) -> None:
-    """Under ZeRO-3, where each rank holds half of every parameter; the reference is the plain model on disk."""
+    """Under ZeRO-3, where each rank holds half of every parameter or every other layer; the reference is on disk."""
     config = run_config(prepared, 4, (3, "none", "none"), save_every=4)
+    config["megagpt"]["parallel"] = {"pipeline": pipeline}
     config["megagpt"]["training"] |= {
         "eval_interval_steps": 4,
         "eval_batches": 1,
@@ -199,6 +201,7 @@ def test_all_ranks_write_the_same_sample_and_validate_as_the_stored_model_does(
     assert ranks[0] == ranks[1]
     assert len(ranks[0]["texts"]) == 2
     model, resolved, step = load_model(tmp_path)
+    config["megagpt"]["parallel"] = {"pipeline": 1}  # the reference is one process
     stream = startup.open_data(RunConfig.from_json(json.dumps(config)), tmp_path)["val"]
     batch = stream.batch(range(resolved.train_batch_size))
     with torch.no_grad():

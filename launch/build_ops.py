@@ -18,6 +18,9 @@ def main() -> None:
     from megagpt.config import load_config  # after the arguments, so that --help answers at once
 
     config = load_config(arguments.deepspeed_config)
+    from megagpt.device import announce_to_deepspeed
+
+    announce_to_deepspeed()
     from deepspeed.accelerator import get_accelerator  # after the configuration, so that its errors do too
 
     from megagpt import ops

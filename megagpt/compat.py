@@ -12,6 +12,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.ops.adam import cpu_adam
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from torch import Tensor, nn
@@ -40,6 +41,14 @@ def suppress_shared_memory_collectives() -> None:
     inference only (comm/torch.py:47, 207). An op listed as incompatible is passed over.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def silence_cpu_adam() -> None:
+    """Keep CPU Adam from printing its settings from C++, past the log and through the live table.
+
+    It does where DeepSpeed's logger lets info pass (ops/adam/cpu_adam.py:98), as the rank's log wants it.
+    """
+    cpu_adam.should_log_le = lambda level: False
 
 
 class Partitioner:

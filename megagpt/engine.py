@@ -74,6 +74,7 @@ def join_ranks() -> None:
     ops.use_private_extensions()
     compat.check_version()
     compat.suppress_shared_memory_collectives()
+    compat.silence_cpu_adam()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     share_cores()
     deepspeed.init_distributed(timeout=COLLECTIVE_TIMEOUT)

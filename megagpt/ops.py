@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,6 +86,8 @@ def missing_tools(op: str) -> str | None:
         return None
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         return "there is no C++ compiler (Debian, Ubuntu: apt install g++)"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python's own headers are missing (Debian, Ubuntu: apt install python3-dev)"
     if op == "FusedAdamBuilder" and shutil.which("nvcc") is None and "CUDA_HOME" not in os.environ:
         return "there is no CUDA compiler (nvcc, or CUDA_HOME pointing at a toolkit)"
     return None

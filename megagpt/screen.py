@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 
 from megagpt.metrics import Line, StepRecord
 from megagpt.text import without_control_characters
-from megagpt.utils import human_count, human_duration
+from megagpt.utils import abandoned_on_failure, human_count, human_duration
 
 if TYPE_CHECKING:  # rich takes 0.1 s to import and only a terminal needs it
     from rich.console import RenderableType
@@ -89,8 +89,9 @@ class PlainScreen:
         self._progress.update(line)
         text = event_text(line) if "event" in line else self._step_text(StepRecord.from_line(line))
         # One write: ranks share the pipe, and a line in two pieces may be cut by another's.
-        self._stream.write(without_control_characters(text) + "\n")
-        self._stream.flush()
+        with abandoned_on_failure(self._stream):
+            self._stream.write(without_control_characters(text) + "\n")
+            self._stream.flush()
 
     def _step_text(self, record: StepRecord) -> str:
         return (
@@ -99,7 +100,8 @@ class PlainScreen:
         )
 
     def close(self) -> None:
-        self._stream.flush()
+        with abandoned_on_failure(self._stream):
+            self._stream.flush()
 
 
 class LiveScreen:
@@ -117,13 +119,19 @@ class LiveScreen:
         from rich.live import Live
 
         self._progress = progress
+        self._stream = stream
         self._console = Console(file=stream, highlight=False)
         self._live = Live(progress_panel(progress), console=self._console, auto_refresh=False)
         self._drawn_at_s = 0.0
-        self._live.start(refresh=True)
+        with abandoned_on_failure(stream):
+            self._live.start(refresh=True)
 
     def write(self, line: Line) -> None:
         self._progress.update(line)
+        with abandoned_on_failure(self._stream):
+            self._show(line)
+
+    def _show(self, line: Line) -> None:
         if "event" in line:
             self._console.print(without_control_characters(event_text(line)), markup=False, emoji=False)
         now_s = time.monotonic()
@@ -133,8 +141,9 @@ class LiveScreen:
 
     def close(self) -> None:
         """Leave the last state of the table on the terminal and give the cursor back."""
-        self._live.update(progress_panel(self._progress))
-        self._live.stop()
+        with abandoned_on_failure(self._stream):
+            self._live.update(progress_panel(self._progress))
+            self._live.stop()
 
 
 def event_text(line: Line) -> str:

@@ -6,9 +6,11 @@ import difflib
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
+from typing import TextIO
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
 DEFAULT_FILE_MODE = 0o644
@@ -29,12 +31,42 @@ class UserError(Exception):
 
 
 def run_command(main: Callable[[], int | None]) -> int:
-    """Run a command's `main`; a `UserError` becomes its message on stderr and exit code 2, never a traceback."""
+    """Run a command's `main`; a `UserError` becomes its message on stderr and exit code 2, never a traceback.
+
+    A reader that has seen enough (`| head -1`) does not change the exit code.
+    """
     try:
-        return main() or ExitCode.DONE
+        code = main() or ExitCode.DONE
     except UserError as error:
         print(error, file=sys.stderr)
-        return ExitCode.BAD_INPUT
+        code = ExitCode.BAD_INPUT
+    try:
+        print(end="", flush=True)
+    except BrokenPipeError:
+        abandon(sys.stdout)
+    return code
+
+
+def abandon(stream: TextIO) -> None:
+    """Send what a stream still holds, and all that follows, nowhere: its reader has gone.
+
+    A failed flush keeps its text, Python flushes stdout again as it ends, and failing there too it exits with code 120.
+    """
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, stream.fileno())
+    finally:
+        os.close(nowhere)
+
+
+@contextmanager
+def abandoned_on_failure(stream: TextIO) -> Iterator[None]:
+    """Abandon the stream where writing to it raises OSError, which is passed on."""
+    try:
+        yield
+    except OSError:
+        abandon(stream)
+        raise
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:

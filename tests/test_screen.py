@@ -78,7 +78,7 @@ def test_a_reader_that_leaves_does_not_stop_training(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", training(tmp_path, steps=3000)],
         cwd=REPOSITORY,
-        env=os.environ | ENVIRONMENT,
+        env=os.environ | ENVIRONMENT | {"PYTHONUNBUFFERED": ""},  # unbuffered, Python would have nothing left to flush
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,19 @@ def test_suggestions_ignore_case_and_stay_silent_when_nothing_is_near() -> None:
 )
 def test_sizes_for_people(text: str, expected: str) -> None:
     assert text == expected
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_reader_that_leaves_does_not_change_a_commands_exit_code(code: int) -> None:
+    script = f"import sys; from megagpt.utils import run_command; sys.exit(run_command(lambda: print('x') or {code}))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONUNBUFFERED": ""},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (code, b"")

@@ -16,6 +16,12 @@ if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests of the GPU say why they do not run."""
+    if item.get_closest_marker("gpu") and not HAS_GPU:
+        pytest.skip("no CUDA device here")
+
+
 @pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu) if HAS_GPU else "cpu"])
 def fused_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A device on which ``kernels.*`` must run the Triton functions, with the launch counters at zero."""

@@ -145,7 +145,7 @@ def test_recomputation_changes_no_bit(config, recompute):
 @pytest.mark.parametrize(("recompute", "attention", "mlp"), [("none", 1, 1), ("selective", 1, 2), ("full", 2, 2)])
 def test_recomputation_runs_its_part_of_each_block_twice(recompute, attention, mlp):
     model, runs = build(GPT2, recompute=recompute), Counter()
-    for block in model.blocks:
+    for block in model.blocks.values():
         block.attention.register_forward_pre_hook(lambda *_: runs.update(["attention"]))
         block.mlp.register_forward_pre_hook(lambda *_: runs.update(["mlp"]))
     loss_and_gradients(model)
@@ -168,7 +168,7 @@ def saved_bytes(recompute: str) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden = model.embedding(random_tokens(2, 16), megagpt.model.Context())
-        for block in model.blocks:
+        for block in model.blocks.values():
             hidden = block(hidden, megagpt.model.Context())
     return sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in parameters)
 

@@ -6,6 +6,8 @@ ssh option and was executed. Here a name is letters, digits, dots and hyphens, a
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -45,6 +47,34 @@ def read_hostfile(path: str | Path) -> list[Host]:
     except (OSError, UnicodeDecodeError) as error:
         raise HostfileError([f"{path}: cannot be read as text: {error}"]) from error
     return parse_hostfile(text, str(path))
+
+
+def hostfile_of_launcher(process_id: int | None = None) -> Path | None:
+    """The --hostfile of the `deepspeed` command that started this process, or None.
+
+    DeepSpeed reads it before any of our code runs; a missing one makes it warn and train on this machine alone. The
+    command is found among this process's ancestors, so it is seen on the machine it was typed on only.
+    """
+    process_id = os.getpid() if process_id is None else process_id
+    while process_id > 1:
+        try:
+            words = Path(f"/proc/{process_id}/cmdline").read_bytes().decode(errors="replace").split("\0")
+            status = Path(f"/proc/{process_id}/stat").read_text()
+        except OSError:  # another system, or a process that has just ended
+            return None
+        if any(Path(word).name == "deepspeed" for word in words[:2]):
+            return _option(words, "--hostfile", "-H")
+        process_id = int(status.rpartition(")")[2].split()[1])  # the name in brackets may hold blanks
+    return None
+
+
+def _option(words: list[str], *names: str) -> Path | None:
+    for word, following in itertools.pairwise(words):
+        if word in names:
+            return Path(following)
+        if word.partition("=")[0] in names and "=" in word:
+            return Path(word.partition("=")[2])
+    return None
 
 
 def parse_hostfile(text: str, source: str = "hostfile") -> list[Host]:

@@ -17,6 +17,7 @@ from megagpt import __version__
 from megagpt import run_directory as directories
 from megagpt.config import ResolvedConfig, RunConfig, load_config
 from megagpt.dataset import SampleStream, open_dataset
+from megagpt.hosts import hostfile_of_launcher, read_hostfile
 from megagpt.manifest import Split
 from megagpt.planner import require_legal
 from megagpt.utils import ExitCode, UserError, human_count
@@ -43,6 +44,8 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _start(arguments: argparse.Namespace) -> int:
+    if (hostfile := hostfile_of_launcher()) is not None:
+        read_hostfile(hostfile)  # DeepSpeed would have trained on this machine alone without it
     config = load_config(arguments.deepspeed_config, arguments.set)
     require_legal(config, str(arguments.deepspeed_config))
     directory = arguments.run_dir or Path("runs") / Path(arguments.deepspeed_config).stem

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,15 @@ STEP_KEYS = {
 PROMPT = "The quick"
 
 
-def command(*words: object, ranks: int = 1, script: object = "launch/train.py") -> subprocess.CompletedProcess[str]:
-    """``python launch/train.py ...`` or, with more ranks, ``deepspeed launch/train.py ...``."""
+def command(
+    *words: object, ranks: int = 1, script: object = "launch/train.py", options: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """``python launch/train.py ...`` or, with more ranks, ``deepspeed ... launch/train.py ...``."""
     programs = Path(sys.executable).parent
     launcher = [sys.executable]
     if ranks > 1:
         launcher = [str(programs / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+        launcher += options
     search = {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
     return subprocess.run(
         [*launcher, str(script), *map(str, words)],
@@ -210,3 +214,12 @@ def test_bad_input_under_the_launcher_is_said_once(run: tuple[Path, Any], config
     assert shown.count("megagpt.model.num_layers: ") == 1
     assert "Traceback" not in shown
     assert (run[0] / "config.json").read_bytes() == before
+
+
+def test_a_hostfile_that_is_not_there_is_refused(configuration: Path, tmp_path: Path) -> None:
+    """DeepSpeed's launcher warns and would train on this machine alone."""
+    words = ["--deepspeed_config", configuration, "--run_dir", tmp_path / "run"]
+    finished = command(*words, ranks=2, options=["--hostfile", str(tmp_path / "hosts")])
+    assert finished.returncode == 2
+    assert f"{tmp_path / 'hosts'}: no such hostfile; write one line a host" in finished.stderr
+    assert not (tmp_path / "run").exists()

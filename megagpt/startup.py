@@ -91,7 +91,10 @@ def _open_stream(config: ResolvedConfig, split: Split) -> SampleStream:
 
 
 def _run_to_its_end(config: RunConfig, streams: dict[Split, SampleStream], directory: Path) -> int:
-    """Train; whatever ends the run early is shown on one screen by the rank that failed first."""
+    """Train; whatever ends the run early is shown on one screen by the rank that failed first.
+
+    Raises UserError before the first step only: what goes wrong hours later is no bad input, whoever calls it so.
+    """
     from megagpt.guard import StoppedByGuardError
     from megagpt.train import train
 
@@ -103,9 +106,9 @@ def _run_to_its_end(config: RunConfig, streams: dict[Split, SampleStream], direc
         with run.monitor:
             train(run)
         _farewell(run, first_step)
-    except UserError:
-        raise
     except BaseException as error:
+        if run is None and isinstance(error, UserError):
+            raise
         _show_crash(error, run, directory)
         return ExitCode.STOPPED_BY_GUARD if isinstance(error, StoppedByGuardError) else ExitCode.FAILED
     return ExitCode.DONE
@@ -276,6 +279,8 @@ def _show_crash(error: BaseException, run: "Run | None", directory: Path) -> Non
             file.write(page)
     except FileExistsError:
         return
+    except OSError as full:
+        log.info("the page is on the screen only: %s", full)
     print(page, file=sys.stderr, flush=True)
 
 

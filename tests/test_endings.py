@@ -1,0 +1,60 @@
+"""How a run ends: the exit code, and the page that is shown whatever the disk does."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megagpt import startup
+from megagpt import train as loop
+from megagpt.checkpoint_format import TrainState
+from megagpt.utils import ExitCode, UserError
+from tests.monitoring import config
+
+
+@pytest.fixture
+def end_of_run(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], int]:
+    """The exit code of a run that stands at step 40, where its disk is full as it saves."""
+
+    def save(run: Any) -> None:
+        raise UserError("the disk is full: free some space")
+
+    run = SimpleNamespace(
+        state=TrainState(step=40), monitor=nullcontext(), engine=SimpleNamespace(mesh=SimpleNamespace(name="rank 0"))
+    )
+    monkeypatch.setattr(startup, "_open_log", lambda directory: None)
+    monkeypatch.setattr(startup, "assemble", lambda *_: run)
+    monkeypatch.setattr(loop, "train", save)
+    return lambda directory: startup._run_to_its_end(config(), {}, directory)
+
+
+def test_a_save_that_fails_in_the_middle_ends_in_a_crash_page(
+    end_of_run: Callable[[Path], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "logs").mkdir()
+    assert end_of_run(tmp_path) == ExitCode.FAILED
+    page = capsys.readouterr().err
+    assert "the disk is full: free some space" in page
+    assert "last step         40" in page
+    assert (tmp_path / "logs" / "crash.txt").read_text() in page
+
+
+def test_a_crash_page_that_cannot_be_written_is_still_shown(
+    end_of_run: Callable[[Path], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert end_of_run(tmp_path / "nowhere") == ExitCode.FAILED
+    assert "the disk is full: free some space" in capsys.readouterr().err
+
+
+def test_bad_input_before_the_first_step_is_no_crash(
+    end_of_run: Callable[[Path], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise UserError("every checkpoint is damaged")
+
+    monkeypatch.setattr(startup, "assemble", refuse)
+    with pytest.raises(UserError, match="every checkpoint is damaged"):
+        end_of_run(tmp_path)

@@ -1,11 +1,16 @@
 """A run directory: which run it belongs to, and whether this configuration may continue it."""
 
+import fcntl
+import os
+import socket
 from pathlib import Path
+from typing import TextIO
 
 from megagpt.config import ConfigError, ResolvedConfig, identity_differences
 from megagpt.utils import UserError, write_atomically
 
 CONFIG_FILE = "config.json"
+LOCK_FILE = ".lock"
 
 
 def read_config(run_directory: Path) -> ResolvedConfig:
@@ -54,3 +59,35 @@ def record(run_directory: Path, config: ResolvedConfig) -> None:
         write_atomically(path, config.to_json())
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --run_dir") from error
+
+
+def lock(run_directory: Path) -> TextIO:
+    """Keep every other run out of the directory for as long as the file that is returned stays open.
+
+    The system lets go of the lock when the process ends, however it ends. Raises UserError, having changed nothing,
+    where another run holds it.
+    """
+    path = run_directory / LOCK_FILE
+    try:
+        run_directory.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise UserError(f"{run_directory}: cannot be written ({error.strerror}); choose another --run_dir") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"{run_directory}: {_holder(file)}, or choose another --run_dir") from error
+    except OSError as error:  # a file system without locks
+        raise UserError(f"{path}: cannot be locked ({error.strerror}); choose another --run_dir") from error
+    file.truncate(0)
+    print(os.getpid(), socket.gethostname(), file=file, flush=True)
+    return file
+
+
+def _holder(file: TextIO) -> str:
+    file.seek(0)
+    match file.read().split():
+        case [process, host]:
+            return f"process {process} on {host} trains in it; end that run (kill {process})"
+        case _:  # it has locked the file and not signed it yet
+            return "another process begins to train in it; end that run"

@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,7 +52,13 @@ def _start(arguments: argparse.Namespace) -> int:
     directory = arguments.run_dir or Path("runs") / Path(arguments.deepspeed_config).stem
     if arguments.resume and _last_checkpoint(directory) is None:
         raise UserError(f"{directory}: nothing to resume; leave out --resume to start it")
-    return _run_to_its_end(config, open_data(config, directory), directory)
+    streams = open_data(config, directory)
+    with directories.lock(directory) if _rank() == 0 else nullcontext():
+        return _run_to_its_end(config, streams, directory)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 def open_data(config: RunConfig, directory: Path) -> dict[Split, SampleStream]:
@@ -119,8 +126,9 @@ def _open_log(directory: Path) -> None:
     from megagpt.monitor import open_rank_log
 
     try:
-        open_rank_log(directory, int(os.environ.get("RANK", "0")))
-        _crash_file(directory).unlink(missing_ok=True)
+        open_rank_log(directory, _rank())
+        if _rank() == 0:  # which holds the lock: the page may be another run's
+            _crash_file(directory).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror}); choose another --run_dir") from error
 
@@ -264,7 +272,7 @@ def _show_crash(error: BaseException, run: "Run | None", directory: Path) -> Non
     from megagpt.monitor import crash_page
     from megagpt.rank_log import rank_log_path
 
-    rank = int(os.environ.get("RANK", "0"))
+    rank = _rank()
     log.info("the run ended early", exc_info=error)  # for the log only: the screen gets the page
     page = crash_page(
         error,

@@ -1,6 +1,7 @@
 """Which run a directory belongs to: the same one may go on under any execution, another is refused with its keys."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +94,12 @@ def test_a_directory_that_cannot_be_looked_into_is_named(recorded: Path, monkeyp
     monkeypatch.setattr(Path, "stat", refuse)
     with pytest.raises(UserError, match=r"cannot be read \(Permission denied\); choose another --run_dir"):
         run_directory.check(recorded, resolved())
+
+
+def test_a_second_run_is_kept_out_for_as_long_as_the_first_lasts(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    with run_directory.lock(directory):
+        with pytest.raises(UserError, match=rf"process {os.getpid()} on .* \(kill {os.getpid()}\), or choose another"):
+            run_directory.lock(directory)
+        assert [path.name for path in directory.iterdir()] == [run_directory.LOCK_FILE]
+    run_directory.lock(directory).close()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from megagpt import startup
+from megagpt import run_directory, startup
 from megagpt.config import RunConfig
 from megagpt.stored_model import load_model
 from megagpt.utils import UserError
@@ -208,3 +208,8 @@ def test_all_ranks_write_the_same_sample_and_validate_as_the_stored_model_does(
         expected = model(torch.from_numpy(batch.tokens), torch.from_numpy(batch.targets)).item()
     assert step == 4
     assert ranks[0]["val_loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_two_runs_share_no_directory(data: Path, tmp_path: Path) -> None:
+    with run_directory.lock(tmp_path / "run"):
+        assert "trains in it; end that run (kill " in refused(tmp_path, run_config(data, 6))

@@ -184,7 +184,6 @@ ZERO_KEY_STAGES: dict[str, tuple[int, ...]] = {
     "reduce_bucket_size": (1, 2, 3),
     "allgather_bucket_size": (1, 2),
     "use_multi_rank_bucket_allreduce": (1, 2),
-    "round_robin_gradients": (1, 2),
     "sub_group_size": (3,),
     "stage3_prefetch_bucket_size": (3,),
     "stage3_param_persistence_threshold": (3,),
@@ -207,7 +206,6 @@ class ZeroConfig(Section):
     reduce_bucket_size: ElementCount | None = execution(None, "elements reduced at a time", ge=1)
     allgather_bucket_size: ElementCount | None = execution(None, "elements gathered at a time (stages 1, 2)", ge=1)
     use_multi_rank_bucket_allreduce: bool | None = execution(None, "one all-reduce for several ranks (stages 1, 2)")
-    round_robin_gradients: bool | None = execution(None, "spread gradient copies over ranks (stages 1, 2)")
     sub_group_size: ElementCount | None = execution(None, "elements of one optimizer tile (stage 3)", ge=1)
     stage3_prefetch_bucket_size: ElementCount | None = execution(None, "elements fetched ahead of use", ge=0)
     stage3_param_persistence_threshold: ElementCount | None = execution(

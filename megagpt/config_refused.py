@@ -84,6 +84,7 @@ REFUSED_ZERO: dict[str, str] = {
     "override_module_apply": "parameters are initialised one by one, never through Module.apply; delete it",
     "parameter_alignment": "chosen by the trainer; delete it",
     "pipeline_loading_checkpoint": _OWN_CHECKPOINTS,
+    "round_robin_gradients": "DeepSpeed then names the pieces of its partitions wrongly, checkpoints too; delete it",
     "save_muon_momentum_buffer_in_memory": "Muon is not one of the optimizers; delete it",
     "stage3_gather_16bit_weights_on_model_save": _OWN_CHECKPOINTS,
     "stage3_gather_fp16_weights_on_model_save": _OWN_CHECKPOINTS,

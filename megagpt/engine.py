@@ -150,7 +150,10 @@ def build_engine(config: ResolvedConfig, mesh: Mesh) -> Engine:
     Peak memory is this rank's shard plus one parameter. Raises UserError where an op that the configuration needs
     cannot be built.
     """
-    ops.build(ops.needed_ops(config, get_accelerator().device_name()))
+    device_type = get_accelerator().device_name()
+    ops.build(
+        [op for op in ops.needed_ops(config, device_type) if not ops.has_substitute(op) or not ops.missing_tools(op)]
+    )
     ds_config = deepspeed_config(config, get_accelerator().device_name())
     if mesh.pipeline_size > 1:
         compat.scope_trace_check(mesh)
@@ -204,8 +207,6 @@ def parameter_groups(model: nn.Module, names: compat.Names) -> list[dict[str, An
 def deepspeed_config(config: ResolvedConfig, device_type: str) -> dict[str, Any]:
     """What DeepSpeed is given: its own sections, with the optimizer implementation that works on this machine."""
     result = config.deepspeed_dict()
-    for section in ("wandb", "tensorboard"):  # megagpt.monitor writes to them: DeepSpeed's own know no loss
-        result.pop(section, None)
     result["steps_per_print"] = None
     if not config.optimizer.params.torch_adam and (reason := _why_torch_adam(config, device_type)):
         log.warning("Adam is torch's own: %s", reason)
@@ -217,7 +218,7 @@ def deepspeed_config(config: ResolvedConfig, device_type: str) -> dict[str, Any]
 def _why_torch_adam(config: ResolvedConfig, device_type: str) -> str | None:
     """Why DeepSpeed's compiled Adam is not used, or None where it is."""
     for op in ops.needed_ops(config, device_type):
-        if op != "AsyncIOBuilder" and (reason := ops.missing_tools(op)):
+        if ops.has_substitute(op) and (reason := ops.missing_tools(op)):
             return reason
     offload = config.zero_optimization.offload_optimizer
     if device_type == "cpu" and (offload is None or offload.device == "none"):

@@ -38,10 +38,13 @@ class Guard:
 
     @classmethod
     def of(cls, config: ResolvedConfig) -> Self:
-        """The guard of a run; a dynamic loss scale that starts high halves once a step until it fits."""
+        """The guard of a run; a dynamic loss scale that starts high halves once a step until it fits.
+
+        DeepSpeed's loss scaler first lets ``hysteresis`` overflows go by.
+        """
         fp16, settings = config.fp16, config.megagpt.training
-        halvings = fp16.initial_scale_power if fp16.enabled and fp16.loss_scale == 0 else 0
-        return cls(settings.on_nonfinite, settings.on_spike, max(MOST_SKIPS_IN_A_ROW, halvings))
+        scale_falls = fp16.initial_scale_power + fp16.hysteresis if fp16.enabled and fp16.loss_scale == 0 else 0
+        return cls(settings.on_nonfinite, settings.on_spike, max(MOST_SKIPS_IN_A_ROW, scale_falls))
 
     def judge(self, step: int, result: StepResult) -> Verdict | None:
         """None where there is nothing to say."""

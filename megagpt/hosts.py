@@ -52,18 +52,26 @@ def read_hostfile(path: str | Path) -> list[Host]:
 def hostfile_of_launcher(process_id: int | None = None) -> Path | None:
     """The --hostfile of the `deepspeed` command that started this process, or None.
 
-    DeepSpeed reads it before any of our code runs; a missing one makes it warn and train on this machine alone. The
-    command is found among this process's ancestors, so it is seen on the machine it was typed on only.
+    DeepSpeed reads it before any of our code runs; a missing one makes it warn and train on this machine alone.
+    """
+    return _option(command_of_launcher(process_id) or [], "--hostfile", "-H")
+
+
+def command_of_launcher(process_id: int | None = None) -> list[str] | None:
+    """The `deepspeed` command that started this process, as it was typed, or None.
+
+    It is found among this process's ancestors, so it is seen on the machine it was typed on only.
     """
     process_id = os.getpid() if process_id is None else process_id
     while process_id > 1:
         try:
-            words = Path(f"/proc/{process_id}/cmdline").read_bytes().decode(errors="replace").split("\0")
+            words = Path(f"/proc/{process_id}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
             status = Path(f"/proc/{process_id}/stat").read_text()
         except OSError:  # another system, or a process that has just ended
             return None
-        if any(Path(word).name == "deepspeed" for word in words[:2]):
-            return _option(words, "--hostfile", "-H")
+        for position, word in enumerate(words[:2]):  # a script comes after its interpreter
+            if Path(word).name == "deepspeed":
+                return ["deepspeed", *words[position + 1 :]]
         process_id = int(status.rpartition(")")[2].split()[1])  # the name in brackets may hold blanks
     return None
 

@@ -80,6 +80,11 @@ def needed_ops(config: RunConfig, device_type: str) -> list[str]:
     return ops
 
 
+def has_substitute(op: str) -> bool:
+    """Whether a run can do without an op: torch's Adam stands in for DeepSpeed's, nothing does for NVMe offload."""
+    return op != "AsyncIOBuilder"
+
+
 def missing_tools(op: str) -> str | None:
     """What keeps an op from being compiled here, in words; None where nothing does."""
     if _is_built(op):

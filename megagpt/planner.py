@@ -286,16 +286,26 @@ RULES: tuple[Rule, ...] = (
         lambda config: f"zero_optimization.offload_param.buffer_size={_largest_parameter_shard(config)}",
     ),
     Rule(
+        "zero_optimization.stage",
+        lambda config: _stage(config) == 0 and _model_type(config) in ("bf16", "fp16") and not _has_pipeline(config),
+        "DeepSpeed keeps 16-bit weights at ZeRO 0 in optimizers of another kind, which checkpoints cannot address",
+        "zero_optimization.stage=1",
+    ),
+    Rule(
+        "data_types.grad_accum_dtype",
+        lambda config: (
+            _accumulates_otherwise(config)
+            and _stage(config) > 0
+            and config.megagpt.parallel.gradient_reduction == "per_step"
+        ),
+        "the one reduction of a step adds micro-batches up in the model's format before it converts them",
+        "megagpt.parallel.gradient_reduction=per_micro_batch",
+    ),
+    Rule(
         "data_types.grad_accum_dtype",
         lambda config: _accumulates_otherwise(config) and config.data_types.grad_accum_dtype != "fp32",
         "it is less exact than the model, or another 16-bit format",
         "data_types.grad_accum_dtype=fp32",
-    ),
-    Rule(
-        "data_types.grad_accum_dtype",
-        lambda config: _accumulates_otherwise(config) and _stage(config) == 0,
-        "DeepSpeed has no optimizer at ZeRO 0 that accumulates in another format than the model's",
-        "zero_optimization.stage=2",
     ),
     Rule(
         "data_types.grad_accum_dtype",

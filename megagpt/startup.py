@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 from megagpt import __version__
 from megagpt import run_directory as directories
-from megagpt.config import ResolvedConfig, RunConfig, load_config
+from megagpt.config import ConfigError, ResolvedConfig, RunConfig, load_config
 from megagpt.dataset import SampleStream, open_dataset
-from megagpt.hosts import hostfile_of_launcher, read_hostfile
+from megagpt.hosts import command_of_launcher, hostfile_of_launcher, read_hostfile
 from megagpt.manifest import Split
 from megagpt.planner import require_legal
 from megagpt.utils import ExitCode, UserError, human_count
@@ -49,6 +49,7 @@ def _start(arguments: argparse.Namespace) -> int:
         read_hostfile(hostfile)  # DeepSpeed would have trained on this machine alone without it
     config = load_config(arguments.deepspeed_config, arguments.set)
     require_legal(config, str(arguments.deepspeed_config))
+    _require_stated_world_size(config)
     directory = arguments.run_dir or Path("runs") / Path(arguments.deepspeed_config).stem
     if arguments.resume and _last_checkpoint(directory) is None:
         raise UserError(f"{directory}: nothing to resume; leave out --resume to start it")
@@ -57,19 +58,41 @@ def _start(arguments: argparse.Namespace) -> int:
         return _run_to_its_end(config, streams, directory)
 
 
+def _require_stated_world_size(config: RunConfig) -> None:
+    """On several hosts one may be missing, and the rest would train on as if they were all; raises UserError."""
+    hosts, ranks = int(os.environ.get("CROSS_SIZE", "1")), os.environ.get("WORLD_SIZE", "1")
+    if hosts > 1 and config.megagpt.parallel.world_size is None:
+        raise UserError(
+            f"megagpt.parallel.world_size: needed on {hosts} hosts, so that one that is missing is noticed; "
+            f"if {ranks} ranks are all of them: --set megagpt.parallel.world_size={ranks}"
+        )
+
+
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
 def open_data(config: RunConfig, directory: Path) -> dict[Split, SampleStream]:
     """The samples of each split, once everything that needs no torch is found sound; raises UserError."""
-    _resolve(config, 1)  # whatever the vocabulary: impossible arithmetic is reported before any data are prepared
-    resolved = _resolve(config, _prepare_vocabulary(config))
+    # whatever the vocabulary: impossible arithmetic is reported before any data are prepared
+    _resolve_without_device(config, 1)
+    resolved = _resolve_without_device(config, _prepare_vocabulary(config))
     directories.check(directory, resolved)
     return {split: _open_stream(resolved, split) for split in SPLITS}
 
 
-def _resolve(config: RunConfig, vocabulary: int, *, bf16_native: bool = False) -> ResolvedConfig:
+def _resolve_without_device(config: RunConfig, vocabulary: int) -> ResolvedConfig:
+    """As it would be on a device without bf16, or else with it: which one this is, torch will say later."""
+    try:
+        return _resolve(config, vocabulary, bf16_native=False)
+    except ConfigError as error:
+        try:
+            return _resolve(config, vocabulary, bf16_native=True)
+        except ConfigError:
+            raise error from None
+
+
+def _resolve(config: RunConfig, vocabulary: int, *, bf16_native: bool) -> ResolvedConfig:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     resolved = config.resolved(world_size=world_size, vocabulary=vocabulary, bf16_native=bf16_native)
     require_legal(resolved)
@@ -201,7 +224,6 @@ def _resume(run: "Run") -> dict[str, object] | None:
     if resumed is None:
         return None
     run.state, manifest, faults = resumed
-    run.last_saved_step = run.state.step
     for fault in faults:
         log.warning("passed over a damaged checkpoint: %s", fault)
     if manifest.data_fingerprint != run.training.stream.fingerprint:
@@ -218,12 +240,15 @@ def _announce(engine: "Engine", directory: Path, device: str) -> None:
         return
     config, zero = engine.config, engine.config.zero_optimization
     model = config.megagpt.model
+    optimizer_on, parameters_on = (
+        "the device" if place == "none" else place for place in (zero.optimizer_device, zero.parameter_device)
+    )
     print(
         f"{directory}: {human_count(model.num_parameters)} parameters "
         f"({model.num_layers} layers, width {model.hidden_size}, {model.num_heads} heads, "
         f"{model.vocab_size} tokens, length {model.sequence_length})\n"
-        f"{engine.mesh.world_size} x {device}; ZeRO {zero.stage}, optimizer on {zero.optimizer_device}, "
-        f"parameters on {zero.parameter_device}; batch {config.train_batch_size} = "
+        f"{engine.mesh.world_size} x {device}; ZeRO {zero.stage}, optimizer on {optimizer_on}, "
+        f"parameters on {parameters_on}; batch {config.train_batch_size} = "
         f"{config.train_micro_batch_size_per_gpu} x {config.gradient_accumulation_steps} micro-batches x "
         f"{engine.mesh.data_size} replicas",
         flush=True,
@@ -293,11 +318,14 @@ def _show_crash(error: BaseException, run: "Run | None", directory: Path) -> Non
 
 
 def _last_checkpoint(directory: Path) -> Path | None:
-    return max((directory / "checkpoints").glob("step_*"), default=None)
+    checkpoints = directory / "checkpoints"
+    return next((step_directory(checkpoints, step) for step in complete_steps(checkpoints)), None)
 
 
 def _resume_command() -> str:
-    """What started this run, without what the launcher added."""
+    """What was typed; where that is out of sight, this rank's command without what the launcher added."""
+    if (typed := command_of_launcher()) is not None:
+        return shlex.join(typed)
     started = [word for word in sys.argv if not word.startswith("--local_rank")]
     launcher = "deepspeed" if "CROSS_RANK" in os.environ else "python"
     return shlex.join([launcher, *started])

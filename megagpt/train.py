@@ -42,7 +42,6 @@ class Run:
     peak_flops: float | None
     monitor: Monitor = field(default_factory=Monitor)
     state: TrainState = field(default_factory=TrainState)
-    last_saved_step: int | None = None
 
 
 def train(run: Run) -> TrainState:
@@ -142,7 +141,6 @@ def save(run: Run) -> None:
     """Commit a checkpoint of the present state; every rank must call it."""
     started = time.perf_counter()
     path = checkpoint.save(run.engine, run.state, run.directory, run.training.stream.fingerprint)
-    run.last_saved_step = run.state.step
     run.monitor.event("save", step=run.state.step, path=str(path), duration_s=time.perf_counter() - started)
 
 

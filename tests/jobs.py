@@ -50,6 +50,15 @@ def train_steps(engine: Engine, steps: range) -> list[StepResult]:
     return [pipeline.train_step(engine, micro_batches(engine, step)) for step in steps]
 
 
+def gradients_after_one_micro_batch(config: dict[str, Any]) -> int:
+    """What ZeRO 2 partitions and ZeRO 1 does not, while a step accumulates."""
+    engine = build(config)
+    try:
+        return gradient_elements(engine, 0)
+    finally:
+        destroy(engine)
+
+
 def train(config: dict[str, Any], steps: int) -> dict[str, Any]:
     """Train and return the results of each step, the state this rank holds and evidence of the mechanisms."""
     engine = build(config)
@@ -57,19 +66,21 @@ def train(config: dict[str, Any], steps: int) -> dict[str, Any]:
         return {
             "results": train_steps(engine, range(steps)),
             "state": held_state(engine),
-            "evidence": evidence(engine) | {"gradient_elements": gradient_elements(engine, steps)},
+            "evidence": evidence(engine),
         }
     finally:
         destroy(engine)
 
 
 def gradient_elements(engine: Engine, step: int) -> int:
-    """Elements of gradients alive on this rank after a step's last backward, wherever ZeRO keeps them."""
-    pipeline.accumulate(engine, micro_batches(engine, step))
+    """Elements of gradients alive on this rank after the first micro-batch of a step, wherever ZeRO keeps them."""
+    first = micro_batches(engine, step)[0]
+    engine.deepspeed.backward(engine.deepspeed(first.tokens, targets=first.targets))
     zero = engine.deepspeed.optimizer
     alive = {id(p.grad): p.grad for p in engine.names if p.grad is not None}
-    for group in getattr(zero, "averaged_gradients", {}).values():
-        alive |= {id(gradient): gradient for gradient in group or []}
+    for attribute in ("averaged_gradients", "all_grad_tensors"):
+        for group in getattr(zero, attribute, {}).values():
+            alive |= {id(gradient): gradient for gradient in group or []}
     return sum(gradient.numel() for gradient in alive.values())
 
 

@@ -11,7 +11,7 @@ from tests.jobs import global_batch
 
 
 def train(config: dict[str, Any], steps: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Losses, gradient norms before clipping, and the weights and Adam moments after the last step."""
+    """Losses, gradient norms before clipping, the weights at the start, weights and moments at the end."""
     import json
 
     alone = config | {"megagpt": {key: value for key, value in config["megagpt"].items() if key != "parallel"}}
@@ -20,6 +20,7 @@ def train(config: dict[str, Any], steps: int, dtype: torch.dtype = torch.float32
     )
     model_config, adam = resolved.megagpt.model, resolved.optimizer.params
     model = initialise_(GPT(model_config), resolved.megagpt.training.seed).to(dtype)
+    start = {name: parameter.detach().clone().flatten() for name, parameter in model.named_parameters()}
     groups: dict[float, list[Tensor]] = {adam.weight_decay: [], 0.0: []}
     for name, parameter in model.named_parameters():
         groups[adam.weight_decay if decayed(name) else 0.0].append(parameter)
@@ -40,6 +41,6 @@ def train(config: dict[str, Any], steps: int, dtype: torch.dtype = torch.float32
         losses.append(loss.item())
     state = {"weight": dict(model.named_parameters())}
     for moment in ("exp_avg", "exp_avg_sq"):
-        state[moment] = {name: optimizer.state[p][moment] for name, p in model.named_parameters()}
+        state[moment] = {name: optimizer.state[p][moment] for name, p in model.named_parameters() if steps}
     flat = {kind: {name: v.detach().flatten() for name, v in tensors.items()} for kind, tensors in state.items()}
-    return {"losses": losses, "norms": norms, "state": flat}
+    return {"losses": losses, "norms": norms, "start": start, "state": flat}

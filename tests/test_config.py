@@ -167,7 +167,7 @@ def test_whatever_stands_at_a_key_only_config_errors_come_out(key: str, value: o
         ("megagpt.data.path", [], "an empty list; name at least one dataset"),
         ("fp16.enabled", True, 'true beside bf16.enabled "auto"; enable one of the two'),
         ("optimizer.params.adam_w_mode", False, 'DeepSpeed ignores false with type "AdamW"; use type "Adam"'),
-        ("zero_optimization.round_robin_gradients", True, "does nothing at stage 3; remove it, or use stage 1 or 2"),
+        ("zero_optimization.allgather_bucket_size", 1000, "does nothing at stage 3; remove it, or use stage 1 or 2"),
         ("zero_optimization.offload_optimizer.nvme_path", "d", 'acts only with device "nvme", and device is "cpu"'),
         ("aio", {}, 'acts only with an offload to "nvme"; remove it'),
     ],

@@ -147,7 +147,7 @@ def test_a_refused_key_says_what_to_use_and_is_never_accepted() -> None:
         {},
         {"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 20}}},
         {"fp16": {"enabled": True, "initial_scale_power": 8}, "bf16": {"enabled": False}},
-        {"zero_optimization": {"stage": 1, "round_robin_gradients": True}},
+        {"zero_optimization": {"stage": 1, "use_multi_rank_bucket_allreduce": True}},
         {
             "aio": {"queue_depth": 4},
             "zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "d"}},

@@ -72,8 +72,9 @@ def assert_equal_training(ranks: Ranks, reference: dict[str, Any], head_size: in
     for kind, tensors in assembled(ranks, reference["state"]).items():
         for name, values in tensors.items():
             expected, counted = reference["state"][kind][name], meaningful(name, values.numel(), head_size)
-            difference = (values - expected).abs()[counted].max() / expected.abs().max()
-            assert difference < 100 * tolerance, f"{kind}/{name} differs by {difference:.1e} of its largest element"
+            scale = (expected - reference["start"][name]).abs().max() if kind == "weight" else expected.abs().max()
+            difference = (values - expected).abs()[counted].max() / scale
+            assert difference < 500 * tolerance, f"{kind}/{name} differs by {difference:.1e} of its largest change"
 
 
 def assert_mechanism_acted(ranks: Ranks, stage: int, optimizer: str, parameters: str, elements: int) -> None:
@@ -96,8 +97,14 @@ def assert_mechanism_acted(ranks: Ranks, stage: int, optimizer: str, parameters:
             assert swapped_bytes == 0
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize(("stage", "optimizer", "parameters"), CELLS)
+CASES = [
+    pytest.param(*cell, accumulation, marks=pytest.mark.slow if "nvme" in cell and accumulation > 1 else ())
+    for cell in CELLS
+    for accumulation in (1, 3)
+]
+
+
+@pytest.mark.parametrize(("stage", "optimizer", "parameters", "accumulation"), CASES)
 def test_training_equals_one_plain_process(
     request: pytest.FixtureRequest,
     two_ranks: RankPool,
@@ -148,28 +155,61 @@ def test_bf16_parameters_on_nvme_equal_those_in_host_memory(two_ranks: RankPool,
         assert rank["evidence"]["elements_on_nvme"] >= 2 * 512 * 2048 / 2, "both MLP matrices, half of each on a rank"
 
 
+FAST_PIPELINES = {
+    (1, "none", "1f1b", 1, "per_step"),
+    (1, "cpu", "1f1b", 1, "per_step"),
+    (1, "none", "gpipe", 1, "per_micro_batch"),
+    (2, "none", "interleaved", 2, "per_step"),
+    (2, "none", "1f1b", 1, "per_micro_batch"),
+    (3, "none", "1f1b", 1, "per_step"),
+    (3, "none", "interleaved", 2, "per_step"),
+    (3, "none", "1f1b", 1, "per_micro_batch"),
+}
 PIPELINES = [
-    (stage, schedule, virtual, reduction)
-    for stage in (1, 2, 3)
-    for schedule, virtual in (("1f1b", 1), ("gpipe", 1), ("interleaved", 2))
-    for reduction in ("per_step", "per_micro_batch")
-    if (stage, schedule, reduction) != (3, "interleaved", "per_micro_batch")  # refused: planner.py
+    pytest.param(*case, marks=() if case in FAST_PIPELINES else pytest.mark.slow)
+    for case in (
+        (stage, optimizer, schedule, virtual, reduction)
+        for stage, optimizer in ((1, "none"), (1, "cpu"), (2, "none"), (3, "none"))
+        for schedule, virtual in (("1f1b", 1), ("gpipe", 1), ("interleaved", 2))
+        for reduction in ("per_step", "per_micro_batch")
+        if (stage, schedule, reduction) != (3, "interleaved", "per_micro_batch")  # refused: planner.py
+    )
 ]
 
 
-@pytest.mark.parametrize(("stage", "schedule", "virtual", "reduction"), PIPELINES)
-def test_a_pipeline_equals_one_plain_process(
-    two_ranks: RankPool, stage: int, schedule: str, virtual: int, reduction: str
+@pytest.mark.parametrize(("stage", "optimizer", "schedule", "virtual", "reduction"), PIPELINES)
+def test_a_pipeline_with_data_parallel_equals_one_plain_process(
+    four_ranks: RankPool, stage: int, optimizer: str, schedule: str, virtual: int, reduction: str
 ) -> None:
-    config = with_zero(tiny(batch=8, micro=2, steps=STEPS, num_layers=5, tie_embeddings=reduction == "per_step"), stage)
+    """Pipeline 2 x data 2; five blocks, so that stages are uneven; tied where the two copies' gradients are added."""
+    shape = {"num_layers": 5, "tie_embeddings": reduction == "per_step"}
+    config = with_zero(tiny(batch=16, micro=2, steps=STEPS, **shape), stage, optimizer)
     config["megagpt"]["parallel"] = {
         "pipeline": 2,
         "schedule": schedule,
         "virtual_stages": virtual,
         "gradient_reduction": reduction,
     }
-    ranks = two_ranks.run("tests.jobs:train", config=config, steps=STEPS)
+    ranks = four_ranks.run("tests.jobs:train", config=config, steps=STEPS)
     assert_equal_training(ranks, plain.train(config, STEPS), 8, tolerance=2e-5)
+    for rank in ranks:
+        seen = rank["evidence"]
+        assert seen["wrapper"] == WRAPPERS[stage]
+        assert seen["optimizer_offloaded"] == (optimizer == "cpu")
+        assert seen["stage_elements"] < seen["whole_elements"]
+        assert seen["master_elements"] == pytest.approx(seen["stage_elements"] / 2, rel=0.02)
+
+
+def test_zero_2_keeps_its_share_of_the_gradients_while_a_step_accumulates(two_ranks: RankPool) -> None:
+    held = {
+        stage: two_ranks.run(
+            "tests.jobs:gradients_after_one_micro_batch", config=with_zero(tiny(batch=12, micro=2), stage)
+        )
+        for stage in (1, 2)
+    }
+    elements = sum(values.numel() for values in plain.train(tiny(), 0)["state"]["weight"].values())
+    assert held[1] == [elements, elements]
+    assert all(elements / 2 <= of_rank < 0.6 * elements for of_rank in held[2])  # its half, and the last bucket
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 5])

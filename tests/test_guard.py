@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megagpt.config import RunConfig
 from megagpt.guard import LEAST_SPIKE, WINDOW_STEPS, Guard
 from megagpt.metrics import read_metrics
 from megagpt.pipeline import StepResult
@@ -129,6 +130,13 @@ def test_a_step_that_was_applied_ends_a_row_of_skips() -> None:
         verdict = guard.judge(step, step_of(3.0, applied=applied))
         assert (verdict is None) == applied
         assert verdict is None or not verdict.fatal
+
+
+def test_a_dynamic_loss_scale_may_use_up_its_hysteresis_and_then_halve(data: Path) -> None:
+    fp16 = {"enabled": True, "initial_scale_power": 16, "hysteresis": 4}
+    config = RunConfig.from_json(json.dumps(guarded_config(data, 60, 1) | {"bf16": {"enabled": False}, "fp16": fp16}))
+    resolved = config.resolved(world_size=1, vocabulary=384, bf16_native=False)
+    assert Guard.of(resolved).most_skips_in_a_row == 20
 
 
 @pytest.mark.gpu

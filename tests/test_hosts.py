@@ -14,6 +14,7 @@ from megagpt.hosts import (
     HOST_PATTERN,
     Host,
     HostfileError,
+    command_of_launcher,
     hostfile_of_launcher,
     parse_hostfile,
     read_hostfile,
@@ -119,7 +120,7 @@ def test_accepted_names_are_always_plain(text: str) -> None:
 
 
 LAUNCHER = """import subprocess, sys
-code = "from megagpt.hosts import hostfile_of_launcher; print(hostfile_of_launcher())"
+code = "from megagpt import hosts; print(hosts.hostfile_of_launcher(), hosts.command_of_launcher(), sep=chr(10))"
 between = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)"
 subprocess.run([sys.executable, "-c", between, code], check=True)
 """
@@ -143,8 +144,9 @@ def test_a_rank_finds_the_hostfile_of_the_command_that_started_it(
     done = subprocess.run(
         [sys.executable, command, *options], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == found
+    assert done.stdout.splitlines() == [found, str(["deepspeed", *options])]
 
 
 def test_without_a_launcher_there_is_no_hostfile() -> None:
     assert hostfile_of_launcher(1) is None
+    assert command_of_launcher(1) is None

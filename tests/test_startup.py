@@ -213,3 +213,11 @@ def test_all_ranks_write_the_same_sample_and_validate_as_the_stored_model_does(
 def test_two_runs_share_no_directory(data: Path, tmp_path: Path) -> None:
     with run_directory.lock(tmp_path / "run"):
         assert "trains in it; end that run (kill " in refused(tmp_path, run_config(data, 6))
+
+
+def test_several_hosts_have_to_say_how_many_ranks_there_are(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CROSS_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "--set megagpt.parallel.world_size=4" in refused(tmp_path, run_config(data, 6))

@@ -114,7 +114,7 @@ def resumed(run: tuple[Path, Any], configuration: Path) -> tuple[Path, Any]:
 
 def test_one_process_continues_what_two_began(resumed: tuple[Path, Any]) -> None:
     directory, finished = resumed
-    assert "1 x CPU, 1 threads; ZeRO 1" in finished.stdout
+    assert "1 x CPU, 1 threads; ZeRO 1, optimizer on the device, parameters on the device" in finished.stdout
     history = read_metrics(directory)
     assert [step.step for step in history.steps] == list(range(1, 9))
     (resume,) = history.events_named("resume")
@@ -198,7 +198,9 @@ def test_a_crash_ends_in_one_page_with_the_command_to_resume(configuration: Path
     assert "the fourth step went wrong" in shown
     assert re.search(r"last step +3\n", shown)
     assert re.search(rf"last checkpoint +{tmp_path}/run/checkpoints/step_00000002\n", shown)
-    assert re.search(r"to resume +deepspeed .*crashing.py --deepspeed_config .*small.json --run_dir", shown)
+    assert re.search(
+        r"to resume +deepspeed --num_accelerators 2 .*crashing.py --deepspeed_config .*small.json --run_dir", shown
+    )
     assert "Traceback" not in shown
     assert "Traceback" in (tmp_path / "run" / "logs" / "rank_00001.log").read_text()
     assert (tmp_path / "run" / "logs" / "crash.txt").read_text() in shown

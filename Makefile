@@ -13,6 +13,9 @@ ANYWHERE := not slow and not gpu and not root
 OLDEST_TRITON := .venv/triton-3.6.0
 KERNEL_TESTS = $(shell grep --files-with-matches -e fused_device -e kernels.compile_ahead tests/test_*.py)
 
+# Two tests at a time, a file on one worker, one thread each: ranks of their own wait for each other most of the time.
+PYTEST := OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile
+
 # DeepSpeed's launcher starts ranks with the `python` it finds first, and ops are compiled by the `ninja` beside it.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -30,13 +33,13 @@ train: setup ## train as CONFIG says [ds_configs/default.json], continue if begu
 	@awk '/^=== step / { entry = "" } { entry = entry $$0 "\n" } END { printf "%s", entry }' $(RUN_DIR)/samples.txt
 
 test: setup ## the tests that any machine can run, in minutes
-	python -m pytest -m "$(ANYWHERE)"
+	$(PYTEST) -m "$(ANYWHERE)"
 
 test-all: setup ## every test that this machine can run: slow ones, on the GPU, as root
-	python -m pytest
+	$(PYTEST)
 
 test-oldest-triton: $(OLDEST_TRITON) ## the kernels' tests on Triton 3.6, the oldest that they run on
-	PYTHONPATH=$(OLDEST_TRITON) python -m pytest -m "$(ANYWHERE)" $(KERNEL_TESTS)
+	PYTHONPATH=$(OLDEST_TRITON) $(PYTEST) -m "$(ANYWHERE)" $(KERNEL_TESTS)
 
 check: $(INSTALLED) ## lint, format, types, and that imports run downward only
 	ruff check

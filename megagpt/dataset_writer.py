@@ -236,8 +236,13 @@ def exclusive_staging(directory: Path) -> Iterator[Path]:
     """
     staging = staging_directory(directory)
     while True:
-        staging.mkdir(parents=True, exist_ok=True)
-        lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            staging.mkdir(parents=True, exist_ok=True)
+            lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
+        except (FileExistsError, FileNotFoundError):  # another process published or removed it at this moment
+            if staging.exists() and not staging.is_dir():
+                raise
+            continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if _is_open_as(lock, staging):

@@ -77,7 +77,7 @@ def command_of_launcher(process_id: int | None = None) -> list[str] | None:
 
 
 def _option(words: list[str], *names: str) -> Path | None:
-    for word, following in itertools.pairwise(words):
+    for word, following in itertools.pairwise([*words, ""]):
         if word in names:
             return Path(following)
         if word.partition("=")[0] in names and "=" in word:

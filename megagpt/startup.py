@@ -318,6 +318,8 @@ def _show_crash(error: BaseException, run: "Run | None", directory: Path) -> Non
 
 
 def _last_checkpoint(directory: Path) -> Path | None:
+    from megagpt.checkpoint_format import complete_steps, step_directory
+
     checkpoints = directory / "checkpoints"
     return next((step_directory(checkpoints, step) for step in complete_steps(checkpoints)), None)
 

@@ -4,6 +4,7 @@ Commit protocol: all ranks write into a staging directory and report size and SH
 and renames the directory in one move. Whatever the moment of a crash, a directory named ``step_...`` is complete.
 """
 
+import json
 import logging
 import os
 import shutil
@@ -36,6 +37,7 @@ from megagpt.checkpoint_format import (
     step_directory,
     verify_file,
 )
+from megagpt.config import identity_differences
 from megagpt.engine import Engine
 from megagpt.model import GPT
 from megagpt.utils import UserError, human_bytes, sync_directory, write_atomically
@@ -90,9 +92,11 @@ def _needed_bytes(engine: Engine) -> float:
 
 def _no_room(engine: Engine, staging: Path) -> str:
     needed, free = human_bytes(_needed_bytes(engine)), human_bytes(shutil.disk_usage(staging.parent).free)
+    steps = complete_steps(staging.parent)
+    may_go = f" (the oldest checkpoint may go: {step_directory(staging.parent, steps[-1])})" if len(steps) > 1 else ""
     return (
         f"{staging.parent}: a checkpoint needs {needed}, the disk has {free}; earlier checkpoints are untouched: "
-        f"free some space and start again, or lower megagpt.checkpoint.keep"
+        f"free some space{may_go} and start again"
     )
 
 
@@ -171,9 +175,7 @@ def _commit(
 
 
 def _manifest(engine: Engine, state: TrainState, data_fingerprint: str, entries: list[Written]) -> Manifest:
-    with torch.device("meta"):
-        whole = GPT(engine.config.megagpt.model)
-    shapes = {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
+    shapes = _shapes(engine)
     slices: dict[str, list[Slice]] = {name: [] for name in shapes}
     for file, _, pieces in entries:
         for name, (start, numel) in pieces.items():
@@ -234,15 +236,18 @@ def resume(engine: Engine, run_directory: Path) -> tuple[TrainState, Manifest, l
     """Load the newest checkpoint that every rank finds sound; every rank must call it.
 
     Returns the state, its manifest and what is wrong with newer ones, which are set aside under another name; None
-    where the run has no checkpoint yet. Raises UserError where it has some and none is sound: a run never silently
-    starts again from zero.
+    where the run has no checkpoint yet. Raises UserError where it has some and none is sound (a run never silently
+    starts again from zero), and where the newest sound one is of another run.
     """
     checkpoints = run_directory / "checkpoints"
     steps = _from_rank0(partial(complete_steps, checkpoints))
     faults: list[str] = []
     for position, step in enumerate(steps):
         directory = step_directory(checkpoints, step)
-        fault = _fault(partial(_verify_share, engine, directory)) or _fault(partial(_fill_buckets, engine, directory))
+        fault = _fault(partial(_verify_share, engine, directory))
+        if fault is None:
+            together(partial(_require_same_run, engine, directory))
+            fault = _fault(partial(_fill_buckets, engine, directory))
         if fault is None:
             manifest = read_manifest(directory)
             _adopt(engine, manifest)
@@ -276,9 +281,41 @@ def _verify_share(engine: Engine, directory: Path) -> None:
         verify_file(directory, name, files[name])
 
 
+def _require_same_run(engine: Engine, directory: Path) -> None:
+    """A checkpoint copied from another run may be sound, and even fit."""
+    differences = identity_differences(_as_read(read_manifest(directory).identity), _as_read(engine.config.identity()))
+    if differences:
+        listed = "\n  ".join(differences)
+        raise UserError(f"{directory}: saved by another run:\n  {listed}\nremove it, or choose another --run_dir")
+
+
+def _as_read(identity: dict[str, Any]) -> dict[str, Any]:
+    """As it comes back from a file: JSON makes lists of tuples."""
+    as_read: dict[str, Any] = json.loads(json.dumps(identity))
+    return as_read
+
+
+def _require_shapes(engine: Engine, manifest: Manifest, directory: Path) -> None:
+    """Pieces are read by their place in a flattened parameter: of another shape they would be read without a word."""
+    expected, stored = _shapes(engine), {name: tensor.shape for name, tensor in manifest.tensors.items()}
+    for name in sorted(expected.keys() | stored.keys()):
+        if expected.get(name) != stored.get(name):
+            raise DamagedCheckpointError(
+                f"{directory.name}/{MANIFEST}: {name} has shape {stored.get(name)}, the model's is {expected.get(name)}"
+            )
+
+
+def _shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
+    """Every parameter of the whole model, whatever this rank holds of it."""
+    with torch.device("meta"):
+        whole = GPT(engine.config.megagpt.model)
+    return {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
+
+
 def _fill_buckets(engine: Engine, directory: Path) -> None:
     """Give this rank's buckets what the checkpoint holds; no collective call, so that a rank may fail alone."""
     reader = Reader(directory, read_manifest(directory))
+    _require_shapes(engine, reader.manifest, directory)
     for bucket in engine.buckets():
         with bucket.resident(True) as (master, optimizer_state):
             _fill(bucket, master, optimizer_state, reader)

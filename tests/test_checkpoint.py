@@ -39,6 +39,7 @@ from tests.ranks import RankPool
 from tests.trained_run import write_dataset
 
 TRAIN = "tests.checkpoint_jobs:train"
+REFUSAL = "tests.checkpoint_jobs:refusal"
 ZERO3 = (3, "none", "none")
 
 
@@ -262,15 +263,33 @@ def test_a_checkpoint_that_verifies_and_does_not_load_is_passed_over(
     assert [rank["first_step"] for rank in ranks] == [4, 4]
 
 
+def test_a_checkpoint_of_another_run_is_refused(two_ranks: RankPool, data: Path, run_directory: Path) -> None:
+    manifest = read_manifest(newest(run_directory))
+    identity = manifest.identity | {"optimizer.params.lr": 0.5}
+    (newest(run_directory) / MANIFEST).write_text(replace(manifest, identity=identity).to_json())
+    told = two_ranks.run(REFUSAL, config=run_config(data, 7, ZERO3), directory=run_directory)
+    assert told[0] == told[1]
+    assert re.search(
+        r"step_00000006: saved by another run:\n  optimizer.params.lr: 0.5 .*--run_dir", told[0], re.DOTALL
+    )
+
+
+def test_a_parameter_of_another_shape_is_not_read(two_ranks: RankPool, data: Path, run_directory: Path) -> None:
+    manifest = read_manifest(newest(run_directory))
+    name, tensor = next((name, tensor) for name, tensor in manifest.tensors.items() if len(set(tensor.shape)) > 1)
+    turned = {**manifest.tensors, name: replace(tensor, shape=tensor.shape[::-1])}
+    (newest(run_directory) / MANIFEST).write_text(replace(manifest, tensors=turned).to_json())
+    told = two_ranks.run(REFUSAL, config=run_config(data, 7, ZERO3), directory=run_directory)
+    assert told == ["started at step 4"] * 2
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(
     two_ranks: RankPool, data: Path, run_directory: Path
 ) -> None:
     for step in (4, 6):
         truncate(step_directory(checkpoints(run_directory), step) / "rank_00000_000.safetensors")
     before = sorted(path.relative_to(run_directory) for path in run_directory.rglob("*"))
-    (first, second) = two_ranks.run(
-        "tests.checkpoint_jobs:refusal", config=run_config(data, 7, ZERO3), directory=run_directory
-    )
+    (first, second) = two_ranks.run(REFUSAL, config=run_config(data, 7, ZERO3), directory=run_directory)
     assert first == second
     assert "every checkpoint is damaged" in first
     assert "step_00000004/rank_00000_000.safetensors: " in first
@@ -284,7 +303,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(
 @pytest.mark.parametrize(
     ("failing_rank", "fault", "reason"),
     [
-        (0, "full_disk", r"a checkpoint needs .*KiB, the disk has 1000 B.*free some space"),
+        (0, "full_disk", r"a checkpoint needs .*KiB, the disk has 1000 B.*free some space .*go: .*/step_00000004\)"),
         (1, "small_files", r"rank_00001_000.safetensors: .*a checkpoint needs .*KiB, the disk has .*\(rank 1\)"),
         (0, "small_files", r"rank_00000_000.safetensors: .*\(rank 0\)"),
     ],

@@ -14,7 +14,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megagpt import __version__
 from megagpt import run_directory as directories
 from megagpt.config import ConfigError, ResolvedConfig, RunConfig, load_config
 from megagpt.dataset import SampleStream, open_dataset
@@ -163,6 +162,7 @@ def _crash_file(directory: Path) -> Path:
 def assemble(config: RunConfig, streams: dict[Split, SampleStream], directory: Path) -> "Run":
     """Bring up the ranks, the engine and the newest checkpoint; every rank does the same."""
     from megagpt import checkpoint, device
+    from megagpt.agreement import require_agreement
     from megagpt.batches import BatchLoader
     from megagpt.engine import build_engine, build_mesh, compute_dtype, join_ranks, training_device
     from megagpt.generate import open_tokenizer
@@ -172,7 +172,7 @@ def assemble(config: RunConfig, streams: dict[Split, SampleStream], directory: P
     native = device.multiplies_bf16_natively(training_device())
     resolved = _resolve(config, streams["train"].vocabulary, bf16_native=native)
     join_ranks()
-    _require_agreement(resolved, streams["train"])
+    require_agreement(resolved, streams["train"])
     mesh = build_mesh(resolved)
     engine = build_engine(resolved, mesh)
     _announce(engine, directory, device.describe(training_device()))
@@ -197,19 +197,6 @@ def assemble(config: RunConfig, streams: dict[Split, SampleStream], directory: P
     if found:
         run.monitor.event("resume", step=run.state.step, **found)
     return run
-
-
-def _require_agreement(config: ResolvedConfig, stream: SampleStream) -> None:
-    """Hosts that hold different copies of the data, the configuration or the code would train nonsense in silence."""
-    import torch.distributed as dist
-
-    mine = {"configuration": config.to_json(), "data": stream.fingerprint, "megagpt version": __version__}
-    of_ranks: list[dict[str, str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, mine)
-    for what in mine:
-        others = [rank for rank, theirs in enumerate(of_ranks) if theirs[what] != of_ranks[0][what]]
-        if others:
-            raise UserError(f"ranks {others} differ from rank 0 in their {what}: give every host the same, start again")
 
 
 def _resume(run: "Run") -> dict[str, object] | None:

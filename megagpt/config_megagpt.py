@@ -90,6 +90,8 @@ class TrainingSection(Section):
         if self.sample_interval_steps and not self.sample_prompts:
             due = f"a sample is due every {self.sample_interval_steps} steps"
             problems.append(("sample_prompts", f'empty, while {due}: give ["..."], or sample_interval_steps 0'))
+        if self.sample_prompts and not self.sample_interval_steps:
+            problems.append(("sample_prompts", "given, while sample_interval_steps is 0: no sample is ever written"))
         refuse(problems)
         return self
 

@@ -107,7 +107,10 @@ def test_interpret_set_after_the_start_is_refused() -> None:
     assert "MEGAGPT_KERNELS=interpret came too late; set it before Python starts" in done.stderr
 
 
-def test_the_log_says_once_which_implementation_runs_and_why(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_says_once_which_implementation_runs_and_why(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_ANNOUNCED", set())  # as in a new process
     x = torch.randn(2, 3, 24, dtype=torch.float64)
     caplog.set_level("INFO", logger="kernels.dispatch")
     kernels.rms_norm(x, torch.ones(24, dtype=torch.float64))

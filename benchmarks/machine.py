@@ -28,7 +28,8 @@ def provenance(module: str) -> str:
     import deepspeed
     import torch
 
-    command = shlex.join(["python", "-m", module, *sys.argv[1:]])
+    arguments = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    command = shlex.join(["python", "-m", module, *arguments])
     today = datetime.datetime.now(datetime.UTC).date()
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, deepspeed {deepspeed.__version__}"
     return f"{today}; {processor()}; {versions}; `{command}`"

@@ -274,11 +274,15 @@ def _zero3_buckets(engine: DeepSpeedEngine, names: Names) -> Iterator[Bucket]:
             if swapped:
                 zero._optimizer_states_and_gradient_swap_in(index)
             master = zero.fp32_partitioned_groups_flat[index]
-            yield master.data, zero.optimizer.state[master]
-            if write:
-                zero._reassign_or_swap_out_partitioned_parameters(index)
-            if swapped:
-                (zero._optimizer_states_and_gradient_swap_out if write else zero._release_swap_buffers)(index)
+            changed = False
+            try:
+                yield master.data, zero.optimizer.state[master]
+                if write:
+                    zero._reassign_or_swap_out_partitioned_parameters(index)
+                    changed = True
+            finally:
+                if swapped:
+                    (zero._optimizer_states_and_gradient_swap_out if changed else zero._release_swap_buffers)(index)
 
         yield Bucket(tuple(pieces), resident)
 

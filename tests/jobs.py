@@ -108,6 +108,7 @@ def evidence(engine: Engine) -> dict[str, Any]:
     return {
         "wrapper": type(zero).__name__,
         "adam": type(compat.base_optimizer(engine.deepspeed)).__name__,
+        "parameter_type": str(parameters[0].dtype),
         "whole_elements": engine.config.megagpt.model.num_parameters,
         "stage_elements": sum(getattr(p, "ds_numel", p.numel()) for p in parameters),
         "parameter_elements": sum(p.numel() for p in parameters),

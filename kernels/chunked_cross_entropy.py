@@ -78,6 +78,7 @@ def _forward(
     ignore_index: int,
     z_loss: float,
     vocabulary_start: int,
+    columns: int,
     group: str,
     implementation: str,
     hidden_gradient: bool,
@@ -85,11 +86,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(sum of losses, losses (rows,), normaliser (rows, 2), gradients of the sum for hidden and weight if asked).
 
+    Columns of the logits from ``columns`` on are padding.
     hidden (rows, hidden_size), targets (rows,). The gradient of weight is fp32; one not asked for is empty.
     """
     loss_sum, losses, normaliser, dhidden, dweight = _forward_outputs(
-        hidden, weight, targets, ignore_index, z_loss, vocabulary_start, group, implementation, hidden_gradient,
-        weight_gradient,
+        hidden, weight, targets, ignore_index, z_loss, vocabulary_start, columns, group, implementation,
+        hidden_gradient, weight_gradient,
     )  # fmt: skip
     functions = ROW_FUNCTIONS[implementation]
     counted = targets != ignore_index
@@ -97,7 +99,7 @@ def _forward(
     targets = targets - vocabulary_start
     dweight.zero_()
     for rows in _chunks(hidden, weight, group):
-        logits = F.linear(hidden[rows], weight)
+        logits = _logits(hidden[rows], weight, columns)
         maximum, total, target_logit = _over_group(functions.statistics(logits, targets[rows]), group)
         log_total = total.log()
         torch.stack((maximum, log_total), dim=1, out=normaliser[rows])
@@ -121,6 +123,7 @@ def _forward_outputs(
     ignore_index: int,
     z_loss: float,
     vocabulary_start: int,
+    columns: int,
     group: str,
     implementation: str,
     hidden_gradient: bool,
@@ -147,6 +150,7 @@ def _backward(
     ignore_index: int,
     z_loss: float,
     vocabulary_start: int,
+    columns: int,
     group: str,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
@@ -155,7 +159,7 @@ def _backward(
     scales = row_gradients * (targets != ignore_index)
     targets = targets - vocabulary_start
     for rows in _chunks(hidden, weight, group):
-        logits = F.linear(hidden[rows], weight)
+        logits = _logits(hidden[rows], weight, columns)
         ROW_FUNCTIONS[implementation].gradient(logits, targets[rows], normaliser[rows], scales[rows], z_loss)
         _add_products(logits, hidden[rows], weight, dhidden[rows], dweight)
     _sum_over_group(dhidden, group)
@@ -167,6 +171,16 @@ def _backward_outputs(
     row_gradients: Tensor, hidden: Tensor, weight: Tensor, *others: Tensor | int | float | str
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(hidden), torch.empty_like(weight)
+
+
+def _logits(hidden: Tensor, weight: Tensor, columns: int) -> Tensor:
+    """hidden @ weight.T with no probability, and so no gradient, where columns are padding.
+
+    Not -inf: a rank of a vocabulary-parallel group may hold padding only.
+    """
+    logits = F.linear(hidden, weight)
+    logits[:, columns:] = torch.finfo(logits.dtype).min
+    return logits
 
 
 def _chunks(hidden: Tensor, weight: Tensor, group: str) -> list[slice]:
@@ -271,6 +285,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     z_loss: float = 0.0,
     vocabulary_start: int = 0,
+    vocabulary: int | None = None,
     group: ProcessGroup | None = None,
     reduction: str = "mean",
     implementation: str = "torch",
@@ -284,11 +299,12 @@ def linear_cross_entropy(
     name = "" if group is None else group.group_name
     if group is not None:
         _GROUPS[name] = group
+    columns = weight.shape[0] if vocabulary is None else min(max(vocabulary - vocabulary_start, 0), weight.shape[0])
     counted = targets != ignore_index
     now = torch.is_grad_enabled() and reduction != "none"
     total, losses, *_ = _forward(
-        hidden.flatten(0, -2), weight, targets.flatten(), ignore_index, z_loss, vocabulary_start, name, implementation,
-        now and hidden.requires_grad, now and weight.requires_grad,
+        hidden.flatten(0, -2), weight, targets.flatten(), ignore_index, z_loss, vocabulary_start, columns, name,
+        implementation, now and hidden.requires_grad, now and weight.requires_grad,
     )  # fmt: skip
     if reduction == "none":
         return losses.view(targets.shape)

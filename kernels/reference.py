@@ -119,6 +119,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     z_loss: float = 0.0,
     vocabulary_start: int = 0,
+    vocabulary: int | None = None,
     group: ProcessGroup | None = None,
     reduction: str = "mean",
 ) -> Tensor:
@@ -126,6 +127,7 @@ def linear_cross_entropy(
 
     hidden (..., hidden_size), weight (vocabulary, hidden_size), targets (...). ``reduction`` is mean (over targets that
     are not ``ignore_index``), sum or none (the shape of targets). ``z_loss`` adds z_loss * logsumexp^2 (PaLM, sec. 5).
+    Rows of the weight from ``vocabulary`` on are padding: no probability, no gradient.
     With a ``group``, weight holds this rank's rows of the vocabulary, the first being ``vocabulary_start``; every rank
     of the group must call it with the same hidden and targets, and each receives the whole loss and, in backward, the
     whole gradient of hidden.
@@ -135,9 +137,10 @@ def linear_cross_entropy(
 
         return chunked_cross_entropy.linear_cross_entropy(
             hidden, weight, targets, ignore_index=ignore_index, z_loss=z_loss, vocabulary_start=vocabulary_start,
-            group=group, reduction=reduction,
+            vocabulary=vocabulary, group=group, reduction=reduction,
         )  # fmt: skip
-    logits = F.linear(hidden, weight).flatten(0, -2)
+    columns = None if vocabulary is None else max(vocabulary - vocabulary_start, 0)
+    logits = F.linear(hidden, weight).flatten(0, -2)[:, :columns]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = targets - vocabulary_start * (targets != ignore_index)
     losses = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction="none")

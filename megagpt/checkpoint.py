@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megagpt import __version__, compat
+from megagpt.boxes import Box
 from megagpt.checkpoint_format import (
     MANIFEST,
     WEIGHT,
@@ -45,7 +46,7 @@ from megagpt.utils import UserError, human_bytes, sync_directory, write_atomical
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-Written = tuple[str, StoredFile, dict[str, tuple[int, int]]]  # a file, what it is, parameter -> (start, numel)
+Written = tuple[str, StoredFile, dict[str, tuple[int, int, Box]]]  # a file, what it is, parameter -> slice
 
 EXPECTED = (OSError, SafetensorError, UserError, DamagedCheckpointError)  # what files and disks may do to a run
 DAMAGED = "damaged_"
@@ -108,7 +109,7 @@ def _require_visible(engine: Engine, staging: Path) -> None:
 
 
 def _write_files(engine: Engine, staging: Path) -> list[Written]:
-    """One file a bucket; returns (name, what it is, parameter -> (start, numel)) of each."""
+    """One file a bucket; returns (name, what it is, parameter -> (start, numel, box)) of each."""
     written = []
     buckets = (bucket for bucket in engine.buckets() if bucket.owned_pieces)
     for index, bucket in enumerate(buckets):
@@ -123,7 +124,8 @@ def _write_files(engine: Engine, staging: Path) -> list[Written]:
         except (OSError, SafetensorError) as error:
             raise UserError(f"{staging / name}: {error}\n{_no_room(engine, staging)}") from error
         entry = StoredFile((staging / name).stat().st_size, hash_file(staging / name))
-        written.append((name, entry, {piece.name: (piece.start, piece.numel) for piece in bucket.owned_pieces}))
+        pieces = {piece.name: (piece.start, piece.numel, engine.boxes[piece.name]) for piece in bucket.owned_pieces}
+        written.append((name, entry, pieces))
     return written
 
 
@@ -178,8 +180,8 @@ def _manifest(engine: Engine, state: TrainState, data_fingerprint: str, entries:
     shapes = _shapes(engine)
     slices: dict[str, list[Slice]] = {name: [] for name in shapes}
     for file, _, pieces in entries:
-        for name, (start, numel) in pieces.items():
-            slices[name].append(Slice(file, start, numel, tuple((0, size) for size in shapes[name])))
+        for name, place in pieces.items():
+            slices[name].append(Slice(file, *place))
     scheduler = engine.deepspeed.lr_scheduler
     return Manifest(
         state=state,
@@ -318,7 +320,7 @@ def _fill_buckets(engine: Engine, directory: Path) -> None:
     _require_shapes(engine, reader.manifest, directory)
     for bucket in engine.buckets():
         with bucket.resident(True) as (master, optimizer_state):
-            _fill(bucket, master, optimizer_state, reader)
+            _fill(bucket, engine.boxes, master, optimizer_state, reader)
             compat.set_adam_step(engine.deepspeed, optimizer_state, reader.manifest.state.applied_steps)
 
 
@@ -335,12 +337,14 @@ def _adopt(engine: Engine, manifest: Manifest) -> None:
     compat.set_counters(engine.deepspeed, steps=manifest.state.step, skipped=manifest.state.skipped_steps)
 
 
-def _fill(bucket: compat.Bucket, master: Tensor, optimizer_state: dict[str, Any], reader: Reader) -> None:
+def _fill(
+    bucket: compat.Bucket, held: dict[str, Box], master: Tensor, optimizer_state: dict[str, Any], reader: Reader
+) -> None:
     for moment in compat.MOMENTS:
         optimizer_state.setdefault(moment, torch.zeros_like(master))
     for kind, flat in _kinds(master, optimizer_state):
         for piece in bucket.pieces:
-            run = reader.read(kind, piece.name, piece.start, piece.numel)
+            run = reader.read(kind, piece.name, held[piece.name], piece.start, piece.numel)
             flat.view(-1)[piece.offset : piece.offset + piece.numel].copy_(run)
 
 

@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megagpt.boxes import Box, Rectangle, overlaps, rectangles, whole
 from megagpt.utils import UserError
 
 FORMAT_VERSION = 1
@@ -178,24 +179,27 @@ def hash_file(path: Path) -> str:
 
 
 class Reader:
-    """Reads any run of any parameter of one checkpoint, opening only the files that hold it."""
+    """Reads any run of any box of any parameter of one checkpoint, opening only the files that hold it."""
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self.directory, self.manifest = directory, manifest
         self._open: dict[str, Any] = {}
 
-    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of the flattened parameter, fp32 on the CPU; kind is weight or a moment."""
+    def read(self, kind: str, name: str, box: Box, start: int, numel: int) -> Tensor:
+        """Elements [start, start + numel) of a flattened box of a parameter, fp32 on the CPU.
+
+        ``kind`` is weight or a moment.
+        """
         result = torch.empty(numel)
+        wanted = rectangles(box, start, numel)
         found = 0
         for piece in self._pieces(name):
-            first, last = max(start, piece.start), min(start + numel, piece.start + piece.numel)
-            if first < last:
-                result[first - start : last - start] = self._run(kind, name, piece, first, last)
-                found += last - first
+            for here, there in overlaps(wanted, rectangles(piece.box, piece.start, piece.numel)):
+                _view(result, here).copy_(self._rectangle(kind, name, piece, there))
+                found += here.numel
         if found != numel:
             raise DamagedCheckpointError(
-                f"{self.directory.name}: {name} has {found} of elements {start} to {start + numel}"
+                f"{self.directory.name}: {name} has {found} of elements {start} to {start + numel} of {box}"
             )
         return result
 
@@ -203,15 +207,15 @@ class Reader:
         """A whole parameter in its logical shape."""
         self._pieces(name)
         shape = self.manifest.tensors[name].shape
-        return self.read(kind, name, 0, math.prod(shape)).view(shape)
+        return self.read(kind, name, whole(shape), 0, math.prod(shape)).view(shape)
 
     def _pieces(self, name: str) -> tuple[Slice, ...]:
         if name not in self.manifest.tensors:
             raise DamagedCheckpointError(f"{self.directory.name}/{MANIFEST}: no parameter {name}")
         return self.manifest.tensors[name].slices
 
-    def _run(self, kind: str, name: str, piece: Slice, first: int, last: int) -> Tensor:
-        """Elements [first, last) of the flattened parameter, all of them in one piece."""
+    def _rectangle(self, kind: str, name: str, piece: Slice, part: Rectangle) -> Tensor:
+        """What a piece holds of a rectangle; of rows much longer than the rectangle only the part in it is read."""
         try:
             stored = self._file(piece.file).get_slice(f"{kind}/{name}")
         except SafetensorError as error:
@@ -220,7 +224,12 @@ class Reader:
             raise DamagedCheckpointError(
                 f"{self.directory.name}/{piece.file}: {kind}/{name} has shape {stored.get_shape()}, not [{piece.numel}]"
             )
-        return stored[first - piece.start : last - piece.start]
+        rows, columns = part.shape
+        starts = range(part.offset, part.offset + rows * part.stride, part.stride)
+        if 2 * columns <= part.stride:
+            return torch.stack([stored[start : start + columns] for start in starts])
+        run = stored[part.offset : starts[-1] + columns]
+        return run.as_strided(part.shape, (part.stride, 1))
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
@@ -229,6 +238,11 @@ class Reader:
             except (SafetensorError, OSError) as error:
                 raise DamagedCheckpointError(f"{self.directory.name}/{name}: {error}") from error
         return self._open[name]
+
+
+def _view(run: Tensor, part: Rectangle) -> Tensor:
+    """A rectangle of a flat run, in place."""
+    return run[part.offset :].as_strided(part.shape, (part.stride, 1))
 
 
 def open_checkpoint(run_directory: Path, step: int | None = None) -> Reader:

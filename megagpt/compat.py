@@ -187,7 +187,7 @@ def forget_backward(engine: DeepSpeedEngine) -> None:
 
 @dataclass(frozen=True)
 class Piece:
-    """The elements [start, start + numel) of a flattened parameter, found at ``offset`` in its bucket.
+    """The elements [start, start + numel) of this rank's share of a parameter, found at ``offset`` in its bucket.
 
     ``owned`` is false where another rank saves the same elements.
     """
@@ -234,7 +234,7 @@ def _replicated_buckets(engine: DeepSpeedEngine, names: Names) -> Iterator[Bucke
         def resident(write: bool, parameter: nn.Parameter = parameter) -> Iterator[tuple[Tensor, dict[str, Any]]]:
             yield parameter.data, engine.optimizer.state[parameter]
 
-        owned = index % data_size == data_rank
+        owned = index % data_size == data_rank and is_counted(parameter)
         piece = Piece(names[parameter], 0, parameter.numel(), 0, owned)
         yield Bucket((piece,), resident)
 

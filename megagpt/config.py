@@ -108,12 +108,12 @@ class RunConfig(Section):
         and the nearest possible ones. `bf16_native`: the device multiplies bfloat16 matrices in hardware.
         """
         ranks = _data_parallel_size(self.megagpt.parallel, world_size)
-        vocab_size = _padded_vocabulary(self, vocabulary)
+        rows_and_tokens = _vocabulary(self, vocabulary)
         batch = ranks if isinstance(ranks, Problem) else _batch_sizes(self, ranks)
-        problems = [found for found in (batch, vocab_size) if isinstance(found, Problem)]
-        if isinstance(batch, Problem) or isinstance(vocab_size, Problem):
+        problems = [found for found in (batch, rows_and_tokens) if isinstance(found, Problem)]
+        if isinstance(batch, Problem) or isinstance(rows_and_tokens, Problem):
             raise ConfigError(problem.line("") for problem in problems)
-        return _resolve(self, batch, vocab_size, bf16_native)
+        return _resolve(self, batch, rows_and_tokens, bf16_native)
 
     def _document(self) -> dict[str, Any]:
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -213,26 +213,33 @@ def _batch_sizes(config: RunConfig, data_parallel_size: int) -> BatchSizes | Pro
     return Problem(("train_batch_size",), solved) if isinstance(solved, str) else solved
 
 
-def _padded_vocabulary(config: RunConfig, vocabulary: int | None) -> int | Problem:
-    key = ("megagpt", "model", "vocab_size")
+def _vocabulary(config: RunConfig, of_data: int | None) -> tuple[int, int] | Problem:
+    """(rows of the embedding, tokens that exist): the former padded, neither smaller than the data need."""
     model = config.megagpt.model
-    wanted = model.vocab_size or vocabulary or model.published_vocabulary
+    wanted = model.vocab_size or model.vocabulary or of_data or model.published_vocabulary
     if wanted is None:
+        key = ("megagpt", "model", "vocab_size")
         return Problem(key, "unknown while the data are not prepared; give it, or prepare the data")
-    if vocabulary is not None and wanted < vocabulary:
+    rows = round_up(wanted, VOCABULARY_MULTIPLE)
+    tokens = model.vocabulary or of_data or wanted
+    for name, value in (("vocab_size", wanted), ("vocabulary", tokens)):
+        if of_data is not None and value < of_data:
+            message = f"{value} is smaller than the data's vocabulary of {of_data}: use {of_data} or remove it"
+            return Problem(("megagpt", "model", name), message)
+    if tokens > rows:
         return Problem(
-            key, f"{wanted} is smaller than the data's vocabulary of {vocabulary}: use {vocabulary} or remove it"
+            ("megagpt", "model", "vocabulary"), f"{tokens} tokens do not fit into vocab_size {wanted}: remove one"
         )
-    return round_up(wanted, VOCABULARY_MULTIPLE)
+    return rows, tokens
 
 
-def _resolve(config: RunConfig, batch: BatchSizes, vocab_size: int, bf16_native: bool) -> ResolvedConfig:
+def _resolve(config: RunConfig, batch: BatchSizes, vocabulary: tuple[int, int], bf16_native: bool) -> ResolvedConfig:
     document = config._document()
     document.pop("$schema", None)  # it is relative to the file it stood in
     document["train_batch_size"] = batch.train_batch
     document["train_micro_batch_size_per_gpu"] = batch.micro_batch
     document["gradient_accumulation_steps"] = batch.accumulation_steps
-    document["megagpt"]["model"]["vocab_size"] = vocab_size
+    document["megagpt"]["model"] |= dict(zip(("vocab_size", "vocabulary"), vocabulary, strict=True))
     total_steps = _total_steps(config, batch)
     document["megagpt"]["training"]["total_steps"] = total_steps
     if config.bf16.enabled == "auto":

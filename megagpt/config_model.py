@@ -49,6 +49,11 @@ class ModelSection(Section):
     vocab_size: int | None = identity(
         None, "rows of the embedding; default: the data's vocabulary; always rounded up to a multiple of 128", ge=1
     )
+    vocabulary: int | None = identity(
+        None,
+        "tokens that exist; rows beyond are padding, never learnt; default: the data's vocabulary, or vocab_size",
+        ge=1,
+    )
     num_layers: int = identity(..., "number of transformer blocks", ge=1)
     hidden_size: int = identity(..., "width of the residual stream", ge=1)
     num_heads: int = identity(..., "query heads of each attention; must divide hidden_size", ge=1)
@@ -106,6 +111,7 @@ class ModelConfig(ModelSection):
     """The model with nothing left to fill in: `vocab_size` is the number of rows of the embedding."""
 
     vocab_size: int = identity(..., "rows of the embedding, a multiple of 128 where a run resolved it", ge=1)
+    vocabulary: int = identity(lambda keys: keys["vocab_size"], "tokens that exist; rows beyond are padding", ge=1)
 
     @property
     def num_parameters(self) -> int:

@@ -27,6 +27,7 @@ class Mesh:
         self.pipeline_size, self.data_size, self.tensor_size = sizes
         self.data_group = self.device_mesh["data"].get_group()
         self.pipeline_group = self.device_mesh["pipeline"].get_group()
+        self.tensor_group = self.device_mesh["tensor"].get_group()
         self.model_group = self._model_group()
 
     def _model_group(self) -> dist.ProcessGroup:

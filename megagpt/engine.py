@@ -13,11 +13,13 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
-from megagpt import compat, ops
+from megagpt import compat, ops, tensor_parallel
+from megagpt.boxes import Box
 from megagpt.config import ResolvedConfig
 from megagpt.distributed import COLLECTIVE_TIMEOUT, Mesh, become_single_process
 from megagpt.model import GPT, decayed, global_names, initial_value, replace_parameters
 from megagpt.stages import cut
+from megagpt.tensor_parallel import TensorAxis
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,8 @@ class Engine:
     mesh: Mesh
     config: ResolvedConfig
     names: compat.Names
+    boxes: dict[str, Box]  # what this rank's share of each of its parameters is of the logical tensor
+    tensor_axis: TensorAxis | None  # the ranks that share each layer, where there are several
     tied_group: dist.ProcessGroup | None  # of the ranks that hold copies of the tied weight, where there are two
     schedules: dict[int, Any] = field(default_factory=dict)  # pipeline schedules by number of micro-batches
 
@@ -155,9 +159,10 @@ def build_engine(config: ResolvedConfig, mesh: Mesh) -> Engine:
         [op for op in ops.needed_ops(config, device_type) if not ops.has_substitute(op) or not ops.missing_tools(op)]
     )
     ds_config = deepspeed_config(config, get_accelerator().device_name())
-    if mesh.pipeline_size > 1:
+    if mesh.get_model_parallel_world_size() > 1:
         compat.scope_trace_check(mesh)
-    model, names = build_model(config, mesh, ds_config)
+    axis = TensorAxis(mesh.tensor_group, config.megagpt.parallel.sequence) if mesh.tensor_size > 1 else None
+    model, names, held = build_model(config, mesh, axis, ds_config)
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=parameter_groups(model, names),
@@ -169,31 +174,44 @@ def build_engine(config: ResolvedConfig, mesh: Mesh) -> Engine:
         compat.leave_out_nvme_prefetch(engine)
     if mesh.pipeline_size > 1:
         compat.require_equal_tiles(engine, mesh)
-    return Engine(engine, mesh, config, names, tied_group(config, mesh))
+    return Engine(engine, mesh, config, names, held, axis, tied_group(config, mesh))
 
 
-def build_model(config: ResolvedConfig, mesh: Mesh, ds_config: dict[str, Any]) -> tuple["Chunks", compat.Names]:
-    """This rank's part of the initialised model, and the global name of each parameter."""
+def build_model(
+    config: ResolvedConfig, mesh: Mesh, axis: TensorAxis | None, ds_config: dict[str, Any]
+) -> tuple["Chunks", compat.Names, dict[str, Box]]:
+    """This rank's part of the initialised model, the global name of each parameter, and what its share is by name."""
     spans = stage_layers(config)
     own = [spans[stage] for stage in mesh.stages(config.megagpt.parallel.virtual_stages)]
     with torch.device("meta"):
         model = Chunks(GPT(config.megagpt.model, config.megagpt.training.recompute, layers) for layers in own)
     templates = {parameter: name for part in model.parts for parameter, name in global_names(part).items()}
     copies = tied_copies(model)
+    split: dict[nn.Parameter, int] = {}
+    if axis is not None:
+        for part in model.parts:
+            split |= tensor_parallel.split_dimensions(part)
+            tensor_parallel.share(part, axis)
+    held = {name: tensor_parallel.box(p.shape, split.get(p), axis) for p, name in templates.items()}
     dtype, device = compute_dtype(config), training_device()
     seed = config.megagpt.training.seed
     partitioner = compat.Partitioner(ds_config, mesh) if config.zero_optimization.stage == 3 else None
 
     def allocate(template: nn.Parameter) -> nn.Parameter:
-        value = initial_value(templates[template], template.shape, config.megagpt.model, seed)
-        parameter = nn.Parameter(value.to(device=device, dtype=dtype))
-        compat.count(parameter, mesh.tensor_rank == 0 and template not in copies)
+        name = templates[template]
+        value = initial_value(name, template.shape, config.megagpt.model, seed)
+        share = value[tuple(slice(*span) for span in held[name])]
+        parameter = nn.Parameter(share.to(device=device, dtype=dtype, memory_format=torch.contiguous_format, copy=True))
+        compat.count(parameter, (template in split or mesh.tensor_rank == 0) and template not in copies)
         if partitioner is not None:
             partitioner.partition(parameter)
         return parameter
 
     allocated = replace_parameters(model, allocate)
-    return model, {allocated[template]: name for template, name in templates.items()}
+    if axis is not None and axis.sequence:
+        for part in model.parts:
+            tensor_parallel.sum_partial_gradients(part, axis)
+    return model, {allocated[template]: name for template, name in templates.items()}, held
 
 
 def parameter_groups(model: nn.Module, names: compat.Names) -> list[dict[str, Any]]:

@@ -100,11 +100,13 @@ class Dropout(nn.Module):
     def __init__(self, probability: float, site: int) -> None:
         super().__init__()
         self.probability, self.site = probability, site
+        self.sequence_part = 0  # which part of the sequence x is, where it was cut into equal ones
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         if not self.probability or context.dropout_seed is None:
             return x
-        return kernels.dropout(x, self.probability, seed=fold_seed(context.dropout_seed, self.site))
+        seed = fold_seed(context.dropout_seed, self.site)
+        return kernels.dropout(x, self.probability, seed=seed, position_offset=self.sequence_part * x.shape[1])
 
 
 class Attention(nn.Module):
@@ -118,22 +120,30 @@ class Attention(nn.Module):
         self.layer, self.head_size, self.rotary = layer, config.head_size, config.position == "rotary"
         self.queries_per_group = config.num_heads // config.num_kv_heads
         self.dropout, self.site = config.dropout, dropout_site(layer, 0)
+        self.head_offset = 0  # the first query head here, where the projections hold some groups only
         self.qkv = Linear(
             config.hidden_size, (config.num_heads + 2 * config.num_kv_heads) * config.head_size, config.bias
         )
         self.output = Linear(config.num_heads * config.head_size, config.hidden_size, config.bias)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        batch, length, _ = x.shape
-        grouped = self.qkv(x).view(batch, length, -1, self.queries_per_group + 2, self.head_size).permute(0, 2, 3, 1, 4)
-        q, k, v = grouped[:, :, :-2].flatten(1, 2), grouped[:, :, -2], grouped[:, :, -1]
+        groups = self.qkv(x).unflatten(-1, (-1, self.queries_per_group + 2, self.head_size)).permute(0, 2, 3, 1, 4)
+        q, k, v = groups[:, :, :-2].flatten(1, 2), groups[:, :, -2], groups[:, :, -1]
         if self.rotary:
-            angles = rotary_angles(context.offset, length, self.head_size, x.device)
+            angles = rotary_angles(context.offset, q.shape[2], self.head_size, x.device)
             q, k = rotate(q, *angles), rotate(k, *angles)
         if context.cache is not None:
             k, v = context.cache.extend(self.layer, k, v)
         dropout, seed = self._dropout(context)
-        y = kernels.attention(q, k, v, document_ids=context.document_ids, dropout=dropout, dropout_seed=seed)
+        y = kernels.attention(
+            q,
+            k,
+            v,
+            document_ids=context.document_ids,
+            dropout=dropout,
+            dropout_seed=seed,
+            head_offset=self.head_offset,
+        )
         return self.output(y.transpose(1, 2).flatten(2))
 
     def _dropout(self, context: Context) -> tuple[float, Tensor | None]:
@@ -191,7 +201,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.tokens = Table(config.vocab_size, config.hidden_size)
         learned = config.position == "learned"
-        self.positions = Table(config.sequence_length, config.hidden_size) if learned else None
+        self.positions: nn.Module | None = Table(config.sequence_length, config.hidden_size) if learned else None
         self.dropout = Dropout(config.dropout, site=0)
 
     def forward(self, tokens: Tensor, context: Context) -> Tensor:
@@ -217,14 +227,14 @@ class Head(nn.Module):
 
     def __init__(self, config: ModelConfig, tied: nn.Parameter | None) -> None:
         super().__init__()
-        self.norm = Norm(config)
+        self.norm, self.vocabulary = Norm(config), config.vocabulary
         self.weight = tied if tied is not None else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
     def forward(self, x: Tensor, targets: Tensor | None) -> Tensor:
         x = self.norm(x)
         if targets is None:
             return F.linear(x, self.weight)
-        return kernels.linear_cross_entropy(x, self.weight, targets)
+        return kernels.linear_cross_entropy(x, self.weight, targets, vocabulary=self.vocabulary)
 
 
 class GPT(nn.Module):
@@ -272,6 +282,20 @@ class GPT(nn.Module):
             cache.length += inputs.shape[1]
         return self.head(x, targets)
 
+    def tensor_plan(self) -> dict[str, str]:
+        """How ranks may share these layers: the path of a module -> column | row | vocabulary.
+
+        Of a column layer's weight each takes a run of rows, so of outputs; of a row layer's a run of columns, so of
+        inputs; of the vocabulary's the rows of some tokens.
+        """
+        roles = {"attention.qkv": "column", "attention.output": "row", "mlp.up": "column", "mlp.down": "row"}
+        plan = {f"blocks.{block}.{layer}": role for block in self.blocks for layer, role in roles.items()}
+        if self.embedding is not None:
+            plan["embedding.tokens"] = "vocabulary"
+        if self.head is not None:
+            plan["head"] = "vocabulary"
+        return plan
+
 
 def recomputed(function: Callable[..., Tensor], *inputs: object) -> Tensor:
     """Run without keeping activations; backward runs it again. Masks are counter-based, so no generator is saved."""
@@ -301,7 +325,8 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     """The starting fp32 value (on the CPU) of the parameter with this global name, whatever rank asks for it.
 
     Weights are normal with standard deviation init_std, those that write to the residual stream smaller by
-    sqrt(2 x layers) (GPT-2, section 2.3); biases are 0, norm weights 1. Each parameter draws from its own generator.
+    sqrt(2 x layers) (GPT-2, section 2.3); biases are 0, norm weights 1, rows that pad the vocabulary 0, and stay so:
+    no loss depends on them. Each parameter draws from its own generator.
     """
     owner, _, kind = name.rpartition(".")
     if kind == "bias":
@@ -312,7 +337,10 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     std = config.init_std / math.sqrt(2 * config.num_layers) if residual else config.init_std
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    value = torch.empty(shape).normal_(0.0, std, generator=generator)
+    if name in (TIED_WEIGHT, "head.weight"):
+        value[config.vocabulary :] = 0.0
+    return value
 
 
 @torch.no_grad()

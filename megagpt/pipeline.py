@@ -140,9 +140,9 @@ class Pipeline:
         config = self.engine.config
         model, batch = config.megagpt.model, config.train_micro_batch_size_per_gpu
         tokens = torch.empty(batch, model.sequence_length, dtype=torch.int64, device="meta")
-        hidden = torch.empty(
-            batch, model.sequence_length, model.hidden_size, dtype=compute_dtype(config), device="meta"
-        )
+        parallel = config.megagpt.parallel
+        positions = model.sequence_length // (parallel.tensor if parallel.sequence else 1)
+        hidden = torch.empty(batch, positions, model.hidden_size, dtype=compute_dtype(config), device="meta")
         hidden.requires_grad_()
         loss = torch.empty((), device="meta", requires_grad=True)
         last = self.engine.num_stages - 1
@@ -200,6 +200,14 @@ def logits(engine: Engine, tokens: Tensor, cache: KeyValueCache) -> Tensor:
     Stage after stage computes and broadcasts its output within the replica; rounding may differ between devices, and
     all must draw the same token, so rank 0's logits count.
     """
+    axis = engine.tensor_axis
+    with axis.whole_sequences() if axis is not None else nullcontext():
+        x = _last_logits(engine, tokens, cache)
+    dist.broadcast(x, src=0)
+    return x
+
+
+def _last_logits(engine: Engine, tokens: Tensor, cache: KeyValueCache) -> Tensor:
     position, x = cache.length, tokens.to(engine.device)
     model = engine.config.megagpt.model
     for stage in range(engine.num_stages):
@@ -214,7 +222,6 @@ def logits(engine: Engine, tokens: Tensor, cache: KeyValueCache) -> Tensor:
             dist.broadcast(x, src=engine.mesh.rank_of_stage(stage), group=engine.mesh.pipeline_group)
         cache.length = position
     cache.length = position + tokens.shape[1]
-    dist.broadcast(x, src=0)
     return x
 
 
@@ -226,8 +233,10 @@ def _update_partitioned(engine: Engine) -> tuple[float, bool]:
 
 def _update_replicated(engine: Engine) -> tuple[float, bool]:
     """ZeRO 0 neither reports the norm nor looks whether it is finite."""
-    gradients = [parameter.grad for parameter in engine.names if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    gradients = [p.grad for p in engine.names if p.grad is not None and compat.is_counted(p)]
+    norm = torch.nn.utils.get_total_norm(gradients).square()
+    dist.all_reduce(norm, group=engine.mesh.tensor_group)
+    norm = norm.sqrt()
     if not torch.isfinite(norm):
         compat.abandon_step(engine.deepspeed)
         return float(norm), False

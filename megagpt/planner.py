@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 from megagpt.config import ConfigError, ResolvedConfig, RunConfig
@@ -76,6 +77,24 @@ def _ties_embeddings(config: RunConfig) -> bool:
     return isinstance(config, ResolvedConfig) and config.megagpt.model.tie_embeddings
 
 
+def _shareable(config: RunConfig) -> int:
+    """What the number of tensor ranks has to divide; that number itself until the model is known."""
+    if not isinstance(config, ResolvedConfig):
+        return config.megagpt.parallel.tensor
+    model = config.megagpt.model
+    return gcd(model.num_kv_heads, model.mlp_size, model.vocab_size)
+
+
+def _nearest_tensor(config: RunConfig) -> int:
+    """The largest number of tensor ranks that is no larger than the wanted one and divides the model."""
+    wanted = config.megagpt.parallel.tensor
+    return max(ranks for ranks in range(1, wanted + 1) if _shareable(config) % ranks == 0)
+
+
+def _length(config: RunConfig) -> int:
+    return config.megagpt.model.sequence_length
+
+
 def _most_stages(config: RunConfig) -> int:
     """Pipeline ranks that can all have a block in each of their stages; unbounded until the model is known."""
     parallel = config.megagpt.parallel
@@ -139,9 +158,15 @@ def _buffer_too_small(config: RunConfig) -> bool:
 RULES: tuple[Rule, ...] = (
     Rule(
         "megagpt.parallel.tensor",
-        lambda config: config.megagpt.parallel.tensor > 1,
-        "this version has no tensor-parallel layers",
-        "megagpt.parallel.tensor=1",
+        lambda config: _shareable(config) % config.megagpt.parallel.tensor != 0,
+        "each rank takes as many key-value heads, MLP channels and rows of the vocabulary as any other",
+        lambda config: f"megagpt.parallel.tensor={_nearest_tensor(config)}",
+    ),
+    Rule(
+        "megagpt.parallel.sequence",
+        lambda config: config.megagpt.parallel.sequence and _length(config) % config.megagpt.parallel.tensor != 0,
+        "each tensor rank holds as many positions as any other, and they do not divide the sequence",
+        "megagpt.parallel.sequence=false",
     ),
     Rule(
         "megagpt.parallel.pipeline",

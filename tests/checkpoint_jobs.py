@@ -25,11 +25,10 @@ from megagpt.utils import UserError
 from tests.configurations import Config, tiny, with_zero
 from tests.jobs import destroy, held_state
 from tests.ranks import free_port
+from tests.shards import whole_tensors
 
 SCHEDULE_STEPS = 20  # longer than any run here, so that the schedule does not depend on where a run stops
 STACKED = {"hidden_size": 128, "num_layers": 4}  # large enough that DeepSpeed really swaps to NVMe
-
-Held = list[tuple[str, str, int, torch.Tensor]]
 
 
 def run_config(
@@ -218,17 +217,7 @@ def poison_gradients(run: Run, steps: Sequence[int], rank: int, kind: str) -> No
 
 def gathered(ranks: Sequence[dict[str, Any]], key: str) -> dict[tuple[str, str], torch.Tensor]:
     """Whole flat tensors by (kind, parameter) from what the ranks hold; every element must be held exactly once."""
-    pieces: dict[tuple[str, str], list[tuple[int, torch.Tensor]]] = defaultdict(list)
-    for rank in ranks:
-        for kind, name, start, values in rank[key]:
-            pieces[kind, name].append((start, values))
-    whole = {}
-    for name_and_kind, found in pieces.items():
-        found.sort(key=lambda piece: piece[0])
-        ends = [start + values.numel() for start, values in found]
-        assert [start for start, _ in found] == [0, *ends[:-1]], f"{name_and_kind}: held twice or not at all"
-        whole[name_and_kind] = torch.cat([values for _, values in found])
-    return whole
+    return whole_tensors(rank[key] for rank in ranks)
 
 
 def assert_same_state(left: dict[tuple[str, str], torch.Tensor], right: dict[tuple[str, str], torch.Tensor]) -> None:

@@ -89,5 +89,10 @@ def four_ranks(pools: _Pools) -> RankPool:
 
 
 @pytest.fixture
+def eight_ranks(pools: _Pools) -> RankPool:
+    return pools.get(8)
+
+
+@pytest.fixture
 def two_ranks(pools: _Pools) -> RankPool:
     return pools.get(2)

@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 
 from megagpt import compat, pipeline
+from megagpt.boxes import Box
 from megagpt.config import RunConfig
 from megagpt.engine import Engine, build_engine, build_mesh
 from megagpt.pipeline import MicroBatch, StepResult
+from tests.collectives import counted
 
 
 def build(config: dict[str, Any]) -> Engine:
@@ -19,7 +21,7 @@ def build(config: dict[str, Any]) -> Engine:
     import json
 
     resolved = RunConfig.from_json(json.dumps(config)).resolved(
-        world_size=dist.get_world_size(), vocabulary=config["megagpt"]["model"]["vocab_size"], bf16_native=True
+        world_size=dist.get_world_size(), vocabulary=None, bf16_native=True
     )
     return build_engine(resolved, build_mesh(resolved))
 
@@ -37,13 +39,22 @@ def global_batch(step: int, samples: int, length: int, vocabulary: int) -> tuple
     return tokens, (tokens * 7 + 3) % vocabulary
 
 
+def dropout_seeds(step: int, samples: int) -> torch.Tensor:
+    """A seed for each sample (samples,) of a step."""
+    return torch.arange(samples) + 1_000_003 * (step + 1)
+
+
 def micro_batches(engine: Engine, step: int) -> list[MicroBatch]:
     """This replica's part of the global batch, cut as BatchLoader cuts it."""
     config, mesh = engine.config, engine.mesh
     model, size = config.megagpt.model, config.train_micro_batch_size_per_gpu
-    tokens, targets = global_batch(step, config.train_batch_size, model.sequence_length, model.vocab_size)
+    tokens, targets = global_batch(step, config.train_batch_size, model.sequence_length, model.vocabulary)
+    seeds = dropout_seeds(step, config.train_batch_size) if model.dropout else None
     starts = [(index * mesh.data_size + mesh.data_rank) * size for index in range(config.gradient_accumulation_steps)]
-    return [MicroBatch(tokens[start : start + size], targets[start : start + size]) for start in starts]
+    parts = [slice(start, start + size) for start in starts]
+    return [
+        MicroBatch(tokens[part], targets[part], dropout_seed=None if seeds is None else seeds[part]) for part in parts
+    ]
 
 
 def train_steps(engine: Engine, steps: range) -> list[StepResult]:
@@ -63,8 +74,12 @@ def train(config: dict[str, Any], steps: int) -> dict[str, Any]:
     """Train and return the results of each step, the state this rank holds and evidence of the mechanisms."""
     engine = build(config)
     try:
+        results = train_steps(engine, range(steps - 1))
+        with counted(engine.mesh) as traffic:
+            results += train_steps(engine, range(steps - 1, steps))
         return {
-            "results": train_steps(engine, range(steps)),
+            "results": results,
+            "traffic": traffic,
             "state": held_state(engine),
             "evidence": evidence(engine),
         }
@@ -84,15 +99,19 @@ def gradient_elements(engine: Engine, step: int) -> int:
     return sum(gradient.numel() for gradient in alive.values())
 
 
-def held_state(engine: Engine) -> list[tuple[str, str, int, torch.Tensor]]:
-    """(kind, parameter, start, values) of everything this rank owns."""
+Held = list[tuple[str, str, Box, int, torch.Tensor]]
+
+
+def held_state(engine: Engine) -> Held:
+    """(kind, parameter, box, start, values) of everything this rank owns: a flat run of a box of the parameter."""
     held = []
     for bucket in engine.buckets():
         with bucket.resident(False) as (master, state):
             for kind, flat in (("weight", master), *((moment, state[moment]) for moment in compat.MOMENTS)):
                 for piece in bucket.owned_pieces:
                     run = flat.reshape(-1)[piece.offset : piece.offset + piece.numel]
-                    held.append((kind, piece.name, piece.start, run.detach().clone().float()))
+                    values = run.detach().clone().float()
+                    held.append((kind, piece.name, engine.boxes[piece.name], piece.start, values))
     return held
 
 

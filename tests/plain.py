@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megagpt.config import RunConfig
 from megagpt.model import GPT, decayed, initialise_
-from tests.jobs import global_batch
+from tests.jobs import dropout_seeds, global_batch
 
 
 def train(config: dict[str, Any], steps: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -15,9 +15,7 @@ def train(config: dict[str, Any], steps: int, dtype: torch.dtype = torch.float32
     import json
 
     alone = config | {"megagpt": {key: value for key, value in config["megagpt"].items() if key != "parallel"}}
-    resolved = RunConfig.from_json(json.dumps(alone)).resolved(
-        world_size=1, vocabulary=config["megagpt"]["model"]["vocab_size"], bf16_native=True
-    )
+    resolved = RunConfig.from_json(json.dumps(alone)).resolved(world_size=1, vocabulary=None, bf16_native=True)
     model_config, adam = resolved.megagpt.model, resolved.optimizer.params
     model = initialise_(GPT(model_config), resolved.megagpt.training.seed).to(dtype)
     start = {name: parameter.detach().clone().flatten() for name, parameter in model.named_parameters()}
@@ -32,8 +30,9 @@ def train(config: dict[str, Any], steps: int, dtype: torch.dtype = torch.float32
     )
     losses, norms = [], []
     for step in range(steps):
-        batch = global_batch(step, resolved.train_batch_size, model_config.sequence_length, model_config.vocab_size)
-        loss = model(*batch)
+        batch = global_batch(step, resolved.train_batch_size, model_config.sequence_length, model_config.vocabulary)
+        seeds = dropout_seeds(step, resolved.train_batch_size) if model_config.dropout else None
+        loss = model(*batch, dropout_seed=seeds)
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), resolved.gradient_clipping)))
         optimizer.step()

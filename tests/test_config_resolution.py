@@ -76,6 +76,16 @@ def test_a_length_in_tokens_becomes_whole_steps() -> None:
         ),
         (
             1,
+            {"megagpt.model.vocabulary": 999},
+            "megagpt.model.vocabulary: 999 is smaller than the data's vocabulary of 1000: use 1000 or remove it",
+        ),
+        (
+            1,
+            {"megagpt.model.vocab_size": 1000, "megagpt.model.vocabulary": 1030},
+            "megagpt.model.vocabulary: 1030 tokens do not fit into vocab_size 1000: remove one",
+        ),
+        (
+            1,
             {"megagpt.model.vocab_size": 999},
             "megagpt.model.vocab_size: 999 is smaller than the data's vocabulary of 1000: use 1000 or remove it",
         ),

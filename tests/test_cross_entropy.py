@@ -113,6 +113,28 @@ def test_a_masked_vocabulary(fused_device: str) -> None:
     torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_pad_the_vocabulary_have_no_probability(
+    fused_device: str, dtype: torch.dtype, reduction: str
+) -> None:
+    """As if they were not there, whatever they hold; the targets that matter are the first 50."""
+    tensors = case(30, 16, 77, dtype, fused_device)
+    tensors["targets"] = tensors["targets"].clamp(max=49)
+    tensors["weight"][50:] = 100.0
+    padded = outputs_and_gradients(kernels.linear_cross_entropy, tensors, dtype, vocabulary=50, reduction=reduction)
+    assert set(kernels.launches()) == BOTH
+    short = tensors | {"weight": tensors["weight"][:50].clone()}
+    cut = outputs_and_gradients(kernels.linear_cross_entropy, short, dtype, reduction=reduction)
+    plain = outputs_and_gradients(reference.linear_cross_entropy, tensors, dtype, vocabulary=50, reduction=reduction)
+    for results in (padded, plain):
+        assert not results["gradient of weight"][50:].any()
+        results["gradient of weight"] = results["gradient of weight"][:50]
+    for name, value in cut.items():
+        torch.testing.assert_close(padded[name], value, msg=name)
+        torch.testing.assert_close(plain[name], value, rtol=2e-2, atol=2e-2, msg=name)
+
+
 def test_every_target_ignored(fused_device: str) -> None:
     tensors = case(4, 8, 16, torch.float32, fused_device) | {"targets": torch.full((4,), -100, device=fused_device)}
     result = outputs_and_gradients(kernels.linear_cross_entropy, tensors, torch.float32, reduction="sum")
@@ -187,7 +209,8 @@ def test_a_parameter_freed_between_forward_and_backward(fused_device: str, reduc
 def test_operators_are_sound_for_compilers(fused_device: str, reduction: str) -> None:
     hidden, weight, targets = case(6, 8, 20, torch.float32, fused_device).values()
     ready = reduction == "mean"
-    arguments = (hidden.requires_grad_(), weight.requires_grad_(), targets, -100, 0.0, 0, "", "triton", ready, ready)
+    leaves = (hidden.requires_grad_(), weight.requires_grad_())
+    arguments = (*leaves, targets, -100, 0.0, 0, 20, "", "triton", ready, ready)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(chunked_cross_entropy._forward, arguments, test_utils=checks)
 

@@ -1,7 +1,6 @@
 """Every ZeRO stage with every legal offload trains exactly as one plain PyTorch process does, and really acts."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from tests import plain
 from tests.configurations import tiny, with_zero
 from tests.ranks import RankPool
+from tests.shards import whole_tensors
 
 STEPS = 4
 CELLS = [
@@ -30,7 +30,6 @@ WRAPPERS = {0: "AdamW", 1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer"
 
 
 Ranks = list[dict[str, Any]]
-State = dict[str, dict[str, torch.Tensor]]
 
 
 def nvme_sized(config: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -46,17 +45,6 @@ def nvme_sized(config: dict[str, Any], directory: Path) -> dict[str, Any]:
     return config
 
 
-def assembled(ranks: Ranks, like: State) -> State:
-    """The logical tensors from what the ranks hold; every element exactly once."""
-    whole = {kind: {name: torch.full_like(v, math.nan) for name, v in of.items()} for kind, of in like.items()}
-    for rank in ranks:
-        for kind, name, start, values in rank["state"]:
-            target = whole[kind][name][start : start + values.numel()]
-            assert target.isnan().all(), f"{kind}/{name} from {start} is owned twice"
-            target.copy_(values)
-    return whole
-
-
 def meaningful(name: str, numel: int, head_size: int) -> torch.Tensor:
     """False at key biases: softmax does not see them, so their gradient is rounding noise that Adam blows up."""
     row = torch.arange(numel)
@@ -69,12 +57,11 @@ def assert_equal_training(ranks: Ranks, reference: dict[str, Any], head_size: in
         assert [r.loss for r in results] == pytest.approx(reference["losses"], rel=tolerance)
         assert [r.grad_norm for r in results] == pytest.approx(reference["norms"], rel=tolerance)
         assert all(r.applied for r in results)
-    for kind, tensors in assembled(ranks, reference["state"]).items():
-        for name, values in tensors.items():
-            expected, counted = reference["state"][kind][name], meaningful(name, values.numel(), head_size)
-            scale = (expected - reference["start"][name]).abs().max() if kind == "weight" else expected.abs().max()
-            difference = (values - expected).abs()[counted].max() / scale
-            assert difference < 500 * tolerance, f"{kind}/{name} differs by {difference:.1e} of its largest change"
+    for (kind, name), values in whole_tensors(rank["state"] for rank in ranks).items():
+        expected, counted = reference["state"][kind][name], meaningful(name, values.numel(), head_size)
+        scale = (expected - reference["start"][name]).abs().max() if kind == "weight" else expected.abs().max()
+        difference = (values - expected).abs()[counted].max() / scale
+        assert difference < 500 * tolerance, f"{kind}/{name} differs by {difference:.1e} of its largest change"
 
 
 def assert_mechanism_acted(ranks: Ranks, stage: int, optimizer: str, parameters: str, elements: int) -> None:
@@ -145,10 +132,10 @@ def test_bf16_parameters_on_nvme_equal_those_in_host_memory(two_ranks: RankPool,
     assert [r.loss for r in runs["nvme"][0]["results"]] == [r.loss for r in runs["cpu"][0]["results"]]
     like = plain.train(config, 2)
     assert [r.loss for r in runs["cpu"][0]["results"]] == pytest.approx(like["losses"], rel=1e-2)
-    in_memory, swapped = (assembled(runs[name], like["state"]) for name in ("cpu", "nvme"))
-    for kind, tensors in in_memory.items():
-        for name, values in tensors.items():
-            torch.testing.assert_close(swapped[kind][name], values, rtol=0, atol=1e-7, msg=f"{kind}/{name}")
+    in_memory, swapped = (whole_tensors(rank["state"] for rank in runs[name]) for name in ("cpu", "nvme"))
+    assert in_memory.keys() == swapped.keys()
+    for key, values in in_memory.items():
+        torch.testing.assert_close(swapped[key], values, rtol=0, atol=1e-7, msg="/".join(key))
     for rank in runs["nvme"]:
         files = rank["evidence"]["swap_files"]
         assert any("param" in name for name, _ in files), files

@@ -68,7 +68,7 @@ def test_parameters_have_global_names():
 @pytest.mark.parametrize(("tied", "init_std"), [(True, 0.02), (False, 0.02), (False, 0.1)])
 def test_the_first_loss_is_that_of_normal_logits(tied, init_std):
     """Normalised states have squared length hidden_size, so logits are normal with variance hidden_size x std^2."""
-    config = changed(GPT2, hidden_size=64, vocab_size=512, tie_embeddings=tied, init_std=init_std)
+    config = changed(GPT2, hidden_size=64, vocab_size=512, vocabulary=512, tie_embeddings=tied, init_std=init_std)
     loss = build(config, dtype=torch.float32)(random_tokens(8, 32), random_tokens(8, 32, seed=1))
     assert loss.item() == pytest.approx(math.log(512) + 64 * init_std**2 / 2, rel=0.02)
 

@@ -14,7 +14,11 @@ from tests.config_documents import MINIMAL, put
 
 NVME = {"device": "nvme", "nvme_path": "swap"}
 CASES: list[tuple[dict[str, Any], str]] = [  # changes to the minimal (ZeRO 3) configuration; words of the reason
-    ({"megagpt.parallel.tensor": 2}, "no tensor-parallel layers"),
+    ({"megagpt.parallel.tensor": 3}, "as many key-value heads"),
+    (
+        {"megagpt.parallel": {"tensor": 2, "sequence": True}, "megagpt.model.sequence_length": 127},
+        "as many positions as any other",
+    ),
     ({"megagpt.parallel.pipeline": 2, "zero_optimization": {"stage": 0}}, "without a ZeRO optimizer"),
     ({"megagpt.parallel.pipeline": 50}, "a stage would have no block"),
     ({"megagpt.parallel.pipeline": 2, "fp16.enabled": True, "bf16.enabled": False}, "scale the gradients"),

@@ -1,0 +1,37 @@
+"""Logical tensors put together again from what the ranks hold."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+
+from megagpt.boxes import Box
+from tests.jobs import Held
+
+
+def whole_tensors(ranks: Iterable[Held]) -> dict[tuple[str, str], torch.Tensor]:
+    """Flat tensors by (kind, parameter); every element must be held exactly once."""
+    pieces: dict[tuple[str, str], list[tuple[Box, int, torch.Tensor]]] = defaultdict(list)
+    for held in ranks:
+        for kind, name, box, start, values in held:
+            pieces[kind, name].append((box, start, values))
+    return {key: _whole(key, found) for key, found in pieces.items()}
+
+
+def _whole(key: tuple[str, str], pieces: list[tuple[Box, int, torch.Tensor]]) -> torch.Tensor:
+    shape = [max(end for _, end in spans) for spans in zip(*(box for box, _, _ in pieces), strict=True)]
+    whole = torch.empty(math.prod(shape))
+    times_held = torch.zeros(whole.shape, dtype=torch.int64)
+    for box, start, values in pieces:
+        elements = flat_elements(box, start, values.numel(), shape)
+        whole[elements] = values
+        times_held[elements] += 1
+    assert times_held.eq(1).all(), f"{key}: {times_held.gt(1).sum()} elements held twice, {times_held.eq(0).sum()} not"
+    return whole
+
+
+def flat_elements(box: Box, start: int, numel: int, shape: list[int]) -> torch.Tensor:
+    """Where the elements [start, start + numel) of a flattened box lie in the flattened whole."""
+    whole = torch.arange(math.prod(shape)).view(shape)
+    return whole[tuple(slice(*span) for span in box)].flatten()[start : start + numel]

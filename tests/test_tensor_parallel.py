@@ -1,0 +1,130 @@
+"""Layers shared by ranks train exactly as one plain process does, and send what the formulas say."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megagpt import boxes
+from tests import plain
+from tests.collectives import Traffic
+from tests.configurations import Config, tiny, with_zero
+from tests.ranks import RankPool
+from tests.shards import whole_tensors
+from tests.test_equality import STEPS, WRAPPERS, assert_equal_training, nvme_sized
+
+LLAMA = {"activation": "swiglu", "norm": "rmsnorm", "position": "rotary", "num_kv_heads": 2, "tie_embeddings": False}
+INTERLEAVED = {"schedule": "interleaved", "virtual_stages": 2}
+MICRO_BATCHES, TOKENS, WIDTH = 4, 2 * 16, 32  # of a rank and step; of a micro-batch; of the residual stream
+
+
+def shared(
+    ranks: int, stage: int, parallel: dict[str, Any], model: dict[str, Any], zero: tuple[str, str] = ("none", "none")
+) -> Config:
+    """A run whose step is the same number of micro-batches on each rank, however many replicas there are."""
+    replicas = ranks // (parallel.get("tensor", 1) * parallel.get("pipeline", 1))
+    config = with_zero(
+        tiny(batch=2 * MICRO_BATCHES * replicas, micro=2, steps=STEPS, **({"num_layers": 3} | model)), stage, *zero
+    )
+    config["megagpt"]["parallel"] = parallel
+    return config
+
+
+def expected_traffic(layers: int, sequence: bool) -> Traffic:
+    """What one rank's layers send over the tensor axis in a step without a pipeline (docs/parallelism.md).
+
+    A block sums twice forward (its two row layers) and twice backward (its two column layers); the embedding sums
+    forward, the head backward.
+    """
+    sums = (4 * layers + 2) * MICRO_BATCHES
+    if not sequence:
+        return {("tensor", "all_reduce"): (sums, sums * TOKENS * WIDTH)}
+    scatters = (4 * layers + 1) * MICRO_BATCHES  # the head sums within its loss
+    return {("tensor", "reduce_scatter"): (scatters, scatters * TOKENS * WIDTH)}
+
+
+def held_elements(rank: dict[str, Any]) -> int:
+    """Elements of the boxes that the optimizer state of this rank is cut from."""
+    held = {(name, box) for kind, name, box, _, _ in rank["state"] if kind == "weight"}
+    return sum(math.prod(boxes.shape_of(box)) for _, box in held)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_two_ranks_that_share_every_layer_equal_one_plain_process(
+    two_ranks: RankPool, stage: int, sequence: bool
+) -> None:
+    config = shared(2, stage, {"tensor": 2, "sequence": sequence}, {"dropout": 0.1})
+    ranks = two_ranks.run("tests.jobs:train", config=config, steps=STEPS)
+    assert_equal_training(ranks, plain.train(config, STEPS), 8, tolerance=2e-5)
+    for rank in ranks:
+        assert rank["evidence"]["wrapper"] == WRAPPERS[stage]
+        for key, (calls, elements) in expected_traffic(3, sequence).items():
+            norms = int(stage == 0 and not sequence)  # one number more at ZeRO 0
+            assert rank["traffic"][key] == (calls + norms, elements + norms)
+    matrices = [name for _, name, box, *_ in ranks[0]["state"] if name.endswith("weight") and "norm" not in name]
+    assert len(matrices) == 3 * (3 * 4 + 2)
+    assert held_elements(ranks[0]) < 0.6 * ranks[0]["evidence"]["whole_elements"]
+
+
+CELLS = [
+    (1, ("cpu", "none"), {"tensor": 2, "sequence": True}, LLAMA),
+    (2, ("none", "none"), {"tensor": 2}, LLAMA),
+    (3, ("cpu", "cpu"), {"tensor": 2, "sequence": True}, {"dropout": 0.1}),
+    (3, ("none", "none"), {"tensor": 2, "pipeline": 2, "sequence": True}, LLAMA),
+    (3, ("none", "none"), {"tensor": 2, "pipeline": 2}, {"dropout": 0.1}),
+    (1, ("none", "none"), {"tensor": 2, "pipeline": 2} | INTERLEAVED, {"num_layers": 4}),
+    (2, ("none", "none"), {"tensor": 2, "pipeline": 2, "gradient_reduction": "per_micro_batch"}, LLAMA),
+    (3, ("cpu", "cpu"), {"tensor": 2, "pipeline": 2, "sequence": True}, {}),
+    (0, ("none", "none"), {"tensor": 4}, {"vocabulary": 70}),
+    (3, ("none", "none"), {"tensor": 4, "sequence": True}, {"vocabulary": 70, "dropout": 0.1}),
+]
+
+
+@pytest.mark.parametrize(("stage", "zero", "parallel", "model"), CELLS, ids=str)
+def test_four_ranks_that_share_layers_stages_and_data_equal_one_plain_process(
+    four_ranks: RankPool, stage: int, zero: tuple[str, str], parallel: dict[str, Any], model: dict[str, Any]
+) -> None:
+    config = shared(4, stage, parallel, model, zero)
+    ranks = four_ranks.run("tests.jobs:train", config=config, steps=STEPS)
+    assert_equal_training(ranks, plain.train(config, STEPS), 8, tolerance=2e-5)
+    for rank in ranks:
+        seen, traffic = rank["evidence"], rank["traffic"]
+        assert seen["optimizer_offloaded"] == (zero[0] == "cpu")
+        assert seen["stage_elements"] < 0.62 * seen["whole_elements"]
+        operation = "reduce_scatter" if parallel.get("sequence") else "all_reduce"
+        assert traffic["tensor", operation][0] >= 4 * MICRO_BATCHES
+        assert (("pipeline", "send") in traffic) == ("pipeline" in parallel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offload", [("none", "none"), ("cpu", "cpu"), ("nvme", "cpu")], ids=str)
+def test_pipeline_2_x_tensor_2_x_data_2_under_zero_3(
+    request: pytest.FixtureRequest, eight_ranks: RankPool, tmp_path: Path, offload: tuple[str, str]
+) -> None:
+    if "nvme" in offload:
+        request.getfixturevalue("nvme")
+    config = with_zero(tiny(batch=16, micro=2, steps=STEPS, num_layers=4), 3, *offload)
+    config = nvme_sized(config, tmp_path)
+    if "nvme" in offload:
+        config["megagpt"]["model"] |= {"num_layers": 16}  # an eighth of it must still reach 1 MiB
+    config["megagpt"]["parallel"] = {"pipeline": 2, "tensor": 2, "sequence": True}
+    ranks = eight_ranks.run("tests.jobs:train", config=config, steps=STEPS, deadline_s=400)
+    model = config["megagpt"]["model"]
+    assert_equal_training(ranks, plain.train(config, STEPS), model["hidden_size"] // model["num_heads"], 2e-5)
+    for rank in ranks:
+        assert rank["evidence"]["optimizer_offloaded"] == (offload[0] != "none")
+        assert bool(rank["evidence"]["swap_files"]) == ("nvme" in offload)
+        assert {axis for axis, _ in rank["traffic"]} >= {"pipeline", "tensor", "data", "model"}
+
+
+def test_rows_that_pad_the_vocabulary_stay_zero(two_ranks: RankPool) -> None:
+    config = shared(2, 3, {"tensor": 2}, {"vocabulary": 70, "tie_embeddings": False})
+    ranks = two_ranks.run("tests.jobs:train", config=config, steps=STEPS)
+    state = whole_tensors(rank["state"] for rank in ranks)
+    for name in ("embedding.tokens.weight", "head.weight"):
+        for kind in ("weight", "exp_avg", "exp_avg_sq"):
+            rows = state[kind, name].view(128, WIDTH)
+            assert not rows[70:].any()
+            assert rows[:70].any(dim=1).all()

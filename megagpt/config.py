@@ -216,7 +216,7 @@ def _batch_sizes(config: RunConfig, data_parallel_size: int) -> BatchSizes | Pro
 def _vocabulary(config: RunConfig, of_data: int | None) -> tuple[int, int] | Problem:
     """(rows of the embedding, tokens that exist): the former padded, neither smaller than the data need."""
     model = config.megagpt.model
-    wanted = model.vocab_size or model.vocabulary or of_data or model.published_vocabulary
+    wanted = model.vocab_size or of_data or model.vocabulary or model.published_vocabulary
     if wanted is None:
         key = ("megagpt", "model", "vocab_size")
         return Problem(key, "unknown while the data are not prepared; give it, or prepare the data")

@@ -1,8 +1,10 @@
 """What the ranks of a pool do for the tests: train a small model for real and report what they hold."""
 
 import gc
+import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import deepspeed
 import torch
@@ -85,6 +87,16 @@ def train(config: dict[str, Any], steps: int) -> dict[str, Any]:
         }
     finally:
         destroy(engine)
+
+
+def train_on_interpreted_kernels(config: dict[str, Any], steps: int) -> dict[str, Any]:
+    """As ``train``, with the Triton functions under their interpreter; how often each was launched, too."""
+    import kernels
+    from kernels.launcher import reset_launches
+
+    reset_launches()
+    with patch.dict(os.environ, MEGAGPT_KERNELS="interpret"):
+        return train(config, steps) | {"launches": dict(kernels.launches())}
 
 
 def gradient_elements(engine: Engine, step: int) -> int:

@@ -184,13 +184,13 @@ def test_ranks_that_disagree_are_named(two_ranks: RankPool, prepared: Path, tmp_
     assert said == ["ranks [1] differ from rank 0 in their configuration: give every host the same, start again"] * 2
 
 
-@pytest.mark.parametrize("pipeline", [1, 2])
+@pytest.mark.parametrize("parallel", [{}, {"pipeline": 2}, {"tensor": 2}, {"tensor": 2, "sequence": True}], ids=str)
 def test_all_ranks_write_the_same_sample_and_validate_as_the_stored_model_does(
-    two_ranks: RankPool, prepared: Path, tmp_path: Path, pipeline: int
+    two_ranks: RankPool, prepared: Path, tmp_path: Path, parallel: dict[str, Any]
 ) -> None:
-    """Under ZeRO-3, where each rank holds half of every parameter or every other layer; the reference is on disk."""
+    """Under ZeRO-3: a rank holds half of each parameter, layer, or of the layers; the reference is on disk."""
     config = run_config(prepared, 4, (3, "none", "none"), save_every=4)
-    config["megagpt"]["parallel"] = {"pipeline": pipeline}
+    config["megagpt"]["parallel"] = parallel
     config["megagpt"]["training"] |= {
         "eval_interval_steps": 4,
         "eval_batches": 1,
@@ -201,7 +201,7 @@ def test_all_ranks_write_the_same_sample_and_validate_as_the_stored_model_does(
     assert ranks[0] == ranks[1]
     assert len(ranks[0]["texts"]) == 2
     model, resolved, step = load_model(tmp_path)
-    config["megagpt"]["parallel"] = {"pipeline": 1}  # the reference is one process
+    config["megagpt"]["parallel"] = {}  # the reference is one process
     stream = startup.open_data(RunConfig.from_json(json.dumps(config)), tmp_path)["val"]
     batch = stream.batch(range(resolved.train_batch_size))
     with torch.no_grad():

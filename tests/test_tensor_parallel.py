@@ -10,6 +10,7 @@ from megagpt import boxes
 from tests import plain
 from tests.collectives import Traffic
 from tests.configurations import Config, tiny, with_zero
+from tests.conftest import HAS_GPU
 from tests.ranks import RankPool
 from tests.shards import whole_tensors
 from tests.test_equality import STEPS, WRAPPERS, assert_equal_training, nvme_sized
@@ -117,6 +118,18 @@ def test_pipeline_2_x_tensor_2_x_data_2_under_zero_3(
         assert rank["evidence"]["optimizer_offloaded"] == (offload[0] != "none")
         assert bool(rank["evidence"]["swap_files"]) == ("nvme" in offload)
         assert {axis for axis, _ in rank["traffic"]} >= {"pipeline", "tensor", "data", "model"}
+
+
+@pytest.mark.skipif(HAS_GPU, reason="the interpreter works on CPU tensors")
+def test_interpreted_kernels_inside_pipeline_2_x_tensor_2_x_zero_3(four_ranks: RankPool) -> None:
+    config = shared(4, 3, {"pipeline": 2, "tensor": 2, "sequence": True}, {"dropout": 0.1, "num_layers": 2})
+    ranks = four_ranks.run("tests.jobs:train_on_interpreted_kernels", config=config, steps=2)
+    assert_equal_training(ranks, plain.train(config, 2), 8, tolerance=2e-5)
+    everywhere = {"norm_forward", "norm_backward", "attention_forward", "attention_backward_keys", "dropout_apply"}
+    for rank in ranks:
+        assert rank["launches"].keys() >= everywhere
+        assert rank["traffic"]["tensor", "reduce_scatter"][0] >= 4 * MICRO_BATCHES
+    assert "cross_entropy_gradient" in ranks[-1]["launches"]
 
 
 def test_rows_that_pad_the_vocabulary_stay_zero(two_ranks: RankPool) -> None:

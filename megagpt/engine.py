@@ -62,6 +62,11 @@ class Engine:
         """Where this rank computes."""
         return training_device()
 
+    def logical_shape(self, name: str) -> torch.Size:
+        """The shape that a parameter has in the whole model."""
+        with torch.device("meta"):
+            return GPT(self.config.megagpt.model).get_parameter(name).shape
+
     def buckets(self) -> list[compat.Bucket]:
         """The optimizer state that this rank holds."""
         return compat.buckets(self.deepspeed, self.names)
@@ -159,8 +164,7 @@ def build_engine(config: ResolvedConfig, mesh: Mesh) -> Engine:
         [op for op in ops.needed_ops(config, device_type) if not ops.has_substitute(op) or not ops.missing_tools(op)]
     )
     ds_config = deepspeed_config(config, get_accelerator().device_name())
-    if mesh.get_model_parallel_world_size() > 1:
-        compat.scope_trace_check(mesh)
+    compat.scope_trace_check(mesh)
     axis = TensorAxis(mesh.tensor_group, config.megagpt.parallel.sequence) if mesh.tensor_size > 1 else None
     model, names, held = build_model(config, mesh, axis, ds_config)
     engine, *_ = deepspeed.initialize(

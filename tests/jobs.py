@@ -1,7 +1,11 @@
 """What the ranks of a pool do for the tests: train a small model for real and report what they hold."""
 
 import gc
+import io
+import logging
 import os
+from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,7 +18,8 @@ from megagpt import compat, pipeline
 from megagpt.boxes import Box
 from megagpt.config import RunConfig
 from megagpt.engine import Engine, build_engine, build_mesh
-from megagpt.pipeline import MicroBatch, StepResult
+from megagpt.parity import micro_batches
+from megagpt.pipeline import StepResult
 from tests.collectives import counted
 
 
@@ -32,31 +37,6 @@ def destroy(engine: Engine) -> None:
     """Leave the process as if the engine had never been."""
     engine.deepspeed.destroy()
     gc.collect()
-
-
-def global_batch(step: int, samples: int, length: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens and targets (samples, length) of a step: learnable, the same everywhere."""
-    generator = torch.Generator().manual_seed(1000 + step)
-    tokens = torch.randint(0, vocabulary, (samples, length), generator=generator)
-    return tokens, (tokens * 7 + 3) % vocabulary
-
-
-def dropout_seeds(step: int, samples: int) -> torch.Tensor:
-    """A seed for each sample (samples,) of a step."""
-    return torch.arange(samples) + 1_000_003 * (step + 1)
-
-
-def micro_batches(engine: Engine, step: int) -> list[MicroBatch]:
-    """This replica's part of the global batch, cut as BatchLoader cuts it."""
-    config, mesh = engine.config, engine.mesh
-    model, size = config.megagpt.model, config.train_micro_batch_size_per_gpu
-    tokens, targets = global_batch(step, config.train_batch_size, model.sequence_length, model.vocabulary)
-    seeds = dropout_seeds(step, config.train_batch_size) if model.dropout else None
-    starts = [(index * mesh.data_size + mesh.data_rank) * size for index in range(config.gradient_accumulation_steps)]
-    parts = [slice(start, start + size) for start in starts]
-    return [
-        MicroBatch(tokens[part], targets[part], dropout_seed=None if seeds is None else seeds[part]) for part in parts
-    ]
 
 
 def train_steps(engine: Engine, steps: range) -> list[StepResult]:
@@ -97,6 +77,25 @@ def train_on_interpreted_kernels(config: dict[str, Any], steps: int) -> dict[str
     reset_launches()
     with patch.dict(os.environ, MEGAGPT_KERNELS="interpret"):
         return train(config, steps) | {"launches": dict(kernels.launches())}
+
+
+def run_parity(config: str, steps: int, few: Sequence[Any] | None = None, sabotage: bool = False) -> tuple[bool, str]:
+    """``parity.run`` of ``few`` strategies, or all, and what it prints.
+
+    ``sabotage``: sums over the tensor axis leave the other ranks out.
+    """
+    from megagpt import parity, tensor_parallel
+    from megagpt.config import load_config
+
+    said = io.StringIO()
+    silent = patch.object(tensor_parallel._Sum, "apply", lambda partial, axis: partial)
+    chosen = patch.object(parity, "strategies", lambda *world: iter(few or ()))
+    with redirect_stdout(said), silent if sabotage else nullcontext(), chosen if few else nullcontext():
+        try:
+            equal = parity.run(load_config(config), steps, None)
+        finally:
+            logging.disable(logging.NOTSET)
+    return equal, said.getvalue()
 
 
 def gradient_elements(engine: Engine, step: int) -> int:

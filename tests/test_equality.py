@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from megagpt.plain import PlainRun
 from tests import plain
 from tests.configurations import tiny, with_zero
 from tests.ranks import RankPool
@@ -51,15 +52,15 @@ def meaningful(name: str, numel: int, head_size: int) -> torch.Tensor:
     return row >= 0 if not name.endswith("qkv.bias") else (row // head_size) % 3 != 1
 
 
-def assert_equal_training(ranks: Ranks, reference: dict[str, Any], head_size: int, tolerance: float) -> None:
+def assert_equal_training(ranks: Ranks, reference: PlainRun, head_size: int, tolerance: float) -> None:
     for rank in ranks:
         results = rank["results"]
-        assert [r.loss for r in results] == pytest.approx(reference["losses"], rel=tolerance)
-        assert [r.grad_norm for r in results] == pytest.approx(reference["norms"], rel=tolerance)
+        assert [r.loss for r in results] == pytest.approx(reference.losses, rel=tolerance)
+        assert [r.grad_norm for r in results] == pytest.approx(reference.norms, rel=tolerance)
         assert all(r.applied for r in results)
     for (kind, name), values in whole_tensors(rank["state"] for rank in ranks).items():
-        expected, counted = reference["state"][kind][name], meaningful(name, values.numel(), head_size)
-        scale = (expected - reference["start"][name]).abs().max() if kind == "weight" else expected.abs().max()
+        expected, counted = reference.state[kind][name], meaningful(name, values.numel(), head_size)
+        scale = (expected - reference.start[name]).abs().max() if kind == "weight" else expected.abs().max()
         difference = (values - expected).abs()[counted].max() / scale
         assert difference < 500 * tolerance, f"{kind}/{name} differs by {difference:.1e} of its largest change"
 
@@ -109,7 +110,7 @@ def test_training_equals_one_plain_process(
     reference = plain.train(config, STEPS)
     model = config["megagpt"]["model"]
     assert_equal_training(ranks, reference, model["hidden_size"] // model["num_heads"], tolerance=2e-5)
-    elements = sum(values.numel() for values in reference["state"]["weight"].values())
+    elements = sum(values.numel() for values in reference.state["weight"].values())
     assert_mechanism_acted(ranks, stage, optimizer, parameters, elements)
 
 
@@ -131,7 +132,7 @@ def test_bf16_parameters_on_nvme_equal_those_in_host_memory(two_ranks: RankPool,
     }
     assert [r.loss for r in runs["nvme"][0]["results"]] == [r.loss for r in runs["cpu"][0]["results"]]
     like = plain.train(config, 2)
-    assert [r.loss for r in runs["cpu"][0]["results"]] == pytest.approx(like["losses"], rel=1e-2)
+    assert [r.loss for r in runs["cpu"][0]["results"]] == pytest.approx(like.losses, rel=1e-2)
     in_memory, swapped = (whole_tensors(rank["state"] for rank in runs[name]) for name in ("cpu", "nvme"))
     assert in_memory.keys() == swapped.keys()
     for key, values in in_memory.items():
@@ -194,7 +195,7 @@ def test_zero_2_keeps_its_share_of_the_gradients_while_a_step_accumulates(two_ra
         )
         for stage in (1, 2)
     }
-    elements = sum(values.numel() for values in plain.train(tiny(), 0)["state"]["weight"].values())
+    elements = sum(values.numel() for values in plain.train(tiny(), 0).state["weight"].values())
     assert held[1] == [elements, elements]
     assert all(elements / 2 <= of_rank < 0.6 * elements for of_rank in held[2])  # its half, and the last bucket
 

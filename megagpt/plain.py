@@ -1,0 +1,85 @@
+"""The outside reference: training in one plain PyTorch process, without DeepSpeed or any of the trainer.
+
+Also the batches that such comparisons train on: learnable, the same on every machine.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megagpt.config import ResolvedConfig
+from megagpt.model import GPT, decayed, initialise_
+
+WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class PlainRun:
+    """Losses and gradient norms (before clipping) of each step; flat weights at the start, by name.
+
+    ``state`` holds, at the end, the flat weights and both moments of Adam by kind and name, on the CPU.
+    """
+
+    losses: list[float]
+    norms: list[float]
+    start: dict[str, Tensor]
+    state: dict[str, dict[str, Tensor]]
+
+
+def global_batch(step: int, samples: int, length: int, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """The tokens and targets (samples, length) of a step; the target follows from the token."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    tokens = torch.randint(0, vocabulary, (samples, length), generator=generator)
+    return tokens, (tokens * 7 + 3) % vocabulary
+
+
+def dropout_seeds(step: int, samples: int) -> Tensor:
+    """A seed for each sample (samples,) of a step."""
+    return torch.arange(samples) + 1_000_003 * (step + 1)
+
+
+def train(config: ResolvedConfig, steps: int, device: torch.device | None = None) -> PlainRun:
+    """Train in fp32 with AdamW, weight decay and clipping as the configuration says; its mesh, ZeRO, offload do not
+    matter, and its scheduler is left out."""
+    model = initialise_(GPT(config.megagpt.model), config.megagpt.training.seed).to(device)
+    start = _flat(dict(model.named_parameters()))
+    optimizer = _adam(config, model)
+    losses, norms = [], []
+    for step in range(steps):
+        loss = _loss(config, model, step, device)
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clipping)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    state = {WEIGHT: _flat(dict(model.named_parameters()))}
+    for moment in MOMENTS:
+        state[moment] = _flat({name: optimizer.state[p][moment] for name, p in model.named_parameters() if steps})
+    return PlainRun(losses, norms, start, state)
+
+
+def _adam(config: ResolvedConfig, model: GPT) -> torch.optim.AdamW:
+    adam = config.optimizer.params
+    beta1, beta2 = adam.betas
+    groups: dict[float, list[Tensor]] = {adam.weight_decay: [], 0.0: []}
+    for name, parameter in model.named_parameters():
+        groups[adam.weight_decay if decayed(name) else 0.0].append(parameter)
+    return torch.optim.AdamW(
+        [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()],
+        lr=adam.lr,
+        betas=(beta1, beta2),
+        eps=adam.eps,
+    )
+
+
+def _loss(config: ResolvedConfig, model: Callable[..., Tensor], step: int, device: torch.device | None) -> Tensor:
+    shape, samples = config.megagpt.model, config.train_batch_size
+    tokens, targets = global_batch(step, samples, shape.sequence_length, shape.vocabulary)
+    seeds = dropout_seeds(step, samples).to(device) if shape.dropout else None
+    return model(tokens.to(device), targets.to(device), dropout_seed=seeds)
+
+
+def _flat(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone().flatten().cpu() for name, tensor in tensors.items()}

@@ -1,0 +1,60 @@
+"""``launch/parity.py``: what it tries, what it says where everything is equal, and that it sees what is not."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from megagpt import parity
+from megagpt.parity import Strategy
+from tests.monitoring import ENVIRONMENT, REPOSITORY
+from tests.ranks import RankPool
+
+CONFIG = str(REPOSITORY / "ds_configs" / "default.json")
+
+
+def test_every_mesh_of_four_ranks_is_tried_with_every_stage() -> None:
+    tried = list(parity.strategies(4, nvme=True))
+    meshes = {(s.parallel["pipeline"], s.parallel["tensor"]) for s in tried}
+    assert meshes == {(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1)}
+    for pipeline, tensor in meshes:
+        of_mesh = [s for s in tried if (s.parallel["pipeline"], s.parallel["tensor"]) == (pipeline, tensor)]
+        assert {s.stage for s in of_mesh} == {0, 1, 2, 3}
+        assert {s.optimizer for s in of_mesh} == {"none", "cpu", "nvme"}
+    assert any(s.parallel.get("sequence") for s in tried)
+    assert {s.parallel.get("schedule", "1f1b") for s in tried} == {"1f1b", "gpipe", "interleaved"}
+    assert len({str(s) for s in tried}) == len(tried)
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one_process_under_every_strategy(two_ranks: RankPool) -> None:
+    equal, text = two_ranks.run("tests.jobs:run_parity", config=CONFIG, steps=2)[0]
+    assert equal, text
+    rows = [line for line in text.splitlines() if line[:2] in ("1 ", "2 ") and "%" in line]
+    strategies = [row.split()[:6] for row in rows]
+    for words in (["1", "1", "3"], ["2", "1", "3"], ["1", "2", "3"], ["2", "1", "1"], ["1", "2", "0"]):
+        assert any(strategy[:3] == words for strategy in strategies), words
+    assert any("sequence=True" in row for row in rows)
+    assert all(int(row.split()[-1].rstrip("%")) <= 56 for row in rows if row.split()[2] != "0")
+    assert [row.split()[-1] for row in rows if row.split()[:3] == ["1", "1", "0"]] == ["100%"]
+    assert f"{len(rows)} of {len(rows)} strategies equal one plain process" in text
+
+
+def test_a_wrong_sum_is_seen(two_ranks: RankPool) -> None:
+    """The tensor ranks keep their partial sums to themselves: only the strategy that makes such sums differs."""
+    few = [Strategy({"pipeline": 2}, 3), *(Strategy({"tensor": 2, "sequence": cut}, 3) for cut in (False, True))]
+    equal, text = two_ranks.run("tests.jobs:run_parity", config=CONFIG, steps=1, few=few, sabotage=True)[0]
+    assert not equal
+    rows = [line.split() for line in text.splitlines() if line[:2] in ("1 ", "2 ") and "%" in line]
+    assert [row[-1] == "DIFFERS" for row in rows] == [False, True, False]
+    assert "2 of 3 strategies equal one plain process" in text
+
+
+@pytest.mark.slow
+def test_the_command(compiled_ops: None) -> None:
+    words = [sys.executable, "launch/parity.py", "--ranks", "2", "--steps", "1"]
+    done: Any = subprocess.run(words, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert "strategies equal one plain process" in done.stdout
+    assert done.stderr == ""

@@ -111,6 +111,20 @@ def scope_trace_check(mesh: Any) -> None:
     partitioned_param_coordinator.assert_ints_same_as_other_ranks = agree
 
 
+def trace_whole_steps(engine: DeepSpeedEngine) -> Callable[[], None]:
+    """Let ZeRO-3 learn the order of modules over a whole step of a pipeline; returns what to call at its beginning.
+
+    DeepSpeed starts its trace anew at each forward of the root module (zero/parameter_offload.py:306), as if its
+    backward came next. In a pipeline other forwards do, so the trace never holds for long, and nothing is prefetched.
+    Over a step the order repeats: parameters are fetched ahead, and those used again within
+    stage3_max_reuse_distance stay gathered from one micro-batch to the next.
+    """
+    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    begin: Callable[[], None] = coordinator.reset_step
+    coordinator.reset_step = lambda: None
+    return begin
+
+
 def require_equal_tiles(engine: DeepSpeedEngine, mesh: Any) -> None:
     """Fail at once where pipeline stages have different numbers of optimizer tiles.
 

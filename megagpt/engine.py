@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -35,6 +35,7 @@ class Engine:
     boxes: dict[str, Box]  # what this rank's share of each of its parameters is of the logical tensor
     tensor_axis: TensorAxis | None  # the ranks that share each layer, where there are several
     tied_group: dist.ProcessGroup | None  # of the ranks that hold copies of the tied weight, where there are two
+    begin_trace: Callable[[], None]  # of ZeRO-3 over a whole step of a pipeline; elsewhere it does nothing
     schedules: dict[int, Any] = field(default_factory=dict)  # pipeline schedules by number of micro-batches
 
     @property
@@ -174,11 +175,19 @@ def build_engine(config: ResolvedConfig, mesh: Mesh) -> Engine:
         mpu=mesh,
         dist_init_required=False,
     )
-    if config.zero_optimization.parameter_device == "nvme":
+    zero = config.zero_optimization
+    if zero.parameter_device == "nvme":
         compat.leave_out_nvme_prefetch(engine)
+    begin_trace = nothing
     if mesh.pipeline_size > 1:
         compat.require_equal_tiles(engine, mesh)
-    return Engine(engine, mesh, config, names, held, axis, tied_group(config, mesh))
+        if zero.stage == 3 and zero.parameter_device != "nvme":
+            begin_trace = compat.trace_whole_steps(engine)
+    return Engine(engine, mesh, config, names, held, axis, tied_group(config, mesh), begin_trace)
+
+
+def nothing() -> None:
+    """Where there is nothing to begin."""
 
 
 def build_model(

@@ -161,6 +161,7 @@ class Pipeline:
 
     def _run(self, run: Any, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Each rank passes what its own stages need; the schedule cuts it into micro-batches again."""
+        self.engine.begin_trace()
         stages = self.engine.stages
         losses: list[Tensor] = []
         context = {

@@ -13,7 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
-from megagpt import compat, ops, tensor_parallel
+from megagpt import compat, internals, ops, tensor_parallel
 from megagpt.boxes import Box
 from megagpt.config import ResolvedConfig
 from megagpt.distributed import COLLECTIVE_TIMEOUT, Mesh, become_single_process
@@ -82,7 +82,7 @@ def join_ranks() -> None:
     """Join the other ranks, as a launcher's environment says; alone where there is no launcher."""
     become_single_process()
     ops.use_private_extensions()
-    compat.check_version()
+    internals.check()
     compat.suppress_shared_memory_collectives()
     compat.silence_cpu_adam()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))

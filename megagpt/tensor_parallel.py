@@ -83,13 +83,13 @@ class TensorAxis:
 
 
 class _Sum(torch.autograd.Function):
-    """All ranks' sum; its gradient is every addend's."""
+    """All ranks' sum, in place: nothing before it needs its own output. Its gradient is every addend's."""
 
     @staticmethod
     def forward(ctx: Any, partial: Tensor, axis: TensorAxis) -> Tensor:
-        total = partial.contiguous().clone()
-        dist.all_reduce(total, group=axis.group)
-        return total
+        ctx.mark_dirty(partial)
+        dist.all_reduce(partial, group=axis.group)
+        return partial
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

@@ -1,0 +1,135 @@
+"""The order in which a pipeline rank runs its micro-batches, as torch's schedules run them, and what follows from it.
+
+GPipe (Huang et al. 2019, arXiv 1811.06965), 1F1B and interleaved 1F1B (Narayanan et al. 2021, arXiv 2104.04473,
+section 2.2). No torch: the planner counts held activations and idle time with it, and the documentation draws it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+
+class Action(NamedTuple):
+    """The forward or backward of one micro-batch through one stage."""
+
+    forward: bool
+    stage: int
+    micro_batch: int
+
+
+@cache
+def actions(schedule: str, pipeline: int, virtual_stages: int, micro_batches: int) -> list[list[Action]]:
+    """What each pipeline rank does, in order; `schedule` is gpipe, 1f1b or interleaved."""
+    return [_of_rank(schedule, rank, pipeline, virtual_stages, micro_batches) for rank in range(pipeline)]
+
+
+def warm_up(schedule: str, rank: int, pipeline: int, virtual_stages: int, micro_batches: int) -> int:
+    """Forwards before a rank begins to alternate: gpipe m - 1, 1f1b p - rank - 1, interleaved (v - 1) x round +
+    2 (p - rank - 1), where a round is about p micro-batches; never more than there are forwards.
+
+    torch's 1F1B says p - rank and alternates backward first, which is the same order.
+    """
+    behind = pipeline - 1 - rank
+    if schedule == "gpipe":
+        return micro_batches - 1
+    if schedule == "1f1b":
+        return min(behind, micro_batches - 1)
+    ahead = (virtual_stages - 1) * round_length(pipeline, micro_batches) + 2 * behind
+    return min(ahead, virtual_stages * micro_batches)
+
+
+def round_length(pipeline: int, micro_batches: int) -> int:
+    """Micro-batches that the interleaved schedule sends through one stage before it turns to the next."""
+    return micro_batches // max(1, micro_batches // pipeline)
+
+
+def _of_rank(schedule: str, rank: int, pipeline: int, virtual_stages: int, micro_batches: int) -> list[Action]:
+    """Warm up with forwards, alternate one forward and one backward, then the backwards that are left."""
+    warm, total = warm_up(schedule, rank, pipeline, virtual_stages, micro_batches), virtual_stages * micro_batches
+    length = round_length(pipeline, micro_batches)
+    seen: Counter[tuple[bool, int]] = Counter()
+
+    def action(forward: bool, index: int) -> Action:
+        turn = (index // length) % virtual_stages
+        stage = rank + pipeline * (turn if forward else virtual_stages - 1 - turn)
+        seen[forward, stage] += 1
+        return Action(forward, stage, seen[forward, stage] - 1)
+
+    order = [action(True, index) for index in range(warm)]
+    for index in range(warm, total):
+        order += [action(True, index), action(False, index - warm)]
+    return order + [action(False, index) for index in range(total - warm, total)]
+
+
+def peak_held(order: Sequence[Action], weight: Callable[[int], float]) -> float:
+    """The most that one rank holds at a time, where a forward through a stage adds its weight until its backward."""
+    held = peak = 0.0
+    for action in order:
+        held += weight(action.stage) if action.forward else -weight(action.stage)
+        peak = max(peak, held)
+    return peak
+
+
+@dataclass(frozen=True)
+class Span:
+    """An action with its times, in whatever unit the durations had."""
+
+    action: Action
+    start: float
+    end: float
+
+
+def timeline(
+    orders: Sequence[Sequence[Action]],
+    forward: Callable[[int], float],
+    backward: Callable[[int], float],
+    transfer: float = 0.0,
+) -> list[list[Span]]:
+    """When each rank does what, given how long each stage's forward and backward take, and a transfer between ranks.
+
+    A forward waits for the stage before, a backward for the stage behind, and both for the rank's own last action.
+    """
+    last = max(action.stage for order in orders for action in order)
+    ends: dict[Action, float] = {}
+    spans: list[list[Span]] = [[] for _ in orders]
+
+    def needs(action: Action) -> Action | None:
+        neighbour = action.stage - 1 if action.forward else action.stage + 1
+        if neighbour < 0:
+            return None
+        if neighbour > last:
+            return Action(True, action.stage, action.micro_batch)
+        return Action(action.forward, neighbour, action.micro_batch)
+
+    progress = True
+    while progress:
+        progress = False
+        for order, done in zip(orders, spans, strict=True):
+            for action in order[len(done) :]:
+                before = needs(action)
+                if before is not None and before not in ends:
+                    break
+                sent = 0.0 if before is None or before.stage == action.stage else transfer
+                arrival = 0.0 if before is None else ends[before] + sent
+                start = max(arrival, done[-1].end if done else 0.0)
+                duration = forward(action.stage) if action.forward else backward(action.stage)
+                ends[action] = start + duration
+                done.append(Span(action, start, ends[action]))
+                progress = True
+    return spans
+
+
+def bubble(spans: Sequence[Sequence[Span]]) -> float:
+    """The idle share of the ranks' time, from the first start to the last end, 0 to 1."""
+    length = max(span.end for rank in spans for span in rank)
+    busy = sum(span.end - span.start for rank in spans for span in rank)
+    return 1 - busy / (length * len(spans))
+
+
+def bubble_formula(pipeline: int, virtual_stages: int, micro_batches: int) -> float:
+    """Idle share with equal stages: (p - 1) / (v m + p - 1) (Narayanan et al. 2021, section 2.2)."""
+    return (pipeline - 1) / (virtual_stages * micro_batches + pipeline - 1)

@@ -1,0 +1,131 @@
+"""What the ranks of a pool do to count, in bytes, the tensors that they hold."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megagpt import compat, pipeline
+from megagpt.engine import Engine
+from tests.jobs import build, destroy, micro_batches
+
+
+def held_states(config: dict[str, Any]) -> dict[str, Any]:
+    """Train a step, then count each kind of state; gradients on the way, before and after their reduction."""
+    engine = build(config)
+    try:
+        pipeline.train_step(engine, micro_batches(engine, 0))  # Adam makes its moments at the first update
+        accumulating = gradients_while_accumulating(engine)
+        reduced = gradients_after_reduction(engine)
+        engine.deepspeed.step()
+        return {
+            "place": (engine.mesh.pipeline_rank, engine.mesh.data_rank),
+            "accumulating_gradients": accumulating,
+            "reduced_gradients": reduced,
+            **states(engine),
+        }
+    finally:
+        destroy(engine)
+
+
+def gradients_while_accumulating(engine: Engine) -> int:
+    """Bytes at the end of the backwards, where the reduction comes once a step, else after the first micro-batch."""
+    step = micro_batches(engine, 1)
+    if engine.config.megagpt.parallel.gradient_reduction == "per_step" and engine.stage > 0:
+        return seen_before_the_reduction(engine, step)
+    if engine.num_stages > 1:
+        return 0  # every micro-batch is reduced at once: see gradients_after_reduction
+    engine.deepspeed.backward(engine.deepspeed(step[0].tokens, targets=step[0].targets))
+    seen = storage_bytes(gradients(engine))
+    for micro_batch in step[1:]:
+        engine.deepspeed.step()
+        engine.deepspeed.backward(engine.deepspeed(micro_batch.tokens, targets=micro_batch.targets))
+    engine.deepspeed.step()
+    return seen
+
+
+def seen_before_the_reduction(engine: Engine, step: list[pipeline.MicroBatch]) -> int:
+    """Bytes of gradients when DeepSpeed is about to flush what a whole step put off."""
+    name = "_flush_coalesced_reduction_zero3" if engine.stage == 3 else "_flush_coalesced_reduction_zero12"
+    flush, seen = getattr(engine.deepspeed, name), []
+
+    def count_and_flush(optimizer: Any) -> None:
+        seen.append(storage_bytes(gradients(engine)))
+        flush(optimizer)
+
+    setattr(engine.deepspeed, name, count_and_flush)
+    try:
+        pipeline.train_step(engine, step)
+    finally:
+        delattr(engine.deepspeed, name)
+    (found,) = seen
+    return found
+
+
+def gradients_after_reduction(engine: Engine) -> int:
+    """Bytes of gradients between the last backward of a step and the update."""
+    pipeline.accumulate(engine, micro_batches(engine, 2))
+    return storage_bytes(gradients(engine))
+
+
+def gradients(engine: Engine) -> Iterator[Tensor]:
+    """Every gradient that is alive, wherever DeepSpeed keeps it."""
+    zero = engine.deepspeed.optimizer
+    for parameter in engine.names:
+        yield from (g for g in (parameter.grad, getattr(parameter, "grad_accum", None)) if g is not None)
+    for attribute in ("averaged_gradients", "all_grad_tensors"):
+        for group in getattr(zero, attribute, {}).values():
+            yield from group or []
+    yield from getattr(zero, "accumulated_grads_in_cpu", {}).values()
+    if engine.stage == 3:
+        yield zero.grad_partitions_flat_buffer
+
+
+def states(engine: Engine) -> dict[str, int]:
+    """Bytes of the other states after an update."""
+    zero, parameters = engine.deepspeed.optimizer, list(engine.names)
+    masters = master_weights(engine)
+    whole = [p for p in parameters if engine.stage < 3 or p.ds_persist]
+    partitions = [p.ds_tensor for p in parameters] if engine.stage == 3 else whole
+    buffers = [master.grad for master in masters if master.grad is not None]
+    buffers += getattr(zero, "param_buffer_of_bit16_for_cpu_offload_groups", [])
+    buffers += [b for b in (getattr(zero, f"temp_grad_buffer_for_{side}_offload", None) for side in ("cpu", "gpu")) if b is not None]
+    return {
+        "parameters": storage_bytes(partitions),
+        "persistent_parameters": storage_bytes(whole) if engine.stage == 3 else 0,
+        "master_weights": storage_bytes(masters),
+        "moments": storage_bytes(
+            state[moment] for state in compat.base_optimizer(engine.deepspeed).state.values() for moment in compat.MOMENTS
+        ),
+        "offload_buffers": storage_bytes(buffers),
+    }
+
+
+def master_weights(engine: Engine) -> list[Tensor]:
+    """The fp32 weights that Adam updates, where they are tensors of their own."""
+    zero = engine.deepspeed.optimizer
+    if engine.stage == 0:
+        return []
+    return zero.fp32_partitioned_groups_flat if engine.stage == 3 else zero.single_partition_of_fp32_groups
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of memory behind the tensors, each byte once: views share their storage."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def swapped_bytes_after_a_step(config: dict[str, Any]) -> int:
+    """Train a step; the bytes of the swap files of all ranks."""
+    engine = build(config)
+    try:
+        pipeline.train_step(engine, micro_batches(engine, 0))
+        dist.barrier()
+        directory = Path(config["zero_optimization"]["offload_optimizer"]["nvme_path"])
+        seen = sum(path.stat().st_size for path in directory.rglob("*.swp"))
+        dist.barrier()
+        return seen
+    finally:
+        destroy(engine)

@@ -6,18 +6,8 @@ import time
 
 import torch
 
-# Dense 16-bit peaks with fp32 accumulation, TFLOP/s, from NVIDIA's data sheets (A100 2020, L4 and L40S 2023, H100 and
-# H200 2023, B200 2024). The first name found in the device's own name counts.
-_PEAK_TFLOPS_16_BIT = {
-    "B200": 2250.0,
-    "H200": 989.4,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.4,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "L4": 121.0,
-}
+from megagpt.accelerators import find
+
 _CPU_MATRIX = 1024
 _CPU_MEASURING_S = 0.5
 
@@ -54,8 +44,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type == "cpu":
         return _measured_product_flops(device)
     if device.type == "cuda" and dtype != torch.float32:
-        name = torch.cuda.get_device_name(device)
-        return next((1e12 * peak for known, peak in _PEAK_TFLOPS_16_BIT.items() if known in name), None)
+        known = find(torch.cuda.get_device_name(device))
+        return 1e12 * known.peak_tflops if known else None
     return None
 
 

@@ -61,7 +61,7 @@ class ModelStates:
 
 def model_states(layout: Layout, pipeline_rank: int, data_rank: int = 0) -> ModelStates:
     """What one rank holds; equal on all tensor ranks, and but for ZeRO 1 and 2's gradients on all data ranks."""
-    shard = Shard(layout, tuple(parameters_of_rank(layout, pipeline_rank)), data_rank)
+    shard = shard_of(layout, pipeline_rank, data_rank)
     return ModelStates(
         parameters=parameters(shard),
         persistent_parameters=persistent_parameters(shard),
@@ -71,6 +71,11 @@ def model_states(layout: Layout, pipeline_rank: int, data_rank: int = 0) -> Mode
         moments=moments(shard),
         offload_buffers=offload_buffers(shard),
     )
+
+
+def shard_of(layout: Layout, pipeline_rank: int, data_rank: int = 0) -> Shard:
+    """The elements of a rank's stages."""
+    return Shard(layout, tuple(parameters_of_rank(layout, pipeline_rank)), data_rank)
 
 
 @dataclass(frozen=True)
@@ -92,9 +97,15 @@ class Shard:
         return sum(parameter.numel for parameter in self.parameters)
 
     @cached_property
+    def group_partitions(self) -> list[int]:
+        """Of ZeRO 1 and 2: each optimizer group is one flat buffer, filled up to a multiple of 2 D and cut in D."""
+        unit = ALIGNMENT * self.layout.data
+        return [round_up(numel, unit) // self.layout.data for numel in group_elements(self.parameters)]
+
+    @property
     def padded(self) -> int:
-        """Of ZeRO 1 and 2: each optimizer group is one flat buffer, filled up to a multiple of 2 D."""
-        return sum(round_up(numel, ALIGNMENT * self.layout.data) for numel in group_elements(self.parameters))
+        """Of ZeRO 1 and 2: the elements of the flat buffers."""
+        return self.layout.data * sum(self.group_partitions)
 
     @cached_property
     def partitions(self) -> list[int]:
@@ -118,8 +129,7 @@ class Shard:
     def padding(self) -> int:
         """Of ZeRO 1 and 2: elements of this rank's partitions that stand for nothing."""
         empty = 0
-        for numel in group_elements(self.parameters):
-            size = round_up(numel, ALIGNMENT * self.layout.data) // self.layout.data
+        for numel, size in zip(group_elements(self.parameters), self.group_partitions, strict=True):
             empty += min(size, max(0, (self.data_rank + 1) * size - numel))
         return empty
 
@@ -129,7 +139,8 @@ class Shard:
         limit = self.layout.zero.sub_group_size or SUB_GROUP_SIZE
         tiles: list[int] = []
         for decayed in (True, False):
-            tiles += _tiles([p for p, of in zip(self.partitions, self.parameters, strict=True) if of.decayed == decayed], limit)
+            members = zip(self.parameters, self.partitions, strict=True)
+            tiles += _tiles([numel for parameter, numel in members if parameter.decayed == decayed], limit)
         return tiles
 
     @cached_property
@@ -150,7 +161,7 @@ class Shard:
 
     def _touched(self, decayed: bool) -> int:
         group = [parameter.numel for parameter in self.parameters if parameter.decayed == decayed]
-        size = round_up(sum(group), ALIGNMENT * self.layout.data) // self.layout.data
+        size = self.group_partitions[0 if decayed else 1]
         first, last, start, total = self.data_rank * size, (self.data_rank + 1) * size, 0, 0
         for numel in group:
             if start < last and start + numel > first:
@@ -190,8 +201,9 @@ def parameters(shard: Shard) -> Bytes:
 
 def persistent_parameters(shard: Shard) -> Bytes:
     """ZeRO 3: e times the elements of parameters of at most `stage3_param_persistence_threshold`, whole on the device
-    beside their partitions."""
-    return Bytes(device=shard.layout.element_bytes * shard.persistent if shard.stage == 3 else 0)
+    beside their partitions, unless those are the whole and there."""
+    alone = shard.layout.data == 1 and shard.layout.zero.parameter_device == "none"
+    return Bytes(device=shard.layout.element_bytes * shard.persistent if shard.stage == 3 and not alone else 0)
 
 
 def accumulating_gradients(shard: Shard) -> Bytes:

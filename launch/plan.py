@@ -1,0 +1,86 @@
+#!/usr/bin/env python3
+"""Legal? fits? how fast? python launch/plan.py --deepspeed_config F --hostfile hosts; imports no torch."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from megagpt.arguments import non_negative, probability, whole_number
+from megagpt.utils import ExitCode, run_command
+
+RATES = {
+    "peak_tflops": "TFLOP/s of a device in 16 bit",
+    "link_gb_per_s": "GB/s each way between the devices of a host",
+    "network_gb_per_s": "GB/s each way of a device to other hosts",
+    "host_gb_per_s": "GB/s each way of a device to its host",
+    "host_memory_gb_per_s": "GB/s of a host's memory",
+    "nvme_gb_per_s": "GB/s of a host's NVMe",
+}
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    from megagpt.accelerators import find
+    from megagpt.hosts import read_hostfile
+    from megagpt.placement import hosts_of
+    from megagpt.plan import Limits, as_json, assume, make_plan
+    from megagpt.plan_report import text
+
+    device = find(arguments.device)
+    assert device is not None  # argparse knows the choices
+    ranks = arguments.ranks or stated_world_size(arguments)
+    hosts = read_hostfile(arguments.hostfile) if arguments.hostfile else hosts_of(ranks, arguments.slots)
+    limits = Limits(arguments.device_memory_gib or device.memory_gib, arguments.host_memory_gib, arguments.reserve_gib)
+    rates = {name: getattr(arguments, name) for name in ("efficiency", *RATES)}
+    assumed = assume(device, max(host.slots for host in hosts), **rates)
+    plan = make_plan(arguments.deepspeed_config, arguments.set, hosts, limits, assumed)
+    print(json.dumps(as_json(plan), indent=2) if arguments.json else text(plan))
+    return ExitCode.DONE if plan.good else ExitCode.BAD_INPUT
+
+
+def stated_world_size(arguments: argparse.Namespace) -> int:
+    """The ranks that the configuration expects, where the command line says nothing."""
+    from megagpt.config import load_config
+    from megagpt.utils import UserError
+
+    stated = load_config(arguments.deepspeed_config, arguments.set).megagpt.parallel.world_size
+    if stated is None and not arguments.hostfile:
+        raise UserError("how many ranks? give --hostfile hosts or --ranks 8 (the file states no parallel.world_size)")
+    return stated or 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    from megagpt.accelerators import ACCELERATORS
+    from megagpt.plan import EFFICIENCY, HOST_MEMORY_GIB, RESERVE_GIB
+
+    parser = argparse.ArgumentParser(
+        description="Whether a configuration is legal and fits, where every rank would be, how fast a step would be at "
+        "the rates given or assumed, and what would fit instead. Exit code 0: legal and fits; 2: not.",
+    )
+    add = parser.add_argument
+    add("--deepspeed_config", default="ds_configs/default.json", help="the run's JSON file [ds_configs/default.json]")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--hostfile", type=Path, help="hosts and their slots, as the launcher reads them")
+    where.add_argument("--ranks", type=whole_number(1), metavar="N", help="ranks [megagpt.parallel.world_size]")
+    add("--slots", type=whole_number(1), default=8, metavar="N", help="ranks of a host, without a hostfile [8]")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys of the JSON file")
+    devices = [name.lower() for name in ACCELERATORS]
+    add("--device", choices=devices, type=str.lower, default="h100", help="[h100]")
+    add("--device_memory_gib", type=non_negative, metavar="GIB", help="memory of a device [its data sheet's]")
+    for name, default, what in (
+        ("host_memory_gib", HOST_MEMORY_GIB, "memory of a host"),
+        ("reserve_gib", RESERVE_GIB, "of a device, not ours: CUDA context, NCCL, fragments"),
+    ):
+        add(f"--{name}", type=non_negative, default=default, metavar="GIB", help=f"{what} [{default:g}]")
+    add("--efficiency", type=probability, metavar="SHARE", help=f"of the peak that products reach [{EFFICIENCY}]")
+    for name, what in RATES.items():
+        add(f"--{name}", type=non_negative, metavar="X", help=f"{what} [from the data sheet or assumed, and printed]")
+    add("--json", action="store_true", help="print the plan as one JSON object")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

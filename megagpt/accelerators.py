@@ -1,0 +1,39 @@
+"""What the makers say of their accelerators: peak, memory, links. No torch.
+
+NVIDIA's data sheets (A100 2020, L4 and L40S 2023, H100 and H200 2023, B200 2024): dense 16-bit peaks with fp32
+accumulation in TFLOP/s, memory in GiB and GB/s, and GB/s each way to the others of a host (NVLink, or PCI Express where
+there is none) and to the host itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One kind of device; `link_gb_per_s` joins those of a host, `host_gb_per_s` is the way to the host's memory."""
+
+    peak_tflops: float
+    memory_gib: float
+    memory_gb_per_s: float
+    link_gb_per_s: float
+    host_gb_per_s: float
+
+
+# By the name that the driver gives, the first that is found in it counting.
+ACCELERATORS = {
+    "B200": Accelerator(2250.0, 180, 8000, 900, 64),
+    "H200": Accelerator(989.4, 141, 4800, 450, 64),
+    "H100 PCIe": Accelerator(756.0, 80, 2000, 300, 64),
+    "H100 NVL": Accelerator(835.0, 94, 3900, 300, 64),
+    "H100": Accelerator(989.4, 80, 3350, 450, 64),
+    "A100": Accelerator(312.0, 80, 2039, 300, 32),
+    "L40S": Accelerator(362.0, 48, 864, 32, 32),
+    "L4": Accelerator(121.0, 24, 300, 32, 32),
+}
+
+
+def find(name: str) -> Accelerator | None:
+    """The accelerator that a driver's name or a user's word means, whatever its case; None where none does."""
+    return next((found for known, found in ACCELERATORS.items() if known.lower() in name.lower()), None)

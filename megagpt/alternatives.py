@@ -1,0 +1,158 @@
+"""Other ways to run the same step on the same ranks: the neighbours of a layout, and those of them that fit.
+
+A neighbour has the same model, world and global batch; it differs in the mesh, in ZeRO and offload, in recomputation or
+in the micro-batch. One change is tried before two, and of those that fit the fastest by estimate come first.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from megagpt.config import ResolvedConfig, RunConfig
+from megagpt.config_deepspeed import ZERO_KEY_STAGES, OffloadOptimizerConfig, OffloadParamConfig
+from megagpt.layout import Layout
+from megagpt.memory import RankMemory, rank_memory
+from megagpt.performance import Assumptions, estimate
+
+Change = Callable[[Layout], Layout | None]
+Fits = Callable[[RankMemory], bool]
+ENOUGH = 3
+RECOMPUTE = ("none", "selective", "full")
+
+
+def alternatives(layout: Layout, assumed: Assumptions, fits: Fits, legal: Callable[[Layout], bool]) -> list[Layout]:
+    """The fastest few neighbours that fit and are legal; empty where no two changes are enough."""
+    axes = [list(axis) for axis in (_meshes(layout, assumed), _states(layout), _recomputes(layout), _micro_batches(layout))]
+    one = [(change,) for axis in axes for change in axis]
+    two = [pair for first, second in itertools.combinations(axes, 2) for pair in itertools.product(first, second)]
+    for changes in (one, two):
+        found = [other for other in _changed(layout, changes) if _fits_somewhere(other, fits)]
+        found.sort(key=lambda other: estimate(other, assumed, simulated=False).step_s)
+        checked = (other for other in found if legal(other) and _fits_everywhere(other, fits))
+        if best := list(itertools.islice(checked, ENOUGH)):
+            return best
+    return []
+
+
+def _changed(layout: Layout, changes: Iterable[tuple[Change, ...]]) -> Iterator[Layout]:
+    """The layouts that these changes make, each once, without the impossible ones."""
+    seen = {layout}
+    for combination in changes:
+        other: Layout | None = layout
+        for change in combination:
+            other = change(other) if other is not None else None
+        if other is not None and other not in seen:
+            seen.add(other)
+            yield other
+
+
+def _fits_everywhere(layout: Layout, fits: Fits) -> bool:
+    return all(fits(rank_memory(layout, rank)) for rank in range(layout.pipeline))
+
+
+def _fits_somewhere(layout: Layout, fits: Fits) -> bool:
+    """A quick look at the ranks that hold most: the first two and the last."""
+    ranks = {0, min(1, layout.pipeline - 1), layout.pipeline - 1}
+    return all(fits(rank_memory(layout, rank, data_ranks=1)) for rank in ranks)
+
+
+def _meshes(layout: Layout, assumed: Assumptions) -> Iterator[Change]:
+    """Other tensor and pipeline axes; what the data axis gains, accumulation loses."""
+    for tensor, pipeline in itertools.product(_divisors(layout.world_size), repeat=2):
+        whole_heads = layout.model.num_kv_heads % tensor == 0 and tensor <= assumed.ranks_per_host
+        if whole_heads and layout.world_size % (tensor * pipeline) == 0 and pipeline <= layout.model.num_layers:
+            yield _to_mesh(tensor, pipeline)
+
+
+def _to_mesh(tensor: int, pipeline: int) -> Change:
+    def change(layout: Layout) -> Layout | None:
+        data = layout.world_size // (tensor * pipeline)
+        samples = layout.micro_batch * layout.micro_batches * layout.data
+        if samples % (data * layout.micro_batch):
+            return None
+        virtual = layout.virtual_stages if 1 < pipeline <= layout.model.num_layers // layout.virtual_stages else 1
+        schedule = "1f1b" if virtual == 1 and layout.parallel.schedule == "interleaved" else layout.parallel.schedule
+        parallel = layout.parallel.model_copy(
+            update={
+                "tensor": tensor,
+                "pipeline": pipeline,
+                "virtual_stages": virtual,
+                "schedule": "1f1b" if pipeline == 1 else schedule,
+                "sequence": layout.parallel.sequence and tensor > 1,
+                "gradient_reduction": "per_step" if pipeline > 1 else "per_micro_batch",
+            }
+        )
+        return replace(layout, parallel=parallel, data=data, micro_batches=samples // (data * layout.micro_batch))
+
+    return change
+
+
+def _states(layout: Layout) -> Iterator[Change]:
+    """Other ZeRO stages, with the optimizer on the device or in host memory, and from ZeRO 3 the parameters too."""
+    for stage, optimizer, parameters in itertools.product((1, 2, 3), ("none", "cpu"), ("none", "cpu")):
+        if stage == 3 or parameters == "none":
+            yield _to_states(stage, optimizer, parameters)
+
+
+def _to_states(stage: int, optimizer: str, parameters: str) -> Change:
+    def change(layout: Layout) -> Layout:
+        idle: dict[str, Any] = {key: None for key, stages in ZERO_KEY_STAGES.items() if stage not in stages}
+        if optimizer != layout.zero.optimizer_device:
+            idle["offload_optimizer"] = OffloadOptimizerConfig(device=optimizer)
+        if parameters != layout.zero.parameter_device:
+            idle["offload_param"] = OffloadParamConfig(device=parameters)
+        return layout.with_zero(stage=stage, **idle)
+
+    return change
+
+
+def _recomputes(layout: Layout) -> Iterator[Change]:
+    for recompute in RECOMPUTE:
+        yield lambda other, recompute=recompute: replace(other, recompute=recompute)
+
+
+def _micro_batches(layout: Layout) -> Iterator[Change]:
+    """Smaller micro-batches, and more of them."""
+    for size in _divisors(layout.micro_batch)[:-1]:
+        factor = layout.micro_batch // size
+        yield lambda other, size=size, factor=factor: replace(
+            other, micro_batch=size, micro_batches=other.micro_batches * factor
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+def set_items(written: RunConfig, resolved: ResolvedConfig, layout: Layout) -> list[str]:
+    """The `--set` items that turn a configuration into one with this layout."""
+    now, parallel, zero = Layout.of(resolved), layout.parallel, layout.zero
+    items = {
+        f"megagpt.parallel.{key}": getattr(parallel, key)
+        for key in ("tensor", "pipeline", "schedule", "virtual_stages", "sequence", "gradient_reduction")
+        if getattr(parallel, key) != getattr(now.parallel, key)
+    }
+    if "gradient_reduction" not in written.megagpt.parallel.model_fields_set:
+        items.pop("megagpt.parallel.gradient_reduction", None)  # the default follows the pipeline
+    if layout.recompute != now.recompute:
+        items["megagpt.training.recompute"] = layout.recompute
+    if layout.micro_batch != now.micro_batch or written.train_micro_batch_size_per_gpu is None:
+        items["train_micro_batch_size_per_gpu"] = layout.micro_batch
+    if written.train_batch_size is None:
+        items["train_batch_size"] = resolved.train_batch_size
+    if written.gradient_accumulation_steps not in (None, layout.micro_batches):
+        items["gradient_accumulation_steps"] = layout.micro_batches
+    for key in type(zero).model_fields:
+        if getattr(zero, key) != getattr(now.zero, key):
+            items[f"zero_optimization.{key}"] = _offload(getattr(zero, key)) if "offload" in key else getattr(zero, key)
+    if written.aio is not None and "nvme" not in (zero.optimizer_device, zero.parameter_device):
+        items["aio"] = None
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in items.items()]
+
+
+def _offload(section: OffloadOptimizerConfig | OffloadParamConfig | None) -> dict[str, str]:
+    return {"device": section.device if section is not None else "none"}

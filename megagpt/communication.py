@@ -1,0 +1,86 @@
+"""What a rank sends over each axis of the mesh in one optimizer step, in bytes.
+
+A ring all-gather or reduce-scatter of S bytes over N ranks sends S (N - 1) / N from each, an all-reduce twice that
+(Thakur et al. 2005, "Optimization of collective communication operations in MPICH", section 5). DeepSpeed 0.19.8 reduces
+the gradients of ZeRO 1 and 2 by all-reduce unless `use_multi_rank_bucket_allreduce` is false (zero/stage_1_and_2.py:1545),
+which `docs/parallelism.md` puts beside the ZeRO paper's reduce-scatter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megagpt.layout import Layout, model_layers
+from megagpt.model_states import Shard
+
+
+@dataclass(frozen=True)
+class Communication:
+    """Bytes that one rank sends in a step: `gathers` and `reductions` over the data axis, `tensor` and `pipeline` over
+    theirs."""
+
+    gathers: float
+    reductions: float
+    tensor: float
+    pipeline: float
+
+
+def communication(layout: Layout, pipeline_rank: int, shard: Shard) -> Communication:
+    """Of one rank of this pipeline rank, whose parameters are those of the shard."""
+    return Communication(
+        gathers=gathers(shard),
+        reductions=reductions(shard),
+        tensor=sum(tensor(layout, stage) for stage in layout.stages_of(pipeline_rank)) * layout.micro_batches,
+        pipeline=pipeline(layout, pipeline_rank),
+    )
+
+
+def gathers(shard: Shard) -> float:
+    """ZeRO 1, 2: e n once, the updated parameters; 3: e n for each forward, each backward, and each forward computed
+    again, of every micro-batch. All times (D - 1) / D."""
+    layout = shard.layout
+    if shard.stage == 0:
+        return 0
+    times = 1 if shard.stage < 3 else layout.micro_batches * gathers_of_micro_batch(layout)
+    return times * layout.element_bytes * shard.elements * ring(layout.data)
+
+
+def gathers_of_micro_batch(layout: Layout) -> int:
+    """ZeRO 3: how often a micro-batch gathers a parameter, where none is kept in between."""
+    return 3 if layout.recompute == "full" else 2
+
+
+def reductions(shard: Shard) -> float:
+    """ZeRO 0, 1: 2 e n once; 2: once a step or a micro-batch, as `gradient_reduction` says; 3: e n, as often. All times
+    (D - 1) / D."""
+    layout = shard.layout
+    per_micro_batch = shard.stage >= 2 and not layout.reduces_per_step
+    both_ways = 1 if shard.stage == 3 or layout.zero.use_multi_rank_bucket_allreduce is False else 2
+    times = layout.micro_batches if per_micro_batch else 1
+    size = layout.accumulation_bytes if shard.stage == 1 else layout.element_bytes
+    return times * both_ways * size * shard.elements * ring(layout.data)
+
+
+def tensor(layout: Layout, stage: int) -> float:
+    """Of one micro-batch in a stage: an all-reduce of T e h behind attention and MLP forward, and before them backward,
+    4 a block (6 with full recomputation), one behind the embedding, one before the head. Times (t - 1) / t.
+
+    Sequence parallelism sends the same, as reduce-scatters and all-gathers (Korthikanti et al. 2022, section 4.2.2).
+    """
+    blocks, embedding, head = model_layers(layout.model, layout.stages[stage])
+    times = blocks * (6 if layout.recompute == "full" else 4) + embedding + head
+    hidden = layout.tokens * layout.element_bytes * layout.model.hidden_size
+    return 2 * times * hidden * ring(layout.tensor)
+
+
+def pipeline(layout: Layout, pipeline_rank: int) -> float:
+    """A hidden state of T e h to the next stage and a gradient as large to the one before, for every micro-batch."""
+    stages = layout.stages_of(pipeline_rank)
+    sends = sum((stage < layout.num_stages - 1) + (stage > 0) for stage in stages)
+    hidden = layout.tokens * layout.element_bytes * layout.model.hidden_size
+    return sends * layout.micro_batches * hidden
+
+
+def ring(ranks: int) -> float:
+    """(N - 1) / N."""
+    return (ranks - 1) / ranks

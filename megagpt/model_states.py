@@ -145,14 +145,17 @@ class Shard:
 
     @cached_property
     def persistent(self) -> int:
-        """Of ZeRO 3: elements of parameters so small that they stay whole (parameter_offload.py:317)."""
+        """Of ZeRO 3: elements of parameters so small that they stay whole, D x ceil(numel / D) of each as they are
+        gathered (zero/parameter_offload.py:317)."""
         zero, total = self.layout.zero, 0
         threshold = _given(zero.stage3_param_persistence_threshold, PERSISTENCE_THRESHOLD)
         bound = _given(zero.stage3_model_persistence_threshold, sys.maxsize)
-        for parameter in self.parameters:
+        gathered = 0
+        for parameter, partition in zip(self.parameters, self.partitions, strict=True):
             if parameter.numel <= threshold and parameter.numel + total <= bound:
                 total += parameter.numel
-        return total
+                gathered += self.layout.data * partition
+        return gathered
 
     @property
     def accumulates_compactly(self) -> bool:

@@ -58,7 +58,8 @@ def estimate(layout: Layout, assumed: Assumptions, *, simulated: bool = True) ->
     compare thousands of layouts.
     """
     passes_s, idle = _simulated(layout, assumed) if simulated else _paced(layout, assumed)
-    ranks = [_Rank(layout, assumed, rank) for rank in range(layout.pipeline)]
+    looked_at = range(layout.pipeline) if simulated else {0, layout.pipeline // 2, layout.pipeline - 1}
+    ranks = [_Rank(layout, assumed, rank) for rank in looked_at]
     reduction_s = max(rank.reduction_s for rank in ranks)
     update_s = max(rank.update_s for rank in ranks)
     step_s = passes_s + reduction_s + update_s

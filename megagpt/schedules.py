@@ -21,10 +21,9 @@ class Action(NamedTuple):
     micro_batch: int
 
 
-@cache
 def actions(schedule: str, pipeline: int, virtual_stages: int, micro_batches: int) -> list[list[Action]]:
     """What each pipeline rank does, in order; `schedule` is gpipe, 1f1b or interleaved."""
-    return [_of_rank(schedule, rank, pipeline, virtual_stages, micro_batches) for rank in range(pipeline)]
+    return [actions_of_rank(schedule, rank, pipeline, virtual_stages, micro_batches) for rank in range(pipeline)]
 
 
 def warm_up(schedule: str, rank: int, pipeline: int, virtual_stages: int, micro_batches: int) -> int:
@@ -47,7 +46,8 @@ def round_length(pipeline: int, micro_batches: int) -> int:
     return micro_batches // max(1, micro_batches // pipeline)
 
 
-def _of_rank(schedule: str, rank: int, pipeline: int, virtual_stages: int, micro_batches: int) -> list[Action]:
+@cache
+def actions_of_rank(schedule: str, rank: int, pipeline: int, virtual_stages: int, micro_batches: int) -> list[Action]:
     """Warm up with forwards, alternate one forward and one backward, then the backwards that are left."""
     warm, total = warm_up(schedule, rank, pipeline, virtual_stages, micro_batches), virtual_stages * micro_batches
     length = round_length(pipeline, micro_batches)
@@ -63,6 +63,17 @@ def _of_rank(schedule: str, rank: int, pipeline: int, virtual_stages: int, micro
     for index in range(warm, total):
         order += [action(True, index), action(False, index - warm)]
     return order + [action(False, index) for index in range(total - warm, total)]
+
+
+def micro_batches_to_peak(schedule: str, pipeline: int, micro_batches: int) -> int:
+    """As many micro-batches as a rank sees before it holds the most: then the schedule repeats itself.
+
+    Warming up takes at most v + 1 rounds of forwards, which is less than three rounds through v stages.
+    """
+    if schedule == "gpipe":
+        return micro_batches
+    repeats_after = pipeline + 1 if schedule == "1f1b" else 3 * round_length(pipeline, micro_batches)
+    return min(micro_batches, repeats_after)
 
 
 def peak_held(order: Sequence[Action], weight: Callable[[int], float]) -> float:

@@ -9,13 +9,12 @@ width, V vocabulary, t tensor ranks, e bytes of an element. Upper bounds where D
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from megagpt.config import ModelConfig
 from megagpt.layout import Layout, model_layers
 from megagpt.model_states import FP32_BYTES, Shard
-from megagpt.schedules import actions, peak_held
+from megagpt.schedules import actions_of_rank, micro_batches_to_peak, peak_held
 from megagpt.utils import MIB
 
 REDUCE_BUCKET_SIZE = 500_000_000  # elements; defaults of DeepSpeed's zero/config.py
@@ -59,10 +58,12 @@ def activations(layout: Layout, pipeline_rank: int) -> float:
 
     Equal stages: 1f1b min(p - rank, micro-batches) of them, gpipe all, interleaved warm_up + 1 of 1 / v the size.
     """
-    schedule = actions(layout.schedule, layout.pipeline, layout.virtual_stages, layout.micro_batches)
     if layout.num_stages == 1:
         return kept_by_stage(layout, 0)
-    return peak_held(schedule[pipeline_rank], _each_stage(layout, kept_by_stage))
+    count = micro_batches_to_peak(layout.schedule, layout.pipeline, layout.micro_batches)
+    order = actions_of_rank(layout.schedule, pipeline_rank, layout.pipeline, layout.virtual_stages, count)
+    sizes = {stage: kept_by_stage(layout, stage) for stage in layout.stages_of(pipeline_rank)}
+    return peak_held(order, sizes.__getitem__)
 
 
 def kept_by_stage(layout: Layout, stage: int) -> float:
@@ -210,9 +211,3 @@ def update(shard: Shard) -> float:
         return 0
     largest = max(shard.tiles) if shard.stage == 3 else max(shard.group_partitions)
     return largest * (FP32_BYTES + (layout.element_bytes if layout.accumulation_bytes < FP32_BYTES else 0))
-
-
-def _each_stage(layout: Layout, size: Callable[[Layout, int], float]) -> Callable[[int], float]:
-    """`size` by stage, computed once a stage."""
-    sizes = [size(layout, stage) for stage in range(layout.num_stages)]
-    return sizes.__getitem__

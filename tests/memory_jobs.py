@@ -24,6 +24,7 @@ def held_states(config: dict[str, Any]) -> dict[str, Any]:
             "place": (engine.mesh.pipeline_rank, engine.mesh.data_rank),
             "accumulating_gradients": accumulating,
             "reduced_gradients": reduced,
+            "pipeline_buffers": storage_bytes(pipeline_buffers(engine)),
             **states(engine),
         }
     finally:
@@ -81,6 +82,14 @@ def gradients(engine: Engine) -> Iterator[Tensor]:
     yield from getattr(zero, "accumulated_grads_in_cpu", {}).values()
     if engine.stage == 3:
         yield zero.grad_partitions_flat_buffer
+
+
+def pipeline_buffers(engine: Engine) -> Iterator[Tensor]:
+    """What torch's pipelining has allocated to receive hidden states and gradients."""
+    for schedule in engine.schedules.values():
+        for stage in schedule.stages:
+            for received in (*stage.args_recv_info.values(), *stage.grad_recv_info.values()):
+                yield from (info.buffer for info in received if info is not None and info.buffer is not None)
 
 
 def states(engine: Engine) -> dict[str, int]:

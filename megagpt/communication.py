@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megagpt.layout import Layout, model_layers
-from megagpt.model_states import Shard
+from megagpt.model_states import MAX_REUSE_DISTANCE, Shard
+from megagpt.schedules import warm_up
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,34 @@ def communication(layout: Layout, pipeline_rank: int, shard: Shard) -> Communica
 
 
 def gathers(shard: Shard) -> float:
-    """ZeRO 1, 2: e n once, the updated parameters; 3: e n for each forward, each backward, and each forward computed
-    again, of every micro-batch. All times (D - 1) / D."""
+    """ZeRO 1, 2: e n once, the updated parameters; 3: e n as often as `gathers_of_micro_batch` says, for every
+    micro-batch. All times (D - 1) / D."""
     layout = shard.layout
     if shard.stage == 0:
         return 0
-    times = 1 if shard.stage < 3 else layout.micro_batches * gathers_of_micro_batch(layout)
+    times = 1 if shard.stage < 3 else layout.micro_batches * gathers_of_micro_batch(shard)
     return times * layout.element_bytes * shard.elements * ring(layout.data)
 
 
-def gathers_of_micro_batch(layout: Layout) -> int:
-    """ZeRO 3: how often a micro-batch gathers a parameter, where none is kept in between."""
-    return 3 if layout.recompute == "full" else 2
+def gathers_of_micro_batch(shard: Shard) -> float:
+    """ZeRO 3: of n elements on average, once forward, once backward, and once for the forward of blocks that full
+    recomputation repeats (up to the last matrix, which backward then finds); less what DeepSpeed keeps.
+
+    It keeps a parameter that is used again within `stage3_max_reuse_distance` elements, R: from a block's repeated
+    forward to its backward, and of all n elements, which lie up to 2 n apart, the last R / 2 from forward to backward.
+    It knows only where forward and backward of a micro-batch follow each other: under a pipeline in the last stage of
+    1f1b, elsewhere nothing is kept. A tied weight that is embedding and head at once is gathered for both.
+    """
+    layout, distance = shard.layout, shard.layout.zero.stage3_max_reuse_distance
+    alternates = warm_up(
+        layout.schedule, shard.pipeline_rank, layout.pipeline, layout.virtual_stages, layout.micro_batches
+    ) == 0 or layout.num_stages == 1
+    reuse = (MAX_REUSE_DISTANCE if distance is None else distance) if alternates else 0
+    passes = 2.0
+    if layout.recompute == "full" and reuse < layout.model.block_matmul_parameters / layout.tensor:
+        blocks = (parameter for parameter in shard.parameters if parameter.name.startswith("blocks."))
+        passes += sum(p.numel for p in blocks if ".mlp.down." not in p.name) / shard.elements
+    return passes - min(1, reuse / (2 * shard.elements))
 
 
 def reductions(shard: Shard) -> float:
@@ -63,12 +80,12 @@ def reductions(shard: Shard) -> float:
 
 def tensor(layout: Layout, stage: int) -> float:
     """Of one micro-batch in a stage: an all-reduce of T e h behind attention and MLP forward, and before them backward,
-    4 a block (6 with full recomputation), one behind the embedding, one before the head. Times (t - 1) / t.
+    4 a block, one behind the embedding, one before the head. Times (t - 1) / t.
 
-    Sequence parallelism sends the same, as reduce-scatters and all-gathers (Korthikanti et al. 2022, section 4.2.2).
+    Full recomputation repeats the one behind attention; torch stops before the last, which no gradient needs. Sequence parallelism sends the same, as reduce-scatters and all-gathers (Korthikanti et al. 2022, section 4.2.2).
     """
     blocks, embedding, head = model_layers(layout.model, layout.stages[stage])
-    times = blocks * (6 if layout.recompute == "full" else 4) + embedding + head
+    times = blocks * (5 if layout.recompute == "full" else 4) + embedding + head
     hidden = layout.tokens * layout.element_bytes * layout.model.hidden_size
     return 2 * times * hidden * ring(layout.tensor)
 

@@ -21,7 +21,7 @@ from megagpt.utils import MIB
 
 FP32_BYTES = 4
 PERSISTENCE_THRESHOLD = 100_000  # elements; defaults of zero/config.py and zero/offload_config.py
-SUB_GROUP_SIZE = 1_000_000_000
+SUB_GROUP_SIZE = MAX_LIVE_PARAMETERS = MAX_REUSE_DISTANCE = 1_000_000_000
 OPTIMIZER_BUFFER_COUNT, PARAMETER_BUFFER_COUNT, PARAMETER_BUFFER_SIZE = 4, 5, 100_000_000
 MAX_IN_CPU = 1_000_000_000
 LEAST_SWAPPED_BYTES = MIB  # smaller pieces stay in host memory (swap_tensor/utils.py:14)
@@ -75,7 +75,7 @@ def model_states(layout: Layout, pipeline_rank: int, data_rank: int = 0) -> Mode
 
 def shard_of(layout: Layout, pipeline_rank: int, data_rank: int = 0) -> Shard:
     """The elements of a rank's stages."""
-    return Shard(layout, tuple(parameters_of_rank(layout, pipeline_rank)), data_rank)
+    return Shard(layout, pipeline_rank, tuple(parameters_of_rank(layout, pipeline_rank)), data_rank)
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class Shard:
     """The elements that the formulas are made of, for one rank."""
 
     layout: Layout
+    pipeline_rank: int
     parameters: tuple[Parameter, ...]
     data_rank: int
 

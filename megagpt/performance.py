@@ -92,15 +92,15 @@ def _durations(layout: Layout, assumed: Assumptions) -> tuple[list[float], list[
     The tensor axis is waited for; ZeRO 3's gathers run beside the arithmetic and cost what exceeds it.
     """
     forward, backward = [], []
+    tensor_forward = 2 / 5 if layout.recompute == "full" else 2 / 4
+    again = {"none": 0.0, "selective": _mlp_share(layout), "full": 1.0}[layout.recompute]
     for stage in range(layout.num_stages):
         compute_s = forward_flops(layout, stage) / (1e12 * assumed.peak_tflops * assumed.efficiency)
-        again = {"none": 0.0, "selective": _mlp_share(layout), "full": 1.0}[layout.recompute]
         tensor_s = tensor(layout, stage) / (1e9 * _tensor_rate(layout, assumed))
-        gather_s = _gather_s(layout, assumed, stage)
-        rounds = gathers_of_micro_batch(layout)
-        forward.append(max(compute_s + tensor_s / rounds, gather_s))
-        work_s = (FORWARD_AND_BACKWARD - 1 + again) * compute_s + tensor_s * (1 - 1 / rounds)
-        backward.append(max(work_s, (rounds - 1) * gather_s))
+        gather_s, gathers = _gather(layout, assumed, stage)
+        forward.append(max(compute_s + tensor_forward * tensor_s, gather_s))
+        work_s = (FORWARD_AND_BACKWARD - 1 + again) * compute_s + (1 - tensor_forward) * tensor_s
+        backward.append(max(work_s, (gathers - 1) * gather_s))
     return forward, backward
 
 
@@ -121,16 +121,17 @@ def _mlp_share(layout: Layout) -> float:
     return matrices * model.hidden_size * model.mlp_size / model.block_matmul_parameters
 
 
-def _gather_s(layout: Layout, assumed: Assumptions, stage: int) -> float:
-    """ZeRO 3: one gather of a stage's parameters, from the host's memory or disk where they are."""
+def _gather(layout: Layout, assumed: Assumptions, stage: int) -> tuple[float, float]:
+    """ZeRO 3: (seconds to gather a stage's parameters, from the host's memory or disk where they are, how often)."""
     if layout.zero.stage < 3:
-        return 0
+        return 0, 1
     shard = shard_of(layout, stage % layout.pipeline)
     size = layout.element_bytes * shard.elements / layout.virtual_stages
     place, own = layout.zero.parameter_device, size / layout.data
     from_host_s = own / (1e9 * assumed.host_gb_per_s) if place != "none" else 0
     from_disk_s = own * assumed.ranks_per_host / (1e9 * assumed.nvme_gb_per_s) if place == "nvme" else 0
-    return size * ring(layout.data) / (1e9 * _data_rate(layout, assumed)) + from_host_s + from_disk_s
+    network_s = size * ring(layout.data) / (1e9 * _data_rate(layout, assumed))
+    return network_s + from_host_s + from_disk_s, gathers_of_micro_batch(shard)
 
 
 def _transfer_s(layout: Layout, assumed: Assumptions) -> float:

@@ -13,13 +13,11 @@ from dataclasses import dataclass
 
 from megagpt.config import ModelConfig
 from megagpt.layout import Layout, model_layers
-from megagpt.model_states import FP32_BYTES, Shard
+from megagpt.model_states import FP32_BYTES, MAX_LIVE_PARAMETERS, MAX_REUSE_DISTANCE, Shard
 from megagpt.schedules import actions_of_rank, micro_batches_to_peak, peak_held
 from megagpt.utils import MIB
 
-REDUCE_BUCKET_SIZE = 500_000_000  # elements; defaults of DeepSpeed's zero/config.py
-MAX_LIVE_PARAMETERS = 1_000_000_000
-MAX_REUSE_DISTANCE = 1_000_000_000
+REDUCE_BUCKET_SIZE = 500_000_000  # elements; default of DeepSpeed's zero/config.py
 LOGITS_CHUNK_BYTES = 256 * MIB  # kernels/chunked_cross_entropy.py, as are the next two
 LEAST_CHUNK_ROWS, GROUP_CHUNK_ROWS = 128, 2048
 

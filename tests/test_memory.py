@@ -14,7 +14,8 @@ from tests.configurations import tiny, with_zero
 from tests.ranks import RankPool
 
 ODD = {"num_layers": 3, "hidden_size": 35, "num_heads": 5, "sequence_length": 15}  # nothing divides evenly
-MESHES = [(1, 2, 1), (2, 1, 1), (1, 4, 1), (2, 2, 1)]  # pipeline, data, tensor
+SHARED = {"num_layers": 3, "hidden_size": 36, "num_heads": 4, "sequence_length": 15}  # between two tensor ranks
+MESHES = [(1, 2, 1), (2, 1, 1), (1, 4, 1), (2, 2, 1), (1, 1, 2), (1, 2, 2), (2, 1, 2)]  # pipeline, data, tensor
 STATES = [(mesh, stage, True) for mesh in MESHES for stage in (1, 2, 3)]  # mesh, ZeRO stage, bf16
 STATES += [((1, 2, 1), stage, False) for stage in (0, 1, 2, 3)]
 
@@ -22,7 +23,7 @@ STATES += [((1, 2, 1), stage, False) for stage in (0, 1, 2, 3)]
 def run_on(mesh: tuple[int, int, int], stage: int, bf16: bool = True, micro: int = 2, **zero: Any) -> dict[str, Any]:
     """A run of two micro-batches a step on a mesh."""
     pipeline, data, tensor = mesh
-    config = with_zero(tiny(batch=2 * micro * data, micro=micro, **ODD), stage, **zero)
+    config = with_zero(tiny(batch=2 * micro * data, micro=micro, **(ODD if tensor == 1 else SHARED)), stage, **zero)
     config["megagpt"]["parallel"] = {"pipeline": pipeline, "tensor": tensor}
     return config | {"bf16": {"enabled": bf16}}
 
@@ -55,6 +56,13 @@ def ranks(request: pytest.FixtureRequest) -> Any:
 def test_each_rank_holds_what_the_formula_says(ranks: Any, mesh: tuple[int, int, int], stage: int, bf16: bool) -> None:
     pipeline, data, tensor = mesh
     check(ranks(pipeline * data * tensor), run_on(mesh, stage, bf16))
+
+
+def test_sequence_parallelism_cuts_what_stages_exchange(four_ranks: RankPool) -> None:
+    config = run_on((2, 1, 2), 1)
+    config["megagpt"]["model"] |= {"sequence_length": 16}
+    config["megagpt"]["parallel"] |= {"sequence": True}
+    check(four_ranks, config)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -10,7 +10,8 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from megagpt.config import ResolvedConfig, RunConfig
 from megagpt.config_deepspeed import ZERO_KEY_STAGES, OffloadOptimizerConfig, OffloadParamConfig
@@ -21,12 +22,13 @@ from megagpt.performance import Assumptions, estimate
 Change = Callable[[Layout], Layout | None]
 Fits = Callable[[RankMemory], bool]
 ENOUGH = 3
-RECOMPUTE = ("none", "selective", "full")
+Device = Literal["none", "cpu"]
+DEVICES: tuple[Device, ...] = ("none", "cpu")
 
 
 def alternatives(layout: Layout, assumed: Assumptions, fits: Fits, legal: Callable[[Layout], bool]) -> list[Layout]:
     """The fastest few neighbours that fit and are legal; empty where no two changes are enough."""
-    axes = [list(axis) for axis in (_meshes(layout, assumed), _states(layout), _recomputes(layout), _micro_batches(layout))]
+    axes = [_meshes(layout, assumed), _states(), _recomputes(), _micro_batches(layout)]
     one = [(change,) for axis in axes for change in axis]
     two = [pair for first, second in itertools.combinations(axes, 2) for pair in itertools.product(first, second)]
     for changes in (one, two):
@@ -60,68 +62,67 @@ def _fits_somewhere(layout: Layout, fits: Fits) -> bool:
     return all(fits(rank_memory(layout, rank, data_ranks=1)) for rank in ranks)
 
 
-def _meshes(layout: Layout, assumed: Assumptions) -> Iterator[Change]:
+def _meshes(layout: Layout, assumed: Assumptions) -> list[Change]:
     """Other tensor and pipeline axes; what the data axis gains, accumulation loses."""
-    for tensor, pipeline in itertools.product(_divisors(layout.world_size), repeat=2):
-        whole_heads = layout.model.num_kv_heads % tensor == 0 and tensor <= assumed.ranks_per_host
-        if whole_heads and layout.world_size % (tensor * pipeline) == 0 and pipeline <= layout.model.num_layers:
-            yield _to_mesh(tensor, pipeline)
+    sizes = itertools.product(_divisors(layout.world_size), repeat=2)
+    return [
+        partial(_to_mesh, tensor, pipeline)
+        for tensor, pipeline in sizes
+        if layout.model.num_kv_heads % tensor == 0
+        and tensor <= assumed.ranks_per_host
+        and layout.world_size % (tensor * pipeline) == 0
+        and pipeline <= layout.model.num_layers
+    ]
 
 
-def _to_mesh(tensor: int, pipeline: int) -> Change:
-    def change(layout: Layout) -> Layout | None:
-        data = layout.world_size // (tensor * pipeline)
-        samples = layout.micro_batch * layout.micro_batches * layout.data
-        if samples % (data * layout.micro_batch):
-            return None
-        virtual = layout.virtual_stages if 1 < pipeline <= layout.model.num_layers // layout.virtual_stages else 1
-        schedule = "1f1b" if virtual == 1 and layout.parallel.schedule == "interleaved" else layout.parallel.schedule
-        parallel = layout.parallel.model_copy(
-            update={
-                "tensor": tensor,
-                "pipeline": pipeline,
-                "virtual_stages": virtual,
-                "schedule": "1f1b" if pipeline == 1 else schedule,
-                "sequence": layout.parallel.sequence and tensor > 1,
-                "gradient_reduction": "per_step" if pipeline > 1 else "per_micro_batch",
-            }
-        )
-        return replace(layout, parallel=parallel, data=data, micro_batches=samples // (data * layout.micro_batch))
-
-    return change
+def _to_mesh(tensor: int, pipeline: int, layout: Layout) -> Layout | None:
+    data = layout.world_size // (tensor * pipeline)
+    samples = layout.micro_batch * layout.micro_batches * layout.data
+    if samples % (data * layout.micro_batch):
+        return None
+    virtual = layout.virtual_stages if 1 < pipeline <= layout.model.num_layers // layout.virtual_stages else 1
+    schedule = "1f1b" if virtual == 1 and layout.parallel.schedule == "interleaved" else layout.parallel.schedule
+    changed = layout.with_parallel(
+        tensor=tensor,
+        pipeline=pipeline,
+        virtual_stages=virtual,
+        schedule="1f1b" if pipeline == 1 else schedule,
+        sequence=layout.parallel.sequence and tensor > 1,
+        gradient_reduction="per_step" if pipeline > 1 else "per_micro_batch",
+    )
+    return replace(changed, data=data, micro_batches=samples // (data * layout.micro_batch))
 
 
-def _states(layout: Layout) -> Iterator[Change]:
+def _states() -> list[Change]:
     """Other ZeRO stages, with the optimizer on the device or in host memory, and from ZeRO 3 the parameters too."""
-    for stage, optimizer, parameters in itertools.product((1, 2, 3), ("none", "cpu"), ("none", "cpu")):
-        if stage == 3 or parameters == "none":
-            yield _to_states(stage, optimizer, parameters)
+    choices = itertools.product((1, 2, 3), DEVICES, DEVICES)
+    return [partial(_to_states, *choice) for choice in choices if choice[0] == 3 or choice[2] == "none"]
 
 
-def _to_states(stage: int, optimizer: str, parameters: str) -> Change:
-    def change(layout: Layout) -> Layout:
-        idle: dict[str, Any] = {key: None for key, stages in ZERO_KEY_STAGES.items() if stage not in stages}
-        if optimizer != layout.zero.optimizer_device:
-            idle["offload_optimizer"] = OffloadOptimizerConfig(device=optimizer)
-        if parameters != layout.zero.parameter_device:
-            idle["offload_param"] = OffloadParamConfig(device=parameters)
-        return layout.with_zero(stage=stage, **idle)
-
-    return change
+def _to_states(stage: int, optimizer: Device, parameters: Device, layout: Layout) -> Layout:
+    changes: dict[str, Any] = {key: None for key, stages in ZERO_KEY_STAGES.items() if stage not in stages}
+    if optimizer != layout.zero.optimizer_device:
+        changes["offload_optimizer"] = OffloadOptimizerConfig(device=optimizer)
+    if parameters != layout.zero.parameter_device:
+        changes["offload_param"] = OffloadParamConfig(device=parameters)
+    return layout.with_zero(stage=stage, **changes)
 
 
-def _recomputes(layout: Layout) -> Iterator[Change]:
-    for recompute in RECOMPUTE:
-        yield lambda other, recompute=recompute: replace(other, recompute=recompute)
+def _recomputes() -> list[Change]:
+    return [partial(_to_recompute, kind) for kind in ("none", "selective", "full")]
 
 
-def _micro_batches(layout: Layout) -> Iterator[Change]:
+def _to_recompute(kind: str, layout: Layout) -> Layout:
+    return replace(layout, recompute=kind)
+
+
+def _micro_batches(layout: Layout) -> list[Change]:
     """Smaller micro-batches, and more of them."""
-    for size in _divisors(layout.micro_batch)[:-1]:
-        factor = layout.micro_batch // size
-        yield lambda other, size=size, factor=factor: replace(
-            other, micro_batch=size, micro_batches=other.micro_batches * factor
-        )
+    return [partial(_to_micro_batch, layout.micro_batch // size) for size in _divisors(layout.micro_batch)[:-1]]
+
+
+def _to_micro_batch(parts: int, layout: Layout) -> Layout:
+    return replace(layout, micro_batch=layout.micro_batch // parts, micro_batches=layout.micro_batches * parts)
 
 
 def _divisors(number: int) -> list[int]:

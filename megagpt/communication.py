@@ -1,9 +1,10 @@
 """What a rank sends over each axis of the mesh in one optimizer step, in bytes.
 
 A ring all-gather or reduce-scatter of S bytes over N ranks sends S (N - 1) / N from each, an all-reduce twice that
-(Thakur et al. 2005, "Optimization of collective communication operations in MPICH", section 5). DeepSpeed 0.19.8 reduces
-the gradients of ZeRO 1 and 2 by all-reduce unless `use_multi_rank_bucket_allreduce` is false (zero/stage_1_and_2.py:1545),
-which `docs/parallelism.md` puts beside the ZeRO paper's reduce-scatter.
+(Thakur et al. 2005, "Optimization of collective communication operations in MPICH", section 5). The letters are those
+of model_states.py and working_memory.py. DeepSpeed 0.19.8 reduces the gradients of ZeRO 1 and 2 by all-reduce, where
+the ZeRO paper has a reduce-scatter, unless `use_multi_rank_bucket_allreduce` is false (zero/stage_1_and_2.py:1545).
+`tests/test_communication.py` counts what ranks send.
 """
 
 from __future__ import annotations
@@ -56,9 +57,10 @@ def gathers_of_micro_batch(shard: Shard) -> float:
     1f1b, elsewhere nothing is kept. A tied weight that is embedding and head at once is gathered for both.
     """
     layout, distance = shard.layout, shard.layout.zero.stage3_max_reuse_distance
-    alternates = warm_up(
-        layout.schedule, shard.pipeline_rank, layout.pipeline, layout.virtual_stages, layout.micro_batches
-    ) == 0 or layout.num_stages == 1
+    alternates = (
+        warm_up(layout.schedule, shard.pipeline_rank, layout.pipeline, layout.virtual_stages, layout.micro_batches) == 0
+        or layout.num_stages == 1
+    )
     reuse = (MAX_REUSE_DISTANCE if distance is None else distance) if alternates else 0
     passes = 2.0
     if layout.recompute == "full" and reuse < layout.model.block_matmul_parameters / layout.tensor:
@@ -82,7 +84,9 @@ def tensor(layout: Layout, stage: int) -> float:
     """Of one micro-batch in a stage: an all-reduce of T e h behind attention and MLP forward, and before them backward,
     4 a block, one behind the embedding, one before the head. Times (t - 1) / t.
 
-    Full recomputation repeats the one behind attention; torch stops before the last, which no gradient needs. Sequence parallelism sends the same, as reduce-scatters and all-gathers (Korthikanti et al. 2022, section 4.2.2).
+    Full recomputation repeats the one behind attention; torch stops before the other, which no gradient needs.
+    Sequence parallelism sends the same, as reduce-scatters and all-gathers (Korthikanti et al. 2022, section 4.2.2),
+    and gathers the inputs of two matrices once more.
     """
     blocks, embedding, head = model_layers(layout.model, layout.stages[stage])
     times = blocks * (5 if layout.recompute == "full" else 4) + embedding + head

@@ -268,8 +268,8 @@ def _optimizer_bytes(shard: Shard, size: int) -> Bytes:
 
 
 def offload_buffers(shard: Shard) -> Bytes:
-    """What offloading needs beside the states themselves: fp32 gradients for the CPU's Adam, copies in the model's type,
-    buffers of disk I/O."""
+    """What offloading needs beside the states themselves: fp32 gradients for the CPU's Adam, copies in the model's
+    type, buffers of disk I/O."""
     zero = shard.layout.zero
     total = Bytes()
     if zero.optimizer_device != "none":

@@ -77,7 +77,7 @@ def _simulated(layout: Layout, assumed: Assumptions) -> tuple[float, float]:
 
 
 def _paced(layout: Layout, assumed: Assumptions) -> tuple[float, float]:
-    """(seconds of all passes, idle share) at the pace of the slowest rank, which waits for (p - 1) / v of the others'."""
+    """(seconds of all passes, idle share) at the pace of the slowest rank, which waits for (p - 1) / v others."""
     forward, backward = _durations(layout, assumed)
     ranks = [sum(forward[s] + backward[s] for s in layout.stages_of(rank)) for rank in range(layout.pipeline)]
     slowest, mean = max(ranks), sum(ranks) / len(ranks)
@@ -105,7 +105,7 @@ def _durations(layout: Layout, assumed: Assumptions) -> tuple[list[float], list[
 
 
 def forward_flops(layout: Layout, stage: int) -> float:
-    """FLOPs of one micro-batch's forward through a stage on one rank; attention by its causal half, as ours computes."""
+    """FLOPs of one micro-batch's forward through a stage on one rank; attention by its causal half, as our kernels."""
     model = layout.model
     blocks, _, head = model_layers(model, layout.stages[stage])
     attention = attention_flops_per_token(model, causal=True) / model.num_layers
@@ -168,7 +168,7 @@ class _Rank:
 
     @property
     def update_s(self) -> float:
-        """Adam moves 30 bytes an element through the memory that holds its state, NVMe reads 16 and writes 12 besides."""
+        """Adam moves 30 bytes an element through the memory that holds its state, NVMe reads 16 and writes 12."""
         zero, assumed = self.layout.zero, self.assumed
         moved = ADAM_BYTES * self.shard.partition
         if zero.optimizer_device == "none":

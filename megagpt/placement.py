@@ -43,7 +43,7 @@ class Placement:
         return [place for place in self.places if place.pipeline == pipeline_rank]
 
     def split_tensor_groups(self) -> list[list[Place]]:
-        """Tensor groups whose ranks are on more than one host: every layer then waits for the network, several times."""
+        """Tensor groups whose ranks are on more than one host: every layer then waits for the network."""
         groups: dict[tuple[int, int], list[Place]] = {}
         for place in self.places:
             groups.setdefault((place.pipeline, place.data), []).append(place)

@@ -1,4 +1,4 @@
-"""What a configuration would do on given hosts: legal or not, who holds what, does it fit, how fast, and what would fit.
+"""What a configuration would do on given hosts: is it legal, who holds what, does it fit, how fast, what would fit.
 
 No torch and no device: everything follows from the configuration, the hosts and the assumptions that the plan prints.
 """
@@ -93,7 +93,7 @@ def fits_device(memory: RankMemory, limits: Limits) -> bool:
     return memory.peak.device / GIB <= limits.device_gib - limits.reserve_gib
 
 
-def assume(device: Accelerator, ranks_per_host: int, **given: float | None) -> Assumptions:
+def assume(device: Accelerator, ranks_per_host: int, **given: Any) -> Assumptions:
     """Rates of a device's data sheet, lowered to what programs reach; whatever is given and not None stands instead."""
     assumed = Assumptions(
         peak_tflops=device.peak_tflops,
@@ -109,9 +109,7 @@ def assume(device: Accelerator, ranks_per_host: int, **given: float | None) -> A
     return replace(assumed, **{name: value for name, value in given.items() if value is not None})
 
 
-def make_plan(
-    path: str, overrides: Sequence[str], hosts: Sequence[Host], limits: Limits, assumed: Assumptions
-) -> Plan:
+def make_plan(path: str, overrides: Sequence[str], hosts: Sequence[Host], limits: Limits, assumed: Assumptions) -> Plan:
     """Plan a configuration file on these hosts; raises ConfigError where it is no configuration for so many ranks."""
     written = load_config(path, overrides)
     config = _resolved(written, world_size(list(hosts)))

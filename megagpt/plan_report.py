@@ -5,13 +5,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 
-from megagpt.layout import model_layers
 from megagpt.memory import RankMemory
 from megagpt.model_states import Bytes
 from megagpt.placement import Place
 from megagpt.plan import Alternative, Plan
 from megagpt.schedules import bubble_formula
-from megagpt.stages import layer_costs
+from megagpt.stages import describe
 from megagpt.utils import GIB, human_count
 
 FEW_RANKS = 16  # shown one by one
@@ -19,25 +18,24 @@ SHOWN_STAGES = 8  # of memory, one column each; of more, the first, the last and
 
 
 def text(plan: Plan) -> str:
-    """Everything, the verdict first and again, with what to type, at the end."""
-    parts = [_verdict(plan), *_refusals(plan), _mesh(plan), _stages(plan), _memory(plan), _speed(plan), _assumptions(plan)]
-    return "\n\n".join(parts + ([_alternatives(plan.alternatives)] if not plan.good else []))
+    """Everything, the verdict first, and where it is no, what to type instead at the end."""
+    parts = [_verdict(plan), *_refusals(plan), _mesh(plan), _stages(plan), _memory(plan), _speed(plan)]
+    return "\n\n".join([*parts, _assumptions(plan)] + ([] if plan.good else [_alternatives(plan.alternatives)]))
 
 
 def _verdict(plan: Plan) -> str:
-    layout, fullest = plan.layout, _fullest(plan.memory)
+    layout, room = plan.layout, plan.limits.device_gib - plan.limits.reserve_gib
     legal = "refused" if plan.refusals else "legal"
     fits = "it fits" if plan.fits_device and plan.fits_host else "IT DOES NOT FIT"
-    room = plan.limits.device_gib - plan.limits.reserve_gib
-    lines = [
-        f"{plan.source}: {legal}; {fits}: {fullest.peak.device / GIB:.1f} of {room:.1f} GiB a device"
-        + (f", {plan.host_gib:.1f} of {plan.limits.host_gib:.0f} GiB a host" if plan.host_gib else ""),
-        f"{human_count(layout.model.num_parameters)} parameters on {layout.world_size} ranks: pipeline {layout.pipeline} x "
-        f"data {layout.data} x tensor {layout.tensor}; ZeRO {layout.zero.stage}; batch {plan.config.train_batch_size} = "
-        f"{layout.micro_batch} x {layout.micro_batches} micro-batches x {layout.data} replicas; "
-        f"recomputation {layout.recompute}",
-    ]
-    return "\n".join(lines)
+    used = f"{_fullest(plan.memory).peak.device / GIB:.1f} of {room:.1f} GiB a device"
+    used += f", {plan.host_gib:.1f} of {plan.limits.host_gib:.0f} GiB a host" if plan.host_gib else ""
+    mesh = f"pipeline {layout.pipeline} x data {layout.data} x tensor {layout.tensor}; ZeRO {layout.zero.stage}"
+    batch = f"{layout.micro_batch} x {layout.micro_batches} micro-batches x {layout.data} replicas"
+    return (
+        f"{plan.source}: {legal}; {fits}: {used}\n"
+        f"{human_count(layout.model.num_parameters)} parameters on {layout.world_size} ranks: {mesh}\n"
+        f"batch {plan.config.train_batch_size} = {batch}; recomputation {layout.recompute}"
+    )
 
 
 def _refusals(plan: Plan) -> Iterator[str]:
@@ -72,17 +70,13 @@ def _run_of_ranks(places: Sequence[Place], pipeline_rank: int) -> str:
 def _stages(plan: Plan) -> str:
     """What each stage holds, and its share of the arithmetic."""
     layout = plan.layout
-    costs = layer_costs(layout.model)
-    lines = []
-    for stage, layers in enumerate(layout.stages):
-        blocks, embedding, head = model_layers(layout.model, layers)
-        first = max(layers[0], 1) - 1
-        held = ["embedding"] * embedding + [f"blocks {first}-{first + blocks - 1}"] + ["head"] * head
-        share = sum(costs[layer] for layer in layers) / sum(costs)
-        lines.append(f"stage {stage} on pipeline {stage % layout.pipeline}: {', '.join(held)} ({share:.1%} of the work)")
+    lines = [
+        f"stage {stage} on pipeline {stage % layout.pipeline}: {describe(layout.model, layers)}"
+        for stage, layers in enumerate(layout.stages)
+    ]
     if len(lines) > FEW_RANKS:
         lines = [*lines[:3], f"... {len(lines) - 6} more ...", *lines[-3:]]
-    return "\n".join(["stages:", *(f"  {line}" for line in lines)])
+    return "\n".join(["stages, with their shares of the work:", *(f"  {line}" for line in lines)])
 
 
 def _memory(plan: Plan) -> str:
@@ -129,12 +123,12 @@ def _speed(plan: Plan) -> str:
     }
     volume = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in axes.items())
     idle = bubble_formula(layout.pipeline, layout.virtual_stages, layout.micro_batches)
+    device_rate = human_count(result.tokens_per_s / layout.world_size)
+    parts = f"passes {result.passes_s:.2f} + reduction {result.reduction_s:.2f} + update {result.update_s:.2f}"
     return (
-        f"speed (an estimate, no measurement):\n"
-        f"  step {result.step_s:.2f} s = passes {result.passes_s:.2f} + reduction {result.reduction_s:.2f} "
-        f"+ update {result.update_s:.2f}\n"
-        f"  {human_count(result.tokens_per_s)} tokens/s, {human_count(result.tokens_per_s / layout.world_size)} a device, "
-        f"MFU {result.mfu:.0%}\n"
+        "speed (an estimate, no measurement):\n"
+        f"  step {result.step_s:.2f} s = {parts}\n"
+        f"  {human_count(result.tokens_per_s)} tokens/s, {device_rate} a device, MFU {result.mfu:.0%}\n"
         f"  bubble {result.bubble:.1%} of the passes ({idle:.1%} with equal stages)\n"
         f"  GB sent by a rank in a step: {volume}"
     )
@@ -148,7 +142,9 @@ def _assumptions(plan: Plan) -> str:
 
 def _alternatives(found: Sequence[Alternative]) -> str:
     if not found:
-        return "nothing that is legal and fits is two changes or fewer away: use more ranks, or a smaller model or batch"
+        return (
+            "nothing that is legal and fits is two changes or fewer away: use more ranks, or a smaller model or batch"
+        )
     lines = [
         f"  --set {shlex.join(other.items)}\n"
         f"      {other.peak_gib:.1f} GiB a device, step {other.estimate.step_s:.2f} s, MFU {other.estimate.mfu:.0%}"

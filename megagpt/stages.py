@@ -15,6 +15,15 @@ def layer_costs(model: ModelConfig) -> list[float]:
     return [0.0, *[float(block)] * model.num_layers, float(model.vocab_size * model.hidden_size)]
 
 
+def describe(model: ModelConfig, layers: range) -> str:
+    """What a stage holds, and its share of the work: `embedding, blocks 0-5 (49%)`."""
+    blocks = [layer - 1 for layer in layers if 1 <= layer <= model.num_layers]
+    held = ["embedding"] * (0 in layers) + [f"blocks {blocks[0]}-{blocks[-1]}"]
+    held += ["head"] * (model.num_layers + 1 in layers)
+    costs = layer_costs(model)
+    return f"{', '.join(held)} ({sum(costs[layer] for layer in layers) / sum(costs):.0%})"
+
+
 def cut(model: ModelConfig, num_stages: int) -> list[range]:
     """The layers of each stage, 0 being the embedding and num_layers + 1 the head; no stage without a block.
 

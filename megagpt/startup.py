@@ -246,18 +246,11 @@ def _announce(engine: "Engine", directory: Path, device: str) -> None:
 
 def describe_stages(config: ResolvedConfig) -> str:
     """What each pipeline stage holds and its share of the work: `stage 0: embedding, blocks 0-5 (49 %)`."""
-    from megagpt.stages import cut, layer_costs
+    from megagpt.stages import cut, describe
 
     model, parallel = config.megagpt.model, config.megagpt.parallel
-    costs = layer_costs(model)
-    stages = []
-    for index, layers in enumerate(cut(model, parallel.pipeline * parallel.virtual_stages)):
-        blocks = [layer - 1 for layer in layers if 1 <= layer <= model.num_layers]
-        held = ["embedding"] * (0 in layers) + [f"blocks {blocks[0]}-{blocks[-1]}"]
-        held += ["head"] * (model.num_layers + 1 in layers)
-        share = sum(costs[layer] for layer in layers) / sum(costs)
-        stages.append(f"stage {index}: {', '.join(held)} ({share:.0%})")
-    return "; ".join(stages)
+    stages = cut(model, parallel.pipeline * parallel.virtual_stages)
+    return "; ".join(f"stage {index}: {describe(model, layers)}" for index, layers in enumerate(stages))
 
 
 def _farewell(run: "Run", first_step: int) -> None:

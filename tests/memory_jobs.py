@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from torch import Tensor
 
 from megagpt import compat, pipeline
@@ -14,6 +15,7 @@ from tests.jobs import build, destroy, micro_batches
 
 def held_states(config: dict[str, Any]) -> dict[str, Any]:
     """Train a step, then count each kind of state; gradients on the way, before and after their reduction."""
+    number_modules_anew()
     engine = build(config)
     try:
         pipeline.train_step(engine, micro_batches(engine, 0))  # Adam makes its moments at the first update
@@ -29,6 +31,15 @@ def held_states(config: dict[str, Any]) -> dict[str, Any]:
         }
     finally:
         destroy(engine)
+
+
+def number_modules_anew() -> None:
+    """DeepSpeed counts modules over all engines of a process, and ranks that had different stages before would differ.
+
+    Its check that data-parallel ranks run the same modules compares these numbers (zero/parameter_offload.py:337).
+    """
+    (count,) = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
+    count[0] = 0
 
 
 def gradients_while_accumulating(engine: Engine) -> int:
@@ -94,22 +105,25 @@ def pipeline_buffers(engine: Engine) -> Iterator[Tensor]:
 
 def states(engine: Engine) -> dict[str, int]:
     """Bytes of the other states after an update."""
-    zero, parameters = engine.deepspeed.optimizer, list(engine.names)
-    masters = master_weights(engine)
+    parameters, masters = list(engine.names), master_weights(engine)
     whole = [p for p in parameters if engine.stage < 3 or p.ds_persist]
-    partitions = [p.ds_tensor for p in parameters] if engine.stage == 3 else whole
-    buffers = [master.grad for master in masters if master.grad is not None]
-    buffers += getattr(zero, "param_buffer_of_bit16_for_cpu_offload_groups", [])
-    buffers += [b for b in (getattr(zero, f"temp_grad_buffer_for_{side}_offload", None) for side in ("cpu", "gpu")) if b is not None]
+    adam = compat.base_optimizer(engine.deepspeed).state.values()
     return {
-        "parameters": storage_bytes(partitions),
+        "parameters": storage_bytes([p.ds_tensor for p in parameters] if engine.stage == 3 else whole),
         "persistent_parameters": storage_bytes(whole) if engine.stage == 3 else 0,
         "master_weights": storage_bytes(masters),
-        "moments": storage_bytes(
-            state[moment] for state in compat.base_optimizer(engine.deepspeed).state.values() for moment in compat.MOMENTS
-        ),
-        "offload_buffers": storage_bytes(buffers),
+        "moments": storage_bytes(state[moment] for state in adam for moment in compat.MOMENTS),
+        "offload_buffers": storage_bytes([*offload_buffers(engine), *(m.grad for m in masters if m.grad is not None)]),
     }
+
+
+def offload_buffers(engine: Engine) -> Iterator[Tensor]:
+    """ZeRO 1 and 2's, on both sides of the bus."""
+    zero = engine.deepspeed.optimizer
+    yield from getattr(zero, "param_buffer_of_bit16_for_cpu_offload_groups", [])
+    for side in ("cpu", "gpu"):
+        if (buffer := getattr(zero, f"temp_grad_buffer_for_{side}_offload", None)) is not None:
+            yield buffer
 
 
 def master_weights(engine: Engine) -> list[Tensor]:

@@ -45,7 +45,7 @@ def test_gathers_under_a_pipeline_and_recomputation(four_ranks: RankPool) -> Non
         assert sent == pytest.approx(formula.gathers + formula.reductions, rel=0.02)
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", ["none", pytest.param("selective", marks=pytest.mark.slow), "full"])
 def test_tensor_axis(two_ranks: RankPool, recompute: str) -> None:
     config = run_on((1, 1, 2), 1, bf16=False)
     config["megagpt"]["training"]["recompute"] = recompute

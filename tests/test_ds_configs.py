@@ -13,7 +13,7 @@ from tests.ranks import RankPool
 
 FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 CONFIGS = [path for path in FILES if path.name != "schema.json"]
-STEPS, RANKS = 2, 2
+STEPS = 2
 GPT_VOCABULARY = 50_257
 
 # name -> (ZeRO stage, where the optimizer works, where the parameters rest)
@@ -23,7 +23,10 @@ MECHANISMS = {
     "gpt2_1.5b_zero3": (3, "none", "none"),
     "gpt3_6.7b_zero3_offload_cpu": (3, "cpu", "none"),
     "gpt3_13b_zero3_offload_nvme": (3, "nvme", "nvme"),
+    "gpt3_13b_3d_zero3": (3, "none", "none"),
+    "gpt3_175b_3d": (1, "none", "none"),
 }
+MESHES = ("gpt3_13b_3d_zero3", "gpt3_175b_3d")  # scaled down to pipeline 2 x tensor 2
 
 
 def test_each_shipped_file_has_a_row_here() -> None:
@@ -48,16 +51,19 @@ def scaled_down(path: Path, swap: Path) -> dict[str, Any]:
     document = json.loads(path.read_text())
     document.pop("$schema")
     width = 512 if "nvme" in MECHANISMS[path.stem] else 64  # DeepSpeed swaps shards of 1 MiB and more
-    document |= {"train_batch_size": 2 * RANKS, "train_micro_batch_size_per_gpu": 1}
+    document |= {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 1}
     document["scheduler"]["params"] |= {"total_num_steps": 10, "warmup_num_steps": 2}
     document["megagpt"]["model"] = {
-        "num_layers": 2,
+        "num_layers": 4 if path.stem in MESHES else 2,
         "hidden_size": width,
         "num_heads": 4,
         "sequence_length": 16,
         "vocab_size": 256,
     }
-    document["megagpt"]["parallel"] = {}
+    parallel = document["megagpt"].get("parallel", {})
+    parallel.pop("world_size", None)
+    if path.stem in MESHES:
+        parallel |= {"pipeline": 2, "tensor": 2}
     document["megagpt"]["training"] |= {"total_steps": STEPS}
     zero = document["zero_optimization"]
     for part in ("offload_optimizer", "offload_param"):
@@ -73,13 +79,13 @@ def scaled_down(path: Path, swap: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_it_trains_when_scaled_down_and_its_mechanism_acts(
-    request: pytest.FixtureRequest, two_ranks: RankPool, tmp_path: Path, path: Path
+    request: pytest.FixtureRequest, tmp_path: Path, path: Path
 ) -> None:
     stage, optimizer, parameters = MECHANISMS[path.stem]
     if "nvme" in (optimizer, parameters):
         request.getfixturevalue("nvme")
-    ranks = two_ranks.run("tests.jobs:train", config=scaled_down(path, tmp_path), steps=STEPS)
-    for rank in ranks:
+    pool: RankPool = request.getfixturevalue("four_ranks" if path.stem in MESHES else "two_ranks")
+    for rank in pool.run("tests.jobs:train", config=scaled_down(path, tmp_path), steps=STEPS):
         seen = rank["evidence"]
         assert seen["parameter_type"] == "torch.bfloat16"
         assert all(result.applied and result.loss > 0 for result in rank["results"])
@@ -90,3 +96,5 @@ def test_it_trains_when_scaled_down_and_its_mechanism_acts(
             assert seen["parameters_offloaded"] == (parameters != "none")
         assert (seen["elements_on_nvme"] > 0) == (parameters == "nvme")
         assert bool(seen["swap_files"]) == (optimizer == "nvme")
+        axes = {axis for axis, operation in rank["traffic"] if operation in ("send", "all_reduce")}
+        assert ({"pipeline", "tensor"} <= axes) == (path.stem in MESHES)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from megagpt.config import ModelConfig
 from megagpt.model import GPT, Block, Context, decayed, global_names
 from megagpt.parameters import group_elements, parameters_of_rank
 from megagpt.working_memory import kept_by_block, kept_by_head

@@ -1,6 +1,6 @@
 """The pictures of docs/parallelism.md, drawn from the planner's own mesh and schedules.
 
-    python -m benchmarks.parallelism_figures
+python -m benchmarks.parallelism_figures
 """
 
 import json

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from megagpt.layout import Layout, model_layers
 from megagpt.model_states import MAX_REUSE_DISTANCE, Shard
-from megagpt.schedules import warm_up
 
 
 @dataclass(frozen=True)
@@ -38,35 +37,34 @@ def communication(layout: Layout, pipeline_rank: int, shard: Shard) -> Communica
 
 
 def gathers(shard: Shard) -> float:
-    """ZeRO 1, 2: e n once, the updated parameters; 3: e n as often as `gathers_of_micro_batch` says, for every
-    micro-batch. All times (D - 1) / D."""
-    layout = shard.layout
+    """ZeRO 1, 2: e n once, the updated parameters; 3: e n times `gathers_of_step`. All times (D - 1) / D."""
     if shard.stage == 0:
         return 0
-    times = 1 if shard.stage < 3 else layout.micro_batches * gathers_of_micro_batch(shard)
-    return times * layout.element_bytes * shard.elements * ring(layout.data)
+    times = 1 if shard.stage < 3 else gathers_of_step(shard)
+    return times * shard.layout.element_bytes * shard.elements * ring(shard.layout.data)
 
 
-def gathers_of_micro_batch(shard: Shard) -> float:
-    """ZeRO 3: of n elements on average, once forward, once backward, and once for the forward of blocks that full
-    recomputation repeats (up to the last matrix, which backward then finds); less what DeepSpeed keeps.
+def gathers_of_step(shard: Shard) -> float:
+    """ZeRO 3: how often a step gathers a parameter, on average over the n of a rank: u - k (u - w).
 
-    It keeps a parameter that is used again within `stage3_max_reuse_distance` elements, R: from a block's repeated
-    forward to its backward, and of all n elements, which lie up to 2 n apart, the last R / 2 from forward to backward.
-    It knows only where forward and backward of a micro-batch follow each other: under a pipeline in the last stage of
-    1f1b, elsewhere nothing is kept. A tied weight that is embedding and head at once is gathered for both.
+    u: its uses, one forward and one backward a micro-batch, and the forward of blocks that full recomputation repeats
+    (up to the last matrix, which backward then finds). k: the share that DeepSpeed keeps until the next use, those that
+    are used again within R = `stage3_max_reuse_distance` elements; forward and backward of a parameter lie up to 2 n
+    apart, so k = min(1, R / 2 n). w: windows beyond which it knows nothing, a micro-batch, or with a pipeline the step
+    (compat.py); it knows none where a pipeline has parameters on NVMe. A tied weight that is embedding and head at once
+    is gathered for both.
     """
-    layout, distance = shard.layout, shard.layout.zero.stage3_max_reuse_distance
-    alternates = (
-        warm_up(layout.schedule, shard.pipeline_rank, layout.pipeline, layout.virtual_stages, layout.micro_batches) == 0
-        or layout.num_stages == 1
-    )
-    reuse = (MAX_REUSE_DISTANCE if distance is None else distance) if alternates else 0
-    passes = 2.0
+    layout, given = shard.layout, shard.layout.zero.stage3_max_reuse_distance
+    reuse = MAX_REUSE_DISTANCE if given is None else given
+    if layout.num_stages > 1 and layout.zero.parameter_device == "nvme":
+        reuse = 0
+    uses = 2.0
     if layout.recompute == "full" and reuse < layout.model.block_matmul_parameters / layout.tensor:
         blocks = (parameter for parameter in shard.parameters if parameter.name.startswith("blocks."))
-        passes += sum(p.numel for p in blocks if ".mlp.down." not in p.name) / shard.elements
-    return passes - min(1, reuse / (2 * shard.elements))
+        uses += sum(p.numel for p in blocks if ".mlp.down." not in p.name) / shard.elements
+    uses *= layout.micro_batches
+    windows = layout.micro_batches if layout.num_stages == 1 else 1
+    return uses - min(1, reuse / (2 * shard.elements)) * (uses - windows)
 
 
 def reductions(shard: Shard) -> float:

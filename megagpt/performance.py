@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megagpt.communication import Communication, communication, gathers_of_micro_batch, ring, tensor
+from megagpt.communication import Communication, communication, gathers_of_step, ring, tensor
 from megagpt.flops import (
     FLOPS_PER_MULTIPLY_ADD,
     FORWARD_AND_BACKWARD,
@@ -98,9 +98,9 @@ def _durations(layout: Layout, assumed: Assumptions) -> tuple[list[float], list[
         compute_s = forward_flops(layout, stage) / (1e12 * assumed.peak_tflops * assumed.efficiency)
         tensor_s = tensor(layout, stage) / (1e9 * _tensor_rate(layout, assumed))
         gather_s, gathers = _gather(layout, assumed, stage)
-        forward.append(max(compute_s + tensor_forward * tensor_s, gather_s))
+        forward.append(max(compute_s + tensor_forward * tensor_s, gather_s * gathers / 2))
         work_s = (FORWARD_AND_BACKWARD - 1 + again) * compute_s + (1 - tensor_forward) * tensor_s
-        backward.append(max(work_s, (gathers - 1) * gather_s))
+        backward.append(max(work_s, gather_s * gathers / 2))
     return forward, backward
 
 
@@ -122,7 +122,8 @@ def _mlp_share(layout: Layout) -> float:
 
 
 def _gather(layout: Layout, assumed: Assumptions, stage: int) -> tuple[float, float]:
-    """ZeRO 3: (seconds to gather a stage's parameters, from the host's memory or disk where they are, how often)."""
+    """ZeRO 3: (seconds to gather a stage's parameters, from the host's memory or disk where they are, how often for one
+    micro-batch)."""
     if layout.zero.stage < 3:
         return 0, 1
     shard = shard_of(layout, stage % layout.pipeline)
@@ -131,7 +132,7 @@ def _gather(layout: Layout, assumed: Assumptions, stage: int) -> tuple[float, fl
     from_host_s = own / (1e9 * assumed.host_gb_per_s) if place != "none" else 0
     from_disk_s = own * assumed.ranks_per_host / (1e9 * assumed.nvme_gb_per_s) if place == "nvme" else 0
     network_s = size * ring(layout.data) / (1e9 * _data_rate(layout, assumed))
-    return network_s + from_host_s + from_disk_s, gathers_of_micro_batch(shard)
+    return network_s + from_host_s + from_disk_s, gathers_of_step(shard) / layout.micro_batches
 
 
 def _transfer_s(layout: Layout, assumed: Assumptions) -> float:

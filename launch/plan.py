@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from megagpt.arguments import non_negative, probability, whole_number
-from megagpt.utils import ExitCode, run_command
+from megagpt.utils import ExitCode, abandon, run_command
 
 RATES = {
     "peak_tflops": "TFLOP/s of a device in 16 bit",
@@ -37,7 +37,10 @@ def main() -> int:
     rates = {name: getattr(arguments, name) for name in ("efficiency", *RATES)}
     assumed = assume(device, max(host.slots for host in hosts), **rates)
     plan = make_plan(arguments.deepspeed_config, arguments.set, hosts, limits, assumed)
-    print(json.dumps(as_json(plan), indent=2) if arguments.json else text(plan))
+    try:
+        print(json.dumps(as_json(plan), indent=2) if arguments.json else text(plan), flush=True)
+    except BrokenPipeError:  # `| head`: the verdict is in the exit code too
+        abandon(sys.stdout)
     return ExitCode.DONE if plan.good else ExitCode.BAD_INPUT
 
 

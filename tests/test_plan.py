@@ -62,6 +62,13 @@ def test_a_configuration_that_fits() -> None:
     assert "efficiency 0.5" in done.stdout
 
 
+def test_a_reader_may_leave_early() -> None:
+    command_line = f"{sys.executable} launch/plan.py --deepspeed_config ds_configs/gpt3_175b_3d.json --json | head -1; "
+    shell = ["bash", "-c", command_line + "exit ${PIPESTATUS[0]}"]
+    done = subprocess.run(shell, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", "")
+
+
 def test_json_for_machines() -> None:
     done = command("--deepspeed_config", "ds_configs/gpt2_1.5b_zero3.json", "--ranks", "16", "--json")
     plan = json.loads(done.stdout)

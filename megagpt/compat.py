@@ -158,6 +158,54 @@ class EngineStage(PipelineStage):
         super().__init__(engine.module.chunks[chunk], **place)
         self.engine, self.chunk, self.before_backward = engine, chunk, before_backward
 
+    # torch allocates what a stage receives for every micro-batch of a step beforehand (stage.py:2243, 2314): of a large
+    # model tens of GiB. Here placeholders on the meta device stand there but from the receipt to the use.
+
+    def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
+        with self._placeholders():
+            super()._setup_forward_recv_info(num_microbatches, has_backward)
+
+    def _create_grad_recv_info(self, act_send_info: dict[int, Any]) -> tuple[Any, ...]:
+        with self._placeholders():
+            return super()._create_grad_recv_info(act_send_info)
+
+    @contextmanager
+    def _placeholders(self) -> Iterator[None]:
+        device, self.device = self.device, torch.device("meta")
+        try:
+            yield
+        finally:
+            self.device = device
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """What to post for the inputs of a micro-batch."""
+        self._hold(self.args_recv_info[fwd_chunk_id])
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        """What to post for the gradients of a micro-batch's outputs."""
+        if self.has_backward and not self.is_last:
+            self._hold(self.grad_recv_info[bwd_chunk_id])
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def _hold(self, received: tuple[Any, ...]) -> None:
+        for info in received:
+            if info.buffer is not None:
+                info.buffer = torch.empty_like(info.buffer, device=self.device, requires_grad=False)
+
+    def _retrieve_recv_activations(self, fwd_chunk_id: int) -> tuple[Tensor, ...]:
+        return self._let_go(self.args_recv_info[fwd_chunk_id], super()._retrieve_recv_activations(fwd_chunk_id))
+
+    def _retrieve_recv_grads(self, bwd_chunk_id: int) -> tuple[Tensor | None, ...]:
+        return self._let_go(self.grad_recv_info[bwd_chunk_id], super()._retrieve_recv_grads(bwd_chunk_id))
+
+    def _let_go(self, received: tuple[Any, ...], tensors: Any) -> Any:
+        """What was received belongs to the schedule from now on."""
+        for info in received:
+            if info.buffer is not None:
+                info.buffer = torch.empty_like(info.buffer, device="meta")
+        return tensors
+
     def forward_maybe_with_nosync(self, *inputs: Tensor, **context: Any) -> Tensor:
         """One micro-batch forward."""
         return self.engine(*inputs, chunk=self.chunk, **context)

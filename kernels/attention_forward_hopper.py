@@ -145,7 +145,7 @@ def _consume(out, log_sum_exp, tiles, barriers, where, sizes, CONSUMER: gl.const
     total = gl.zeros((ROWS,), gl.float32, row_layout)
     maximum, total, weights, _ = _softmax(scores, maximum, total, last, 0, scale_log2, True)
     mbarrier.wait(v_ready.index(0), 0)
-    weights = gl.convert_layout(weights.to(out.dtype), weight_layout)
+    weights = gl.convert_layout(weights.to(out.dtype), weight_layout, assert_trivial=True)
     weighted = gl.zeros((ROWS, HEAD_DIM), gl.float32, out_layout)
     for step in range(1, whole):
         maximum, total, weighted, weights = _advance(
@@ -190,7 +190,8 @@ def _advance(queries, ring, maximum, total, weighted, weights, last, step, scale
     weighted, weights = warpgroup_mma_wait(0, deps=(weighted, weights))
     mbarrier.arrive(v_empty.index(before), count=1)
     weighted = weighted * _column(rescale, out_layout)
-    return maximum, total, weighted, gl.convert_layout(next_weights.to(weights.dtype), weights.type.layout)
+    next_weights = gl.convert_layout(next_weights.to(weights.dtype), weights.type.layout, assert_trivial=True)
+    return maximum, total, weighted, next_weights
 
 
 @gluon.jit

@@ -42,9 +42,9 @@ _DOCUMENTS = {
 # Dropout's random numbers need registers; and GPUs with less than 160 KiB of shared memory a multiprocessor (compute
 # capability 8.6, 8.9, 12.x) hold only small blocks.
 _SMALL: dict[str, dict[int, Tiles]] = {
-    "forward": {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 8, 2), 256: Tiles(32, 32, 8, 1)},
-    "backward_keys": {64: Tiles(32, 64, 8, 2), 128: Tiles(32, 32, 8, 1), 256: Tiles(32, 32, 8, 1)},
-    "backward_queries": {64: Tiles(64, 32, 8, 2), 128: Tiles(32, 32, 8, 1), 256: Tiles(32, 32, 8, 1)},
+    "forward": {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 8, 2), 256: Tiles(64, 32, 8, 1)},
+    "backward_keys": {64: Tiles(32, 64, 8, 2), 128: Tiles(32, 32, 8, 1), 256: Tiles(32, 16, 8, 1)},
+    "backward_queries": {64: Tiles(64, 32, 8, 1), 128: Tiles(64, 32, 8, 1), 256: Tiles(32, 32, 8, 1)},
 }
 # fp32 products run on the ordinary cores, with both operands in registers.
 _FP32: dict[str, dict[int, Tiles]] = {

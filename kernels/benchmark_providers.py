@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import kernels
 from kernels import chunked_cross_entropy, reference
 from kernels.benchmark_cases import Case
+from kernels.dispatch import TABLE, Row, row_refusal
 
 Function = Callable[..., Any]
 
@@ -40,9 +40,9 @@ def providers(op: str, device: str) -> list[Provider]:
     """Those for an operation; whether one is available is known when it is prepared or first runs."""
     found = [Provider("torch", _torch)]
     if device == "cuda":
-        found = [Provider("megagpt", _ours), *found, Provider("torch.compile", _compiled)]
+        found = [*_fused(op), *found, Provider("torch.compile", _compiled)]
     if op == "attention":
-        found = [provider for provider in found if provider.name == "megagpt"]
+        found = _fused(op) if device == "cuda" else []
         found += [Provider(f"sdpa {_short(b)}", functools.partial(_sdpa, backend=b)) for b in _BACKENDS[device]]
         if device == "cuda":
             found += [Provider("flex_attention", _flex), Provider("flash-attn", _flash_attn)]
@@ -53,11 +53,18 @@ def providers(op: str, device: str) -> list[Provider]:
     return found
 
 
-def _ours(case: Case) -> Function:
-    line = kernels.explain(case.op, **case.tensors, **case.options)
-    if not line.startswith(f"{case.op}: triton"):
-        raise UnavailableError(line)
-    function: Function = getattr(kernels, case.op)
+def _fused(op: str) -> list[Provider]:
+    """Every implementation of ours, named as dispatch's table names it."""
+    return [
+        Provider(f"megagpt {row.implementation}", functools.partial(_ours, row=row)) for row in TABLE[op] if row.fused
+    ]
+
+
+def _ours(case: Case, row: Row) -> Function:
+    refusal = row_refusal(row, case.op, *case.tensors.values(), **case.options)
+    if refusal is not None:
+        raise UnavailableError(refusal)
+    function: Function = getattr(importlib.import_module(row.module), case.op)
     return function
 
 

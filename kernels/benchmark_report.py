@@ -91,10 +91,11 @@ def as_markdown(heading: Heading, rows: Sequence[Row]) -> str:
 
 def _markdown_row(row: Row) -> str:
     error = f"{row.error_vs_torch:.2f}" if row.correct else f"**WRONG** ({row.error_vs_torch:.3g})"
-    if row.p50_ms is None or row.rate is None or row.fraction_of_ceiling is None:
+    if row.p50_ms is None or row.rate is None:
         return f"| {row.shape} | {row.dtype} | {row.provider} | not timed | | | | {error} |"
     times = f"{row.p20_ms:.3f} / {row.p50_ms:.3f} / {row.p80_ms:.3f}"
-    rate = f"{row.rate:.4g} {row.unit} | {row.fraction_of_ceiling:.0%}"
+    fraction = "" if row.fraction_of_ceiling is None else f"{row.fraction_of_ceiling:.0%}"
+    rate = f"{row.rate:.4g} {row.unit} | {fraction}"
     peak = "" if row.peak_mib is None else f"{row.peak_mib:.0f}"
     return f"| {row.shape} | {row.dtype} | {row.provider} | {times} | {rate} | {peak} | {error} |"
 
@@ -124,7 +125,7 @@ def _plot(directory: Path, rows: Sequence[Row]) -> Path | None:
     axes = figure.add_subplot()
     for label, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
-    axes.set(title=f"{rows[0].op}, {rows[0].mode}, {rows[0].dtype}, {rows[0].device}", xlabel="length or width")
+    axes.set(title=f"{rows[0].op}, {rows[0].mode}, {rows[0].dtype}, {rows[0].device}", xlabel=_axis(rows[0]))
     axes.set(ylabel=rows[0].unit, xscale="log", ylim=(0, None))
     sizes = sorted({size for points in lines.values() for size, _ in points})
     axes.set_xticks(sizes, [str(size) for size in sizes])
@@ -133,6 +134,11 @@ def _plot(directory: Path, rows: Sequence[Row]) -> Path | None:
     path = directory / f"{rows[0].op}_{rows[0].mode}.png"
     figure.savefig(path, dpi=120)
     return path
+
+
+def _axis(row: Row) -> str:
+    """What of the shape the size is: ``width`` of ``rows 512, width 768``."""
+    return next(part for part in reversed(row.shape.split(", ")) if part.endswith(f" {row.size}")).split()[0]
 
 
 def _variant(row: Row) -> str:

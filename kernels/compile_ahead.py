@@ -12,6 +12,7 @@ import importlib
 import io
 import json
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -21,11 +22,14 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from kernels.launcher import INTERPRETED
+from kernels.machine_code import disassemble, in_flight
 
 MODULES = (
     "kernels.attention_ahead",
+    "kernels.hopper_attention",
     "kernels.norms",
     "kernels.cross_entropy",
     "kernels.activations",
@@ -44,7 +48,7 @@ class AheadOfTime:
     ``signature`` maps run-time arguments to triton types, e.g. ``{"x": "*bf16", "rows": "i32", "stride": "i32:16"}``;
     pointers are taken as 16-byte aligned, and ``:16`` marks an integer divisible by 16. A tuple argument is a tuple of
     such types or of integers known when compiling. ``constants`` are the compile-time arguments (and run-time ones that
-    triton would specialise, such as a stride of 1).
+    triton would specialise, such as a stride of 1). Written in Gluon, it is for one compute ``capability`` only.
     """
 
     name: str
@@ -53,6 +57,7 @@ class AheadOfTime:
     constants: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3
+    capability: int | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,10 @@ class Compiled:
     shared_bytes: int
     wide_loads: int  # of 16 bytes and more
     narrow_loads: int
+    wgmma: int  # matrix products of a warp group (Hopper)
+    tma: int  # copies of a tile by the tensor memory accelerator
+    overwritten_operands: int  # see kernels.machine_code
+    overlapped_exponentials: int
 
 
 def compile_for(entry: AheadOfTime, capability: int = 90) -> Compiled:
@@ -76,7 +85,14 @@ def compile_for(entry: AheadOfTime, capability: int = 90) -> Compiled:
         triton.knobs.nvidia.dump_ptxas_log = True
         triton.knobs.compilation.always_compile = True  # a cached kernel comes without the assembler's messages
         kernel = triton.compile(_source(entry), target=target, options=options)
-    return _read(log.getvalue(), kernel.asm["ptx"], kernel.metadata.shared)
+    return _read(log.getvalue(), kernel.asm["ptx"], _machine_code(kernel.asm["cubin"]), kernel.metadata.shared)
+
+
+def _machine_code(cubin: bytes) -> str:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "kernel.cubin")
+        path.write_bytes(cubin)
+        return disassemble(path)
 
 
 def shipped(modules: tuple[str, ...] = MODULES) -> Iterator[AheadOfTime]:
@@ -110,11 +126,12 @@ def _source(entry: AheadOfTime) -> ASTSource:
             signature[name] = declare(value, (position,))
         else:
             raise ValueError(f"{entry.name}: argument {name} is neither in signature nor in constants")
-    return ASTSource(fn=entry.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    source = GluonASTSource if entry.kernel.is_gluon() else ASTSource
+    return source(fn=entry.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def _read(log: str, ptx: str, shared_bytes: int) -> Compiled:
-    """Parse the assembler's verbose output and the loads in the PTX."""
+def _read(log: str, ptx: str, machine_code: str, shared_bytes: int) -> Compiled:
+    """Parse the assembler's verbose output, what the PTX asks for, and the machine code."""
     registers = re.search(r"Used (\d+) registers", log)
     if registers is None:
         raise RuntimeError(f"compiling ahead of time: the assembler's output names no registers:\n{log}")
@@ -131,6 +148,9 @@ def _read(log: str, ptx: str, shared_bytes: int) -> Compiled:
         shared_bytes=shared_bytes,
         wide_loads=widths[True],
         narrow_loads=widths[False],
+        wgmma=ptx.count("wgmma.mma_async"),
+        tma=ptx.count("cp.async.bulk.tensor"),
+        **asdict(in_flight(machine_code)),
     )
 
 
@@ -150,6 +170,8 @@ def main(arguments: list[str] | None = None) -> int:
     table = json.loads(options.write.read_text()) if options.write and options.write.exists() else {}
     for capability in options.capability:
         for name in options.names or entries:
+            if entries[name].capability not in (None, capability):
+                continue
             row = asdict(compile_for(entries[name], capability))
             print(json.dumps({"name": name, "capability": capability, **row}), flush=True)
             table.setdefault(triton.__version__, {}).setdefault(f"sm_{capability}", {})[name] = row

@@ -2,8 +2,9 @@
 
 Rows are tried in order; the first that does not refuse the call runs. A row refuses by returning the reason, so every
 choice can be explained. A module that holds fused operations publishes ``refusal(op, *args, **kwargs) -> str | None``
-for what it cannot do; device, dtype and the environment are judged here. Modules never bear an operation's name, since
-importing ``kernels.attention`` as a module would shadow the function.
+for what it cannot do, and may publish ``fault``, of the same signature, for what it was seen to do wrong on this GPU;
+device, dtype and the environment are judged here. Modules never bear an operation's name, since importing
+``kernels.attention`` as a module would shadow the function.
 """
 
 import functools
@@ -11,7 +12,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,17 +33,23 @@ _FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass(frozen=True)
 class Row:
-    """One implementation: its name, the module holding functions named like the operations, and what it is made of."""
+    """One implementation: its name, the module holding functions named like the operations, and what it is made of.
+
+    A row may be for one compute ``capability`` alone, and may have a ``switch``: a variable that turns it off with 0.
+    """
 
     implementation: str
     module: str
     fused: bool = True
+    capability: tuple[int, int] | None = None
+    switch: str | None = None
 
 
+_HOPPER = Row("hopper", "kernels.hopper_attention", capability=(9, 0), switch="MEGAGPT_HOPPER")
 _TORCH = Row("torch", "kernels.reference", fused=False)
 
 TABLE: dict[str, tuple[Row, ...]] = {
-    "attention": (Row("triton", "kernels.fused_attention"), _TORCH),
+    "attention": (_HOPPER, Row("triton", "kernels.fused_attention"), _TORCH),
     "layer_norm": (Row("triton", "kernels.norms"), _TORCH),
     "rms_norm": (Row("triton", "kernels.norms"), _TORCH),
     "linear_cross_entropy": (
@@ -62,11 +69,18 @@ class Choice:
 
     op: str
     row: Row
-    refusals: tuple[str, ...]
+    refusals: tuple[tuple[str, str], ...]  # (implementation, reason)
 
     def __str__(self) -> str:
-        why = "; ".join(self.refusals) or "first in the table"
-        return f"{self.op}: {self.row.implementation} ({why})"
+        return f"{self.op}: {self.row.implementation} ({_joined(self.refusals) or 'first in the table'})"
+
+
+def _joined(refusals: Iterable[tuple[str, str]]) -> str:
+    """``a: reason; b, c: another``: implementations refused for the same reason are named together."""
+    by_reason: dict[str, list[str]] = {}
+    for implementation, reason in refusals:
+        by_reason.setdefault(reason, []).append(implementation)
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
 
 
 def mode() -> str | None:
@@ -77,21 +91,27 @@ def mode() -> str | None:
     return forced
 
 
-def choose(op: str, *args: Any, **kwargs: Any) -> Choice:
-    """The implementation that would run ``op`` on these arguments. Raises ValueError where a forced one cannot."""
-    forced = mode()
-    refusals: list[str] = []
+def choose(op: str, *args: Any, capability: tuple[int, int] | None = None, **kwargs: Any) -> Choice:
+    """The implementation that would run ``op`` on these arguments. Raises ValueError where a forced one cannot.
+
+    With a ``capability`` the question is what a GPU of that compute capability would run, wherever the tensors are;
+    what only running there can tell, the self-check, is taken as passed.
+    """
+    refusals: list[tuple[str, str]] = []
     for row in TABLE[op]:
-        reason = _refusal(row, op, forced, args, kwargs)
+        reason = row_refusal(row, op, *args, capability=capability, **kwargs)
         if reason is None:
             return Choice(op, row, tuple(refusals))
-        refusals.append(f"{row.implementation}: {reason}")
-    raise ValueError(f"kernels.{op}: no implementation for {VARIABLE}={forced}: {'; '.join(refusals)}")
+        refusals.append((row.implementation, reason))
+    raise ValueError(f"kernels.{op}: no implementation for {VARIABLE}={mode()}: {_joined(refusals)}")
 
 
-def explain(op: str, *args: Any, **kwargs: Any) -> str:
-    """One line saying which implementation of ``op`` runs on these arguments, and why the others do not."""
-    return str(choose(op, *args, **kwargs))
+def explain(op: str, *args: Any, capability: tuple[int, int] | None = None, **kwargs: Any) -> str:
+    """One line saying which implementation of ``op`` runs on these arguments, and why the others do not.
+
+    ``capability``, e.g. (9, 0), asks for a GPU that is not here.
+    """
+    return str(choose(op, *args, capability=capability, **kwargs))
 
 
 _ANNOUNCED: set[Choice] = set()
@@ -117,31 +137,58 @@ def _announce(choice: Choice) -> None:
         log.info("%s", choice)
 
 
-def _refusal(row: Row, op: str, forced: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why this row cannot run this call; None when it can."""
+def row_refusal(row: Row, op: str, *args: Any, capability: tuple[int, int] | None = None, **kwargs: Any) -> str | None:
+    """Why this row cannot run this call; None when it can. ``capability`` as in ``choose``."""
+    forced = mode()
     if not row.fused:
         return None if forced in (None, "torch") else f"{VARIABLE} asks for fused kernels"
-    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-    reason = _device_refusal(tensors[0].device, forced) or _dtype_refusal(tensors[0].dtype)
+    first = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+    reason = _environment_refusal(row, forced) or _device_refusal(row, first.device, forced, capability)
+    reason = reason or _dtype_refusal(first.dtype)
     if reason is not None:
         return reason
-    reason = _module(row.module).refusal(op, *args, **kwargs)
+    module = _module(row.module)
+    reason = module.refusal(op, *args, **kwargs)
+    if reason is None and capability is None and first.device.type == "cuda" and hasattr(module, "fault"):
+        reason = module.fault(op, *args, **kwargs)
     return None if reason is None else str(reason)
 
 
-def _device_refusal(device: torch.device, forced: str | None) -> str | None:
+def _environment_refusal(row: Row, forced: str | None) -> str | None:
+    """What the environment says against a row, wherever the tensors are."""
     if forced == "torch":
         return f"{VARIABLE}=torch"
     if not _TRITON_INSTALLED:
         return "the package triton is not installed"
     if forced == "interpret" and not INTERPRETED:
         return f"{VARIABLE}=interpret came too late; set it before Python starts"
+    if forced == "interpret" and row.capability is not None:
+        return "the interpreter does not know Gluon"
+    setting = os.environ.get(row.switch, "1") if row.switch else "1"
+    if setting not in ("0", "1"):
+        raise ValueError(f"{row.switch}={setting}: unknown value; set it to 0 or 1, or unset it")
+    return f"{row.switch}=0" if setting == "0" else None
+
+
+def _device_refusal(
+    row: Row, device: torch.device, forced: str | None, capability: tuple[int, int] | None
+) -> str | None:
     if forced == "interpret":
         return None if device.type == "cpu" else f"the interpreter works on CPU tensors, not on {device.type}"
-    if device.type != "cuda":
-        return f"tensors on {device.type}, not on a GPU"
-    major, minor = torch.cuda.get_device_capability(device)
+    if capability is None:
+        if device.type != "cuda":
+            return f"tensors on {device.type}, not on a GPU"
+        capability = _capability(device)
+    major, minor = capability
+    if row.capability is not None and capability != row.capability:
+        return f"compute capability {major}.{minor} is not {row.capability[0]}.{row.capability[1]}"
     return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU that is here; torch.compile asks instead of tracing."""
+    return torch.cuda.get_device_capability(device)
 
 
 def _dtype_refusal(dtype: torch.dtype) -> str | None:

@@ -46,7 +46,7 @@ def attention(
     merging the heads afterwards is free. With ``deterministic``, or torch's deterministic algorithms, repeated backward
     passes give the same bits, for seven matrix products a score instead of five.
     """
-    _check(q, k, v, document_ids, dropout, dropout_seed)
+    check(q, k, v, document_ids, dropout, dropout_seed)
     documents = None if document_ids is None else document_bounds(document_ids)
     seed = None if not dropout or dropout_seed is None else dropout_seed.to(q.device, torch.int64).contiguous()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -56,14 +56,17 @@ def attention(
 
 
 def refusal(op: str, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **kwargs: Any) -> str | None:
-    """Why the fused kernels cannot run this call; None when they can. The first call on a GPU checks the GPU."""
+    """Why the fused kernels cannot run this call; None when they can."""
     if q.shape[-1] > MAXIMUM_HEAD_DIM:
         return f"head_dim {q.shape[-1]} is above {MAXIMUM_HEAD_DIM}"
     if scale is not None and scale <= 0:
         return f"scale {scale} is not positive"
-    if q.device.type == "cuda" and not torch.compiler.is_compiling():
-        return self_check.verdict(attention, q.device, q.dtype, max(64, padded(q.shape[-1])))
     return None
+
+
+def fault(op: str, q: Tensor, *args: Any, **kwargs: Any) -> str | None:
+    """What these kernels compute wrongly on this GPU; None where they are right. The first call checks."""
+    return self_check.verdict(__name__, q.device, q.dtype, max(64, padded(q.shape[-1])))
 
 
 def document_bounds(document_ids: Tensor) -> Tensor:
@@ -85,7 +88,7 @@ def _first_positions(document_ids: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(1, order, order.gather(1, heads))
 
 
-def _check(
+def check(
     q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None, dropout: float, dropout_seed: Tensor | None
 ) -> None:
     """Raise ValueError for what no implementation could mean, before anything is launched."""
@@ -112,7 +115,7 @@ def _check(
             raise ValueError(f"attention: q has length {length}, expected at most k's {key_length} with document_ids")
 
 
-def _empty(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def empty_heads_last(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised (batch, heads, length, head_dim) whose memory is laid out (batch, length, heads, head_dim)."""
     batch, heads, length, head_dim = like.shape
     return like.new_empty(batch, length, heads, head_dim, dtype=dtype).transpose(1, 2)
@@ -174,7 +177,7 @@ def _forward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """The result and the log2-sum-exp2 of each query's scaled scores (batch, heads, length) in fp32."""
-    out = _empty(q)
+    out = empty_heads_last(q)
     log_sum_exp = q.new_full(q.shape[:3], math.inf, dtype=torch.float32)
     if not out.numel() or not k.numel():
         return out.zero_(), log_sum_exp
@@ -191,11 +194,11 @@ def _forward(
 
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-    return _empty(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return empty_heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("megagpt::attention_backward", mutates_args=())
-def _backward(
+def backward(
     out_gradient: Tensor,
     q: Tensor,
     k: Tensor,
@@ -211,7 +214,7 @@ def _backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v."""
-    dq, dk, dv = _empty(q), _empty(k), _empty(v)
+    dq, dk, dv = empty_heads_last(q), empty_heads_last(k), empty_heads_last(v)
     if not out.numel() or not k.numel():
         return dq.zero_(), dk.zero_(), dv.zero_()
     q, k, v, out_gradient = _addressable(q), _addressable(k), _addressable(v), _addressable(out_gradient)
@@ -221,14 +224,14 @@ def _backward(
         _launch_keys(inputs, (dq, dk, dv), call, add_query_gradient=False)
         _launch_queries(inputs, dq, call)
         return dq, dk, dv
-    total = _empty(q, torch.float32).zero_()
+    total = empty_heads_last(q, torch.float32).zero_()
     _launch_keys(inputs, (total, dk, dv), call, add_query_gradient=True)
     return torch.mul(total, scale, out=dq), dk, dv
 
 
-@_backward.register_fake
+@backward.register_fake
 def _(out_gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(q), _empty(k), _empty(v)
+    return empty_heads_last(q), empty_heads_last(k), empty_heads_last(v)
 
 
 def _delta(out: Tensor, out_gradient: Tensor) -> Tensor:
@@ -273,7 +276,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, out_gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    gradients = _backward(out_gradient, *ctx.saved_tensors, *ctx.settings)
+    gradients = backward(out_gradient, *ctx.saved_tensors, *ctx.settings)
     return (*gradients, *(None for _ in range(7)))
 
 

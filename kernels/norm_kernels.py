@@ -3,7 +3,7 @@
 Inputs are contiguous rows; statistics and sums are fp32. CENTRED tells layer norm from RMS norm, and pointers that a
 flag switches off may be anything.
 """
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment"
 
 import triton
 import triton.language as tl
@@ -137,59 +137,86 @@ def norm_backward(
 
 @triton.jit
 def norm_backward_wide(
-    dy, dtotal, x, weight, mean, rstd, dx, columns,
-    CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    dy, dtotal, x, weight, mean, rstd, averages, dx, dweight, dbias, rows, columns, rows_per_program,
+    CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, AVERAGED: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dx of one row for each program, in chunks of BLOCK columns: the two row averages first, then the result."""
-    row = tl.program_id(0).to(tl.int64)
-    offset = row * columns
-    scale = tl.load(rstd + row)
-    average = 0.0
-    if CENTRED:
-        average = tl.load(mean + row)
-    along = tl.zeros((BLOCK,), tl.float32)
-    plain = tl.zeros((BLOCK,), tl.float32)
-    for start in tl.range(0, columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        mask = column < columns
-        gradient = _load(dy + offset, column, mask) * _load(weight, column, mask)
-        along += gradient * (_load(x + offset, column, mask) - average) * scale
-        plain += gradient
-    along_mean = tl.sum(along, axis=0) / columns
-    plain_mean = tl.sum(plain, axis=0) / columns
-    for start in tl.range(0, columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        mask = column < columns
-        gradient = _load(dy + offset, column, mask) * _load(weight, column, mask)
-        result = gradient - (_load(x + offset, column, mask) - average) * scale * along_mean
+    """As norm_backward for CHUNKS * BLOCK columns of each row, a row at a time, its numbers loaded twice.
+
+    The second time they come from the cache. Where the columns are all of the row, the first time gives its averages;
+    else ``averages`` (2, rows) has them, from norm_row_averages.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    first = program * rows_per_program
+    start = tl.program_id(1) * (CHUNKS * BLOCK)
+    weight_sums = ()
+    bias_sums = ()
+    for _ in tl.static_range(CHUNKS):
+        weight_sums += (tl.zeros((BLOCK,), tl.float32),)
+        bias_sums += (tl.zeros((BLOCK,), tl.float32),)
+    # Hoisting the weights out of the loop would take the registers that the sums need (triton 3.6 spilled).
+    for row in tl.range(first, tl.minimum(first + rows_per_program, rows), disable_licm=True):
+        scale = tl.load(rstd + row)
+        centre = 0.0
         if CENTRED:
-            result -= plain_mean
-        result *= scale
-        if RESIDUAL:
-            result += _load(dtotal + offset, column, mask)
-        tl.store(dx + offset + column, narrow(result, dx.dtype.element_ty, IN_INTERPRETER), mask=mask)
+            centre = tl.load(mean + row)
+        if AVERAGED:
+            along_mean = tl.load(averages + row)
+            plain_mean = tl.load(averages + rows + row)
+        else:
+            along = tl.zeros((BLOCK,), tl.float32)
+            plain = tl.zeros((BLOCK,), tl.float32)
+            for chunk in tl.static_range(CHUNKS):
+                column = chunk * BLOCK + tl.arange(0, BLOCK)
+                along, plain = _add_chunk(dy, x, weight, row * columns, column, columns, centre, along, plain)
+            along_mean = tl.sum(along, axis=0) * scale / columns
+            plain_mean = tl.sum(plain, axis=0) / columns
+        new_weight_sums = ()
+        new_bias_sums = ()
+        for chunk in tl.static_range(CHUNKS):
+            column = start + chunk * BLOCK + tl.arange(0, BLOCK)
+            mask = column < columns
+            gradient = _load(dy, row * columns + column, mask)
+            normalised = tl.where(mask, (_load(x, row * columns + column, mask) - centre) * scale, 0.0)
+            new_weight_sums += (weight_sums[chunk] + gradient * normalised,)
+            new_bias_sums += (bias_sums[chunk] + gradient,)
+            result = gradient * _load(weight, column, mask) - normalised * along_mean
+            if CENTRED:
+                result -= plain_mean
+            result *= scale
+            if RESIDUAL:
+                result += _load(dtotal, row * columns + column, mask)
+            tl.store(dx + row * columns + column, narrow(result, dx.dtype.element_ty, IN_INTERPRETER), mask=mask)
+        weight_sums = new_weight_sums
+        bias_sums = new_bias_sums
+    for chunk in tl.static_range(CHUNKS):
+        column = start + chunk * BLOCK + tl.arange(0, BLOCK)
+        tl.store(dweight + program * columns + column, weight_sums[chunk], mask=column < columns)
+        if BIAS:
+            tl.store(dbias + program * columns + column, bias_sums[chunk], mask=column < columns)
 
 
 @triton.jit
-def norm_parameter_sums(
-    dy, x, mean, rstd, dweight, dbias, rows, columns, rows_per_program,
-    CENTRED: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Partial sums of dweight and dbias for one run of rows and one block of columns (wide rows only)."""
-    program = tl.program_id(0).to(tl.int64)
-    first = program * rows_per_program
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def norm_row_averages(
+    dy, x, weight, mean, rstd, averages, rows, columns, CENTRED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
+):
+    """The averages over each row that its dx takes: of g * z, and of g; one row for each program."""
+    row = tl.program_id(0).to(tl.int64)
+    centre = 0.0
+    if CENTRED:
+        centre = tl.load(mean + row)
+    along = tl.zeros((BLOCK,), tl.float32)
+    plain = tl.zeros((BLOCK,), tl.float32)
+    for start in tl.range(0, columns, BLOCK, num_stages=STAGES):
+        column = start + tl.arange(0, BLOCK)
+        along, plain = _add_chunk(dy, x, weight, row * columns, column, columns, centre, along, plain)
+    tl.store(averages + row, tl.sum(along, axis=0) * tl.load(rstd + row) / columns)
+    tl.store(averages + rows + row, tl.sum(plain, axis=0) / columns)
+
+
+@triton.jit
+def _add_chunk(dy, x, weight, offset, column, columns, centre, along, plain):
+    """One chunk's part of the sums of g * (x - mean) and of g."""
     mask = column < columns
-    weight_sum = tl.zeros((BLOCK,), tl.float32)
-    bias_sum = tl.zeros((BLOCK,), tl.float32)
-    for row in tl.range(first, tl.minimum(first + rows_per_program, rows), num_stages=STAGES):
-        gradient = _load(dy + row * columns, column, mask)
-        value = _load(x + row * columns, column, mask)
-        if CENTRED:
-            value -= tl.load(mean + row)
-        weight_sum += gradient * value * tl.load(rstd + row)
-        if BIAS:
-            bias_sum += gradient
-    tl.store(dweight + program * columns + column, weight_sum, mask=mask)
-    if BIAS:
-        tl.store(dbias + program * columns + column, bias_sum, mask=mask)
+    gradient = _load(dy, offset + column, mask) * _load(weight, column, mask)
+    return along + gradient * (_load(x, offset + column, mask) - centre), plain + gradient

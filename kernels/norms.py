@@ -2,7 +2,9 @@
 
 Both norms are memory-bound, so the kernels read each byte once: forward 2 rows x columns elements, backward 3, one more
 where a residual takes part. Statistics are fp32 whatever the input. Rows of up to ``_WIDEST_TILE`` columns stay in
-registers; wider ones are walked in chunks and read twice, the second time mostly from cache.
+registers; wider ones are walked in chunks and read twice, the second time from cache. Beyond ``_WIDEST_SUMS`` columns a
+multiprocessor's registers no longer hold the parameters' sums either: then the averages over rows are a kernel of their
+own, and backward moves 5 rows x columns elements.
 
 With z = (x - mean) * rstd and g = dy * weight, averages over a row (Ba et al. 2016; RMSNorm drops mean(g) and mean):
     dx = rstd * (g - mean(g) - z * mean(g * z))       dweight = sum over rows of dy * z       dbias = sum of dy
@@ -25,12 +27,13 @@ from kernels.norm_kernels import (
     norm_backward_wide,
     norm_forward,
     norm_forward_wide,
-    norm_parameter_sums,
+    norm_row_averages,
 )
 
 _WIDEST_TILE = 8192
 _CHUNK = 4096  # columns at a time in wider rows
-_SUM_BLOCK = 1024  # columns for each program of their parameter sums
+_SUM_CHUNK = 2048  # the same in their backward,
+_WIDEST_SUMS = 6 * _SUM_CHUNK  # whose sums of so many columns take 96 of the 255 registers of each of 256 threads
 
 
 # ------------------------------------------------------------------------------------------------------------ launches
@@ -164,32 +167,33 @@ def _backward_wide(
 ) -> Tensor:
     """Fills dx; returns partial sums (1 + bias, programs, columns) of the parameters' gradients."""
     rows, columns = rstd.numel(), x.shape[-1]
-    launch(
-        norm_backward_wide,
-        (rows,),
-        x,
-        *(dy, dy if dtotal is None else dtotal, x, weight, mean, rstd, dx, columns),
-        CENTRED=mean.numel() > 0,
-        RESIDUAL=dtotal is not None,
-        BLOCK=_CHUNK,
-        num_warps=8,
-    )
-    blocks = triton.cdiv(columns, _SUM_BLOCK)
-    programs = min(rows, triton.cdiv(4 * _programs(x.device), blocks))
+    parts, chunks = _parts(columns)
+    flags: dict[str, Any] = {"CENTRED": mean.numel() > 0, "BLOCK": _SUM_CHUNK, "num_warps": 8}
+    averages = rstd.new_empty(2, rows) if parts > 1 else rstd
+    if parts > 1:
+        launch(norm_row_averages, (rows,), x, dy, x, weight, mean, rstd, averages, rows, columns, STAGES=3, **flags)
+    programs = min(rows, triton.cdiv(_programs(x.device), 2 * parts))  # one program fills a multiprocessor
     partial_sums = x.new_empty(1 + bias, programs, columns, dtype=torch.float32)
     launch(
-        norm_parameter_sums,
-        (programs, blocks),
+        norm_backward_wide,
+        (programs, parts),
         x,
-        *(dy, x, mean, rstd, partial_sums[0], partial_sums[-1]),
+        *(dy, dy if dtotal is None else dtotal, x, weight, mean, rstd, averages, dx, partial_sums[0], partial_sums[-1]),
         *(rows, columns, triton.cdiv(rows, programs)),
-        CENTRED=mean.numel() > 0,
+        RESIDUAL=dtotal is not None,
         BIAS=bias,
-        BLOCK=_SUM_BLOCK,
-        STAGES=3,
-        num_warps=4,
+        AVERAGED=parts > 1,
+        CHUNKS=chunks,
+        **flags,
     )
     return partial_sums
+
+
+def _parts(columns: int) -> tuple[int, int]:
+    """Into how many parts the backward cuts the columns of a wide row, and how many chunks a part has."""
+    chunks = triton.cdiv(columns, _SUM_CHUNK)
+    parts = triton.cdiv(columns, _WIDEST_SUMS)
+    return parts, triton.cdiv(chunks, parts)
 
 
 # ------------------------------------------------------------------------------------------------------------ autograd
@@ -257,7 +261,7 @@ def _normalise(
 
 _TYPES: dict[str, Any] = {
     **dict.fromkeys(("x", "residual", "weight", "bias", "y", "total", "dy", "dtotal", "dx"), "*bf16"),
-    **dict.fromkeys(("mean", "rstd", "dweight", "dbias"), "*fp32"),
+    **dict.fromkeys(("mean", "rstd", "averages", "dweight", "dbias"), "*fp32"),
     "rows": "i32",
     "columns": "i32:16",
     "rows_per_program": "i32",
@@ -271,14 +275,15 @@ def _shipped(columns: int, centred: bool, residual: bool) -> list[AheadOfTime]:
     name = f"{'layer' if centred else 'rms'}_norm{'_residual' if residual else ''}_{columns}"
     flags = {"CENTRED": centred, "RESIDUAL": residual, "BIAS": centred, "STAGES": tile.stages}
     shape = {"ROWS": tile.rows, "BLOCK": tile.block}
-    forward, backward = (norm_forward_wide, norm_backward_wide) if tile.wide else (norm_forward, norm_backward)
-    entries = [
-        AheadOfTime(f"{name}_forward", forward, _TYPES, flags | shape, tile.warps),
-        AheadOfTime(f"{name}_backward", backward, _TYPES, flags | shape, tile.warps),
-    ]
-    if tile.wide:
-        sums = AheadOfTime(f"{name}_parameter_sums", norm_parameter_sums, _TYPES, flags | {"BLOCK": _SUM_BLOCK}, 4)
-        entries.append(sums)
+    forward = norm_forward_wide if tile.wide else norm_forward
+    entries = [AheadOfTime(f"{name}_forward", forward, _TYPES, flags | shape, tile.warps)]
+    if not tile.wide:
+        return [*entries, AheadOfTime(f"{name}_backward", norm_backward, _TYPES, flags | shape, tile.warps)]
+    parts, chunks = _parts(columns)
+    flags |= {"BLOCK": _SUM_CHUNK, "CHUNKS": chunks, "AVERAGED": parts > 1}
+    entries.append(AheadOfTime(f"{name}_backward", norm_backward_wide, _TYPES, flags, 8))
+    if parts > 1:
+        entries.append(AheadOfTime(f"{name}_row_averages", norm_row_averages, _TYPES, flags, 8))
     return entries
 
 
@@ -287,5 +292,6 @@ AHEAD_OF_TIME: list[AheadOfTime] = [
     *_shipped(4096, centred=True, residual=True),
     *_shipped(8192, centred=True, residual=True),
     *_shipped(12288, centred=True, residual=True),
+    *_shipped(16384, centred=True, residual=True),
     *_shipped(4096, centred=False, residual=True),
 ]

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import kernels  # noqa: F401  chooses Triton's interpreter, where it is asked for, before DeepSpeed imports Triton
 from megagpt import run_directory as directories
 from megagpt.config import ConfigError, ResolvedConfig, RunConfig, load_config
 from megagpt.dataset import SampleStream, open_dataset

@@ -28,6 +28,7 @@ def fused_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     from kernels.launcher import reset_launches
 
     monkeypatch.setenv("MEGAGPT_KERNELS", "triton" if HAS_GPU else "interpret")
+    monkeypatch.setenv("MEGAGPT_HOPPER", "0")  # the portable kernels; tests/test_hopper_attention.py has the other
     reset_launches()
     return str(request.param)
 

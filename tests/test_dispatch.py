@@ -29,20 +29,20 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 
 
 def test_a_cpu_runs_the_twin(q: torch.Tensor) -> None:
-    assert kernels.explain("attention", q, q, q) == "attention: torch (triton: tensors on cpu, not on a GPU)"
+    assert kernels.explain("attention", q, q, q) == "attention: torch (hopper, triton: tensors on cpu, not on a GPU)"
     assert torch.equal(kernels.attention(q, q, q), reference.attention(q, q, q))
     assert kernels.launches() == {}
 
 
 def test_torch_is_obeyed(q: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(dispatch.VARIABLE, "torch")
-    assert kernels.explain("attention", q, q, q) == "attention: torch (triton: MEGAGPT_KERNELS=torch)"
+    assert kernels.explain("attention", q, q, q) == "attention: torch (hopper, triton: MEGAGPT_KERNELS=torch)"
 
 
 def test_triton_is_obeyed_or_refused_with_the_reason(q: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(dispatch.VARIABLE, "triton")
     with pytest.raises(
-        ValueError, match="no implementation for MEGAGPT_KERNELS=triton: triton: tensors on cpu, not on"
+        ValueError, match="no implementation for MEGAGPT_KERNELS=triton: hopper, triton: tensors on cpu, not on"
     ):
         kernels.attention(q, q, q)
 
@@ -50,7 +50,7 @@ def test_triton_is_obeyed_or_refused_with_the_reason(q: torch.Tensor, monkeypatc
 @pytest.mark.skipif(not launcher.INTERPRETED, reason="needs TRITON_INTERPRET=1, which conftest sets without a GPU")
 def test_the_interpreter_is_obeyed_and_counted(q: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(dispatch.VARIABLE, "interpret")
-    assert kernels.explain("attention", q, q, q) == "attention: triton (first in the table)"
+    assert kernels.explain("attention", q, q, q) == "attention: triton (hopper: the interpreter does not know Gluon)"
     kernels.attention(q, q, q)
     assert kernels.launches() == {"attention_forward": 1}
     with pytest.raises(ValueError, match=r"triton: head_dim 300 is above 256; torch: MEGAGPT_KERNELS asks for fused"):
@@ -65,16 +65,64 @@ def test_an_unknown_value_names_the_known_ones(q: torch.Tensor, monkeypatch: pyt
         kernels.attention(q, q, q)
 
 
-def test_what_a_gpu_would_run(q: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    gpu = torch.device("cuda")
-    assert dispatch._device_refusal(gpu, None) == "compute capability 7.5 is below 8.0"
-    assert dispatch._device_refusal(gpu, "interpret") in (
-        "the interpreter works on CPU tensors, not on cuda",
-        "MEGAGPT_KERNELS=interpret came too late; set it before Python starts",
+def test_what_gpus_that_are_not_here_would_run(q: torch.Tensor) -> None:
+    x, weight = torch.randn(3, 16), torch.ones(16)
+    assert kernels.explain("rms_norm", x, weight, capability=(8, 0)) == "rms_norm: triton (first in the table)"
+    assert kernels.explain("rms_norm", x, weight, capability=(7, 5)) == (
+        "rms_norm: torch (triton: compute capability 7.5 is below 8.0)"
     )
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert dispatch._device_refusal(gpu, "triton") is None
+    assert kernels.explain("attention", q, q, q, capability=(7, 5)) == (
+        "attention: torch (hopper: compute capability 7.5 is not 9.0; triton: compute capability 7.5 is below 8.0)"
+    )
+    assert kernels.explain("attention", q, q, q) == "attention: torch (hopper, triton: tensors on cpu, not on a GPU)"
+
+
+@pytest.fixture
+def halves() -> torch.Tensor:
+    """What attention in Gluon is for: 16 bits, head dimension 64, rows of whole 16 bytes."""
+    return torch.randn(1, 2, 20, 64, dtype=torch.bfloat16)
+
+
+def test_hopper_runs_its_own_attention(halves: torch.Tensor) -> None:
+    assert kernels.explain("attention", halves, halves, halves, capability=(9, 0)) == (
+        "attention: hopper (first in the table)"
+    )
+    for capability in ((8, 0), (8, 9), (10, 0), (12, 0)):
+        line = kernels.explain("attention", halves, halves, halves, capability=capability)
+        name = ".".join(map(str, capability))
+        assert line == f"attention: triton (hopper: compute capability {name} is not 9.0)"
+
+
+LEFT_TO_TRITON = {
+    "it has no dropout": {"dropout": 0.1},
+    "it has no document masks": {"document_ids": torch.zeros(1, 20, dtype=torch.int64)},
+    "dtype torch.float32 is not bfloat16 or float16": dict.fromkeys("qkv", torch.zeros(1, 2, 20, 64)),
+    "head_dim 80 is neither 64 nor 128": dict.fromkeys("qkv", torch.zeros(1, 2, 20, 80).half()),
+    "the first of 20 queries see none of 7 keys": dict.fromkeys("kv", torch.zeros(1, 2, 7, 64).bfloat16()),
+    "there is nothing to attend to": dict.fromkeys("kv", torch.zeros(1, 2, 0, 64).bfloat16()),
+    "k has stride 20 between channels, not 1": {"k": torch.zeros(1, 2, 64, 20).bfloat16().mT},
+    "v has a stride of 0 elements, not a positive multiple of 8": {
+        "v": torch.zeros(1, 1, 20, 64).bfloat16().expand(1, 2, -1, -1)
+    },
+    "q has a stride of 68 elements, not a positive multiple of 8": {
+        "q": torch.zeros(1, 2, 20, 68).bfloat16()[..., :64]
+    },
+}
+
+
+@pytest.mark.parametrize("reason", LEFT_TO_TRITON)
+def test_what_the_hopper_kernel_cannot_do_is_left_to_the_portable_one(reason: str, halves: torch.Tensor) -> None:
+    arguments = {"q": halves, "k": halves, "v": halves} | LEFT_TO_TRITON[reason]
+    assert kernels.explain("attention", **arguments, capability=(9, 0)) == f"attention: triton (hopper: {reason})"
+
+
+def test_the_hopper_kernel_can_be_switched_off(halves: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGAGPT_HOPPER", "0")
+    line = kernels.explain("attention", halves, halves, halves, capability=(9, 0))
+    assert line == "attention: triton (hopper: MEGAGPT_HOPPER=0)"
+    monkeypatch.setenv("MEGAGPT_HOPPER", "off")
+    with pytest.raises(ValueError, match="MEGAGPT_HOPPER=off: unknown value; set it to 0 or 1, or unset it"):
+        kernels.attention(halves, halves, halves)
 
 
 def test_every_row_is_there() -> None:

@@ -30,9 +30,11 @@ def case(op: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, resid
 
 @pytest.fixture
 def narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of more than 64 columns count as wide, so that a few hundred columns already make many chunks."""
+    """Rows of more than 64 columns count as wide, and of more than 128 as too wide for sums in registers."""
     monkeypatch.setattr(norms, "_WIDEST_TILE", 64)
     monkeypatch.setattr(norms, "_CHUNK", 32)
+    monkeypatch.setattr(norms, "_SUM_CHUNK", 64)
+    monkeypatch.setattr(norms, "_WIDEST_SUMS", 128)
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -46,18 +48,31 @@ def test_accuracy(fused_device: str, op: str, columns: int, dtype: torch.dtype, 
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", [65, 96, 300])
+@pytest.mark.parametrize("columns", [65, 128, 129, 300])
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.usefixtures("narrow_tiles")
 def test_accuracy_of_wide_rows(fused_device: str, op: str, columns: int, dtype: torch.dtype, residual: bool) -> None:
     assert_as_accurate_as_torch(op, case(op, (5, columns), dtype, fused_device, residual))
-    assert kernels.launches() == {"norm_forward_wide": 1, "norm_backward_wide": 1, "norm_parameter_sums": 1}
+    averages = {"norm_row_averages": 1} if columns > 128 else {}
+    assert kernels.launches() == {"norm_forward_wide": 1, "norm_backward_wide": 1, **averages}
 
 
+@pytest.mark.parametrize("columns", [8193, 12_288, 16_384, 65_536, 65_537])
 @pytest.mark.parametrize("op", OPS)
-def test_the_widest_rows(fused_device: str, op: str) -> None:
-    assert_as_accurate_as_torch(op, case(op, (2, 65_537), torch.float32, fused_device, residual=True))
-    assert kernels.launches()["norm_parameter_sums"] == 1
+def test_the_widest_rows(fused_device: str, op: str, columns: int) -> None:
+    """Up to 12,288 columns backward is one kernel that reads every row once from memory."""
+    assert_as_accurate_as_torch(op, case(op, (3, columns), torch.float32, fused_device, residual=True))
+    assert kernels.launches().get("norm_row_averages", 0) == (columns > 12_288)
+    assert kernels.launches()["norm_backward_wide"] == 1
+
+
+@pytest.mark.parametrize("columns", [1, 8193, 12_288, 12_289, 30_000, 65_536, 100_000])
+def test_the_parts_of_a_wide_row_cover_it(columns: int) -> None:
+    """And each part's sums fit into registers."""
+    parts, chunks = norms._parts(columns)
+    covered = parts * chunks * norms._SUM_CHUNK
+    assert columns <= covered < columns + parts * norms._SUM_CHUNK
+    assert chunks * norms._SUM_CHUNK <= norms._WIDEST_SUMS
 
 
 def test_layer_norm_without_a_bias(fused_device: str) -> None:
@@ -96,6 +111,8 @@ def test_integer_values_are_exact(fused_device: str, op: str, dtype: torch.dtype
 def test_repeated_runs_are_equal(fused_device: str, op: str, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if wide:
         monkeypatch.setattr(norms, "_WIDEST_TILE", 64)
+        monkeypatch.setattr(norms, "_SUM_CHUNK", 32)
+        monkeypatch.setattr(norms, "_WIDEST_SUMS", 64)
     tensors = case(op, (30 if wide else 300, 100), torch.bfloat16, fused_device, residual=True)
     first, second = (outputs_and_gradients(getattr(kernels, op), tensors, torch.bfloat16) for _ in range(2))
     for name, value in first.items():

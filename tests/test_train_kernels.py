@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,6 @@ def test_training_on_interpreted_kernels_follows_torch(configuration: Path, tmp_
     assert losses["interpret"] == pytest.approx(losses["torch"], rel=1e-5)
     assert norms["interpret"] == pytest.approx(norms["torch"], rel=1e-5)
     for operation in OPERATIONS:
-        assert f"{operation}: triton (first in the table)" in logs["interpret"]
-        assert f"{operation}: torch (triton: MEGAGPT_KERNELS=torch)" in logs["torch"]
+        assert f"{operation}: triton (" in logs["interpret"]
+        assert re.search(rf"{operation}: torch \(.*triton: MEGAGPT_KERNELS=torch\)", logs["torch"])
     assert ": torch (" not in logs["interpret"]

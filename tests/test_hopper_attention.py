@@ -1,0 +1,312 @@
+"""Attention in Gluon: what its source computes, what the compiler makes of it, and, on a Hopper GPU, that it runs.
+
+Triton's interpreter knows no Gluon, so without a GPU the source runs under tests/gluon_interpreter.py, and
+kernels.compile_ahead compiles it.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import kernels
+from kernels import attention_forward_hopper, costs, fused_attention, hopper_attention, reference, self_check
+from kernels.launcher import INTERPRETED, reset_launches
+from tests import gluon_interpreter
+from tests.attention_rounding import attention_rounding
+from tests.conftest import HAS_GPU
+from tests.kernel_accuracy import assert_as_accurate_as_torch, largest_error
+from tests.test_compile_ahead import compiled
+
+SOURCE = Path(attention_forward_hopper.__file__)
+HOPPER = HAS_GPU and torch.cuda.get_device_capability() == (9, 0)
+DTYPES = (torch.bfloat16, torch.float16)
+needs_the_interpreters = pytest.mark.skipif(not INTERPRETED, reason="the backward needs TRITON_INTERPRET=1")
+
+
+def case(
+    length: int,
+    key_length: int | None = None,
+    *,
+    batch: int = 1,
+    heads: int = 2,
+    key_heads: int | None = None,
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+) -> dict[str, Tensor]:
+    """Random q, k and v, as slices of rows that hold all heads."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(length: int, heads: int) -> Tensor:
+        drawn = torch.randn(batch, length, heads, head_dim, generator=generator)
+        return drawn.to(device, dtype).transpose(1, 2)
+
+    keys = (key_length or length, key_heads or heads)
+    return {"q": random(length, heads), "k": random(*keys), "v": random(*keys)}
+
+
+def interpret(monkeypatch: pytest.MonkeyPatch, source: Path, early: bool) -> None:
+    """Let the operator run this source under the interpreter instead of launching its kernel."""
+    kernel = gluon_interpreter.load(source).attention_forward_hopper
+
+    def launch(_: Any, grid: tuple[int], like: Tensor, *arguments: Any, num_warps: int, **constants: Any) -> None:
+        *descriptors, statistics = arguments[:5]
+        pointers = (*descriptors, gluon_interpreter.Pointer(statistics))
+        gluon_interpreter.run(kernel, grid[0], *pointers, *arguments[5:], early=early, **constants)
+
+    monkeypatch.setattr(hopper_attention, "launch", launch)
+    monkeypatch.setattr(hopper_attention, "_descriptor", gluon_interpreter.Descriptor)
+
+
+@pytest.fixture(params=["copies arrive early", "copies arrive late"])
+def interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    interpret(monkeypatch, SOURCE, request.param == "copies arrive early")
+    return
+
+
+def assert_right(tensors: dict[str, Tensor], causal: bool) -> None:
+    """Output and log-sum-exp against fp64. The weights are rounded to the dtype of the values, as is the output."""
+    group = tensors["q"].shape[1] // tensors["k"].shape[1]
+    q, k, v = (x.double().repeat_interleave(n, 1) for x, n in zip(tensors.values(), (1, group, group), strict=True))
+    out, log_sum_exp = hopper_attention._forward(*tensors.values(), 0.125, causal, False)
+    scores = q @ k.mT * 0.125
+    if causal:
+        length, key_length = scores.shape[2:]
+        scores = scores.masked_fill(scores.new_ones(length, key_length).triu(1 + key_length - length) > 0, -math.inf)
+    last_place = torch.finfo(out.dtype).eps
+    assert largest_error(out, scores.softmax(-1) @ v) <= 1.5 * last_place * v.abs().max()
+    assert largest_error(log_sum_exp, scores.logsumexp(-1) * math.log2(math.e)) <= 1e-5
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("length", "key_length"),
+    [(1, 1), (1, 300), (63, 65), (64, 64), (127, 127), (128, 128), (129, 129), (5, 1023), (300, 364), (1000, 1000)],
+)
+def test_any_length(length: int, key_length: int, causal: bool) -> None:
+    """Around tiles and blocks of rows, and more tiles than the ring holds."""
+    assert_right(case(length, key_length), causal)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [1, 4])
+def test_head_dimension_128_and_grouped_heads(group: int, dtype: torch.dtype) -> None:
+    assert_right(case(400, batch=2, heads=4, key_heads=4 // group, head_dim=128, dtype=dtype), True)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(length=st.integers(1, 400), extra=st.integers(0, 700), group=st.sampled_from([1, 2]), causal=st.booleans())
+@pytest.mark.usefixtures("interpreted")
+def test_any_shape(length: int, extra: int, group: int, causal: bool) -> None:
+    assert_right(case(length, length + extra, key_heads=2 // group), causal)
+
+
+@needs_the_interpreters
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_portable_backward_takes_its_log_sum_exp(causal: bool) -> None:
+    tensors = case(40, 70, key_heads=1)
+    for deterministic in (False, True):
+        options = {"causal": causal, "deterministic": deterministic}
+        rounding = attention_rounding(tensors, **options)
+        assert_as_accurate_as_torch("attention", tensors, ours=hopper_attention.attention, rounding=rounding, **options)
+
+
+@needs_the_interpreters
+@pytest.mark.usefixtures("interpreted")
+def test_the_self_check_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_check, "_LENGTH", 64)
+    attention, device = hopper_attention.attention, torch.device("cpu")
+    assert self_check.disagreement(attention, device, torch.bfloat16, 64) is None
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_huge_logits() -> None:
+    tensors = {name: x.abs() for name, x in case(150).items()}
+    for size in (100.0, -100.0):
+        q, k, v = tensors["q"] * size, tensors["k"], tensors["v"]
+        out, _ = hopper_attention._forward(q, k, v, 1.0, True, False)
+        assert largest_error(out, reference.attention(q.double(), k.double(), v.double(), scale=1.0)) <= 0.02
+
+
+MISTAKES = {
+    "a tile of keys is read before it is there": (
+        "    mbarrier.wait(k_ready.index(stage), phase)\n",
+        "",
+    ),
+    "a tile of values is read before it is there": ("    mbarrier.wait(v_ready.index(stage), phase)\n", ""),
+    "a tile is copied over while it is read": (
+        "    mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)\n",
+        "",
+    ),
+    "values are released before they are read": (
+        "    scores = warpgroup_mma_wait(1, deps=(scores,))\n",
+        "    scores = warpgroup_mma_wait(1, deps=(scores,))\n    mbarrier.arrive(v_empty.index(before), count=1)\n",
+    ),
+    "scores are used before they are there": (
+        "    scores = warpgroup_mma_wait(1, ",
+        "    scores = warpgroup_mma_wait(2, ",
+    ),
+    "one consumer's release is enough": ("_barriers(STAGES, CONSUMERS)", "_barriers(STAGES, 1)"),
+    "a consumer forgets to release": ("    mbarrier.arrive(v_empty.index(before), count=1)\n", ""),
+    "the diagonal is not masked": ("for step in range(1, whole)", "for step in range(1, steps)"),
+    "the last values are those of another step": ("(steps - 1) % v_tiles", "steps % v_tiles"),
+    "sums are not rescaled": ("    weighted = weighted * _column(rescale, out_layout)\n", ""),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_interpreter_finds_mistakes(mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, wrong = MISTAKES[mistake]
+    text = SOURCE.read_text()
+    assert right in text
+    changed = tmp_path / SOURCE.name
+    changed.write_text(text.replace(right, wrong))
+    monkeypatch.setattr(gluon_interpreter, "_NEVER_S", 0.5)
+    found = 0
+    for early in (True, False):
+        interpret(monkeypatch, changed, early)
+        try:
+            assert_right(case(900), True)
+        except (AssertionError, TypeError):  # TypeError: arithmetic on a product that nobody waited for
+            found += 1
+    assert found
+
+
+def test_what_the_compiler_makes_of_it() -> None:
+    """No spills, no product that waits for another, and softmax runs while products do, on tiles that TMA brought."""
+    rows = compiled("--names", *(entry.name for entry in hopper_attention.AHEAD_OF_TIME))
+    assert len(rows) == len(hopper_attention.AHEAD_OF_TIME)
+    for row in rows:
+        assert row["spill_bytes"] == 0, row
+        assert row["serialised_wgmma"] == 0, row
+        assert row["overwritten_operands"] == 0, row
+        head_dim = 128 if "128" in row["name"] else 64
+        scores, values = head_dim // 16, 128 // 16  # instructions of 16 channels, or of 16 keys, each
+        assert row["wgmma"] == 2 * (scores + 2 * (scores + values) + values), row  # 2 consumers; before, 2 loops, after
+        exponentials = 64 * 128 // 128 + 2  # a thread's share of a tile, and the rescaling of its two rows
+        assert row["overlapped_exponentials"] >= 2 * 2 * exponentials, row
+        assert row["tma"] >= 6, row  # q twice, k, v and the result of each consumer
+        assert row["shared_bytes"] <= 227 * 1024, row
+
+
+def test_it_is_for_hopper_alone() -> None:
+    name = hopper_attention.AHEAD_OF_TIME[0].name
+    assert compiled("--capability", "80", "--names", name) == []
+
+
+def test_unaligned_beginnings_are_copied() -> None:
+    storage = torch.arange(2 * 4 * 64 + 8, dtype=torch.float16)
+    for offset, copied in ((0, False), (8, False), (4, True)):
+        x = storage[offset : offset + 2 * 4 * 64].view(1, 2, 4, 64)
+        descriptor = hopper_attention._descriptor(x, 64)
+        assert torch.equal(descriptor.base, x)
+        assert (descriptor.base.data_ptr() != x.data_ptr()) is copied
+        assert descriptor.block_shape == [1, 1, 64, 64]
+
+
+def test_strides_of_single_heads_mean_nothing() -> None:
+    x = torch.zeros(64 * 4, dtype=torch.float16).as_strided((1, 1, 4, 64), (3, 5, 64, 1))
+    assert hopper_attention.refusal("attention", x, x, x) is None
+    assert hopper_attention._descriptor(x, 64).strides == [64, 64, 64, 1]
+
+
+def test_flops_are_counted_as_declared() -> None:
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        q, k = torch.empty(1, 4, 20, 64).half(), torch.empty(1, 2, 30, 64).half()
+        hopper_attention._forward(q, k, k, 0.1, True, False)
+    assert counter.get_total_flops() == costs.attention(1, 4, 20, 64, key_length=30, itemsize=2).flops
+
+
+def test_the_operator_declares_shapes_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    interpret(monkeypatch, SOURCE, True)
+    arguments = (*(x.requires_grad_() for x in case(20, key_heads=1).values()), 0.125, True, False)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.megagpt.attention_forward_hopper.default, arguments, test_utils=checks)
+
+
+def test_a_fault_is_asked_for_once_and_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A kernel that computes wrongly, or cannot be launched at all, is at fault; the log says so when it is found."""
+    calls: list[int] = []
+
+    def broken(*tensors: Tensor, **options: Any) -> Tensor:
+        calls.append(1)
+        raise RuntimeError("no such instruction\nsecond line")
+
+    monkeypatch.setattr(hopper_attention, "attention", broken)
+    monkeypatch.setattr(self_check, "_VERDICTS", {})
+    key = ("kernels.hopper_attention", torch.device("cpu"), torch.bfloat16, 64)
+    for _ in range(2):
+        assert self_check.verdict(*key) == "self-check: RuntimeError: no such instruction"
+    assert len(calls) == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "kernels.hopper_attention is not used on cpu for torch.bfloat16, head_dim 64: "
+        "self-check: RuntimeError: no such instruction"
+    ]
+
+
+def test_a_faulty_backward_is_its_fault_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.zeros(1, 1, 4, 64).half()
+    verdicts = {"kernels.fused_attention": "wrong", "kernels.hopper_attention": None}
+    monkeypatch.setattr(self_check, "verdict", lambda module, *key: verdicts[module])
+    assert hopper_attention.fault("attention", q, q, q) == "wrong"
+    verdicts |= {"kernels.fused_attention": None}
+    assert hopper_attention.fault("attention", q, q, q) is None
+
+
+def test_torch_compile_asks_for_the_verdict_while_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(self_check, "disagreement", lambda *key: asked.append(1))
+    monkeypatch.setattr(self_check, "_VERDICTS", {})
+
+    def run(x: Tensor) -> Tensor:
+        return x * 2 if fused_attention.fault("attention", x) is None else x
+
+    x = torch.ones(1, 1, 2, 16)
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), 2 * x)
+    assert torch.equal(compiled(x), 2 * x)
+    assert asked == [1]
+
+
+# ------------------------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("length", "key_length"), [(1, 1), (127, 127), (129, 1000), (1023, 1023), (4096, 4096)])
+def test_on_hopper(length: int, key_length: int, head_dim: int, dtype: torch.dtype, causal: bool) -> None:
+    tensors = case(
+        length, key_length, batch=2, heads=4, key_heads=2, head_dim=head_dim, dtype=dtype, device="cuda"
+    )  # fmt: skip
+    assert kernels.explain("attention", **tensors, causal=causal) == "attention: hopper (first in the table)"
+    reset_launches()
+    rounding = attention_rounding(tensors, causal=causal)
+    assert_as_accurate_as_torch("attention", tensors, rounding=rounding, causal=causal)
+    assert kernels.launches()["attention_forward_hopper"] == 1
+    assert "attention_forward" not in kernels.launches()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_thousand_runs_on_hopper_are_equal(head_dim: int) -> None:
+    """A race would show sooner or later."""
+    q, k, v = case(1000, heads=8, head_dim=head_dim, device="cuda").values()
+    first = kernels.attention(q, k, v)
+    assert all(torch.equal(kernels.attention(q, k, v), first) for _ in range(1000))

@@ -66,12 +66,10 @@ def activations(layout: Layout, pipeline_rank: int) -> float:
 
 def kept_by_stage(layout: Layout, stage: int) -> float:
     """Bytes that one micro-batch leaves in a stage until its backward: in each block, in the head, and the output that
-    torch's pipelining keeps; what a stage received lies in a buffer of its own (`pipeline_buffers`)."""
+    torch's pipelining keeps."""
     blocks, _, has_head = model_layers(layout.model, layout.stages[stage])
     kept = blocks * kept_by_block(layout)
     hidden = _hidden_bytes(layout)
-    if stage > 0:
-        kept -= hidden
     if stage < layout.num_stages - 1:
         kept += hidden
     return kept + (kept_by_head(layout) if has_head else 0)
@@ -136,11 +134,11 @@ def _hidden_bytes(layout: Layout) -> float:
 
 
 def pipeline_buffers(layout: Layout, pipeline_rank: int) -> float:
-    """T e h a micro-batch of the step for the inputs of every stage but the first, and again for the gradients of every
-    stage's output but the last's: torch allocates all of them beforehand (pipelining/stage.py:2243, 322)."""
+    """What is under way, at most T e h for the inputs of every stage but the first and T e h for the gradients of every
+    stage's output but the last's: a schedule posts one receipt a direction (`compat.EngineStage` allocates it then)."""
     stages = layout.stages_of(pipeline_rank)
     directions = sum((stage > 0) + (stage < layout.num_stages - 1) for stage in stages)
-    return directions * layout.micro_batches * _hidden_bytes(layout)
+    return directions * _hidden_bytes(layout)
 
 
 def head(layout: Layout, pipeline_rank: int) -> float:

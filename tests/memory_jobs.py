@@ -1,8 +1,10 @@
 """What the ranks of a pool do to count, in bytes, the tensors that they hold."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch.distributed as dist
 from torch import Tensor
@@ -16,7 +18,8 @@ def held_states(config: dict[str, Any]) -> dict[str, Any]:
     """Train a step, then count each kind of state; gradients on the way, before and after their reduction."""
     engine = build(config)
     try:
-        pipeline.train_step(engine, micro_batches(engine, 0))  # Adam makes its moments at the first update
+        with most_under_way(engine) as under_way:
+            pipeline.train_step(engine, micro_batches(engine, 0))  # Adam makes its moments at the first update
         accumulating = gradients_while_accumulating(engine)
         reduced = gradients_after_reduction(engine)
         engine.deepspeed.step()
@@ -24,7 +27,7 @@ def held_states(config: dict[str, Any]) -> dict[str, Any]:
             "place": (engine.mesh.pipeline_rank, engine.mesh.data_rank),
             "accumulating_gradients": accumulating,
             "reduced_gradients": reduced,
-            "pipeline_buffers": storage_bytes(pipeline_buffers(engine)),
+            "pipeline_buffers": (max(under_way, default=0), storage_bytes(pipeline_buffers(engine))),
             **states(engine),
         }
     finally:
@@ -89,7 +92,25 @@ def pipeline_buffers(engine: Engine) -> Iterator[Tensor]:
     for schedule in engine.schedules.values():
         for stage in schedule.stages:
             for received in (*stage.args_recv_info.values(), *stage.grad_recv_info.values()):
-                yield from (info.buffer for info in received if info is not None and info.buffer is not None)
+                yield from (info.buffer for info in received if info is not None and is_real(info.buffer))
+
+
+def is_real(buffer: Tensor | None) -> bool:
+    return buffer is not None and buffer.device.type != "meta"
+
+
+@contextmanager
+def most_under_way(engine: Engine) -> Iterator[list[int]]:
+    """Appends the bytes of all receive buffers whenever some are allocated."""
+    seen: list[int] = []
+    hold = compat.EngineStage._hold
+
+    def holding(stage: compat.EngineStage, received: Any) -> None:
+        hold(stage, received)
+        seen.append(storage_bytes(pipeline_buffers(engine)))
+
+    with patch.object(compat.EngineStage, "_hold", holding):
+        yield seen
 
 
 def states(engine: Engine) -> dict[str, int]:

@@ -1,0 +1,150 @@
+"""The ranks find each other, or say who is missing.
+
+torch waits for all ranks for as long as for a collective, half an hour, and then does not know which did not come.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import deepspeed  # noqa: F401  # takes seconds on a cold disk: they pass before the ranks have come, not after
+import torch.distributed as dist
+
+from megagpt.launch_command import COMMAND_VARIABLE, command_of_launcher
+from megagpt.launchers import Launch, adopt_launch
+from megagpt.utils import UserError, human_duration
+
+TIMEOUT_VARIABLE = "MEGAGPT_JOIN_TIMEOUT_S"
+TIMEOUT_S = 300  # the slowest start: torch from a cold network disk, the embedded corpus prepared on one of the hosts
+NOTICE_S = 10.0
+RETRY_S = 0.5
+PORT_REMEDY = "end what uses it, or choose another: deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT"
+
+
+@contextmanager
+def gathered_ranks() -> Iterator[None]:
+    """A context that is entered once every rank has come; the process group is to be made inside it.
+
+    Every rank must call it. Raises UserError, naming the ranks that are missing and their hosts, after
+    MEGAGPT_JOIN_TIMEOUT_S (300). What one rank alone can see, the command that was typed, all know afterwards.
+    """
+    launch = adopt_launch()
+    store = _gather(launch) if launch.world_size > 1 else None
+    yield
+    del store  # rank 0 served it until now
+
+
+def _gather(launch: Launch) -> dist.Store:
+    end = time.monotonic() + _timeout_s()
+    store = _open_store(launch, end)
+    try:
+        _tell(store, launch)
+        _await_others(store, launch, end)
+        _hear(store, launch)
+    except dist.DistNetworkError as error:
+        raise UserError(f"{_name(launch, 0)} has ended while the ranks gathered; it has said why") from error
+    return store
+
+
+def _timeout_s() -> int:
+    text = os.environ.get(TIMEOUT_VARIABLE, str(TIMEOUT_S))
+    if not text.isdecimal() or int(text) == 0:
+        raise UserError(f"environment: {TIMEOUT_VARIABLE}={text!a} is no whole number of seconds, such as 300")
+    return int(text)
+
+
+def _open_store(launch: Launch, end: float) -> dist.Store:
+    """The store at MASTER_ADDR:MASTER_PORT, which rank 0 serves, or torchrun's own process does."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serves = launch.rank == 0 and not agent_serves
+    if not serves:
+        _await_server(launch, address, port, end)
+    try:
+        store = dist.TCPStore(
+            address,
+            port,
+            launch.world_size,
+            is_master=serves,
+            timeout=_until(end),
+            wait_for_workers=False,
+            multi_tenant=True,  # torch's own store comes to the same port, once all are here
+        )
+    except dist.DistNetworkError as error:
+        raise UserError(f"port {port} of host {socket.gethostname()} is in use; {PORT_REMEDY}") from error
+    return dist.PrefixStore(f"megagpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _await_server(launch: Launch, address: str, port: int, end: float) -> None:
+    """Wait until somebody listens: torch's store would try as long, and write a warning each time."""
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=max(RETRY_S, end - time.monotonic())).close()
+            return
+        except OSError as error:
+            if time.monotonic() >= end:
+                raise UserError(
+                    f"{_name(launch, 0)} did not answer at {address}:{port} within {human_duration(_timeout_s())} "
+                    f"({error}): is its host up, did it end with an error, does a firewall stand between? "
+                    f"To check all hosts: python launch/preflight.py --hostfile hosts"
+                ) from error
+        time.sleep(RETRY_S)
+
+
+def _tell(store: dist.Store, launch: Launch) -> None:
+    """Say that this rank is here, and what it can see; the last to come says that all are."""
+    command = command_of_launcher()
+    store.set(_key(launch.rank), json.dumps(shlex.join(command) if command else None))
+    if store.add("arrived", 1) == launch.world_size:
+        store.set("complete", "")
+
+
+def _await_others(store: dist.Store, launch: Launch, end: float) -> None:
+    """Wait for the last rank; rank 0 says after a while whom it waits for."""
+    noticed = False
+    while True:
+        pause = min(timedelta(seconds=NOTICE_S), _until(end)) if not noticed else _until(end)
+        try:
+            store.wait(["complete"], pause)
+            return
+        except dist.DistStoreError:
+            missing = ", ".join(
+                _name(launch, rank) for rank in range(launch.world_size) if not store.check([_key(rank)])
+            )
+            if time.monotonic() >= end:
+                raise UserError(
+                    f"{missing} did not join within {human_duration(_timeout_s())}: look there for an error, "
+                    f"or check all hosts: python launch/preflight.py --hostfile hosts"
+                ) from None
+        if launch.rank == 0:
+            left = human_duration(end - time.monotonic())
+            print(f"waiting for {missing}; {left} left ({TIMEOUT_VARIABLE} allows more)", file=sys.stderr, flush=True)
+        noticed = True
+
+
+def _hear(store: dist.Store, launch: Launch) -> None:
+    """Learn the command that was typed from the first rank that could see it."""
+    seen = (json.loads(store.get(_key(rank))) for rank in range(launch.world_size))
+    if (command := next(filter(None, seen), None)) is not None:
+        os.environ[COMMAND_VARIABLE] = command
+
+
+def _until(end: float) -> timedelta:
+    return timedelta(seconds=max(0.1, end - time.monotonic()))
+
+
+def _key(rank: int) -> str:
+    return f"rank/{rank}"
+
+
+def _name(launch: Launch, rank: int) -> str:
+    host = launch.host_of(rank)
+    return f"rank {rank} (host {host})" if host else f"rank {rank}"

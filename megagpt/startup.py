@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from socket import gethostname
 from typing import TYPE_CHECKING
 
 from megagpt import run_directory as directories
@@ -156,6 +157,8 @@ def _open_log(directory: Path) -> None:
 
     try:
         open_rank_log(directory, _rank())
+        launch = adopt_launch()
+        log.info("rank %d of %d, on host %s by %s", launch.rank, launch.world_size, gethostname(), launch.launcher)
         if _rank() == 0:  # which holds the lock: the page may be another run's
             _crash_file(directory).unlink(missing_ok=True)
     except OSError as error:

@@ -60,7 +60,9 @@ class TwoHosts:
 
     def processes(self, host: str) -> list[int]:
         """The numbers of all processes of a host."""
-        return [int(number) for number in subprocess.check_output(["ip", "netns", "pids", self.namespace(host)]).split()]
+        return [
+            int(number) for number in subprocess.check_output(["ip", "netns", "pids", self.namespace(host)]).split()
+        ]
 
     def start_daemon(self, host: str) -> None:
         """Let a host accept ssh; returns once it listens."""

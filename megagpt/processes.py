@@ -21,8 +21,8 @@ class Process:
 
     @property
     def name(self) -> str:
-        """Of its program, without the directory."""
-        return Path(self.words[0]).name if self.words else ""
+        """Of its program, without the directory; `sshd` of `sshd: root@pts/0`, as daemons rename themselves."""
+        return Path(self.words[0].split(":")[0]).name if self.words else ""
 
     def is_alive(self) -> bool:
         """Whether it still runs: one that has ended and waits for its parent to notice does not."""

@@ -7,6 +7,7 @@ SLURM_STEP_NODELIST and SLURM_STEP_TASKS_PER_NODE).
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Mapping
 
@@ -59,7 +60,9 @@ def expand_tasks(tasks: str) -> list[int]:
 
 def _expand_part(part: str, whole: str) -> list[str]:
     """The names of one part, which may hold several brackets: every combination of what they list."""
-    choices = [_numbers(ranges, whole) if ranges else [text] for ranges, text in PIECES.findall(part)]
+    choices = [[text] if text else _numbers(ranges, whole) for ranges, text in PIECES.findall(part)]
+    if math.prod(map(len, choices)) > MAX_HOSTS:
+        raise UserError(f"environment: SLURM_STEP_NODELIST={whole!a} is no list of hosts")
     return ["".join(pieces) for pieces in itertools.product(*choices)]
 
 

@@ -51,6 +51,19 @@ def hosts_of_launcher(process_id: int | None = None) -> list[Host]:
     return [Host(name, len(slots)) for name, slots in devices.items()]
 
 
+def hosts_without_session(process_id: int | None = None) -> list[str]:
+    """The hosts of this launch whose ssh session has ended, as far as this machine sees the pdsh that opened them.
+
+    pdsh keeps one ssh below itself for each host, and goes on with the rest when one ends.
+    """
+    pdsh = pdsh_of(_lineage(process_id))
+    if pdsh is None:
+        return []
+    sessions = [other for other in all_processes() if other.parent == pdsh.number and other.name == "ssh"]
+    reached = {word for session in sessions for word in session.words}
+    return [host.name for host in hosts_of_launcher(process_id) if sessions and host.name not in reached]
+
+
 def node_launcher(lineage: Iterable[Process]) -> Process | None:
     """DeepSpeed's process of this host among the ancestors of a rank."""
     return next((member for member in lineage if NODE_LAUNCHER in member.words), None)

@@ -11,47 +11,88 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
 import deepspeed  # noqa: F401  # takes seconds on a cold disk: they pass before the ranks have come, not after
 import torch.distributed as dist
 
-from megagpt.launch_command import COMMAND_VARIABLE, command_of_launcher
+from megagpt.launch_command import COMMAND_VARIABLE, command_of_launcher, hosts_without_session
 from megagpt.launchers import Launch, adopt_launch
 from megagpt.utils import UserError, human_duration
 
 TIMEOUT_VARIABLE = "MEGAGPT_JOIN_TIMEOUT_S"
 TIMEOUT_S = 300  # the slowest start: torch from a cold network disk, the embedded corpus prepared on one of the hosts
 NOTICE_S = 10.0
-RETRY_S = 0.5
+PAUSE_S = 0.5
+HEARING_S = 2.0  # rank 0, which serves the store, lets the others hear that it ends
+COMPLETE, VERDICT = "complete", "verdict"
+PREFLIGHT = "python launch/preflight.py --hostfile hosts"
 PORT_REMEDY = "end what uses it, or choose another: deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT"
 
 
 @contextmanager
-def gathered_ranks() -> Iterator[None]:
-    """A context that is entered once every rank has come; the process group is to be made inside it.
+def gathered_ranks(of_rank_0: Callable[[], AbstractContextManager[object]] = nullcontext) -> Iterator[None]:
+    """A context that is entered once every rank has come and rank 0 has entered ``of_rank_0``.
 
-    Every rank must call it. Raises UserError, naming the ranks that are missing and their hosts, after
-    MEGAGPT_JOIN_TIMEOUT_S (300). What one rank alone can see, the command that was typed, all know afterwards.
+    Where that raises UserError, all ranks do. The process group is to be made inside. Every rank must call it. Raises
+    UserError, naming the ranks that are missing and their hosts, after MEGAGPT_JOIN_TIMEOUT_S (300), or as soon as the
+    ssh session to a host is seen to end. What one rank alone can see, the command that was typed, all know afterwards.
     """
     launch = adopt_launch()
-    store = _gather(launch) if launch.world_size > 1 else None
-    yield
-    del store  # rank 0 served it until now
+    if launch.world_size == 1:
+        with of_rank_0():
+            yield
+        return
+    store = _gather(launch)  # which rank 0 serves for as long as this function lives
+    if launch.rank == 0:
+        with _announced(of_rank_0, store):
+            yield
+    else:
+        _await_verdict(store)
+        yield
+
+
+@contextmanager
+def _announced(context: Callable[[], AbstractContextManager[object]], store: dist.Store) -> Iterator[None]:
+    """Rank 0's context, entered; the others hear how that went."""
+    try:
+        entered = context()
+    except UserError as error:
+        store.set(VERDICT, str(error))
+        time.sleep(HEARING_S)
+        raise
+    with entered:
+        store.set(VERDICT, "")
+        yield
+
+
+def _await_verdict(store: dist.Store) -> None:
+    """Go on as rank 0 does, or end as it does."""
+    with _rank_0_may_end():
+        store.wait([VERDICT], timedelta(seconds=TIMEOUT_S))
+        if refusal := store.get(VERDICT).decode():
+            raise UserError(refusal)
 
 
 def _gather(launch: Launch) -> dist.Store:
     end = time.monotonic() + _timeout_s()
     store = _open_store(launch, end)
-    try:
+    with _rank_0_may_end():
         _tell(store, launch)
         _await_others(store, launch, end)
         _hear(store, launch)
-    except dist.DistNetworkError as error:
-        raise UserError(f"{_name(launch, 0)} has ended while the ranks gathered; it has said why") from error
     return store
+
+
+@contextmanager
+def _rank_0_may_end() -> Iterator[None]:
+    """Give the loss of the store that rank 0 serves its reason."""
+    try:
+        yield
+    except dist.DistNetworkError as error:
+        raise UserError("rank 0 has ended while the ranks gathered; it has said why") from error
 
 
 def _timeout_s() -> int:
@@ -87,16 +128,16 @@ def _await_server(launch: Launch, address: str, port: int, end: float) -> None:
     """Wait until somebody listens: torch's store would try as long, and write a warning each time."""
     while True:
         try:
-            socket.create_connection((address, port), timeout=max(RETRY_S, end - time.monotonic())).close()
+            socket.create_connection((address, port), timeout=max(PAUSE_S, end - time.monotonic())).close()
             return
         except OSError as error:
             if time.monotonic() >= end:
                 raise UserError(
                     f"{_name(launch, 0)} did not answer at {address}:{port} within {human_duration(_timeout_s())} "
                     f"({error}): is its host up, did it end with an error, does a firewall stand between? "
-                    f"To check all hosts: python launch/preflight.py --hostfile hosts"
+                    f"To check all hosts: {PREFLIGHT}"
                 ) from error
-        time.sleep(RETRY_S)
+        time.sleep(PAUSE_S)
 
 
 def _tell(store: dist.Store, launch: Launch) -> None:
@@ -104,30 +145,33 @@ def _tell(store: dist.Store, launch: Launch) -> None:
     command = command_of_launcher()
     store.set(_key(launch.rank), json.dumps(shlex.join(command) if command else None))
     if store.add("arrived", 1) == launch.world_size:
-        store.set("complete", "")
+        store.set(COMPLETE, "")
 
 
 def _await_others(store: dist.Store, launch: Launch, end: float) -> None:
     """Wait for the last rank; rank 0 says after a while whom it waits for."""
-    noticed = False
-    while True:
-        pause = min(timedelta(seconds=NOTICE_S), _until(end)) if not noticed else _until(end)
-        try:
-            store.wait(["complete"], pause)
-            return
-        except dist.DistStoreError:
-            missing = ", ".join(
-                _name(launch, rank) for rank in range(launch.world_size) if not store.check([_key(rank)])
+    notice_at = time.monotonic() + NOTICE_S if launch.rank == 0 else end
+    while not store.check([COMPLETE]):  # its `wait` would write a warning at each time-out
+        time.sleep(PAUSE_S)
+        if lost := hosts_without_session():
+            raise UserError(
+                f"the ssh session to {', '.join(lost)} has ended, {_missing(store, launch)} will not come: "
+                f"see above what was said there, or check all hosts: {PREFLIGHT}"
             )
-            if time.monotonic() >= end:
-                raise UserError(
-                    f"{missing} did not join within {human_duration(_timeout_s())}: look there for an error, "
-                    f"or check all hosts: python launch/preflight.py --hostfile hosts"
-                ) from None
-        if launch.rank == 0:
+        if time.monotonic() >= end:
+            raise UserError(
+                f"{_missing(store, launch)} did not join within {human_duration(_timeout_s())}: "
+                f"look there for an error, or check all hosts: {PREFLIGHT}"
+            )
+        if time.monotonic() >= notice_at:
+            notice_at = end
             left = human_duration(end - time.monotonic())
-            print(f"waiting for {missing}; {left} left ({TIMEOUT_VARIABLE} allows more)", file=sys.stderr, flush=True)
-        noticed = True
+            waiting = f"waiting for {_missing(store, launch)}; {left} left ({TIMEOUT_VARIABLE} allows more)"
+            print(waiting, file=sys.stderr, flush=True)
+
+
+def _missing(store: dist.Store, launch: Launch) -> str:
+    return ", ".join(_name(launch, rank) for rank in range(launch.world_size) if not store.check([_key(rank)]))
 
 
 def _hear(store: dist.Store, launch: Launch) -> None:

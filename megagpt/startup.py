@@ -10,7 +10,8 @@ import os
 import shlex
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from socket import gethostname
 from typing import TYPE_CHECKING
@@ -59,11 +60,21 @@ def _start(arguments: argparse.Namespace) -> int:
     if arguments.resume and _last_checkpoint(directory) is None:
         raise UserError(f"{directory}: nothing to resume; leave out --resume to start it")
     streams = open_data(config, directory)
-    with directories.lock(directory) if _rank() == 0 else nullcontext():
-        from megagpt.rendezvous import gathered_ranks
+    with _gathered(directory):
+        return _run_to_its_end(config, streams, directory)
 
-        with gathered_ranks():  # so rank 0 has the lock: until now, the directory may have been another run's
-            return _run_to_its_end(config, streams, directory)
+
+def _gathered(directory: Path) -> AbstractContextManager[object]:
+    """All ranks, and the directory locked by rank 0: until then, it may be another run's, and nobody writes there.
+
+    A single process locks it before it imports torch.
+    """
+    lock = partial(directories.lock, directory)
+    if os.environ["WORLD_SIZE"] == "1":
+        return lock()
+    from megagpt.rendezvous import gathered_ranks
+
+    return gathered_ranks(lock)
 
 
 def _require_stated_world_size(config: RunConfig, launch: Launch) -> None:

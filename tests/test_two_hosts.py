@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from megagpt import run_directory
 from megagpt.checkpoint_format import complete_steps
 from megagpt.metrics import read_metrics
 from megagpt.processes import Process, process
@@ -194,27 +195,44 @@ def test_dead_hosts_are_named_by_preflight(sound: TwoHosts, configuration: Path,
     assert [line.split()[:2] for line in shown.splitlines()[1:2]] == [["host-a", "ok"]]
 
 
-def test_a_dead_host_ends_a_start_that_is_told_to_fail_fast(
-    sound: TwoHosts, configuration: Path, tmp_path: Path
-) -> None:
-    """pdsh's -k: the first host that fails ends the others; their ranks see the ssh session go."""
+def test_a_dead_host_ends_the_start_at_once(sound: TwoHosts, configuration: Path, tmp_path: Path) -> None:
+    """pdsh goes on with the hosts that it reached; the rank beside it sees the ssh session go."""
     sound.stop_daemon("host-b")
     sound.write_hostfile(ONE_EACH)
-    size = "megagpt.parallel.world_size=2"
-    code, shown = launch(sound, training(configuration, tmp_path / "run", size), "--launcher_args=-k")
-    assert code != 0
-    assert "host-b: ssh: connect to host 192.0.2.2 port 22: Connection refused" in shown
-    wait_for(lambda: not ranks_on(sound))
-
-
-def test_a_host_that_never_joins_is_named_by_the_ranks(sound: TwoHosts, configuration: Path, tmp_path: Path) -> None:
-    """The plain command: pdsh goes on with the hosts that it reached."""
-    sound.stop_daemon("host-b")
-    sound.write_hostfile(ONE_EACH)
-    sound.forward(MEGAGPT_JOIN_TIMEOUT_S="2")
     code, shown = launch(sound, training(configuration, tmp_path / "run", "megagpt.parallel.world_size=2"))
     assert code != 0
-    assert "rank 1 (host host-b) did not join within 2 s: look there for an error" in shown
+    assert "host-b: ssh: connect to host 192.0.2.2 port 22: Connection refused" in shown
+    assert "the ssh session to host-b has ended, rank 1 (host host-b) will not come: see above what was said" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_never_joins_is_named_by_the_others(sound: TwoHosts, configuration: Path, tmp_path: Path) -> None:
+    """Its host is up and its process stopped, as on a disk that hangs."""
+    sound.write_hostfile(ONE_EACH)
+    sound.forward(MEGAGPT_JOIN_TIMEOUT_S="10")
+    words = training(configuration, tmp_path / "run", "megagpt.parallel.world_size=2")
+    command = sound.start("host-a", ["deepspeed", "--hostfile", sound.directory / "hosts", *words])
+    (stopped,) = wait_for(lambda: ranks_on(sound, "host-b"))
+    os.kill(stopped.number, signal.SIGSTOP)
+    wait_for(lambda: not ranks_on(sound, "host-a"))
+    os.kill(stopped.number, signal.SIGKILL)
+    shown, _ = command.communicate(timeout=DEADLINE_S)
+    assert command.returncode != 0
+    assert "rank 1 (host host-b) did not join within 10 s: look there for an error" in shown
+
+
+def test_a_second_run_in_the_directory_is_refused_on_both_hosts(
+    sound: TwoHosts, configuration: Path, tmp_path: Path
+) -> None:
+    """Rank 0 finds the lock; the rank of the other host hears of it."""
+    sound.write_hostfile(ONE_EACH)
+    run = tmp_path / "run"
+    with run_directory.lock(run):
+        code, shown = launch(sound, training(configuration, run, "megagpt.parallel.world_size=2"))
+    assert code == 2
+    said = [line.split(":")[0] for line in shown.splitlines() if "trains in it; end that run" in line]
+    assert sorted(said) == [*ONE_EACH]
+    assert [path.name for path in run.iterdir()] == [run_directory.LOCK_FILE]
 
 
 def test_a_lost_session_ends_the_ranks_of_both_hosts_and_the_run_goes_on_later(

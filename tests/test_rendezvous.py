@@ -46,7 +46,8 @@ def test_missing_ranks_are_named_with_their_hosts(
     missing = "rank 1 (host host-a), rank 2 (host host-b), rank 3 (host host-b)"
     assert said.startswith(f"{missing} did not join within 1 s: look there for an error, or check all hosts: python")
     shown = capfd.readouterr().err
-    assert re.search(rf"^waiting for {re.escape(missing)}; [01] s left \({TIMEOUT_VARIABLE} allows more\)$", shown, re.M)
+    notice = rf"^waiting for {re.escape(missing)}; [01] s left \({TIMEOUT_VARIABLE} allows more\)$"
+    assert re.search(notice, shown, re.MULTILINE)
 
 
 def test_a_first_rank_that_never_comes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

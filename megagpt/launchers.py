@@ -73,6 +73,7 @@ def _of_variables(environment: Mapping[str, str]) -> Launch:
             f"environment: {', '.join(given)} set and {', '.join(missing)} missing: "
             f"unset all of them, or let a launcher set them: {START}"
         )
+    _whole(environment, "MASTER_PORT")
     size = next((name for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE") if environment.get(name)), None)
     launcher = _launcher(environment)
     return Launch(

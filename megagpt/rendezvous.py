@@ -5,7 +5,6 @@ torch waits for all ranks for as long as for a collective, half an hour, and the
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import socket
@@ -27,7 +26,7 @@ TIMEOUT_S = 300  # the slowest start: torch from a cold network disk, the embedd
 NOTICE_S = 10.0
 PAUSE_S = 0.5
 HEARING_S = 2.0  # rank 0, which serves the store, lets the others hear that it ends
-COMPLETE, VERDICT = "complete", "verdict"
+COMMAND, COMPLETE, VERDICT = "command", "complete", "verdict"
 PREFLIGHT = "python launch/preflight.py --hostfile hosts"
 PORT_REMEDY = "end what uses it, or choose another: deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT"
 
@@ -82,7 +81,7 @@ def _gather(launch: Launch) -> dist.Store:
     with _rank_0_may_end():
         _tell(store, launch)
         _await_others(store, launch, end)
-        _hear(store, launch)
+        _hear(store)
     return store
 
 
@@ -142,8 +141,9 @@ def _await_server(launch: Launch, address: str, port: int, end: float) -> None:
 
 def _tell(store: dist.Store, launch: Launch) -> None:
     """Say that this rank is here, and what it can see; the last to come says that all are."""
-    command = command_of_launcher()
-    store.set(_key(launch.rank), json.dumps(shlex.join(command) if command else None))
+    if (command := command_of_launcher()) is not None:
+        store.set(COMMAND, shlex.join(command))
+    store.set(_key(launch.rank), "here")
     if store.add("arrived", 1) == launch.world_size:
         store.set(COMPLETE, "")
 
@@ -174,11 +174,10 @@ def _missing(store: dist.Store, launch: Launch) -> str:
     return ", ".join(_name(launch, rank) for rank in range(launch.world_size) if not store.check([_key(rank)]))
 
 
-def _hear(store: dist.Store, launch: Launch) -> None:
-    """Learn the command that was typed from the first rank that could see it."""
-    seen = (json.loads(store.get(_key(rank))) for rank in range(launch.world_size))
-    if (command := next(filter(None, seen), None)) is not None:
-        os.environ[COMMAND_VARIABLE] = command
+def _hear(store: dist.Store) -> None:
+    """Learn the command that was typed, where any rank could see it."""
+    if store.check([COMMAND]):
+        os.environ[COMMAND_VARIABLE] = store.get(COMMAND).decode()
 
 
 def _until(end: float) -> timedelta:

@@ -127,6 +127,7 @@ def test_half_of_the_variables_is_no_start(missing: str) -> None:
         (BY_HAND | {"RANK": "4"}, "RANK=4 is not among the 4 ranks"),
         (BY_HAND | {"RANK": "-1"}, "RANK='-1' is no whole number"),
         (BY_HAND | {"WORLD_SIZE": "four"}, "WORLD_SIZE='four' is no whole number"),
+        (BY_HAND | {"MASTER_PORT": "http"}, "MASTER_PORT='http' is no whole number"),
         (DEEPSPEED | {"LOCAL_RANK": "2"}, "LOCAL_RANK=2 is not among the 2 ranks of this host"),
         (DEEPSPEED | {"WORLD_SIZE": "5"}, "5 on 2 hosts: give every host the same number"),
         (TORCHRUN | {"LOCAL_WORLD_SIZE": "3"}, "3 ranks on host .*, 4 on 2 hosts: give every host the same number"),

@@ -25,8 +25,8 @@ TIMEOUT_VARIABLE = "MEGAGPT_JOIN_TIMEOUT_S"
 TIMEOUT_S = 300  # the slowest start: torch from a cold network disk, the embedded corpus prepared on one of the hosts
 NOTICE_S = 10.0
 PAUSE_S = 0.5
-HEARING_S = 2.0  # rank 0, which serves the store, lets the others hear that it ends
-COMMAND, COMPLETE, VERDICT = "command", "complete", "verdict"
+HEARING_S = 3.0
+COMMAND, COMPLETE, VERDICT, HEARD = "command", "complete", "verdict", "heard"
 PREFLIGHT = "python launch/preflight.py --hostfile hosts"
 PORT_REMEDY = "end what uses it, or choose another: deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT"
 
@@ -46,7 +46,7 @@ def gathered_ranks(of_rank_0: Callable[[], AbstractContextManager[object]] = nul
         return
     store = _gather(launch)  # which rank 0 serves for as long as this function lives
     if launch.rank == 0:
-        with _announced(of_rank_0, store):
+        with _announced(of_rank_0, store, launch):
             yield
     else:
         _await_verdict(store)
@@ -54,24 +54,35 @@ def gathered_ranks(of_rank_0: Callable[[], AbstractContextManager[object]] = nul
 
 
 @contextmanager
-def _announced(context: Callable[[], AbstractContextManager[object]], store: dist.Store) -> Iterator[None]:
+def _announced(
+    context: Callable[[], AbstractContextManager[object]], store: dist.Store, launch: Launch
+) -> Iterator[None]:
     """Rank 0's context, entered; the others hear how that went."""
     try:
         entered = context()
     except UserError as error:
         store.set(VERDICT, str(error))
-        time.sleep(HEARING_S)
+        _await_hearers(store, launch)
         raise
     with entered:
         store.set(VERDICT, "")
         yield
 
 
+def _await_hearers(store: dist.Store, launch: Launch) -> None:
+    """Serve the store until every other rank has read the verdict; one that has died is not waited for."""
+    end = time.monotonic() + HEARING_S
+    while store.add(HEARD, 0) < launch.world_size - 1 and time.monotonic() < end:
+        time.sleep(0.05)
+
+
 def _await_verdict(store: dist.Store) -> None:
     """Go on as rank 0 does, or end as it does."""
     with _rank_0_may_end():
         store.wait([VERDICT], timedelta(seconds=TIMEOUT_S))
-        if refusal := store.get(VERDICT).decode():
+        refusal = store.get(VERDICT).decode()
+        store.add(HEARD, 1)
+        if refusal:
             raise UserError(refusal)
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,8 @@ from tests.monitoring import REPOSITORY
 ADDRESSES = {"host-a": "192.0.2.1", "host-b": "192.0.2.2"}  # of documentation (RFC 5737), in namespaces of their own
 DEAD = "192.0.2.9"  # nobody answers there
 SSHD = "/usr/sbin/sshd"
-START_S = 10.0
+START_S = 60.0
+PREFIX = "megagpt-"  # then the number of the process that made it
 # In the new UTS namespace: the host's own name, then the daemon, which is this process from there on.
 BECOME_SSHD = "import os, socket, sys; socket.sethostname(sys.argv[1]); os.execv(sys.argv[2], sys.argv[2:])"
 
@@ -47,7 +48,7 @@ class TwoHosts:
     daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def namespace(self, host: str) -> str:
-        return f"megagpt-{os.getpid()}-{host}"
+        return f"{PREFIX}{os.getpid()}-{host}"
 
     def on(self, host: str, *command: str) -> list[str]:
         """A command as it runs in the network of a host."""
@@ -60,9 +61,7 @@ class TwoHosts:
 
     def processes(self, host: str) -> list[int]:
         """The numbers of all processes of a host."""
-        return [
-            int(number) for number in subprocess.check_output(["ip", "netns", "pids", self.namespace(host)]).split()
-        ]
+        return _processes(self.namespace(host))
 
     def start_daemon(self, host: str) -> None:
         """Let a host accept ssh; returns once it listens."""
@@ -116,6 +115,7 @@ class TwoHosts:
 @contextmanager
 def two_hosts(directory: Path) -> Iterator[TwoHosts]:
     """The hosts, joined and accepting ssh; whatever happens, they and their processes are gone afterwards."""
+    _remove_leftovers()
     hosts = TwoHosts(directory)
     try:
         _lay_cable(hosts)
@@ -125,8 +125,10 @@ def two_hosts(directory: Path) -> Iterator[TwoHosts]:
             hosts.start_daemon(host)
         yield hosts
     finally:
-        for host in ADDRESSES:
-            _remove(hosts, host)
+        for namespace in {*map(hosts.namespace, ADDRESSES)} & {*_namespaces()}:
+            _remove(namespace)
+        for daemon in hosts.daemons.values():
+            daemon.wait()
 
 
 def _lay_cable(hosts: TwoHosts) -> None:
@@ -165,18 +167,28 @@ def _write_ssh_files(directory: Path) -> None:
     client.chmod(0o755)
 
 
-def _remove(hosts: TwoHosts, host: str) -> None:
+def _remove(namespace: str) -> None:
     """End every process of a host, then the host; its end of the cable goes with it."""
-    if subprocess.run(["ip", "netns", "pids", hosts.namespace(host)], check=False, capture_output=True).returncode:
-        return  # never made
-    for number in hosts.processes(host):
-        try:
+    for number in _processes(namespace):
+        with suppress(ProcessLookupError):
             os.kill(number, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    if host in hosts.daemons:
-        hosts.daemons[host].wait()
-    _run("ip", "netns", "delete", hosts.namespace(host))
+    _run("ip", "netns", "delete", namespace)
+
+
+def _remove_leftovers() -> None:
+    """Remove the hosts of tests that were killed before they could do so."""
+    for namespace in _namespaces():
+        if namespace.startswith(PREFIX) and not Path("/proc", namespace.split("-")[1]).exists():
+            _remove(namespace)
+
+
+def _namespaces() -> list[str]:
+    lines = subprocess.check_output(["ip", "netns", "list"], text=True).splitlines()
+    return [line.split()[0] for line in lines if line]
+
+
+def _processes(namespace: str) -> list[int]:
+    return [int(number) for number in subprocess.check_output(["ip", "netns", "pids", namespace]).split()]
 
 
 def _run(*command: str) -> None:

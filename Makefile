@@ -20,7 +20,7 @@ PYTEST := OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all test-oldest-triton check bench clean
+.PHONY: help setup train test test-root test-all test-oldest-triton check bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -34,6 +34,9 @@ train: setup ## train as CONFIG says [ds_configs/default.json], continue if begu
 
 test: setup ## the tests that any machine can run, in minutes
 	$(PYTEST) -m "$(ANYWHERE)"
+
+test-root: setup ## the tests that need root: two hosts, joined by ssh (apt install pdsh openssh-server iproute2)
+	$(PYTEST) -m root
 
 test-all: setup ## every test that this machine can run: slow ones, on the GPU, as root
 	$(PYTEST)

@@ -1,18 +1,18 @@
 """What every rank has to have alike: hosts may hold different copies of anything that is not sent to them."""
 
-import hashlib
 import importlib.metadata
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megagpt.config import ResolvedConfig
 from megagpt.dataset import SampleStream
+from megagpt.host_probe import SOURCES as PACKAGES
+from megagpt.host_probe import code_fingerprint
 from megagpt.utils import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SOURCES = (REPOSITORY / "megagpt", REPOSITORY / "kernels")
+SOURCES = [REPOSITORY / package for package in PACKAGES]
 LIBRARIES = ("torch", "deepspeed", "triton")
 
 
@@ -30,16 +30,6 @@ def require_agreement(config: ResolvedConfig, stream: SampleStream) -> None:
         others = [rank for rank, theirs in enumerate(of_ranks) if theirs[what] != of_ranks[0][what]]
         if others:
             raise UserError(f"ranks {others} differ from rank 0 in their {what}: give every host the same, start again")
-
-
-def code_fingerprint(directories: Sequence[Path]) -> str:
-    """SHA-256 over the names and contents of the Python files in some directories, wherever those lie."""
-    digest = hashlib.sha256()
-    for directory in directories:
-        for path in sorted(directory.rglob("*.py")):
-            content = path.read_bytes()
-            digest.update(f"{path.relative_to(directory.parent)} {len(content)}\n".encode() + content)
-    return digest.hexdigest()
 
 
 def _version(library: str) -> str:

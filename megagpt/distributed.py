@@ -4,7 +4,6 @@ World = pipeline x data x tensor, tensor innermost, so that tensor-parallel rank
 is also what DeepSpeed calls an mpu (model-parallel unit); its model-parallel group is all that is not data parallel.
 """
 
-import os
 import socket
 from datetime import timedelta
 
@@ -78,14 +77,3 @@ class Mesh:
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
         return self.model_group
-
-
-def become_single_process() -> None:
-    """Without a launcher, set what it would have set, for a world of one rank on this machine."""
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

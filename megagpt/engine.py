@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from megagpt import compat, internals, ops, tensor_parallel
 from megagpt.boxes import Box
 from megagpt.config import ResolvedConfig
-from megagpt.distributed import COLLECTIVE_TIMEOUT, Mesh, become_single_process
+from megagpt.distributed import COLLECTIVE_TIMEOUT, Mesh
+from megagpt.launchers import adopt_launch
 from megagpt.model import GPT, decayed, global_names, initial_value, replace_parameters
 from megagpt.stages import cut
 from megagpt.tensor_parallel import TensorAxis
@@ -80,7 +81,7 @@ def training_device() -> torch.device:
 
 def join_ranks() -> None:
     """Join the other ranks, as a launcher's environment says; alone where there is no launcher."""
-    become_single_process()
+    adopt_launch()
     ops.use_private_extensions()
     internals.check()
     compat.suppress_shared_memory_collectives()

@@ -6,8 +6,6 @@ ssh option and was executed. Here a name is letters, digits, dots and hyphens, a
 
 from __future__ import annotations
 
-import itertools
-import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -49,42 +47,6 @@ def read_hostfile(path: str | Path) -> list[Host]:
     return parse_hostfile(text, str(path))
 
 
-def hostfile_of_launcher(process_id: int | None = None) -> Path | None:
-    """The --hostfile of the `deepspeed` command that started this process, or None.
-
-    DeepSpeed reads it before any of our code runs; a missing one makes it warn and train on this machine alone.
-    """
-    return _option(command_of_launcher(process_id) or [], "--hostfile", "-H")
-
-
-def command_of_launcher(process_id: int | None = None) -> list[str] | None:
-    """The `deepspeed` command that started this process, as it was typed, or None.
-
-    It is found among this process's ancestors, so it is seen on the machine it was typed on only.
-    """
-    process_id = os.getpid() if process_id is None else process_id
-    while process_id > 1:
-        try:
-            words = Path(f"/proc/{process_id}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
-            status = Path(f"/proc/{process_id}/stat").read_text()
-        except OSError:  # another system, or a process that has just ended
-            return None
-        for position, word in enumerate(words[:2]):  # a script comes after its interpreter
-            if Path(word).name == "deepspeed":
-                return ["deepspeed", *words[position + 1 :]]
-        process_id = int(status.rpartition(")")[2].split()[1])  # the name in brackets may hold blanks
-    return None
-
-
-def _option(words: list[str], *names: str) -> Path | None:
-    for word, following in itertools.pairwise([*words, ""]):
-        if word in names:
-            return Path(following)
-        if word.partition("=")[0] in names and "=" in word:
-            return Path(word.partition("=")[2])
-    return None
-
-
 def parse_hostfile(text: str, source: str = "hostfile") -> list[Host]:
     """As `read_hostfile`, from the text itself. Blank lines and lines that begin with # are comments."""
     hosts: list[Host] = []
@@ -98,7 +60,7 @@ def parse_hostfile(text: str, source: str = "hostfile") -> list[Host]:
             hosts.append(host)
         else:
             errors.append(f"{source}: line {number}: {host}")
-    errors += _problems_between(hosts, source)
+    errors += problems_between(hosts, source)
     if not hosts and not errors:
         errors.append(f"{source}: no hosts; write one line a host, such as `{EXAMPLE}`")
     if errors:
@@ -109,6 +71,19 @@ def parse_hostfile(text: str, source: str = "hostfile") -> list[Host]:
 def world_size(hosts: list[Host]) -> int:
     """The ranks that all hosts run together."""
     return sum(host.slots for host in hosts)
+
+
+def problems_between(hosts: list[Host], source: str) -> list[str]:
+    """Hosts listed twice, and hosts with other slots than most: every rank's mesh would be lopsided."""
+    counts = Counter(host.name.lower() for host in hosts)
+    errors = [f"{source}: {name} is listed {count} times; keep one line" for name, count in counts.items() if count > 1]
+    usual = Counter(host.slots for host in hosts).most_common(1)[0][0] if hosts else 0
+    errors += [
+        f"{source}: {host.name} has {host.slots} slots and most hosts have {usual}; give every host the same number"
+        for host in hosts
+        if host.slots != usual
+    ]
+    return errors
 
 
 def _parse_line(content: str) -> Host | str:
@@ -122,19 +97,6 @@ def _parse_line(content: str) -> Host | str:
     if HOST_PATTERN.fullmatch(name) is None:
         return f"{_shown(name)} is not a host name: letters, digits, dots and hyphens, a letter or digit at both ends"
     return Host(name, int(slots))
-
-
-def _problems_between(hosts: list[Host], source: str) -> list[str]:
-    """Hosts listed twice, and hosts with other slots than most: every rank's mesh would be lopsided."""
-    counts = Counter(host.name.lower() for host in hosts)
-    errors = [f"{source}: {name} is listed {count} times; keep one line" for name, count in counts.items() if count > 1]
-    usual = Counter(host.slots for host in hosts).most_common(1)[0][0] if hosts else 0
-    errors += [
-        f"{source}: {host.name} has {host.slots} slots and most hosts have {usual}; give every host the same number"
-        for host in hosts
-        if host.slots != usual
-    ]
-    return errors
 
 
 def _shown(text: str) -> str:

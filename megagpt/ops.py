@@ -87,7 +87,7 @@ def has_substitute(op: str) -> bool:
 
 def missing_tools(op: str) -> str | None:
     """What keeps an op from being compiled here, in words; None where nothing does."""
-    if _is_built(op):
+    if is_built(op):
         return None
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         return "there is no C++ compiler (Debian, Ubuntu: apt install g++)"
@@ -103,7 +103,7 @@ def build(ops: list[str]) -> None:
     for op in ops:
         started = time.monotonic()
         with _one_builder(op):
-            if _is_built(op):
+            if is_built(op):
                 _load(op)
                 continue
             _say(f"compiling DeepSpeed's {_name(op)}: once, one to three minutes ...")
@@ -142,7 +142,8 @@ def _op_directory(op: str) -> Path:
     return Path(os.environ[EXTENSIONS_VARIABLE]) / _builder(op).name
 
 
-def _is_built(op: str) -> bool:
+def is_built(op: str) -> bool:
+    """Whether an op is compiled already."""
     return any(_op_directory(op).glob("*.so"))
 
 

@@ -10,16 +10,21 @@ import os
 import shlex
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
+from socket import gethostname
 from typing import TYPE_CHECKING
 
 import kernels  # noqa: F401  chooses Triton's interpreter, where it is asked for, before DeepSpeed imports Triton
 from megagpt import run_directory as directories
 from megagpt.config import ConfigError, ResolvedConfig, RunConfig, load_config
 from megagpt.dataset import SampleStream, open_dataset
-from megagpt.hosts import command_of_launcher, hostfile_of_launcher, read_hostfile
+from megagpt.hosts import read_hostfile
+from megagpt.launch_command import COMMAND_VARIABLE, command_of_launcher, hostfile_of_launcher
+from megagpt.launchers import Launch, adopt_launch
 from megagpt.manifest import Split
+from megagpt.orphans import end_with_launcher
 from megagpt.planner import require_legal
 from megagpt.utils import ExitCode, UserError, human_count
 
@@ -45,26 +50,40 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _start(arguments: argparse.Namespace) -> int:
+    launch = adopt_launch()
+    end_with_launcher()
     if (hostfile := hostfile_of_launcher()) is not None:
         read_hostfile(hostfile)  # DeepSpeed would have trained on this machine alone without it
     config = load_config(arguments.deepspeed_config, arguments.set)
     require_legal(config, str(arguments.deepspeed_config))
-    _require_stated_world_size(config)
+    _require_stated_world_size(config, launch)
     directory = arguments.run_dir or Path("runs") / Path(arguments.deepspeed_config).stem
     if arguments.resume and _last_checkpoint(directory) is None:
         raise UserError(f"{directory}: nothing to resume; leave out --resume to start it")
     streams = open_data(config, directory)
-    with directories.lock(directory) if _rank() == 0 else nullcontext():
+    with _gathered(directory):
         return _run_to_its_end(config, streams, directory)
 
 
-def _require_stated_world_size(config: RunConfig) -> None:
+def _gathered(directory: Path) -> AbstractContextManager[object]:
+    """All ranks, and the directory locked by rank 0: until then, it may be another run's, and nobody writes there.
+
+    A single process locks it before it imports torch.
+    """
+    lock = partial(directories.lock, directory)
+    if os.environ["WORLD_SIZE"] == "1":
+        return lock()
+    from megagpt.rendezvous import gathered_ranks
+
+    return gathered_ranks(lock)
+
+
+def _require_stated_world_size(config: RunConfig, launch: Launch) -> None:
     """On several hosts one may be missing, and the rest would train on as if they were all; raises UserError."""
-    hosts, ranks = int(os.environ.get("CROSS_SIZE", "1")), os.environ.get("WORLD_SIZE", "1")
-    if hosts > 1 and config.megagpt.parallel.world_size is None:
+    if (launch.num_hosts or 1) > 1 and config.megagpt.parallel.world_size is None:
         raise UserError(
-            f"megagpt.parallel.world_size: needed on {hosts} hosts, so that one that is missing is noticed; "
-            f"if {ranks} ranks are all of them: --set megagpt.parallel.world_size={ranks}"
+            f"megagpt.parallel.world_size: needed on {launch.num_hosts} hosts, so that one that is missing is noticed; "
+            f"if {launch.world_size} ranks are all of them: --set megagpt.parallel.world_size={launch.world_size}"
         )
 
 
@@ -150,6 +169,8 @@ def _open_log(directory: Path) -> None:
 
     try:
         open_rank_log(directory, _rank())
+        launch = adopt_launch()
+        log.info("rank %d of %d, on host %s by %s", launch.rank, launch.world_size, gethostname(), launch.launcher)
         if _rank() == 0:  # which holds the lock: the page may be another run's
             _crash_file(directory).unlink(missing_ok=True)
     except OSError as error:
@@ -306,9 +327,12 @@ def _last_checkpoint(directory: Path) -> Path | None:
 
 
 def _resume_command() -> str:
-    """What was typed; where that is out of sight, this rank's command without what the launcher added."""
-    if (typed := command_of_launcher()) is not None:
-        return shlex.join(typed)
+    """What was typed; where no rank could see that, this rank's command without what the launcher added."""
+    if (command := command_of_launcher()) is not None:
+        return shlex.join(command)
+    if COMMAND_VARIABLE in os.environ:
+        return os.environ[COMMAND_VARIABLE]
+    launch = adopt_launch()
+    hostfile = " --hostfile HOSTFILE" if launch.launcher == "deepspeed" and len(launch.hosts) > 1 else ""
     started = [word for word in sys.argv if not word.startswith("--local_rank")]
-    launcher = "deepspeed" if "CROSS_RANK" in os.environ else "python"
-    return shlex.join([launcher, *started])
+    return f"{launch.launcher}{hostfile} {shlex.join(started)}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +12,6 @@ from megagpt.hosts import (
     HOST_PATTERN,
     Host,
     HostfileError,
-    command_of_launcher,
-    hostfile_of_launcher,
     parse_hostfile,
     read_hostfile,
     world_size,
@@ -117,36 +113,3 @@ def test_accepted_names_are_always_plain(text: str) -> None:
         names, complaints = [host.name for host in hosts], []
     assert bool(names) != bool(complaints)
     assert all(name.isascii() and name[0].isalnum() and HOST_PATTERN.fullmatch(name) for name in names)
-
-
-LAUNCHER = """import subprocess, sys
-code = "from megagpt import hosts; print(hosts.hostfile_of_launcher(), hosts.command_of_launcher(), sep=chr(10))"
-between = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)"
-subprocess.run([sys.executable, "-c", between, code], check=True)
-"""
-
-
-@pytest.mark.parametrize(
-    ("options", "found"),
-    [
-        (["--hostfile", "my hosts"], "my hosts"),
-        (["--hostfile=hosts"], "hosts"),
-        (["-H", "hosts", "launch/train.py"], "hosts"),
-        (["launch/train.py"], "None"),
-    ],
-)
-def test_a_rank_finds_the_hostfile_of_the_command_that_started_it(
-    tmp_path: Path, options: list[str], found: str
-) -> None:
-    """Two processes below it, as DeepSpeed's launcher has one between the command and the ranks."""
-    command = tmp_path / "deepspeed"
-    command.write_text(LAUNCHER)
-    done = subprocess.run(
-        [sys.executable, command, *options], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.splitlines() == [found, str(["deepspeed", *options])]
-
-
-def test_without_a_launcher_there_is_no_hostfile() -> None:
-    assert hostfile_of_launcher(1) is None
-    assert command_of_launcher(1) is None

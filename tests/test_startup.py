@@ -38,8 +38,9 @@ def data(prepared: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setenv("LOCAL_RANK", "0")
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in alone.items():
+        monkeypatch.setenv(name, value)
 
 
 def refused(tmp_path: Path, config: dict[str, Any], *overrides: str, resume: bool = False) -> str:

@@ -1,0 +1,52 @@
+"""Look at every host before a run: python launch/preflight.py --hostfile hosts"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+
+from megagpt.utils import ExitCode, run_command
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    from megagpt import preflight  # after the arguments, so that --help answers at once
+    from megagpt.config import load_config
+    from megagpt.hosts import read_hostfile
+    from megagpt.link import describe, measure
+    from megagpt.planner import require_legal
+
+    config = load_config(arguments.deepspeed_config, arguments.set)
+    require_legal(config, arguments.deepspeed_config)
+    hosts = read_hostfile(arguments.hostfile) if arguments.hostfile else []
+    directory = arguments.run_dir or Path("runs") / Path(arguments.deepspeed_config).stem
+    reports = preflight.examine(hosts, config, directory)
+    print(preflight.table(reports))
+    problems = [problem for report in reports for problem in report.problems]
+    if arguments.bandwidth and not problems:
+        print(describe(measure(hosts)))
+    for note in [note for report in reports for note in report.notes]:
+        print(f"note: {note}")
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return ExitCode.BAD_INPUT if problems else ExitCode.DONE
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Look at every host before a run: ssh, software, code, devices, memory, disks, clocks, the shared "
+        "run directory. Exit code 2 where a run would fail. Without --hostfile, look at this machine."
+    )
+    add = parser.add_argument
+    add("--hostfile", type=Path, help="as given to deepspeed")
+    add("--deepspeed_config", default="ds_configs/default.json", help="the run's JSON file [ds_configs/default.json]")
+    add("--run_dir", type=Path, help="the run's directory [runs/NAME-OF-THE-CONFIG]")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys of the JSON file")
+    add("--bandwidth", action="store_true", help="measure latency and bandwidth between all ranks, too")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,69 @@
+"""The processes of this machine as /proc shows them: who started whom, by which command. Standard library only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PROC = Path("/proc")
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process; its number and the moment it started tell it from a later one of the same number."""
+
+    number: int
+    parent: int
+    started: int  # clock ticks since the machine started
+    words: tuple[str, ...]  # its command line
+
+    @property
+    def name(self) -> str:
+        """Of its program, without the directory; `sshd` of `sshd: root@pts/0`, as daemons rename themselves."""
+        return Path(self.words[0].split(":")[0]).name if self.words else ""
+
+    def is_alive(self) -> bool:
+        """Whether it still runs: one that has ended and waits for its parent to notice does not."""
+        try:
+            state, _, started = _status(self.number)
+        except OSError:
+            return False
+        return started == self.started and state not in "ZX"
+
+
+def process(number: int) -> Process | None:
+    """The process of a number, or None where there is none, or where the system has no /proc."""
+    try:
+        words = (PROC / str(number) / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+        _, parent, started = _status(number)
+    except OSError:
+        return None
+    return Process(number, parent, started, tuple(words))
+
+
+def ancestors(number: int | None = None) -> Iterator[Process]:
+    """The parent of a process (of this one, by default), its parent, and so on."""
+    own = process(os.getpid() if number is None else number)
+    while own is not None and own.parent > 0:
+        own = process(own.parent)
+        if own is not None:
+            yield own
+
+
+def all_processes() -> Iterator[Process]:
+    """Every process that can be seen."""
+    try:
+        numbers = [int(path.name) for path in PROC.iterdir() if path.name.isdecimal()]
+    except OSError:
+        return
+    for number in numbers:
+        if (found := process(number)) is not None:
+            yield found
+
+
+def _status(number: int) -> tuple[str, int, int]:
+    """State, parent and start of a process: fields 3, 4 and 22 of proc_pid_stat(5); its name may hold blanks."""
+    fields = (PROC / str(number) / "stat").read_text(errors="replace").rpartition(")")[2].split()
+    return fields[0], int(fields[1]), int(fields[19])

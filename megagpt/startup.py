@@ -7,8 +7,6 @@ rank alike and before any rank waits for another.
 import argparse
 import logging
 import os
-import shlex
-import sys
 import time
 from contextlib import AbstractContextManager
 from functools import partial
@@ -17,16 +15,18 @@ from socket import gethostname
 from typing import TYPE_CHECKING
 
 import kernels  # noqa: F401  chooses Triton's interpreter, where it is asked for, before DeepSpeed imports Triton
+from megagpt import endings
 from megagpt import run_directory as directories
 from megagpt.config import ConfigError, ResolvedConfig, RunConfig, load_config
 from megagpt.dataset import SampleStream, open_dataset
 from megagpt.hosts import read_hostfile
-from megagpt.launch_command import COMMAND_VARIABLE, command_of_launcher, hostfile_of_launcher
+from megagpt.launch_command import hostfile_of_launcher
 from megagpt.launchers import Launch, adopt_launch
 from megagpt.manifest import Split
 from megagpt.orphans import end_with_launcher
 from megagpt.planner import require_legal
-from megagpt.utils import ExitCode, UserError, human_count
+from megagpt.signals import STOP_FILE, SignalListener, Wishes
+from megagpt.utils import UserError, human_count
 
 if TYPE_CHECKING:
     from megagpt.engine import Engine
@@ -58,7 +58,7 @@ def _start(arguments: argparse.Namespace) -> int:
     require_legal(config, str(arguments.deepspeed_config))
     _require_stated_world_size(config, launch)
     directory = arguments.run_dir or Path("runs") / Path(arguments.deepspeed_config).stem
-    if arguments.resume and _last_checkpoint(directory) is None:
+    if arguments.resume and endings.last_checkpoint(directory) is None:
         raise UserError(f"{directory}: nothing to resume; leave out --resume to start it")
     streams = open_data(config, directory)
     with _gathered(directory):
@@ -144,27 +144,27 @@ def _run_to_its_end(config: RunConfig, streams: dict[Split, SampleStream], direc
 
     Raises UserError before the first step only: what goes wrong hours later is no bad input, whoever calls it so.
     """
-    from megagpt.guard import StoppedByGuardError
     from megagpt.train import train
 
     run = None
-    try:
-        _open_log(directory)
-        run = assemble(config, streams, directory)
-        first_step = run.state.step
-        with run.monitor:
-            train(run)
-        _farewell(run, first_step)
-    except BaseException as error:
-        if run is None and isinstance(error, UserError):
-            raise
-        _show_crash(error, run, directory)
-        return ExitCode.STOPPED_BY_GUARD if isinstance(error, StoppedByGuardError) else ExitCode.FAILED
-    return ExitCode.DONE
+    wishes = Wishes(directory / STOP_FILE if _rank() == 0 else None)
+    with SignalListener(wishes, lambda heard: endings.end_at_once(heard, run, directory)) as listener:
+        try:
+            _open_log(directory)
+            run = assemble(config, streams, directory)
+            run.wishes, first_step = wishes, run.state.step
+            listener.patient = True
+            with run.monitor:
+                wish = train(run)
+            return endings.farewell(run, first_step, wish)
+        except BaseException as error:
+            if run is None and isinstance(error, UserError):
+                raise
+            return endings.crash(error, run, directory)
 
 
 def _open_log(directory: Path) -> None:
-    """This rank's log; the crash page of an earlier start gives way, so that a new one is shown."""
+    """This rank's log; how an earlier start ended gives way, so that a new end is shown."""
     from megagpt.monitor import open_rank_log
 
     try:
@@ -172,13 +172,9 @@ def _open_log(directory: Path) -> None:
         launch = adopt_launch()
         log.info("rank %d of %d, on host %s by %s", launch.rank, launch.world_size, gethostname(), launch.launcher)
         if _rank() == 0:  # which holds the lock: the page may be another run's
-            _crash_file(directory).unlink(missing_ok=True)
+            endings.forget(directory)
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror}); choose another --run_dir") from error
-
-
-def _crash_file(directory: Path) -> Path:
-    return directory / "logs" / "crash.txt"
 
 
 def assemble(config: RunConfig, streams: dict[Split, SampleStream], directory: Path) -> "Run":
@@ -273,66 +269,3 @@ def describe_stages(config: ResolvedConfig) -> str:
     model, parallel = config.megagpt.model, config.megagpt.parallel
     stages = cut(model, parallel.pipeline * parallel.virtual_stages)
     return "; ".join(f"stage {index}: {describe(model, layers)}" for index, layers in enumerate(stages))
-
-
-def _farewell(run: "Run", first_step: int) -> None:
-    """What was done, and what the user can type next."""
-    import torch.distributed as dist
-
-    if run.engine.mesh.rank == 0:
-        print(_outcome(run, first_step))
-        print(f'next: python launch/generate.py --run_dir {run.directory} --prompt "import os"', flush=True)
-    dist.destroy_process_group()
-
-
-def _outcome(run: "Run", first_step: int) -> str:
-    total_steps = run.config.megagpt.training.total_steps
-    if first_step >= total_steps:
-        more = f"--set megagpt.training.total_steps={2 * first_step}"
-        return f"already done: {run.directory} is at step {first_step} of {total_steps}; to train on: {more}"
-    done = f"done: step {run.state.step}, {human_count(run.state.tokens)} tokens"
-    return f"{done}; samples in {run.directory}/samples.txt"
-
-
-def _show_crash(error: BaseException, run: "Run | None", directory: Path) -> None:
-    """The page of the rank that failed first; the others, which only lost a peer, write to their logs."""
-    from megagpt.monitor import crash_page
-    from megagpt.rank_log import rank_log_path
-
-    rank = _rank()
-    log.info("the run ended early", exc_info=error)  # for the log only: the screen gets the page
-    page = crash_page(
-        error,
-        rank_name=run.engine.mesh.name if run else f"rank {rank}",
-        last_step=run.state.step if run else None,
-        last_checkpoint=_last_checkpoint(directory),
-        resume_command=_resume_command() if _last_checkpoint(directory) else None,
-        log_path=rank_log_path(directory, rank),
-    )
-    try:
-        with _crash_file(directory).open("x") as file:
-            file.write(page)
-    except FileExistsError:
-        return
-    except OSError as full:
-        log.info("the page is on the screen only: %s", full)
-    print(page, file=sys.stderr, flush=True)
-
-
-def _last_checkpoint(directory: Path) -> Path | None:
-    from megagpt.checkpoint_format import complete_steps, step_directory
-
-    checkpoints = directory / "checkpoints"
-    return next((step_directory(checkpoints, step) for step in complete_steps(checkpoints)), None)
-
-
-def _resume_command() -> str:
-    """What was typed; where no rank could see that, this rank's command without what the launcher added."""
-    if (command := command_of_launcher()) is not None:
-        return shlex.join(command)
-    if COMMAND_VARIABLE in os.environ:
-        return os.environ[COMMAND_VARIABLE]
-    launch = adopt_launch()
-    hostfile = " --hostfile HOSTFILE" if launch.launcher == "deepspeed" and len(launch.hosts) > 1 else ""
-    started = [word for word in sys.argv if not word.startswith("--local_rank")]
-    return f"{launch.launcher}{hostfile} {shlex.join(started)}"

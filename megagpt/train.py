@@ -11,6 +11,7 @@ from pathlib import Path
 
 import tiktoken
 import torch
+import torch.distributed as dist
 
 from megagpt import checkpoint, pipeline
 from megagpt.batches import BatchLoader
@@ -21,6 +22,7 @@ from megagpt.flops import model_flops_utilisation
 from megagpt.generate import generate
 from megagpt.guard import Guard, StoppedByGuardError
 from megagpt.monitor import Monitor, StepRecord
+from megagpt.signals import Wish, Wishes
 from megagpt.utils import GIB
 
 log = logging.getLogger(__name__)
@@ -42,10 +44,14 @@ class Run:
     peak_flops: float | None
     monitor: Monitor = field(default_factory=Monitor)
     state: TrainState = field(default_factory=TrainState)
+    wishes: Wishes = field(default_factory=Wishes)
 
 
-def train(run: Run) -> TrainState:
-    """Train from ``run.state`` to the configured number of steps; every rank must call it."""
+def train(run: Run) -> Wish:
+    """Train from ``run.state`` to the configured number of steps; every rank must call it.
+
+    Returns the wish that ended it early, once the run is saved, or ``Wish.NOTHING``.
+    """
     settings = run.config.megagpt.training
     guard = Guard.of(run.config)
     meter = Meter(run)
@@ -56,18 +62,35 @@ def train(run: Run) -> TrainState:
         run.state = advanced(run.state, run.config, result)
         report_verdict(run, guard, result)
         meter.after_step(result)
+        wish = agreed_wish(run)
+        if wish.ends_the_run and step < settings.total_steps:
+            leave(run, wish)
+            return wish
         if due(settings.eval_interval_steps, step, settings.total_steps):
             meter.pause(lambda: report_validation(run))
         if due(settings.sample_interval_steps, step, settings.total_steps):
             meter.pause(lambda: write_samples(run))
-        if due(run.config.megagpt.checkpoint.interval_steps, step, settings.total_steps):
+        if wish is Wish.SAVE or due(run.config.megagpt.checkpoint.interval_steps, step, settings.total_steps):
             meter.pause(lambda: save(run))
-    return run.state
+    return Wish.NOTHING
 
 
 def due(interval_steps: int, step: int, last_step: int) -> bool:
     """Every so many steps and after the last one; an interval of 0 means never."""
     return interval_steps > 0 and (step % interval_steps == 0 or step == last_step)
+
+
+def agreed_wish(run: Run) -> Wish:
+    """The greatest wish of any rank: a signal reaches ranks up to 30 s apart, and all must act at the same step."""
+    wish = torch.tensor(run.wishes.take(), device=run.engine.device)
+    dist.all_reduce(wish, op=dist.ReduceOp.MAX)
+    return Wish(int(wish))
+
+
+def leave(run: Run, wish: Wish) -> None:
+    """Save, and record who wanted the run to end; every rank must call it."""
+    run.monitor.event("stop", step=run.state.step, wish=wish.name)
+    save(run)
 
 
 def advanced(state: TrainState, config: ResolvedConfig, result: pipeline.StepResult) -> TrainState:

@@ -1,0 +1,123 @@
+"""What is asked of a run from outside: to save, or to save and end. Heard at once, obeyed at the end of a step.
+
+SIGTERM, SIGINT     save, end with exit code 3; the same signal again after some seconds ends the process at once
+SIGUSR1             save and go on
+runs/NAME/stop      a file that, however it came to be, does what SIGTERM does; it is removed
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from enum import IntEnum
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+log = logging.getLogger(__name__)
+
+STOP_FILE = "stop"
+SAME_PRESS_S = 3.0  # one Ctrl-C comes from the terminal and from the launcher; a person who insists takes longer
+_WAKE_TO_CLOSE = 0  # no signal has this number
+
+
+class Wish(IntEnum):
+    """What is wanted; of the wishes of all ranks the greatest counts. Those from ``STOP_FILE`` on end the run."""
+
+    NOTHING = 0
+    SAVE = 1
+    STOP_FILE = 2
+    ORPHANED = 3
+    SIGINT = 4
+    SIGTERM = 5
+
+    @property
+    def ends_the_run(self) -> bool:
+        return self >= Wish.STOP_FILE
+
+
+WISHES = {signal.SIGUSR1: Wish.SAVE, signal.SIGINT: Wish.SIGINT, signal.SIGTERM: Wish.SIGTERM}
+
+
+class Wishes:
+    """This rank's wishes. Any thread may add one; the training loop takes them when a step is done."""
+
+    def __init__(self, stop_file: Path | None = None) -> None:
+        self.stop_file = stop_file
+        self._save, self._stop = False, Wish.NOTHING
+
+    def add(self, wish: Wish) -> None:
+        """Wish something of the run; what would end it is never taken back."""
+        if wish.ends_the_run:
+            self._stop = max(self._stop, wish)
+        else:
+            self._save = True
+
+    def take(self) -> Wish:
+        """The greatest wish; one to save is fulfilled once."""
+        save, self._save = self._save, False
+        if self.stop_file is not None and self.stop_file.exists():
+            self.add(Wish.STOP_FILE)
+        return self._stop or (Wish.SAVE if save else Wish.NOTHING)
+
+
+class SignalListener:
+    """Turns signals into wishes while it is entered, on the main thread.
+
+    Python runs its own handlers between two instructions of the main thread, and so never while that waits inside a
+    collective. A thread that reads the wake-up pipe hears them all the same, and can end a process that hangs.
+    ``end_at_once(signal)`` is called for a signal that insists, and for any while ``patient`` is false: before the
+    first step there is nothing to be saved, and the ops that are being compiled take minutes.
+    """
+
+    patient = False
+
+    def __init__(self, wishes: Wishes, end_at_once: Callable[[signal.Signals], None]) -> None:
+        self.wishes, self.end_at_once = wishes, end_at_once
+        self._first_heard_s: dict[signal.Signals, float] = {}
+
+    def __enter__(self) -> Self:
+        self._reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)  # as set_wakeup_fd demands
+        self._previous_pipe = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        self._previous_handlers = {number: signal.signal(number, _heard_by_the_thread) for number in WISHES}
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_pipe)
+        os.write(self._writing, bytes([_WAKE_TO_CLOSE]))
+        self._thread.join()
+        os.close(self._reading)
+        os.close(self._writing)
+
+    def _listen(self) -> None:
+        while (number := os.read(self._reading, 1)[0]) != _WAKE_TO_CLOSE:
+            if number in WISHES:  # the pipe carries every signal that has a handler in Python
+                self._hear(signal.Signals(number))
+
+    def _hear(self, heard: signal.Signals) -> None:
+        wish = WISHES[heard]
+        if wish.ends_the_run and (self._insists(heard) or not self.patient):
+            self.end_at_once(heard)
+        log.info("%s: %s at the end of this step", heard.name, "save and end" if wish.ends_the_run else "save")
+        self.wishes.add(wish)
+
+    def _insists(self, heard: signal.Signals) -> bool:
+        """The same signal again, seconds later. The other one of a Ctrl-C may come any time: DeepSpeed's launcher
+        passes it on to one rank after another, and waits 30 s for each."""
+        now_s = time.monotonic()
+        return now_s - self._first_heard_s.setdefault(heard, now_s) > SAME_PRESS_S
+
+
+def _heard_by_the_thread(number: int, frame: object) -> None:
+    """Only a signal with a handler reaches the wake-up pipe in place of its default action."""

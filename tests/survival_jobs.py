@@ -1,0 +1,32 @@
+"""What ranks do in the tests of signals, guards, drift and hangs: whole runs that something happens to."""
+
+from pathlib import Path
+from typing import Any
+
+from megagpt import train as loop
+from megagpt.signals import Wish
+from megagpt.train import Run
+from tests.checkpoint_jobs import started
+from tests.configurations import Config
+from tests.jobs import held_state
+
+
+def train_with_wishes(config: Config, directory: Path, rank: int, wishes: dict[int, Wish]) -> dict[str, Any]:
+    """Train while one rank is told something in the middle of some steps."""
+    with started(config, directory) as run:
+        if run.engine.mesh.rank == rank:
+            wish_during_steps(run, wishes)
+        wish = loop.train(run)
+        return {"wish": wish, "state": run.state, "at_end": held_state(run.engine)}
+
+
+def wish_during_steps(run: Run, wishes: dict[int, Wish]) -> None:
+    """As a signal would: between the loading of a step's samples and its end."""
+    load = run.training.load
+
+    def load_and_wish(first: int, step: int | None = None) -> Any:
+        if step in wishes:
+            run.wishes.add(wishes[step])
+        return load(first, step)
+
+    run.training.load = load_and_wish  # type: ignore[method-assign]

@@ -1,0 +1,230 @@
+"""Signals and the stop file: one rank hears them, all ranks save at the same step, and the run says how it ended."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megagpt import signals
+from megagpt.checkpoint_format import complete_steps
+from megagpt.end_record import EndRecord
+from megagpt.metrics import read_metrics
+from megagpt.signals import SignalListener, Wish, Wishes
+from tests.checkpoint_jobs import assert_same_state, gathered, run_config
+from tests.monitoring import ENVIRONMENT, REPOSITORY
+from tests.ranks import RankPool, free_port
+from tests.trained_run import write_dataset
+
+TRAIN = "tests.survival_jobs:train_with_wishes"
+STEPS = 8
+PATIENCE_S = 60
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+def until(condition: Callable[[], Any]) -> Any:
+    """What the condition yields, once that is something; polled, and no longer than a minute."""
+    end = time.monotonic() + PATIENCE_S
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- one rank that hears
+
+
+class Ended(list[signal.Signals]):
+    """The signals that would have ended the process."""
+
+
+@pytest.fixture
+def listener() -> Iterator[tuple[Wishes, Ended, SignalListener]]:
+    wishes, ended = Wishes(), Ended()
+    with SignalListener(wishes, ended.append) as listening:
+        listening.patient = True
+        yield wishes, ended, listening
+
+
+def send(*numbers: signal.Signals) -> None:
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+def test_a_signal_becomes_a_wish(listener: tuple[Wishes, Ended, SignalListener]) -> None:
+    wishes, _, _ = listener
+    assert wishes.take() is Wish.NOTHING
+    send(signal.SIGUSR1)
+    assert until(wishes.take) is Wish.SAVE
+    assert wishes.take() is Wish.NOTHING
+    send(signal.SIGTERM)
+    assert until(wishes.take) is Wish.SIGTERM
+    assert wishes.take() is Wish.SIGTERM
+
+
+def test_one_press_arrives_twice_and_counts_once(listener: tuple[Wishes, Ended, SignalListener]) -> None:
+    wishes, ended, _ = listener
+    send(signal.SIGINT, signal.SIGTERM, signal.SIGINT)
+    assert until(lambda: wishes.take() is Wish.SIGTERM)
+    assert not ended
+
+
+def test_the_same_signal_again_ends_the_process(
+    listener: tuple[Wishes, Ended, SignalListener], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seconds later, that is; the launcher's SIGTERM 30 s after the terminal's SIGINT is another signal."""
+    wishes, ended, _ = listener
+    monkeypatch.setattr(signals, "SAME_PRESS_S", 0.05)
+    send(signal.SIGINT, signal.SIGTERM)
+    until(lambda: wishes.take() is Wish.SIGTERM)
+    time.sleep(0.1)
+    send(signal.SIGINT)
+    assert until(lambda: list(ended)) == [signal.SIGINT]
+
+
+def test_before_the_first_step_nothing_has_to_be_waited_for(listener: tuple[Wishes, Ended, SignalListener]) -> None:
+    _, ended, listening = listener
+    listening.patient = False
+    send(signal.SIGTERM)
+    assert until(lambda: list(ended)) == [signal.SIGTERM]
+
+
+def test_handlers_are_given_back() -> None:
+    before = [signal.getsignal(number) for number in signals.WISHES]
+    with SignalListener(Wishes(), lambda heard: None):
+        assert [signal.getsignal(number) for number in signals.WISHES] != before
+    assert [signal.getsignal(number) for number in signals.WISHES] == before
+
+
+def test_a_stop_file_is_a_wish_until_it_is_removed(tmp_path: Path) -> None:
+    wishes = Wishes(tmp_path / "stop")
+    assert wishes.take() is Wish.NOTHING
+    (tmp_path / "stop").touch()
+    assert wishes.take() is Wish.STOP_FILE
+    assert Wish.STOP_FILE.ends_the_run
+    assert not Wish.SAVE.ends_the_run
+
+
+# ------------------------------------------------------------------------------------------------ ranks that must agree
+
+
+@pytest.mark.parametrize(("stage", "rank"), [(0, 1), (3, 0)])
+def test_one_rank_is_told_and_all_end_at_the_same_step(
+    two_ranks: RankPool, data: Path, tmp_path: Path, stage: int, rank: int
+) -> None:
+    """The checkpoint is that step's, and what follows after a resume is bit for bit what would have been."""
+
+    def train(directory: Path, wishes: dict[int, Wish]) -> list[dict[str, Any]]:
+        config = run_config(data, STEPS, (stage, "none", "none"))
+        return two_ranks.run(TRAIN, config=config, directory=directory, rank=rank, wishes=wishes)
+
+    whole = train(tmp_path / "whole", {})
+    first = train(tmp_path / "parts", {2: Wish.SAVE, 5: Wish.SIGTERM})
+    assert [(ended["wish"], ended["state"].step) for ended in first] == [(Wish.SIGTERM, 5)] * 2
+    assert complete_steps(tmp_path / "parts" / "checkpoints") == [5, 2]
+    (stop,) = read_metrics(tmp_path / "parts").events_named("stop")
+    assert (stop["step"], stop["wish"]) == (5, "SIGTERM")
+    second = train(tmp_path / "parts", {})
+    assert [ended["wish"] for ended in second] == [Wish.NOTHING] * 2
+    assert_same_state(gathered(whole, "at_end"), gathered(second, "at_end"))
+
+
+def test_a_wish_in_the_last_step_changes_nothing(two_ranks: RankPool, data: Path, tmp_path: Path) -> None:
+    config = run_config(data, 3, (1, "none", "none"))
+    ranks = two_ranks.run(TRAIN, config=config, directory=tmp_path, rank=1, wishes={3: Wish.SIGINT})
+    assert [ended["wish"] for ended in ranks] == [Wish.NOTHING] * 2
+    assert complete_steps(tmp_path / "checkpoints") == [3]
+
+
+# --------------------------------------------------------------------------------------------------- the whole command
+
+
+@pytest.fixture
+def configuration(data: Path, tmp_path: Path) -> Path:
+    """A run that nobody waits for the end of."""
+    path = tmp_path / "long.json"
+    path.write_text(json.dumps(run_config(data, 10**6, (1, "none", "none"), save_every=0)))
+    return path
+
+
+@pytest.fixture
+def start(compiled_ops: None) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Start a command in a process group of its own, which does not outlive the test."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start_one(*words: object, ranks: int = 1) -> subprocess.Popen[bytes]:
+        programs = Path(sys.executable).parent
+        launcher = [sys.executable]
+        if ranks > 1:
+            launcher = [str(programs / "deepspeed"), "--num_accelerators", str(ranks)]
+            launcher += ["--master_port", str(free_port())]
+        search = {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
+        process = subprocess.Popen(
+            [*launcher, "launch/train.py", *map(str, words)],
+            cwd=REPOSITORY,
+            env=os.environ | ENVIRONMENT | search,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start_one
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def steps_on_record(run: Path) -> int:
+    return len(read_metrics(run).steps) if (run / "metrics.jsonl").exists() else 0
+
+
+def ended(run: Path) -> EndRecord | None:
+    return EndRecord.read(run)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, "stop file"], ids=str)
+def test_one_process_saves_and_exits_with_three(
+    start: Callable[..., subprocess.Popen[bytes]], configuration: Path, tmp_path: Path, how: Any
+) -> None:
+    run = tmp_path / "run"
+    process = start("--deepspeed_config", configuration, "--run_dir", run)
+    until(lambda: steps_on_record(run) > 2)
+    if how == "stop file":
+        (run / "stop").touch()
+    else:
+        process.send_signal(how)
+    assert process.wait(PATIENCE_S) == 3
+    record = ended(run)
+    assert record is not None
+    assert (record.reason, record.exit_code) == ("pre-empted", 3)
+    assert complete_steps(run / "checkpoints") == [record.step]
+    assert not (run / "stop").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_under_the_launcher(
+    start: Callable[..., subprocess.Popen[bytes]], configuration: Path, tmp_path: Path
+) -> None:
+    """The terminal sends SIGINT to everyone; the launcher adds a SIGTERM for one rank after another."""
+    run = tmp_path / "run"
+    process = start("--deepspeed_config", configuration, "--run_dir", run, ranks=2)
+    until(lambda: steps_on_record(run) > 2)
+    os.killpg(process.pid, signal.SIGINT)
+    record = until(lambda: ended(run))
+    assert (record.reason, record.exit_code) == ("pre-empted", 3)
+    assert record.detail in ("SIGINT", "SIGTERM")
+    assert complete_steps(run / "checkpoints") == [record.step]
+    assert process.wait(PATIENCE_S) != 0

@@ -420,3 +420,30 @@ def abandon_step(engine: DeepSpeedEngine) -> None:
     engine.skipped_steps += 1
     engine.micro_steps += 1
     engine.global_samples += engine.train_batch_size()
+
+
+def refuse_step(engine: DeepSpeedEngine) -> None:
+    """End a step without an update although its gradients are finite; all ranks of the engine must agree on it.
+
+    The ZeRO optimizers clear everything up where a gradient overflowed (zero/stage_1_and_2.py:3050, stage3.py:2891):
+    they are told that one did, and a dynamic loss scale, which is not to blame, is told nothing.
+    """
+    if engine.zero_optimization_stage() == 0:
+        abandon_step(engine)
+        return
+    zero = engine.optimizer
+
+    def overflow(**_: Any) -> bool:
+        zero.overflow = True
+        return True
+
+    told = {"check_grad_overflow": True, "check_overflow": overflow, "_update_scale": lambda overflow: None}
+    told |= {"_overflow_check_and_loss_scale_update": overflow}
+    before = {name: vars(zero)[name] for name in told if name in vars(zero)}
+    vars(zero).update(told)
+    try:
+        engine.step()
+    finally:
+        for name in told:
+            del vars(zero)[name]
+        vars(zero).update(before)

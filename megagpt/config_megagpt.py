@@ -82,7 +82,12 @@ class TrainingSection(Section):
     on_nonfinite: Literal["skip", "stop"] = execution(
         "skip", "a loss or gradient that is not finite: skip that step, or stop"
     )
-    on_spike: Literal["warn", "ignore", "skip", "rewind"] = execution("warn", "what a loss spike causes")
+    on_spike: Literal["warn", "ignore", "skip", "rewind"] = execution(
+        "warn", "a loss that jumps: report it, say nothing, skip that step, or go back to the last checkpoint"
+    )
+    drift_check_interval_steps: int = execution(
+        100, "steps between comparisons of what data-parallel ranks hold alike", ge=0
+    )
 
     @model_validator(mode="after")
     def _check(self) -> TrainingSection:

@@ -82,9 +82,7 @@ class MetricsFile:
         self.path = run_directory / METRICS_FILE
         try:
             run_directory.mkdir(parents=True, exist_ok=True)
-            _set_aside_after(self.path, start_step)
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-            self._descriptor = os.open(self.path, flags, DEFAULT_FILE_MODE)
+            self._open_after(start_step)
         except OSError as error:
             raise UserError(
                 f"{self.path}: cannot be written ({error.strerror}); "
@@ -92,13 +90,24 @@ class MetricsFile:
             ) from error
 
     def write(self, line: Line) -> None:
-        """Add one line whole or not at all; raises OSError where the disk does not take it."""
+        """Add one line whole or not at all; raises OSError where the disk does not take it.
+
+        After a `rewind` the steps that follow it are made anew.
+        """
+        if line.get("event") == "rewind":
+            self.close()
+            self._open_after(line["step"])
         content = encode_line(line)
         size_before = os.fstat(self._descriptor).st_size
         written = os.write(self._descriptor, content)
         if written < len(content):  # a nearly full disk takes a part: the next line must not be glued to it
             os.ftruncate(self._descriptor, size_before)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
+    def _open_after(self, step: int) -> None:
+        _set_aside_after(self.path, step)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        self._descriptor = os.open(self.path, flags, DEFAULT_FILE_MODE)
 
     def close(self) -> None:
         os.close(self._descriptor)

@@ -1,6 +1,7 @@
 """One optimizer step, whatever the ZeRO stage and however many pipeline stages: forward and backward, guard, update."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ class StepResult:
     """What a step did, equal on every rank.
 
     ``loss`` is the mean over the global batch, ``grad_norm`` the norm before clipping. ``applied`` is false where a
-    gradient was not finite: weights and moments are as before.
+    gradient was not finite or the loss was refused: weights and moments are as before.
     """
 
     loss: float
@@ -48,10 +49,18 @@ class StepResult:
     applied: bool
 
 
-def train_step(engine: Engine, micro_batches: Sequence[MicroBatch]) -> StepResult:
-    """Train on one global batch, of which ``micro_batches`` is this data replica's part; every rank must call it."""
+def train_step(
+    engine: Engine, micro_batches: Sequence[MicroBatch], refuses: Callable[[float], bool] = lambda loss: False
+) -> StepResult:
+    """Train on one global batch, of which ``micro_batches`` is this data replica's part; every rank must call it.
+
+    A loss that ``refuses`` is true of, which is asked on every rank, causes no update.
+    """
     learning_rate = compat.base_optimizer(engine.deepspeed).param_groups[0]["lr"]
     loss = mean_loss(engine, accumulate(engine, micro_batches))
+    if refuses(loss):
+        compat.refuse_step(engine.deepspeed)
+        return StepResult(loss, math.nan, learning_rate, applied=False)
     norm, applied = _update_replicated(engine) if engine.stage == 0 else _update_partitioned(engine)
     return StepResult(loss, norm, learning_rate, applied)
 

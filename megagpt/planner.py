@@ -275,12 +275,6 @@ RULES: tuple[Rule, ...] = (
         "megagpt.checkpoint.asynchronous=false",
     ),
     Rule(
-        "megagpt.training.on_spike",
-        lambda config: config.megagpt.training.on_spike in ("skip", "rewind"),
-        "this version reports loss spikes and does not act on them",
-        "megagpt.training.on_spike=warn",
-    ),
-    Rule(
         "zero_optimization.offload_optimizer.device",
         lambda config: _optimizer_device(config) != "none" and _stage(config) == 0,
         "ZeRO 0 has no partitioned optimizer state to offload",

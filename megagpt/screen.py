@@ -43,6 +43,8 @@ class Progress:
             self.record = StepRecord.from_line(line)
             self.step = self.record.step
             self._step_times_s.append(self.record.step_time_s)
+        elif event == "rewind":
+            self.step = line["step"]
         elif event == "eval":
             val_loss = line.get("val_loss")
             self.validation = (line["step"], math.nan if val_loss is None else val_loss)

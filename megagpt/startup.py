@@ -15,7 +15,7 @@ from socket import gethostname
 from typing import TYPE_CHECKING
 
 import kernels  # noqa: F401  chooses Triton's interpreter, where it is asked for, before DeepSpeed imports Triton
-from megagpt import endings
+from megagpt import endings, faults
 from megagpt import run_directory as directories
 from megagpt.config import ConfigError, ResolvedConfig, RunConfig, load_config
 from megagpt.dataset import SampleStream, open_dataset
@@ -54,6 +54,7 @@ def _start(arguments: argparse.Namespace) -> int:
     end_with_launcher()
     if (hostfile := hostfile_of_launcher()) is not None:
         read_hostfile(hostfile)  # DeepSpeed would have trained on this machine alone without it
+    faults.from_environment()
     config = load_config(arguments.deepspeed_config, arguments.set)
     require_legal(config, str(arguments.deepspeed_config))
     _require_stated_world_size(config, launch)
@@ -153,6 +154,7 @@ def _run_to_its_end(config: RunConfig, streams: dict[Split, SampleStream], direc
             _open_log(directory)
             run = assemble(config, streams, directory)
             run.wishes, first_step = wishes, run.state.step
+            faults.sabotage(run, faults.from_environment())
             listener.patient = True
             with run.monitor:
                 wish = train(run)

@@ -20,10 +20,11 @@ from megagpt.config import ResolvedConfig
 from megagpt.engine import Engine
 from megagpt.flops import model_flops_utilisation
 from megagpt.generate import generate
-from megagpt.guard import Guard, StoppedByGuardError
+from megagpt.guard import Guard, StoppedByGuardError, Verdict
 from megagpt.monitor import Monitor, StepRecord
+from megagpt.replicas import find_drift
 from megagpt.signals import Wish, Wishes
-from megagpt.utils import GIB
+from megagpt.utils import GIB, UserError
 
 log = logging.getLogger(__name__)
 
@@ -58,10 +59,16 @@ def train(run: Run) -> Wish:
     while run.state.step < settings.total_steps:
         step = run.state.step + 1
         micro_batches = run.training.load(run.state.cursor, step)
-        result = pipeline.train_step(run.engine, micro_batches)
+        result = pipeline.train_step(run.engine, micro_batches, guard.refuses)
         run.state = advanced(run.state, run.config, result)
-        report_verdict(run, guard, result)
+        verdict = guard.judge(step, result)
         meter.after_step(result)
+        if verdict is not None:
+            report(run, verdict, applied=result.applied)
+            if verdict.rewind and rewind(run):
+                continue
+        if due(settings.drift_check_interval_steps, step, settings.total_steps):
+            require_equal_replicas(run)
         wish = agreed_wish(run)
         if wish.ends_the_run and step < settings.total_steps:
             leave(run, wish)
@@ -105,16 +112,47 @@ def advanced(state: TrainState, config: ResolvedConfig, result: pipeline.StepRes
     )
 
 
-def report_verdict(run: Run, guard: Guard, result: pipeline.StepResult) -> None:
-    """Record what the guard says of a step; raises StoppedByGuardError where it ends the run."""
-    verdict = guard.judge(run.state.step, result)
-    if verdict is None:
-        return
+def report(run: Run, verdict: Verdict, *, applied: bool) -> None:
+    """Record what the guard says of a step; where it ends the run, save the weights, which that step left alone.
+
+    Every rank must call it. Raises StoppedByGuardError.
+    """
     first = run.state.cursor - run.config.train_batch_size
     samples = {"first_sample": first, "last_sample": run.state.cursor - 1}
-    run.monitor.event("warning" if result.applied else "skip", step=run.state.step, message=verdict.message, **samples)
-    if verdict.fatal:
-        raise StoppedByGuardError(verdict.message)
+    run.monitor.event("warning" if applied else "skip", step=run.state.step, message=verdict.message, **samples)
+    if not verdict.fatal:
+        return
+    try:
+        save(run)
+    except UserError as error:
+        run.monitor.event("warning", step=run.state.step, message=f"not saved: {error}")
+    raise StoppedByGuardError(verdict.message)
+
+
+def rewind(run: Run) -> bool:
+    """Go back to the newest checkpoint, but not to its samples: those read since are left out; every rank must call it.
+
+    False where there is no checkpoint yet.
+    """
+    resumed = checkpoint.resume(run.engine, run.directory)
+    if resumed is None:
+        return False
+    state, _, passed_over = resumed
+    left_out = {"first_sample": state.cursor, "last_sample": run.state.cursor - 1}
+    run.monitor.event("rewind", step=state.step, from_step=run.state.step, passed_over=passed_over, **left_out)
+    run.state = replace(state, cursor=run.state.cursor)
+    return True
+
+
+def require_equal_replicas(run: Run) -> None:
+    """Raises StoppedByGuardError on every rank where one holds other values than its replicas."""
+    drift = find_drift(run.engine)
+    if drift is not None:
+        interval = run.config.megagpt.training.drift_check_interval_steps
+        raise StoppedByGuardError(
+            f"step {run.state.step}: {drift}. Its memory or device is at fault. Replicas are compared every {interval} "
+            f"steps: checkpoints since the last time may be spoilt, remove them and start again without that device"
+        )
 
 
 def report_validation(run: Run) -> None:

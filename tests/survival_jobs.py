@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from megagpt import faults as sabotage
 from megagpt import train as loop
+from megagpt.guard import StoppedByGuardError
 from megagpt.signals import Wish
 from megagpt.train import Run
 from tests.checkpoint_jobs import started
@@ -30,3 +32,15 @@ def wish_during_steps(run: Run, wishes: dict[int, Wish]) -> None:
         return load(first, step)
 
     run.training.load = load_and_wish  # type: ignore[method-assign]
+
+
+def train_sabotaged(config: Config, directory: Path, faults: str) -> dict[str, Any]:
+    """Train under faults (see ``megagpt.faults``) to the end, or to where a guard stops."""
+    with started(config, directory) as run:
+        sabotage.sabotage(run, sabotage.parse(faults))
+        outcome: dict[str, Any] = {}
+        try:
+            loop.train(run)
+        except StoppedByGuardError as error:
+            outcome["stopped"] = str(error)
+        return outcome | {"state": run.state, "at_end": held_state(run.engine)}

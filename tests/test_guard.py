@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from megagpt.checkpoint_format import complete_steps
 from megagpt.config import RunConfig
-from megagpt.guard import LEAST_SPIKE, WINDOW_STEPS, Guard
+from megagpt.guard import LEAST_SPIKE, MOST_REWINDS, WINDOW_STEPS, Guard
 from megagpt.metrics import read_metrics
 from megagpt.pipeline import StepResult
 from tests.checkpoint_jobs import assert_same_state, gathered, run_config
@@ -75,11 +76,13 @@ def test_training_goes_on_after_a_skip(two_ranks: RankPool, data: Path, tmp_path
 def test_five_skips_in_a_row_stop_the_run(two_ranks: RankPool, data: Path, tmp_path: Path) -> None:
     poison = {"steps": range(3, 9), "rank": 1, "kind": "nan"}
     config = guarded_config(data, 8, 1)
+    config["megagpt"]["checkpoint"]["interval_steps"] = 0
     ranks = two_ranks.run(TRAIN, config=config, directory=tmp_path, poison=poison)
     for rank in ranks:
         assert "step 7: a gradient is not finite" in rank["stopped"]
         assert "5 steps in a row: lower optimizer.params.lr" in rank["stopped"]
         assert rank["state"].step == 7
+    assert complete_steps(tmp_path / "checkpoints") == [7]  # the weights of step 2, which no later step changed
     assert [skip["step"] for skip in read_metrics(tmp_path).events_named("skip")] == [3, 4, 5, 6, 7]
 
 
@@ -109,12 +112,39 @@ def test_a_spike_is_named_within_its_step() -> None:
     verdict = steady_guard().judge(51, step_of(3.01 + 2 * LEAST_SPIKE))
     assert verdict is not None
     assert not verdict.fatal
-    assert verdict.message == "step 51: loss 4.010 jumped from a mean of 3.005 over 50 steps"
+    assert verdict.message == "step 51: loss 4.010 jumped from a median of 3.005 over 50 steps"
 
 
 def test_noise_is_no_spike_and_spikes_may_be_ignored() -> None:
     assert steady_guard().judge(51, step_of(3.01 + 0.9 * LEAST_SPIKE)) is None
     assert steady_guard("ignore").judge(51, step_of(30.0)) is None
+
+
+def test_a_spike_that_must_not_act_is_refused_before_it_does() -> None:
+    guard = steady_guard("skip")
+    assert not guard.refuses(3.1)
+    assert guard.refuses(30.0)
+    assert not steady_guard("warn").refuses(30.0)
+    verdict = guard.judge(51, step_of(30.0, applied=False))
+    assert verdict is not None
+    assert verdict.message.endswith("weights unchanged")
+    assert (verdict.fatal, verdict.rewind) == (False, False)
+    assert guard.refuses(30.0)  # however often it comes: the median has not followed it
+
+
+def test_a_loss_that_jumped_for_good_ends_the_run() -> None:
+    guard = steady_guard("skip")
+    verdicts = [guard.judge(step, step_of(9.0, applied=False)) for step in range(51, 56)]
+    assert [verdict.fatal for verdict in verdicts if verdict] == [False] * 4 + [True]
+
+
+def test_rewinds_come_to_an_end() -> None:
+    guard = steady_guard("rewind")
+    verdicts = []
+    for step in range(51, 51 + MOST_REWINDS + 1):
+        verdicts.append(guard.judge(step, step_of(9.0, applied=False)))
+        assert guard.judge(step, step_of(3.0)) is None
+    assert [(v.rewind, v.fatal) for v in verdicts if v] == [(True, False)] * MOST_REWINDS + [(False, True)]
 
 
 def test_a_young_run_has_no_spikes() -> None:

@@ -67,7 +67,6 @@ CASES: list[tuple[dict[str, Any], str]] = [  # changes to the minimal (ZeRO 3) c
         "coalesced reduction needs a ZeRO optimizer",
     ),
     ({"megagpt.checkpoint.asynchronous": True}, "saves synchronously"),
-    ({"megagpt.training.on_spike": "rewind"}, "does not act on them"),
     ({"zero_optimization.stage": 0}, "no partitioned optimizer state"),
     ({"zero_optimization": {"stage": 2, "offload_optimizer": NVME}}, "no swap file ever appears"),
     ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "ignores parameter offload below"),
@@ -129,12 +128,12 @@ def test_a_row_refuses_and_its_remedy_is_legal(tmp_path: Path, changes: dict[str
 
 
 def test_all_refusals_come_at_once(tmp_path: Path) -> None:
-    path = write(tmp_path, {"megagpt.checkpoint.asynchronous": True, "megagpt.training.on_spike": "skip"})
+    path = write(tmp_path, {"megagpt.checkpoint.asynchronous": True, "megagpt.parallel.sequence": True})
     with pytest.raises(ConfigError) as caught:
         planner.require_legal(load_config(path))
     assert [line.split(":")[0] for line in caught.value.errors] == [
+        "megagpt.parallel.sequence",
         "megagpt.checkpoint.asynchronous",
-        "megagpt.training.on_spike",
     ]
 
 

@@ -175,7 +175,7 @@ from megagpt.utils import run_command
 
 train_step = pipeline.train_step
 
-def failing(engine, micro_batches, calls=[]):
+def failing(engine, micro_batches, refuses, calls=[]):
     calls.append(None)
     if len(calls) == 4 and os.environ["RANK"] == "1":
         raise RuntimeError("the fourth step went wrong")

@@ -1,0 +1,69 @@
+"""Replicas that drift apart: one flipped bit on one rank is found at the next comparison, and the rank is named."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megagpt.checkpoint_format import complete_steps
+from megagpt.replicas import checksum
+from tests.checkpoint_jobs import run_config
+from tests.ranks import RankPool
+from tests.trained_run import write_dataset
+
+TRAIN = "tests.survival_jobs:train_sabotaged"
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+def config(data: Path, stage: int, pipeline: int = 1) -> dict[str, Any]:
+    whole = run_config(data, STEPS, (stage, "none", "none"), save_every=1)
+    whole["megagpt"]["training"] |= {"drift_check_interval_steps": 2}
+    whole["megagpt"]["parallel"] = {"pipeline": pipeline}
+    if stage == 3:
+        whole["zero_optimization"]["stage3_param_persistence_threshold"] = 100
+    return whole
+
+
+@pytest.mark.parametrize(
+    ("stage", "pipeline", "what"),
+    [
+        (0, 1, "exp_avg_sq of head.norm.bias"),
+        (2, 1, "head.norm.bias"),
+        pytest.param(1, 2, "head.norm.bias", marks=pytest.mark.slow),
+        (3, 1, "head.norm.bias"),
+    ],
+)
+def test_a_flipped_bit_is_found_and_the_rank_named(
+    four_ranks: RankPool, data: Path, tmp_path: Path, stage: int, pipeline: int, what: str
+) -> None:
+    """Nothing that was trained since the last comparison is saved after it was found."""
+    job = config(data, stage, pipeline)
+    ranks = four_ranks.run(TRAIN, config=job, directory=tmp_path, faults="flip_bit@rank=3,step=4")
+    who = "on rank 3 from the others" if pipeline == 1 else "between ranks 2, 3"
+    for rank in ranks:
+        assert f"step 4: {what} differs {who}" in rank["stopped"]
+    assert complete_steps(tmp_path / "checkpoints") == [3, 2]
+
+
+def test_sound_replicas_are_left_alone(two_ranks: RankPool, data: Path, tmp_path: Path) -> None:
+    ranks = two_ranks.run(TRAIN, config=config(data, 0), directory=tmp_path, faults="")
+    assert [rank["state"].step for rank in ranks] == [STEPS] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_each_bit_counts(dtype: torch.dtype) -> None:
+    values = torch.randn(5, 7).to(dtype)
+    integers = torch.int32 if dtype is torch.float32 else torch.int16
+    clean = checksum(values)
+    for bit in range(8 * values.element_size()):
+        flipped = values.clone()
+        flipped.view(integers)[3, 4] ^= 1 << bit if bit < 8 * values.element_size() - 1 else -(1 << bit)
+        assert checksum(flipped) != clean, bit
+    assert checksum(values.T) == clean
+    assert checksum(torch.tensor(1.0, dtype=dtype)).shape == ()

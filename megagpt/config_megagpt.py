@@ -129,6 +129,11 @@ class MonitorConfig(Section):
     """What is reported."""
 
     log_interval_steps: int = execution(10, "steps between lines on the screen and in metrics.jsonl", ge=0)
+    stall_timeout_s: int = execution(
+        1800,
+        "seconds that a step, a validation batch or a save may last before the run counts as hung; 0: no limit",
+        ge=0,
+    )
 
 
 class MegagptSection(Section):

@@ -3,6 +3,7 @@
 import logging
 import os
 import shlex
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from megagpt.launch_command import COMMAND_VARIABLE, command_of_launcher
 from megagpt.launchers import adopt_launch
 from megagpt.signals import STOP_FILE, Wish
 from megagpt.utils import ExitCode, human_count
+from megagpt.watch import RankState, Watch
 
 if TYPE_CHECKING:
     from megagpt.train import Run
@@ -23,8 +25,41 @@ log = logging.getLogger(__name__)
 
 def forget(directory: Path) -> None:
     """A run that begins has not ended: the page and the record of an earlier end give way."""
+    shutil.rmtree(directory / "logs" / "watch", ignore_errors=True)
     _crash_file(directory).unlink(missing_ok=True)
     end_record.clear(directory)
+
+
+def watching(run: "Run") -> Watch:
+    """The watch over this rank, which ends the run where it hangs."""
+    mesh = run.engine.mesh
+    modules = (item for chunk in run.engine.chunks for item in chunk.named_modules())
+    return Watch(
+        run.directory,
+        run.pulse,
+        rank=mesh.rank,
+        world_size=mesh.world_size,
+        name=mesh.name,
+        timeout_s=run.config.megagpt.monitor.stall_timeout_s,
+        module_names={id(module): name for name, module in modules if name},
+        report=lambda states: _report_hang(states, run),
+    )
+
+
+def _report_hang(states: list[RankState], run: "Run") -> None:
+    """One rank's word for all, while every main thread hangs."""
+    from megagpt.hang_page import hang_page, verdict
+
+    last = last_checkpoint(run.directory)
+    page = hang_page(
+        states,
+        timeout_s=run.config.megagpt.monitor.stall_timeout_s,
+        last_checkpoint=last,
+        resume_command=resume_command() if last else None,
+        stacks=run.directory / "logs" / "watch",
+    )
+    _record(EndRecord(end_record.HUNG, ExitCode.FAILED, run.state.step, _rank(), verdict(states)), run.directory)
+    _publish(page, run.directory)
 
 
 def farewell(run: "Run", first_step: int, wish: Wish) -> ExitCode:
@@ -105,6 +140,11 @@ def _show_crash(error: BaseException, run: "Run | None", directory: Path) -> Non
         resume_command=resume_command() if last else None,
         log_path=rank_log_path(directory, _rank()),
     )
+    _publish(page, directory)
+
+
+def _publish(page: str, directory: Path) -> None:
+    """Show the page of the rank that ended first, and keep it; what later ones have to say follows from that end."""
     try:
         with _crash_file(directory).open("x") as file:
             file.write(page)

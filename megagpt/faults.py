@@ -111,7 +111,7 @@ def sabotage(run: Run, faults: list[Fault]) -> None:
 
 
 class Saboteur:
-    """Strikes one rank; it hooks into the loader, the first module, and the engine's step of a single run."""
+    """Strikes one rank; it hooks into the loader, the model and the engine's update of a single run."""
 
     def __init__(self, run: Run, faults: list[Fault]) -> None:
         self.run, self.faults, self.rank = run, faults, run.engine.mesh.rank
@@ -142,12 +142,17 @@ class Saboteur:
 
         self.run.training.load = load_badly  # type: ignore[method-assign]
         self.run.engine.deepspeed.step = update_badly
-        self.run.engine.chunks[0].register_forward_hook(self._after_forward)
+        first, *_ = self.run.engine.chunks
+        first.register_forward_hook(self._spoil)
+        next(iter(first.blocks.values())).register_forward_hook(self._strike_in_forward)
 
-    def _after_forward(self, module: Any, inputs: Any, output: Tensor) -> Tensor:
+    def _strike_in_forward(self, module: Any, inputs: Any, output: Any) -> None:
+        if module.training:
+            self._strike(IN_FORWARD)
+
+    def _spoil(self, module: Any, inputs: Any, output: Tensor) -> Tensor:
         if not module.training:
             return output
-        self._strike(IN_FORWARD)
         for fault in self._due(("nan_loss", "inf_gradient", "spike")):
             if self.cursors.setdefault(fault, self.run.state.cursor) == self.run.state.cursor:
                 output = _spoilt(output, fault.kind)

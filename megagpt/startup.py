@@ -156,9 +156,10 @@ def _run_to_its_end(config: RunConfig, streams: dict[Split, SampleStream], direc
             run.wishes, first_step = wishes, run.state.step
             faults.sabotage(run, faults.from_environment())
             listener.patient = True
-            with run.monitor:
-                wish = train(run)
-            return endings.farewell(run, first_step, wish)
+            with endings.watching(run):
+                with run.monitor:
+                    wish = train(run)
+                return endings.farewell(run, first_step, wish)
         except BaseException as error:
             if run is None and isinstance(error, UserError):
                 raise

@@ -24,7 +24,9 @@ from megagpt.guard import Guard, StoppedByGuardError, Verdict
 from megagpt.monitor import Monitor, StepRecord
 from megagpt.replicas import find_drift
 from megagpt.signals import Wish, Wishes
+from megagpt.stragglers import StragglerWatch
 from megagpt.utils import GIB, UserError
+from megagpt.watch import Pulse
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class Run:
     monitor: Monitor = field(default_factory=Monitor)
     state: TrainState = field(default_factory=TrainState)
     wishes: Wishes = field(default_factory=Wishes)
+    pulse: Pulse = field(default_factory=Pulse)
 
 
 def train(run: Run) -> Wish:
@@ -54,32 +57,42 @@ def train(run: Run) -> Wish:
     Returns the wish that ended it early, once the run is saved, or ``Wish.NOTHING``.
     """
     settings = run.config.megagpt.training
-    guard = Guard.of(run.config)
-    meter = Meter(run)
+    guard, meter, stragglers = Guard.of(run.config), Meter(run), StragglerWatch(run.engine.mesh, run.engine.device)
     while run.state.step < settings.total_steps:
         step = run.state.step + 1
+        stragglers.begin_step()
+        run.pulse.beat("loading samples", step)
         micro_batches = run.training.load(run.state.cursor, step)
+        run.pulse.beat("training")
         result = pipeline.train_step(run.engine, micro_batches, guard.refuses)
+        slow_ranks = stragglers.end_step()
         run.state = advanced(run.state, run.config, result)
-        verdict = guard.judge(step, result)
         meter.after_step(result)
+        report_stragglers(run, slow_ranks)
+        verdict = guard.judge(step, result)
         if verdict is not None:
             report(run, verdict, applied=result.applied)
             if verdict.rewind and rewind(run):
                 continue
-        if due(settings.drift_check_interval_steps, step, settings.total_steps):
-            require_equal_replicas(run)
         wish = agreed_wish(run)
         if wish.ends_the_run and step < settings.total_steps:
             leave(run, wish)
             return wish
-        if due(settings.eval_interval_steps, step, settings.total_steps):
-            meter.pause(lambda: report_validation(run))
-        if due(settings.sample_interval_steps, step, settings.total_steps):
-            meter.pause(lambda: write_samples(run))
-        if wish is Wish.SAVE or due(run.config.megagpt.checkpoint.interval_steps, step, settings.total_steps):
-            meter.pause(lambda: save(run))
+        meter.pause(partial(between_steps, run, asked_to_save=wish is Wish.SAVE))
     return Wish.NOTHING
+
+
+def between_steps(run: Run, *, asked_to_save: bool) -> None:
+    """What is due after a step and is no training; every rank must call it."""
+    settings, step = run.config.megagpt.training, run.state.step
+    if due(settings.drift_check_interval_steps, step, settings.total_steps):
+        require_equal_replicas(run)
+    if due(settings.eval_interval_steps, step, settings.total_steps):
+        report_validation(run)
+    if due(settings.sample_interval_steps, step, settings.total_steps):
+        write_samples(run)
+    if asked_to_save or due(run.config.megagpt.checkpoint.interval_steps, step, settings.total_steps):
+        save(run)
 
 
 def due(interval_steps: int, step: int, last_step: int) -> bool:
@@ -144,6 +157,14 @@ def rewind(run: Run) -> bool:
     return True
 
 
+def report_stragglers(run: Run, slow_ranks: list[tuple[int, float]]) -> None:
+    """Record the ranks that the others wait for; every rank must call it."""
+    for rank, ratio in slow_ranks:
+        name = [run.engine.mesh.name]
+        dist.broadcast_object_list(name, src=rank)
+        run.monitor.event("straggler", step=run.state.step, rank=rank, who=name[0], times_as_long=ratio)
+
+
 def require_equal_replicas(run: Run) -> None:
     """Raises StoppedByGuardError on every rank where one holds other values than its replicas."""
     drift = find_drift(run.engine)
@@ -164,11 +185,11 @@ def report_validation(run: Run) -> None:
 def validate(run: Run) -> float:
     """The mean loss over the first ``eval_batches`` global batches of the validation split; every rank must call it."""
     batches = validation_batches(run)
-    losses = [
-        pipeline.evaluate(run.engine, run.validation.load(index * run.config.train_batch_size))
-        for index in range(batches)
-    ]
-    return sum(losses) / batches
+    total = 0.0
+    for index in range(batches):
+        run.pulse.beat("validating")
+        total += pipeline.evaluate(run.engine, run.validation.load(index * run.config.train_batch_size))
+    return total / batches
 
 
 def validation_batches(run: Run) -> int:
@@ -181,6 +202,7 @@ def validation_batches(run: Run) -> int:
 def write_samples(run: Run) -> None:
     """Continue each prompt; every rank must call it, as ZeRO-3 gathers parameters in each forward."""
     prompts = run.config.megagpt.training.sample_prompts
+    run.pulse.beat("writing samples")
     try:
         texts = generate(
             partial(pipeline.logits, run.engine),
@@ -201,6 +223,7 @@ def write_samples(run: Run) -> None:
 def save(run: Run) -> None:
     """Commit a checkpoint of the present state; every rank must call it."""
     started = time.perf_counter()
+    run.pulse.beat("saving")
     path = checkpoint.save(run.engine, run.state, run.directory, run.training.stream.fingerprint)
     run.monitor.event("save", step=run.state.step, path=str(path), duration_s=time.perf_counter() - started)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.processes import Start, starter
 from tests.ranks import RankPool
 
 HAS_GPU = torch.cuda.is_available()
@@ -97,3 +98,10 @@ def eight_ranks(pools: _Pools) -> RankPool:
 @pytest.fixture
 def two_ranks(pools: _Pools) -> RankPool:
     return pools.get(2)
+
+
+@pytest.fixture
+def start(compiled_ops: None) -> Iterator[Start]:
+    """Starts training commands that do not outlive the test."""
+    with starter() as start_one:
+        yield start_one

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megagpt import startup
+from megagpt import endings, startup
 from megagpt import train as loop
 from megagpt.checkpoint_format import TrainState
 from megagpt.utils import ExitCode, UserError
@@ -27,6 +27,7 @@ def end_of_run(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], int]:
     )
     monkeypatch.setattr(startup, "_open_log", lambda directory: None)
     monkeypatch.setattr(startup, "assemble", lambda *_: run)
+    monkeypatch.setattr(endings, "watching", lambda run: nullcontext())
     monkeypatch.setattr(loop, "train", save)
     return lambda directory: startup._run_to_its_end(config(), {}, directory)
 

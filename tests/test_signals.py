@@ -1,13 +1,10 @@
 """Signals and the stop file: one rank hears them, all ranks save at the same step, and the run says how it ended."""
 
-import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +16,17 @@ from megagpt.end_record import EndRecord
 from megagpt.metrics import read_metrics
 from megagpt.signals import SignalListener, Wish, Wishes
 from tests.checkpoint_jobs import assert_same_state, gathered, run_config
-from tests.monitoring import ENVIRONMENT, REPOSITORY
-from tests.ranks import RankPool, free_port
+from tests.processes import PATIENCE_S, Start, steps_on_record, until
+from tests.ranks import RankPool
 from tests.trained_run import write_dataset
 
 TRAIN = "tests.survival_jobs:train_with_wishes"
 STEPS = 8
-PATIENCE_S = 60
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("dataset"))
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    """What the condition yields, once that is something; polled, and no longer than a minute."""
-    end = time.monotonic() + PATIENCE_S
-    while not (found := condition()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-    return found
 
 
 # ------------------------------------------------------------------------------------------------- one rank that hears
@@ -158,56 +145,21 @@ def configuration(data: Path, tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def start(compiled_ops: None) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Start a command in a process group of its own, which does not outlive the test."""
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start_one(*words: object, ranks: int = 1) -> subprocess.Popen[bytes]:
-        programs = Path(sys.executable).parent
-        launcher = [sys.executable]
-        if ranks > 1:
-            launcher = [str(programs / "deepspeed"), "--num_accelerators", str(ranks)]
-            launcher += ["--master_port", str(free_port())]
-        search = {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
-        process = subprocess.Popen(
-            [*launcher, "launch/train.py", *map(str, words)],
-            cwd=REPOSITORY,
-            env=os.environ | ENVIRONMENT | search,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        started.append(process)
-        return process
-
-    yield start_one
-    for process in started:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def steps_on_record(run: Path) -> int:
-    return len(read_metrics(run).steps) if (run / "metrics.jsonl").exists() else 0
-
-
-def ended(run: Path) -> EndRecord | None:
-    return EndRecord.read(run)
-
-
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, "stop file"], ids=str)
-def test_one_process_saves_and_exits_with_three(
-    start: Callable[..., subprocess.Popen[bytes]], configuration: Path, tmp_path: Path, how: Any
-) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [signal.SIGTERM, *(pytest.param(how, marks=pytest.mark.slow) for how in (signal.SIGINT, "stop file"))],
+    ids=str,
+)
+def test_one_process_saves_and_exits_with_three(start: Start, configuration: Path, tmp_path: Path, how: Any) -> None:
     run = tmp_path / "run"
-    process = start("--deepspeed_config", configuration, "--run_dir", run)
+    (process,) = start("--deepspeed_config", configuration, "--run_dir", run)
     until(lambda: steps_on_record(run) > 2)
     if how == "stop file":
         (run / "stop").touch()
     else:
         process.send_signal(how)
     assert process.wait(PATIENCE_S) == 3
-    record = ended(run)
+    record = EndRecord.read(run)
     assert record is not None
     assert (record.reason, record.exit_code) == ("pre-empted", 3)
     assert complete_steps(run / "checkpoints") == [record.step]
@@ -215,15 +167,13 @@ def test_one_process_saves_and_exits_with_three(
 
 
 @pytest.mark.slow
-def test_ctrl_c_under_the_launcher(
-    start: Callable[..., subprocess.Popen[bytes]], configuration: Path, tmp_path: Path
-) -> None:
+def test_ctrl_c_under_the_launcher(start: Start, configuration: Path, tmp_path: Path) -> None:
     """The terminal sends SIGINT to everyone; the launcher adds a SIGTERM for one rank after another."""
     run = tmp_path / "run"
-    process = start("--deepspeed_config", configuration, "--run_dir", run, ranks=2)
+    (process,) = start("--deepspeed_config", configuration, "--run_dir", run, launched=2)
     until(lambda: steps_on_record(run) > 2)
     os.killpg(process.pid, signal.SIGINT)
-    record = until(lambda: ended(run))
+    record = until(lambda: EndRecord.read(run))
     assert (record.reason, record.exit_code) == ("pre-empted", 3)
     assert record.detail in ("SIGINT", "SIGTERM")
     assert complete_steps(run / "checkpoints") == [record.step]

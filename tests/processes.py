@@ -1,0 +1,84 @@
+"""Training commands in processes of their own, to be stopped, killed and waited for."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megagpt.faults import VARIABLE
+from megagpt.metrics import read_metrics
+from tests.monitoring import ENVIRONMENT, REPOSITORY
+from tests.ranks import free_port
+
+PATIENCE_S = 90.0
+PROGRAMS = Path(sys.executable).parent
+
+Process = subprocess.Popen[str]
+Start = Callable[..., list[Process]]
+
+
+@contextmanager
+def starter() -> Iterator[Start]:
+    """Yields ``start(*words, ranks=1, launched=0, faults="", script=...)``, which returns the processes.
+
+    ``launched`` ranks come from DeepSpeed's launcher, one process to us; ``ranks`` are started directly, one each.
+    Every process has a group of its own, which is killed in the end.
+    """
+    started: list[Process] = []
+
+    def start(
+        *words: object, ranks: int = 1, launched: int = 0, faults: str = "", script: str = "launch/train.py"
+    ) -> list[Process]:
+        search = f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}"
+        environment = os.environ | ENVIRONMENT | {"PATH": search, "DS_ACCELERATOR": "cpu", VARIABLE: faults}
+        port, command = str(free_port()), [sys.executable, script, *map(str, words)]
+        if launched:
+            launcher = [str(PROGRAMS / "deepspeed"), "--num_accelerators", str(launched), "--master_port", port]
+            command = launcher + command[1:]
+        of_all = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        places = [of_all | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+        if launched or ranks == 1:
+            places = [{}]
+        new = [_open(command, environment | place) for place in places]
+        started.extend(new)
+        return new
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if process.stderr is not None:
+            process.stderr.close()
+
+
+def _open(command: list[str], environment: dict[str, str]) -> Process:
+    return subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def until(condition: Callable[[], Any]) -> Any:
+    """What the condition yields, once that is something; polled, with patience."""
+    end = time.monotonic() + PATIENCE_S
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return found
+
+
+def steps_on_record(run: Path) -> int:
+    """The logged steps of a run that may not have begun."""
+    return len(read_metrics(run).steps) if (run / "metrics.jsonl").exists() else 0

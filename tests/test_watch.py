@@ -1,0 +1,159 @@
+"""A run that hangs ends itself and says who differs; a rank that the others wait for is named."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megagpt.end_record import EndRecord
+from megagpt.hang_page import hang_page, odd_ranks, verdict
+from megagpt.metrics import read_metrics
+from megagpt.stragglers import slower_ranks
+from megagpt.watch import RankState
+from tests.checkpoint_jobs import run_config
+from tests.processes import PATIENCE_S, Process, Start
+from tests.ranks import RankPool
+from tests.trained_run import write_dataset
+
+TIMEOUT_S = 4
+HUNG_STEP = 4
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+def hung(start: Start, data: Path, tmp_path: Path, fault: str, ranks: int, stage: int) -> tuple[Path, list[Process]]:
+    """A run of which rank 1 does not end step 4: its directory, and its ranks once all but a stopped one have ended."""
+    config = run_config(data, 100, (stage, "none", "none"), save_every=2)
+    config["megagpt"]["monitor"]["stall_timeout_s"] = TIMEOUT_S
+    path, run = tmp_path / "config.json", tmp_path / "run"
+    path.write_text(json.dumps(config | {"train_batch_size": 4 * ranks}))
+    faults = f"{fault}@rank=1,step={HUNG_STEP}"
+    processes = start("--deepspeed_config", path, "--run_dir", run, ranks=ranks, faults=faults)
+    for rank, process in enumerate(processes):
+        if fault != "stop" or rank != 1:
+            assert process.wait(PATIENCE_S) == 1
+    return run, processes
+
+
+@pytest.mark.parametrize(
+    ("fault", "where", "stage"),
+    [
+        ("hang", "training in step 4 in module blocks.0", 1),
+        pytest.param("hang_load", "loading samples in step 4", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_hangs_is_named_with_what_it_does(
+    start: Start, data: Path, tmp_path: Path, fault: str, where: str, stage: int
+) -> None:
+    run, processes = hung(start, data, tmp_path, fault, ranks=3, stage=stage)
+    page = (run / "logs" / "crash.txt").read_text()
+    flowing = " ".join(page.split())
+    assert f"rank 1 differs: {where}" in flowing
+    assert "while ranks 0, 2 are training in step 4" in flowing
+    assert "waiting in" in flowing
+    assert "checkpoints/step_00000002" in page
+    shown = [process.communicate()[1] for process in processes]
+    assert sum(page in text for text in shown) == 1
+    assert not any("Traceback" in text for text in shown)
+    record = EndRecord.read(run)
+    assert record is not None
+    assert (record.reason, record.exit_code, record.step) == ("hung", 1, HUNG_STEP - 1)
+    assert "rank 1 differs" in record.detail
+    states = [json.loads(path.read_text()) for path in sorted((run / "logs" / "watch").glob("rank_*.json"))]
+    assert [state["rank"] for state in states] == [0, 1, 2]
+    assert any("megagpt/faults.py" in frame for frame in states[1]["stack"])
+    assert [bool(state["collective"]) for state in states] == [True, False, True]
+
+
+@pytest.mark.slow
+def test_a_stopped_process_is_named_with_the_last_that_was_seen_of_it(start: Start, data: Path, tmp_path: Path) -> None:
+    run, processes = hung(start, data, tmp_path, "stop", ranks=2, stage=1)
+    assert processes[1].poll() is None
+    flowing = " ".join((run / "logs" / "crash.txt").read_text().split())
+    assert "rank 1 differs: no sign of life for" in flowing
+    assert (run / "logs" / "watch" / "rank_00001.json").exists()
+
+
+def test_a_slow_rank_is_named_within_twenty_steps_and_the_run_goes_on(
+    two_ranks: RankPool, data: Path, tmp_path: Path
+) -> None:
+    config = run_config(data, 22, (1, "none", "none"), save_every=0)
+    faults = "slow@rank=1,step=3,seconds=0.1"
+    ranks = two_ranks.run("tests.survival_jobs:train_sabotaged", config=config, directory=tmp_path, faults=faults)
+    assert [rank["state"].step for rank in ranks] == [22, 22]
+    (named,) = [event for event in read_metrics(tmp_path).events_named("straggler") if event["rank"] == 1]
+    assert named["step"] <= 3 + 20
+    assert named["who"].startswith("pipeline 0, data 1, tensor 0 (rank 1, host ")
+    assert named["times_as_long"] > 1.3
+
+
+# -------------------------------------------------------------------------------------------------------- the verdict
+
+
+def waiting(rank: int) -> RankState:
+    return RankState(
+        rank=rank,
+        name=f"pipeline 0, data {rank}, tensor 0 (rank {rank}, host a)",
+        step=7,
+        doing="training",
+        for_s=10.5,
+        module=None,
+        collective="all_reduce",
+        place="megagpt/pipeline.py:120 mean_loss",
+        stack=("torch/c10d.py:1 all_reduce", "megagpt/pipeline.py:120 mean_loss", "megagpt/train.py:70 train"),
+        final=True,
+    )
+
+
+ALL = [waiting(rank) for rank in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"silent_s": 31.2},
+            "rank 2 differs: no sign of life for 31 s, last seen training in step 7, while ranks 0-1, 3",
+        ),
+        ({"step": 6}, "rank 2 differs: training in step 6, waiting in all_reduce, while ranks 0-1, 3 are training in"),
+        ({"collective": None, "module": "blocks.3.mlp"}, "rank 2 differs: training in step 7 in module blocks.3.mlp, "),
+        ({"collective": "broadcast"}, "rank 2 differs: training in step 7, waiting in broadcast, while ranks 0-1, 3 "),
+    ],
+)
+def test_the_rank_that_differs_is_found(changes: dict[str, Any], said: str) -> None:
+    states = [replace(state, **changes) if state.rank == 2 else state for state in ALL]
+    assert odd_ranks(states) == [2]
+    assert verdict(states).startswith(said)
+
+
+def test_where_all_wait_alike_nobody_is_accused() -> None:
+    assert odd_ranks(ALL) == []
+    assert verdict(ALL).startswith("no rank differs")
+    halves = [replace(state, collective="broadcast") if state.rank > 1 else state for state in ALL]
+    assert odd_ranks(halves) == []
+
+
+def test_the_page_fits_a_screen_however_many_ranks_there_are() -> None:
+    states = [waiting(rank) for rank in range(500)]
+    states[77] = replace(states[77], collective=None, place="megagpt/batches.py:31 load", stack=("x" * 200,) * 40)
+    page = hang_page(states, timeout_s=900, last_checkpoint=None, resume_command=None, stacks=Path("logs/watch"))
+    lines = page.splitlines()
+    assert len(lines) <= 30
+    assert max(map(len, lines)) <= 80
+    assert "ranks 0-76, 78-499" in page
+    assert page.index("(rank 77, host a)") < page.index("ranks 0-76, 78-499\n")
+
+
+def test_slowness_counts_against_ones_peers_only() -> None:
+    everyone = list(range(4))
+    peers = {rank: [other for other in everyone if other != rank] for rank in everyone}
+    assert slower_ranks([1.0, 1.1, 1.0, 2.0], 2.5, peers.__getitem__) == {3: 2.0}
+    assert slower_ranks([0.01, 0.01, 0.01, 0.02], 2.5, peers.__getitem__) == {}  # it costs nobody anything
+    stages = {0: [1], 1: [0], 2: [3], 3: [2]}
+    assert slower_ranks([1.0, 1.0, 2.0, 2.0], 2.5, stages.__getitem__) == {}
+    assert slower_ranks([1.0], 2.5, {0: []}.__getitem__) == {}

@@ -69,8 +69,8 @@ def farewell(run: "Run", first_step: int, wish: Wish) -> ExitCode:
     code = ExitCode.PREEMPTED_AND_SAVED if wish.ends_the_run else ExitCode.DONE
     if run.engine.mesh.rank == 0:
         (run.directory / STOP_FILE).unlink(missing_ok=True)
-        reason = end_record.PREEMPTED if wish.ends_the_run else end_record.DONE
-        _record(EndRecord(reason, code, run.state.step, rank=0, detail=wish.name), run.directory)
+        reason, detail = (end_record.PREEMPTED, wish.name) if wish.ends_the_run else (end_record.DONE, "")
+        _record(EndRecord(reason, code, run.state.step, rank=0, detail=detail), run.directory)
         print(_saved(run, wish) if wish.ends_the_run else _outcome(run, first_step), flush=True)
     dist.destroy_process_group()
     return code

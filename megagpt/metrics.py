@@ -70,6 +70,15 @@ class History:
     def events_named(self, name: str) -> list[Line]:
         return [event for event in self.events if event["event"] == name]
 
+    def time_in_steps_s(self, after_step: int = 0) -> float:
+        """The step times summed up; a record's mean stands for all steps since the record before it."""
+        previous, total_s = after_step, 0.0
+        for record in self.steps:
+            if record.step > after_step:
+                total_s += record.step_time_s * (record.step - previous)
+                previous = record.step
+        return total_s
+
 
 class MetricsFile:
     """The outlet to `metrics.jsonl`; only one process of a run may hold it."""

@@ -90,6 +90,7 @@ def report_page(name: str, history: History, config: Line) -> str:
         f'<p class="faint">{_text(_subtitle(history))}</p>',
         _tiles(history),
         _plots(history),
+        _interruptions(history),
         _samples(history),
         _config_section(config),
         _events(history),
@@ -120,9 +121,10 @@ def _subtitle(history: History) -> str:
 
 
 def _tiles(history: History) -> str:
-    """The run in eight numbers."""
+    """The run in a few numbers."""
     last = history.steps[-1]
     evaluations = [event["val_loss"] for event in history.events_named("eval") if event.get("val_loss") is not None]
+    supervised = history.events_named("supervise")
     utilisation = [record.mfu for record in history.steps if record.mfu is not None]
     numbers = {
         "step": f"{last.step:,}",
@@ -132,20 +134,12 @@ def _tiles(history: History) -> str:
         "tokens/s, median": human_count(statistics.median(record.tokens_per_s for record in history.steps)),
         "MFU, median": f"{100 * statistics.median(utilisation):.1f} %" if utilisation else None,
         "peak memory": f"{max(record.memory_gib for record in history.steps):.2f} GiB",
-        "time in steps": human_duration(_time_in_steps_s(history)),
+        "time in steps": human_duration(history.time_in_steps_s()),
+        "effective training time": f"{supervised[-1]['effective_training_time_ratio']:.1%}" if supervised else None,
         "skipped steps": str(last.skipped_steps) if last.skipped_steps else None,
     }
     tiles = (f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in numbers.items() if value is not None)
     return f'<dl class="tiles">{"".join(tiles)}</dl>'
-
-
-def _time_in_steps_s(history: History) -> float:
-    """The step times summed over the run; a record's mean stands for all steps since the record before it."""
-    previous, total_s = 0, 0.0
-    for record in history.steps:
-        total_s += record.step_time_s * (record.step - previous)
-        previous = record.step
-    return total_s
 
 
 def _plots(history: History) -> str:
@@ -158,6 +152,25 @@ def _picture(title: str, svg: bytes, style_class: str) -> str:
     # As an image, not inline: the identifiers inside one SVG would clash with those of the next.
     source = f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
     return f'<img class="{style_class}" alt="{_text(title)} over the steps" src="{source}">'
+
+
+def _interruptions(history: History) -> str:
+    """What `launch/supervise.py` left on record: crashes it went on after, and how much of the time was training."""
+    supervised, restarts = history.events_named("supervise"), history.events_named("restart")
+    if not supervised and not restarts:
+        return ""
+    rows = [(str(event["step"]), str(event["crashed_after_step"]), event["reason"]) for event in restarts]
+    table = _rows(("resumed after step", "crashed after step", "reason"), rows) if rows else ""
+    summary = "".join(f"<p>{_text(_effectiveness(event))}</p>" for event in supervised)
+    return f"<h2>Interruptions</h2>\n{summary}{table}"
+
+
+def _effectiveness(event: Line) -> str:
+    return (
+        f"Effective training time {event['effective_training_time_ratio']:.1%}: "
+        f"{human_duration(event['productive_s'])} in steps that count of {human_duration(event['wall_s'])}, "
+        f"{event['restarts']} restarts; {event['outcome']}"
+    )
 
 
 def _samples(history: History) -> str:

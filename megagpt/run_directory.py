@@ -13,6 +13,11 @@ CONFIG_FILE = "config.json"
 LOCK_FILE = ".lock"
 
 
+def directory_of_run(run_dir: Path | None, config_file: str | Path) -> Path:
+    """The directory that was asked for; else `runs/` and the name of the configuration."""
+    return run_dir or Path("runs") / Path(config_file).stem
+
+
 def read_config(run_directory: Path) -> ResolvedConfig:
     """The configuration a run was started with; raises UserError where the directory is no run."""
     path = run_directory / CONFIG_FILE

@@ -58,7 +58,7 @@ def _start(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.deepspeed_config, arguments.set)
     require_legal(config, str(arguments.deepspeed_config))
     _require_stated_world_size(config, launch)
-    directory = arguments.run_dir or Path("runs") / Path(arguments.deepspeed_config).stem
+    directory = directories.directory_of_run(arguments.run_dir, arguments.deepspeed_config)
     if arguments.resume and endings.last_checkpoint(directory) is None:
         raise UserError(f"{directory}: nothing to resume; leave out --resume to start it")
     streams = open_data(config, directory)

@@ -1,0 +1,257 @@
+"""Starts a training command, and starts it again after a crash; it then resumes from its newest sound checkpoint.
+
+How a run ended is read from its own end record: DeepSpeed's launcher turns exit codes into others, and a run that was
+killed leaves none. What is not a crash (done, bad input, pre-empted, stopped by a guard) is never started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from megagpt.end_record import END_FILE, ENDED_AT_ONCE, EndRecord
+from megagpt.metrics import METRICS_FILE, Line, MetricsFile, plain, read_metrics
+from megagpt.run_directory import directory_of_run
+from megagpt.utils import ExitCode, UserError, human_duration
+
+FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 1.0, 60.0
+LEFTOVERS_MAY_TAKE_S = 35.0  # DeepSpeed's launcher gives each rank 30 s to end
+NOT_A_CRASH = (ExitCode.DONE, ExitCode.BAD_INPUT, ExitCode.PREEMPTED_AND_SAVED, ExitCode.STOPPED_BY_GUARD)
+ANY_STEP = sys.maxsize
+MOST_CHARACTERS = 160  # of what a record says of the error
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How one attempt ended: after which step, with which newest checkpoint ("" for none), and why."""
+
+    code: int
+    step: int | None
+    checkpoint: str
+    reason: str
+    final: bool
+
+    @property
+    def place(self) -> tuple[int | None, str]:
+        """Two crashes at the same place: the third would be there too."""
+        return self.step, self.checkpoint
+
+
+def run_directory_of(command: Sequence[str]) -> Path:
+    """The run directory that a training command will use."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--run_dir", type=Path)
+    parser.add_argument("--deepspeed_config", default="ds_configs/default.json")
+    known, _ = parser.parse_known_args(list(command))
+    return directory_of_run(known.run_dir, known.deepspeed_config)
+
+
+class Supervisor:
+    """One command under supervision; ``run`` returns the exit code of the whole."""
+
+    def __init__(self, command: Sequence[str], restarts: int) -> None:
+        self.command, self.restarts = list(command), restarts
+        self.directory = run_directory_of(command)
+        self.crashes: list[Ending] = []
+        self.group: int | None = None
+        self.asked_to_stop = threading.Event()
+
+    def run(self) -> int:
+        """Start the command as often as it pays. Raises UserError where it cannot be started at all."""
+        started_s, first_step = time.monotonic(), last_step(self.directory)
+        self._forward_signals()
+        while True:
+            ending = self._attempt()
+            if (why_not := self._why_not_again(ending)) is not None:
+                break
+            self._record_restart(ending)
+            self.crashes.append(ending)
+            self.asked_to_stop.wait(self._back_off_s())
+        self._report(ending, why_not, time.monotonic() - started_s, first_step)
+        return ending.code
+
+    # ------------------------------------------------------------------------------------------------- one attempt
+
+    def _attempt(self) -> Ending:
+        """Run the command once, to the end of all that it started."""
+        before = record_stamp(self.directory)
+        try:
+            process = subprocess.Popen(self.command, start_new_session=True)
+        except OSError as error:
+            raise UserError(
+                f"{self.command[0]}: cannot be started ({error.strerror}); source .venv/bin/activate, or give its path"
+            ) from error
+        self.group = process.pid
+        code = process.wait()
+        self._end_leftovers()
+        self.group = None
+        record = EndRecord.read(self.directory) if record_stamp(self.directory) != before else None
+        return self._ending(code, record)
+
+    def _end_leftovers(self) -> None:
+        """Ranks outlive a launcher that was killed. Those that save because they were asked to may take their time."""
+        end = time.monotonic() + LEFTOVERS_MAY_TAKE_S
+        while self.group is not None and any(members(self.group)):
+            if time.monotonic() > end and not self.asked_to_stop.is_set():
+                self._signal_group(signal.SIGKILL)
+            time.sleep(0.1)
+
+    def _ending(self, code: int, record: EndRecord | None) -> Ending:
+        step, checkpoint = last_step(self.directory), newest_checkpoint(self.directory)
+        if record is not None:
+            detail = f": {textwrap.shorten(record.detail, MOST_CHARACTERS)}" if record.detail else ""
+            final = record.exit_code in NOT_A_CRASH or record.reason == ENDED_AT_ONCE
+            return Ending(record.exit_code, record.step, checkpoint, f"{record.reason}{detail}", final)
+        if code in NOT_A_CRASH:
+            return Ending(code, step, checkpoint, f"exit code {code}", final=True)
+        reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}, no end record"
+        return Ending(ExitCode.FAILED, step, checkpoint, reason, final=False)
+
+    # --------------------------------------------------------------------------------------------- between attempts
+
+    def _why_not_again(self, ending: Ending) -> str | None:
+        """Why the command is not started again, or None where it is."""
+        if ending.final:
+            return ending.reason
+        if self.asked_to_stop.is_set():
+            return f"{ending.reason}, after it was asked to stop"
+        if self.crashes and self.crashes[-1].place == ending.place:
+            return f"{ending.reason}; twice after step {ending.step}, without a new checkpoint"
+        if len(self.crashes) == self.restarts:
+            return f"{ending.reason}; {self.restarts} restarts are used up"
+        return None
+
+    def _back_off_s(self) -> float:
+        """Longer each time that a start has brought no new checkpoint."""
+        in_vain = 0
+        for earlier, later in zip(self.crashes[-2::-1], self.crashes[:0:-1], strict=True):
+            if earlier.checkpoint != later.checkpoint:
+                break
+            in_vain += 1
+        return min(FIRST_BACK_OFF_S * 2**in_vain, LONGEST_BACK_OFF_S)
+
+    def _record_restart(self, ending: Ending) -> None:
+        number = len(self.crashes) + 1
+        print(
+            f"supervise: {ending.reason}; restart {number} of {self.restarts}, from {ending.checkpoint or 'the start'}",
+            file=sys.stderr,
+            flush=True,
+        )
+        step = int(ending.checkpoint.rpartition("_")[2] or 0)  # the resumed run keeps the lines up to there
+        self._write({"event": "restart", "step": step, "crashed_after_step": ending.step, "reason": ending.reason})
+
+    def _report(self, ending: Ending, why: str, wall_s: float, first_step: int) -> None:
+        """How much of the time went into steps that count."""
+        if not (self.directory / METRICS_FILE).exists():
+            return
+        history = read_metrics(self.directory)
+        productive_s = history.time_in_steps_s(first_step)
+        line = {
+            "event": "supervise",
+            "step": history.steps[-1].step if history.steps else 0,
+            "outcome": why,
+            "restarts": len(self.crashes),
+            "wall_s": wall_s,
+            "productive_s": productive_s,
+            "effective_training_time_ratio": productive_s / wall_s,
+        }
+        self._write(line)
+        print(
+            f"supervise: {why}; {len(self.crashes)} restarts, {productive_s / wall_s:.1%} of "
+            f"{human_duration(wall_s)} in steps that count",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _write(self, line: Line) -> None:
+        """Into the run's own record, which no rank holds open now."""
+        if self.directory.is_dir():
+            metrics = MetricsFile(self.directory, start_step=ANY_STEP)
+            metrics.write(plain(line))
+            metrics.close()
+
+    # ----------------------------------------------------------------------------------------------------- signals
+
+    def _forward_signals(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._forward_stop)
+        signal.signal(signal.SIGUSR1, self._forward_save)
+
+    def _forward_stop(self, number: int, frame: FrameType | None) -> None:
+        """To the launcher and every rank of this host: the launcher alone would tell one rank, and the next later."""
+        self.asked_to_stop.set()
+        self._signal_group(signal.SIGTERM)
+
+    def _signal_group(self, number: signal.Signals) -> None:
+        if self.group is not None:
+            with contextlib.suppress(ProcessLookupError):  # its last process has just ended
+                os.killpg(self.group, number)
+
+    def _forward_save(self, number: int, frame: FrameType | None) -> None:
+        """To those that listen: by default this signal ends a process, a launcher too."""
+        for process in members(self.group) if self.group is not None else ():
+            if handles(process, signal.SIGUSR1):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGUSR1)
+
+
+def record_stamp(directory: Path) -> tuple[int, int] | None:
+    """Changes whenever an end record is written."""
+    path = directory / END_FILE
+    return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
+
+
+def newest_checkpoint(directory: Path) -> str:
+    """The name of the newest committed checkpoint, or an empty string."""
+    return max((path.name for path in (directory / "checkpoints").glob("step_*")), default="")
+
+
+def last_step(directory: Path) -> int:
+    """The last step on record; 0 where there is none."""
+    if not (directory / METRICS_FILE).exists():
+        return 0
+    steps = read_metrics(directory).steps
+    return steps[-1].step if steps else 0
+
+
+def members(group: int) -> Iterator[int]:
+    """The living processes of a process group."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                _, _, fields = (entry / "stat").read_text().rpartition(")")  # the name in brackets may hold blanks
+            except OSError:  # it has just ended
+                continue
+            state, _, its_group, *_ = fields.split()
+            if int(its_group) == group and state not in "ZX":
+                yield int(entry.name)
+
+
+def handles(process: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler of its own for a signal."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
+def supervise(command: Sequence[str], restarts: int) -> int:
+    """Run a training command, starting it again after at most so many crashes; returns an exit code."""
+    if not command:
+        raise UserError("no command; such as: python launch/supervise.py --restarts 5 -- deepspeed launch/train.py")
+    print(f"supervise: {shlex.join(command)}", file=sys.stderr, flush=True)
+    return Supervisor(command, restarts).run()

@@ -35,7 +35,7 @@ MOST_CHARACTERS = 160  # of what a record says of the error
 
 @dataclass(frozen=True)
 class Ending:
-    """How one attempt ended: after which step, with which newest checkpoint ("" for none), and why."""
+    """How one attempt ended: the last step (None: it never trained), the newest checkpoint ("" for none), and why."""
 
     code: int
     step: int | None
@@ -86,7 +86,7 @@ class Supervisor:
 
     def _attempt(self) -> Ending:
         """Run the command once, to the end of all that it started."""
-        before = record_stamp(self.directory)
+        record_before, metrics_before = stamp(self.directory / END_FILE), stamp(self.directory / METRICS_FILE)
         try:
             process = subprocess.Popen(self.command, start_new_session=True)
         except OSError as error:
@@ -97,8 +97,8 @@ class Supervisor:
         code = process.wait()
         self._end_leftovers()
         self.group = None
-        record = EndRecord.read(self.directory) if record_stamp(self.directory) != before else None
-        return self._ending(code, record)
+        record = EndRecord.read(self.directory) if stamp(self.directory / END_FILE) != record_before else None
+        return self._ending(code, record, trained=stamp(self.directory / METRICS_FILE) != metrics_before)
 
     def _end_leftovers(self) -> None:
         """Ranks outlive a launcher that was killed. Those that save because they were asked to may take their time."""
@@ -108,13 +108,13 @@ class Supervisor:
                 self._signal_group(signal.SIGKILL)
             time.sleep(0.1)
 
-    def _ending(self, code: int, record: EndRecord | None) -> Ending:
-        step, checkpoint = last_step(self.directory), newest_checkpoint(self.directory)
+    def _ending(self, code: int, record: EndRecord | None, *, trained: bool) -> Ending:
+        step, checkpoint = last_step(self.directory) if trained else None, newest_checkpoint(self.directory)
         if record is not None:
             detail = f": {textwrap.shorten(record.detail, MOST_CHARACTERS)}" if record.detail else ""
             final = record.exit_code in NOT_A_CRASH or record.reason == ENDED_AT_ONCE
             return Ending(record.exit_code, record.step, checkpoint, f"{record.reason}{detail}", final)
-        if code in NOT_A_CRASH:
+        if code in NOT_A_CRASH and code != ExitCode.DONE:  # a launcher that was killed exits 0, too
             return Ending(code, step, checkpoint, f"exit code {code}", final=True)
         reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}, no end record"
         return Ending(ExitCode.FAILED, step, checkpoint, reason, final=False)
@@ -207,9 +207,8 @@ class Supervisor:
                     os.kill(process, signal.SIGUSR1)
 
 
-def record_stamp(directory: Path) -> tuple[int, int] | None:
-    """Changes whenever an end record is written."""
-    path = directory / END_FILE
+def stamp(path: Path) -> tuple[int, int] | None:
+    """Changes whenever a file is written."""
     return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megagpt import signals
-from megagpt.checkpoint_format import complete_steps
+from megagpt.checkpoint_format import complete_steps, open_checkpoint
 from megagpt.end_record import EndRecord
 from megagpt.metrics import read_metrics
 from megagpt.signals import SignalListener, Wish, Wishes
@@ -164,6 +164,24 @@ def test_one_process_saves_and_exits_with_three(start: Start, configuration: Pat
     assert (record.reason, record.exit_code) == ("pre-empted", 3)
     assert complete_steps(run / "checkpoints") == [record.step]
     assert not (run / "stop").exists()
+
+
+@pytest.mark.slow
+def test_the_second_sigterm_ends_a_process_whose_main_thread_hangs(start: Start, data: Path, tmp_path: Path) -> None:
+    """At once, and with the last checkpoint intact (F4)."""
+    configuration, run = tmp_path / "config.json", tmp_path / "run"
+    configuration.write_text(json.dumps(run_config(data, 10, (1, "none", "none"), save_every=2)))
+    (process,) = start("--deepspeed_config", configuration, "--run_dir", run, faults="hang@step=4")
+    until((run / "logs" / "faults.txt").exists)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(signals.SAME_PRESS_S + 1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE_S) == 1
+    record = EndRecord.read(run)
+    assert record is not None
+    assert (record.reason, record.step, record.detail) == ("ended at once", 3, "SIGTERM")
+    assert open_checkpoint(run).manifest.state.step == 2
 
 
 @pytest.mark.slow

@@ -99,7 +99,8 @@ def test_crashes_are_followed_by_restarts(start: Start, tmp_path: Path) -> None:
 @pytest.mark.parametrize("code", [0, 2, 3, 4])
 def test_what_is_no_crash_is_not_started_again(start: Start, tmp_path: Path, code: int) -> None:
     """Also where the launcher makes another exit code of it, and where there is a record of an earlier end."""
-    process = pretend(start, tmp_path / "run", {"code": code}, DONE)
+    first = {"code": code} | ({"reason": "done", "step": 9} if code == 0 else {})
+    process = pretend(start, tmp_path / "run", first, DONE)
     assert process.wait(PATIENCE_S) == code
     assert unused(tmp_path / "run") == 1
     ended = {"code": code, "reason": "whatever", "step": 1, "signal": signal.SIGKILL}
@@ -114,6 +115,22 @@ def test_two_crashes_in_the_same_place_are_enough(start: Start, tmp_path: Path) 
     assert unused(tmp_path / "run") == 1
     (whole,) = read_metrics(tmp_path / "run").events_named("supervise")
     assert "twice after step 5, without a new checkpoint" in whole["outcome"]
+
+
+def test_a_launcher_that_was_killed_exits_0_and_the_run_is_not_done(start: Start, tmp_path: Path) -> None:
+    process = pretend(start, tmp_path / "run", {"code": 0, "step": 4}, DONE)
+    assert process.wait(PATIENCE_S) == 0
+    assert unused(tmp_path / "run") == 0
+    (restart,) = read_metrics(tmp_path / "run").events_named("restart")
+    assert restart["reason"] == "exit code 0, no end record"
+
+
+def test_a_crash_while_it_starts_is_not_the_one_before(start: Start, tmp_path: Path) -> None:
+    """The first crash in step 5 is on record still when the second ends the start that follows."""
+    killed = {"code": 1, "signal": signal.SIGKILL}
+    process = pretend(start, tmp_path / "run", killed | {"step": 5}, killed, killed | {"step": 5}, DONE)
+    assert process.wait(PATIENCE_S) == 0
+    assert unused(tmp_path / "run") == 0
 
 
 def test_restarts_are_used_up(start: Start, tmp_path: Path) -> None:

@@ -1,0 +1,212 @@
+"""Does a run that is killed again and again end exactly where an undisturbed one does?
+
+    python -m benchmarks.torture --minutes 10
+
+A small run on DeepSpeed's launcher, under ``launch/supervise.py``, whose ranks (and now and then their launcher) get
+kill -9 at random moments: starting, training, saving. When it is done, weights and moments of its last checkpoint are
+compared bit for bit with those of the same run left alone; then the next round begins, until the time is up.
+Writes benchmarks/results/torture.csv.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import write_table
+from megagpt.checkpoint_format import WEIGHT, open_checkpoint
+from megagpt.compat import MOMENTS
+from megagpt.download_data import Request, prepare
+from megagpt.metrics import read_metrics
+from megagpt.supervise import members, newest_checkpoint
+
+ROOT = Path(__file__).parent.parent
+RESTARTS = 1000
+LAUNCHERS_SHARE = 0.1  # of the kills; the rest are ranks'
+AT_ANY_MOMENT = 0.2  # of the kills, while the run starts as likely as not; the others come once it has saved again
+
+
+def main() -> None:
+    """Torture, print and write the table."""
+    arguments = parse_arguments()
+    rows = torture(arguments)
+    write_table("torture", "benchmarks.torture", rows)
+    if not all(row["bit_equal"] for row in rows):
+        sys.exit("a tortured run ended elsewhere than the undisturbed one")
+
+
+def torture(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row a round."""
+    rows: list[dict[str, Any]] = []
+    killer = Killer(random.Random(arguments.seed), arguments.mean_s)
+    with tempfile.TemporaryDirectory(prefix="torture_") as name:
+        directory = Path(name)
+        configuration = write_configuration(directory, arguments)
+        undisturbed = directory / "undisturbed"
+        with supervised(configuration, undisturbed, arguments.ranks) as process:
+            require_done(process)
+        end_s = time.monotonic() + 60 * arguments.minutes
+        while time.monotonic() < end_s:
+            run = directory / f"round_{len(rows) + 1}"
+            with supervised(configuration, run, arguments.ranks) as process:
+                kills = killer.haunt(process, run, end_s)
+                require_done(process)
+            rows.append(result(run, kills, bit_equal=same_state(undisturbed, run)))
+            print(rows[-1], flush=True)
+    return rows
+
+
+def write_configuration(directory: Path, arguments: argparse.Namespace) -> Path:
+    """A byte-level GPT on this package's own sources; a checkpoint every ten steps."""
+    text = directory / "sources.txt"
+    text.write_text("\n".join(path.read_text() for path in sorted((ROOT / "megagpt").glob("*.py"))))
+    prepare(Request(str(text), directory / "data", tokenizer="bytes"), report=lambda line: None)
+    config = {
+        "train_batch_size": 4 * arguments.ranks,
+        "train_micro_batch_size_per_gpu": 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "gradient_clipping": 0.5,
+        "bf16": {"enabled": False},
+        "zero_optimization": {"stage": arguments.stage},
+        "megagpt": {
+            "model": {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "sequence_length": 64, "dropout": 0.1},
+            "data": {"path": str(directory / "data")},
+            "training": {"total_steps": arguments.steps, "eval_interval_steps": 50, "eval_batches": 1},
+            "checkpoint": {"interval_steps": 10, "keep": 2},
+            "monitor": {"log_interval_steps": 1},
+        },
+    }
+    path = directory / "torture.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+@contextmanager
+def supervised(configuration: Path, run: Path, ranks: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A supervised run of so many ranks; whatever happens, nothing of it is left."""
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks)]
+    command = [*launcher, "--master_port", str(free_port()), str(ROOT / "launch/train.py")]
+    command += ["--deepspeed_config", str(configuration), "--run_dir", str(run)]
+    search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "launch/supervise.py"), "--restarts", str(RESTARTS), "--", *command],
+        env=os.environ | {"PATH": search, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+
+
+def free_port() -> int:
+    """For the ranks to meet at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def require_done(process: subprocess.Popen[bytes]) -> None:
+    """Wait for the end of a run, which has to be a good one."""
+    if process.wait() != 0:
+        sys.exit(f"the supervised run ended with exit code {process.returncode}")
+
+
+class Killer:
+    """Sends kill -9 to what a supervised command started, some ``mean_s`` after it has saved again.
+
+    Two kills in a row that leave no time for a checkpoint would make the supervisor give up, as it should.
+    """
+
+    def __init__(self, chance: random.Random, mean_s: float) -> None:
+        self.chance, self.mean_s = chance, mean_s
+
+    def haunt(self, process: subprocess.Popen[bytes], run: Path, end_s: float) -> int:
+        """Until the run or the time is over; returns the number of kills."""
+        kills, saved, patient = 0, "", True
+        while process.poll() is None and time.monotonic() < end_s:
+            patient = patient or self.chance.random() > AT_ANY_MOMENT
+            while patient and process.poll() is None and newest_checkpoint(run) == saved:
+                time.sleep(0.1)
+            time.sleep(self.chance.uniform(0, 2 * self.mean_s))
+            saved, patient = newest_checkpoint(run), not patient
+            kills += self._kill(process)
+        return kills
+
+    def _kill(self, process: subprocess.Popen[bytes]) -> bool:
+        """One rank or its launcher; whether there was one."""
+        ranks, launchers = victims(process.pid)
+        chosen = launchers if self.chance.random() < LAUNCHERS_SHARE else ranks
+        if not chosen:
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.chance.choice(chosen), signal.SIGKILL)
+        return True
+
+
+def victims(supervisor: int) -> tuple[list[int], list[int]]:
+    """The ranks and the launchers of the command that runs under a supervisor."""
+    ranks, launchers = [], []
+    with contextlib.suppress(OSError):  # some process has just ended
+        children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
+        for process in (process for child in children for process in members(int(child))):
+            words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+            if b"deepspeed.launcher.launch" in words:
+                launchers.append(process)
+            elif any(word.startswith(b"--local_rank") for word in words):
+                ranks.append(process)
+    return ranks, launchers
+
+
+def same_state(left: Path, right: Path) -> bool:
+    """Weights and moments of the newest checkpoints of two runs, bit for bit."""
+    first, second = open_checkpoint(left), open_checkpoint(right)
+    if first.manifest.state != second.manifest.state:
+        return False
+    return all(
+        bool((first.tensor(kind, name) == second.tensor(kind, name)).all())
+        for kind in (WEIGHT, *MOMENTS)
+        for name in first.manifest.tensors
+    )
+
+
+def result(run: Path, kills: int, *, bit_equal: bool) -> dict[str, Any]:
+    """What a round was and how it ended."""
+    history = read_metrics(run)
+    (whole,) = history.events_named("supervise")
+    return {
+        "steps": history.steps[-1].step,
+        "kills": kills,
+        "restarts": whole["restarts"],
+        "bit_equal": bit_equal,
+        "wall_s": f"{whole['wall_s']:.0f}",
+        "effective_training_time_ratio": f"{whole['effective_training_time_ratio']:.3f}",
+    }
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10, help="how long to torture [10]")
+    parser.add_argument("--mean_s", type=float, default=5.0, help="mean time from new progress to a kill [5]")
+    parser.add_argument("--steps", type=int, default=500, help="steps of a round [500]")
+    parser.add_argument("--ranks", type=int, default=2, help="ranks of a run [2]")
+    parser.add_argument("--stage", type=int, default=1, help="its ZeRO stage [1]")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and victims [0]")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -71,6 +71,7 @@ def _watch(launcher: Iterable[Process], ask_to_stop: Callable[[], None] | None) 
     dead = next(process for process in launcher if not process.is_alive())
     if ask_to_stop is not None:
         ask_to_stop()
+        log.critical("the launcher has died (process %d, %s): saving, then this rank ends", dead.number, dead.name)
         time.sleep(GRACE_S)
     threading.Timer(FAREWELL_S, os._exit, (ExitCode.FAILED,)).start()
     log.critical("the launcher has died (process %d, %s): this rank ends", dead.number, dead.name)

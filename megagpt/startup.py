@@ -25,7 +25,7 @@ from megagpt.launchers import Launch, adopt_launch
 from megagpt.manifest import Split
 from megagpt.orphans import end_with_launcher
 from megagpt.planner import require_legal
-from megagpt.signals import STOP_FILE, SignalListener, Wishes
+from megagpt.signals import STOP_FILE, SignalListener, Wish, Wishes
 from megagpt.utils import UserError, human_count
 
 if TYPE_CHECKING:
@@ -51,7 +51,6 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _start(arguments: argparse.Namespace) -> int:
     launch = adopt_launch()
-    end_with_launcher()
     if (hostfile := hostfile_of_launcher()) is not None:
         read_hostfile(hostfile)  # DeepSpeed would have trained on this machine alone without it
     faults.from_environment()
@@ -149,6 +148,7 @@ def _run_to_its_end(config: RunConfig, streams: dict[Split, SampleStream], direc
 
     run = None
     wishes = Wishes(directory / STOP_FILE if _rank() == 0 else None)
+    end_with_launcher(lambda: wishes.add(Wish.ORPHANED))
     with SignalListener(wishes, lambda heard: endings.end_at_once(heard, run, directory)) as listener:
         try:
             _open_log(directory)

@@ -255,7 +255,7 @@ def test_a_lost_session_ends_the_ranks_of_both_hosts_and_the_run_goes_on_later(
         shown, _ = command.communicate(timeout=DEADLINE_S)
     assert command.returncode != 0
     assert "the launcher has died" in (run / "logs" / "rank_00001.log").read_text()
-    assert f"to resume         {' '.join(typed)}" in shown
+    assert f"ended; to go on: {' '.join(typed)}" in shown
     last = max(complete_steps(run / "checkpoints"))
     code, shown = launch(sound, training(configuration, run, overrides[0], f"megagpt.training.total_steps={last + 1}"))
     assert code == 0, shown

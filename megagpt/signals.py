@@ -44,10 +44,13 @@ WISHES = {signal.SIGUSR1: Wish.SAVE, signal.SIGINT: Wish.SIGINT, signal.SIGTERM:
 
 
 class Wishes:
-    """This rank's wishes. Any thread may add one; the training loop takes them when a step is done."""
+    """This rank's wishes. Any thread may add one; the training loop takes them when a step is done.
+
+    ``awaited`` is true while there is a loop that will.
+    """
 
     def __init__(self, stop_file: Path | None = None) -> None:
-        self.stop_file = stop_file
+        self.stop_file, self.awaited = stop_file, False
         self._save, self._stop = False, Wish.NOTHING
 
     def add(self, wish: Wish) -> None:
@@ -70,11 +73,9 @@ class SignalListener:
 
     Python runs its own handlers between two instructions of the main thread, and so never while that waits inside a
     collective. A thread that reads the wake-up pipe hears them all the same, and can end a process that hangs.
-    ``end_at_once(signal)`` is called for a signal that insists, and for any while ``patient`` is false: before the
+    ``end_at_once(signal)`` is called for a signal that insists, and for any while wishes are not awaited: before the
     first step there is nothing to be saved, and the ops that are being compiled take minutes.
     """
-
-    patient = False
 
     def __init__(self, wishes: Wishes, end_at_once: Callable[[signal.Signals], None]) -> None:
         self.wishes, self.end_at_once = wishes, end_at_once
@@ -107,7 +108,7 @@ class SignalListener:
 
     def _hear(self, heard: signal.Signals) -> None:
         wish = WISHES[heard]
-        if wish.ends_the_run and (self._insists(heard) or not self.patient):
+        if wish.ends_the_run and (self._insists(heard) or not self.wishes.awaited):
             self.end_at_once(heard)
         log.info("%s: %s at the end of this step", heard.name, "save and end" if wish.ends_the_run else "save")
         self.wishes.add(wish)

@@ -26,7 +26,7 @@ from megagpt.manifest import Split
 from megagpt.orphans import end_with_launcher
 from megagpt.planner import require_legal
 from megagpt.signals import STOP_FILE, SignalListener, Wish, Wishes
-from megagpt.utils import UserError, human_count
+from megagpt.utils import ExitCode, UserError, human_count
 
 if TYPE_CHECKING:
     from megagpt.engine import Engine
@@ -51,6 +51,8 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _start(arguments: argparse.Namespace) -> int:
     launch = adopt_launch()
+    wishes = Wishes()
+    end_with_launcher(partial(_without_launcher, wishes))
     if (hostfile := hostfile_of_launcher()) is not None:
         read_hostfile(hostfile)  # DeepSpeed would have trained on this machine alone without it
     faults.from_environment()
@@ -62,7 +64,16 @@ def _start(arguments: argparse.Namespace) -> int:
         raise UserError(f"{directory}: nothing to resume; leave out --resume to start it")
     streams = open_data(config, directory)
     with _gathered(directory):
-        return _run_to_its_end(config, streams, directory)
+        return _run_to_its_end(config, streams, directory, wishes)
+
+
+def _without_launcher(wishes: Wishes) -> None:
+    """The launcher has died: save, where there may be something to be saved, and end."""
+    if wishes.awaited:
+        wishes.add(Wish.ORPHANED)
+        return
+    log.critical("the launcher has died before the first step: this rank ends")
+    os._exit(ExitCode.FAILED)
 
 
 def _gathered(directory: Path) -> AbstractContextManager[object]:
@@ -139,7 +150,7 @@ def _open_stream(config: ResolvedConfig, split: Split) -> SampleStream:
     )
 
 
-def _run_to_its_end(config: RunConfig, streams: dict[Split, SampleStream], directory: Path) -> int:
+def _run_to_its_end(config: RunConfig, streams: dict[Split, SampleStream], directory: Path, wishes: Wishes) -> ExitCode:
     """Train; whatever ends the run early is shown on one screen by the rank that failed first.
 
     Raises UserError before the first step only: what goes wrong hours later is no bad input, whoever calls it so.
@@ -147,15 +158,14 @@ def _run_to_its_end(config: RunConfig, streams: dict[Split, SampleStream], direc
     from megagpt.train import train
 
     run = None
-    wishes = Wishes(directory / STOP_FILE if _rank() == 0 else None)
-    end_with_launcher(lambda: wishes.add(Wish.ORPHANED))
-    with SignalListener(wishes, lambda heard: endings.end_at_once(heard, run, directory)) as listener:
+    wishes.stop_file = directory / STOP_FILE if _rank() == 0 else None
+    with SignalListener(wishes, lambda heard: endings.end_at_once(heard, run, directory)):
         try:
             _open_log(directory)
             run = assemble(config, streams, directory)
             run.wishes, first_step = wishes, run.state.step
             faults.sabotage(run, faults.from_environment())
-            listener.patient = True
+            wishes.awaited = True
             with endings.watching(run):
                 with run.monitor:
                     wish = train(run)

@@ -23,7 +23,9 @@ from types import FrameType
 
 from megagpt.end_record import END_FILE, ENDED_AT_ONCE, EndRecord
 from megagpt.metrics import METRICS_FILE, Line, MetricsFile, plain, read_metrics
+from megagpt.processes import all_processes
 from megagpt.run_directory import directory_of_run
+from megagpt.signals import Wish
 from megagpt.utils import ExitCode, UserError, human_duration
 
 FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 1.0, 60.0
@@ -112,7 +114,8 @@ class Supervisor:
         step, checkpoint = last_step(self.directory) if trained else None, newest_checkpoint(self.directory)
         if record is not None:
             detail = f": {textwrap.shorten(record.detail, MOST_CHARACTERS)}" if record.detail else ""
-            final = record.exit_code in NOT_A_CRASH or record.reason == ENDED_AT_ONCE
+            orphaned = record.detail == Wish.ORPHANED.name  # the run has saved, and its launcher has crashed
+            final = (record.exit_code in NOT_A_CRASH and not orphaned) or record.reason == ENDED_AT_ONCE
             return Ending(record.exit_code, record.step, checkpoint, f"{record.reason}{detail}", final)
         if code in NOT_A_CRASH and code != ExitCode.DONE:  # a launcher that was killed exits 0, too
             return Ending(code, step, checkpoint, f"exit code {code}", final=True)
@@ -190,9 +193,10 @@ class Supervisor:
         signal.signal(signal.SIGUSR1, self._forward_save)
 
     def _forward_stop(self, number: int, frame: FrameType | None) -> None:
-        """To the launcher and every rank of this host: the launcher alone would tell one rank, and the next later."""
+        """To the ranks of this host; a launcher would end, and they would have less time. To all while none listens."""
         self.asked_to_stop.set()
-        self._signal_group(signal.SIGTERM)
+        if not self._signal_ranks(signal.SIGTERM):
+            self._signal_group(signal.SIGTERM)
 
     def _signal_group(self, number: signal.Signals) -> None:
         if self.group is not None:
@@ -200,11 +204,15 @@ class Supervisor:
                 os.killpg(self.group, number)
 
     def _forward_save(self, number: int, frame: FrameType | None) -> None:
-        """To those that listen: by default this signal ends a process, a launcher too."""
-        for process in members(self.group) if self.group is not None else ():
-            if handles(process, signal.SIGUSR1):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGUSR1)
+        self._signal_ranks(signal.SIGUSR1)
+
+    def _signal_ranks(self, number: signal.Signals) -> bool:
+        """Ranks are those that listen to SIGUSR1, which would end any other process; whether there is one."""
+        ranks = [process for process in members(self.group or 0) if handles(process, signal.SIGUSR1)]
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank, number)
+        return bool(ranks)
 
 
 def stamp(path: Path) -> tuple[int, int] | None:
@@ -227,15 +235,10 @@ def last_step(directory: Path) -> int:
 
 def members(group: int) -> Iterator[int]:
     """The living processes of a process group."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                _, _, fields = (entry / "stat").read_text().rpartition(")")  # the name in brackets may hold blanks
-            except OSError:  # it has just ended
-                continue
-            state, _, its_group, *_ = fields.split()
-            if int(its_group) == group and state not in "ZX":
-                yield int(entry.name)
+    for process in all_processes():
+        with contextlib.suppress(ProcessLookupError):
+            if process.is_alive() and os.getpgid(process.number) == group:
+                yield process.number
 
 
 def handles(process: int, number: signal.Signals) -> bool:

@@ -11,6 +11,7 @@ import pytest
 from megagpt import endings, startup
 from megagpt import train as loop
 from megagpt.checkpoint_format import TrainState
+from megagpt.signals import Wishes
 from megagpt.utils import ExitCode, UserError
 from tests.monitoring import config
 
@@ -29,7 +30,7 @@ def end_of_run(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], int]:
     monkeypatch.setattr(startup, "assemble", lambda *_: run)
     monkeypatch.setattr(endings, "watching", lambda run: nullcontext())
     monkeypatch.setattr(loop, "train", save)
-    return lambda directory: startup._run_to_its_end(config(), {}, directory)
+    return lambda directory: startup._run_to_its_end(config(), {}, directory, Wishes())
 
 
 def test_a_save_that_fails_in_the_middle_ends_in_a_crash_page(

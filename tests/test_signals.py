@@ -37,11 +37,11 @@ class Ended(list[signal.Signals]):
 
 
 @pytest.fixture
-def listener() -> Iterator[tuple[Wishes, Ended, SignalListener]]:
+def listener() -> Iterator[tuple[Wishes, Ended]]:
     wishes, ended = Wishes(), Ended()
-    with SignalListener(wishes, ended.append) as listening:
-        listening.patient = True
-        yield wishes, ended, listening
+    wishes.awaited = True
+    with SignalListener(wishes, ended.append):
+        yield wishes, ended
 
 
 def send(*numbers: signal.Signals) -> None:
@@ -49,8 +49,8 @@ def send(*numbers: signal.Signals) -> None:
         os.kill(os.getpid(), number)
 
 
-def test_a_signal_becomes_a_wish(listener: tuple[Wishes, Ended, SignalListener]) -> None:
-    wishes, _, _ = listener
+def test_a_signal_becomes_a_wish(listener: tuple[Wishes, Ended]) -> None:
+    wishes, _ = listener
     assert wishes.take() is Wish.NOTHING
     send(signal.SIGUSR1)
     assert until(wishes.take) is Wish.SAVE
@@ -60,18 +60,18 @@ def test_a_signal_becomes_a_wish(listener: tuple[Wishes, Ended, SignalListener])
     assert wishes.take() is Wish.SIGTERM
 
 
-def test_one_press_arrives_twice_and_counts_once(listener: tuple[Wishes, Ended, SignalListener]) -> None:
-    wishes, ended, _ = listener
+def test_one_press_arrives_twice_and_counts_once(listener: tuple[Wishes, Ended]) -> None:
+    wishes, ended = listener
     send(signal.SIGINT, signal.SIGTERM, signal.SIGINT)
     assert until(lambda: wishes.take() is Wish.SIGTERM)
     assert not ended
 
 
 def test_the_same_signal_again_ends_the_process(
-    listener: tuple[Wishes, Ended, SignalListener], monkeypatch: pytest.MonkeyPatch
+    listener: tuple[Wishes, Ended], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Seconds later, that is; the launcher's SIGTERM 30 s after the terminal's SIGINT is another signal."""
-    wishes, ended, _ = listener
+    wishes, ended = listener
     monkeypatch.setattr(signals, "SAME_PRESS_S", 0.05)
     send(signal.SIGINT, signal.SIGTERM)
     until(lambda: wishes.take() is Wish.SIGTERM)
@@ -80,9 +80,9 @@ def test_the_same_signal_again_ends_the_process(
     assert until(lambda: list(ended)) == [signal.SIGINT]
 
 
-def test_before_the_first_step_nothing_has_to_be_waited_for(listener: tuple[Wishes, Ended, SignalListener]) -> None:
-    _, ended, listening = listener
-    listening.patient = False
+def test_before_the_first_step_nothing_has_to_be_waited_for(listener: tuple[Wishes, Ended]) -> None:
+    wishes, ended = listener
+    wishes.awaited = False
     send(signal.SIGTERM)
     assert until(lambda: list(ended)) == [signal.SIGTERM]
 
@@ -196,3 +196,14 @@ def test_ctrl_c_under_the_launcher(start: Start, configuration: Path, tmp_path: 
     assert record.detail in ("SIGINT", "SIGTERM")
     assert complete_steps(run / "checkpoints") == [record.step]
     assert process.wait(PATIENCE_S) != 0
+
+
+@pytest.mark.slow
+def test_ranks_whose_launcher_is_killed_save_and_end(start: Start, configuration: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (process,) = start("--deepspeed_config", configuration, "--run_dir", run, launched=2)
+    until(lambda: steps_on_record(run) > 2)
+    process.kill()
+    record = until(lambda: EndRecord.read(run))
+    assert (record.reason, record.exit_code, record.detail) == ("pre-empted", 3, "ORPHANED")
+    assert complete_steps(run / "checkpoints") == [record.step]

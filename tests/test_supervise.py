@@ -40,7 +40,7 @@ if first.get("step"):
     file.write(record(first["step"], step_time_s=0.001).as_line())
     file.close()
 if first.get("reason"):
-    EndRecord(first["reason"], first["code"], first.get("step"), 0).write(run)
+    EndRecord(first["reason"], first["code"], first.get("step"), 0, first.get("detail", "")).write(run)
 if first.get("leave"):
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
 if first.get("wait"):
@@ -123,6 +123,13 @@ def test_a_launcher_that_was_killed_exits_0_and_the_run_is_not_done(start: Start
     assert unused(tmp_path / "run") == 0
     (restart,) = read_metrics(tmp_path / "run").events_named("restart")
     assert restart["reason"] == "exit code 0, no end record"
+
+
+def test_a_run_that_saved_because_its_launcher_died_goes_on(start: Start, tmp_path: Path) -> None:
+    orphaned = {"code": 3, "reason": "pre-empted", "detail": "ORPHANED", "step": 4, "checkpoint": 4}
+    process = pretend(start, tmp_path / "run", orphaned, DONE)
+    assert process.wait(PATIENCE_S) == 0
+    assert unused(tmp_path / "run") == 0
 
 
 def test_a_crash_while_it_starts_is_not_the_one_before(start: Start, tmp_path: Path) -> None:

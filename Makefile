@@ -14,7 +14,7 @@ OLDEST_TRITON := .venv/triton-3.6.0
 KERNEL_TESTS = $(shell grep --files-with-matches -e fused_device -e kernels.compile_ahead tests/test_*.py)
 
 # Two tests at a time, a file on one worker, one thread each: ranks of their own wait for each other most of the time.
-PYTEST := OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # DeepSpeed's launcher starts ranks with the `python` it finds first, and ops are compiled by the `ninja` beside it.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -12,9 +13,16 @@ from tests.processes import Start, starter
 from tests.ranks import RankPool
 
 HAS_GPU = torch.cuda.is_available()
+PROCESSES = {"pools", "compiled_ops"}  # fixtures of tests that wait for processes of their own
 if not HAS_GPU:
     # Before anything imports triton, which decorates its own library once: a DeepSpeed import in another test may.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start ranks or commands come first, the longest before others, so that workers end together."""
+    waiting = Counter(item.path for item in items if PROCESSES.intersection(getattr(item, "fixturenames", ())))
+    items.sort(key=lambda item: (-waiting[item.path], item.path))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -33,7 +33,13 @@ def configuration(ranks: int, schedule: str, micro_batches: int) -> dict[str, An
         "bf16": {"enabled": False},
         "zero_optimization": {"stage": 1},
         "megagpt": {
-            "model": {"vocab_size": 128, "num_layers": BLOCKS, "hidden_size": 32, "num_heads": 4, "sequence_length": 16},
+            "model": {
+                "vocab_size": 128,
+                "num_layers": BLOCKS,
+                "hidden_size": 32,
+                "num_heads": 4,
+                "sequence_length": 16,
+            },
             "parallel": {"pipeline": ranks, "schedule": schedule, "virtual_stages": SCHEDULES[schedule]},
             "training": {"total_steps": 1_000_000},
         },

@@ -97,7 +97,8 @@ def peer(engine: Any) -> tuple[Any, Step]:
 
     config, mesh = engine.config, engine.mesh
     model = initialise_(GPT(config.megagpt.model), config.megagpt.training.seed)
-    assert model.embedding is not None and model.head is not None
+    assert model.embedding is not None
+    assert model.head is not None
     names = {parameter: name for name, parameter in model.named_parameters()}
     last = Last(model.head)
     layers = [Layer(model.embedding), *(Layer(block) for block in model.blocks.values()), last]

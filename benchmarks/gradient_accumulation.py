@@ -49,9 +49,10 @@ def exact_gradients(config: Any) -> dict[str, Any]:
 
     shape = config.megagpt.model
     model = initialise_(GPT(shape), config.megagpt.training.seed).to(torch.bfloat16).double()
-    for samples in zip(*plain.global_batch(0, config.train_batch_size, shape.sequence_length, shape.vocabulary)):
-        tokens, targets = (sample[None] for sample in samples)
-        (model(tokens, targets) / config.train_batch_size).backward()
+    samples = config.train_batch_size
+    tokens, targets = plain.global_batch(0, samples, shape.sequence_length, shape.vocabulary)
+    for own in range(samples):
+        (model(tokens[own : own + 1], targets[own : own + 1]) / samples).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 

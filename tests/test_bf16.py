@@ -8,6 +8,7 @@ chance; it counts as one rounding at least, of a norm 2^-9, of a loss that over 
 """
 
 import math
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -20,12 +21,13 @@ from megagpt import plain as plain_process
 from megagpt.model import GPT
 from megagpt.plain import PlainRun
 from tests import plain
-from tests.configurations import Config, tiny, with_zero
+from tests.configurations import tiny, with_zero
 from tests.ranks import RankPool
 from tests.shards import whole_tensors
 from tests.test_equality import WRAPPERS
 
-STEPS, SAMPLES, LENGTH = 6, 16, 16
+STEPS, SAMPLES, LENGTH = 4, 16, 16
+CONFIG = tiny(batch=SAMPLES, micro=2, steps=STEPS, num_layers=4, tie_embeddings=False)
 ROUNDING = 2.0**-9  # the largest relative error of one rounding to bf16's 8 bits
 
 
@@ -39,9 +41,12 @@ class ComputesInBf16(GPT):
         return functional_call(self, rounded, inputs, context)
 
 
-def train_plainly_in_bf16(config: Config) -> PlainRun:
+@cache
+def plain_runs() -> tuple[PlainRun, PlainRun]:
+    """The plain process in fp32, and in bf16."""
+    exact = plain.train(CONFIG, STEPS)
     with patch.object(plain_process, "GPT", ComputesInBf16):
-        return plain.train(config, STEPS)
+        return exact, plain.train(CONFIG, STEPS)
 
 
 def straying(found: list[float], exact: list[float]) -> float:
@@ -71,10 +76,10 @@ def test_a_mesh_in_bf16_strays_from_fp32_no_more_than_twice_as_far_as_a_plain_pr
     request: pytest.FixtureRequest, pool: str, stage: int, parallel: dict[str, Any]
 ) -> None:
     ranks: RankPool = request.getfixturevalue(pool)
-    config = with_zero(tiny(batch=SAMPLES, micro=2, steps=STEPS, num_layers=4, tie_embeddings=False), stage)
-    exact, rounded = plain.train(config, STEPS), train_plainly_in_bf16(config)
-    config["megagpt"]["parallel"] = parallel
-    found = ranks.run("tests.jobs:train", config=config | {"bf16": {"enabled": True}}, steps=STEPS)
+    exact, rounded = plain_runs()
+    config = with_zero(CONFIG | {"bf16": {"enabled": True}}, stage)
+    config["megagpt"] = CONFIG["megagpt"] | {"parallel": parallel}
+    found = ranks.run("tests.jobs:train", config=config, steps=STEPS)
     state = whole_tensors(rank["state"] for rank in found)
     weights = {name: values for (kind, name), values in state.items() if kind == "weight"}
     of_losses = max(straying(rounded.losses, exact.losses), ROUNDING / math.sqrt(SAMPLES * LENGTH))

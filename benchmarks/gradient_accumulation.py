@@ -1,0 +1,102 @@
+"""How exact a step's gradient is in bf16 when its micro-batches are added up in bf16, and when in fp32.
+
+    python -m benchmarks.gradient_accumulation
+
+The error is the norm of the difference from the gradient that one plain process computes in fp64 with the same weights,
+as a share of that gradient's norm. Two pipeline ranks, ZeRO 2; the model is tiny, as a CPU multiplies slowly in bf16.
+"""
+
+import argparse
+import json
+import logging
+from typing import Any
+
+from benchmarks.machine import write_table
+
+MICRO_BATCHES = (1, 4, 8, 16, 32, 64)
+RANKS = 2
+WAYS = {
+    "bf16_per_step": ("per_step", None),
+    "bf16_per_micro_batch": ("per_micro_batch", None),
+    "fp32_per_micro_batch": ("per_micro_batch", "fp32"),
+}
+SHAPE = {"num_layers": 4, "hidden_size": 64, "num_heads": 4, "vocab_size": 256, "sequence_length": 32}
+
+
+def configuration(micro_batches: int, reduction: str, accumulate_in: str | None) -> dict[str, Any]:
+    """A step of so many micro-batches."""
+    return {
+        "train_batch_size": micro_batches,
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": accumulate_in} if accumulate_in else {},
+        "zero_optimization": {"stage": 2},
+        "megagpt": {
+            "model": SHAPE | {"tie_embeddings": False},
+            "parallel": {"pipeline": RANKS, "gradient_reduction": reduction},
+            "training": {"total_steps": 1},
+        },
+    }
+
+
+def exact_gradients(config: Any) -> dict[str, Any]:
+    """The gradients of the global batch's mean loss in fp64, from the bf16 weights."""
+    import torch
+
+    from megagpt import plain
+    from megagpt.model import GPT, initialise_
+
+    shape = config.megagpt.model
+    model = initialise_(GPT(shape), config.megagpt.training.seed).to(torch.bfloat16).double()
+    samples = config.train_batch_size
+    tokens, targets = plain.global_batch(0, samples, shape.sequence_length, shape.vocabulary)
+    for own in range(samples):
+        (model(tokens[own : own + 1], targets[own : own + 1]) / samples).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def relative_error(micro_batches: int, way: tuple[str, str | None]) -> float:
+    """Of a step's gradient over all parameters; every rank must call it."""
+    import torch
+    import torch.distributed as dist
+    from deepspeed.utils import safe_get_full_grad
+
+    from megagpt import parity, pipeline
+    from megagpt.config import RunConfig
+    from megagpt.engine import build_engine, build_mesh
+    from megagpt.planner import require_legal
+
+    run = RunConfig.from_json(json.dumps(configuration(micro_batches, *way)))
+    config = run.resolved(world_size=RANKS, vocabulary=None, bf16_native=True)
+    require_legal(config)
+    engine = build_engine(config, build_mesh(config))
+    pipeline.accumulate(engine, parity.micro_batches(engine, 0))
+    exact = exact_gradients(config)
+    squares = torch.zeros(2, dtype=torch.float64)
+    for parameter, name in engine.names.items():
+        found = safe_get_full_grad(parameter).double()
+        squares += torch.stack(((found - exact[name]).square().sum(), exact[name].square().sum()))
+    engine.deepspeed.destroy()
+    dist.all_reduce(squares)
+    return float((squares[0] / squares[1]).sqrt())
+
+
+def measure() -> list[dict[str, Any]]:
+    """The rows of the table; every rank must call it."""
+    logging.disable(logging.WARNING)
+    return [
+        {"micro_batches": count} | {name: f"{relative_error(count, way):.2e}" for name, way in WAYS.items()}
+        for count in MICRO_BATCHES
+    ]
+
+
+def main() -> None:
+    from megagpt import local_ranks
+
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    write_table("gradient_accumulation", "benchmarks.gradient_accumulation", local_ranks.start(RANKS, measure))
+
+
+if __name__ == "__main__":
+    main()

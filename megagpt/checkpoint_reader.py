@@ -16,6 +16,7 @@ from megagpt.checkpoint_format import (
     Slice,
     complete_steps,
     read_manifest,
+    require_no_other_files,
     step_directory,
     verify_file,
 )
@@ -107,6 +108,7 @@ def open_checkpoint(run_directory: Path, step: int | None = None) -> Reader:
         directory = step_directory(checkpoints, candidate)
         try:
             manifest = read_manifest(directory)
+            require_no_other_files(directory, manifest)
             for name, expected in manifest.files.items():
                 verify_file(directory, name, expected)
             return Reader(directory, manifest)

@@ -257,14 +257,15 @@ def _resume(run: "Run") -> dict[str, object] | None:
 
 
 def _next_step(checkpoint: Path) -> "NextStep | None":
-    """The record of the step that followed a checkpoint; a damaged one says nothing of the checkpoint itself."""
+    """The record of the step that followed a checkpoint; a damaged one gives way to what that step gives now."""
     from megagpt.checkpoint_format import DamagedCheckpointError
-    from megagpt.resume_proof import NextStep
+    from megagpt.resume_proof import NEXT_STEP, NextStep
 
     try:
         return NextStep.read(checkpoint)
     except DamagedCheckpointError as error:
         log.warning("%s", error)
+        (checkpoint / NEXT_STEP).unlink(missing_ok=True)
         return None
 
 

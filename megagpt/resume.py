@@ -143,7 +143,8 @@ def _fill_buckets(engine: Engine, reader: Reader) -> Reader:
     for bucket in engine.buckets():
         with bucket.resident(True) as (master, optimizer_state):
             for moment in compat.MOMENTS:
-                optimizer_state.setdefault(moment, torch.zeros_like(master))
+                if moment not in optimizer_state:
+                    optimizer_state[moment] = torch.zeros_like(master)
             for kind, flat in kinds(master, optimizer_state).items():
                 for piece in bucket.pieces:
                     place = flat[piece.offset : piece.offset + piece.numel]

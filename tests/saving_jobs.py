@@ -91,7 +91,8 @@ def memory_of_saving(config: Config, directory: Path) -> dict[str, int]:
             loop.finish_saves(run)
         with Growth() as loading:
             assert resume(run.engine, directory) is not None
-        grown = {"saving": saving.most, "loading": loading.most}
+        copied = sum(flat.nbytes for flats in run.saver._snapshot._flats for flat in flats.values())
+        grown = {"copied": copied, "saving": saving.most, "loading": loading.most}
         return grown | {"share": STATE_BYTES * share, "whole": STATE_BYTES * parameters(run)}
 
 

@@ -17,14 +17,11 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from benchmarks.engine_overhead import batches
 from benchmarks.machine import write_table
-from tests.ranks import free_port
 
 SHAPE = {"num_layers": 11, "hidden_size": 768, "num_heads": 12, "vocab_size": 8192, "sequence_length": 128}
 OURS, BACKGROUND, TORCH, DEEPSPEED = "megagpt", "megagpt, in the background", "torch.save", "DeepSpeed"
@@ -38,8 +35,8 @@ def resolve(world_size: int) -> Any:
     from megagpt.config import RunConfig
 
     document = {
-        "train_batch_size": 4 * world_size,
-        "train_micro_batch_size_per_gpu": 4,
+        "train_batch_size": 2 * world_size,
+        "train_micro_batch_size_per_gpu": 2,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
         "bf16": {"enabled": False},
         "zero_optimization": {"stage": 1},
@@ -51,11 +48,12 @@ def resolve(world_size: int) -> Any:
 class Rank:
     """One rank with a trained state, and every way of saving it."""
 
-    def __init__(self, world_size: int) -> None:
-        from megagpt.engine import build_engine, build_mesh, join_ranks
+    def __init__(self) -> None:
+        import torch.distributed as dist
 
-        join_ranks()
-        config = resolve(world_size)
+        from megagpt.engine import build_engine, build_mesh
+
+        config = resolve(dist.get_world_size())
         self.engine = build_engine(config, build_mesh(config))
         self.data = batches(config)
         self.step()
@@ -140,10 +138,20 @@ class Rank:
         from megagpt.checkpoint_format import TrainState
 
         saver = self.saver(directory, asynchronous=True)
-        saver._snapshot.take(self.engine)  # its memory is made at the first save and kept
-        times["copy"].append(self.timed(lambda: saver._snapshot.take(self.engine)))
+        take, copies_s = saver._snapshot.take, []
+        take(self.engine)  # its memory is made at the first save and kept
+
+        def timed_take(engine: Any) -> Any:
+            started = time.perf_counter()
+            copy = take(engine)
+            copies_s.append(time.perf_counter() - started)
+            return copy
+
+        saver._snapshot.take = timed_take
         times["step"] += [self.step() for _ in range(2)]
-        times[f"{BACKGROUND}: blocked"].append(self.timed(lambda: saver.save(TrainState(step=1))))
+        blocked_s = self.timed(lambda: saver.save(TrainState(step=1)))
+        times["copy"] += copies_s
+        times["blocked beyond copy"].append(blocked_s - copies_s[0])
         committed: list[Any] = []
         polled_s = 0.0
         while not committed:
@@ -155,16 +163,9 @@ class Rank:
         times[f"{BACKGROUND}: save"].append(committed[0].duration_s)
 
 
-def serve(rank: int, world_size: int, port: int, directory: Path, rounds: int, connection: Connection) -> None:
-    """A rank's process; rank 0 sends the times and the size of the state."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_SIZE": str(world_size),
-    }
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    here = Rank(world_size)
+def serve(directory: Path, rounds: int) -> tuple[Times, int]:
+    """On every rank: all rounds; the times, and the bytes of the state."""
+    here = Rank()
     times: Times = defaultdict(list)
     for turn in range(rounds + 1):
         of_turn: Times = defaultdict(list)
@@ -174,7 +175,7 @@ def serve(rank: int, world_size: int, port: int, directory: Path, rounds: int, c
         for name, values in of_turn.items():
             times[name] += values if turn > 0 else []  # the first turn warms up
     emptied(here, directory)
-    connection.send((dict(times), 12 * here.engine.config.megagpt.model.num_parameters))
+    return dict(times), 12 * here.engine.config.megagpt.model.num_parameters
 
 
 def emptied(rank: Rank, directory: Path) -> Path:
@@ -188,26 +189,18 @@ def emptied(rank: Rank, directory: Path) -> Path:
 
 def measure(world_size: int, rounds: int, directory: Path) -> list[dict[str, Any]]:
     """Rows of the table for so many ranks."""
-    context = get_context("spawn")
-    ours, theirs = context.Pipe()
-    arguments = (world_size, free_port(), directory, rounds, theirs)
-    processes = [context.Process(target=serve, args=(rank, *arguments)) for rank in range(world_size)]
-    for process in processes:
-        process.start()
-    theirs.close()
-    times, size = ours.recv()
-    for process in processes:
-        process.join()
+    from megagpt.local_ranks import start
+
+    times, size = start(world_size, serve, directory, rounds)
     median = {name: statistics.median(values) for name, values in times.items()}
     rows = [
         row(world_size, contender, size, median, median[f"{contender}: save and flush"], median[f"{contender}: load"])
         for contender in (OURS, TORCH, DEEPSPEED)
     ]
-    step_s, copy_s, blocked_s = median["step"], median["copy"], median[f"{BACKGROUND}: blocked"]
     background = row(world_size, BACKGROUND, size, median, median[f"{BACKGROUND}: save"], None) | {
-        "step_s": f"{step_s:.2f}",
-        "copy_s": f"{copy_s:.3f}",
-        "blocked_beyond_copy_s": f"{max(0.0, blocked_s - copy_s) + median['polls']:.3f}",
+        "step_s": f"{median['step']:.2f}",
+        "copy_s": f"{median['copy']:.3f}",
+        "blocked_beyond_copy_s": f"{median['blocked beyond copy'] + median['polls']:.3f}",
         "step_while_writing_s": f"{median['step while writing']:.2f}",
     }
     return [*rows, background]

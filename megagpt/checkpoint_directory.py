@@ -45,11 +45,12 @@ def no_room(checkpoints: Path, tensor_bytes: int) -> str:
 def commit(staging: Path, final: Path) -> None:
     """Give a complete checkpoint its name; an older directory of the same step gives way."""
     sync_directory(staging)
-    if final.exists():
-        remove(final)
+    replaced = _move_aside(final) if final.exists() else None
     staging.rename(final)
     sync_directory(final.parent)
     write_atomically(final.parent / "latest", final.name + "\n")
+    if replaced is not None:
+        shutil.rmtree(replaced)
 
 
 def retire(checkpoints: Path, *, keep: int, milestone_interval_steps: int, last_good_step: int) -> None:
@@ -76,10 +77,14 @@ def _has_manifest(directory: Path) -> bool:
 
 def remove(directory: Path) -> None:
     """Delete a checkpoint so that no moment shows a part of it under its name."""
+    shutil.rmtree(_move_aside(directory))
+
+
+def _move_aside(directory: Path) -> Path:
     aside = directory.with_name(f".deleting_{directory.name}")
     shutil.rmtree(aside, ignore_errors=True)
     directory.rename(aside)
-    shutil.rmtree(aside)
+    return aside
 
 
 def set_aside(checkpoints: Path, damaged_steps: Iterable[int]) -> None:

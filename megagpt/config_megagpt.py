@@ -131,8 +131,8 @@ class CheckpointConfig(Section):
     def _check(self) -> CheckpointConfig:
         milestone, interval = self.milestone_interval_steps, self.interval_steps
         if milestone and (interval == 0 or milestone % interval):
-            nearest = f"{-(-milestone // interval) * interval}, or 0 for none" if interval else "0 for none"
-            problem = f"{milestone} is no multiple of interval_steps, which is {interval}; give {nearest}"
+            nearest = f"{-(-milestone // interval) * interval} or 0" if interval else "0"
+            problem = f"{milestone} is no multiple of interval_steps {interval}: use {nearest}"
             refuse([("milestone_interval_steps", problem)])
         return self
 

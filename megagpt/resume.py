@@ -51,7 +51,7 @@ class Resumed:
     def describe(self, *, provable: bool) -> str:
         """For the screen: what was found, what was passed over and why, and what comes next."""
         found = ", ".join(map(str, reversed(self.steps_found)))
-        skipped = [f"  passed over {fault}; kept as {directories.DAMAGED}..." for fault in self.passed_over]
+        skipped = [f"  passed over {fault}; kept as {directories.DAMAGED}step_..." for fault in self.passed_over]
         written_by = ", ".join(f"{key} {value}" for key, value in self.manifest.topology.items())
         proof = "will show that it goes on as before" if provable else "cannot be compared: none was made before"
         return "\n".join(

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import write_table
-from megagpt.checkpoint_format import WEIGHT, open_checkpoint
+from megagpt.checkpoint_format import WEIGHT
+from megagpt.checkpoint_reader import open_checkpoint
 from megagpt.compat import MOMENTS
 from megagpt.download_data import Request, prepare
 from megagpt.metrics import read_metrics

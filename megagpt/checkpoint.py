@@ -1,389 +1,246 @@
-"""Saving and resuming a distributed run: every rank writes what it owns and reads what it needs.
+"""Saving a distributed run: every rank writes what it owns, at once or in the background, and all commit together.
 
 Commit protocol: all ranks write into a staging directory and report size and SHA-256; rank 0 writes the manifest last
 and renames the directory in one move. Whatever the moment of a crash, a directory named ``step_...`` is complete.
+
+In the background, the loop stands still only while each rank copies its state to host memory. A thread of low priority
+writes the copy and makes no collective call. At the end of each step the main threads ask each other whether all have
+written, then let a thread of rank 0 commit, and ask again: one number each time, on a group of their own.
 """
 
-import json
-import logging
-import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
-from megagpt import __version__, compat
-from megagpt.boxes import Box
+from megagpt import checkpoint_directory as directories
+from megagpt import compat
+from megagpt.background import Job
 from megagpt.checkpoint_format import (
     MANIFEST,
-    WEIGHT,
-    DamagedCheckpointError,
     Manifest,
-    Reader,
     Slice,
     StoredFile,
     StoredTensor,
     TrainState,
-    complete_steps,
-    hash_file,
-    read_manifest,
     step_directory,
-    verify_file,
 )
-from megagpt.config import identity_differences
+from megagpt.checkpoint_writer import PlannedFile, Snapshot, parameter_shapes, plan_files, write_files, write_live
 from megagpt.engine import Engine
-from megagpt.model import GPT
-from megagpt.utils import UserError, human_bytes, sync_directory, write_atomically
+from megagpt.execution import VERSIONS, topology
+from megagpt.resume_proof import NextStep
+from megagpt.together import everyones, on_rank0, together
+from megagpt.utils import UserError, write_atomically
 
-log = logging.getLogger(__name__)
-Result = TypeVar("Result")
-
-Written = tuple[str, StoredFile, dict[str, tuple[int, int, Box]]]  # a file, what it is, parameter -> slice
-
-EXPECTED = (OSError, SafetensorError, UserError, DamagedCheckpointError)  # what files and disks may do to a run
-DAMAGED = "damaged_"
-LEFTOVERS = (".staging_*", ".deleting_*", ".latest.*.partial")
-SPARE_SPACE = 1.05  # manifests and the file system's own records, beside the tensors
+Plan = list[list[PlannedFile]]
+Report = tuple[dict[str, StoredFile], list[tuple[str, Slice]]]  # a rank's files, and (parameter, slice) in them
 
 
-def save(engine: Engine, state: TrainState, run_directory: Path, data_fingerprint: str) -> Path:
-    """Write one checkpoint and commit it; every rank must call it. Returns its directory.
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was committed, ``bytes`` of tensors over all ranks.
 
-    Raises UserError on every rank, with the previous checkpoints untouched, where any rank could not write.
+    ``duration_s`` lasts until the commit was seen; the loop stood still for ``blocked_s`` of it, after it had waited
+    ``waited_s`` for the save before.
     """
-    checkpoints = run_directory / "checkpoints"
-    final = step_directory(checkpoints, state.step)
-    staging = checkpoints / f".staging_{final.name}"
-    try:
-        together(partial(_prepare, engine, staging))
-        together(partial(_require_visible, engine, staging))
-        written = together(partial(_write_files, engine, staging))
-        by_rank = _gather(written)
-        together(partial(_commit, engine, state, staging, final, data_fingerprint, by_rank))
-    except UserError:
-        if engine.mesh.rank == 0:
-            shutil.rmtree(staging, ignore_errors=True)  # a torn save must not fill the disk that was too small
-        raise
-    return final
+
+    step: int
+    path: Path
+    bytes: int
+    duration_s: float
+    blocked_s: float
+    waited_s: float
 
 
-def _prepare(engine: Engine, staging: Path) -> None:
-    """Rank 0: an empty staging directory on a disk with room for it."""
-    if engine.mesh.rank != 0:
-        return
-    staging.parent.mkdir(parents=True, exist_ok=True)
-    needed, free = _needed_bytes(engine), shutil.disk_usage(staging.parent).free
-    if needed > free:
-        raise UserError(_no_room(engine, staging))
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
+@dataclass
+class _Save:
+    """A save on its way: ``job`` writes this rank's files, then, ``committing``, does what rank 0 does last."""
+
+    state: TrainState
+    final: Path
+    manifest: Manifest  # of the present state, still without tensors and files
+    plan: Plan
+    waited_s: float
+    started: float = field(default_factory=time.perf_counter)
+    bytes: int = 0
+    blocked_s: float = 0.0
+    job: Job[Any] = field(init=False)
+    committing: bool = False
+    next_step: NextStep | None = None
+
+    @property
+    def staging(self) -> Path:
+        return directories.staging_directory(self.final)
 
 
-def _needed_bytes(engine: Engine) -> float:
-    return SPARE_SPACE * 12 * engine.config.megagpt.model.num_parameters  # weight and two moments in fp32
+class Saver:
+    """Saves one run, never two checkpoints at once. Every rank must call each method, at the same step.
 
-
-def _no_room(engine: Engine, staging: Path) -> str:
-    needed, free = human_bytes(_needed_bytes(engine)), human_bytes(shutil.disk_usage(staging.parent).free)
-    steps = complete_steps(staging.parent)
-    may_go = f" (the oldest checkpoint may go: {step_directory(staging.parent, steps[-1])})" if len(steps) > 1 else ""
-    return (
-        f"{staging.parent}: a checkpoint needs {needed}, the disk has {free}; earlier checkpoints are untouched: "
-        f"free some space{may_go} and start again"
-    )
-
-
-def _require_visible(engine: Engine, staging: Path) -> None:
-    if not staging.is_dir():
-        raise UserError(
-            f"{engine.mesh.name} does not see {staging}: the run directory must lie on a disk that all hosts share"
-        )
-
-
-def _write_files(engine: Engine, staging: Path) -> list[Written]:
-    """One file a bucket; returns (name, what it is, parameter -> (start, numel, box)) of each."""
-    written = []
-    buckets = (bucket for bucket in engine.buckets() if bucket.owned_pieces)
-    for index, bucket in enumerate(buckets):
-        name = f"rank_{engine.mesh.rank:05d}_{index:03d}.safetensors"
-        with bucket.resident(False) as (master, optimizer_state):
-            tensors = dict(_tensors(bucket, master, optimizer_state))
-        _require_finite(tensors)
-        try:
-            save_file(tensors, staging / name)
-            with (staging / name).open("rb") as file:
-                os.fsync(file.fileno())
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{staging / name}: {error}\n{_no_room(engine, staging)}") from error
-        entry = StoredFile((staging / name).stat().st_size, hash_file(staging / name))
-        pieces = {piece.name: (piece.start, piece.numel, engine.boxes[piece.name]) for piece in bucket.owned_pieces}
-        written.append((name, entry, pieces))
-    return written
-
-
-def _require_finite(tensors: dict[str, Tensor]) -> None:
-    """A spoilt checkpoint would in time push out the last sound one."""
-    spoilt = next((name for name, values in tensors.items() if not values.isfinite().all()), None)
-    if spoilt is not None:
-        raise UserError(
-            f"{spoilt} is not finite, so nothing was saved; earlier checkpoints are untouched: "
-            f"lower optimizer.params.lr and start again from the newest"
-        )
-
-
-def _gather(written: list[Written]) -> list[Written]:
-    """What all ranks wrote, on rank 0; nothing elsewhere."""
-    is_rank0 = dist.get_rank() == 0
-    by_rank: list[Any] = [None] * dist.get_world_size()
-    dist.gather_object(written, by_rank if is_rank0 else None)
-    return [entry for of_rank in by_rank for entry in of_rank] if is_rank0 else []
-
-
-def _tensors(bucket: compat.Bucket, master: Tensor, optimizer_state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    for kind, flat in _kinds(master, optimizer_state):
-        for piece in bucket.owned_pieces:
-            run = flat.view(-1)[piece.offset : piece.offset + piece.numel]
-            yield f"{kind}/{piece.name}", run.to("cpu", torch.float32).clone()
-
-
-def _kinds(master: Tensor, optimizer_state: dict[str, Any]) -> list[tuple[str, Tensor]]:
-    """Weights and moments by their name in a file; moments that Adam has not made yet are zero."""
-    moments = [(name, optimizer_state.get(name)) for name in compat.MOMENTS]
-    return [(WEIGHT, master), *((name, torch.zeros_like(master) if m is None else m) for name, m in moments)]
-
-
-def _commit(
-    engine: Engine, state: TrainState, staging: Path, final: Path, data_fingerprint: str, entries: list[Written]
-) -> None:
-    """Rank 0: the manifest last, then one rename; an older directory of the same step gives way."""
-    if engine.mesh.rank != 0:
-        return
-    write_atomically(staging / MANIFEST, _manifest(engine, state, data_fingerprint, entries).to_json())
-    sync_directory(staging)
-    if final.exists():
-        remove(final)
-    staging.rename(final)
-    sync_directory(final.parent)
-    write_atomically(final.parent / "latest", final.name + "\n")
-    _retire(final.parent, engine.config.megagpt.checkpoint.keep)
-
-
-def _manifest(engine: Engine, state: TrainState, data_fingerprint: str, entries: list[Written]) -> Manifest:
-    shapes = _shapes(engine)
-    slices: dict[str, list[Slice]] = {name: [] for name in shapes}
-    for file, _, pieces in entries:
-        for name, place in pieces.items():
-            slices[name].append(Slice(file, *place))
-    scheduler = engine.deepspeed.lr_scheduler
-    return Manifest(
-        state=state,
-        identity=engine.config.identity(),
-        data_fingerprint=data_fingerprint,
-        topology=_topology(engine),
-        scheduler=scheduler.state_dict() if scheduler else {},
-        learning_rates=[group["lr"] for group in compat.base_optimizer(engine.deepspeed).param_groups],
-        loss_scaler=compat.loss_scaler_state(engine.deepspeed),
-        tensors={name: StoredTensor(shapes[name], tuple(slices[name])) for name in shapes},
-        files={file: entry for file, entry, _ in entries},
-        versions={"megagpt": __version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__},
-    )
-
-
-def _topology(engine: Engine) -> dict[str, Any]:
-    """How the writer was laid out: for the reader's log only, a resume does not depend on it."""
-    mesh, zero = engine.mesh, engine.config.zero_optimization
-    return {
-        "pipeline": mesh.pipeline_size,
-        "data": mesh.data_size,
-        "tensor": mesh.tensor_size,
-        "zero_stage": zero.stage,
-        "optimizer_device": zero.optimizer_device,
-        "parameter_device": zero.parameter_device,
-    }
-
-
-def _retire(checkpoints: Path, keep: int) -> None:
-    for step in complete_steps(checkpoints)[keep:]:
-        remove(step_directory(checkpoints, step))
-
-
-def remove(directory: Path) -> None:
-    """Delete a checkpoint so that no moment shows a part of it under its name."""
-    aside = directory.with_name(f".deleting_{directory.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    directory.rename(aside)
-    shutil.rmtree(aside)
-
-
-def collect_leftovers(checkpoints: Path) -> list[str]:
-    """Remove what a killed save or deletion left; returns the names."""
-    leftovers = [path for pattern in LEFTOVERS for path in checkpoints.glob(pattern)]
-    for path in leftovers:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-    return [path.name for path in leftovers]
-
-
-def resume(engine: Engine, run_directory: Path) -> tuple[TrainState, Manifest, list[str]] | None:
-    """Load the newest checkpoint that every rank finds sound; every rank must call it.
-
-    Returns the state, its manifest and what is wrong with newer ones, which are set aside under another name; None
-    where the run has no checkpoint yet. Raises UserError where it has some and none is sound (a run never silently
-    starts again from zero), and where the newest sound one is of another run.
+    Where a rank cannot write, whichever method finds out raises UserError on all; earlier checkpoints are untouched.
     """
-    checkpoints = run_directory / "checkpoints"
-    steps = _from_rank0(partial(complete_steps, checkpoints))
-    faults: list[str] = []
-    for position, step in enumerate(steps):
-        directory = step_directory(checkpoints, step)
-        fault = _fault(partial(_verify_share, engine, directory))
-        if fault is None:
-            together(partial(_require_same_run, engine, directory))
-            fault = _fault(partial(_fill_buckets, engine, directory))
-        if fault is None:
-            manifest = read_manifest(directory)
-            _adopt(engine, manifest)
-            together(partial(_set_aside, engine, checkpoints, steps[:position]))
-            return manifest.state, manifest, faults
-        faults.append(fault)
-    if faults:
-        listed = "\n  ".join(faults)
-        raise UserError(
-            f"{run_directory}: every checkpoint is damaged:\n  {listed}\n"
-            f"restore one from a backup, or start afresh in another directory with --run_dir"
+
+    def __init__(self, engine: Engine, run_directory: Path, data_fingerprint: str) -> None:
+        self.engine, self.data_fingerprint = engine, data_fingerprint
+        self.checkpoints = run_directory / "checkpoints"
+        self.settings = engine.config.megagpt.checkpoint
+        self.group = dist.new_group(backend="gloo") if self.settings.asynchronous else None
+        self._shapes = parameter_shapes(engine)
+        self._snapshot = Snapshot()
+        self._pending: _Save | None = None
+        self._last_good: TrainState | None = None
+
+    def trust(self, state: TrainState) -> None:
+        """The checkpoint of this state is known to load."""
+        self._last_good = state
+
+    def save(self, state: TrainState) -> list[Saved]:
+        """Save the present state, which ``state`` describes; where a save is on its way, wait for it first.
+
+        Returns what was committed meanwhile: the earlier save, and this one unless it goes on in the background.
+        """
+        asked = time.perf_counter()
+        earlier = self.finish()
+        save = self._planned(state, waited_s=time.perf_counter() - asked if earlier else 0.0)
+        with self._abandoned_on_failure(save):
+            together(partial(self._prepare, save))
+            together(partial(self._require_visible, save.staging))
+            if self.settings.asynchronous:
+                copy = together(partial(self._snapshot.take, self.engine))
+                work = partial(write_files, save.staging, save.plan, copy)
+            else:
+                work = partial(write_live, save.staging, save.plan, self.engine)
+        save.job = Job(partial(self._write, save, work), in_background=self.settings.asynchronous)
+        save.blocked_s = time.perf_counter() - save.started
+        self._pending = save
+        return earlier if self.settings.asynchronous else self.finish()
+
+    def poll(self) -> list[Saved]:
+        """After a step: go on with a save in the background as soon as all ranks are ready for it, without waiting."""
+        if self._pending is None or not self._all_done(self._pending):
+            return []
+        return self._advance(self._pending, in_background=True)
+
+    def finish(self) -> list[Saved]:
+        """Wait for a save in the background and commit it."""
+        committed: list[Saved] = []
+        while self._pending is not None:
+            committed += self._advance(self._pending, in_background=False)
+        return committed
+
+    def follow(self, record: NextStep) -> None:
+        """What a step gave: it is kept beside the checkpoint of the state that the step began with, if there is one."""
+        if self.engine.mesh.rank != 0:
+            return
+        save, good = self._pending, self._last_good
+        if save is not None and record.follows(save.state):
+            save.next_step = record
+        elif good is not None and record.follows(good):
+            record.write_once(step_directory(self.checkpoints, good.step))
+
+    def _planned(self, state: TrainState, waited_s: float) -> _Save:
+        final = step_directory(self.checkpoints, state.step)
+        save = _Save(state, final, self._manifest(state), plan_files(self.engine), waited_s)
+        sizes = everyones((state.step, sum(file.bytes for files in save.plan for file in files)))
+        if len({step for step, _ in sizes}) > 1:
+            raise RuntimeError(f"ranks save different steps: {[step for step, _ in sizes]}")
+        save.bytes = sum(size for _, size in sizes)
+        return save
+
+    def _manifest(self, state: TrainState) -> Manifest:
+        """Of the present state: everything but where the tensors lie."""
+        engine = self.engine.deepspeed
+        return Manifest(
+            state=state,
+            identity=self.engine.config.identity(),
+            data_fingerprint=self.data_fingerprint,
+            topology=topology(self.engine),
+            scheduler=engine.lr_scheduler.state_dict() if engine.lr_scheduler else {},
+            learning_rates=[group["lr"] for group in compat.base_optimizer(engine).param_groups],
+            loss_scaler=compat.loss_scaler_state(engine),
+            tensors={name: StoredTensor(shape, ()) for name, shape in self._shapes.items()},
+            files={},
+            versions=VERSIONS,
         )
-    return None
 
+    def _prepare(self, save: _Save) -> None:
+        if self.engine.mesh.rank == 0:
+            directories.prepare(save.staging, save.bytes)
 
-def _set_aside(engine: Engine, checkpoints: Path, damaged_steps: list[int]) -> None:
-    """Rank 0: damaged newer checkpoints would else count among those that are kept, and push out sound ones."""
-    if engine.mesh.rank != 0:
-        return
-    for step in damaged_steps:
-        directory = step_directory(checkpoints, step)
-        aside = directory.with_name(f"{DAMAGED}{directory.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        directory.rename(aside)
-
-
-def _verify_share(engine: Engine, directory: Path) -> None:
-    """The manifest, and every world-size-th file, so that the ranks together hash each file once."""
-    files = read_manifest(directory).files
-    for name in sorted(files)[engine.mesh.rank :: engine.mesh.world_size]:
-        verify_file(directory, name, files[name])
-
-
-def _require_same_run(engine: Engine, directory: Path) -> None:
-    """A checkpoint copied from another run may be sound, and even fit."""
-    differences = identity_differences(_as_read(read_manifest(directory).identity), _as_read(engine.config.identity()))
-    if differences:
-        listed = "\n  ".join(differences)
-        raise UserError(f"{directory}: saved by another run:\n  {listed}\nremove it, or choose another --run_dir")
-
-
-def _as_read(identity: dict[str, Any]) -> dict[str, Any]:
-    """As it comes back from a file: JSON makes lists of tuples."""
-    as_read: dict[str, Any] = json.loads(json.dumps(identity))
-    return as_read
-
-
-def _require_shapes(engine: Engine, manifest: Manifest, directory: Path) -> None:
-    """Pieces are read by their place in a flattened parameter: of another shape they would be read without a word."""
-    expected, stored = _shapes(engine), {name: tensor.shape for name, tensor in manifest.tensors.items()}
-    for name in sorted(expected.keys() | stored.keys()):
-        if expected.get(name) != stored.get(name):
-            raise DamagedCheckpointError(
-                f"{directory.name}/{MANIFEST}: {name} has shape {stored.get(name)}, the model's is {expected.get(name)}"
+    def _require_visible(self, staging: Path) -> None:
+        if not staging.is_dir():
+            raise UserError(
+                f"{self.engine.mesh.name} does not see {staging}: the run directory must lie on a disk that all "
+                f"hosts share"
             )
 
+    def _write(self, save: _Save, work: Callable[[], dict[str, StoredFile]]) -> Report:
+        """Perhaps in a thread; what this rank wrote."""
+        try:
+            files = work()
+        except OSError as error:
+            room = directories.no_room(self.checkpoints, save.bytes)
+            raise UserError(f"{error.filename}: {error.strerror}\n{room}") from error
+        slices = [part for of_bucket in save.plan for file in of_bucket for part in file.slices(self.engine.boxes)]
+        return files, slices
 
-def _shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the whole model, whatever this rank holds of it."""
-    with torch.device("meta"):
-        whole = GPT(engine.config.megagpt.model)
-    return {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
+    def _all_done(self, save: _Save) -> bool:
+        done = torch.tensor(int(save.job.done))
+        dist.all_reduce(done, op=dist.ReduceOp.MIN, group=self.group)
+        return bool(done)
 
+    def _advance(self, save: _Save, *, in_background: bool) -> list[Saved]:
+        """Wait for this rank's job; when all have theirs done, commit what they wrote, or say that it is committed."""
+        with self._abandoned_on_failure(save):
+            report = together(save.job.result, self.group)
+            if not save.committing:
+                reports = on_rank0(report, self.group)
+                save.committing = True
+                save.job = Job(partial(self._commit, save, reports), in_background=in_background)
+                return []
+        self._pending = None
+        self.trust(save.state)
+        duration_s = time.perf_counter() - save.started
+        return [Saved(save.state.step, save.final, save.bytes, duration_s, save.blocked_s, save.waited_s)]
 
-def _fill_buckets(engine: Engine, directory: Path) -> None:
-    """Give this rank's buckets what the checkpoint holds; no collective call, so that a rank may fail alone."""
-    reader = Reader(directory, read_manifest(directory))
-    _require_shapes(engine, reader.manifest, directory)
-    for bucket in engine.buckets():
-        with bucket.resident(True) as (master, optimizer_state):
-            _fill(bucket, engine.boxes, master, optimizer_state, reader)
-            compat.set_adam_step(engine.deepspeed, optimizer_state, reader.manifest.state.applied_steps)
+    def _commit(self, save: _Save, reports: list[Report]) -> None:
+        """Rank 0, perhaps in a thread: the manifest last, then one rename."""
+        if not reports:
+            return
+        if save.next_step is not None:
+            save.next_step.write_once(save.staging)
+        write_atomically(save.staging / MANIFEST, _completed(save.manifest, reports).to_json())
+        directories.commit(save.staging, save.final)
+        directories.retire(
+            self.checkpoints,
+            keep=self.settings.keep,
+            milestone_interval_steps=self.settings.milestone_interval_steps,
+            last_good_step=save.state.step,
+        )
 
-
-def _adopt(engine: Engine, manifest: Manifest) -> None:
-    """After the buckets: the model's parameters, learning rates and counters; every rank must call it."""
-    compat.publish_master_weights(engine.deepspeed)
-    compat.replay_bias_correction(engine.deepspeed, manifest.state.applied_steps)
-    if engine.deepspeed.lr_scheduler:
-        engine.deepspeed.lr_scheduler.load_state_dict(manifest.scheduler)
-    groups = compat.base_optimizer(engine.deepspeed).param_groups
-    for group, learning_rate in zip(groups, manifest.learning_rates, strict=True):
-        group["lr"] = learning_rate
-    compat.set_loss_scaler_state(engine.deepspeed, manifest.loss_scaler)
-    compat.set_counters(engine.deepspeed, steps=manifest.state.step, skipped=manifest.state.skipped_steps)
-
-
-def _fill(
-    bucket: compat.Bucket, held: dict[str, Box], master: Tensor, optimizer_state: dict[str, Any], reader: Reader
-) -> None:
-    for moment in compat.MOMENTS:
-        optimizer_state.setdefault(moment, torch.zeros_like(master))
-    for kind, flat in _kinds(master, optimizer_state):
-        for piece in bucket.pieces:
-            run = reader.read(kind, piece.name, held[piece.name], piece.start, piece.numel)
-            flat.view(-1)[piece.offset : piece.offset + piece.numel].copy_(run)
-
-
-def together(work: Callable[[], Result]) -> Result:
-    """Run ``work``, which makes no collective call, on every rank; where it fails on any, raise on all.
-
-    Raises UserError with the first failing rank's reason. A rank whose error is no bad input raises that error itself.
-    """
-    result, error, fault = _attempt(work)
-    if error is not None and not isinstance(error, EXPECTED):
-        raise error
-    if fault is not None:
-        raise UserError(fault) from error
-    return result  # type: ignore[return-value]  # no rank failed, so this one has its result
-
-
-def _fault(work: Callable[[], None]) -> str | None:
-    """Run ``work`` on every rank; None where all succeed, else what the first failing rank says."""
-    _, error, fault = _attempt(work)
-    if error is not None and not isinstance(error, EXPECTED):
-        raise error
-    return fault
+    @contextmanager
+    def _abandoned_on_failure(self, save: _Save) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            self._pending = None
+            if self.engine.mesh.rank == 0:
+                shutil.rmtree(save.staging, ignore_errors=True)  # a torn save must not fill the disk that was too small
+            raise
 
 
-def _attempt(work: Callable[[], Result]) -> tuple[Result | None, Exception | None, str | None]:
-    """This rank's result and error, and the first failing rank's reason; whatever happens, no rank waits for ever."""
-    result: Result | None = None
-    error: Exception | None = None
-    try:
-        result = work()
-    except Exception as caught:  # of any kind: the others wait for this rank's word; the callers sort them out
-        error = caught
-    faults: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, None if error is None else str(error) or repr(error))
-    return result, error, next((f"{fault} (rank {rank})" for rank, fault in enumerate(faults) if fault), None)
-
-
-def _from_rank0(work: Callable[[], Result]) -> Result:
-    """Rank 0's answer, on every rank: file systems may show different things to different hosts."""
-    box: list[Any] = [together(lambda: work() if dist.get_rank() == 0 else None)]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+def _completed(manifest: Manifest, reports: list[Report]) -> Manifest:
+    """With what all ranks wrote."""
+    slices: dict[str, list[Slice]] = {name: [] for name in manifest.tensors}
+    for _, parts in reports:
+        for name, part in parts:
+            slices[name].append(part)
+    tensors = {name: replace(tensor, slices=tuple(slices[name])) for name, tensor in manifest.tensors.items()}
+    files = {name: entry for of_rank, _ in reports for name, entry in of_rank.items()}
+    return replace(manifest, tensors=tensors, files=files)

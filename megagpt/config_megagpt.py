@@ -123,6 +123,18 @@ class CheckpointConfig(Section):
     interval_steps: int = execution(500, "steps between checkpoints", ge=0)
     keep: int = execution(3, "newest checkpoints that are kept; at least two, so that a damaged one is survived", ge=2)
     asynchronous: bool = execution(False, "write in the background while training goes on")
+    milestone_interval_steps: int = execution(
+        0, "every so many steps a checkpoint is kept for good, a multiple of interval_steps; 0: none", ge=0
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> CheckpointConfig:
+        milestone, interval = self.milestone_interval_steps, self.interval_steps
+        if milestone and (interval == 0 or milestone % interval):
+            nearest = f"{-(-milestone // interval) * interval} or 0" if interval else "0"
+            problem = f"{milestone} is no multiple of interval_steps {interval}: use {nearest}"
+            refuse([("milestone_interval_steps", problem)])
+        return self
 
 
 class MonitorConfig(Section):

@@ -269,12 +269,6 @@ RULES: tuple[Rule, ...] = (
         "zero_optimization.stage=1",
     ),
     Rule(
-        "megagpt.checkpoint.asynchronous",
-        lambda config: config.megagpt.checkpoint.asynchronous,
-        "this version saves synchronously",
-        "megagpt.checkpoint.asynchronous=false",
-    ),
-    Rule(
         "zero_optimization.offload_optimizer.device",
         lambda config: _optimizer_device(config) != "none" and _stage(config) == 0,
         "ZeRO 0 has no partitioned optimizer state to offload",

@@ -30,6 +30,7 @@ from megagpt.utils import ExitCode, UserError, human_count
 
 if TYPE_CHECKING:
     from megagpt.engine import Engine
+    from megagpt.resume_proof import NextStep
     from megagpt.train import Run
 
 log = logging.getLogger(__name__)
@@ -192,12 +193,13 @@ def _open_log(directory: Path) -> None:
 
 def assemble(config: RunConfig, streams: dict[Split, SampleStream], directory: Path) -> "Run":
     """Bring up the ranks, the engine and the newest checkpoint; every rank does the same."""
-    from megagpt import checkpoint, device
+    from megagpt import device
     from megagpt.agreement import require_agreement
     from megagpt.batches import BatchLoader
     from megagpt.engine import build_engine, build_mesh, compute_dtype, join_ranks, training_device
     from megagpt.generate import open_tokenizer
     from megagpt.monitor import Monitor
+    from megagpt.together import together
     from megagpt.train import Run
 
     native = device.multiplies_bf16_natively(training_device())
@@ -217,7 +219,7 @@ def assemble(config: RunConfig, streams: dict[Split, SampleStream], directory: P
         peak_flops=device.peak_flops(training_device(), compute_dtype(resolved)),
     )
     found = _resume(run)
-    checkpoint.together(lambda: directories.record(directory, resolved) if mesh.rank == 0 else None)
+    together(lambda: directories.record(directory, resolved) if mesh.rank == 0 else None)
     run.monitor = Monitor.open(
         resolved,
         directory,
@@ -232,24 +234,39 @@ def assemble(config: RunConfig, streams: dict[Split, SampleStream], directory: P
 
 def _resume(run: "Run") -> dict[str, object] | None:
     """Load the newest sound checkpoint into the run; what it was, for the record."""
-    from megagpt import checkpoint
+    from megagpt.checkpoint_directory import collect_leftovers
+    from megagpt.resume import resume
 
-    checkpoints = run.directory / "checkpoints"
     if run.engine.mesh.rank == 0:
-        for name in checkpoint.collect_leftovers(checkpoints):
+        for name in collect_leftovers(run.saver.checkpoints):
             log.warning("removed %s, left by a save that was interrupted", name)
-    resumed = checkpoint.resume(run.engine, run.directory)
+    resumed = resume(run.engine, run.directory)
     if resumed is None:
         return None
-    run.state, manifest, faults = resumed
-    for fault in faults:
-        log.warning("passed over a damaged checkpoint: %s", fault)
-    if manifest.data_fingerprint != run.training.stream.fingerprint:
+    run.state = resumed.state
+    run.saver.trust(run.state)
+    if run.engine.mesh.rank == 0:
+        run.unproven = _next_step(resumed.directory)
+        print(resumed.describe(provable=run.unproven is not None), flush=True)
+    if resumed.manifest.data_fingerprint != run.training.stream.fingerprint:
         raise UserError(
             f"{run.directory}: its data changed since step {run.state.step} was saved; "
             f"restore them, or start afresh with another --run_dir"
         )
-    return {"written_by": manifest.topology, "passed_over": faults}
+    return {"written_by": resumed.manifest.topology, "passed_over": resumed.passed_over}
+
+
+def _next_step(checkpoint: Path) -> "NextStep | None":
+    """The record of the step that followed a checkpoint; a damaged one gives way to what that step gives now."""
+    from megagpt.checkpoint_format import DamagedCheckpointError
+    from megagpt.resume_proof import NEXT_STEP, NextStep
+
+    try:
+        return NextStep.read(checkpoint)
+    except DamagedCheckpointError as error:
+        log.warning("%s", error)
+        (checkpoint / NEXT_STEP).unlink(missing_ok=True)
+        return None
 
 
 def _announce(engine: "Engine", directory: Path, device: str) -> None:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from megagpt.checkpoint_format import WEIGHT, open_checkpoint
+from megagpt.checkpoint_format import WEIGHT
+from megagpt.checkpoint_reader import open_checkpoint
 from megagpt.config import ResolvedConfig
 from megagpt.model import GPT, replace_parameters
 from megagpt.run_directory import read_config

@@ -13,16 +13,20 @@ import tiktoken
 import torch
 import torch.distributed as dist
 
-from megagpt import checkpoint, pipeline
+from megagpt import pipeline
 from megagpt.batches import BatchLoader
-from megagpt.checkpoint_format import TrainState
+from megagpt.checkpoint import Saved, Saver
+from megagpt.checkpoint_format import TrainState, step_directory
 from megagpt.config import ResolvedConfig
 from megagpt.engine import Engine
+from megagpt.execution import conditions
 from megagpt.flops import model_flops_utilisation
 from megagpt.generate import generate
 from megagpt.guard import Guard, StoppedByGuardError, Verdict
 from megagpt.monitor import Monitor, StepRecord
 from megagpt.replicas import find_drift
+from megagpt.resume import resume
+from megagpt.resume_proof import NextStep, compare
 from megagpt.signals import Wish, Wishes
 from megagpt.stragglers import StragglerWatch
 from megagpt.utils import GIB, UserError
@@ -49,6 +53,11 @@ class Run:
     state: TrainState = field(default_factory=TrainState)
     wishes: Wishes = field(default_factory=Wishes)
     pulse: Pulse = field(default_factory=Pulse)
+    unproven: NextStep | None = None  # what the first step after a resume has to give again
+    saver: Saver = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.saver = Saver(self.engine, self.directory, self.training.stream.fingerprint)
 
 
 def train(run: Run) -> Wish:
@@ -68,6 +77,7 @@ def train(run: Run) -> Wish:
         slow_ranks = stragglers.end_step()
         run.state = advanced(run.state, run.config, result)
         meter.after_step(result)
+        meter.pause(partial(follow_saves, run, result))
         report_stragglers(run, slow_ranks)
         verdict = guard.judge(step, result)
         if verdict is not None:
@@ -79,6 +89,7 @@ def train(run: Run) -> Wish:
             leave(run, wish)
             return wish
         meter.pause(partial(between_steps, run, asked_to_save=wish is Wish.SAVE))
+    finish_saves(run)
     return Wish.NOTHING
 
 
@@ -111,6 +122,7 @@ def leave(run: Run, wish: Wish) -> None:
     """Save, and record who wanted the run to end; every rank must call it."""
     run.monitor.event("stop", step=run.state.step, wish=wish.name)
     save(run)
+    finish_saves(run)
 
 
 def advanced(state: TrainState, config: ResolvedConfig, result: pipeline.StepResult) -> TrainState:
@@ -137,6 +149,7 @@ def report(run: Run, verdict: Verdict, *, applied: bool) -> None:
         return
     try:
         save(run)
+        finish_saves(run)
     except UserError as error:
         run.monitor.event("warning", step=run.state.step, message=f"not saved: {error}")
     raise StoppedByGuardError(verdict.message)
@@ -147,10 +160,12 @@ def rewind(run: Run) -> bool:
 
     False where there is no checkpoint yet.
     """
-    resumed = checkpoint.resume(run.engine, run.directory)
+    finish_saves(run)
+    resumed = resume(run.engine, run.directory)
     if resumed is None:
         return False
-    state, _, passed_over = resumed
+    state, passed_over = resumed.state, resumed.passed_over
+    run.saver.trust(state)
     left_out = {"first_sample": state.cursor, "last_sample": run.state.cursor - 1}
     run.monitor.event("rewind", step=state.step, from_step=run.state.step, passed_over=passed_over, **left_out)
     run.state = replace(state, cursor=run.state.cursor)
@@ -221,11 +236,38 @@ def write_samples(run: Run) -> None:
 
 
 def save(run: Run) -> None:
-    """Commit a checkpoint of the present state; every rank must call it."""
-    started = time.perf_counter()
+    """Save the present state, in the background where that is configured; every rank must call it."""
     run.pulse.beat("saving")
-    path = checkpoint.save(run.engine, run.state, run.directory, run.training.stream.fingerprint)
-    run.monitor.event("save", step=run.state.step, path=str(path), duration_s=time.perf_counter() - started)
+    report_saves(run, run.saver.save(run.state))
+
+
+def finish_saves(run: Run) -> None:
+    """Wait for a save in the background; every rank must call it before it ends."""
+    run.pulse.beat("saving")
+    report_saves(run, run.saver.finish())
+
+
+def report_saves(run: Run, committed: list[Saved]) -> None:
+    """Record checkpoints that are safe now, perhaps some steps after their own."""
+    for saved in committed:
+        run.monitor.event("save", at_step=run.state.step, **vars(saved))
+        if saved.waited_s > 0:
+            waited = (
+                f"step {saved.step} waited {saved.waited_s:.1f} s to be saved while the checkpoint before was written"
+            )
+            run.monitor.event("warning", step=saved.step, message=f"{waited}; raise megagpt.checkpoint.interval_steps")
+
+
+def follow_saves(run: Run, result: pipeline.StepResult) -> None:
+    """After a step: prove a resume by it, record it for the next one, go on with a save; every rank must call it."""
+    samples = range(run.state.cursor - run.config.train_batch_size, run.state.cursor)
+    made = NextStep.of(run.state.step, samples, result.loss, result.grad_norm, conditions(run.engine))
+    if run.unproven is not None:
+        comparison = compare(run.unproven, made, step_directory(run.saver.checkpoints, made.step - 1))
+        run.monitor.event("proof" if comparison.proven else "warning", step=run.state.step, message=comparison.message)
+        run.unproven = None
+    run.saver.follow(made)
+    report_saves(run, run.saver.poll())
 
 
 class Meter:

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from megagpt import checkpoint, device, startup
+from megagpt import checkpoint, checkpoint_directory, checkpoint_writer, device, startup
 from megagpt import train as loop
 from megagpt.config import RunConfig
 from megagpt.guard import StoppedByGuardError
@@ -165,12 +165,8 @@ def full_disk() -> Iterator[None]:
 @contextmanager
 def unforeseen_space() -> Iterator[None]:
     """A disk that looked large enough and is not: whoever checks it first is told that nothing is needed."""
-    needed = checkpoint._needed_bytes
-    checkpoint._needed_bytes = lambda engine: 0.0
-    try:
+    with patch.object(checkpoint_directory, "needed_bytes", return_value=0.0):
         yield
-    finally:
-        checkpoint._needed_bytes = needed
 
 
 FAULTS: dict[str, Callable[[], Any]] = {
@@ -263,36 +259,43 @@ def _doomed_rank(
 
 def arrange_death(point: str, last: str) -> None:
     """Replace one function that a save of step ``last`` calls by one that kills this process before or after it."""
-    name, acts_first, concerns = DEATHS[point]
-    original = getattr(checkpoint, name)
+    module, name, acts_first, concerns = DEATHS[point]
+    original = getattr(module, name)
 
     def deadly(*arguments: Any) -> Any:
         path = next(Path(argument) for argument in arguments if isinstance(argument, Path))
         doomed = concerns(path, last, arguments)
         result = None if doomed and not acts_first else original(*arguments)
         if doomed:
-            leave_half_done(name, path)
+            leave_half_done(point, arguments)
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    setattr(checkpoint, name, deadly)
+    setattr(module, name, deadly)
 
 
-def leave_half_done(name: str, path: Path) -> None:
+def leave_half_done(point: str, arguments: Any) -> None:
     """What a kill within these two leaves on the disk; the others are one system call."""
-    if name == "save_file":
-        os.truncate(path, path.stat().st_size // 2)
-    if name == "remove":
+    if point == "within a file":
+        staging, _, planned = arguments
+        os.truncate(staging / planned.name, planned.bytes // 2)
+    if point == "while retiring":
+        (path,) = arguments
         path.rename(path.with_name(f".deleting_{path.name}"))
 
 
-# point -> (function of checkpoint.py, whether it acts before the process dies, which calls of it)
-DEATHS: dict[str, tuple[str, bool, Callable[[Path, str, Any], bool]]] = {
-    "within a file": ("save_file", True, lambda path, last, _: last in str(path)),
-    "after a file": ("hash_file", False, lambda path, last, _: last in str(path)),
-    "before the manifest": ("write_atomically", False, lambda path, last, _: last in str(path)),
-    "after the manifest": ("write_atomically", True, lambda path, last, _: last in str(path)),
-    "after the rename": ("sync_directory", False, lambda path, last, _: (path / last).is_dir()),
-    "before latest": ("write_atomically", False, lambda path, last, args: path.name == "latest" and last in args[1]),
-    "while retiring": ("remove", False, lambda path, last, _: (path.parent / last).is_dir()),
+# point -> (module and function, whether it acts before the process dies, which calls of it)
+DEATHS: dict[str, tuple[Any, str, bool, Callable[[Path, str, Any], bool]]] = {
+    "within a file": (checkpoint_writer, "_write_file", True, lambda path, last, _: last in str(path)),
+    "after a file": (checkpoint_writer, "_write_file", True, lambda path, last, _: last in str(path)),
+    "before the manifest": (checkpoint, "write_atomically", False, lambda path, last, _: last in str(path)),
+    "after the manifest": (checkpoint, "write_atomically", True, lambda path, last, _: last in str(path)),
+    "after the rename": (checkpoint_directory, "sync_directory", False, lambda path, last, _: (path / last).is_dir()),
+    "before latest": (
+        checkpoint_directory,
+        "write_atomically",
+        False,
+        lambda path, last, arguments: path.name == "latest" and last in arguments[1],
+    ),
+    "while retiring": (checkpoint_directory, "remove", False, lambda path, last, _: (path.parent / last).is_dir()),
 }

@@ -28,10 +28,11 @@ from megagpt.checkpoint_format import (
     TrainState,
     _text_hash,
     complete_steps,
-    open_checkpoint,
     read_manifest,
     step_directory,
 )
+from megagpt.checkpoint_reader import open_checkpoint
+from megagpt.resume_proof import NEXT_STEP
 from megagpt.utils import UserError
 from tests.checkpoint_jobs import DEATHS, gathered, run_config, train_and_die
 from tests.conftest import _Pools
@@ -102,6 +103,8 @@ def test_each_element_of_each_parameter_is_stored_once(run_directory: Path) -> N
 def test_a_checkpoint_holds_safetensors_and_json_only(run_directory: Path) -> None:
     names = {path.name for path in newest(run_directory).iterdir()}
     assert names == {MANIFEST, *read_manifest(newest(run_directory)).files}
+    before = step_directory(checkpoints(run_directory), 4)
+    assert {path.name for path in before.iterdir()} == {MANIFEST, NEXT_STEP, *read_manifest(before).files}
     for path in newest(run_directory).glob("*.safetensors"):
         (header_size,) = struct.unpack("<Q", path.read_bytes()[:8])
         json.loads(path.read_bytes()[8 : 8 + header_size])

@@ -164,6 +164,7 @@ def test_whatever_stands_at_a_key_only_config_errors_come_out(key: str, value: o
         ("megagpt.model.num_heads", 5, "5 does not divide hidden_size 64: use 4 or 8"),
         ("megagpt.model.num_kv_heads", 3, "3 does not divide num_heads 4: use 2 or 4"),
         ("megagpt.training.total_tokens", 5, "given beside total_steps; keep one of the two"),
+        ("megagpt.checkpoint.milestone_interval_steps", 600, "600 is no multiple of interval_steps 500: use 1000 or 0"),
         ("megagpt.data.path", [], "an empty list; name at least one dataset"),
         ("fp16.enabled", True, 'true beside bf16.enabled "auto"; enable one of the two'),
         ("optimizer.params.adam_w_mode", False, 'DeepSpeed ignores false with type "AdamW"; use type "Adam"'),

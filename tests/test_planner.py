@@ -66,7 +66,6 @@ CASES: list[tuple[dict[str, Any], str]] = [  # changes to the minimal (ZeRO 3) c
         {"zero_optimization": {"stage": 0}, "megagpt.parallel.gradient_reduction": "per_step"},
         "coalesced reduction needs a ZeRO optimizer",
     ),
-    ({"megagpt.checkpoint.asynchronous": True}, "saves synchronously"),
     ({"zero_optimization.stage": 0}, "no partitioned optimizer state"),
     ({"zero_optimization": {"stage": 2, "offload_optimizer": NVME}}, "no swap file ever appears"),
     ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "ignores parameter offload below"),
@@ -128,12 +127,12 @@ def test_a_row_refuses_and_its_remedy_is_legal(tmp_path: Path, changes: dict[str
 
 
 def test_all_refusals_come_at_once(tmp_path: Path) -> None:
-    path = write(tmp_path, {"megagpt.checkpoint.asynchronous": True, "megagpt.parallel.sequence": True})
+    path = write(tmp_path, {"megagpt.parallel.schedule": "gpipe", "megagpt.parallel.sequence": True})
     with pytest.raises(ConfigError) as caught:
         planner.require_legal(load_config(path))
     assert [line.split(":")[0] for line in caught.value.errors] == [
+        "megagpt.parallel.schedule",
         "megagpt.parallel.sequence",
-        "megagpt.checkpoint.asynchronous",
     ]
 
 

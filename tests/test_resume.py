@@ -79,6 +79,26 @@ def test_the_runs_above_cross_the_end_of_an_epoch_after_they_resume(epoch_sample
     assert 8 * HALF < epoch_samples < 8 * WHOLE
 
 
+def test_a_run_goes_on_in_the_middle_of_an_evaluation_interval(two_ranks: RankPool, data: Path, tmp_path: Path) -> None:
+    """Evaluations after steps 4, 8 and 12, the interruption after 6: the same validation losses, the same state."""
+
+    def train(steps: int, directory: Path) -> list[dict[str, Any]]:
+        config = run_config(data, steps, (3, "none", "none"), dropout=0.1)
+        config["megagpt"]["training"] |= {"eval_interval_steps": 4, "eval_batches": 2}
+        return two_ranks.run(TRAIN, config=config, directory=directory)
+
+    def evaluations(directory: Path) -> list[tuple[int, float]]:
+        return [(event["step"], event["val_loss"]) for event in read_metrics(directory).events_named("eval")]
+
+    whole = train(WHOLE, tmp_path / "whole")
+    train(HALF, tmp_path / "parts")
+    parts = train(WHOLE, tmp_path / "parts")
+    assert [step for step, _ in evaluations(tmp_path / "whole")] == [4, 8, 12]
+    assert [event for event in evaluations(tmp_path / "parts") if event[0] != HALF] == evaluations(tmp_path / "whole")
+    assert_same_state(gathered(whole, "at_end"), gathered(parts, "at_end"))
+    assert recorded(tmp_path / "whole") == recorded(tmp_path / "parts")
+
+
 Execution = tuple[tuple[int, str, str], int, dict[str, Any]]  # ZeRO stage, optimizer on, parameters on; ranks; mesh
 PLAIN = ("none", "none")
 EXECUTIONS: dict[str, Execution] = {

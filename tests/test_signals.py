@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from megagpt import signals
-from megagpt.checkpoint_format import complete_steps, open_checkpoint
+from megagpt.checkpoint_format import complete_steps
+from megagpt.checkpoint_reader import open_checkpoint
 from megagpt.end_record import EndRecord
 from megagpt.metrics import read_metrics
 from megagpt.signals import SignalListener, Wish, Wishes

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megagpt import supervise
-from megagpt.checkpoint_format import Reader, open_checkpoint
+from megagpt.checkpoint_reader import Reader, open_checkpoint
 from megagpt.end_record import EndRecord
 from megagpt.metrics import History, read_metrics
 from megagpt.report import write_report

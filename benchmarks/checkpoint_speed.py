@@ -1,0 +1,242 @@
+"""How fast a training state is saved and loaded: ours, torch.save and DeepSpeed's own, of the same state in one run.
+
+    python -m benchmarks.checkpoint_speed --directory /path/on/the/disk
+
+The state is fp32 weights and both Adam moments, 12 bytes a parameter, under ZeRO 1; GB/s are of those bytes whoever
+writes more. The contenders take turns in the same processes and every file is flushed before the next one begins, so
+that a noisy machine slows all of them alike; numbers are medians. Ours flushes files to the disk and hashes them as it
+saves, and verifies the hashes as it loads; the others' time with a flush is given beside theirs. Loads find the files
+in the page cache.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engine_overhead import batches
+from benchmarks.machine import write_table
+
+SHAPE = {"num_layers": 11, "hidden_size": 768, "num_heads": 12, "vocab_size": 8192, "sequence_length": 128}
+OURS, BACKGROUND, TORCH, DEEPSPEED = "megagpt", "megagpt, in the background", "torch.save", "DeepSpeed"
+Times = dict[str, list[float]]
+
+
+def resolve(world_size: int) -> Any:
+    """The run's configuration, checked."""
+    import json
+
+    from megagpt.config import RunConfig
+
+    document = {
+        "train_batch_size": 2 * world_size,
+        "train_micro_batch_size_per_gpu": 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "bf16": {"enabled": False},
+        "zero_optimization": {"stage": 1},
+        "megagpt": {"model": SHAPE, "training": {"total_steps": 1_000_000}, "checkpoint": {"asynchronous": True}},
+    }
+    return RunConfig.from_json(json.dumps(document)).resolved(world_size=world_size, vocabulary=None, bf16_native=False)
+
+
+class Rank:
+    """One rank with a trained state, and every way of saving it."""
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        from megagpt.engine import build_engine, build_mesh
+
+        config = resolve(dist.get_world_size())
+        self.engine = build_engine(config, build_mesh(config))
+        self.data = batches(config)
+        self.step()
+
+    def step(self) -> float:
+        """Train a step; its seconds."""
+        from megagpt.pipeline import train_step
+
+        every = next(self.data)
+        return self.timed(lambda: train_step(self.engine, every[: self.engine.config.gradient_accumulation_steps]))
+
+    def timed(self, work: Callable[[], Any]) -> float:
+        """Seconds from the moment when all ranks begin to that when all are done."""
+        import torch.distributed as dist
+
+        dist.barrier()
+        started = time.perf_counter()
+        work()
+        dist.barrier()
+        return time.perf_counter() - started
+
+    def saver(self, directory: Path, *, asynchronous: bool) -> Any:
+        """Ours."""
+        from megagpt.checkpoint import Saver
+
+        saver = Saver(self.engine, directory, "")
+        saver.settings = saver.settings.model_copy(update={"asynchronous": asynchronous})
+        return saver
+
+    def shard(self) -> dict[str, Any]:
+        """This rank's flat tensors, as a plain script would save them."""
+        from megagpt.checkpoint_writer import live
+
+        return {
+            f"{index}/{kind}": flat for index, flats in enumerate(live(self.engine)) for kind, flat in flats.items()
+        }
+
+    def load_shard(self, path: Path) -> None:
+        """The way back."""
+        import torch
+
+        loaded = torch.load(path, weights_only=True)
+        for name, flat in self.shard().items():
+            flat.copy_(loaded[name])
+
+    def measure(self, contender: str, directory: Path, times: Times) -> None:
+        """Save and load once each; seconds go to ``times``."""
+        import torch
+
+        from megagpt.checkpoint_format import TrainState
+        from megagpt.resume import resume
+
+        shard = directory / f"shard_{self.engine.mesh.rank}.pt"
+        engine = self.engine.deepspeed
+        save, load = {
+            OURS: (
+                lambda: self.saver(directory, asynchronous=False).save(TrainState(step=1)),
+                lambda: resume(self.engine, directory),
+            ),
+            TORCH: (lambda: torch.save(self.shard(), shard), lambda: self.load_shard(shard)),
+            DEEPSPEED: (
+                lambda: engine.save_checkpoint(str(directory), tag="1"),
+                lambda: engine.load_checkpoint(str(directory), tag="1"),
+            ),
+        }[contender]
+        self.flush(directory)
+        saved_s = self.timed(save)
+        times[f"{contender}: save"].append(saved_s)
+        times[f"{contender}: save and flush"].append(saved_s + self.timed(lambda: self.flush(directory)))
+        times[f"{contender}: load"].append(self.timed(load))
+
+    def flush(self, directory: Path) -> None:
+        """Everything that was written there reaches the disk: rank 0's work, before a barrier."""
+        if self.engine.mesh.rank == 0:
+            for path in directory.rglob("*"):
+                if path.is_file():
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
+
+    def measure_background(self, directory: Path, times: Times) -> None:
+        """A save while training goes on: how long the loop stands still, and what the steps meanwhile cost."""
+        from megagpt.checkpoint_format import TrainState
+
+        saver = self.saver(directory, asynchronous=True)
+        take, copies_s = saver._snapshot.take, []
+        take(self.engine)  # its memory is made at the first save and kept
+
+        def timed_take(engine: Any) -> Any:
+            started = time.perf_counter()
+            copy = take(engine)
+            copies_s.append(time.perf_counter() - started)
+            return copy
+
+        saver._snapshot.take = timed_take
+        times["step"] += [self.step() for _ in range(2)]
+        blocked_s = self.timed(lambda: saver.save(TrainState(step=1)))
+        times["copy"] += copies_s
+        times["blocked beyond copy"].append(blocked_s - copies_s[0])
+        committed: list[Any] = []
+        polled_s = 0.0
+        while not committed:
+            times["step while writing"].append(self.step())
+            started = time.perf_counter()
+            committed = saver.poll()
+            polled_s += time.perf_counter() - started
+        times["polls"].append(polled_s)
+        times[f"{BACKGROUND}: save"].append(committed[0].duration_s)
+
+
+def serve(directory: Path, rounds: int) -> tuple[Times, int]:
+    """On every rank: all rounds; the times, and the bytes of the state."""
+    here = Rank()
+    times: Times = defaultdict(list)
+    for turn in range(rounds + 1):
+        of_turn: Times = defaultdict(list)
+        for contender in (OURS, TORCH, DEEPSPEED):
+            here.measure(contender, emptied(here, directory), of_turn)
+        here.measure_background(emptied(here, directory), of_turn)
+        for name, values in of_turn.items():
+            times[name] += values if turn > 0 else []  # the first turn warms up
+    emptied(here, directory)
+    return dict(times), 12 * here.engine.config.megagpt.model.num_parameters
+
+
+def emptied(rank: Rank, directory: Path) -> Path:
+    """A directory with nothing in it, seen by all ranks."""
+    if rank.engine.mesh.rank == 0:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+    rank.timed(lambda: None)
+    return directory
+
+
+def measure(world_size: int, rounds: int, directory: Path) -> list[dict[str, Any]]:
+    """Rows of the table for so many ranks."""
+    from megagpt.local_ranks import start
+
+    times, size = start(world_size, serve, directory, rounds)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    rows = [
+        row(world_size, contender, size, median, median[f"{contender}: save and flush"], median[f"{contender}: load"])
+        for contender in (OURS, TORCH, DEEPSPEED)
+    ]
+    background = row(world_size, BACKGROUND, size, median, median[f"{BACKGROUND}: save"], None) | {
+        "step_s": f"{median['step']:.2f}",
+        "copy_s": f"{median['copy']:.3f}",
+        "blocked_beyond_copy_s": f"{median['blocked beyond copy'] + median['polls']:.3f}",
+        "step_while_writing_s": f"{median['step while writing']:.2f}",
+    }
+    return [*rows, background]
+
+
+def row(
+    world_size: int, contender: str, size: int, median: dict[str, float], flushed_s: float, load_s: float | None
+) -> dict[str, Any]:
+    """One contender's line; empty where it has no such number."""
+    save_s = median[f"{contender}: save"]
+    return {
+        "ranks": world_size,
+        "contender": contender,
+        "state_gb": f"{size / 1e9:.2f}",
+        "save_s": f"{save_s:.2f}",
+        "save_gb_per_s": f"{size / 1e9 / save_s:.2f}",
+        "save_and_flush_s": f"{flushed_s:.2f}",
+        "load_s": f"{load_s:.2f}" if load_s is not None else "",
+        "load_gb_per_s": f"{size / 1e9 / load_s:.2f}" if load_s is not None else "",
+        "step_s": "",
+        "copy_s": "",
+        "blocked_beyond_copy_s": "",
+        "step_while_writing_s": "",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="a disk with 3 GB free")
+    arguments = parser.parse_args()
+    directory = arguments.directory / "checkpoint_speed"
+    rows = [row for ranks in (1, 2) for row in measure(ranks, arguments.rounds, directory)]
+    shutil.rmtree(directory)
+    write_table("checkpoint_speed", "benchmarks.checkpoint_speed", rows)
+
+
+if __name__ == "__main__":
+    main()

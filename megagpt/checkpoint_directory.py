@@ -1,0 +1,107 @@
+"""The directory `checkpoints`: room for one more, the move that commits it, and which old ones may go."""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from megagpt.checkpoint_format import DamagedCheckpointError, complete_steps, read_manifest, step_directory
+from megagpt.utils import MIB, UserError, human_bytes, sync_directory, write_atomically
+
+DAMAGED = "damaged_"
+LEFTOVERS = (".staging_*", ".deleting_*", ".latest.*.partial", "step_*/.*.partial")
+SPARE_SHARE, MOST_SPARE_BYTES = 0.05, 256 * MIB  # manifest and the file system's own records, beside the tensors
+
+
+def staging_directory(final: Path) -> Path:
+    """Where a checkpoint grows until it is complete: no name that a resume looks at."""
+    return final.with_name(f".staging_{final.name}")
+
+
+def prepare(staging: Path, tensor_bytes: int) -> None:
+    """An empty staging directory on a disk with room for so many bytes of tensors; raises UserError."""
+    staging.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(staging, ignore_errors=True)
+    if needed_bytes(tensor_bytes) > shutil.disk_usage(staging.parent).free:
+        raise UserError(no_room(staging.parent, tensor_bytes))
+    staging.mkdir()
+
+
+def needed_bytes(tensor_bytes: int) -> float:
+    """What a checkpoint adds to the disk before any older one goes."""
+    return tensor_bytes + min(SPARE_SHARE * tensor_bytes, MOST_SPARE_BYTES)
+
+
+def no_room(checkpoints: Path, tensor_bytes: int) -> str:
+    """What to do about it."""
+    needed, free = human_bytes(needed_bytes(tensor_bytes)), human_bytes(shutil.disk_usage(checkpoints).free)
+    steps = complete_steps(checkpoints)
+    may_go = f" (the oldest checkpoint may go: {step_directory(checkpoints, steps[-1])})" if len(steps) > 1 else ""
+    return (
+        f"{checkpoints}: a checkpoint needs {needed}, the disk has {free}; earlier checkpoints are untouched: "
+        f"free some space{may_go} and start again"
+    )
+
+
+def commit(staging: Path, final: Path) -> None:
+    """Give a complete checkpoint its name; an older directory of the same step gives way."""
+    sync_directory(staging)
+    replaced = _move_aside(final) if final.exists() else None
+    staging.rename(final)
+    sync_directory(final.parent)
+    write_atomically(final.parent / "latest", final.name + "\n")
+    if replaced is not None:
+        shutil.rmtree(replaced)
+
+
+def retire(checkpoints: Path, *, keep: int, milestone_interval_steps: int, last_good_step: int) -> None:
+    """Remove checkpoints older than the ``keep`` newest ones, but no milestone and not ``last_good_step``.
+
+    That one is known to load: this run wrote or verified it. Directories without a sound manifest count for nothing:
+    they push no other out.
+    """
+    steps = complete_steps(checkpoints)
+    newest = [step for step in steps if _has_manifest(step_directory(checkpoints, step))][:keep]
+    for step in steps:
+        milestone = milestone_interval_steps > 0 and step % milestone_interval_steps == 0
+        if step < min(newest) and not milestone and step != last_good_step:
+            remove(step_directory(checkpoints, step))
+
+
+def _has_manifest(directory: Path) -> bool:
+    try:
+        read_manifest(directory)
+    except DamagedCheckpointError:
+        return False
+    return True
+
+
+def remove(directory: Path) -> None:
+    """Delete a checkpoint so that no moment shows a part of it under its name."""
+    shutil.rmtree(_move_aside(directory))
+
+
+def _move_aside(directory: Path) -> Path:
+    aside = directory.with_name(f".deleting_{directory.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    directory.rename(aside)
+    return aside
+
+
+def set_aside(checkpoints: Path, damaged_steps: Iterable[int]) -> None:
+    """Damaged checkpoints would else count among those that are kept, and push out sound ones."""
+    for step in damaged_steps:
+        directory = step_directory(checkpoints, step)
+        aside = directory.with_name(f"{DAMAGED}{directory.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        directory.rename(aside)
+
+
+def collect_leftovers(checkpoints: Path) -> list[str]:
+    """Remove what a killed save or deletion left; returns the names."""
+    leftovers = [path for pattern in LEFTOVERS for path in checkpoints.glob(pattern)]
+    for path in leftovers:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return [path.name for path in leftovers]

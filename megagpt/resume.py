@@ -1,0 +1,179 @@
+"""Resuming a distributed run on whatever mesh: all ranks choose one checkpoint, each reads only what it needs of it."""
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megagpt import checkpoint_directory as directories
+from megagpt import compat
+from megagpt.background import in_threads
+from megagpt.checkpoint_format import (
+    MANIFEST,
+    DamagedCheckpointError,
+    Manifest,
+    TrainState,
+    complete_steps,
+    read_manifest,
+    require_no_other_files,
+    step_directory,
+    verify_file,
+)
+from megagpt.checkpoint_reader import Reader
+from megagpt.checkpoint_writer import kinds, parameter_shapes
+from megagpt.config import identity_differences
+from megagpt.engine import Engine
+from megagpt.together import Fault, attempt, from_rank0, together
+from megagpt.utils import UserError
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What was loaded: from where, and what is wrong with newer checkpoints, which were set aside.
+
+    ``steps_found`` are all that the run had, newest first; ``bytes_read`` counts tensors, on this rank.
+    """
+
+    directory: Path
+    manifest: Manifest
+    passed_over: list[str]
+    steps_found: list[int]
+    bytes_read: int
+
+    @property
+    def state(self) -> TrainState:
+        """Where the run stands."""
+        return self.manifest.state
+
+    def describe(self, *, provable: bool) -> str:
+        """For the screen: what was found, what was passed over and why, and what comes next."""
+        found = ", ".join(map(str, reversed(self.steps_found)))
+        skipped = [f"  passed over {fault}; kept as {directories.DAMAGED}step_..." for fault in self.passed_over]
+        written_by = ", ".join(f"{key} {value}" for key, value in self.manifest.topology.items())
+        proof = "will show that it goes on as before" if provable else "cannot be compared: none was made before"
+        return "\n".join(
+            [
+                f"checkpoints of steps {found} in {self.directory.parent}",
+                *skipped,
+                f"resuming at step {self.state.step}, sample {self.state.cursor}, written by {written_by}; "
+                f"step {self.state.step + 1} {proof}",
+            ]
+        )
+
+
+def resume(engine: Engine, run_directory: Path) -> Resumed | None:
+    """Load the newest checkpoint that every rank finds sound; every rank must call it.
+
+    None where the run has no checkpoint yet. Raises UserError where it has some and none is sound (a run never
+    silently starts again from zero), and where the newest sound one is of another run.
+    """
+    checkpoints = run_directory / "checkpoints"
+    steps = from_rank0(partial(complete_steps, checkpoints))
+    faults: list[str] = []
+    for position, step in enumerate(steps):
+        directory = step_directory(checkpoints, step)
+        loaded = _load(engine, directory)
+        if not isinstance(loaded, Fault):
+            _adopt(engine, loaded.manifest)
+            together(partial(_set_aside, engine, checkpoints, steps[:position]))
+            return Resumed(directory, loaded.manifest, faults, steps, loaded.bytes_read)
+        faults.append(loaded.reason)
+    if faults:
+        listed = "\n  ".join(faults)
+        raise UserError(
+            f"{run_directory}: every checkpoint is damaged:\n  {listed}\n"
+            f"restore one from a backup, or start afresh in another directory with --run_dir"
+        )
+    return None
+
+
+def _load(engine: Engine, directory: Path) -> Reader | Fault:
+    """Verify one checkpoint and fill the buckets from it, on all ranks or on none."""
+    reader = attempt(partial(_verified, engine, directory))
+    if isinstance(reader, Fault):
+        return reader
+    together(partial(_require_same_run, engine, reader))
+    return attempt(partial(_fill_buckets, engine, reader))
+
+
+def _set_aside(engine: Engine, checkpoints: Path, damaged_steps: list[int]) -> None:
+    if engine.mesh.rank == 0:
+        directories.set_aside(checkpoints, damaged_steps)
+
+
+def _verified(engine: Engine, directory: Path) -> Reader:
+    """A reader, once this rank's share of the files has its hashes: the ranks together hash each file once.
+
+    On as many ranks as wrote them, each hashes what it will read.
+    """
+    manifest = read_manifest(directory)
+    require_no_other_files(directory, manifest)
+    own = [name for name in sorted(manifest.files) if _writer(name) % engine.mesh.world_size == engine.mesh.rank]
+    in_threads(lambda name: verify_file(directory, name, manifest.files[name]), own)
+    return Reader(directory, manifest)
+
+
+def _writer(file: str) -> int:
+    """The rank in a name like rank_00003_000.safetensors."""
+    return int(file.split("_")[1])
+
+
+def _require_same_run(engine: Engine, reader: Reader) -> None:
+    """A checkpoint copied from another run may be sound, and even fit."""
+    differences = identity_differences(_as_read(reader.manifest.identity), _as_read(engine.config.identity()))
+    if differences:
+        listed = "\n  ".join(differences)
+        raise UserError(
+            f"{reader.directory}: saved by another run:\n  {listed}\nremove it, or choose another --run_dir"
+        )
+
+
+def _as_read(identity: dict[str, Any]) -> dict[str, Any]:
+    """As it comes back from a file: JSON makes lists of tuples."""
+    as_read: dict[str, Any] = json.loads(json.dumps(identity))
+    return as_read
+
+
+def _fill_buckets(engine: Engine, reader: Reader) -> Reader:
+    """Give this rank's buckets what the checkpoint holds; no collective call, so that a rank may fail alone."""
+    _require_shapes(engine, reader.manifest, reader.directory)
+    for bucket in engine.buckets():
+        with bucket.resident(True) as (master, optimizer_state):
+            for moment in compat.MOMENTS:
+                if moment not in optimizer_state:
+                    optimizer_state[moment] = torch.zeros_like(master)
+            for kind, flat in kinds(master, optimizer_state).items():
+                for piece in bucket.pieces:
+                    place = flat[piece.offset : piece.offset + piece.numel]
+                    run = place if place.device.type == "cpu" else torch.empty(place.numel())
+                    reader.read_into(run, kind, piece.name, engine.boxes[piece.name], piece.start)
+                    if run is not place:
+                        place.copy_(run)
+            compat.set_adam_step(engine.deepspeed, optimizer_state, reader.manifest.state.applied_steps)
+    return reader
+
+
+def _require_shapes(engine: Engine, manifest: Manifest, directory: Path) -> None:
+    """Pieces are read by their place in a flattened parameter: of another shape they would be read without a word."""
+    expected, stored = parameter_shapes(engine), {n: tensor.shape for n, tensor in manifest.tensors.items()}
+    for name in sorted(expected.keys() | stored.keys()):
+        if expected.get(name) != stored.get(name):
+            raise DamagedCheckpointError(
+                f"{directory.name}/{MANIFEST}: {name} has shape {stored.get(name)}, the model's is {expected.get(name)}"
+            )
+
+
+def _adopt(engine: Engine, manifest: Manifest) -> None:
+    """After the buckets: the model's parameters, learning rates and counters; every rank must call it."""
+    compat.publish_master_weights(engine.deepspeed)
+    compat.replay_bias_correction(engine.deepspeed, manifest.state.applied_steps)
+    if engine.deepspeed.lr_scheduler:
+        engine.deepspeed.lr_scheduler.load_state_dict(manifest.scheduler)
+    groups = compat.base_optimizer(engine.deepspeed).param_groups
+    for group, learning_rate in zip(groups, manifest.learning_rates, strict=True):
+        group["lr"] = learning_rate
+    compat.set_loss_scaler_state(engine.deepspeed, manifest.loss_scaler)
+    compat.set_counters(engine.deepspeed, steps=manifest.state.step, skipped=manifest.state.skipped_steps)

@@ -207,7 +207,8 @@ class Saver:
         self._pending = None
         self.trust(save.state)
         duration_s = time.perf_counter() - save.started
-        return [Saved(save.state.step, save.final, save.bytes, duration_s, save.blocked_s, save.waited_s)]
+        blocked_s = save.blocked_s if self.settings.asynchronous else duration_s
+        return [Saved(save.state.step, save.final, save.bytes, duration_s, blocked_s, save.waited_s)]
 
     def _commit(self, save: _Save, reports: list[Report]) -> None:
         """Rank 0, perhaps in a thread: the manifest last, then one rename."""

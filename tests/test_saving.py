@@ -11,6 +11,7 @@ from megagpt.checkpoint_format import complete_steps, read_manifest, step_direct
 from megagpt.checkpoint_reader import open_checkpoint
 from megagpt.metrics import read_metrics
 from megagpt.resume_proof import NEXT_STEP
+from megagpt.signals import Wish
 from megagpt.utils import UserError
 from tests.checkpoint_jobs import run_config, train_and_die
 from tests.configurations import Config
@@ -121,6 +122,13 @@ def test_a_rank_killed_while_it_writes_in_the_background_leaves_nothing_readable
     ranks = two_ranks.run("tests.checkpoint_jobs:train", config=asynchronous(data, 7), directory=tmp_path)
     assert [rank["first_step"] for rank in ranks] == [3, 3]
     assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_a_signal_is_obeyed_only_when_the_save_is_committed(two_ranks: RankPool, data: Path, tmp_path: Path) -> None:
+    config, wishes = asynchronous(data, 9), {3: Wish.SIGTERM}
+    two_ranks.run("tests.survival_jobs:train_with_wishes", config=config, directory=tmp_path, rank=1, wishes=wishes)
+    assert saves(tmp_path) == [(3, 3)]
+    assert complete_steps(tmp_path / "checkpoints") == [3]
 
 
 def test_both_ways_of_saving_write_the_same_files(two_ranks: RankPool, data: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def staging_directory(final: Path) -> Path:
 def prepare(staging: Path, tensor_bytes: int) -> None:
     """An empty staging directory on a disk with room for so many bytes of tensors; raises UserError."""
     staging.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(staging, ignore_errors=True)
+    _delete(staging)
     if needed_bytes(tensor_bytes) > shutil.disk_usage(staging.parent).free:
         raise UserError(no_room(staging.parent, tensor_bytes))
     staging.mkdir()
@@ -50,7 +50,7 @@ def commit(staging: Path, final: Path) -> None:
     sync_directory(final.parent)
     write_atomically(final.parent / "latest", final.name + "\n")
     if replaced is not None:
-        shutil.rmtree(replaced)
+        _delete(replaced)
 
 
 def retire(checkpoints: Path, *, keep: int, milestone_interval_steps: int, last_good_step: int) -> None:
@@ -77,12 +77,12 @@ def _has_manifest(directory: Path) -> bool:
 
 def remove(directory: Path) -> None:
     """Delete a checkpoint so that no moment shows a part of it under its name."""
-    shutil.rmtree(_move_aside(directory))
+    _delete(_move_aside(directory))
 
 
 def _move_aside(directory: Path) -> Path:
     aside = directory.with_name(f".deleting_{directory.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    _delete(aside)
     directory.rename(aside)
     return aside
 
@@ -92,16 +92,21 @@ def set_aside(checkpoints: Path, damaged_steps: Iterable[int]) -> None:
     for step in damaged_steps:
         directory = step_directory(checkpoints, step)
         aside = directory.with_name(f"{DAMAGED}{directory.name}")
-        shutil.rmtree(aside, ignore_errors=True)
+        _delete(aside)
         directory.rename(aside)
 
 
 def collect_leftovers(checkpoints: Path) -> list[str]:
     """Remove what a killed save or deletion left; returns the names."""
-    leftovers = [path for pattern in LEFTOVERS for path in checkpoints.glob(pattern)]
+    leftovers = [path for pattern in LEFTOVERS for path in checkpoints.glob(pattern) if not path.parent.is_symlink()]
     for path in leftovers:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        _delete(path)
     return [path.name for path in leftovers]
+
+
+def _delete(path: Path) -> None:
+    """Remove a directory or a file, if it is there; of a link, the link only: what it leads to is not the run's."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -401,9 +401,9 @@ def loss_scaler_state(engine: DeepSpeedEngine) -> dict[str, float]:
 def set_loss_scaler_state(engine: DeepSpeedEngine, state: dict[str, float]) -> None:
     """The way back."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
-    for field, value in state.items():
-        if hasattr(scaler, field):
-            setattr(scaler, field, value)
+    for field in _LOSS_SCALER_FIELDS:  # a file names no other attribute
+        if field in state and hasattr(scaler, field):
+            setattr(scaler, field, state[field])
 
 
 def set_counters(engine: DeepSpeedEngine, *, steps: int, skipped: int) -> None:

@@ -15,7 +15,12 @@ LOCK_FILE = ".lock"
 
 def directory_of_run(run_dir: Path | None, config_file: str | Path) -> Path:
     """The directory that was asked for; else `runs/` and the name of the configuration."""
-    return run_dir or Path("runs") / Path(config_file).stem
+    if run_dir is not None:
+        return run_dir
+    name = Path(config_file).stem
+    if name.startswith("."):  # `...json` would lead out of runs/
+        raise UserError(f"{config_file}: its name names no run; give --run_dir runs/NAME")
+    return Path("runs") / name
 
 
 def read_config(run_directory: Path) -> ResolvedConfig:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 PROC = Path("/proc")
+LISTENS = "0A"  # TCP_LISTEN of include/net/tcp_states.h
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,34 @@ def all_processes() -> Iterator[Process]:
     for number in numbers:
         if (found := process(number)) is not None:
             yield found
+
+
+def listener(port: int) -> Process | None:
+    """The process that listens at a TCP port of this machine, where this user may see it."""
+    sockets = {f"socket:[{inode}]" for inode in _listening(port)}
+    return next((member for member in all_processes() if sockets & _open_files(member)), None) if sockets else None
+
+
+def _listening(port: int) -> Iterator[str]:
+    """The inodes of the sockets that listen there: proc_pid_net(5); address, state and inode are words 1, 3 and 9."""
+    for table in ("tcp", "tcp6"):
+        try:
+            lines = (PROC / "net" / table).read_text().splitlines()[1:]
+        except OSError:
+            continue
+        for words in map(str.split, lines):
+            if words[3] == LISTENS and int(words[1].rpartition(":")[2], 16) == port:
+                yield words[9]
+
+
+def _open_files(member: Process) -> set[str]:
+    """What the process has open, as the links in /proc name it; empty where it is another user's."""
+    found = set()
+    with suppress(OSError):
+        for link in (PROC / str(member.number) / "fd").iterdir():
+            with suppress(OSError):  # closed meanwhile
+                found.add(os.readlink(link))
+    return found
 
 
 def _status(number: int) -> tuple[str, int, int]:

@@ -9,6 +9,7 @@ import os
 import shlex
 import socket
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,6 +20,8 @@ import torch.distributed as dist
 
 from megagpt.launch_command import COMMAND_VARIABLE, command_of_launcher, hosts_without_session
 from megagpt.launchers import Launch, adopt_launch
+from megagpt.processes import listener
+from megagpt.text import redacted, without_control_characters
 from megagpt.utils import UserError, human_duration
 
 TIMEOUT_VARIABLE = "MEGAGPT_JOIN_TIMEOUT_S"
@@ -26,6 +29,7 @@ TIMEOUT_S = 300  # the slowest start: torch from a cold network disk, the embedd
 NOTICE_S = 10.0
 PAUSE_S = 0.5
 HEARING_S = 3.0
+COMMAND_WIDTH = 120
 COMMAND, COMPLETE, VERDICT, HEARD = "command", "complete", "verdict", "heard"
 PREFLIGHT = "python launch/preflight.py --hostfile hosts"
 PORT_REMEDY = "end what uses it, or choose another: deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT"
@@ -130,8 +134,19 @@ def _open_store(launch: Launch, end: float) -> dist.Store:
             multi_tenant=True,  # torch's own store comes to the same port, once all are here
         )
     except dist.DistNetworkError as error:
-        raise UserError(f"port {port} of host {socket.gethostname()} is in use; {PORT_REMEDY}") from error
+        raise UserError(
+            f"port {port} of host {socket.gethostname()} is in use{_user_of(port)}; {PORT_REMEDY}"
+        ) from error
     return dist.PrefixStore(f"megagpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _user_of(port: int) -> str:
+    """` by process 4711 (python launch/train.py; to end it: kill 4711)`, where that can be seen."""
+    user = listener(port)
+    if user is None:
+        return ""
+    command = without_control_characters(redacted(shlex.join(user.words)))
+    return f" by process {user.number} ({textwrap.shorten(command, COMMAND_WIDTH)}; to end it: kill {user.number})"
 
 
 def _await_server(launch: Launch, address: str, port: int, end: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import socket
@@ -15,9 +16,11 @@ from megagpt import rendezvous
 from megagpt.hosts import Host
 from megagpt.launch_command import COMMAND_VARIABLE
 from megagpt.launchers import Launch
+from megagpt.processes import listener
 from megagpt.rendezvous import TIMEOUT_VARIABLE, gathered_ranks
 from megagpt.utils import UserError
 from tests.monitoring import ENVIRONMENT, REPOSITORY
+from tests.processes import until
 from tests.ranks import free_port
 
 HOSTS = (Host("host-a", 2), Host("host-b", 2))
@@ -63,9 +66,27 @@ def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         port = other.getsockname()[1]
         monkeypatch.setenv("MASTER_PORT", str(port))
         said = refusal(monkeypatch, 0)
-    assert (
-        f"port {port} of host {socket.gethostname()} is in use; end what uses it, or choose another: deepspeed" in said
+    own = re.escape(f"port {port} of host {socket.gethostname()} is in use by process {os.getpid()} (")
+    assert re.match(
+        rf"{own}.*; to end it: kill {os.getpid()}\); end what uses it, or choose another: deepspeed --master_port", said
     )
+
+
+def test_a_leftover_rank_that_holds_the_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first rank whose peers never came, of a launch that nobody remembers."""
+    ours = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu", TIMEOUT_VARIABLE: "300"}
+    command = [sys.executable, "-c", RANK, "None", "leftover"]
+    leftover = subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | ENVIRONMENT | ours)
+    try:
+        holder = until(lambda: listener(int(os.environ["MASTER_PORT"])))
+        assert holder.number == leftover.pid
+        said = refusal(monkeypatch, 0)
+    finally:
+        leftover.kill()
+        leftover.wait()
+    assert f"is in use by process {leftover.pid} ({sys.executable} -c" in said
+    assert f"to end it: kill {leftover.pid}" in said
+    assert listener(int(os.environ["MASTER_PORT"])) is None
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "1.5"])

@@ -22,8 +22,10 @@ def sent_bytes(traffic: Any, axis: str, ranks: int, element_bytes: int) -> float
 KEEP_NOTHING = {f"stage3_{key}": 0 for key in ("max_reuse_distance", "max_live_parameters", "prefetch_bucket_size")}
 
 
-@pytest.mark.parametrize("reduction", ["per_step", "per_micro_batch"])
-@pytest.mark.parametrize(("stage", "zero"), [(1, {}), (2, {}), (3, {}), (3, KEEP_NOTHING)], ids=str)
+@pytest.mark.parametrize("reduction", ["per_step", pytest.param("per_micro_batch", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("stage", "zero"), [(1, {}), pytest.param(2, {}, marks=pytest.mark.slow), (3, {}), (3, KEEP_NOTHING)], ids=str
+)
 def test_data_axis(two_ranks: RankPool, stage: int, zero: dict[str, Any], reduction: str) -> None:
     config = run_on((1, 2, 1), stage, bf16=False, **zero)
     config["megagpt"]["model"]["tie_embeddings"] = False
@@ -35,7 +37,11 @@ def test_data_axis(two_ranks: RankPool, stage: int, zero: dict[str, Any], reduct
         assert sent == pytest.approx(formula.gathers + formula.reductions, rel=0.02)
 
 
-@pytest.mark.parametrize(("zero", "tolerance"), [(KEEP_NOTHING, 0.02), ({}, 0.5)], ids=["keep nothing", "keep all"])
+@pytest.mark.parametrize(
+    ("zero", "tolerance"),
+    [(KEEP_NOTHING, 0.02), pytest.param({}, 0.5, marks=pytest.mark.slow)],
+    ids=["keep nothing", "keep all"],
+)
 def test_gathers_under_a_pipeline_and_recomputation(
     four_ranks: RankPool, zero: dict[str, Any], tolerance: float
 ) -> None:

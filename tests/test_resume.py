@@ -119,9 +119,7 @@ ON_DISK: dict[str, Execution] = {
 IN_MAKE_TEST = {
     ("pipeline 2 x tensor 2, ZeRO 3", "one process"),
     ("one process", "pipeline 2 x tensor 2, ZeRO 3"),
-    ("data 2, ZeRO 3, both in host memory", "tensor 2 with sequence, ZeRO 3"),
     ("tensor 2 x data 2, ZeRO 1", "data 2, ZeRO 2, optimizer in host memory"),
-    ("pipeline 2, ZeRO 3", "data 2, ZeRO 1"),
 }
 PAIRS = [
     pytest.param(writer, reader, marks=() if (writer, reader) in IN_MAKE_TEST else pytest.mark.slow)

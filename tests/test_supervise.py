@@ -109,6 +109,7 @@ def test_what_is_no_crash_is_not_started_again(start: Start, tmp_path: Path, cod
     assert unused(tmp_path / "other") == 1
 
 
+@pytest.mark.slow
 def test_two_crashes_in_the_same_place_are_enough(start: Start, tmp_path: Path) -> None:
     process = pretend(start, tmp_path / "run", failed(5, checkpoint=4), failed(5, checkpoint=4), DONE)
     assert process.wait(PATIENCE_S) == 1
@@ -117,6 +118,7 @@ def test_two_crashes_in_the_same_place_are_enough(start: Start, tmp_path: Path) 
     assert "twice after step 5, without a new checkpoint" in whole["outcome"]
 
 
+@pytest.mark.slow
 def test_a_launcher_that_was_killed_exits_0_and_the_run_is_not_done(start: Start, tmp_path: Path) -> None:
     process = pretend(start, tmp_path / "run", {"code": 0, "step": 4}, DONE)
     assert process.wait(PATIENCE_S) == 0
@@ -125,6 +127,7 @@ def test_a_launcher_that_was_killed_exits_0_and_the_run_is_not_done(start: Start
     assert restart["reason"] == "exit code 0, no end record"
 
 
+@pytest.mark.slow
 def test_a_run_that_saved_because_its_launcher_died_goes_on(start: Start, tmp_path: Path) -> None:
     orphaned = {"code": 3, "reason": "pre-empted", "detail": "ORPHANED", "step": 4, "checkpoint": 4}
     process = pretend(start, tmp_path / "run", orphaned, DONE)
@@ -132,6 +135,7 @@ def test_a_run_that_saved_because_its_launcher_died_goes_on(start: Start, tmp_pa
     assert unused(tmp_path / "run") == 0
 
 
+@pytest.mark.slow
 def test_a_crash_while_it_starts_is_not_the_one_before(start: Start, tmp_path: Path) -> None:
     """The first crash in step 5 is on record still when the second ends the start that follows."""
     killed = {"code": 1, "signal": signal.SIGKILL}
@@ -140,6 +144,7 @@ def test_a_crash_while_it_starts_is_not_the_one_before(start: Start, tmp_path: P
     assert unused(tmp_path / "run") == 0
 
 
+@pytest.mark.slow
 def test_restarts_are_used_up(start: Start, tmp_path: Path) -> None:
     process = pretend(start, tmp_path / "run", failed(1), failed(2), failed(3), DONE, restarts=2)
     assert process.wait(PATIENCE_S) == 1

@@ -138,8 +138,8 @@ def test_pipeline_2_x_tensor_2_x_data_2_under_zero_3(
 @pytest.mark.skipif(HAS_GPU, reason="the interpreter works on CPU tensors")
 def test_interpreted_kernels_inside_pipeline_2_x_tensor_2_x_zero_3(four_ranks: RankPool) -> None:
     config = shared(4, 3, {"pipeline": 2, "tensor": 2, "sequence": True}, {"dropout": 0.1, "num_layers": 2})
-    ranks = four_ranks.run("tests.jobs:train_on_interpreted_kernels", config=config, steps=1)
-    assert_equal_training(ranks, plain.train(config, 1), 8, tolerance=2e-5)
+    ranks = four_ranks.run("tests.jobs:train_on_interpreted_kernels", config=config, steps=2)
+    assert_equal_training(ranks, plain.train(config, 2), 8, tolerance=2e-5)
     everywhere = {"norm_forward", "norm_backward", "attention_forward", "attention_backward_keys", "dropout_apply"}
     for rank in ranks:
         assert rank["launches"].keys() >= everywhere

@@ -29,6 +29,13 @@ class Mesh:
         self.tensor_group = self.device_mesh["tensor"].get_group()
         self.model_group = self._model_group()
 
+    def close(self) -> None:
+        """Give the groups back; every rank must call it. A gloo group keeps threads that poll as long as it lives."""
+        groups = (self.data_group, self.pipeline_group, self.tensor_group, self.model_group)
+        for group in {group.group_name: group for group in groups}.values():
+            if group is not dist.group.WORLD:  # which an axis of all ranks may be
+                dist.destroy_process_group(group)
+
     def _model_group(self) -> dist.ProcessGroup:
         """The pipeline x tensor ranks of one data replica; every rank takes part in making every group."""
         ranks = self.device_mesh.mesh

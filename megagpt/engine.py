@@ -1,5 +1,6 @@
 """The one place that builds a DeepSpeedEngine: model, ZeRO partitioning, optimizer groups, scheduler."""
 
+import gc
 import logging
 import os
 from collections.abc import Callable, Iterable
@@ -63,6 +64,14 @@ class Engine:
     def device(self) -> torch.device:
         """Where this rank computes."""
         return training_device()
+
+    def close(self) -> None:
+        """Leave the process as if the engine had never been; every rank must call it."""
+        self.deepspeed.destroy()
+        if self.tied_group is not None:
+            dist.destroy_process_group(self.tied_group)
+        self.mesh.close()
+        gc.collect()
 
     def logical_shape(self, name: str) -> torch.Size:
         """The shape that a parameter has in the whole model."""

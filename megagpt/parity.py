@@ -3,7 +3,6 @@
 Each strategy is a whole engine: mesh, ZeRO stage, offload, schedule. What `planner.py` refuses is counted, not tried.
 """
 
-import gc
 import json
 import logging
 import math
@@ -150,8 +149,7 @@ def _compare(config: ResolvedConfig, reference: PlainRun, steps: int) -> Differe
         results = [pipeline.train_step(engine, micro_batches(engine, step)) for step in range(steps)]
         weights, elements = _weight_difference(engine, reference)
     finally:
-        engine.deepspeed.destroy()
-        gc.collect()
+        engine.close()
     loss = max(_relative(r.loss, expected) for r, expected in zip(results, reference.losses, strict=True))
     norm = max(_relative(r.grad_norm, expected) for r, expected in zip(results, reference.norms, strict=True))
     own = torch.tensor([loss, norm, weights, elements / config.megagpt.model.num_parameters], device=engine.device)

@@ -70,6 +70,7 @@ def test_training_goes_on_while_a_save_is_written(
     assert (reader.directory / NEXT_STEP).exists()
 
 
+@pytest.mark.slow
 def test_a_save_that_is_due_waits_for_the_one_before_and_says_so(
     two_ranks: RankPool, data: Path, tmp_path: Path
 ) -> None:

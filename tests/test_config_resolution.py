@@ -185,7 +185,8 @@ def test_a_preset_and_its_spelled_out_shape_are_one_identity() -> None:
 @pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.name)
 def test_text_round_trips_exactly(path: Path) -> None:
     config = load_config(path)
-    resolved = config.resolved(world_size=16, vocabulary=50257, bf16_native=True)
+    ranks = config.megagpt.parallel.world_size or 16
+    resolved = config.resolved(world_size=ranks, vocabulary=50257, bf16_native=True)
     again = ResolvedConfig.from_json(resolved.to_json())
     assert again == resolved
     assert again.to_json() == resolved.to_json()

@@ -26,13 +26,13 @@ def config(*overrides: str) -> RunConfig:
     return load_config(REPOSITORY / "ds_configs" / "default.json", overrides or [STATED])
 
 
-def sound(name: str, **changes: Any) -> dict[str, Any]:
+def sound(name: str, *, clock_ahead_s: float = 0.0, **changes: Any) -> dict[str, Any]:
     """What a host answers that nothing is wrong with."""
     place = {"path": "/shared", "writable": True, "free_bytes": 100 * GIB}
     return {
         "name": name,
         "machine": name,
-        "clock_s": preflight.time.time(),
+        "clock_s": preflight.time.time() + clock_ahead_s,
         "directory": True,
         "software": {"Python": "3.12.1", "torch": "2.13.0", "deepspeed": "0.19.8"},
         "memory_bytes": 64 * GIB,
@@ -122,7 +122,7 @@ def test_a_host_that_a_run_would_fail_on_is_named_with_the_remedy(
 @pytest.mark.parametrize(
     ("changes", "note"),
     [
-        ({"clock_s": preflight.time.time() + 3600}, "its clock is +3"),
+        ({"clock_ahead_s": 3600.0}, "its clock is +3"),
         ({"ops": {"CPUAdamBuilder": "not yet"}}, "CPUAdam will be compiled at the first start"),
         ({"devices": ["NVIDIA A100"] * 2}, "other devices than host-a: the slowest sets the pace"),
     ],

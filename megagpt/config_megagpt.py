@@ -86,7 +86,7 @@ class TrainingSection(Section):
         "warn", "a loss that jumps: report it, say nothing, skip that step, or go back to the last checkpoint"
     )
     drift_check_interval_steps: int = execution(
-        100, "steps between comparisons of what data-parallel ranks hold alike", ge=0
+        100, "steps between comparisons of what data- or tensor-parallel ranks hold alike", ge=0
     )
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@
     hang         sleeps for ever in the forward pass              hang_load    while it loads samples
     slow         sleeps `seconds` while it loads, from `step` on  disk_full    no file grows past 4 KiB, from `step` on
     nan_loss     a loss of NaN                                    inf_gradient an infinite gradient, finite loss
-    spike        ten times the loss and its gradients             flip_bit     in a replicated value, after the update
+    spike        ten times the loss and its gradients             flip_bit     in a value held alike, after the update
 
 Without `rank` a fault strikes all ranks. `kill`, `stop`, `hang` and `hang_load` strike `times` (1) in the life of a run
 directory, which remembers them in `logs/faults.txt`, so that a run that is started again gets past them; what spoils a
@@ -194,11 +194,12 @@ def _limit_files() -> None:
 
 
 def _flip_bit(run: Run) -> None:
-    """The lowest bit of the first element of the last replicated value."""
+    """The lowest bit of the first element of the last value that other ranks hold alike."""
     import torch
 
-    from megagpt.replicas import replicated
+    from megagpt.replicas import all_copies
 
-    _, values = list(replicated(run.engine))[-1]
+    *_, (_, copies) = all_copies(run.engine)
+    *_, (_, values) = copies
     integers = values.view(-1)[:1].view(torch.int32 if values.element_size() == 4 else torch.int16)
     integers ^= 1

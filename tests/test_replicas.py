@@ -21,38 +21,46 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("dataset"))
 
 
-def config(data: Path, stage: int, pipeline: int = 1) -> dict[str, Any]:
+def config(data: Path, stage: int, **parallel: Any) -> dict[str, Any]:
     whole = run_config(data, STEPS, (stage, "none", "none"), save_every=1)
     whole["megagpt"]["training"] |= {"drift_check_interval_steps": 2}
-    whole["megagpt"]["parallel"] = {"pipeline": pipeline}
+    whole["megagpt"]["parallel"] = parallel
     if stage == 3:
         whole["zero_optimization"]["stage3_param_persistence_threshold"] = 100
     return whole
 
 
+AMONG_FOUR, AMONG_TWO = "on rank 3 from the others", "between ranks 2, 3"
+
+
 @pytest.mark.parametrize(
-    ("stage", "pipeline", "what"),
+    ("stage", "parallel", "what", "who"),
     [
-        (0, 1, "exp_avg_sq of head.norm.bias"),
-        (2, 1, "head.norm.bias"),
-        pytest.param(1, 2, "head.norm.bias", marks=pytest.mark.slow),
-        (3, 1, "head.norm.bias"),
+        (0, {}, "exp_avg_sq of head.norm.bias", AMONG_FOUR),
+        (2, {}, "head.norm.bias", AMONG_FOUR),
+        pytest.param(1, {"pipeline": 2}, "head.norm.bias", AMONG_TWO, marks=pytest.mark.slow),
+        (3, {}, "head.norm.bias", AMONG_FOUR),
+        pytest.param(0, {"tensor": 4}, "exp_avg_sq of head.norm.bias", AMONG_FOUR, marks=pytest.mark.slow),
+        pytest.param(1, {"tensor": 4}, "exp_avg_sq of head.norm.bias", AMONG_FOUR, marks=pytest.mark.slow),
+        (3, {"tensor": 2, "sequence": True}, "exp_avg_sq of head.norm.bias", AMONG_TWO),
     ],
 )
 def test_a_flipped_bit_is_found_and_the_rank_named(
-    four_ranks: RankPool, data: Path, tmp_path: Path, stage: int, pipeline: int, what: str
+    four_ranks: RankPool, data: Path, tmp_path: Path, stage: int, parallel: dict[str, Any], what: str, who: str
 ) -> None:
     """Nothing that was trained since the last comparison is saved after it was found."""
-    job = config(data, stage, pipeline)
+    job = config(data, stage, **parallel)
     ranks = four_ranks.run(TRAIN, config=job, directory=tmp_path, faults="flip_bit@rank=3,step=4")
-    who = "on rank 3 from the others" if pipeline == 1 else "between ranks 2, 3"
     for rank in ranks:
         assert f"step 4: {what} differs {who}" in rank["stopped"]
     assert complete_steps(tmp_path / "checkpoints") == [3, 2]
 
 
-def test_sound_replicas_are_left_alone(two_ranks: RankPool, data: Path, tmp_path: Path) -> None:
-    ranks = two_ranks.run(TRAIN, config=config(data, 0), directory=tmp_path, faults="")
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}], ids=["data 2", "tensor 2"])
+def test_sound_replicas_are_left_alone(
+    two_ranks: RankPool, data: Path, tmp_path: Path, parallel: dict[str, int]
+) -> None:
+    ranks = two_ranks.run(TRAIN, config=config(data, 0, **parallel), directory=tmp_path, faults="")
     assert [rank["state"].step for rank in ranks] == [STEPS] * 2
 
 

@@ -96,6 +96,12 @@ class Saver:
         self._pending: _Save | None = None
         self._last_good: TrainState | None = None
 
+    def close(self) -> None:
+        """Give the group of saves in the background back; every rank must call it."""
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
+            self.group = None
+
     def trust(self, state: TrainState) -> None:
         """The checkpoint of this state is known to load."""
         self._last_good = state

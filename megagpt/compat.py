@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.ops.adam import cpu_adam
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero import partitioned_param_coordinator
+from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
@@ -58,6 +58,18 @@ class Partitioner:
     def partition(self, parameter: nn.Parameter) -> None:
         """Leave this rank its shard of the parameter; every rank of the data axis must call it."""
         self._init._convert_to_zero_parameters([parameter])
+
+
+def destroy(engine: DeepSpeedEngine) -> None:
+    """End an engine so that nothing of it stays in memory.
+
+    ZeRO-3 puts the module at the bottom of a stack (zero/parameter_offload.py:315) and never takes it away: the model,
+    the engine that it hooks into and the process groups of that would live as long as the process.
+    """
+    module = engine.module
+    engine.destroy()
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [entered for entered in stack if entered is not module]
 
 
 def leave_out_nvme_prefetch(engine: DeepSpeedEngine) -> None:

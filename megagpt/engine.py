@@ -67,7 +67,7 @@ class Engine:
 
     def close(self) -> None:
         """Leave the process as if the engine had never been; every rank must call it."""
-        self.deepspeed.destroy()
+        compat.destroy(self.deepspeed)
         if self.tied_group is not None:
             dist.destroy_process_group(self.tied_group)
         self.mesh.close()

@@ -126,7 +126,11 @@ class Watch:
         return self.directory / "alarm"
 
     def _end_the_run(self) -> None:
-        """Say where this rank is; the one that raised the alarm waits for the others to do so, and reports."""
+        """Say where this rank is; the one that raised the alarm waits for the others to do so, and reports.
+
+        Whatever comes of that: the disk that all hosts share may have gone with the network, and take no word any more.
+        """
+        threading.Timer(2 * self._patience_s, os._exit, (ExitCode.FAILED,)).start()
         self._write(replace(self._own_state(), final=True))
         try:
             with self._alarm.open("x") as file:
@@ -142,12 +146,16 @@ class Watch:
         os._exit(ExitCode.FAILED)
 
     @property
+    def _patience_s(self) -> float:
+        return 2 + self.tick_s
+
+    @property
     def _reported(self) -> Path:
         return self.directory / "reported"
 
     def _wait_until(self, condition: Callable[[], bool]) -> None:
         """A moment at most: the rank that is waited for may be the one that hangs."""
-        end = time.monotonic() + 2 + self.tick_s
+        end = time.monotonic() + self._patience_s
         while time.monotonic() < end and not condition():
             time.sleep(self.tick_s / 4)
 

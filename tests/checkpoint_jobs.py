@@ -68,6 +68,7 @@ def started(config: Config, directory: Path) -> Iterator[Run]:
         with run.monitor:
             yield run
     finally:
+        run.saver.close()
         destroy(run.engine)
 
 

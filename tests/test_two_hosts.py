@@ -20,6 +20,7 @@ import pytest
 
 from megagpt import run_directory
 from megagpt.checkpoint_format import complete_steps
+from megagpt.end_record import EndRecord
 from megagpt.metrics import read_metrics
 from megagpt.processes import Process, process
 from tests.checkpoint_jobs import run_config
@@ -30,9 +31,10 @@ from tests.two_hosts import TwoHosts, two_hosts, why_not_here
 pytestmark = pytest.mark.root
 
 STEPS = 4
-DEADLINE_S = 240.0
+DEADLINE_S = 45.0
 ONE_EACH = {"host-a": 1, "host-b": 1}
 TWO_EACH = {"host-a": 2, "host-b": 2}
+STALL, STALL_S = "megagpt.monitor.stall_timeout_s", 10
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,7 @@ def sound(hosts: TwoHosts) -> Iterator[TwoHosts]:
     """The hosts, both accepting ssh again afterwards and without processes of the test."""
     yield hosts
     hosts.forward()
+    hosts.plug_cable("host-b")
     for host in set(ONE_EACH) - set(hosts.daemons):
         hosts.start_daemon(host)
     assert [rank.words for rank in ranks_on(hosts)] == []
@@ -261,6 +264,41 @@ def test_a_lost_session_ends_the_ranks_of_both_hosts_and_the_run_goes_on_later(
     assert code == 0, shown
     (resume,) = read_metrics(run).events_named("resume")
     assert (resume["step"], resume["passed_over"]) == (last, [])
+
+
+def test_a_host_that_drops_out_ends_the_run_on_both_sides_of_the_cable(
+    sound: TwoHosts, configuration: Path, tmp_path: Path
+) -> None:
+    """Nobody closes a connection: each side waits for the other until its own watch ends it (F18).
+
+    Neither saves anything without the other, and with the host back the run goes on.
+    """
+    sound.write_hostfile(ONE_EACH)
+    run = tmp_path / "run"
+    often = ["megagpt.parallel.world_size=2", "megagpt.checkpoint.interval_steps=1"]
+    endless = training(configuration, run, *often, "megagpt.training.total_steps=1000000", f"{STALL}={STALL_S}")
+    command = sound.start("host-a", ["deepspeed", "--hostfile", sound.directory / "hosts", *endless])
+    try:
+        wait_for(lambda: len(complete_steps(run / "checkpoints")) >= 2)
+        sound.pull_cable("host-b")
+        pulled, last_steps = time.monotonic(), complete_steps(run / "checkpoints")
+        wait_for(lambda: not ranks_on(sound))
+        took_s = time.monotonic() - pulled
+        assert took_s < STALL_S + 5
+    finally:
+        sound.plug_cable("host-b")  # ssh hears of the end of the session
+        shown, _ = command.communicate(timeout=DEADLINE_S)
+    assert command.returncode != 0
+    record = EndRecord.read(run)
+    assert record is not None
+    assert (record.reason, record.exit_code) == ("hung", 1)
+    assert f"nothing has ended for {STALL_S} s" in shown
+    steps = complete_steps(run / "checkpoints")
+    assert max(steps) - max(last_steps) <= 1  # one may have been on its way
+    code, shown = launch(sound, training(configuration, run, *often, f"megagpt.training.total_steps={max(steps) + 2}"))
+    assert code == 0, shown
+    (resume,) = read_metrics(run).events_named("resume")
+    assert (resume["step"], resume["passed_over"]) == (max(steps), [])
 
 
 def sessions_on(hosts: TwoHosts, host: str) -> list[int]:

@@ -79,6 +79,17 @@ class TwoHosts:
         self.daemons[host].terminate()
         self.daemons.pop(host).wait()
 
+    def pull_cable(self, host: str) -> None:
+        """From now on nothing that a host sends arrives anywhere, and nobody is told so."""
+        self._set_link(host, "down")
+
+    def plug_cable(self, host: str) -> None:
+        """As it was before."""
+        self._set_link(host, "up")
+
+    def _set_link(self, host: str, state: str) -> None:
+        _run("ip", "-n", self.namespace(host), "link", "set", "eth0", state)
+
     def write_hostfile(self, slots: dict[str, int]) -> Path:
         path = self.directory / "hosts"
         path.write_text("".join(f"{host} slots={count}\n" for host, count in slots.items()))

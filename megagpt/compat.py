@@ -63,13 +63,18 @@ class Partitioner:
 def destroy(engine: DeepSpeedEngine) -> None:
     """End an engine so that nothing of it stays in memory.
 
-    ZeRO-3 puts the module at the bottom of a stack (zero/parameter_offload.py:315) and never takes it away: the model,
-    the engine that it hooks into and the process groups of that would live as long as the process.
+    ZeRO-3 puts the module at the bottom of a stack (zero/parameter_offload.py:315) and never takes it away, and what it
+    releases after each module lies in a cache of the class (zero/partitioned_param_coordinator.py:633): the model, the
+    engine that it hooks into and the process groups of that would live as long as the process.
     """
     module = engine.module
     engine.destroy()
     stack = parameter_offload.FWD_MODULE_STACK
     stack[:] = [entered for entered in stack if entered is not module]
+    coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
+    timed: Any = coordinator._PartitionedParameterCoordinator__params_to_release
+    (cached,) = (cell.cell_contents for cell in timed.__closure__)
+    cached.cache_clear()
 
 
 def leave_out_nvme_prefetch(engine: DeepSpeedEngine) -> None:

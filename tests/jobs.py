@@ -1,5 +1,6 @@
 """What the ranks of a pool do for the tests: train a small model for real and report what they hold."""
 
+import gc
 import io
 import logging
 import os
@@ -65,6 +66,14 @@ def train(config: dict[str, Any], steps: int) -> dict[str, Any]:
         }
     finally:
         destroy(engine)
+
+
+def left_after_training(config: dict[str, Any], steps: int) -> tuple[int, int]:
+    """DeepSpeed engines that are still alive after a training that has ended, and threads of gloo groups."""
+    train(config, steps)
+    engines = sum(isinstance(item, deepspeed.DeepSpeedEngine) for item in gc.get_objects())
+    threads = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    return engines, threads.count("gloo_tcp_loop\n")
 
 
 def train_on_interpreted_kernels(config: dict[str, Any], steps: int) -> dict[str, Any]:

@@ -29,8 +29,10 @@ from megagpt.checkpoint_format import WEIGHT
 from megagpt.checkpoint_reader import open_checkpoint
 from megagpt.compat import MOMENTS
 from megagpt.download_data import Request, prepare
+from megagpt.launch_command import NODE_LAUNCHER
 from megagpt.metrics import read_metrics
-from megagpt.supervise import members, newest_checkpoint
+from megagpt.processes import all_processes
+from megagpt.supervise import newest_checkpoint
 
 ROOT = Path(__file__).parent.parent
 RESTARTS = 1000
@@ -162,13 +164,12 @@ def victims(supervisor: int) -> tuple[list[int], list[int]]:
     """The ranks and the launchers of the command that runs under a supervisor."""
     ranks, launchers = [], []
     with contextlib.suppress(OSError):  # some process has just ended
-        children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
-        for process in (process for child in children for process in members(int(child))):
-            words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
-            if b"deepspeed.launcher.launch" in words:
-                launchers.append(process)
-            elif any(word.startswith(b"--local_rank") for word in words):
-                ranks.append(process)
+        groups = {member.number for member in all_processes() if member.parent == supervisor}
+        for process in (member for member in all_processes() if os.getpgid(member.number) in groups):
+            if NODE_LAUNCHER in process.words:
+                launchers.append(process.number)
+            elif any(word.startswith("--local_rank") for word in process.words):
+                ranks.append(process.number)
     return ranks, launchers
 
 

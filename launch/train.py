@@ -12,9 +12,6 @@ from megagpt.utils import run_command
 
 def main() -> int:
     arguments = parse_arguments()
-    from megagpt.device import announce_to_deepspeed
-
-    announce_to_deepspeed()
     from megagpt.startup import main as start
 
     return start(arguments)

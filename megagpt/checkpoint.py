@@ -8,6 +8,7 @@ writes the copy and makes no collective call. At the end of each step the main t
 written, then let a thread of rank 0 commit, and ask again: one number each time, on a group of their own.
 """
 
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -33,11 +34,13 @@ from megagpt.checkpoint_format import (
     step_directory,
 )
 from megagpt.checkpoint_writer import PlannedFile, Snapshot, parameter_shapes, plan_files, write_files, write_live
-from megagpt.engine import Engine
+from megagpt.engine import Engine, collective_timeout
 from megagpt.execution import VERSIONS, topology
 from megagpt.resume_proof import NextStep
 from megagpt.together import everyones, on_rank0, together
 from megagpt.utils import UserError, write_atomically
+
+log = logging.getLogger(__name__)
 
 Plan = list[list[PlannedFile]]
 Report = tuple[dict[str, StoredFile], list[tuple[str, Slice]]]  # a rank's files, and (parameter, slice) in them
@@ -90,11 +93,14 @@ class Saver:
         self.engine, self.data_fingerprint = engine, data_fingerprint
         self.checkpoints = run_directory / "checkpoints"
         self.settings = engine.config.megagpt.checkpoint
-        self.group = dist.new_group(backend="gloo") if self.settings.asynchronous else None
+        self.group = self._own_group() if self.settings.asynchronous else None
         self._shapes = parameter_shapes(engine)
         self._snapshot = Snapshot()
         self._pending: _Save | None = None
         self._last_good: TrainState | None = None
+
+    def _own_group(self) -> dist.ProcessGroup:
+        return dist.new_group(backend="gloo", timeout=collective_timeout(self.engine.config))
 
     def close(self) -> None:
         """Give the group of saves in the background back; every rank must call it."""
@@ -105,6 +111,10 @@ class Saver:
     def trust(self, state: TrainState) -> None:
         """The checkpoint of this state is known to load."""
         self._last_good = state
+
+    def holds(self, state: TrainState) -> bool:
+        """Whether this state is saved, or on its way."""
+        return state in (self._last_good, self._pending.state if self._pending else None)
 
     def save(self, state: TrainState) -> list[Saved]:
         """Save the present state, which ``state`` describes; where a save is on its way, wait for it first.
@@ -224,12 +234,15 @@ class Saver:
             save.next_step.write_once(save.staging)
         write_atomically(save.staging / MANIFEST, _completed(save.manifest, reports).to_json())
         directories.commit(save.staging, save.final)
-        directories.retire(
-            self.checkpoints,
-            keep=self.settings.keep,
-            milestone_interval_steps=self.settings.milestone_interval_steps,
-            last_good_step=save.state.step,
-        )
+        try:
+            directories.retire(
+                self.checkpoints,
+                keep=self.settings.keep,
+                milestone_interval_steps=self.settings.milestone_interval_steps,
+                last_good_step=save.state.step,
+            )
+        except OSError as error:  # the new checkpoint is safe; that an old one could not go is no reason to end
+            log.warning("%s: an old checkpoint could not be removed: %s", self.checkpoints, error)
 
     @contextmanager
     def _abandoned_on_failure(self, save: _Save) -> Iterator[None]:

@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 WEIGHT = "weight"
+MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)  # other errors may be the disk's, and pass
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 _SEAL = re.compile(r',\n "sha256": "([0-9a-f]{64})"\n\}\n\Z')
 STRICT = ConfigDict(strict=True, extra="forbid")
@@ -62,6 +63,14 @@ class StoredFile:
 
 
 @dataclass(frozen=True, config=STRICT)
+class GuardMemory:
+    """What the guard's next verdict depends on: a resumed run skips the steps that an undisturbed one would."""
+
+    recent_losses: tuple[float, ...] = ()
+    skips_in_a_row: Count = 0
+
+
+@dataclass(frozen=True, config=STRICT)
 class TrainState:
     """Where a run stands; with the weights and moments, everything that its next step depends on.
 
@@ -74,6 +83,7 @@ class TrainState:
     tokens: Count = 0
     applied_steps: Count = 0
     skipped_steps: Count = 0
+    guard: GuardMemory = GuardMemory()
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -160,7 +170,7 @@ def read_sealed(record: type[Record], directory: Path, name: str) -> Record:
         return parse_sealed(record, (directory / name).read_text(encoding="utf-8"), name)
     except DamagedCheckpointError as error:
         raise DamagedCheckpointError(f"{directory.name}/{error}") from error
-    except OSError as error:
+    except MISSING as error:
         raise DamagedCheckpointError(f"{directory.name}/{name}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DamagedCheckpointError(f"{directory.name}/{name}: not UTF-8 at byte {error.start}") from error
@@ -182,7 +192,7 @@ def verify_file(directory: Path, name: str, expected: StoredFile) -> None:
             raise DamagedCheckpointError(f"{directory.name}/{name}: {size} bytes, expected {expected.bytes}")
         if hash_file(path) != expected.sha256:
             raise DamagedCheckpointError(f"{directory.name}/{name}: its content changed since it was written (SHA-256)")
-    except OSError as error:
+    except MISSING as error:
         raise DamagedCheckpointError(f"{directory.name}/{name}: {error.strerror}") from error
 
 

@@ -8,6 +8,7 @@ checks at the start that those files are the ones meant.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -17,12 +18,19 @@ from deepspeed.ops.adam import cpu_adam
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.distributed.pipelining import PipelineStage
 
 from megagpt.utils import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Names = dict[nn.Parameter, str]  # the global name of each parameter
+
+
+def set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """Let collectives of a group wait so long. DeviceMesh gives the groups that it makes torch's default
+    (torch/distributed/distributed_c10d.py, _set_pg_timeout; there is no public way)."""
+    distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def suppress_shared_memory_collectives() -> None:

@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # torch's own is 10 minutes with NCCL
 
 
 class Mesh:
@@ -29,10 +29,15 @@ class Mesh:
         self.tensor_group = self.device_mesh["tensor"].get_group()
         self.model_group = self._model_group()
 
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """Those of the axes and of the replica; axes of the same ranks may share one."""
+        groups = (self.data_group, self.pipeline_group, self.tensor_group, self.model_group)
+        return [*{group.group_name: group for group in groups}.values()]
+
     def close(self) -> None:
         """Give the groups back; every rank must call it. A gloo group keeps threads that poll as long as it lives."""
-        groups = (self.data_group, self.pipeline_group, self.tensor_group, self.model_group)
-        for group in {group.group_name: group for group in groups}.values():
+        for group in self.groups:
             if group is not dist.group.WORLD:  # which an axis of all ranks may be
                 dist.destroy_process_group(group)
 

@@ -1,5 +1,6 @@
 """From a run's last moment to an exit code: what the screen shows, and what is left on record for who started it."""
 
+import contextlib
 import logging
 import os
 import shlex
@@ -14,6 +15,7 @@ from megagpt.end_record import EndRecord
 from megagpt.launch_command import COMMAND_VARIABLE, command_of_launcher
 from megagpt.launchers import adopt_launch
 from megagpt.signals import STOP_FILE, Wish
+from megagpt.text import redacted
 from megagpt.utils import ExitCode, human_count
 from megagpt.watch import RankState, Watch
 
@@ -99,20 +101,23 @@ def end_at_once(heard: signal.Signals, run: "Run | None", directory: Path) -> No
     """
     code = ExitCode.PREEMPTED_AND_SAVED if run is None else ExitCode.FAILED
     step, last = run.state.step if run else None, last_checkpoint(directory)
-    print(f"{heard.name}: ended at once; last checkpoint: {last or 'none'}", file=sys.stderr, flush=True)
-    _record(EndRecord(end_record.ENDED_AT_ONCE, code, step, _rank(), heard.name), directory)
-    os._exit(code)
+    try:
+        _record(EndRecord(end_record.ENDED_AT_ONCE, code, step, _rank(), heard.name), directory)
+        _show(f"{heard.name}: ended at once; last checkpoint: {last or 'none'}")
+    finally:
+        os._exit(code)
 
 
 def crash(error: BaseException, run: "Run | None", directory: Path) -> ExitCode:
     """Show and record an end that nobody wanted; the exit code."""
     from megagpt.guard import StoppedByGuardError
 
-    _show_crash(error, run, directory)
     guard = isinstance(error, StoppedByGuardError)
     code = ExitCode.STOPPED_BY_GUARD if guard else ExitCode.FAILED
     reason, step = end_record.STOPPED if guard else end_record.FAILED, run.state.step if run else None
-    _record(EndRecord(reason, code, step, _rank(), f"{type(error).__name__}: {error}"), directory)
+    detail = redacted(f"{type(error).__name__}: {error}")
+    _record(EndRecord(reason, code, step, _rank(), detail), directory)
+    _show_crash(error, run, directory)
     return code
 
 
@@ -152,7 +157,13 @@ def _publish(page: str, directory: Path) -> None:
         return
     except OSError as full:
         log.info("the page is on the screen only: %s", full)
-    print(page, file=sys.stderr, flush=True)
+    _show(page)
+
+
+def _show(text: str) -> None:
+    """On the screen, where there is still one: a terminal that was closed must not change how the run ends."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _crash_file(directory: Path) -> Path:

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, cast
 
 import deepspeed
@@ -24,6 +25,8 @@ from megagpt.stages import cut
 from megagpt.tensor_parallel import TensorAxis
 
 log = logging.getLogger(__name__)
+
+WATCH_SPEAKS_S = 120.0  # what the watch may take, beyond the time that it waits, to look, write and end the run
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,12 @@ def training_device() -> torch.device:
     return torch.device(get_accelerator().device_name(int(os.environ.get("LOCAL_RANK", "0"))))
 
 
-def join_ranks() -> None:
+def collective_timeout(config: ResolvedConfig) -> timedelta:
+    """How long a rank waits for the others in one collective: longer than the watch, which says who differs, waits."""
+    return max(COLLECTIVE_TIMEOUT, timedelta(seconds=config.megagpt.monitor.stall_timeout_s + WATCH_SPEAKS_S))
+
+
+def join_ranks(timeout: timedelta = COLLECTIVE_TIMEOUT) -> None:
     """Join the other ranks, as a launcher's environment says; alone where there is no launcher."""
     adopt_launch()
     ops.use_private_extensions()
@@ -97,7 +105,7 @@ def join_ranks() -> None:
     compat.silence_cpu_adam()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     share_cores()
-    deepspeed.init_distributed(timeout=COLLECTIVE_TIMEOUT)
+    deepspeed.init_distributed(timeout=timeout)
 
 
 def share_cores() -> None:
@@ -111,7 +119,10 @@ def build_mesh(config: ResolvedConfig) -> Mesh:
     """The mesh of the configuration over all ranks; every rank must call it."""
     parallel = config.megagpt.parallel
     data = dist.get_world_size() // parallel.model_parallel_size
-    return Mesh(parallel.pipeline, data, parallel.tensor, get_accelerator().device_name())
+    mesh = Mesh(parallel.pipeline, data, parallel.tensor, get_accelerator().device_name())
+    for group in mesh.groups:
+        compat.set_timeout(group, collective_timeout(config))
+    return mesh
 
 
 class Chunks(nn.Module):
@@ -153,7 +164,8 @@ def tied_group(config: ResolvedConfig, mesh: Mesh) -> dist.ProcessGroup | None:
     if not config.megagpt.model.tie_embeddings or mesh.pipeline_size == 1:
         return None
     ends = mesh.device_mesh.mesh[[0, -1]].flatten(1).T.tolist()
-    groups = {tuple(ranks): dist.new_group(ranks) for ranks in ends}
+    timeout = collective_timeout(config)
+    groups = {tuple(ranks): dist.new_group(ranks, timeout=timeout) for ranks in ends}
     return next((group for ranks, group in groups.items() if mesh.rank in ranks), None)
 
 

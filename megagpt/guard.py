@@ -1,10 +1,12 @@
 """Watches over a run's numbers: steps that could not be applied, losses that jump."""
 
+import math
 import statistics
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Self
 
+from megagpt.checkpoint_format import GuardMemory
 from megagpt.config import ResolvedConfig
 from megagpt.pipeline import StepResult
 
@@ -53,6 +55,16 @@ class Guard:
         scale_falls = fp16.initial_scale_power + fp16.hysteresis if fp16.enabled and fp16.loss_scale == 0 else 0
         return cls(settings.on_nonfinite, settings.on_spike, max(MOST_SKIPS_IN_A_ROW, scale_falls))
 
+    def remember(self, memory: GuardMemory) -> None:
+        """Go on from what the guard of another process knew, or this one's at an earlier step."""
+        self.recent = deque(memory.recent_losses, maxlen=WINDOW_STEPS)
+        self.skips_in_a_row = memory.skips_in_a_row
+
+    @property
+    def memory(self) -> GuardMemory:
+        """What its next verdict depends on."""
+        return GuardMemory(tuple(self.recent), self.skips_in_a_row)
+
     def refuses(self, loss: float) -> bool:
         """Whether the update that such a loss leads to must not be made."""
         return self.on_spike in ("skip", "rewind") and self._is_spike(loss)
@@ -64,7 +76,8 @@ class Guard:
         self.skips_in_a_row = 0
         spike = self.on_spike == "warn" and self._is_spike(result.loss)
         warning = Verdict(self._jump(step, result.loss)) if spike else None
-        self.recent.append(result.loss)
+        if math.isfinite(result.loss):
+            self.recent.append(result.loss)
         return warning
 
     def _skipped(self, step: int, result: StepResult) -> Verdict:
@@ -92,7 +105,7 @@ class Guard:
 
     def _is_spike(self, loss: float) -> bool:
         """Median and median deviation, unlike mean and standard deviation, do not follow a spike that was let pass."""
-        if len(self.recent) < WINDOW_STEPS:
+        if len(self.recent) < WINDOW_STEPS or not math.isfinite(loss):
             return False
         median = statistics.median(self.recent)
         deviation = DEVIATIONS_PER_MAD * statistics.median(abs(value - median) for value in self.recent)

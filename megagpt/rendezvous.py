@@ -22,7 +22,7 @@ from megagpt.launch_command import COMMAND_VARIABLE, command_of_launcher, hosts_
 from megagpt.launchers import Launch, adopt_launch
 from megagpt.processes import listener
 from megagpt.text import redacted, without_control_characters
-from megagpt.utils import UserError, human_duration
+from megagpt.utils import TransientError, UserError, human_duration
 
 TIMEOUT_VARIABLE = "MEGAGPT_JOIN_TIMEOUT_S"
 TIMEOUT_S = 300  # the slowest start: torch from a cold network disk, the embedded corpus prepared on one of the hosts
@@ -106,7 +106,7 @@ def _rank_0_may_end() -> Iterator[None]:
     try:
         yield
     except dist.DistNetworkError as error:
-        raise UserError("rank 0 has ended while the ranks gathered; it has said why") from error
+        raise TransientError("rank 0 has ended while the ranks gathered; it has said why") from error
 
 
 def _timeout_s() -> int:
@@ -157,7 +157,7 @@ def _await_server(launch: Launch, address: str, port: int, end: float) -> None:
             return
         except OSError as error:
             if time.monotonic() >= end:
-                raise UserError(
+                raise TransientError(
                     f"{_name(launch, 0)} did not answer at {address}:{port} within {human_duration(_timeout_s())} "
                     f"({error}): is its host up, did it end with an error, does a firewall stand between? "
                     f"To check all hosts: {PREFLIGHT}"
@@ -180,12 +180,12 @@ def _await_others(store: dist.Store, launch: Launch, end: float) -> None:
     while not store.check([COMPLETE]):  # its `wait` would write a warning at each time-out
         time.sleep(PAUSE_S)
         if lost := hosts_without_session():
-            raise UserError(
+            raise TransientError(
                 f"the ssh session to {', '.join(lost)} has ended, {_missing(store, launch)} will not come: "
                 f"see above what was said there, or check all hosts: {PREFLIGHT}"
             )
         if time.monotonic() >= end:
-            raise UserError(
+            raise TransientError(
                 f"{_missing(store, launch)} did not join within {human_duration(_timeout_s())}: "
                 f"look there for an error, or check all hosts: {PREFLIGHT}"
             )

@@ -91,12 +91,21 @@ def resume(engine: Engine, run_directory: Path) -> Resumed | None:
 
 
 def _load(engine: Engine, directory: Path) -> Reader | Fault:
-    """Verify one checkpoint and fill the buckets from it, on all ranks or on none."""
-    reader = attempt(partial(_verified, engine, directory))
+    """Verify one checkpoint and fill the buckets from it, on all ranks or on none; the fault where it is damaged.
+
+    Raises UserError where it could not be read: it may be sound, and is neither passed over nor set aside.
+    """
+    reader = _require_readable(attempt(partial(_verified, engine, directory)), directory)
     if isinstance(reader, Fault):
         return reader
     together(partial(_require_same_run, engine, reader))
-    return attempt(partial(_fill_buckets, engine, reader))
+    return _require_readable(attempt(partial(_fill_buckets, engine, reader)), directory)
+
+
+def _require_readable(found: Reader | Fault, directory: Path) -> Reader | Fault:
+    if isinstance(found, Fault) and not found.damage:
+        raise UserError(f"{directory}: cannot be read: {found.reason}; start again when its disk answers")
+    return found
 
 
 def _set_aside(engine: Engine, checkpoints: Path, damaged_steps: list[int]) -> None:

@@ -10,13 +10,17 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from megagpt.utils import ExitCode
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +122,30 @@ class SignalListener:
         passes it on to one rank after another, and waits 30 s for each."""
         now_s = time.monotonic()
         return now_s - self._first_heard_s.setdefault(heard, now_s) > SAME_PRESS_S
+
+
+@contextmanager
+def ends_before_the_start() -> Iterator[None]:
+    """While it is entered, and until a SignalListener takes over: there is nothing to save yet.
+
+    SIGTERM and SIGINT end the command with the exit code of a run that was pre-empted; SIGUSR1, which else would end
+    it, does nothing.
+    """
+
+    def end(number: int, frame: object) -> None:
+        print(f"{signal.Signals(number).name}: ended before the first step", file=sys.stderr, flush=True)
+        sys.exit(ExitCode.PREEMPTED_AND_SAVED)
+
+    def ignore(number: int, frame: object) -> None:
+        """A handler, unlike SIG_IGN, is not inherited by the programs that are started."""
+
+    handlers = {number: ignore if wish is Wish.SAVE else end for number, wish in WISHES.items()}
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _heard_by_the_thread(number: int, frame: object) -> None:

@@ -25,7 +25,7 @@ from megagpt.launchers import Launch, adopt_launch
 from megagpt.manifest import Split
 from megagpt.orphans import end_with_launcher
 from megagpt.planner import require_legal
-from megagpt.signals import STOP_FILE, SignalListener, Wish, Wishes
+from megagpt.signals import STOP_FILE, SignalListener, Wish, Wishes, ends_before_the_start
 from megagpt.utils import ExitCode, UserError, human_count
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ SPLITS: tuple[Split, ...] = ("train", "val")
 def main(arguments: argparse.Namespace) -> int:
     """Train as the command line says; returns this rank's exit code. Raises UserError for bad input."""
     try:
-        return _start(arguments)
+        with ends_before_the_start():
+            return _start(arguments)
     except UserError:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(TURN_S)
@@ -64,6 +65,9 @@ def _start(arguments: argparse.Namespace) -> int:
     if arguments.resume and endings.last_checkpoint(directory) is None:
         raise UserError(f"{directory}: nothing to resume; leave out --resume to start it")
     streams = open_data(config, directory)
+    from megagpt.device import announce_to_deepspeed
+
+    announce_to_deepspeed()
     with _gathered(directory):
         return _run_to_its_end(config, streams, directory, wishes)
 
@@ -196,7 +200,14 @@ def assemble(config: RunConfig, streams: dict[Split, SampleStream], directory: P
     from megagpt import device
     from megagpt.agreement import require_agreement
     from megagpt.batches import BatchLoader
-    from megagpt.engine import build_engine, build_mesh, compute_dtype, join_ranks, training_device
+    from megagpt.engine import (
+        build_engine,
+        build_mesh,
+        collective_timeout,
+        compute_dtype,
+        join_ranks,
+        training_device,
+    )
     from megagpt.generate import open_tokenizer
     from megagpt.monitor import Monitor
     from megagpt.together import together
@@ -204,7 +215,7 @@ def assemble(config: RunConfig, streams: dict[Split, SampleStream], directory: P
 
     native = device.multiplies_bf16_natively(training_device())
     resolved = _resolve(config, streams["train"].vocabulary, bf16_native=native)
-    join_ranks()
+    join_ranks(collective_timeout(resolved))
     require_agreement(resolved, streams["train"])
     mesh = build_mesh(resolved)
     engine = build_engine(resolved, mesh)

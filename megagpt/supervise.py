@@ -23,7 +23,7 @@ from types import FrameType
 
 from megagpt.end_record import END_FILE, ENDED_AT_ONCE, EndRecord
 from megagpt.metrics import METRICS_FILE, Line, MetricsFile, plain, read_metrics
-from megagpt.processes import all_processes
+from megagpt.processes import PROC, all_processes
 from megagpt.run_directory import directory_of_run
 from megagpt.signals import Wish
 from megagpt.utils import ExitCode, UserError, human_duration
@@ -32,6 +32,7 @@ FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 1.0, 60.0
 LEFTOVERS_MAY_TAKE_S = 35.0  # DeepSpeed's launcher gives each rank 30 s to end
 NOT_A_CRASH = (ExitCode.DONE, ExitCode.BAD_INPUT, ExitCode.PREEMPTED_AND_SAVED, ExitCode.STOPPED_BY_GUARD)
 ANY_STEP = sys.maxsize
+MARK = "MEGAGPT_SUPERVISOR"
 MOST_CHARACTERS = 160  # of what a record says of the error
 
 
@@ -67,7 +68,8 @@ class Supervisor:
         self.command, self.restarts = list(command), restarts
         self.directory = run_directory_of(command)
         self.crashes: list[Ending] = []
-        self.group: int | None = None
+        self.mark = f"{os.getpid()}-{time.time_ns()}"  # of all that this supervisor starts
+        self.running = False
         self.asked_to_stop = threading.Event()
 
     def run(self) -> int:
@@ -80,7 +82,9 @@ class Supervisor:
                 break
             self._record_restart(ending)
             self.crashes.append(ending)
-            self.asked_to_stop.wait(self._back_off_s())
+            if self.asked_to_stop.wait(self._back_off_s()):
+                why_not = f"{ending.reason}, and it was asked to stop before it started again"
+                break
         self._report(ending, why_not, time.monotonic() - started_s, first_step)
         return ending.code
 
@@ -90,24 +94,26 @@ class Supervisor:
         """Run the command once, to the end of all that it started."""
         record_before, metrics_before = stamp(self.directory / END_FILE), stamp(self.directory / METRICS_FILE)
         try:
-            process = subprocess.Popen(self.command, start_new_session=True)
+            process = subprocess.Popen(self.command, start_new_session=True, env=os.environ | {MARK: self.mark})
         except OSError as error:
             raise UserError(
                 f"{self.command[0]}: cannot be started ({error.strerror}); source .venv/bin/activate, or give its path"
             ) from error
-        self.group = process.pid
+        self.running = True
+        if self.asked_to_stop.is_set():  # between the start and the line above
+            self._forward_stop()
         code = process.wait()
         self._end_leftovers()
-        self.group = None
+        self.running = False
         record = EndRecord.read(self.directory) if stamp(self.directory / END_FILE) != record_before else None
         return self._ending(code, record, trained=stamp(self.directory / METRICS_FILE) != metrics_before)
 
     def _end_leftovers(self) -> None:
         """Ranks outlive a launcher that was killed. Those that save because they were asked to may take their time."""
         end = time.monotonic() + LEFTOVERS_MAY_TAKE_S
-        while self.group is not None and any(members(self.group)):
+        while any(members(self.mark)):
             if time.monotonic() > end and not self.asked_to_stop.is_set():
-                self._signal_group(signal.SIGKILL)
+                self._signal_all(signal.SIGKILL)
             time.sleep(0.1)
 
     def _ending(self, code: int, record: EndRecord | None, *, trained: bool) -> Ending:
@@ -192,23 +198,23 @@ class Supervisor:
             signal.signal(number, self._forward_stop)
         signal.signal(signal.SIGUSR1, self._forward_save)
 
-    def _forward_stop(self, number: int, frame: FrameType | None) -> None:
+    def _forward_stop(self, number: int = signal.SIGTERM, frame: FrameType | None = None) -> None:
         """To the ranks of this host; a launcher would end, and they would have less time. To all while none listens."""
         self.asked_to_stop.set()
-        if not self._signal_ranks(signal.SIGTERM):
-            self._signal_group(signal.SIGTERM)
+        if self.running and not self._signal_ranks(signal.SIGTERM):
+            self._signal_all(signal.SIGTERM)
 
-    def _signal_group(self, number: signal.Signals) -> None:
-        if self.group is not None:
-            with contextlib.suppress(ProcessLookupError):  # its last process has just ended
-                os.killpg(self.group, number)
+    def _signal_all(self, number: signal.Signals) -> None:
+        for process in members(self.mark):
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(process, number)
 
     def _forward_save(self, number: int, frame: FrameType | None) -> None:
         self._signal_ranks(signal.SIGUSR1)
 
     def _signal_ranks(self, number: signal.Signals) -> bool:
         """Ranks are those that listen to SIGUSR1, which would end any other process; whether there is one."""
-        ranks = [process for process in members(self.group or 0) if handles(process, signal.SIGUSR1)]
+        ranks = [process for process in members(self.mark) if handles(process, signal.SIGUSR1)]
         for rank in ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank, number)
@@ -222,7 +228,8 @@ def stamp(path: Path) -> tuple[int, int] | None:
 
 def newest_checkpoint(directory: Path) -> str:
     """The name of the newest committed checkpoint, or an empty string."""
-    return max((path.name for path in (directory / "checkpoints").glob("step_*")), default="")
+    names = (path.name for path in (directory / "checkpoints").glob("step_*"))
+    return max((name for name in names if name.removeprefix("step_").isdecimal()), default="")
 
 
 def last_step(directory: Path) -> int:
@@ -233,11 +240,13 @@ def last_step(directory: Path) -> int:
     return steps[-1].step if steps else 0
 
 
-def members(group: int) -> Iterator[int]:
-    """The living processes of a process group."""
+def members(mark: str) -> Iterator[int]:
+    """The living processes of this host with a mark in their environment, whoever started them and however they left
+    their parents behind: torchrun's ranks have sessions of their own, and outlive it where it is killed."""
+    marked = f"{MARK}={mark}".encode()
     for process in all_processes():
-        with contextlib.suppress(ProcessLookupError):
-            if process.is_alive() and os.getpgid(process.number) == group:
+        with contextlib.suppress(OSError):  # ended meanwhile, or another user's
+            if marked in (PROC / str(process.number) / "environ").read_bytes().split(b"\0") and process.is_alive():
                 yield process.number
 
 

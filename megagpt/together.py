@@ -15,7 +15,8 @@ from megagpt.utils import UserError
 
 Result = TypeVar("Result")
 
-EXPECTED = (OSError, SafetensorError, UserError, DamagedCheckpointError)  # what files and disks may do to a run
+DAMAGE = (SafetensorError, DamagedCheckpointError)
+EXPECTED = (OSError, UserError, *DAMAGE)  # what files and disks may do to a run
 
 
 def together(work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
@@ -25,21 +26,22 @@ def together(work: Callable[[], Result], group: dist.ProcessGroup | None = None)
     """
     result, fault, error = _attempt(work, group)
     if fault is not None:
-        raise UserError(fault) from error
+        raise UserError(fault.reason) from error
     return result  # type: ignore[return-value]  # no rank failed, so this one has its result
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What the first failing rank says."""
+    """What the first failing rank says; ``damage`` where what it read is at fault, and not the reading."""
 
     reason: str
+    damage: bool
 
 
 def attempt(work: Callable[[], Result]) -> Result | Fault:
     """Run ``work`` on every rank: this rank's result where all succeed, else the same fault on all."""
     result, fault, _ = _attempt(work, None)
-    return Fault(fault) if fault is not None else result  # type: ignore[return-value]  # as above
+    return fault if fault is not None else result  # type: ignore[return-value]  # as above
 
 
 def from_rank0(work: Callable[[], Result]) -> Result:
@@ -66,15 +68,16 @@ def on_rank0(value: Result, group: dist.ProcessGroup | None = None) -> list[Resu
 
 def _attempt(
     work: Callable[[], Result], group: dist.ProcessGroup | None
-) -> tuple[Result | None, str | None, Exception | None]:
-    """This rank's result, the first failing rank's reason, this rank's error; whatever happens, none waits for ever."""
+) -> tuple[Result | None, Fault | None, Exception | None]:
+    """This rank's result, the first failing rank's fault, this rank's error; whatever happens, none waits for ever."""
     result: Result | None = None
     error: Exception | None = None
     try:
         result = work()
     except Exception as caught:  # of any kind: the others wait for this rank's word
         error = caught
-    faults = everyones(None if error is None else str(error) or repr(error), group)
+    reason = None if error is None else f"{str(error) or repr(error)} (rank {dist.get_rank()})"
+    faults = everyones(Fault(reason, isinstance(error, DAMAGE)) if reason else None, group)
     if error is not None and not isinstance(error, EXPECTED):
         raise error
-    return result, next((f"{fault} (rank {rank})" for rank, fault in enumerate(faults) if fault), None), error
+    return result, next(filter(None, faults), None), error

@@ -67,6 +67,7 @@ def train(run: Run) -> Wish:
     """
     settings = run.config.megagpt.training
     guard, meter, stragglers = Guard.of(run.config), Meter(run), StragglerWatch(run.engine.mesh, run.engine.device)
+    guard.remember(run.state.guard)
     while run.state.step < settings.total_steps:
         step = run.state.step + 1
         stragglers.begin_step()
@@ -80,30 +81,36 @@ def train(run: Run) -> Wish:
         meter.pause(partial(follow_saves, run, result))
         report_stragglers(run, slow_ranks)
         verdict = guard.judge(step, result)
+        run.state = replace(run.state, guard=guard.memory)
         if verdict is not None:
             report(run, verdict, applied=result.applied)
             if verdict.rewind and rewind(run):
+                guard.remember(run.state.guard)
                 continue
         wish = agreed_wish(run)
-        if wish.ends_the_run and step < settings.total_steps:
+        if not wish.ends_the_run and (work := due_between_steps(run, wish)):
+            for task in work:
+                meter.pause(partial(task, run))
+            wish = agreed_wish(run)  # it may have taken long, and who sent SIGTERM does not wait for another step
+            if wish is Wish.SAVE:
+                run.wishes.add(wish)  # when that step is done
+        if wish.ends_the_run:
             leave(run, wish)
             return wish
-        meter.pause(partial(between_steps, run, asked_to_save=wish is Wish.SAVE))
     finish_saves(run)
     return Wish.NOTHING
 
 
-def between_steps(run: Run, *, asked_to_save: bool) -> None:
-    """What is due after a step and is no training; every rank must call it."""
+def due_between_steps(run: Run, wish: Wish) -> list[Callable[[Run], None]]:
+    """What is due after a step and is no training, in this order; alike on every rank, all of which must do it."""
     settings, step = run.config.megagpt.training, run.state.step
-    if due(settings.drift_check_interval_steps, step, settings.total_steps):
-        require_equal_replicas(run)
-    if due(settings.eval_interval_steps, step, settings.total_steps):
-        report_validation(run)
-    if due(settings.sample_interval_steps, step, settings.total_steps):
-        write_samples(run)
-    if asked_to_save or due(run.config.megagpt.checkpoint.interval_steps, step, settings.total_steps):
-        save(run)
+    intervals: list[tuple[int, Callable[[Run], None]]] = [
+        (settings.drift_check_interval_steps, require_equal_replicas),
+        (settings.eval_interval_steps, report_validation),
+        (settings.sample_interval_steps, write_samples),
+        (1 if wish is Wish.SAVE else run.config.megagpt.checkpoint.interval_steps, save),
+    ]
+    return [task for interval_steps, task in intervals if due(interval_steps, step, settings.total_steps)]
 
 
 def due(interval_steps: int, step: int, last_step: int) -> bool:
@@ -112,16 +119,21 @@ def due(interval_steps: int, step: int, last_step: int) -> bool:
 
 
 def agreed_wish(run: Run) -> Wish:
-    """The greatest wish of any rank: a signal reaches ranks up to 30 s apart, and all must act at the same step."""
-    wish = torch.tensor(run.wishes.take(), device=run.engine.device)
-    dist.all_reduce(wish, op=dist.ReduceOp.MAX)
-    return Wish(int(wish))
+    """The greatest wish of any rank: a signal reaches ranks up to 30 s apart, and all must act at the same step.
+
+    To end is no wish any more after the last step.
+    """
+    greatest = torch.tensor(run.wishes.take(), device=run.engine.device)
+    dist.all_reduce(greatest, op=dist.ReduceOp.MAX)
+    wish, last_step = Wish(int(greatest)), run.config.megagpt.training.total_steps
+    return Wish.NOTHING if wish.ends_the_run and run.state.step >= last_step else wish
 
 
 def leave(run: Run, wish: Wish) -> None:
-    """Save, and record who wanted the run to end; every rank must call it."""
+    """Save what is not saved yet, and record who wanted the run to end; every rank must call it."""
     run.monitor.event("stop", step=run.state.step, wish=wish.name)
-    save(run)
+    if not run.saver.holds(run.state):
+        save(run)
     finish_saves(run)
 
 

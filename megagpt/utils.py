@@ -30,6 +30,10 @@ class UserError(Exception):
     """Bad input: the message says what happened, where, and what to type. Commands exit with code 2 on it."""
 
 
+class TransientError(UserError):
+    """Nothing is wrong with the input, and the same command may succeed later; commands exit with code 1 on it."""
+
+
 def run_command(main: Callable[[], int | None]) -> int:
     """Run a command's `main`; a `UserError` becomes its message on stderr and exit code 2, never a traceback.
 
@@ -39,7 +43,7 @@ def run_command(main: Callable[[], int | None]) -> int:
         code = main() or ExitCode.DONE
     except UserError as error:
         print(error, file=sys.stderr)
-        code = ExitCode.BAD_INPUT
+        code = ExitCode.FAILED if isinstance(error, TransientError) else ExitCode.BAD_INPUT
     try:
         print(end="", flush=True)
     except BrokenPipeError:

@@ -99,6 +99,7 @@ class Watch:
             self.pulse.beat("starting")
             self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
             self._thread.start()
+            threading.Thread(target=self._insist, name="watch of the clock", daemon=True).start()
         return self
 
     def __exit__(
@@ -121,16 +122,22 @@ class Watch:
                 written_s = now_s
                 self._write(self._own_state())
 
+    def _insist(self) -> None:
+        """End this rank where its watch cannot: the disk that all hosts share may have gone with the network, and
+        whoever writes or looks there waits for ever."""
+        overdue_s = 0.0
+        while not self._closing.wait(self.tick_s):
+            overdue = time.monotonic() - self.pulse.since_s > self.timeout_s
+            overdue_s = overdue_s + self.tick_s if overdue else 0.0
+            if overdue_s > 4 * self._patience_s:
+                os._exit(ExitCode.FAILED)
+
     @property
     def _alarm(self) -> Path:
         return self.directory / "alarm"
 
     def _end_the_run(self) -> None:
-        """Say where this rank is; the one that raised the alarm waits for the others to do so, and reports.
-
-        Whatever comes of that: the disk that all hosts share may have gone with the network, and take no word any more.
-        """
-        threading.Timer(2 * self._patience_s, os._exit, (ExitCode.FAILED,)).start()
+        """Say where this rank is; the one that raised the alarm waits for the others to do so, and reports."""
         self._write(replace(self._own_state(), final=True))
         try:
             with self._alarm.open("x") as file:

@@ -61,7 +61,7 @@ def test_what_matters_most_is_clean_on_hopper() -> None:
     assert_no_worse_than_the_table(rows)
 
 
-@pytest.mark.parametrize("capability", ["80", "100"])
+@pytest.mark.parametrize("capability", ["80", pytest.param("100", marks=pytest.mark.slow)])
 def test_the_main_kernels_compile_for_other_gpus(capability: str) -> None:
     names = ("attention_forward_64_bf16", "attention_backward_keys_64_bf16")
     assert_no_worse_than_the_table(compiled("--capability", capability, "--names", *names))

@@ -147,6 +147,13 @@ def test_rewinds_come_to_an_end() -> None:
     assert [(v.rewind, v.fatal) for v in verdicts if v] == [(True, False)] * MOST_REWINDS + [(False, True)]
 
 
+def test_a_loss_that_is_not_finite_is_no_spike() -> None:
+    """What happens to such a step is for `on_nonfinite` to say."""
+    guard = steady_guard("rewind")
+    assert not guard.refuses(float("inf"))
+    assert not guard.refuses(float("nan"))
+
+
 def test_a_young_run_has_no_spikes() -> None:
     guard = Guard("skip", "warn")
     assert guard.judge(1, step_of(3.0)) is None

@@ -35,7 +35,9 @@ def test_per_step_sends_each_gradient_once(four_ranks: RankPool, stage: int, tim
     assert [pytest.approx(times * elements, abs=few) for elements in own] == sent["per_micro_batch"]
 
 
-@pytest.mark.parametrize("schedule", [{"schedule": "1f1b"}, {"schedule": "gpipe"}], ids=str)
+@pytest.mark.parametrize(
+    "schedule", [{"schedule": "1f1b"}, pytest.param({"schedule": "gpipe"}, marks=pytest.mark.slow)], ids=str
+)
 def test_zero_3_fetches_ahead_and_keeps_what_the_next_micro_batch_needs(
     four_ranks: RankPool, schedule: dict[str, str]
 ) -> None:

@@ -29,7 +29,7 @@ def config(data: Path, steps: int, stage: int, on_spike: str, save_every: int = 
     return whole
 
 
-@pytest.mark.parametrize("stage", [0, 1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2, 3))])
 def test_a_spike_is_skipped_on_all_ranks(two_ranks: RankPool, data: Path, tmp_path: Path, stage: int) -> None:
     """Weights, moments and Adam's count are those of the step before; the next step is applied again."""
 
@@ -49,7 +49,7 @@ def test_a_spike_is_skipped_on_all_ranks(two_ranks: RankPool, data: Path, tmp_pa
         assert losses[-1] < losses[0] < losses[-2]
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_a_spike_is_rewound_past_its_samples(two_ranks: RankPool, data: Path, tmp_path: Path, stage: int) -> None:
     """As if the run had been resumed from its checkpoint, bit for bit, with the cursor behind the spike."""
     saved = SPIKED - 2
@@ -76,6 +76,16 @@ def test_a_spike_is_rewound_past_its_samples(two_ranks: RankPool, data: Path, tm
     state = replace(manifest.state, cursor=8 * SPIKED)
     (directory / MANIFEST).write_text(replace(manifest, state=state).to_json())
     assert_same_state(gathered(ranks, "at_end"), gathered(train(moved, ""), "at_end"))
+
+
+def test_a_resumed_guard_knows_the_losses_before_the_save(two_ranks: RankPool, data: Path, tmp_path: Path) -> None:
+    """It refuses the step that an undisturbed run refuses."""
+    jobs = [config(data, steps, 1, "skip", save_every=SPIKED - 1) for steps in (SPIKED - 1, SPIKED)]
+    first, second = (
+        two_ranks.run(TRAIN, config=job, directory=tmp_path, faults=f"spike@step={SPIKED}") for job in jobs
+    )
+    assert [(rank["state"].step, rank["state"].skipped_steps) for rank in second] == [(SPIKED, 1)] * 2
+    assert_same_state(gathered(first, "at_end"), gathered(second, "at_end"))
 
 
 def test_without_a_checkpoint_a_rewind_is_a_skip(two_ranks: RankPool, data: Path, tmp_path: Path) -> None:

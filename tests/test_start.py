@@ -51,7 +51,9 @@ def test_a_rank_builds_its_shard_with_one_block_beside_it(
         assert rank["engine_peak"] < rank["engine"] + flattened * rank["model"] + BLOCK_BYTES
 
 
-@pytest.mark.parametrize("model", [{}, {"tie_embeddings": False, "vocabulary": 70}], ids=str)
+@pytest.mark.parametrize(
+    "model", [{}, pytest.param({"tie_embeddings": False, "vocabulary": 70}, marks=pytest.mark.slow)], ids=str
+)
 def test_every_mesh_starts_from_the_same_bits(four_ranks: RankPool, model: dict[str, Any]) -> None:
     expected = plain.train(tiny(num_layers=4, **model), 0).start
     for stage, parallel in MESHES:

@@ -63,6 +63,7 @@ def logged_start(directory: Path, rank: int) -> str:
     return next(line for line in lines if f"rank {rank} of 2, on host " in line)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_run(configuration: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     port = str(free_port())

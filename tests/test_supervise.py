@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -172,17 +173,45 @@ def test_what_a_crash_leaves_running_is_ended(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(supervise, "LEFTOVERS_MAY_TAKE_S", 0.2)
     script = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'])"
     command = [sys.executable, "-c", f"{script}; sys.exit(1)", "--run_dir", str(tmp_path)]
-    groups: list[int] = []
-    monkeypatch.setattr(supervise, "members", lambda group: groups.append(group) or list(members(group)))
-    ending = supervise.Supervisor(command, 0)._attempt()
+    found: list[int] = []
+    monkeypatch.setattr(supervise, "members", lambda mark: found.extend(members(mark)) or list(members(mark)))
+    supervisor = supervise.Supervisor(command, 0)
+    ending = supervisor._attempt()
     assert (ending.code, ending.final) == (1, False)
-    assert groups
-    assert not list(members(groups[0]))
+    assert found
+    assert not list(members(supervisor.mark))
 
 
-def test_members_of_a_group_and_who_handles_what() -> None:
-    assert os.getpid() in list(members(os.getpgrp()))
-    assert not list(members(2**22))
+def test_nothing_starts_after_it_was_asked_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal between two starts; the pause is over at once, and the run stays ended."""
+    command = [sys.executable, "-c", "import sys; sys.exit(1)", "--run_dir", str(tmp_path)]
+    supervisor = supervise.Supervisor(command, 5)
+    attempts: list[int] = []
+    attempt = supervisor._attempt
+    monkeypatch.setattr(supervisor, "_attempt", lambda: attempts.append(1) or attempt())
+    monkeypatch.setattr(supervisor, "_back_off_s", lambda: supervisor.asked_to_stop.set() or 60.0)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        assert supervisor.run() == 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert len(attempts) == 1
+
+
+def test_members_are_marked_and_may_have_a_session_of_their_own() -> None:
+    """As torchrun gives its ranks."""
+    sleeper = [sys.executable, "-c", "import time; time.sleep(1000)"]
+    process = subprocess.Popen(sleeper, env=os.environ | {supervise.MARK: "own"}, start_new_session=True)
+    try:
+        assert list(members("own")) == [process.pid]
+        assert not list(members("another"))
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_who_handles_what() -> None:
     before = signal.signal(signal.SIGUSR1, lambda *_: None)
     assert handles(os.getpid(), signal.SIGUSR1)
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)

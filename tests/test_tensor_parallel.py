@@ -135,6 +135,7 @@ def test_pipeline_2_x_tensor_2_x_data_2_under_zero_3(
         assert {axis for axis, _ in rank["traffic"]} >= {"pipeline", "tensor", "data", "model"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(HAS_GPU, reason="the interpreter works on CPU tensors")
 def test_interpreted_kernels_inside_pipeline_2_x_tensor_2_x_zero_3(four_ranks: RankPool) -> None:
     config = shared(4, 3, {"pipeline": 2, "tensor": 2, "sequence": True}, {"dropout": 0.1, "num_layers": 2})

@@ -153,6 +153,7 @@ def test_the_other_commands_work_on_the_run(
 # ---------------------------------------------------------------------------------------------------------- bad ends
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_stops_with_exit_code_4(configuration: Path, tmp_path: Path) -> None:
     overrides = ["optimizer.params.lr=1e30", "gradient_clipping=0", "megagpt.training.total_steps=12"]
     finished = command("--deepspeed_config", configuration, "--run_dir", tmp_path / "run", "--set", *overrides)

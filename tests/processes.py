@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megagpt import processes
 from megagpt.faults import VARIABLE
 from megagpt.metrics import read_metrics
 from tests.monitoring import ENVIRONMENT, REPOSITORY
@@ -25,19 +26,28 @@ Start = Callable[..., list[Process]]
 
 @contextmanager
 def starter() -> Iterator[Start]:
-    """Yields ``start(*words, ranks=1, launched=0, faults="", script=...)``, which returns the processes.
+    """Yields ``start(*words, ranks=1, launched=0, faults="", script=..., typed="", screen=None)``: the processes.
 
     ``launched`` ranks come from DeepSpeed's launcher, one process to us; ``ranks`` are started directly, one each.
-    Every process has a group of its own, which is killed in the end.
+    ``typed`` is a line for a shell in place of script and words; ``screen`` a file for all that would be shown, where
+    only stderr comes in a pipe otherwise. Every process has a group of its own, which is killed in the end.
     """
     started: list[Process] = []
 
     def start(
-        *words: object, ranks: int = 1, launched: int = 0, faults: str = "", script: str = "launch/train.py"
+        *words: object,
+        ranks: int = 1,
+        launched: int = 0,
+        faults: str = "",
+        script: object = "launch/train.py",
+        typed: str = "",
+        screen: Path | None = None,
     ) -> list[Process]:
         search = f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}"
         environment = os.environ | ENVIRONMENT | {"PATH": search, "DS_ACCELERATOR": "cpu", VARIABLE: faults}
-        port, command = str(free_port()), [sys.executable, script, *map(str, words)]
+        port, command = str(free_port()), [sys.executable, str(script), *map(str, words)]
+        if typed:
+            command = ["sh", "-c", typed]
         if launched:
             launcher = [str(PROGRAMS / "deepspeed"), "--num_accelerators", str(launched), "--master_port", port]
             command = launcher + command[1:]
@@ -45,7 +55,7 @@ def starter() -> Iterator[Start]:
         places = [of_all | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
         if launched or ranks == 1:
             places = [{}]
-        new = [_open(command, environment | place) for place in places]
+        new = [_open(command, environment | place, screen) for place in places]
         started.extend(new)
         return new
 
@@ -58,16 +68,17 @@ def starter() -> Iterator[Start]:
             process.stderr.close()
 
 
-def _open(command: list[str], environment: dict[str, str]) -> Process:
-    return subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def _open(command: list[str], environment: dict[str, str], screen: Path | None) -> Process:
+    with open(screen or os.devnull, "ab") as shown:
+        return subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=shown,
+            stderr=shown if screen else subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
 
 
 def until(condition: Callable[[], Any]) -> Any:
@@ -77,6 +88,11 @@ def until(condition: Callable[[], Any]) -> Any:
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
     return found
+
+
+def ranks_of(run: Path) -> list[processes.Process]:
+    """The living processes of this machine whose command line names a run directory, launchers among them."""
+    return [member for member in processes.all_processes() if str(run) in member.words and member.is_alive()]
 
 
 def steps_on_record(run: Path) -> int:

@@ -17,6 +17,7 @@ from megagpt.end_record import EndRecord
 from megagpt.metrics import read_metrics
 from megagpt.signals import SignalListener, Wish, Wishes
 from tests.checkpoint_jobs import assert_same_state, gathered, run_config
+from tests.monitoring import REPOSITORY
 from tests.processes import PATIENCE_S, Start, steps_on_record, until
 from tests.ranks import RankPool
 from tests.trained_run import write_dataset
@@ -183,6 +184,62 @@ def test_the_second_sigterm_ends_a_process_whose_main_thread_hangs(start: Start,
     assert record is not None
     assert (record.reason, record.step, record.detail) == ("ended at once", 3, "SIGTERM")
     assert open_checkpoint(run).manifest.state.step == 2
+
+
+# The file of a save is half on the disk, and the disk does not answer any more.
+HANGING_SAVE = """
+import os, sys, time
+sys.path[0] = {repository!r}
+from launch.train import parse_arguments
+from megagpt import checkpoint_writer, startup
+from megagpt.utils import run_command
+
+write_file = checkpoint_writer._write_file
+
+def hanging(staging, flats, planned):
+    stored = write_file(staging, flats, planned)
+    if staging.name.endswith("step_00000004"):
+        os.truncate(staging / planned.name, planned.bytes // 2)
+        open({hangs!r}, "w").close()
+        time.sleep(1000)
+    return stored
+
+checkpoint_writer._write_file = hanging
+sys.exit(run_command(lambda: startup.main(parse_arguments())))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["foreground", "background"])
+def test_the_second_sigterm_ends_a_process_that_saves(
+    start: Start, data: Path, tmp_path: Path, asynchronous: bool
+) -> None:
+    """Nothing torn can ever be read, and the run goes on from the checkpoint before (F4)."""
+    configuration, run = tmp_path / "config.json", tmp_path / "run"
+    config = run_config(data, 10, (1, "none", "none"), save_every=2)
+    config["megagpt"]["checkpoint"]["asynchronous"] = asynchronous
+    configuration.write_text(json.dumps(config))
+    hangs, script = tmp_path / "hangs", tmp_path / "hanging.py"
+    script.write_text(HANGING_SAVE.format(repository=str(REPOSITORY), hangs=str(hangs)))
+    words = ["--deepspeed_config", configuration, "--run_dir", run]
+    (process,) = start(*words, script=script)
+    until(hangs.exists)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(signals.SAME_PRESS_S + 1)
+    assert process.poll() is None
+    assert complete_steps(run / "checkpoints") == [2]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE_S) == 1
+    record = EndRecord.read(run)
+    assert record is not None
+    assert (record.reason, record.exit_code, record.detail) == ("ended at once", 1, "SIGTERM")
+    assert complete_steps(run / "checkpoints") == [2]
+    assert open_checkpoint(run).manifest.state.step == 2
+    (process,) = start(*words)
+    assert process.wait(PATIENCE_S) == 0
+    (resume,) = read_metrics(run).events_named("resume")
+    assert (resume["step"], resume["passed_over"]) == (2, [])
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step_00000008", "step_00000010"]
 
 
 @pytest.mark.slow

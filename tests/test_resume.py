@@ -15,12 +15,13 @@ from tests.trained_run import write_dataset
 HALF, WHOLE = 6, 12
 TRAIN = "tests.checkpoint_jobs:train"
 SAME_MESH = [
-    (0, "none", "none"),
     (1, "none", "none"),
-    (2, "cpu", "none"),
-    (3, "none", "none"),
     (3, "cpu", "cpu"),
     (3, "nvme", "none"),
+    *(
+        pytest.param(zero, marks=pytest.mark.slow)
+        for zero in ((0, "none", "none"), (2, "cpu", "none"), (3, "none", "none"))
+    ),
 ]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from megagpt.arguments import non_negative, probability, whole_number
+from megagpt.arguments import non_negative, positive, probability, whole_number
 from megagpt.utils import ExitCode, abandon, run_command
 
 RATES = {
@@ -72,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys of the JSON file")
     devices = [name.lower() for name in ACCELERATORS]
     add("--device", choices=devices, type=str.lower, default="h100", help="[h100]")
-    add("--device_memory_gib", type=non_negative, metavar="GIB", help="memory of a device [its data sheet's]")
+    add("--device_memory_gib", type=positive, metavar="GIB", help="memory of a device [its data sheet's]")
     for name, default, what in (
         ("host_memory_gib", HOST_MEMORY_GIB, "memory of a host"),
         ("reserve_gib", RESERVE_GIB, "of a device, not ours: CUDA context, NCCL, fragments"),
@@ -80,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
         add(f"--{name}", type=non_negative, default=default, metavar="GIB", help=f"{what} [{default:g}]")
     add("--efficiency", type=probability, metavar="SHARE", help=f"of the peak that products reach [{EFFICIENCY}]")
     for name, what in RATES.items():
-        add(f"--{name}", type=non_negative, metavar="X", help=f"{what} [from the data sheet or assumed, and printed]")
+        add(f"--{name}", type=positive, metavar="X", help=f"{what} [from the data sheet or assumed, and printed]")
     add("--json", action="store_true", help="print the plan as one JSON object")
     return parser.parse_args()
 

@@ -28,6 +28,14 @@ def non_negative(text: str) -> float:
     return value
 
 
+def positive(text: str) -> float:
+    """A type for numbers above 0."""
+    value = _finite(text)
+    if value <= 0:
+        raise ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
 def probability(text: str) -> float:
     """A type for numbers above 0 and at most 1."""
     value = _finite(text)

@@ -190,7 +190,6 @@ ZERO_KEY_STAGES: dict[str, tuple[int, ...]] = {
     "stage3_model_persistence_threshold": (3,),
     "stage3_max_live_parameters": (3,),
     "stage3_max_reuse_distance": (3,),
-    "stage3_module_granularity_threshold": (3,),
     "stage3_use_all_reduce_for_fetch_params": (3,),
     "stage3_allgather_sequential": (3,),
 }
@@ -217,9 +216,6 @@ class ZeroConfig(Section):
     stage3_max_live_parameters: ElementCount | None = execution(None, "elements gathered at one time", ge=0)
     stage3_max_reuse_distance: ElementCount | None = execution(
         None, "keep a parameter that is used again within so many elements", ge=0
-    )
-    stage3_module_granularity_threshold: ElementCount | None = execution(
-        None, "modules finer than this are fetched as one; 0: off", ge=0
     )
     stage3_use_all_reduce_for_fetch_params: bool | None = execution(None, "gather parameters by all-reduce")
     stage3_allgather_sequential: bool | None = execution(None, "gather parameter by parameter, without buckets")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from megagpt.accelerators import Accelerator
@@ -16,11 +17,11 @@ from megagpt.config import ConfigError, ResolvedConfig, RunConfig, load_config
 from megagpt.hosts import Host, world_size
 from megagpt.layout import Layout
 from megagpt.memory import RankMemory, rank_memory
-from megagpt.model_states import shard_of
+from megagpt.model_states import shard_of, unequal_tiles
 from megagpt.performance import Assumptions, Estimate, estimate
 from megagpt.placement import Placement
-from megagpt.planner import refusals
-from megagpt.utils import GIB
+from megagpt.planner import can_be_cut, refusals, require_legal
+from megagpt.utils import GIB, UserError
 
 LINK_SHARE = 0.7  # of a link's speed on its data sheet, what collectives reach
 EFFICIENCY = 0.5  # of a device's peak, what large 16-bit products and attention reach together
@@ -113,13 +114,33 @@ def make_plan(path: str, overrides: Sequence[str], hosts: Sequence[Host], limits
     """Plan a configuration file on these hosts; raises ConfigError where it is no configuration for so many ranks."""
     written = load_config(path, overrides)
     config = _resolved(written, world_size(list(hosts)))
+    if not can_be_cut(config):
+        require_legal(config, path)
     plan = _plan(path, config, hosts, limits, assumed)
     return plan if plan.good else replace(plan, alternatives=_alternatives(plan, path, overrides, written))
 
 
 def _resolved(written: RunConfig, ranks: int) -> ResolvedConfig:
-    """As on GPUs that compute in bf16; the data's vocabulary is taken from the configuration or its preset."""
-    return written.resolved(world_size=ranks, vocabulary=None, bf16_native=True)
+    """As on GPUs that compute in bf16; the vocabulary is the configuration's or its preset's, else that of the data."""
+    return written.resolved(world_size=ranks, vocabulary=_vocabulary_here(written), bf16_native=True)
+
+
+def _vocabulary_here(written: RunConfig) -> int | None:
+    """Of the prepared data, which are looked at only where nothing else tells it: that costs the import of numpy."""
+    model = written.megagpt.model
+    if model.vocab_size or model.vocabulary or model.published_vocabulary:
+        return None
+    from megagpt.manifest import read_manifest
+
+    try:
+        return max(read_manifest(Path(source.path)).vocabulary for source in written.megagpt.data.sources)
+    except UserError:
+        return None
+
+
+def _refused(config: ResolvedConfig, layout: Layout) -> list[str]:
+    """A line for each reason why it cannot be trained."""
+    return [rule.line(config) for rule in refusals(config)] + [*filter(None, [unequal_tiles(layout)])]
 
 
 def _plan(path: str, config: ResolvedConfig, hosts: Sequence[Host], limits: Limits, assumed: Assumptions) -> Plan:
@@ -128,7 +149,7 @@ def _plan(path: str, config: ResolvedConfig, hosts: Sequence[Host], limits: Limi
     return Plan(
         source=path,
         config=config,
-        refusals=[rule.line(config) for rule in refusals(config)],
+        refusals=_refused(config, layout),
         layout=layout,
         placement=Placement.of(layout, hosts),
         memory=[rank_memory(layout, rank) for rank in ranks],
@@ -152,7 +173,7 @@ def _alternatives(plan: Plan, path: str, overrides: Sequence[str], written: RunC
             resolved = _resolved(changed, plan.layout.world_size)
         except ConfigError:
             return False
-        return not refusals(resolved) and Layout.of(resolved) == layout
+        return not refusals(resolved) and Layout.of(resolved) == layout and not unequal_tiles(layout)
 
     def fits(memory: RankMemory) -> bool:
         in_host = memory.peak.host / GIB * plan.assumed.ranks_per_host

@@ -50,6 +50,11 @@ def require_legal(config: RunConfig, source: str = "") -> None:
         raise ConfigError(lines)
 
 
+def can_be_cut(config: RunConfig) -> bool:
+    """Whether every stage has a block; of what cannot be cut nothing can be planned."""
+    return not _has_pipeline(config) or config.megagpt.parallel.pipeline <= _most_stages(config)
+
+
 def _value_at(config: RunConfig, key: str) -> Any:
     value: Any = config
     for name in key.split("."):
@@ -176,7 +181,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "megagpt.parallel.pipeline",
-        lambda config: _has_pipeline(config) and _most_stages(config) < config.megagpt.parallel.pipeline,
+        lambda config: not can_be_cut(config),
         "a stage would have no block, the model having fewer blocks than stages",
         lambda config: f"megagpt.parallel.pipeline={_most_stages(config)}",
     ),
@@ -232,6 +237,19 @@ RULES: tuple[Rule, ...] = (
             and not _ties_embeddings(config)
         ),
         "ZeRO 3 then trains to other losses: seen, two ranks, one stage's last reduction missing",
+        "megagpt.parallel.gradient_reduction=per_step",
+    ),
+    Rule(
+        "megagpt.parallel.gradient_reduction",
+        lambda config: (
+            config.megagpt.parallel.gradient_reduction == "per_micro_batch"
+            and config.megagpt.parallel.schedule == "interleaved"
+            and _stage(config) == 2
+            and _optimizer_device(config) == "cpu"
+            and _has_pipeline(config)
+            and not _ties_embeddings(config)
+        ),
+        "ZeRO 2 with the optimizer in host memory then loses gradients: seen, of all chunks of a rank but the last",
         "megagpt.parallel.gradient_reduction=per_step",
     ),
     Rule(
@@ -312,7 +330,11 @@ RULES: tuple[Rule, ...] = (
             and config.megagpt.parallel.gradient_reduction == "per_step"
         ),
         "the one reduction of a step adds micro-batches up in the model's format before it converts them",
-        "megagpt.parallel.gradient_reduction=per_micro_batch",
+        lambda config: (
+            f"data_types.grad_accum_dtype={_model_type(config)}"
+            if _has_pipeline(config) and _ties_embeddings(config)  # which reduce once a step
+            else "megagpt.parallel.gradient_reduction=per_micro_batch"
+        ),
     ),
     Rule(
         "data_types.grad_accum_dtype",

@@ -22,7 +22,9 @@ from megagpt.dataset import SampleStream, open_dataset
 from megagpt.hosts import read_hostfile
 from megagpt.launch_command import hostfile_of_launcher
 from megagpt.launchers import Launch, adopt_launch
+from megagpt.layout import Layout
 from megagpt.manifest import Split
+from megagpt.model_states import unequal_tiles
 from megagpt.orphans import end_with_launcher
 from megagpt.planner import require_legal
 from megagpt.signals import STOP_FILE, SignalListener, Wish, Wishes, ends_before_the_start
@@ -112,6 +114,8 @@ def open_data(config: RunConfig, directory: Path) -> dict[Split, SampleStream]:
     # whatever the vocabulary: impossible arithmetic is reported before any data are prepared
     _resolve_without_device(config, 1)
     resolved = _resolve_without_device(config, _prepare_vocabulary(config))
+    if (refusal := unequal_tiles(Layout.of(resolved))) is not None:
+        raise ConfigError([refusal])
     directories.check(directory, resolved)
     return {split: _open_stream(resolved, split) for split in SPLITS}
 

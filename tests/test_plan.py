@@ -15,7 +15,7 @@ from megagpt.config import load_config
 from megagpt.hosts import Host
 from megagpt.layout import Layout
 from megagpt.memory import rank_memory
-from megagpt.model_states import model_states
+from megagpt.model_states import model_states, unequal_tiles
 from megagpt.parameters import parameters_of_rank
 from megagpt.performance import estimate
 from megagpt.placement import hosts_of
@@ -201,3 +201,34 @@ def test_more_of_a_resource_never_costs_more() -> None:
     assert fast < slow
     coarse = estimate(layout, assume(H100, 8), simulated=False)
     assert coarse.step_s == pytest.approx(estimate(layout, assume(H100, 8)).step_s, rel=0.05)
+
+
+def test_stages_cut_into_different_tiles_are_refused_with_a_size_that_is_legal() -> None:
+    """ZeRO 3's optimizer would wait for ever; what is printed as the remedy is planned without a refusal."""
+    changes = ["megagpt.model.vocab_size=4096", "megagpt.parallel.pipeline=2", "train_micro_batch_size_per_gpu=4"]
+
+    def refused(*more: str) -> list[str]:
+        config = load_config(CONFIGS / "default.json", [*changes, *more]).resolved(
+            world_size=2, vocabulary=None, bf16_native=False
+        )
+        return [*filter(None, [unequal_tiles(Layout.of(config))])]
+
+    (line,) = refused("zero_optimization.sub_group_size=100000")
+    assert "into 3 or 7 optimizer tiles" in line  # as many as DeepSpeed was seen to make
+    assert refused(line.rpartition("--set ")[2]) == []
+    assert refused() == []
+
+
+@pytest.mark.parametrize("rate", ["link_gb_per_s", "network_gb_per_s", "peak_tflops", "device_memory_gib"])
+def test_a_rate_of_nothing_is_refused(rate: str) -> None:
+    done = command("--ranks", "2", f"--{rate}", "0")
+    assert done.returncode == 2
+    assert "0 is not above 0" in done.stderr
+
+
+def test_a_pipeline_longer_than_the_model_is_refused_in_a_line() -> None:
+    changes = ["megagpt.model.vocab_size=4096", "megagpt.parallel.pipeline=8"]
+    done = command("--ranks", "8", "--set", *changes)
+    assert done.returncode == 2
+    assert "8 is refused: a stage would have no block" in done.stderr
+    assert "Traceback" not in done.stderr

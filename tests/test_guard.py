@@ -29,7 +29,23 @@ CASES = [
     (3, "nan", "fp32"),
     (3, "inf", "fp32"),
     (1, "inf", "bf16"),
+    pytest.param(2, "nan", "bf16", marks=pytest.mark.slow),
+    pytest.param(2, "inf", "bf16", marks=pytest.mark.slow),
     (3, "nan", "bf16"),
+]
+PIPELINE, TENSOR = {"pipeline": 2}, {"tensor": 2}  # of four ranks, so that there are two replicas as well
+MESHES = [  # the rank that is spoilt: of the first or the last stage
+    (PIPELINE, 1, 0, "nan"),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in [
+            (PIPELINE, 1, 3, "inf"),
+            (PIPELINE, 3, 3, "nan"),
+            (PIPELINE, 3, 1, "inf"),
+            (TENSOR, 1, 1, "nan"),
+            (TENSOR, 1, 2, "inf"),
+        ]
+    ),
 ]
 
 
@@ -48,16 +64,31 @@ def guarded_config(data: Path, steps: int, stage: int, precision: str = "fp32", 
 def test_one_bad_gradient_on_one_rank_changes_no_weight_anywhere(
     two_ranks: RankPool, data: Path, tmp_path: Path, stage: int, kind: str, precision: str
 ) -> None:
-    def train(steps: int, directory: Path, poison: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-        config = guarded_config(data, steps, stage, precision)
-        return two_ranks.run(TRAIN, config=config, directory=directory, poison=poison)
+    config = guarded_config(data, CLEAN_STEPS, stage, precision)
+    assert_nothing_changes(two_ranks, config, tmp_path, rank=1, kind=kind)
 
+
+@pytest.mark.parametrize(("parallel", "stage", "rank", "kind"), MESHES, ids=str)
+def test_one_bad_gradient_on_one_rank_of_a_mesh_changes_no_weight_anywhere(
+    four_ranks: RankPool, data: Path, tmp_path: Path, parallel: dict[str, int], stage: int, rank: int, kind: str
+) -> None:
+    """Nor on the stage or the tensor-parallel rank whose own gradients are all finite."""
+    config = guarded_config(data, CLEAN_STEPS, stage)
+    config["megagpt"]["parallel"] = parallel
+    assert_nothing_changes(four_ranks, config, tmp_path, rank=rank, kind=kind)
+
+
+def assert_nothing_changes(ranks: RankPool, config: dict[str, Any], directory: Path, rank: int, kind: str) -> None:
+    """By a step that is spoilt on one rank, compared with a run that ends before it; and it is on record."""
     bad_step = CLEAN_STEPS + 1
-    clean = train(CLEAN_STEPS, tmp_path / "clean")
-    bad = train(bad_step, tmp_path / "bad", {"steps": [bad_step], "rank": 1, "kind": kind})
+    clean = ranks.run(TRAIN, config=config, directory=directory / "clean")
+    config["megagpt"]["training"]["total_steps"] = bad_step
+    poison = {"steps": [bad_step], "rank": rank, "kind": kind}
+    bad = ranks.run(TRAIN, config=config, directory=directory / "bad", poison=poison)
     assert_same_state(gathered(clean, "at_end"), gathered(bad, "at_end"))
-    assert [(rank["state"].step, rank["state"].skipped_steps) for rank in bad] == [(bad_step, 1)] * 2
-    (skip,) = read_metrics(tmp_path / "bad").events_named("skip")
+    counts = [(held["state"].step, held["state"].skipped_steps) for held in bad]
+    assert counts == [(bad_step, 1)] * ranks.world_size
+    (skip,) = read_metrics(directory / "bad").events_named("skip")
     assert (skip["step"], skip["first_sample"], skip["last_sample"]) == (bad_step, 8 * CLEAN_STEPS, 8 * bad_step - 1)
 
 

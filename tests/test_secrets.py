@@ -10,11 +10,10 @@ from megagpt.end_record import END_FILE
 from megagpt.metrics import METRICS_FILE
 from megagpt.processes import PROC, Process, all_processes
 from tests.checkpoint_jobs import run_config
-from tests.monitoring import CANARY
+from tests.monitoring import CANARY, SECRETS
 from tests.processes import Start, ranks_of, steps_on_record, until
 from tests.trained_run import write_dataset
 
-SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 LOOKS = 5  # at the processes of the machine, while steps are made
 
 

@@ -18,12 +18,13 @@ from megagpt.metrics import read_metrics
 from megagpt.signals import SignalListener, Wish, Wishes
 from tests.checkpoint_jobs import assert_same_state, gathered, run_config
 from tests.monitoring import REPOSITORY
-from tests.processes import PATIENCE_S, Start, steps_on_record, until
+from tests.processes import PATIENCE_S, Start, ranks_of, steps_on_record, until
 from tests.ranks import RankPool
 from tests.trained_run import write_dataset
 
 TRAIN = "tests.survival_jobs:train_with_wishes"
 STEPS = 8
+SAVED_WITHIN_S = 25.0  # a launcher that passes a signal on kills 30 s later
 
 
 @pytest.fixture(scope="module")
@@ -265,3 +266,23 @@ def test_ranks_whose_launcher_is_killed_save_and_end(start: Start, configuration
     record = until(lambda: EndRecord.read(run))
     assert (record.reason, record.exit_code, record.detail) == ("pre-empted", 3, "ORPHANED")
     assert complete_steps(run / "checkpoints") == [record.step]
+
+
+@pytest.mark.slow
+def test_ranks_whose_launcher_is_told_to_end_save_and_end(start: Start, configuration: Path, tmp_path: Path) -> None:
+    """DeepSpeed's command dies of SIGTERM without a word to its ranks; both save, well before a launcher kills (F3)."""
+    run = tmp_path / "run"
+    (process,) = start("--deepspeed_config", configuration, "--run_dir", run, launched=2)
+    until(lambda: steps_on_record(run) > 2)
+    told = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    record = until(lambda: EndRecord.read(run))
+    assert time.monotonic() - told < SAVED_WITHIN_S
+    assert process.wait(PATIENCE_S) == -signal.SIGTERM
+    assert (record.reason, record.exit_code, record.detail) == ("pre-empted", 3, "ORPHANED")
+    assert complete_steps(run / "checkpoints") == [record.step]
+    files = open_checkpoint(run).manifest.files
+    assert {name[:10] for name in files} == {"rank_00000", "rank_00001"}
+    until(lambda: not ranks_of(run))
+    logs = [(run / "logs" / f"rank_{rank:05d}.log").read_text() for rank in (0, 1)]
+    assert any("the launcher has died" in log for log in logs)  # the first to notice tells the other

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from megagpt.report import write_report
 from megagpt.supervise import handles, members, run_directory_of
 from tests.checkpoint_jobs import run_config
 from tests.monitoring import record
-from tests.processes import PATIENCE_S, PROGRAMS, Process, Start, until
+from tests.processes import PATIENCE_S, PROGRAMS, Process, Start, ranks_of, until
 from tests.ranks import free_port
 from tests.trained_run import write_dataset
 
@@ -290,6 +292,49 @@ def test_a_killed_run_is_resumed_to_the_same_end(start: Start, data: Path, tmp_p
     assert (tmp_path / "killed" / "logs" / "faults.txt").read_text().count("kill@") == 1
     ends = [EndRecord.read(tmp_path / name) for name in ("killed", "undisturbed")]
     assert [end.step for end in ends if end] == [8, 8]
+    assert same_weights(*(open_checkpoint(tmp_path / name) for name in ("killed", "undisturbed")))
+    killed_steps, undisturbed_steps = (read_metrics(tmp_path / name).steps for name in ("killed", "undisturbed"))
+    assert [(s.step, s.loss) for s in killed_steps] == [(s.step, s.loss) for s in undisturbed_steps]
+
+
+PEERS_END_WITHIN_S = 5.0
+
+
+def seconds_to_its_end(process: Process) -> float:
+    """How long a process takes from now to its end, without what it only waits for a core that others keep busy.
+
+    The kernel counts that wait for the main thread (Documentation/scheduler/sched-stats.rst, /proc/<pid>/schedstat).
+    """
+
+    def waited_s() -> float:
+        return int(Path(f"/proc/{process.pid}/schedstat").read_text().split()[1]) / 1e9
+
+    began, waited = time.monotonic(), waited_s()
+    until(lambda: os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG))
+    return time.monotonic() - began - (waited_s() - waited)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_peers_end_with_a_killed_rank_and_the_printed_command_goes_on(
+    start: Start, data: Path, tmp_path: Path, victim: int
+) -> None:
+    """kill -9 of one of two ranks, started one by one, in a step (F1). Each gets the printed command typed again."""
+    path, run = tmp_path / "config.json", tmp_path / "killed"
+    path.write_text(json.dumps(run_config(data, 8, (1, "none", "none"), save_every=2)))
+    words = ["--deepspeed_config", path, "--run_dir"]
+    ranks = start(*words, run, ranks=2, faults=f"kill@rank={victim},step=6")
+    assert ranks.pop(victim).wait(PATIENCE_S) == -signal.SIGKILL
+    (peer,) = ranks
+    assert seconds_to_its_end(peer) < PEERS_END_WITHIN_S
+    assert peer.wait() == 1
+    assert not ranks_of(run)
+    page = peer.communicate()[1]
+    (typed,) = re.findall(r"to resume +(.+)\n", page)
+    assert [rank.wait(PATIENCE_S) for rank in start(typed=typed, ranks=2)] == [0, 0]
+    assert [rank.wait(PATIENCE_S) for rank in start(*words, tmp_path / "undisturbed", ranks=2)] == [0, 0]
+    (resume,) = read_metrics(run).events_named("resume")
+    assert resume["step"] == 4
     assert same_weights(*(open_checkpoint(tmp_path / name) for name in ("killed", "undisturbed")))
     killed_steps, undisturbed_steps = (read_metrics(tmp_path / name).steps for name in ("killed", "undisturbed"))
     assert [(s.step, s.loss) for s in killed_steps] == [(s.step, s.loss) for s in undisturbed_steps]

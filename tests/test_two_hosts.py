@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from megagpt import run_directory
 from megagpt.checkpoint_format import complete_steps
 from megagpt.end_record import EndRecord
 from megagpt.metrics import read_metrics
-from megagpt.processes import Process, process
+from megagpt.processes import Process, all_processes, process
 from tests.checkpoint_jobs import run_config
-from tests.monitoring import CANARY, ENVIRONMENT, REPOSITORY
+from tests.monitoring import CANARY, ENVIRONMENT, REPOSITORY, SECRETS
 from tests.trained_run import write_dataset
 from tests.two_hosts import TwoHosts, two_hosts, why_not_here
 
@@ -85,9 +86,23 @@ def training(configuration: Path, run: Path, *overrides: str) -> list[str]:
 
 def launch(hosts: TwoHosts, words: list[str], *options: str) -> tuple[int, str]:
     """Type the command on the first host; its exit code and what it showed."""
+    code, shown, _ = watched_launch(hosts, words, *options)
+    return code, shown
+
+
+def watched_launch(hosts: TwoHosts, words: list[str], *options: str) -> tuple[int, str, set[Process]]:
+    """The same, and the processes that could be listed meanwhile: of both hosts, which share this machine's /proc."""
     command = hosts.start("host-a", ["deepspeed", "--hostfile", hosts.directory / "hosts", *options, *words])
-    shown, _ = command.communicate(timeout=DEADLINE_S)
-    return command.returncode, shown
+    seen: set[Process] = set()
+
+    def shown() -> tuple[str, str] | None:
+        seen.update(all_processes())
+        with suppress(subprocess.TimeoutExpired):
+            return command.communicate(timeout=0.2)
+        return None
+
+    text, _ = wait_for(shown)
+    return command.returncode, text, seen
 
 
 def losses(run: Path) -> list[float]:
@@ -97,7 +112,11 @@ def losses(run: Path) -> list[float]:
 def ranks_on(hosts: TwoHosts, *names: str) -> list[Process]:
     """The ranks that live on hosts (on both, by default)."""
     found = [process(number) for host in names or ONE_EACH for number in hosts.processes(host)]
-    return [rank for rank in found if rank and any(word.startswith("--local_rank") for word in rank.words[:4])]
+    return [rank for rank in found if rank and is_rank(rank)]
+
+
+def is_rank(member: Process) -> bool:
+    return any(word.startswith("--local_rank") for word in member.words[:4])
 
 
 def wait_for(condition: Callable[[], Any]) -> Any:
@@ -114,17 +133,19 @@ def wait_for(condition: Callable[[], Any]) -> Any:
 def test_two_hosts_train_as_one_process_does(
     sound: TwoHosts, configuration: Path, alone: list[float], tmp_path: Path, slots: dict[str, int], mesh: list[str]
 ) -> None:
-    """With a key in the environment that must appear nowhere; pipeline stages lie on different hosts."""
+    """With keys in the environment that must appear nowhere, nor in a listing of processes (S4).
+
+    Pipeline stages lie on different hosts.
+    """
     ranks = sum(slots.values())
     sound.write_hostfile(slots)
     before = {host: sound.bytes_sent(host) for host in slots}
     run = tmp_path / "run"
     stated = f"megagpt.parallel.world_size={ranks}"
-    os.environ["WANDB_API_KEY"] = CANARY
-    try:
-        code, shown = launch(sound, training(configuration, run, stated, *mesh))
-    finally:
-        del os.environ["WANDB_API_KEY"]
+    with pytest.MonkeyPatch.context() as environment:
+        for name in SECRETS:
+            environment.setenv(name, CANARY)
+        code, shown, seen = watched_launch(sound, training(configuration, run, stated, *mesh))
     assert code == 0, shown
     assert losses(run) == pytest.approx(alone, abs=1e-5)
     for rank in range(ranks):
@@ -132,6 +153,8 @@ def test_two_hosts_train_as_one_process_does(
         assert f"rank {rank} of {ranks}, on host {'host-a' if rank < ranks // 2 else 'host-b'} by deepspeed" in log
         assert CANARY not in log
     assert CANARY not in shown
+    assert len({member.number for member in seen if is_rank(member) and str(run) in member.words}) == ranks
+    assert [member for member in seen if CANARY in " ".join(member.words)] == []
     parameters = 4 * 38_304  # bytes of the model in fp32; ZeRO-3 gathers the other half of them again and again
     carried = {host: sound.bytes_sent(host) - before[host] for host in slots}
     assert all(sent > STEPS * parameters / 2 for sent in carried.values()), carried

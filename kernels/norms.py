@@ -79,8 +79,9 @@ def _forward(
     if rows == 0:
         return y, total, mean, rstd
     tile = _tile(columns)
-    x = x.contiguous()
-    pointers = (x, x if residual is None else residual.contiguous(), weight, weight if bias is None else bias)
+    x, weight = x.contiguous(), weight.contiguous()
+    added, shift = (like if given is None else given.contiguous() for given, like in ((residual, x), (bias, weight)))
+    pointers = (x, added, weight, shift)
     constants = {
         "CENTRED": centred,
         "RESIDUAL": residual is not None,
@@ -117,7 +118,7 @@ def _backward(
     dx, dweight, dbias = _backward_outputs(dy, dtotal, x, weight, mean, rstd, bias)
     if rstd.numel() == 0:
         return dx, dweight.zero_(), dbias.zero_()
-    x, dy = x.contiguous(), dy.contiguous()
+    x, dy, weight = x.contiguous(), dy.contiguous(), weight.contiguous()
     dtotal = None if dtotal is None else dtotal.contiguous()
     run = _backward_wide if _tile(x.shape[-1]).wide else _backward_narrow
     partial_sums = run(dy, dtotal, x, weight, mean, rstd, dx, bias)

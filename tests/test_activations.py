@@ -8,6 +8,7 @@ from torch import Tensor
 
 import kernels
 from kernels import activations, reference
+from kernels.launcher import launch
 from tests.kernel_accuracy import DTYPES, assert_as_accurate_as_torch, outputs_and_gradients
 
 OPS = ("bias_gelu", "swiglu")
@@ -54,6 +55,26 @@ def test_strides(fused_device: str, op: str) -> None:
         function(leaf.transpose(0, 1), **tensors).sum().backward()
         gradients.append(leaf.grad)
     torch.testing.assert_close(*gradients)
+
+
+def test_a_bias_of_any_stride(fused_device: str) -> None:
+    """One column of a matrix, and one number repeated."""
+    x, dense = case("bias_gelu", (6, 40), torch.float32, fused_device).values()
+    for bias in (torch.stack((dense, -dense), dim=1)[:, 0], dense[:1].expand(40)):
+        assert_as_accurate_as_torch("bias_gelu", {"x": x, "bias": bias.detach()})
+        assert torch.equal(kernels.bias_gelu(x, bias), kernels.bias_gelu(x, bias.contiguous()))
+
+
+def test_twice_as_many_channels_as_fit_into_31_bits(fused_device: str) -> None:
+    """The first program alone, told that 2^30 results are wanted: it reads and writes its own block only."""
+    x = torch.randn(2 * activations._BLOCK, generator=torch.Generator().manual_seed(0)).to(fused_device)
+    y, dx = x.new_zeros(activations._BLOCK), torch.zeros_like(x)
+    launch(activations.swiglu_forward, (1,), x, x, y, 2**30, BLOCK=activations._BLOCK)
+    launch(activations.swiglu_backward, (1,), x, y, x, dx, 2**30, BLOCK=activations._BLOCK)
+    leaf = x.requires_grad_()
+    expected = kernels.swiglu(leaf)
+    assert torch.equal(y, expected)
+    assert torch.equal(dx, torch.autograd.grad(expected, leaf, y)[0])
 
 
 @pytest.mark.parametrize("op", OPS)

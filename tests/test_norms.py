@@ -134,6 +134,22 @@ def test_strides(fused_device: str, op: str) -> None:
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("columns", [40, 150])
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.usefixtures("narrow_tiles")
+def test_parameters_of_any_stride(fused_device: str, op: str, columns: int) -> None:
+    """One column of a matrix, and one number repeated."""
+    dense = case(op, (6, columns), torch.float32, fused_device)
+    parameters = [name for name in dense if name != "x"]
+    strided = {name: torch.stack((dense[name], -dense[name]), dim=1)[:, 0] for name in parameters}
+    repeated = {name: dense[name][:1].expand(columns) for name in parameters}
+    for changed in (strided, repeated):
+        results = outputs_and_gradients(getattr(kernels, op), dense | changed, torch.float32)
+        expected = {name: x.contiguous() for name, x in changed.items()}
+        expected = outputs_and_gradients(getattr(kernels, op), dense | expected, torch.float32)
+        assert all(torch.equal(results[name], value) for name, value in expected.items())
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_an_unused_output_has_no_gradient(fused_device: str, op: str) -> None:
     tensors = case(op, (2, 3, 40), torch.float32, fused_device, residual=True)

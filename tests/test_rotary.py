@@ -1,5 +1,7 @@
 """Rotary embedding: accuracy, strides of the fused projection, exact quarter turns, arguments refused by name."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -48,6 +50,26 @@ def test_the_strides_of_a_fused_projection(fused_device: str) -> None:
         (turned.square().sum() + turned.sum()).backward()
         gradients.append(leaf.grad)
     torch.testing.assert_close(*gradients)
+
+
+def test_channels_further_apart_than_31_bits(fused_device: str, tmp_path: Path) -> None:
+    """Four channels 2^30 elements apart: all of them lie in a file with holes, or in six GiB of a GPU."""
+    count, stride = 3 * 2**30 + 2, 2**30
+    if fused_device == "cpu":
+        storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=count, dtype=torch.float16)
+    else:
+        storage = torch.empty(count, dtype=torch.float16, device=fused_device)
+    x = storage.as_strided((1, 1, 2, 4), (0, 0, 1, stride))
+    x.copy_(random((1, 1, 2, 4), torch.float16, fused_device))
+    table = angles(2, 4, fused_device)
+    assert torch.equal(kernels.rotary(x, **table), kernels.rotary(x.contiguous(), **table))
+
+
+def test_more_heads_than_the_second_axis_of_a_grid_holds(fused_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    grids = []
+    monkeypatch.setattr(rotary_embedding, "launch", lambda kernel, grid, *_, **__: grids.append(grid))
+    kernels.rotary(torch.zeros(300, 300, 40, 2, device=fused_device), **angles(40, 2, fused_device))
+    assert grids == [(2 * 300 * 300,)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

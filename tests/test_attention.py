@@ -254,9 +254,11 @@ def test_integers_are_exact(fused_device: str, dtype: torch.dtype, deterministic
     """Equal scores over a power of two of keys: every sum is exact, so every bit must be right."""
     generator = torch.Generator().manual_seed(0)
     shape = (1, 2, 64, 16)
-    k, v = (torch.randint(-1, 2, shape, generator=generator).to(fused_device, dtype) for _ in range(2))
+    q, k, v = (torch.randint(-1, 2, shape, generator=generator).to(fused_device, dtype) for _ in range(3))
     v[:, :, 32:] = 2 - v[:, :, :32]  # so that every output is 1, and the score gradients fit bf16's 8 bits
-    tensors = {"q": torch.zeros_like(k), "k": k * 4, "v": v}
+    q[..., 1:], k[..., :2] = 0, 1
+    q[..., 1] = -q[..., 0]  # scores are 0, but q is not, which the gradient of k is made of
+    tensors = {"q": q, "k": k * 4, "v": v}
     options = {"causal": False, "scale": 1.0, "deterministic": deterministic}
 
     def gradients(function: Any, of: torch.dtype) -> tuple[Tensor, ...]:
@@ -270,6 +272,7 @@ def test_integers_are_exact(fused_device: str, dtype: torch.dtype, deterministic
         gradients(kernels.attention, dtype), gradients(reference.attention, torch.float64), strict=True
     ):
         exact = (truth * 64).round() / 64  # fp64's softmax strays from it by its last place
+        assert exact.any()
         assert torch.equal(ours, exact.to(dtype))
 
 
@@ -294,19 +297,31 @@ def test_the_self_check_passes(fused_device: str, dtype: torch.dtype, monkeypatc
     )
 
 
+MISTAKES = {
+    "one element off by one": lambda x: x + torch.eye(*x.shape[2:]),
+    "nothing there": lambda x: x * 0,
+    "the wrong sign": torch.neg,
+    "one head the other's": lambda x: x.flip(1),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
 @pytest.mark.parametrize("wrong", ["output", "gradient of q", "gradient of k", "gradient of v"])
-def test_the_self_check_names_what_is_wrong(wrong: str) -> None:
-    """One element off by one in one result is enough."""
+def test_the_self_check_names_what_is_wrong(wrong: str, mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No result may be wrong in any of these ways: there was a check for which the gradient of k was always 0."""
+    monkeypatch.setattr(self_check, "_LENGTH", 256)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *, deterministic: bool, **options: Any) -> Tensor:
         spoilt = {"gradient of q": q, "gradient of k": k, "gradient of v": v}
         if wrong in spoilt:
-            spoilt[wrong].register_hook(lambda gradient: gradient + torch.eye(*gradient.shape[2:]))
+            spoilt[wrong].register_hook(MISTAKES[mistake])
         out = reference.attention(q, k, v, **options)
-        return out + torch.eye(*out.shape[2:]) if wrong == "output" else out
+        return MISTAKES[mistake](out) if wrong == "output" else out
 
     found = self_check.disagreement(attention, torch.device("cpu"), torch.float32, 64)
-    assert found == f"self-check: {wrong} is wrong for equal weights (see triton-lang/triton#11781)"
+    assert found is not None
+    assert found.startswith(f"self-check: {wrong} is wrong for ")
+    assert found.endswith(" (see triton-lang/triton#11781)")
 
 
 def test_nothing_to_attend_to(fused_device: str) -> None:

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.checks import require_shape
 from kernels.compile_ahead import AheadOfTime
 from kernels.launcher import launch
 from kernels.rounding import narrow
@@ -90,14 +89,6 @@ def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
     cosine and sine (length, head_dim / 2) in fp32, row t for position t; they get no gradient.
     """
-    if x.dim() != 4 or x.shape[-1] % 2:
-        raise ValueError(
-            f"rotary: x has shape {tuple(x.shape)}, expected (batch, heads, length, head_dim) with an even head_dim"
-        )
-    for name, table in (("cosine", cosine), ("sine", sine)):
-        if table.device != x.device or table.dtype != torch.float32:
-            raise ValueError(f"rotary: {name} is {table.dtype} on {table.device}, expected torch.float32 on {x.device}")
-        require_shape("rotary", name, table, (x.shape[2], x.shape[3] // 2))
     return _rotary(x, cosine, sine, False)
 
 

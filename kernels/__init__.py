@@ -44,4 +44,6 @@ def __getattr__(name: str) -> Any:
     from kernels.dispatch import explain, operation
     from kernels.launcher import launches
 
-    return {"explain": explain, "launches": launches}.get(name) or operation(name)
+    # Found at once from now on: this function takes longer than a small launch.
+    globals()[name] = {"explain": explain, "launches": launches}.get(name) or operation(name)
+    return globals()[name]

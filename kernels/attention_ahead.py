@@ -68,10 +68,12 @@ def _delta(head_dim: int) -> AheadOfTime:
 
 
 AHEAD_OF_TIME: list[AheadOfTime] = [
-    *(_configuration(phase, dim) for dim in (64, 80, 128, 256) for phase in _KERNELS),
+    *(_configuration(phase, dim) for dim in (16, 32, 64, 80, 128, 256) for phase in _KERNELS),
+    *(_configuration(phase, dim, "fp16") for dim in (64, 128) for phase in _KERNELS),
     *(_configuration(phase, dim, causal=False) for dim in (64, 128) for phase in _KERNELS),
     *(_configuration(phase, dim, documents=True) for dim in (64, 128) for phase in _KERNELS),
     *(_configuration(phase, dim, dropout=True) for dim in (64, 128, 256) for phase in _KERNELS),
+    *(_configuration(phase, dim, documents=True, dropout=True) for dim in (64, 128) for phase in _KERNELS),
     *(_configuration(phase, dim, "fp32") for dim in (64, 128, 256) for phase in _KERNELS),
     *(_configuration("backward_keys", dim, group=8) for dim in (64, 128)),
     *(_configuration("backward_keys", dim, atomic=False) for dim in (64, 128)),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels import chunked_cross_entropy, reference
+from kernels import checks, chunked_cross_entropy, reference
 from kernels.benchmark_cases import Case
 from kernels.dispatch import TABLE, Row, row_refusal
 
@@ -61,7 +61,8 @@ def _fused(op: str) -> list[Provider]:
 
 
 def _ours(case: Case, row: Row) -> Function:
-    refusal = row_refusal(row, case.op, *case.tensors.values(), **case.options)
+    like = getattr(checks, case.op)(**case.tensors, **case.options)
+    refusal = row_refusal(row, case.op, like, **case.tensors, **case.options)
     if refusal is not None:
         raise UnavailableError(refusal)
     function: Function = getattr(importlib.import_module(row.module), case.op)

@@ -1,19 +1,146 @@
-"""What every fused operation demands of its arguments, said before anything is launched."""
+"""What every operation demands of its arguments, whichever implementation runs: said before anything is launched.
 
+One function for each operation, of its signature. It raises ValueError, naming the argument, what was found and what
+was expected, and returns the tensor whose device and dtype are those of the call.
+"""
+
+from typing import Any
+
+import torch
 from torch import Tensor
 
 
-def require(op: str, name: str, tensor: Tensor, like: Tensor, shape: tuple[int, ...] | None = None) -> None:
-    """Raise ValueError unless ``tensor`` has the device and dtype of ``like`` and, where given, this shape."""
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    document_ids: Tensor | None = None,
+    dropout: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """Four dimensions, heads that divide, a seed where there is dropout, documents no longer than the keys."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"attention: {name} has shape {tuple(x.shape)}, expected (batch, heads, length, head_dim)")
+    _require_floating_point("attention", "q", q)
+    batch, heads, length, head_dim = q.shape
+    key_heads, key_length = k.shape[1:3]
+    _require("attention", "k", k, q, (batch, key_heads, key_length, head_dim))
+    _require("attention", "v", v, q, (batch, key_heads, key_length, head_dim))
+    if key_heads == 0 or heads % key_heads:
+        raise ValueError(f"attention: q has {heads} heads, expected a multiple of k's {key_heads}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"attention: dropout is {dropout}, expected a probability of at least 0 and below 1")
+    if dropout:
+        if dropout_seed is None:
+            raise ValueError("attention: dropout needs dropout_seed, one int64 for each sample of the batch")
+        _require("attention", "dropout_seed", dropout_seed, q, (batch,), torch.int64)
+    if document_ids is not None:
+        _require("attention", "document_ids", document_ids, q, (batch, key_length), document_ids.dtype)
+        if length > key_length:
+            raise ValueError(
+                f"attention: q has length {length}, expected at most k's {key_length} with document_ids: "
+                "the queries are the last of the keys' positions"
+            )
+    return q
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, residual: Tensor | None = None, **_: Any) -> Tensor:
+    """Parameters as wide as x's rows, a residual like x."""
+    return _norm("layer_norm", x, weight, bias, residual)
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, residual: Tensor | None = None, **_: Any) -> Tensor:
+    """A weight as wide as x's rows, a residual like x."""
+    return _norm("rms_norm", x, weight, None, residual)
+
+
+def _norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x has shape (), expected (..., width)")
+    _require_floating_point(op, "x", x)
+    _require(op, "weight", weight, x, (x.shape[-1],))
+    if bias is not None:
+        _require(op, "bias", bias, x, (x.shape[-1],))
+    if residual is not None:
+        _require(op, "residual", residual, x, tuple(x.shape))
+    return x
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, reduction: str = "mean", **_: Any
+) -> Tensor:
+    """A weight as wide as hidden, one int64 target for each of its rows."""
+    op = "linear_cross_entropy"
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'{op}: reduction is "{reduction}", expected "mean", "sum" or "none"')
+    if hidden.dim() < 2:
+        raise ValueError(f"{op}: hidden has shape {tuple(hidden.shape)}, expected (..., hidden_size)")
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, expected (vocabulary, {hidden.shape[-1]})")
+    _require_floating_point(op, "hidden", hidden)
+    _require(op, "weight", weight, hidden, (weight.shape[0], hidden.shape[-1]))
+    _require(op, "targets", targets, hidden, tuple(hidden.shape[:-1]), torch.int64)
+    return hidden
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """A bias as wide as x's rows."""
+    if x.dim() == 0:
+        raise ValueError("bias_gelu: x has shape (), expected (..., channels)")
+    _require_floating_point("bias_gelu", "x", x)
+    _require("bias_gelu", "bias", bias, x, (x.shape[-1],))
+    return x
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """An even number of channels."""
+    if x.dim() == 0 or x.shape[-1] % 2:
+        raise ValueError(
+            f"swiglu: x has shape {tuple(x.shape)}, expected an even number of channels (gate, value pairs)"
+        )
+    _require_floating_point("swiglu", "x", x)
+    return x
+
+
+def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """An even head dimension, tables in fp32 of half as many columns."""
+    if x.dim() != 4 or x.shape[-1] % 2:
+        raise ValueError(
+            f"rotary: x has shape {tuple(x.shape)}, expected (batch, heads, length, head_dim) with an even head_dim"
+        )
+    _require_floating_point("rotary", "x", x)
+    for name, table in (("cosine", cosine), ("sine", sine)):
+        _require("rotary", name, table, x, (x.shape[2], x.shape[3] // 2), torch.float32)
+    return x
+
+
+def dropout(x: Tensor, probability: float, *, seed: Tensor, **_: Any) -> Tensor:
+    """Three dimensions, and a seed for each sample."""
+    if x.dim() != 3:
+        raise ValueError(f"dropout: x has shape {tuple(x.shape)}, expected (batch, length, channels)")
+    _require_floating_point("dropout", "x", x)
+    if not 0.0 <= probability < 1.0:
+        raise ValueError(f"dropout: probability is {probability}, expected 0 <= probability < 1")
+    _require("dropout", "seed", seed, x, (x.shape[0],), torch.int64)
+    return x
+
+
+def _require_floating_point(op: str, name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, expected floating-point numbers; convert it")
+
+
+def _require(
+    op: str, name: str, tensor: Tensor, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
+) -> None:
+    """The device of ``like``, its dtype unless another one is given, and exactly this shape."""
+    dtype = dtype or like.dtype
     if tensor.device != like.device:
         raise ValueError(f"{op}: {name} is on {tensor.device}, expected {like.device}; move it there")
-    if tensor.dtype != like.dtype:
-        raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, expected {like.dtype}; convert one of them")
-    if shape is not None:
-        require_shape(op, name, tensor, shape)
-
-
-def require_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless ``tensor`` has exactly this shape."""
-    if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+    if tensor.dtype != dtype:
+        raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, expected {dtype}; convert it")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {shape}")

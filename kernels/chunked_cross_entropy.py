@@ -12,6 +12,7 @@ Everything here is plain torch; ``kernels.cross_entropy`` adds the two functions
 parallel group each rank holds some rows of the weight; a chunk costs one all-gather of three numbers a row.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,6 @@ from torch.distributed import ProcessGroup
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import costs
-from kernels.checks import require, require_shape
 
 CHUNK_BYTES = 256 * 2**20  # of logits: long enough for full-speed products, a tenth of what 8k rows of GPT-2 would take
 LEAST_CHUNK_ROWS = 128
@@ -70,7 +70,19 @@ _GROUPS: dict[str, ProcessGroup] = {}  # operators take a group by its name
 # ----------------------------------------------------------------------------------------------------------- operators
 
 
+def _in_its_own_dtype(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Without autocast, which would convert the operands of some of an operator's products and not of others."""
+
+    @functools.wraps(operator)
+    def run(first: Tensor, *others: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return operator(first, *others)
+
+    return run
+
+
 @torch.library.custom_op("megagpt::linear_cross_entropy", mutates_args=())
+@_in_its_own_dtype
 def _forward(
     hidden: Tensor,
     weight: Tensor,
@@ -141,6 +153,7 @@ def _forward_outputs(
 
 
 @torch.library.custom_op("megagpt::linear_cross_entropy_backward", mutates_args=())
+@_in_its_own_dtype
 def _backward(
     row_gradients: Tensor,
     hidden: Tensor,
@@ -295,7 +308,6 @@ def linear_cross_entropy(
     With a group every rank must call it with the same hidden and targets; each gets the whole loss and the whole
     gradient of hidden (summed over the group in here), and the gradient of its own rows of the weight.
     """
-    _check(hidden, weight, targets, reduction)
     name = "" if group is None else group.group_name
     if group is not None:
         _GROUPS[name] = group
@@ -309,20 +321,6 @@ def linear_cross_entropy(
     if reduction == "none":
         return losses.view(targets.shape)
     return total if reduction == "sum" else total / counted.sum()
-
-
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> None:
-    op = "linear_cross_entropy"
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'{op}: reduction is "{reduction}", expected "mean", "sum" or "none"')
-    if hidden.dim() < 2:
-        raise ValueError(f"{op}: hidden has shape {tuple(hidden.shape)}, expected (..., hidden_size)")
-    require(op, "weight", weight, hidden, (weight.shape[0], hidden.shape[-1]))
-    if targets.dtype != torch.int64:
-        raise ValueError(f"{op}: targets have dtype {targets.dtype}, expected torch.int64")
-    if targets.device != hidden.device:
-        raise ValueError(f"{op}: targets are on {targets.device}, expected {hidden.device}")
-    require_shape(op, "targets", targets, tuple(hidden.shape[:-1]))
 
 
 def _at_least_fp32(tensor: Tensor) -> Tensor:

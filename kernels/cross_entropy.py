@@ -25,7 +25,7 @@ _BLOCK = 4096  # columns at a time: 16 elements for each thread of 8 warps
 def cross_entropy_statistics(logits, targets, statistics, vocabulary, BLOCK: tl.constexpr):
     """One row for each program: maximum, sum of exp(logit - maximum), the target's logit (-inf if it is not here)."""
     row = tl.program_id(0).to(tl.int64)
-    rows = tl.num_programs(0)
+    rows = tl.num_programs(0).to(tl.int64)
     logits += row * vocabulary
     maximum = float("-inf")
     total = tl.zeros((BLOCK,), tl.float32)

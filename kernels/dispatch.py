@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import checks, reference
 from kernels.launcher import INTERPRETED
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # rows are told apart by identity, quickly: every call looks its choice up
 class Row:
     """One implementation: its name, the module holding functions named like the operations, and what it is made of.
 
@@ -94,12 +94,14 @@ def mode() -> str | None:
 def choose(op: str, *args: Any, capability: tuple[int, int] | None = None, **kwargs: Any) -> Choice:
     """The implementation that would run ``op`` on these arguments. Raises ValueError where a forced one cannot.
 
-    With a ``capability`` the question is what a GPU of that compute capability would run, wherever the tensors are;
-    what only running there can tell, the self-check, is taken as passed.
+    Raises it, too, for arguments that no implementation takes (``kernels.checks``). With a ``capability`` the question
+    is what a GPU of that compute capability would run, wherever the tensors are; what only running there can tell, the
+    self-check, is taken as passed.
     """
+    like = getattr(checks, op)(*args, **kwargs)
     refusals: list[tuple[str, str]] = []
     for row in TABLE[op]:
-        reason = row_refusal(row, op, *args, capability=capability, **kwargs)
+        reason = row_refusal(row, op, like, *args, capability=capability, **kwargs)
         if reason is None:
             return Choice(op, row, tuple(refusals))
         refusals.append((row.implementation, reason))
@@ -119,7 +121,13 @@ _ANNOUNCED: set[Choice] = set()
 
 @functools.cache
 def operation(op: str) -> Callable[..., Any]:
-    """The public function ``kernels.<op>``: the twin's signature, the table's choice."""
+    """The public function ``kernels.<op>``: the twin's signature, the table's choice.
+
+    Imports what may run on this machine: torch.compile, which may trace the first call, cannot trace an import.
+    """
+    for row in TABLE[op]:
+        if not row.fused or (_TRITON_INSTALLED and (torch.version.cuda or INTERPRETED)):
+            _module(row.module)
 
     @functools.wraps(getattr(reference, op))
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -137,19 +145,20 @@ def _announce(choice: Choice) -> None:
         log.info("%s", choice)
 
 
-def row_refusal(row: Row, op: str, *args: Any, capability: tuple[int, int] | None = None, **kwargs: Any) -> str | None:
-    """Why this row cannot run this call; None when it can. ``capability`` as in ``choose``."""
+def row_refusal(
+    row: Row, op: str, like: Tensor, *args: Any, capability: tuple[int, int] | None = None, **kwargs: Any
+) -> str | None:
+    """Why this row cannot run a call whose tensors are like ``like``; None when it can. The rest as in ``choose``."""
     forced = mode()
     if not row.fused:
         return None if forced in (None, "torch") else f"{VARIABLE} asks for fused kernels"
-    first = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-    reason = _environment_refusal(row, forced) or _device_refusal(row, first.device, forced, capability)
-    reason = reason or _dtype_refusal(first.dtype)
+    reason = _environment_refusal(row, forced) or _device_refusal(row, like.device, forced, capability)
+    reason = reason or _dtype_refusal(like.dtype)
     if reason is not None:
         return reason
     module = _module(row.module)
     reason = module.refusal(op, *args, **kwargs)
-    if reason is None and capability is None and first.device.type == "cuda" and hasattr(module, "fault"):
+    if reason is None and capability is None and like.device.type == "cuda" and hasattr(module, "fault"):
         reason = module.fault(op, *args, **kwargs)
     return None if reason is None else str(reason)
 

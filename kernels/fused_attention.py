@@ -21,7 +21,6 @@ from kernels.attention_backward import (
 )
 from kernels.attention_forward import attention_forward
 from kernels.attention_tiles import MAXIMUM_HEAD_DIM, Tiles, padded, tiles_for
-from kernels.checks import require, require_shape
 from kernels.launcher import launch
 
 _ROWS_PER_DELTA_BLOCK = 64
@@ -46,9 +45,8 @@ def attention(
     merging the heads afterwards is free. With ``deterministic``, or torch's deterministic algorithms, repeated backward
     passes give the same bits, for seven matrix products a score instead of five.
     """
-    check(q, k, v, document_ids, dropout, dropout_seed)
     documents = None if document_ids is None else document_bounds(document_ids)
-    seed = None if not dropout or dropout_seed is None else dropout_seed.to(q.device, torch.int64).contiguous()
+    seed = None if not dropout or dropout_seed is None else dropout_seed.contiguous()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     out, _ = _forward(q, k, v, documents, seed, scale, causal, dropout, head_offset, deterministic)
@@ -75,44 +73,14 @@ def document_bounds(document_ids: Tensor) -> Tensor:
     Documents need not be runs of neighbours. A document is known by its first position, and blocks of keys outside the
     bounds of a block of queries are never visited.
     """
-    last = document_ids.shape[1] - 1 - _first_positions(document_ids.flip(1)).flip(1)
-    return torch.stack((_first_positions(document_ids), last), dim=1).to(torch.int32)
-
-
-def _first_positions(document_ids: Tensor) -> Tensor:
-    """Where each position's document begins. A stable sort puts the first position at the head of its group."""
-    order = document_ids.argsort(dim=1, stable=True)
-    ordered = document_ids.gather(1, order)
-    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(order)
-    heads = torch.where(ordered == ordered.roll(1, dims=1), 0, index).cummax(dim=1).values
-    return torch.empty_like(order).scatter_(1, order, order.gather(1, heads))
-
-
-def check(
-    q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None, dropout: float, dropout_seed: Tensor | None
-) -> None:
-    """Raise ValueError for what no implementation could mean, before anything is launched."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise ValueError(f"attention: {name} has shape {tuple(x.shape)}, expected (batch, heads, length, head_dim)")
-    batch, heads, length, head_dim = q.shape
-    key_heads, key_length = k.shape[1:3]
-    require("attention", "k", k, q, (batch, key_heads, key_length, head_dim))
-    require("attention", "v", v, q, (batch, key_heads, key_length, head_dim))
-    if key_heads == 0 or heads % key_heads:
-        raise ValueError(f"attention: q has {heads} heads, expected a multiple of k's {key_heads}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"attention: dropout is {dropout}, expected a probability of at least 0 and below 1")
-    if dropout and dropout_seed is None:
-        raise ValueError("attention: dropout needs dropout_seed, one int64 for each sample of the batch")
-    if dropout and dropout_seed is not None:
-        require_shape("attention", "dropout_seed", dropout_seed, (batch,))
-    if document_ids is not None:
-        require_shape("attention", "document_ids", document_ids, (batch, key_length))
-        if document_ids.device != q.device:
-            raise ValueError(f"attention: document_ids is on {document_ids.device}, expected {q.device}; move it there")
-        if length > key_length:
-            raise ValueError(f"attention: q has length {length}, expected at most k's {key_length} with document_ids")
+    # A stable sort brings a document together, its first position at the head and its last one at the tail.
+    ordered, order = document_ids.sort(dim=1, stable=True)
+    index = torch.arange(ordered.shape[1], device=ordered.device).expand_as(order)
+    changes = ordered != ordered.roll(1, dims=1)
+    heads = torch.where(changes, index, 0).cummax(dim=1).values
+    tails = torch.where(changes.roll(-1, dims=1), index, index[:, -1:]).flip(1).cummin(dim=1).values.flip(1)
+    ends = order[:, None].expand(-1, 2, -1).gather(2, torch.stack((heads, tails), dim=1))
+    return torch.empty_like(ends).scatter_(2, order[:, None].expand_as(ends), ends).to(torch.int32)
 
 
 def empty_heads_last(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -271,11 +239,14 @@ def _launch_queries(inputs: tuple[Tensor, ...], dq: Tensor, call: _Call) -> None
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, documents, seed, *settings = inputs
+    ctx.set_materialize_grads(False)  # of the log-sum-exp, which nobody differentiates
     ctx.save_for_backward(q, k, v, *output, documents, seed)
     ctx.settings = settings
 
 
-def _differentiate(ctx: Any, out_gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, out_gradient: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if out_gradient is None:
+        return (None,) * 10
     gradients = backward(out_gradient, *ctx.saved_tensors, *ctx.settings)
     return (*gradients, *(None for _ in range(7)))
 

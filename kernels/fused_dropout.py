@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.checks import require_shape
 from kernels.compile_ahead import AheadOfTime
 from kernels.launcher import launch
 from kernels.rounding import narrow
@@ -81,14 +80,7 @@ def dropout(x: Tensor, probability: float, *, seed: Tensor, position_offset: int
 
     ``seed`` (batch,) int64; the mask depends on it, the position in the sequence and the channel alone.
     """
-    if x.dim() != 3:
-        raise ValueError(f"dropout: x has shape {tuple(x.shape)}, expected (batch, length, channels)")
-    if not 0.0 <= probability < 1.0:
-        raise ValueError(f"dropout: probability is {probability}, expected 0 <= probability < 1")
-    if seed.dtype != torch.int64:
-        raise ValueError(f"dropout: seed has dtype {seed.dtype}, expected torch.int64")
-    require_shape("dropout", "seed", seed, (x.shape[0],))
-    return _dropout(x, probability, seed.to(x.device), position_offset)
+    return _dropout(x, probability, seed, position_offset)
 
 
 def refusal(op: str, *args: Any, **kwargs: Any) -> str | None:

@@ -4,6 +4,7 @@ The kernel is in attention_forward_hopper.py. It runs on compute capability 9.0 
 kernels have passed the self-check there; MEGAGPT_HOPPER=0 leaves everything to the portable ones.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -39,7 +40,6 @@ def attention(
     deterministic: bool = False,
 ) -> Tensor:
     """softmax(q k^T * scale) v for the calls that ``refusal`` lets through, as ``kernels.reference.attention``."""
-    fused_attention.check(q, k, v, document_ids, dropout, dropout_seed)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out, _ = _forward(q, k, v, scale, causal, deterministic or torch.are_deterministic_algorithms_enabled())
     return out
@@ -57,7 +57,7 @@ def refusal(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> str | None:
-    """Why this kernel cannot run the call; None when it can. Arguments that make no sense are for others to name."""
+    """Why this kernel cannot run the call; None when it can."""
     if dropout:
         return "it has no dropout"
     if document_ids is not None:
@@ -68,7 +68,7 @@ def refusal(
         return f"head_dim {q.shape[-1]} is neither 64 nor 128"
     if scale is not None and scale <= 0:
         return f"scale {scale} is not positive"
-    if not q.dim() == k.dim() == v.dim() == 4 or not q.numel() or not k.numel():
+    if not q.numel() or not k.numel():
         return "there is nothing to attend to"
     if causal and q.shape[2] > k.shape[2]:
         return f"the first of {q.shape[2]} queries see none of {k.shape[2]} keys"
@@ -100,6 +100,7 @@ def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, head_dim], _layout(rows, head_dim, x.dtype))
 
 
+@functools.cache  # six of its microseconds for each of four tensors, in every call
 def _layout(rows: int, head_dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([1, 1, rows, head_dim], _DTYPES[dtype])
 
@@ -126,10 +127,13 @@ def _outputs(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, T
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, ctx.scale, ctx.causal, ctx.deterministic = inputs
+    ctx.set_materialize_grads(False)  # of the log-sum-exp, which nobody differentiates
     ctx.save_for_backward(q, k, v, *output)
 
 
-def _differentiate(ctx: Any, out_gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, out_gradient: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if out_gradient is None:
+        return (None,) * 6
     portable = (None, None, ctx.scale, ctx.causal, 0.0, 0, ctx.deterministic)
     return (*fused_attention.backward(out_gradient, *ctx.saved_tensors, *portable), None, None, None)
 

@@ -23,7 +23,7 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *arguments: Any, **
     ``arguments`` and ``constants`` are the function's, with launch options such as num_warps among the latter.
     """
     _COUNTS[kernel.fn.__name__] += 1
-    if like.device.type != "cuda":
+    if like.device.type != "cuda" or like.device.index == torch.cuda.current_device():
         kernel[grid](*arguments, **constants)
         return
     with torch.cuda.device(like.device):

@@ -19,7 +19,6 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.checks import require
 from kernels.compile_ahead import AheadOfTime
 from kernels.launcher import launch
 from kernels.norm_kernels import (
@@ -79,8 +78,9 @@ def _forward(
     if rows == 0:
         return y, total, mean, rstd
     tile = _tile(columns)
-    x = x.contiguous()
-    pointers = (x, x if residual is None else residual.contiguous(), weight, weight if bias is None else bias)
+    x, weight = x.contiguous(), weight.contiguous()
+    added, shift = (like if given is None else given.contiguous() for given, like in ((residual, x), (bias, weight)))
+    pointers = (x, added, weight, shift)
     constants = {
         "CENTRED": centred,
         "RESIDUAL": residual is not None,
@@ -117,7 +117,7 @@ def _backward(
     dx, dweight, dbias = _backward_outputs(dy, dtotal, x, weight, mean, rstd, bias)
     if rstd.numel() == 0:
         return dx, dweight.zero_(), dbias.zero_()
-    x, dy = x.contiguous(), dy.contiguous()
+    x, dy, weight = x.contiguous(), dy.contiguous(), weight.contiguous()
     dtotal = None if dtotal is None else dtotal.contiguous()
     run = _backward_wide if _tile(x.shape[-1]).wide else _backward_narrow
     partial_sums = run(dy, dtotal, x, weight, mean, rstd, dx, bias)
@@ -228,14 +228,14 @@ def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float = 1e-5, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Layer normalisation over the last dimension; with a residual, of x + residual, returning both."""
-    return _normalise("layer_norm", x, residual, weight, bias, eps, centred=True)
+    return _normalise(x, residual, weight, bias, eps, centred=True)
 
 
 def rms_norm(
     x: Tensor, weight: Tensor, *, eps: float = 1e-5, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Root-mean-square normalisation; with a residual, of x + residual, returning both."""
-    return _normalise("rms_norm", x, residual, weight, None, eps, centred=False)
+    return _normalise(x, residual, weight, None, eps, centred=False)
 
 
 def refusal(op: str, *args: Any, **kwargs: Any) -> str | None:
@@ -244,14 +244,8 @@ def refusal(op: str, *args: Any, **kwargs: Any) -> str | None:
 
 
 def _normalise(
-    op: str, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centred: bool
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centred: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
-    columns = x.shape[-1]
-    require(op, "weight", weight, x, (columns,))
-    if bias is not None:
-        require(op, "bias", bias, x, (columns,))
-    if residual is not None:
-        require(op, "residual", residual, x, tuple(x.shape))
     y, total, _, _ = _forward(x, residual, weight, bias, eps, centred)
     return y if residual is None else (y, total)
 
@@ -269,21 +263,23 @@ _TYPES: dict[str, Any] = {
 }
 
 
-def _shipped(columns: int, centred: bool, residual: bool) -> list[AheadOfTime]:
-    """Forward and backward in bf16 at one width, as this module would launch them."""
+def _shipped(columns: int, centred: bool, residual: bool, dtype: str = "bf16") -> list[AheadOfTime]:
+    """Forward and backward at one width, as this module would launch them."""
     tile = _tile(columns)
-    name = f"{'layer' if centred else 'rms'}_norm{'_residual' if residual else ''}_{columns}"
+    types = {name: f"*{dtype}" if type_ == "*bf16" else type_ for name, type_ in _TYPES.items()}
+    name = "layer_norm" if centred else "rms_norm"
+    name += ("_residual" if residual else "") + ("" if dtype == "bf16" else f"_{dtype}") + f"_{columns}"
     flags = {"CENTRED": centred, "RESIDUAL": residual, "BIAS": centred, "STAGES": tile.stages}
     shape = {"ROWS": tile.rows, "BLOCK": tile.block}
     forward = norm_forward_wide if tile.wide else norm_forward
-    entries = [AheadOfTime(f"{name}_forward", forward, _TYPES, flags | shape, tile.warps)]
+    entries = [AheadOfTime(f"{name}_forward", forward, types, flags | shape, tile.warps)]
     if not tile.wide:
-        return [*entries, AheadOfTime(f"{name}_backward", norm_backward, _TYPES, flags | shape, tile.warps)]
+        return [*entries, AheadOfTime(f"{name}_backward", norm_backward, types, flags | shape, tile.warps)]
     parts, chunks = _parts(columns)
     flags |= {"BLOCK": _SUM_CHUNK, "CHUNKS": chunks, "AVERAGED": parts > 1}
-    entries.append(AheadOfTime(f"{name}_backward", norm_backward_wide, _TYPES, flags, 8))
+    entries.append(AheadOfTime(f"{name}_backward", norm_backward_wide, types, flags, 8))
     if parts > 1:
-        entries.append(AheadOfTime(f"{name}_row_averages", norm_row_averages, _TYPES, flags, 8))
+        entries.append(AheadOfTime(f"{name}_row_averages", norm_row_averages, types, flags, 8))
     return entries
 
 
@@ -293,5 +289,9 @@ AHEAD_OF_TIME: list[AheadOfTime] = [
     *_shipped(8192, centred=True, residual=True),
     *_shipped(12288, centred=True, residual=True),
     *_shipped(16384, centred=True, residual=True),
+    *_shipped(768, centred=False, residual=False),
     *_shipped(4096, centred=False, residual=True),
+    *_shipped(8192, centred=False, residual=True),
+    *(entry for dtype in ("fp16", "fp32") for entry in _shipped(768, centred=True, residual=False, dtype=dtype)),
+    *(entry for dtype in ("fp16", "fp32") for entry in _shipped(8192, centred=True, residual=True, dtype=dtype)),
 ]

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.checks import require_shape
 from kernels.compile_ahead import AheadOfTime
 from kernels.launcher import launch
 from kernels.rounding import narrow
@@ -27,24 +26,27 @@ def rotary_rotate(
     ROWS: tl.constexpr, HALF: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """ROWS positions of one head for each program; HALF is head_dim / 2 rounded up to a power of two."""
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, HALF)
+    blocks = tl.cdiv(length, ROWS)  # heads come along the same axis of the grid: the others end at 65,535
+    plane = tl.program_id(0) // blocks
+    batch, head = plane // heads, plane % heads
+    row = (tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.arange(0, HALF).to(tl.int64)
     mask = (row < length)[:, None] & (column < half)[None, :]
     angle = row[:, None] * half + column[None, :]
     cos = tl.load(cosine + angle, mask=mask, other=0.0)
     sin = tl.load(sine + angle, mask=mask, other=0.0)
     if BACKWARD:
         sin = -sin
+    far = tl.cast(half, tl.int64)  # from the first channel of a pair to the second
     source = head_start(x, x_strides, batch, head, 0)
-    source += row.to(tl.int64)[:, None] * x_strides[2] + column[None, :] * x_strides[3]
+    source += row[:, None] * x_strides[2] + column[None, :] * x_strides[3]
     first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(source + half * x_strides[3], mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(source + far * x_strides[3], mask=mask, other=0.0).to(tl.float32)
     target = head_start(y, y_strides, batch, head, 0)
-    target += row.to(tl.int64)[:, None] * y_strides[2] + column[None, :] * y_strides[3]
+    target += row[:, None] * y_strides[2] + column[None, :] * y_strides[3]
     dtype: tl.constexpr = y.dtype.element_ty
     tl.store(target, narrow(first * cos - second * sin, dtype, IN_INTERPRETER), mask=mask)
-    tl.store(target + half * y_strides[3], narrow(second * cos + first * sin, dtype, IN_INTERPRETER), mask=mask)
+    tl.store(target + far * y_strides[3], narrow(second * cos + first * sin, dtype, IN_INTERPRETER), mask=mask)
 
 
 @torch.library.custom_op("megagpt::rotary", mutates_args=())
@@ -55,7 +57,7 @@ def _rotary(x: Tensor, cosine: Tensor, sine: Tensor, backward: bool) -> Tensor:
         return y
     launch(
         rotary_rotate,
-        (triton.cdiv(length, _ROWS), batch * heads),
+        (triton.cdiv(length, _ROWS) * batch * heads,),
         x,
         *(x, cosine.contiguous(), sine.contiguous(), y, x.stride(), y.stride(), heads, length, head_dim // 2),
         ROWS=_ROWS,
@@ -87,14 +89,6 @@ def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
     cosine and sine (length, head_dim / 2) in fp32, row t for position t; they get no gradient.
     """
-    if x.dim() != 4 or x.shape[-1] % 2:
-        raise ValueError(
-            f"rotary: x has shape {tuple(x.shape)}, expected (batch, heads, length, head_dim) with an even head_dim"
-        )
-    for name, table in (("cosine", cosine), ("sine", sine)):
-        if table.device != x.device or table.dtype != torch.float32:
-            raise ValueError(f"rotary: {name} is {table.dtype} on {table.device}, expected torch.float32 on {x.device}")
-        require_shape("rotary", name, table, (x.shape[2], x.shape[3] // 2))
     return _rotary(x, cosine, sine, False)
 
 

@@ -9,6 +9,8 @@ import importlib
 import logging
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,20 +30,41 @@ def verdict(module: str, device: torch.device, dtype: torch.dtype, head_dim: int
     """What the ``attention`` of a module gets wrong on this device; None where every bit agrees.
 
     Asked once in this process for each device, dtype and head dimension, and a disagreement is logged as a warning.
-    torch.compile asks while it compiles. A kernel that cannot even be compiled or launched is at fault too.
+    torch.compile asks while it compiles. A kernel that cannot even be compiled or launched is at fault too. Where there
+    is no memory to ask, or a CUDA graph is being captured, the kernel is refused this once.
     """
     key = (module, device, dtype, head_dim)
-    if key not in _VERDICTS:
-        attention = importlib.import_module(module).attention
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            try:
-                found = disagreement(attention, device, dtype, head_dim)
-            except Exception as error:
-                found = f"self-check: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        if found is not None:
-            log.warning("%s is not used on %s for %s, head_dim %d: %s", module, device, dtype, head_dim, found)
-        _VERDICTS[key] = found
-    return _VERDICTS[key]
+    if key in _VERDICTS:
+        return _VERDICTS[key]
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "self-check: impossible while a CUDA graph is captured; call it once before"
+    try:
+        # Whatever the caller is amidst (autocast, inference mode, a default device, a FLOP counter, hooks of activation
+        # checkpointing) holds in its own thread alone.
+        with _any_algorithm(), ThreadPoolExecutor(max_workers=1) as thread:
+            found = thread.submit(disagreement, importlib.import_module(module).attention, *key[1:]).result()
+    except torch.OutOfMemoryError:
+        return "self-check: no memory for it now"
+    except Exception as error:
+        found = f"self-check: {type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+    if found is not None:
+        log.warning("%s is not used on %s for %s, head_dim %d: %s", module, device, dtype, head_dim, found)
+    _VERDICTS[key] = found
+    return found
+
+
+@contextmanager
+def _any_algorithm() -> Iterator[None]:
+    """Let torch's own products, which are the yardstick, run even where they cannot be deterministic."""
+    wanted, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(wanted, warn_only=warn_only)
 
 
 def disagreement(attention: Attention, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -60,23 +83,28 @@ def disagreement(attention: Attention, device: torch.device, dtype: torch.dtype,
 
 def _cases(device: torch.device, head_dim: int) -> Iterator[tuple[str, tuple[Tensor, ...], dict[str, Any]]]:
     """(title, (q, k, v, gradient of the output), options), as integers in fp64; head_dim is a power of two."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def integers(heads: int = 2, length: int = _LENGTH) -> Tensor:
-        drawn = torch.randint(-1, 2, (1, heads, length, head_dim), generator=generator)
+        drawn = torch.randint(-1, 2, (1, heads, length, head_dim), generator=generator, device="cpu")
         return drawn.to(device, torch.float64)
 
     # Equal weights over a power of two of keys. Opposite halves of v make the output 1 and its score gradients integers
-    # over the length, of few bits, which bf16 holds; a sparse output gradient keeps them, and their sums, small.
-    v = integers()
+    # over the length, of few bits, which bf16 holds; a sparse output gradient keeps them, and their sums, small. Every
+    # score is 0, by two channels of q that cancel: were all of q 0, the gradient of k would be 0 too.
+    k, v = 2 * integers(), integers()
     v[:, :, _LENGTH // 2 :] = 2 - v[:, :, : _LENGTH // 2]
-    gradient = torch.zeros_like(v)
+    q, gradient = torch.zeros_like(v), torch.zeros_like(v)
     gradient[:, :, ::64, :16] = 1
-    yield "equal weights", (torch.zeros_like(v), 2 * integers(), v, gradient), {"causal": False, "scale": 1.0}
+    k[..., :2] = 1
+    q[..., 0] = 1 - 2 * integers()[..., 0].abs()
+    q[..., 1] = -q[..., 0]
+    yield "equal weights", (q, k, v, gradient), {"causal": False, "scale": 1.0}
     # Every position bears its index in binary, so that under a large scale a query selects its own key alone. Its score
     # is head_dim, a power of two, whose products are exact.
-    bits = torch.arange(_LENGTH)[:, None] >> (torch.arange(head_dim) % int(math.log2(_LENGTH))) & 1
-    code = (2.0 * bits - 1.0).to(device, torch.float64).expand(1, 2, -1, -1)
+    index = torch.arange(max(_LENGTH, head_dim), device="cpu")
+    bits = index[:_LENGTH, None] >> (index[:head_dim] % int(math.log2(_LENGTH))) & 1
+    code = (2 * bits - 1).to(device, torch.float64).expand(1, 2, -1, -1)
     selected = {"causal": True, "scale": 256.0}
     yield "selected keys", (code, code, integers(), integers()), selected
     # No multiple of any block, and both query heads on one head of keys; queries are the last of the keys.

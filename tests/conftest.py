@@ -42,6 +42,13 @@ def fused_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     return str(request.param)
 
 
+@pytest.fixture(params=["fused", "torch"])
+def mode_of_bad_input(request: pytest.FixtureRequest, fused_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is refused, is refused whichever implementation would run."""
+    if request.param == "torch":
+        monkeypatch.setenv("MEGAGPT_KERNELS", "torch")
+
+
 class _Pools:
     """One pool a size for the whole session, replaced where a test ended it."""
 

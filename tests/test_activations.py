@@ -8,7 +8,9 @@ from torch import Tensor
 
 import kernels
 from kernels import activations, reference
+from kernels.launcher import launch
 from tests.kernel_accuracy import DTYPES, assert_as_accurate_as_torch, outputs_and_gradients
+from tests.kernel_refusals import refused
 
 OPS = ("bias_gelu", "swiglu")
 
@@ -56,6 +58,26 @@ def test_strides(fused_device: str, op: str) -> None:
     torch.testing.assert_close(*gradients)
 
 
+def test_a_bias_of_any_stride(fused_device: str) -> None:
+    """One column of a matrix, and one number repeated."""
+    x, dense = case("bias_gelu", (6, 40), torch.float32, fused_device).values()
+    for bias in (torch.stack((dense, -dense), dim=1)[:, 0], dense[:1].expand(40)):
+        assert_as_accurate_as_torch("bias_gelu", {"x": x, "bias": bias.detach()})
+        assert torch.equal(kernels.bias_gelu(x, bias), kernels.bias_gelu(x, bias.contiguous()))
+
+
+def test_twice_as_many_channels_as_fit_into_31_bits(fused_device: str) -> None:
+    """The first program alone, told that 2^30 results are wanted: it reads and writes its own block only."""
+    x = torch.randn(2 * activations._BLOCK, generator=torch.Generator().manual_seed(0)).to(fused_device)
+    y, dx = x.new_zeros(activations._BLOCK), torch.zeros_like(x)
+    launch(activations.swiglu_forward, (1,), x, x, y, 2**30, BLOCK=activations._BLOCK)
+    launch(activations.swiglu_backward, (1,), x, y, x, dx, 2**30, BLOCK=activations._BLOCK)
+    leaf = x.requires_grad_()
+    expected = kernels.swiglu(leaf)
+    assert torch.equal(y, expected)
+    assert torch.equal(dx, torch.autograd.grad(expected, leaf, y)[0])
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_repeated_runs_are_equal_and_nothing_is_nothing(fused_device: str, op: str) -> None:
     tensors = case(op, (50, 20), torch.bfloat16, fused_device)
@@ -92,12 +114,10 @@ def test_any_shape(fused_device: str, op: str, rows: int, channels: int, dtype: 
     assert_as_accurate_as_torch(op, case(op, (rows, channels), dtype, fused_device))
 
 
-def test_bad_arguments_are_named(fused_device: str) -> None:
+def test_bad_arguments_are_named(fused_device: str, mode_of_bad_input: None) -> None:
     x = torch.ones(2, 7, device=fused_device)
-    with pytest.raises(ValueError, match=r"bias_gelu: bias has shape \(2,\), expected \(7,\)"):
-        kernels.bias_gelu(x, x[:, 0])
-    with pytest.raises(ValueError, match=r"bias_gelu: bias has dtype torch.float16, expected torch.float32"):
-        kernels.bias_gelu(x, x[0].half())
-    with pytest.raises(ValueError, match=r"swiglu: x has shape \(2, 7\), expected an even number of channels"):
-        kernels.swiglu(x)
-    assert kernels.launches() == {}
+    refused("bias_gelu", r"bias has shape \(2,\), expected \(7,\)", {"x": x, "bias": x[:, 0]})
+    refused("bias_gelu", "bias has dtype torch.float16, expected torch.float32", {"x": x, "bias": x[0].half()})
+    refused("bias_gelu", "bias is on meta, expected", {"x": x, "bias": x[0].to("meta")})
+    refused("swiglu", r"x has shape \(2, 7\), expected an even number of channels", {"x": x})
+    refused("swiglu", "x has dtype torch.int32, expected floating-point numbers", {"x": x[:, 1:].int()})

@@ -94,7 +94,7 @@ def test_hopper_runs_its_own_attention(halves: torch.Tensor) -> None:
 
 
 LEFT_TO_TRITON = {
-    "it has no dropout": {"dropout": 0.1},
+    "it has no dropout": {"dropout": 0.1, "dropout_seed": torch.tensor([1])},
     "it has no document masks": {"document_ids": torch.zeros(1, 20, dtype=torch.int64)},
     "dtype torch.float32 is not bfloat16 or float16": dict.fromkeys("qkv", torch.zeros(1, 2, 20, 64)),
     "head_dim 80 is neither 64 nor 128": dict.fromkeys("qkv", torch.zeros(1, 2, 20, 80).half()),
@@ -144,6 +144,36 @@ def test_an_unknown_operation_is_an_attribute_error() -> None:
 def test_importing_kernels_imports_neither_torch_nor_triton() -> None:
     done = run_python("import kernels, kernels.costs, sys; print(sorted({'torch', 'triton'} & set(sys.modules)))")
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_dtype_is_that_of_the_numbers_whatever_comes_first() -> None:
+    arguments = {
+        "targets": torch.zeros(3, dtype=torch.int64),
+        "hidden": torch.ones(3, 8),
+        "weight": torch.ones(5, 8),
+    }
+    line = kernels.explain("linear_cross_entropy", **arguments, capability=(9, 0))
+    assert line == "linear_cross_entropy: triton (first in the table)"
+
+
+COLD = """
+import torch, kernels
+
+x, weight, head, target = torch.ones(2, 8), torch.ones(8), torch.ones(5, 8), torch.tensor([1, 2])
+for call in (
+    lambda: kernels.rms_norm(x, weight),
+    lambda: kernels.attention(*[torch.ones(1, 1, 4, 16)] * 3),
+    lambda: kernels.linear_cross_entropy(x, head, target),
+):
+    torch.compile(call, backend="eager", fullgraph=True)()
+print(sorted(kernels.launches()))
+"""
+
+
+def test_torch_compile_may_be_the_first_to_use_an_operation() -> None:
+    """In a fresh process: it cannot trace the imports that a first call used to make."""
+    done = run_python(COLD, MEGAGPT_KERNELS="interpret")
+    assert done.stdout.strip() == "['attention_forward', 'cross_entropy_statistics', 'norm_forward']", done.stderr
 
 
 def test_interpret_set_after_the_start_is_refused() -> None:

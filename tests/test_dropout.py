@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import kernels
 from kernels import fused_dropout, reference
 from tests.kernel_accuracy import DTYPES
+from tests.kernel_refusals import refused
 
 SEEDS = torch.tensor([3, -(2**40) - 7, 2**62 + 5])
 
@@ -20,7 +21,7 @@ def test_equals_the_twin(fused_device: str, dtype: torch.dtype, probability: flo
     results = []
     for function in (kernels.dropout, reference.dropout):
         leaf = x.detach().requires_grad_()
-        y = function(leaf, probability, seed=SEEDS, position_offset=11)
+        y = function(leaf, probability, seed=SEEDS.to(fused_device), position_offset=11)
         y.sum().backward()
         results.append((y.detach(), leaf.grad))
     assert kernels.launches() == {"dropout_apply": 2}
@@ -41,14 +42,16 @@ def test_any_shape(fused_device: str, length: int, channels: int, offset: int) -
 
 def test_strides(fused_device: str) -> None:
     x = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0)).to(fused_device).transpose(0, 1)
-    torch.testing.assert_close(kernels.dropout(x, 0.5, seed=SEEDS), reference.dropout(x, 0.5, seed=SEEDS))
+    torch.testing.assert_close(
+        kernels.dropout(x, 0.5, seed=SEEDS.to(fused_device)), reference.dropout(x, 0.5, seed=SEEDS.to(fused_device))
+    )
 
 
 def test_the_mask_does_not_depend_on_the_share_of_the_batch(fused_device: str) -> None:
     x = torch.ones(3, 6, 16, device=fused_device)
-    whole = kernels.dropout(x, 0.5, seed=SEEDS)
-    assert torch.equal(whole[1:], kernels.dropout(x[1:], 0.5, seed=SEEDS[1:]))
-    assert torch.equal(whole[:, 2:], kernels.dropout(x[:, 2:], 0.5, seed=SEEDS, position_offset=2))
+    whole = kernels.dropout(x, 0.5, seed=SEEDS.to(fused_device))
+    assert torch.equal(whole[1:], kernels.dropout(x[1:], 0.5, seed=SEEDS[1:].to(fused_device)))
+    assert torch.equal(whole[:, 2:], kernels.dropout(x[:, 2:], 0.5, seed=SEEDS.to(fused_device), position_offset=2))
 
 
 def test_the_operator_is_sound_for_compilers(fused_device: str) -> None:
@@ -57,14 +60,13 @@ def test_the_operator_is_sound_for_compilers(fused_device: str) -> None:
     torch.library.opcheck(fused_dropout._dropout, (x, 0.5, SEEDS.to(fused_device), 0), test_utils=checks)
 
 
-def test_bad_arguments_are_named(fused_device: str) -> None:
-    x = torch.ones(3, 2, 8, device=fused_device)
-    with pytest.raises(ValueError, match=r"dropout: probability is 1.0, expected 0 <= probability < 1"):
-        kernels.dropout(x, 1.0, seed=SEEDS)
-    with pytest.raises(ValueError, match=r"dropout: seed has shape \(2,\), expected \(3,\)"):
-        kernels.dropout(x, 0.5, seed=SEEDS[1:])
-    with pytest.raises(ValueError, match=r"dropout: seed has dtype torch.float32, expected torch.int64"):
-        kernels.dropout(x, 0.5, seed=SEEDS.float())
-    with pytest.raises(ValueError, match=r"dropout: x has shape \(3, 2\), expected \(batch, length, channels\)"):
-        kernels.dropout(x[..., 0], 0.5, seed=SEEDS)
-    assert kernels.launches() == {}
+def test_bad_arguments_are_named(fused_device: str, mode_of_bad_input: None) -> None:
+    good = {"x": torch.ones(3, 2, 8, device=fused_device), "probability": 0.5, "seed": SEEDS.to(fused_device)}
+    for changes, message in (
+        ({"probability": 1.0}, "probability is 1.0, expected 0 <= probability < 1"),
+        ({"seed": good["seed"][1:]}, r"seed has shape \(2,\), expected \(3,\)"),
+        ({"seed": good["seed"].float()}, "seed has dtype torch.float32, expected torch.int64"),
+        ({"seed": good["seed"].to("meta")}, "seed is on meta, expected"),
+        ({"x": good["x"][..., 0]}, r"x has shape \(3, 2\), expected \(batch, length, channels\)"),
+    ):
+        refused("dropout", message, good | changes)

@@ -6,6 +6,7 @@ kernels.compile_ahead compiles it.
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
@@ -255,6 +257,74 @@ def test_a_fault_is_asked_for_once_and_logged(
         "kernels.hopper_attention is not used on cpu for torch.bfloat16, head_dim 64: "
         "self-check: RuntimeError: no such instruction"
     ]
+
+
+def caught_in(surroundings: AbstractContextManager[Any], monkeypatch: pytest.MonkeyPatch) -> str | None:
+    """The verdict on a right kernel, if first asked for in these surroundings."""
+
+    def right(q: Tensor, k: Tensor, v: Tensor, *, deterministic: bool, **options: Any) -> Tensor:
+        return self_check._plain(q, k, v, **options)
+
+    monkeypatch.setattr(self_check, "_LENGTH", 64)
+    monkeypatch.setattr(self_check, "_VERDICTS", {})
+    monkeypatch.setattr(hopper_attention, "attention", right)
+    with surroundings:
+        return self_check.verdict("kernels.hopper_attention", torch.device("cpu"), torch.float32, 64)
+
+
+@contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    """As on a GPU without CUBLAS_WORKSPACE_CONFIG, where torch's own products raise."""
+    product = Tensor.__matmul__
+
+    def refuse(*operands: Tensor) -> Tensor:
+        if torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError("Deterministic behavior was enabled, but this operation is not deterministic")
+        return product(*operands)
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "__matmul__", refuse)
+        try:
+            yield
+        finally:
+            assert torch.is_deterministic_algorithms_warn_only_enabled()
+            torch.use_deterministic_algorithms(False)
+
+
+SURROUNDINGS = {
+    "another default device": lambda: torch.device("meta"),
+    "deterministic algorithms": deterministic_algorithms,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference": torch.inference_mode,
+    "fake tensors": FakeTensorMode,
+    "hooks that save nothing": lambda: torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: x),
+}
+
+
+@pytest.mark.parametrize("surroundings", SURROUNDINGS)
+def test_a_verdict_is_the_kernels_alone(surroundings: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the first call happens to be made: the verdict holds for the whole process."""
+    assert caught_in(SURROUNDINGS[surroundings](), monkeypatch) is None
+
+
+def test_a_verdict_counts_no_flops(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = FlopCounterMode(display=False)
+    assert caught_in(counter, monkeypatch) is None
+    assert counter.get_total_flops() == 0
+
+
+def test_a_want_of_memory_is_no_verdict(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Nor is a captured CUDA graph, in which nothing can be compared: both are asked again."""
+    with pytest.MonkeyPatch.context() as full:
+        full.setattr(self_check, "_results", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+        assert caught_in(nullcontext(), full) == "self-check: no memory for it now"
+    with pytest.MonkeyPatch.context() as capturing:
+        capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        found = self_check.verdict("kernels.hopper_attention", torch.device("cuda"), torch.bfloat16, 64)
+        assert found == "self-check: impossible while a CUDA graph is captured; call it once before"
+    assert not caplog.records
+    assert caught_in(nullcontext(), monkeypatch) is None
 
 
 def test_a_faulty_backward_is_its_fault_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,8 +61,8 @@ def _fused(op: str) -> list[Provider]:
 
 
 def _ours(case: Case, row: Row) -> Function:
-    like = getattr(checks, case.op)(**case.tensors, **case.options)
-    refusal = row_refusal(row, case.op, like, **case.tensors, **case.options)
+    arguments: dict[str, Any] = case.tensors | case.options
+    refusal = row_refusal(row, case.op, getattr(checks, case.op)(**arguments), **arguments)
     if refusal is not None:
         raise UnavailableError(refusal)
     function: Function = getattr(importlib.import_module(row.module), case.op)

@@ -10,11 +10,18 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from megagpt.arguments import whole_number
 from megagpt.config import load_config
+from megagpt.hosts import read_hostfile
+from megagpt.launch_command import hostfile_of_launcher
+from megagpt.launchers import adopt_launch
 from megagpt.utils import run_command
 
 
 def main() -> int:
     arguments = parse_arguments()
+    if (hostfile := hostfile_of_launcher()) is not None:
+        read_hostfile(hostfile)  # DeepSpeed would have stayed on this machine without it
+    together = any(os.environ.get(name) for name in ("RANK", "SLURM_STEP_NUM_TASKS"))
+    adopt_launch()
     config = load_config(arguments.deepspeed_config)
     from megagpt.device import announce_to_deepspeed
 
@@ -22,7 +29,7 @@ def main() -> int:
     from megagpt import local_ranks, parity
 
     job = (config, arguments.steps, arguments.nvme_path)
-    if "RANK" in os.environ:
+    if together:
         return int(not local_ranks.joined(parity.run, *job))
     return int(not local_ranks.start(arguments.ranks or local_ranks.devices_here(), parity.run, *job))
 

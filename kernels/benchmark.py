@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         tuple(options.mode),
         options.output,
         command,
+        tuple(options.providers),
     )
 
 
@@ -42,6 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, help="rows of every case: batch times length")
     parser.add_argument(
         "--mode", nargs="+", choices=("fwd", "bwd", "both"), default=("fwd", "both"), help="default: fwd both"
+    )
+    parser.add_argument(
+        "--providers", nargs="+", default=(), metavar="NAME", help="only these, by name or its first words: torch, sdpa"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for results.csv, results.md, plots")
     return parser

@@ -48,6 +48,7 @@ class Run:
     copy_gb_per_s: float
     rows: list[Row] = field(default_factory=list)
     stopped: bool = False
+    only: tuple[str, ...] = ()  # providers, by name or its first words; all of them where there is none
     notes: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
@@ -109,10 +110,16 @@ def sizes(
 
 
 def run(
-    ops: tuple[str, ...], sizes: Sizes, dtype: str | None, modes: tuple[str, ...], output: Path, command: str
+    ops: tuple[str, ...],
+    sizes: Sizes,
+    dtype: str | None,
+    modes: tuple[str, ...],
+    output: Path,
+    command: str,
+    only: tuple[str, ...] = (),
 ) -> int:
     """Measure, and write the report after each operation; returns 1 where one of our own kernels is wrong or fails."""
-    this = _this_machine(dtype)
+    this = replace(_this_machine(dtype), only=only)
     written: list[Path] = []
     for op in ops:
         try:
@@ -156,7 +163,8 @@ def _measure(this: Run, op: str, sizes: Sizes, modes: tuple[str, ...]) -> None:
                 continue
             against = yardstick(case, mode)
             for provider in providers(op, this.device):
-                _measure_one(this, case, mode, provider, against)
+                if not this.only or any(f"{provider.name} ".startswith(f"{name} ") for name in this.only):
+                    _measure_one(this, case, mode, provider, against)
 
 
 def _measure_one(this: Run, case: Case, mode: str, provider: Provider, against: Yardstick) -> None:

@@ -64,10 +64,8 @@ def _ask(attention: Attention, device: torch.device, dtype: torch.dtype, head_di
 @contextmanager
 def _any_algorithm() -> Iterator[None]:
     """Let torch's own products, which are the yardstick, run even where they cannot be deterministic."""
-    wanted, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    wanted = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)
     try:
         yield

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_kernels, machine
+from kernels import benchmark
 from kernels.benchmark_report import Row, as_csv, from_csv
 from megagpt.config import RunConfig
 from tests.configurations import tiny, with_zero
@@ -113,6 +114,7 @@ import sys
 sys.modules["deepspeed"] = sys.modules["pydantic"] = sys.modules["matplotlib"] = None
 sys.argv[1:] = ["--an", "argument"]
 from benchmarks import gpu_kernels, machine
+from kernels import benchmark
 from benchmarks.machine import provenance
 print(provenance("benchmarks.gpu_kernels"))
 gpu_kernels.training()
@@ -139,7 +141,7 @@ def test_it_needs_no_deepspeed() -> None:
 
 def test_every_file_with_tests_of_the_gpu_is_named() -> None:
     """Each that asks for ``fused_device`` or marks a test with gpu, unless it trains."""
-    training = {"test_fused_model", "test_device", "test_guard", "test_gpu_benchmark", "test_working_memory"}
+    training = {*gpu_kernels.MODEL_TESTS, "test_device", "test_guard", "test_gpu_benchmark", "test_working_memory"}
     folder = gpu_kernels.REPOSITORY / "tests"
     found = {
         path.stem
@@ -169,11 +171,22 @@ def test_targets_are_read_from_what_was_written(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(gpu_kernels, "RESULTS", tmp_path)
     directory = tmp_path / "gpu_kernels_targets"
     directory.mkdir()
-    (directory / "results.csv").write_text(as_csv([ROW, replace(ROW, provider="sdpa flash", tflops=300.0)]))
-    monkeypatch.setattr(gpu_kernels, "_run", lambda *arguments: 1)
+    asked: list[str] = []
+
+    def run(*arguments: str) -> int:
+        asked.extend(arguments)
+        (directory / "results.csv").write_text(as_csv([ROW, replace(ROW, provider="sdpa flash", tflops=300.0)]))
+        return 1
+
+    monkeypatch.setattr(gpu_kernels, "_run", run)
     assert gpu_kernels.targets() is False
+    benchmark._parser().parse_args(asked[1:])
+    monkeypatch.setattr(gpu_kernels, "_run", lambda *arguments: 139)
     text = (tmp_path / "gpu_kernels_targets.csv").read_text().splitlines()
     assert {line["met"] for line in csv.DictReader(text[1:])} == {"yes", "no"}
+    assert gpu_kernels.targets() is False  # a process that ended without a row leaves none of an earlier one
+    text = (tmp_path / "gpu_kernels_targets.csv").read_text().splitlines()
+    assert {line["ratio"] for line in csv.DictReader(text[1:])} == {"not run"}
 
 
 def die(config: Any, kernels: str | None, connection: Connection) -> None:

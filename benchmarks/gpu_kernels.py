@@ -1,12 +1,14 @@
 """Our kernels on this GPU: are they right, how fast beside the others, and what do they bring to a training step?
 
-    python -m benchmarks.gpu_kernels
+    python -m benchmarks.gpu_kernels [--only tests targets benchmark training] [--ops attention ...]
 
-Runs the tests of the GPU (accuracy against fp64), measures what the targets compare, in bf16 and one process, and
-trains GPT-2 124M through DeepSpeed ZeRO-3 with and without our kernels, in turns. Tables go to benchmarks/results/.
+Four phases, each for itself: the tests of the GPU (accuracy against fp64); what the targets compare, in bf16 and one
+process; the whole benchmark, a process for each operation; and GPT-2 124M through DeepSpeed ZeRO-3 with and without our
+kernels, in turns. Each writes to benchmarks/results/ as it goes. Where DeepSpeed is not installed there is no training.
 """
 
 import argparse
+import importlib.util
 import os
 import statistics
 import subprocess
@@ -19,12 +21,21 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import markdown, write_table
+from benchmarks.machine import RESULTS, markdown, write_table
+from kernels.costs import OPERATIONS
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIGURATION = REPOSITORY / "ds_configs" / "gpt2_124m.json"
 OVERRIDES = ("zero_optimization.stage=3", "train_batch_size=16", "bf16.enabled=true")
 ROUNDS, STEPS = 5, 10
+PHASES = ("tests", "targets", "benchmark", "training")
+CONTENDERS = {"ours": None, "torch, its loss in chunks": "torch"}  # plain cross_entropy would need more memory
+# The files with tests of the GPU, by name: collecting all of tests/ would need all that training needs.
+KERNEL_TESTS = (
+    "test_attention", "test_hopper_attention", "test_norms", "test_cross_entropy", "test_activations", "test_rotary",
+    "test_dropout", "test_large_tensors", "test_benchmark",
+)  # fmt: skip
+MODEL_TESTS = ("test_fused_model",)  # run where DeepSpeed is installed
 
 
 @dataclass(frozen=True)
@@ -52,33 +63,46 @@ TARGETS = (
     Target("layer_norm", "bwd", "megagpt triton", "", 0.8, quantity="fraction_of_ceiling"),
     Target("layer_norm", "bwd", "megagpt triton", "torch", 2.0),
     Target("linear_cross_entropy", "both", "megagpt triton", "torch", 1.0),
-    Target("linear_cross_entropy", "both", "megagpt triton", "torch", 10.0, quantity="smallness"),
+    # At widths from 4096 on the weight's fp32 gradient, which both hold, is most of the memory.
+    Target("linear_cross_entropy", "both", "megagpt triton", "torch", 10.0, "width 768,", quantity="smallness"),
 )
 
 
 def compare(rows: Sequence[Any]) -> list[dict[str, Any]]:
-    """One line for each target and shape that was measured; ``rows`` are kernels.benchmark_report's."""
+    """One line for each target and shape that anyone was measured in; ``rows`` are kernels.benchmark_report's."""
     found = {(row.op, row.mode, _without_version(row.provider), row.shape): row for row in rows}
-    return [
-        _line(target, row, found.get((row.op, row.mode, target.rival, row.shape)))
-        for target in TARGETS
-        for row in rows
-        if (row.op, row.mode, row.provider) == (target.op, target.mode, target.ours) and target.shape in row.shape
-    ]
+    lines = []
+    for target in TARGETS:
+        measured = {shape: None for op, mode, _, shape in found if (op, mode) == (target.op, target.mode)}
+        for shape in [shape for shape in measured if target.shape in shape] or [target.shape or "any"]:
+            ours, rival = (found.get((target.op, target.mode, who, shape)) for who in (target.ours, target.rival))
+            lines.append(_line(target, shape, ours, rival))
+    return lines
 
 
-def _line(target: Target, row: Any, rival: Any) -> dict[str, Any]:
-    figure = _figure(row, target.quantity)
+def _line(target: Target, shape: str, ours: Any, rival: Any) -> dict[str, Any]:
+    figure = _figure(ours, target.quantity)
     other = _figure(rival, target.quantity) if target.rival else 1.0
     ratio = None if figure is None or not other else figure / other
+    met = ratio is not None and ours.correct and ratio >= target.least
     return {
-        "operation": f"{row.op} {row.mode}",
-        "shape": row.shape,
+        "operation": f"{target.op} {target.mode}",
+        "shape": shape,
         "measured": f"{target.ours}, {target.quantity.replace('_', ' ')}" + (f" / {target.rival}" * bool(target.rival)),
-        "ratio": "not run" if ratio is None else f"{ratio:.2f}",
+        "ours_ms": _milliseconds(ours),
+        "rival_ms": _milliseconds(rival),
+        "ratio": _why_not(ours) if ratio is None else f"{ratio:.2f}",
         "wanted": target.least,
-        "met": "yes" if row.correct and ratio is not None and ratio >= target.least else "no",
+        "met": "yes" if met else "no",
     }
+
+
+def _milliseconds(row: Any) -> str:
+    return "" if row is None or row.p50_ms is None else f"{row.p50_ms:.4f}"
+
+
+def _why_not(ours: Any) -> str:
+    return "FAILED" if ours is not None and ours.failure else "not run"
 
 
 def _figure(row: Any, quantity: str) -> float | None:
@@ -97,21 +121,49 @@ def _without_version(provider: str) -> str:
 
 def accuracy() -> bool:
     """The tests of the GPU, in a process of their own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
+    absent = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
+    if absent:
+        print(f"tests: not run; type: pip install {' '.join(absent)}", file=sys.stderr)
+        return False
+    names = KERNEL_TESTS + (MODEL_TESTS if importlib.util.find_spec("deepspeed") is not None else ())
+    files = [str(Path("tests", f"{name}.py")) for name in names]
+    return _run("pytest", "-q", "-m", "gpu", *files) == 0
+
+
+def targets() -> bool:
+    """Measure what the targets compare, and write their lines beside all the rows."""
+    output = RESULTS / "gpu_kernels_targets"
+    rows = output / "results.csv"
+    rows.unlink(missing_ok=True)  # those of another day, should this run write none
+    ops = dict.fromkeys(target.op for target in TARGETS)
+    measured = ("--lengths", "4096", "8192", "16384", "--dtype", "bf16", "--mode", "fwd", "bwd", "both")
+    providers = {"megagpt", *(target.rival for target in TARGETS if target.rival)}
+    arguments = (*ops, *measured, "--providers", *sorted(providers), "--output", str(output))
+    right = _run("kernels.benchmark", *arguments) == 0
+    write_table("gpu_kernels_targets", "benchmarks.gpu_kernels", compare(read_rows(rows)))
+    return right
+
+
+def benchmark(ops: Sequence[str]) -> bool:
+    """The whole benchmark; an operation that takes its process with it leaves the others theirs."""
+    right = True
+    for op in ops:
+        output = RESULTS / "gpu_kernels" / op
+        right &= _run("kernels.benchmark", op, "--mode", "fwd", "bwd", "both", "--output", str(output)) == 0
+    return right
+
+
+def _run(module: str, *arguments: str) -> int:
+    """A module in a process of its own, whose memory, on the GPU too, ends with it; the table chooses the kernels."""
     environment = {key: value for key, value in os.environ.items() if key not in ("MEGAGPT_KERNELS", "MEGAGPT_HOPPER")}
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, check=False).returncode == 0
+    return subprocess.run([sys.executable, "-m", module, *arguments], cwd=REPOSITORY, env=environment).returncode
 
 
-def speed() -> list[dict[str, Any]]:
-    """The targets' lines."""
-    from dataclasses import replace
+def read_rows(path: Path) -> list[Any]:
+    """The rows of a results.csv; none where there is no such file."""
+    from kernels.benchmark_report import from_csv
 
-    from kernels.benchmark_cases import GPU_SIZES
-    from kernels.benchmark_run import measure_all
-
-    sizes = replace(GPU_SIZES, lengths=(4096, 8192, 16384))
-    run = measure_all(("attention", "layer_norm", "linear_cross_entropy"), sizes, "bf16", ("fwd", "bwd", "both"))
-    return compare(run.rows)
+    return from_csv(path.read_text()) if path.exists() else []
 
 
 # -------------------------------------------------------------------------------------------------------- training step
@@ -165,24 +217,44 @@ def serve(config: Any, kernels: str | None, connection: Connection) -> None:
 def training_step(
     config: Any, contenders: dict[str, str | None], rounds: int = ROUNDS, steps: int = STEPS
 ) -> list[dict[str, Any]]:
-    """A row for each contender; they take turns, so that whatever else slows the machine slows all."""
+    """A row for each contender; they take turns, so that whatever else slows the machine slows all.
+
+    Raises RuntimeError where a contender's process ends early; what it wrote says why.
+    """
     context = get_context("spawn")
-    connections, processes = {}, []
-    for name, kernels in contenders.items():
-        connections[name], theirs = context.Pipe()
-        processes.append(context.Process(target=serve, args=(config, kernels, theirs), daemon=True))
-        processes[-1].start()
-    answers: dict[str, list[tuple[float, float, float]]] = {name: [] for name in contenders}
-    for _ in range(rounds + 1):
-        for name, connection in connections.items():
-            connection.send(steps)
-            answers[name].append(connection.recv())
-    for connection in connections.values():
-        connection.send(0)
-    for process in processes:
-        process.join()
+    started: dict[str, tuple[Connection, Any]] = {}
+    try:
+        for name, kernels in contenders.items():
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(config, kernels, theirs), daemon=True)
+            process.start()
+            theirs.close()  # the process holds the other end alone, so that its end is an end of file
+            started[name] = ours, process
+        answers: dict[str, list[tuple[float, float, float]]] = {name: [] for name in contenders}
+        for _ in range(rounds + 1):
+            for name, (connection, process) in started.items():
+                answers[name].append(_ask(name, connection, process, steps))
+        for connection, process in started.values():
+            connection.send(0)
+            process.join()
+    finally:
+        for _, process in started.values():
+            process.terminate()
     tokens = config.train_batch_size * config.megagpt.model.sequence_length
     return [_training_row(name, of, tokens, steps) for name, of in answers.items()]
+
+
+def _ask(name: str, connection: Connection, process: Any, steps: int) -> tuple[float, float, float]:
+    try:
+        connection.send(steps)
+        while not connection.poll(1.0):
+            if not process.is_alive():
+                raise EOFError
+        answer: tuple[float, float, float] = connection.recv()
+    except (EOFError, OSError) as error:
+        process.join(10)
+        raise RuntimeError(f"{name}: its process ended early, with exit code {process.exitcode}") from error
+    return answer
 
 
 def _training_row(name: str, answers: list[tuple[float, float, float]], tokens: int, steps: int) -> dict[str, Any]:
@@ -213,22 +285,36 @@ def missing() -> str | None:
     return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0: our kernels do not run here"
 
 
+def training() -> bool:
+    """The training step, where there is DeepSpeed to take it with."""
+    if importlib.util.find_spec("deepspeed") is None:
+        print("training: skipped, the package deepspeed is not installed")
+        return True
+    try:
+        rows = training_step(configuration(), CONTENDERS)
+    except RuntimeError as error:
+        print(f"training: FAILED: {error}", file=sys.stderr)
+        return False
+    write_table("gpu_kernels_training", "benchmarks.gpu_kernels", rows)
+    return True
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 2 without a GPU, 1 where something is wrong; a target that is not met is a finding, not an error."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_kernels", description=__doc__.splitlines()[0])
-    parser.add_argument("--skip-tests", action="store_true", help="measure without running the tests of the GPU first")
+    parser.add_argument("--only", nargs="+", choices=PHASES, default=PHASES, help="these phases, of all four")
+    parser.add_argument("--ops", nargs="+", choices=OPERATIONS, default=OPERATIONS, help="of the phase benchmark")
     options = parser.parse_args(arguments)
     lack = missing()
     if lack is not None:
         print(f"gpu_kernels: {lack}", file=sys.stderr)
         return 2
-    right = options.skip_tests or accuracy()
-    targets = speed()
-    write_table("gpu_kernels_targets", "benchmarks.gpu_kernels", targets)
-    steps = training_step(configuration(), {"ours": None, "torch": "torch"})
-    write_table("gpu_kernels_training", "benchmarks.gpu_kernels", steps)
-    print(markdown(["tests of the GPU"], [{"tests of the GPU": "passed" if right else "FAILED"}]))
-    return 0 if right else 1
+    run = {"tests": accuracy, "targets": targets, "benchmark": lambda: benchmark(options.ops), "training": training}
+    verdicts = [
+        {"phase": name, "verdict": "right" if run[name]() else "WRONG"} for name in PHASES if name in options.only
+    ]
+    print(markdown(["phase", "verdict"], verdicts))
+    return 1 if any(row["verdict"] == "WRONG" for row in verdicts) else 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 import csv
 import datetime
+import importlib.metadata
+import importlib.util
+import io
 import os
 import platform
 import shlex
@@ -24,27 +27,33 @@ def processor() -> str:
 
 
 def provenance(module: str) -> str:
-    """One line: date, machine, versions, command."""
-    import deepspeed
+    """One line: date, machine, versions, command. DeepSpeed and a GPU are named where there are any."""
     import torch
+
+    from kernels.benchmark_machine import device_name, versions
 
     arguments = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
     command = shlex.join(["python", "-m", module, *arguments])
     today = datetime.datetime.now(datetime.UTC).date()
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, deepspeed {deepspeed.__version__}"
-    return f"{today}; {processor()}; {versions}; `{command}`"
+    machine = [processor(), *([device_name()] if torch.cuda.is_available() else [])]
+    found = [f"Python {platform.python_version()}", versions()]
+    if importlib.util.find_spec("deepspeed") is not None:
+        found.append(f"deepspeed {importlib.metadata.version('deepspeed')}")
+    return f"{today}; {', '.join(machine)}; {', '.join(found)}; `{command}`"
 
 
 def write_table(name: str, module: str, rows: Sequence[dict[str, Any]]) -> Path:
     """Write rows as NAME.csv with the provenance as a comment above; print them as Markdown."""
+    columns = list(rows[0]) if rows else []
+    text = io.StringIO()
+    text.write(f"# {provenance(module)}\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\r\n")
+    writer.writeheader()
+    writer.writerows(rows)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.csv"
-    columns = list(rows[0])
     with path.open("w", newline="") as file:
-        file.write(f"# {provenance(module)}\n")
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+        file.write(text.getvalue())
     print(markdown(columns, rows))
     return path
 

@@ -13,7 +13,7 @@ from kernels.costs import OPERATIONS
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what the command line asks for; returns an exit code, 1 where one of our own kernels is wrong."""
+    """Run what the command line asks for; returns an exit code, 1 where one of our own kernels is wrong or fails."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
     from kernels import benchmark_run  # torch: only once the command line is known to be right
@@ -23,9 +23,10 @@ def main(arguments: list[str] | None = None) -> int:
         tuple(options.ops or OPERATIONS),
         benchmark_run.sizes(options.lengths, options.head_dim, options.widths, options.tokens),
         options.dtype,
-        ("fwd", "both") if options.mode == "all" else (options.mode,),
+        tuple(options.mode),
         options.output,
         command,
+        tuple(options.providers),
     )
 
 
@@ -41,7 +42,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--widths", type=int, nargs="+", help="hidden sizes of the other operations")
     parser.add_argument("--tokens", type=int, help="rows of every case: batch times length")
     parser.add_argument(
-        "--mode", choices=("fwd", "bwd", "both", "all"), default="all", help="default all: fwd and both"
+        "--mode", nargs="+", choices=("fwd", "bwd", "both"), default=("fwd", "both"), help="default: fwd both"
+    )
+    parser.add_argument(
+        "--providers", nargs="+", default=(), metavar="NAME", help="only these, by name or its first words: torch, sdpa"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for results.csv, results.md, plots")
     return parser

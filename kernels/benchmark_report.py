@@ -1,9 +1,10 @@
 """The benchmark's rows as one CSV, one Markdown table and a plot for each operation and mode."""
 
 import csv
+import importlib.util
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class Row:
     gb_per_s: float | None = None  # of the others: the bytes that must move, over the time
     fraction_of_ceiling: float | None = None
     peak_mib: float | None = None  # on a GPU, beyond the arguments
+    failure: str = ""  # why one of our own kernels gave no result
 
     @property
     def rate(self) -> float | None:
@@ -37,6 +39,9 @@ class Row:
     @property
     def unit(self) -> str:
         return "GB/s" if self.tflops is None else "TFLOP/s"
+
+
+_FIGURES = ("p20_ms", "p50_ms", "p80_ms", "tflops", "gb_per_s", "fraction_of_ceiling", "peak_mib")
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,13 @@ class Heading:
 
 
 def write_report(directory: Path, heading: Heading, rows: Sequence[Row]) -> list[Path]:
-    """Write results.csv, results.md and the plots; returns their paths."""
+    """Write results.csv, results.md and, where matplotlib is installed, the plots; returns their paths."""
     directory.mkdir(parents=True, exist_ok=True)
     written = [directory / "results.csv", directory / "results.md"]
     _replace(written[0], as_csv(rows))
     _replace(written[1], as_markdown(heading, rows))
+    if importlib.util.find_spec("matplotlib") is None:
+        return written
     return written + [path for group in _grouped(rows) if (path := _plot(directory, group)) is not None]
 
 
@@ -67,6 +74,18 @@ def as_csv(rows: Iterable[Row]) -> str:
     for row in rows:
         writer.writerow({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in asdict(row).items()})
     return text.getvalue()
+
+
+def from_csv(text: str) -> list[Row]:
+    """The rows that ``as_csv`` wrote."""
+    read: dict[str, Callable[[str], object]] = {
+        "size": int,
+        "correct": lambda word: word == "True",
+        "error_vs_torch": float,
+        **dict.fromkeys(_FIGURES, lambda word: float(word) if word else None),
+    }
+    lines = csv.DictReader(io.StringIO(text))
+    return [Row(**{name: read.get(name, str)(word) for name, word in line.items()}) for line in lines]  # type: ignore[arg-type]
 
 
 def as_markdown(heading: Heading, rows: Sequence[Row]) -> str:
@@ -90,6 +109,8 @@ def as_markdown(heading: Heading, rows: Sequence[Row]) -> str:
 
 
 def _markdown_row(row: Row) -> str:
+    if row.failure:
+        return f"| {row.shape} | {row.dtype} | {row.provider} | **FAILED**: {row.failure} | | | | |"
     error = f"{row.error_vs_torch:.2f}" if row.correct else f"**WRONG** ({row.error_vs_torch:.3g})"
     if row.p50_ms is None or row.rate is None:
         return f"| {row.shape} | {row.dtype} | {row.provider} | not timed | | | | {error} |"

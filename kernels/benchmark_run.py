@@ -3,7 +3,6 @@
 import datetime
 import importlib.util
 import os
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -18,15 +17,18 @@ if not torch.cuda.is_available():
 
 import kernels
 from kernels.benchmark_cases import CHECK_SIZES, CPU_SIZES, GPU_SIZES, Case, Sizes, cases
-from kernels.benchmark_providers import UnavailableError, providers
+from kernels.benchmark_machine import device_name, versions
+from kernels.benchmark_providers import Provider, UnavailableError, providers
 from kernels.benchmark_report import Heading, Row, write_report
 from kernels.benchmark_timing import (
     Measured,
+    Yardstick,
     copy_ceiling_gb_per_s,
     errors,
     gemm_ceiling_tflops,
     measure,
     step,
+    yardstick,
 )
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -45,6 +47,8 @@ class Run:
     gemm_tflops: float
     copy_gb_per_s: float
     rows: list[Row] = field(default_factory=list)
+    stopped: bool = False
+    only: tuple[str, ...] = ()  # providers, by name or its first words; all of them where there is none
     notes: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
@@ -60,6 +64,12 @@ class Run:
         speed = "not timed" if row.rate is None else f"{row.p50_ms:.3f} ms, {row.rate:.4g} {row.unit}"
         verdict = "" if row.correct else ", WRONG"
         print(f"{case.op} {mode}, {provider}, {case.shape}: {speed}, error {error:.2f}{verdict}", flush=True)
+
+    def fail(self, case: Case, provider: str, mode: str, failure: str) -> None:
+        """One of our own kernels that gave no result is a row too, and wrong."""
+        row = self._row(case, provider, mode, None, float("inf"))
+        self.rows.append(replace(row, failure=failure.replace("|", "/")))
+        print(f"{case.op} {mode}, {provider}, {case.shape}: FAILED: {failure}", flush=True)
 
     def _row(self, case: Case, provider: str, mode: str, measured: Measured | None, error: float) -> Row:
         row = Row(
@@ -99,35 +109,39 @@ def sizes(
     return replace(GPU_SIZES if torch.cuda.is_available() else CPU_SIZES, **changes)
 
 
-def measure_all(ops: tuple[str, ...], sizes: Sizes, dtype: str | None, modes: tuple[str, ...]) -> Run:
-    """Every case, mode and provider of these operations, on this machine."""
-    this = _this_machine(dtype)
-    for op in ops:
-        _measure(this, op, sizes, modes)
-    return this
-
-
 def run(
-    ops: tuple[str, ...], sizes: Sizes, dtype: str | None, modes: tuple[str, ...], output: Path, command: str
+    ops: tuple[str, ...],
+    sizes: Sizes,
+    dtype: str | None,
+    modes: tuple[str, ...],
+    output: Path,
+    command: str,
+    only: tuple[str, ...] = (),
 ) -> int:
-    """Measure, write the report; returns 1 where one of our own kernels is wrong, else 0."""
-    this = measure_all(ops, sizes, dtype, modes)
-    if this.device == "cpu":
-        this.note(
-            "No GPU here: torch's providers ran on the CPU; our kernels were checked by the interpreter, not timed."
-        )
-        for op in ops:
-            _check_interpreted(this, op, modes)
-    heading = Heading(
-        command,
-        datetime.date.today().isoformat(),
-        f"{this.machine} ({this.versions})",
-        _ceilings(this),
-        tuple(this.notes),
-    )
-    for path in write_report(output, heading, this.rows):
-        print(path)
-    return 0 if all(row.correct for row in this.rows if row.provider.startswith(OURS)) else 1
+    """Measure, and write the report after each operation; returns 1 where one of our own kernels is wrong or fails."""
+    this = replace(_this_machine(dtype), only=only)
+    written: list[Path] = []
+    for op in ops:
+        try:
+            _measure(this, op, sizes, modes)
+            if this.device == "cpu":
+                _check_interpreted(this, op, modes)
+        except Exception as error:  # not even the yardstick ran: what was measured before is kept
+            this.note(f"{op}: STOPPED: {_told(error)}")
+            this.stopped = True
+        written = write_report(output, _heading(this, command), this.rows)
+    print(*written, sep="\n")
+    return 0 if not this.stopped and all(row.correct for row in this.rows if row.provider.startswith(OURS)) else 1
+
+
+def _told(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+
+
+def _heading(this: Run, command: str) -> Heading:
+    today = datetime.date.today().isoformat()
+    return Heading(command, today, f"{this.machine} ({this.versions})", _ceilings(this), tuple(this.notes))
 
 
 def _ceilings(this: Run) -> str:
@@ -140,29 +154,47 @@ def _ceilings(this: Run) -> str:
 
 
 def _measure(this: Run, op: str, sizes: Sizes, modes: tuple[str, ...]) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        this.note("No plots: the package matplotlib is not installed.")
     for case in cases(op, sizes, DTYPES[this.dtype], this.device):
         for mode in modes:
             if op == "linear_cross_entropy" and mode == "bwd":
                 this.note("linear_cross_entropy has no bwd rows: ours computes its gradients in the forward; see both.")
                 continue
+            against = yardstick(case, mode)
             for provider in providers(op, this.device):
-                try:
-                    function = provider.prepare(case)
-                    measured = measure(step(function, case, mode), this.device)
-                    this.add(case, provider.name, mode, measured, errors(function, case, mode))
-                except (UnavailableError, RuntimeError) as error:  # RuntimeError: no such backend here, out of memory
-                    this.note(f"{op}: {provider.name} not run: {str(error).splitlines()[0]}")
+                if not this.only or any(f"{provider.name} ".startswith(f"{name} ") for name in this.only):
+                    _measure_one(this, case, mode, provider, against)
+
+
+def _measure_one(this: Run, case: Case, mode: str, provider: Provider, against: Yardstick) -> None:
+    """One row. Whatever another's code raises (no such backend, out of memory, a changed API) is a note; ours fails."""
+    try:
+        function = provider.prepare(case)
+        measured = measure(step(function, case, mode), this.device)
+        this.add(case, provider.name, mode, measured, errors(function, case, mode, against))
+    except UnavailableError as error:
+        this.note(f"{case.op}: {provider.name} not run: {error}")
+    except Exception as error:
+        if provider.name.startswith(OURS):
+            this.fail(case, provider.name, mode, _told(error))
+        else:
+            this.note(f"{case.op}: {provider.name} not run: {_told(error)}")
 
 
 def _check_interpreted(this: Run, op: str, modes: tuple[str, ...]) -> None:
     """Our kernel's accuracy on small shapes."""
+    this.note("No GPU here: torch's providers ran on the CPU; our kernels were checked by the interpreter, not timed.")
     if importlib.util.find_spec("triton") is None:
         this.note("Our kernels were not checked: the package triton is not installed.")
         return
     with _forced("interpret"):
         for case in cases(op, CHECK_SIZES, DTYPES[this.dtype], "cpu"):
             for mode in modes:
-                this.add(case, INTERPRETED, mode, None, errors(getattr(kernels, op), case, mode))
+                try:
+                    this.add(case, INTERPRETED, mode, None, errors(getattr(kernels, op), case, mode))
+                except Exception as error:
+                    this.fail(case, INTERPRETED, mode, _told(error))
 
 
 @contextmanager
@@ -178,20 +210,6 @@ def _forced(mode: str) -> Iterator[None]:
 
 
 def _this_machine(dtype: str | None) -> Run:
-    gpu = torch.cuda.is_available()
-    device, dtype = ("cuda", dtype or "bf16") if gpu else ("cpu", dtype or "fp32")
-    name = torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return Run(
-        device, name, _versions(), dtype, gemm_ceiling_tflops(DTYPES[dtype], device), copy_ceiling_gb_per_s(device)
-    )
-
-
-def _versions() -> str:
-    found = [f"torch {torch.__version__}"]
-    if importlib.util.find_spec("triton") is not None:
-        import triton
-
-        found.append(f"triton {triton.__version__}")
-    if torch.cuda.is_available():
-        found += [f"CUDA {torch.version.cuda}", f"cuDNN {torch.backends.cudnn.version()}"]
-    return ", ".join(found)
+    device, dtype = ("cuda", dtype or "bf16") if torch.cuda.is_available() else ("cpu", dtype or "fp32")
+    gemm, copy = gemm_ceiling_tflops(DTYPES[dtype], device), copy_ceiling_gb_per_s(device)
+    return Run(device, device_name(), versions(), dtype, gemm, copy)

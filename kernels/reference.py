@@ -68,7 +68,8 @@ def _explicit_attention(
     """Attention with its probabilities written out, for dropout and for rows that see nothing."""
     heads, length = q.shape[1:3]
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
-    scores = (q @ k.mT).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
+    wide = torch.promote_types(q.dtype, torch.float32)  # scores of 16 bits would lose what softmax tells apart
+    scores = q.to(wide) @ k.to(wide).mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).masked_fill(~mask, 0.0)
     if dropout:
         if seed is None:

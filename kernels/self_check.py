@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,19 +30,21 @@ def verdict(module: str, device: torch.device, dtype: torch.dtype, head_dim: int
     """What the ``attention`` of a module gets wrong on this device; None where every bit agrees.
 
     Asked once in this process for each device, dtype and head dimension, and a disagreement is logged as a warning.
-    torch.compile asks while it compiles. A kernel that cannot even be compiled or launched is at fault too. Where there
-    is no memory to ask, or a CUDA graph is being captured, the kernel is refused this once.
+    torch.compile asks while it compiles. A kernel that cannot even be compiled or launched is at fault too. Where it
+    cannot be asked (no memory, inside backward, a CUDA graph being captured) the kernel is refused this once.
     """
     key = (module, device, dtype, head_dim)
     if key in _VERDICTS:
         return _VERDICTS[key]
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return "self-check: impossible while a CUDA graph is captured; call it once before"
+    if torch._C._current_graph_task_id() != -1:  # whose thread another backward would wait for
+        return "self-check: impossible inside backward; call it once before"
     try:
         # Whatever the caller is amidst (autocast, inference mode, a default device, a FLOP counter, hooks of activation
         # checkpointing) holds in its own thread alone.
         with _any_algorithm(), ThreadPoolExecutor(max_workers=1) as thread:
-            found = thread.submit(disagreement, importlib.import_module(module).attention, *key[1:]).result()
+            found = thread.submit(_ask, importlib.import_module(module).attention, *key[1:]).result()
     except torch.OutOfMemoryError:
         return "self-check: no memory for it now"
     except Exception as error:
@@ -53,13 +55,17 @@ def verdict(module: str, device: torch.device, dtype: torch.dtype, head_dim: int
     return found
 
 
+def _ask(attention: Attention, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """The question, in a new thread, which begins on GPU 0 whatever the device."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        return disagreement(attention, device, dtype, head_dim)
+
+
 @contextmanager
 def _any_algorithm() -> Iterator[None]:
     """Let torch's own products, which are the yardstick, run even where they cannot be deterministic."""
-    wanted, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    wanted = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)
     try:
         yield

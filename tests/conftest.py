@@ -5,12 +5,15 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from tests.processes import Start, starter
 from tests.ranks import RankPool
+
+if TYPE_CHECKING:
+    from tests.processes import Start
 
 HAS_GPU = torch.cuda.is_available()
 PROCESSES = {"pools", "compiled_ops"}  # fixtures of tests that wait for processes of their own
@@ -116,7 +119,9 @@ def two_ranks(pools: _Pools) -> RankPool:
 
 
 @pytest.fixture
-def start(compiled_ops: None) -> Iterator[Start]:
+def start(compiled_ops: None) -> "Iterator[Start]":
     """Starts training commands that do not outlive the test."""
+    from tests.processes import starter  # what training needs: the kernels' tests run where it is not installed
+
     with starter() as start_one:
         yield start_one

@@ -180,6 +180,17 @@ def test_dropout(fused_device: str, probability: float, causal: bool, determinis
     assert_accurate(tensors, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_yardstick_loses_nothing_on_the_way(dtype: torch.dtype) -> None:
+    """Where the twin writes its probabilities out, fp64 stays fp64, and scores are not rounded to 16 bits."""
+    q, k, v = case("cpu", 40, 7, dtype=dtype).values()
+    scores = (q.double() @ k.double().mT * q.shape[-1] ** -0.5)[:, :, 33:]
+    mask = torch.ones(7, 7, dtype=torch.bool).tril()
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    out = reference.attention(q, k, v)[:, :, 33:]
+    assert largest_error(out, weights.to(dtype).double() @ v.double()) <= 2 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("probability", [0.25, 0.75])
 def test_dropout_drops_the_twins_elements(fused_device: str, probability: float) -> None:
     """With identity values the output is the dropped weights themselves."""

@@ -3,8 +3,11 @@
 import csv
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +16,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from kernels import benchmark, benchmark_run, costs, reference
+from kernels import (
+    benchmark,
+    benchmark_providers,
+    benchmark_report,
+    benchmark_run,
+    benchmark_timing,
+    costs,
+    dispatch,
+    reference,
+)
 from kernels.benchmark_cases import CHECK_SIZES, Case, cases
 from kernels.benchmark_providers import Provider, UnavailableError
 from kernels.benchmark_report import Heading, Row, as_markdown, write_report
-from kernels.benchmark_timing import errors, measure, step
+from kernels.benchmark_timing import errors, measure, step, yardstick
 from kernels.costs import OPERATIONS, Cost
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +54,8 @@ def test_a_run_writes_one_report(
     monkeypatch.setattr("kernels.benchmark_timing._BUDGET_S", 0.0)
     arguments = ["rmsnorm", "attention", "--dtype", "fp32", "--lengths", "32", "--head-dim", "16", "--widths", "24"]
     output = tmp_path / "new" / "folder"
-    assert benchmark.main([*arguments, "--tokens", "64", "--output", str(output)]) == 0
+    arguments += ["--providers", "torch", "sdpa", "--tokens", "64", "--output", str(output)]
+    assert benchmark.main(arguments) == 0
     rows = list(csv.DictReader((output / "results.csv").open()))
     assert {r["op"] for r in rows} == {"rms_norm", "attention"}
     assert {r["mode"] for r in rows} == {"fwd", "both"}
@@ -105,14 +118,99 @@ def test_a_provider_that_cannot_run_is_named_with_its_reason(tmp_path: Path, mon
     def fails(**arguments: object) -> None:
         raise RuntimeError("No available kernel.\nSecond line")
 
-    several = [Provider("absent", missing), Provider("broken", lambda case: fails)]
+    def odd(**arguments: object) -> None:
+        raise TypeError("no such argument")
+
+    several = [Provider("absent", missing), Provider("broken", lambda case: fails), Provider("odd", lambda case: odd)]
     monkeypatch.setattr(benchmark_run, "providers", lambda op, device: several)
     monkeypatch.setattr(benchmark_run, "_check_interpreted", lambda *arguments: None)
     assert benchmark_run.run(("dropout",), CHECK_SIZES, "fp32", ("fwd",), tmp_path, "command") == 0
     text = (tmp_path / "results.md").read_text()
     assert text.count("dropout: absent not run: not installed (no module)") == 1
-    assert text.count("dropout: broken not run: No available kernel.") == 1
+    assert text.count("dropout: broken not run: RuntimeError: No available kernel.") == 1
+    assert text.count("dropout: odd not run: TypeError: no such argument") == 1
     assert "Second line" not in text
+
+
+class OutOfResources(Exception):  # noqa: N818
+    """What triton raises is no RuntimeError."""
+
+
+@pytest.mark.parametrize("where", ["prepare", "run"])
+def test_a_kernel_of_ours_that_fails_is_a_row_and_an_exit_code(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And all the other rows are there."""
+
+    def fail(*_: object, **arguments: object) -> Any:
+        raise OutOfResources("shared memory, Required: 5 | 4")
+
+    ours = Provider("megagpt triton", fail if where == "prepare" else lambda case: fail)
+    others = [Provider("torch", lambda case: getattr(reference, case.op))]
+    monkeypatch.setattr(benchmark_run, "providers", lambda op, device: [ours, *others])
+    monkeypatch.setattr(benchmark_run, "_check_interpreted", lambda *arguments: None)
+    assert benchmark_run.run(("dropout", "rms_norm"), CHECK_SIZES, "fp32", ("fwd",), tmp_path, "command") == 1
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert {r["op"] for r in rows if r["provider"] == "torch" and r["p50_ms"]} == {"dropout", "rms_norm"}
+    failed = [r for r in rows if r["provider"] == "megagpt triton"]
+    assert {r["failure"] for r in failed} == {"OutOfResources: shared memory, Required: 5 / 4"}
+    assert {r["correct"] for r in failed} == {"False"}
+    assert "**FAILED**: OutOfResources" in (tmp_path / "results.md").read_text()
+
+
+def test_what_the_self_check_finds_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_providers, "row_refusal", lambda *_, **__: "self-check: output is wrong")
+    with pytest.raises(RuntimeError, match="self-check: output is wrong"):
+        benchmark_providers._ours(first_case("attention"), dispatch.TABLE["attention"][1])
+
+
+def test_an_operation_that_stops_loses_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where matplotlib is not installed; the report is written after each operation."""
+
+    def broken(case: Case, mode: str) -> Any:
+        if case.op == "rms_norm":
+            raise torch.OutOfMemoryError("full")
+        return yardstick(case, mode)
+
+    found = benchmark_report.importlib.util.find_spec
+    monkeypatch.setattr(benchmark_run, "yardstick", broken)
+    monkeypatch.setattr(benchmark_run, "_check_interpreted", lambda *arguments: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else found(name))
+    assert benchmark_run.run(("dropout", "rms_norm"), CHECK_SIZES, "fp32", ("fwd",), tmp_path, "command") == 1
+    text = (tmp_path / "results.md").read_text()
+    assert "## dropout, fwd" in text
+    assert "* rms_norm: STOPPED: OutOfMemoryError: full" in text
+    assert "* No plots: the package matplotlib is not installed." in text
+    assert {path.name for path in tmp_path.iterdir()} == {"results.csv", "results.md"}
+
+
+def test_a_gpu_waits_for_python_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or launches would be timed where a kernel is quicker than they are."""
+    happened: list[str] = []
+    event = SimpleNamespace(record=lambda: happened.append("record"), elapsed_time=lambda other: 1.0)
+    gpu = SimpleNamespace(
+        Event=lambda enable_timing: event,
+        _sleep=lambda cycles: happened.append(f"sleep {cycles >= 2 * 2e9 * 0.001}"),
+        synchronize=lambda: happened.append("wait"),
+    )
+    flush = SimpleNamespace(zero_=lambda: happened.append("flush"))
+    stub = SimpleNamespace(cuda=gpu, empty=lambda *_, **__: flush, int8=None)
+    monkeypatch.setattr(benchmark_timing, "torch", stub)
+
+    def run() -> None:
+        happened.append("run")
+        time.sleep(0.001)
+
+    assert benchmark_timing._repeat(run, 2, "cuda") == [1.0, 1.0]
+    assert happened == [*["wait", "run"] * 3, *["flush", "sleep True", "record", "run", "record"] * 2, "wait"]
+
+
+def test_attention_is_held_against_every_backend_by_name() -> None:
+    names = {provider.name for provider in benchmark_providers.providers("attention", "cuda")}
+    assert names >= {
+        "megagpt hopper", "megagpt triton", "torch", "torch.compile", "sdpa flash", "sdpa efficient", "sdpa math",
+        "flex_attention", "flash-attn",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("op", OPERATIONS)

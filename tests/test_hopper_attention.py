@@ -315,7 +315,7 @@ def test_a_verdict_counts_no_flops(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_want_of_memory_is_no_verdict(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Nor is a captured CUDA graph, in which nothing can be compared: both are asked again."""
+    """Nor is a captured CUDA graph, or a backward whose thread the check would wait for: they are asked again."""
     with pytest.MonkeyPatch.context() as full:
         full.setattr(self_check, "_results", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
         assert caught_in(nullcontext(), full) == "self-check: no memory for it now"
@@ -323,6 +323,12 @@ def test_a_want_of_memory_is_no_verdict(monkeypatch: pytest.MonkeyPatch, caplog:
         capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         found = self_check.verdict("kernels.hopper_attention", torch.device("cuda"), torch.bfloat16, 64)
         assert found == "self-check: impossible while a CUDA graph is captured; call it once before"
+    monkeypatch.setattr(self_check, "_VERDICTS", {})
+    x, found = torch.ones(1, requires_grad=True), []
+    key = ("kernels.hopper_attention", torch.device("cpu"), torch.bfloat16, 64)
+    x.register_hook(lambda gradient: found.append(self_check.verdict(*key)))
+    (2 * x).backward()
+    assert found == ["self-check: impossible inside backward; call it once before"]
     assert not caplog.records
     assert caught_in(nullcontext(), monkeypatch) is None
 

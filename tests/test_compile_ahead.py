@@ -83,4 +83,4 @@ def test_a_process_that_interprets_cannot_compile() -> None:
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
     done = run("--names", "atention")
     assert done.returncode == 2
-    assert "unknown configurations ['atention']; known: attention_forward_64_bf16, " in done.stderr
+    assert "unknown configurations ['atention']; known: attention_forward_" in done.stderr

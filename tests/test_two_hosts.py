@@ -240,6 +240,7 @@ def test_a_rank_that_never_joins_is_named_by_the_others(sound: TwoHosts, configu
     command = sound.start("host-a", ["deepspeed", "--hostfile", sound.directory / "hosts", *words])
     (stopped,) = wait_for(lambda: ranks_on(sound, "host-b"))
     os.kill(stopped.number, signal.SIGSTOP)
+    wait_for(lambda: ranks_on(sound, "host-a"))
     wait_for(lambda: not ranks_on(sound, "host-a"))
     os.kill(stopped.number, signal.SIGKILL)
     shown, _ = command.communicate(timeout=DEADLINE_S)

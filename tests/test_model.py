@@ -217,7 +217,7 @@ def test_every_site_drops_with_a_seed_of_its_own(monkeypatch):
 
 def test_attention_drops_by_sample_head_query_and_key():
     """Values that are unit vectors make the output the attention weights themselves."""
-    q, k = torch.randn(2, 2, 4, 16, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    q, k = torch.randn(2, 2, 4, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     unit_vectors, seed = torch.eye(16, dtype=torch.float64).expand(2, 4, 16, 16), torch.tensor([7, 8])
     whole = kernels.attention(q, k, unit_vectors, dropout=0.5, dropout_seed=seed)
     kept = keep_mask(0.5, seed[:, None, None], torch.arange(4)[:, None], torch.arange(16), columns=16)

@@ -1,5 +1,7 @@
 """The attention configurations compiled ahead of time: what ``fused_attention`` launches for typical calls."""
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from kernels.attention_backward import attention_backward_delta, attention_backward_keys, attention_backward_queries
@@ -23,6 +25,7 @@ _TYPES = {
 
 
 def _configuration(
+    generation: int,
     phase: str,
     head_dim: int,
     dtype: str = "bf16",
@@ -35,7 +38,9 @@ def _configuration(
 ) -> AheadOfTime:
     """One call with block sizes from the table. triton knows a group of 1 when compiling, so it is a constant here."""
     kernel = _KERNELS[phase]
-    tiles = choose_tiles(phase, head_dim, fp32=dtype == "fp32", small=dropout, documents=documents)
+    tiles = choose_tiles(
+        phase, head_dim, generation=generation, fp32=dtype == "fp32", small=dropout, documents=documents
+    )
     constants: dict[str, Any] = {
         "HEAD_DIM": head_dim,
         "BLOCK_DIM": padded(head_dim),
@@ -55,7 +60,7 @@ def _configuration(
     flags["deterministic"] = phase == "backward_keys" and not atomic
     name = "_".join(["attention", phase, str(head_dim), dtype, *(flag for flag, on in flags.items() if on)])
     known = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    return AheadOfTime(name, kernel, types, known, tiles.num_warps, tiles.num_stages)
+    return AheadOfTime(name, kernel, types, known, tiles.num_warps, tiles.num_stages, 10 * generation)
 
 
 def _delta(head_dim: int) -> AheadOfTime:
@@ -67,15 +72,21 @@ def _delta(head_dim: int) -> AheadOfTime:
     )
 
 
+def _shipped(generation: int) -> Iterator[AheadOfTime]:
+    """What typical calls launch on the first GPUs of a generation (the major number of the compute capability)."""
+    configuration = partial(_configuration, generation)
+    yield from (configuration(phase, dim) for dim in (16, 32, 64, 80, 128, 256) for phase in _KERNELS)
+    yield from (configuration(phase, dim, "fp16") for dim in (64, 128) for phase in _KERNELS)
+    yield from (configuration(phase, dim, causal=False) for dim in (64, 128) for phase in _KERNELS)
+    yield from (configuration(phase, dim, documents=True) for dim in (64, 128) for phase in _KERNELS)
+    yield from (configuration(phase, dim, dropout=True) for dim in (64, 128, 256) for phase in _KERNELS)
+    yield from (configuration(phase, dim, documents=True, dropout=True) for dim in (64, 128) for phase in _KERNELS)
+    yield from (configuration(phase, dim, "fp32") for dim in (64, 128, 256) for phase in _KERNELS)
+    yield from (configuration("backward_keys", dim, group=8) for dim in (64, 128))
+    yield from (configuration("backward_keys", dim, atomic=False) for dim in (64, 128))
+
+
 AHEAD_OF_TIME: list[AheadOfTime] = [
-    *(_configuration(phase, dim) for dim in (16, 32, 64, 80, 128, 256) for phase in _KERNELS),
-    *(_configuration(phase, dim, "fp16") for dim in (64, 128) for phase in _KERNELS),
-    *(_configuration(phase, dim, causal=False) for dim in (64, 128) for phase in _KERNELS),
-    *(_configuration(phase, dim, documents=True) for dim in (64, 128) for phase in _KERNELS),
-    *(_configuration(phase, dim, dropout=True) for dim in (64, 128, 256) for phase in _KERNELS),
-    *(_configuration(phase, dim, documents=True, dropout=True) for dim in (64, 128) for phase in _KERNELS),
-    *(_configuration(phase, dim, "fp32") for dim in (64, 128, 256) for phase in _KERNELS),
-    *(_configuration("backward_keys", dim, group=8) for dim in (64, 128)),
-    *(_configuration("backward_keys", dim, atomic=False) for dim in (64, 128)),
+    *(entry for generation in (8, 9, 10) for entry in _shipped(generation)),
     *(_delta(dim) for dim in (64, 128)),
 ]

@@ -48,7 +48,8 @@ class AheadOfTime:
     ``signature`` maps run-time arguments to triton types, e.g. ``{"x": "*bf16", "rows": "i32", "stride": "i32:16"}``;
     pointers are taken as 16-byte aligned, and ``:16`` marks an integer divisible by 16. A tuple argument is a tuple of
     such types or of integers known when compiling. ``constants`` are the compile-time arguments (and run-time ones that
-    triton would specialise, such as a stride of 1). Written in Gluon, it is for one compute ``capability`` only.
+    triton would specialise, such as a stride of 1). Written in Gluon, or with block sizes chosen for one compute
+    ``capability``, it is for that one only.
     """
 
     name: str
@@ -163,18 +164,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if INTERPRETED:
         parser.error("TRITON_INTERPRET is set; run in a process without it")
-    entries = {entry.name: entry for entry in shipped()}
-    unknown = set(options.names or ()) - set(entries)
+    known = list(dict.fromkeys(entry.name for entry in shipped()))
+    unknown = set(options.names or ()) - set(known)
     if unknown:
-        parser.error(f"unknown configurations {sorted(unknown)}; known: {', '.join(entries)}")
+        parser.error(f"unknown configurations {sorted(unknown)}; known: {', '.join(known)}")
     table = json.loads(options.write.read_text()) if options.write and options.write.exists() else {}
     for capability in options.capability:
-        for name in options.names or entries:
-            if entries[name].capability not in (None, capability):
+        for entry in shipped():
+            if entry.capability not in (None, capability) or entry.name not in (options.names or known):
                 continue
-            row = asdict(compile_for(entries[name], capability))
-            print(json.dumps({"name": name, "capability": capability, **row}), flush=True)
-            table.setdefault(triton.__version__, {}).setdefault(f"sm_{capability}", {})[name] = row
+            row = asdict(compile_for(entry, capability))
+            print(json.dumps({"name": entry.name, "capability": capability, **row}), flush=True)
+            table.setdefault(triton.__version__, {}).setdefault(f"sm_{capability}", {})[entry.name] = row
     if options.write:
         options.write.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
     return 0

@@ -21,6 +21,7 @@ from kernels.attention_backward import (
 )
 from kernels.attention_forward import attention_forward
 from kernels.attention_tiles import MAXIMUM_HEAD_DIM, Tiles, padded, tiles_for
+from kernels.documents import shared_bounds
 from kernels.launcher import launch
 
 _ROWS_PER_DELTA_BLOCK = 64
@@ -45,7 +46,7 @@ def attention(
     merging the heads afterwards is free. With ``deterministic``, or torch's deterministic algorithms, repeated backward
     passes give the same bits, for seven matrix products a score instead of five.
     """
-    documents = None if document_ids is None else document_bounds(document_ids)
+    documents = None if document_ids is None else shared_bounds(document_ids)
     seed = None if not dropout or dropout_seed is None else dropout_seed.contiguous()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
@@ -65,22 +66,6 @@ def refusal(op: str, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = N
 def fault(op: str, q: Tensor, *args: Any, **kwargs: Any) -> str | None:
     """What these kernels compute wrongly on this GPU; None where they are right. The first call checks."""
     return self_check.verdict(__name__, q.device, q.dtype, max(64, padded(q.shape[-1])))
-
-
-def document_bounds(document_ids: Tensor) -> Tensor:
-    """The first and the last position of each position's document: (batch, length) -> (batch, 2, length), int32.
-
-    Documents need not be runs of neighbours. A document is known by its first position, and blocks of keys outside the
-    bounds of a block of queries are never visited.
-    """
-    # A stable sort brings a document together, its first position at the head and its last one at the tail.
-    ordered, order = document_ids.sort(dim=1, stable=True)
-    index = torch.arange(ordered.shape[1], device=ordered.device).expand_as(order)
-    changes = ordered != ordered.roll(1, dims=1)
-    heads = torch.where(changes, index, 0).cummax(dim=1).values
-    tails = torch.where(changes.roll(-1, dims=1), index, index[:, -1:]).flip(1).cummin(dim=1).values.flip(1)
-    ends = order[:, None].expand(-1, 2, -1).gather(2, torch.stack((heads, tails), dim=1))
-    return torch.empty_like(ends).scatter_(2, order[:, None].expand_as(ends), ends).to(torch.int32)
 
 
 def empty_heads_last(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

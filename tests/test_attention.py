@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from kernels import costs, fused_attention, reference, self_check
+from kernels import costs, documents, fused_attention, reference, self_check
 from kernels.launcher import reset_launches
 from kernels.philox import keep_mask
 from tests.attention_rounding import attention_rounding
@@ -155,7 +155,7 @@ def test_documents(fused_device: str, layout: str, length: int, causal: bool, de
 
 
 def test_document_bounds() -> None:
-    bounds = fused_attention.document_bounds(torch.tensor([[4, 4, 9, 4, 7], [1, 1, 1, 1, 1]]))
+    bounds = documents.document_bounds(torch.tensor([[4, 4, 9, 4, 7], [1, 1, 1, 1, 1]]))
     assert bounds.dtype == torch.int32
     assert bounds[0].tolist() == [[0, 0, 2, 0, 4], [3, 3, 2, 3, 4]]
     assert bounds[1].tolist() == [[0] * 5, [4] * 5]
@@ -168,7 +168,20 @@ def test_document_bounds_of_any_ids(length: int) -> None:
     index = torch.arange(length)
     first = torch.where(same, index, length).amin(dim=2) if length else ids
     last = torch.where(same, index, -1).amax(dim=2) if length else ids
-    assert torch.equal(fused_attention.document_bounds(ids), torch.stack((first, last), dim=1).int())
+    assert torch.equal(documents.document_bounds(ids), torch.stack((first, last), dim=1).int())
+
+
+def test_layers_share_the_bounds_of_their_documents_until_these_change(fused_device: str) -> None:
+    ids = torch.tensor([[0, 0, 1, 1]], device=fused_device)
+    first = documents.shared_bounds(ids)
+    assert documents.shared_bounds(ids) is first
+    assert torch.equal(documents.shared_bounds(ids.clone()), first)
+    ids[0, 1] = 1
+    changed = documents.shared_bounds(ids)
+    assert torch.equal(changed, documents.document_bounds(ids))
+    assert not torch.equal(changed, first)
+    with torch.inference_mode():
+        assert torch.equal(documents.shared_bounds(torch.tensor([[0, 0, 1, 1]], device=fused_device)), first)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

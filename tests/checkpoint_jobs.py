@@ -8,6 +8,7 @@ import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -260,43 +261,73 @@ def _doomed_rank(
 
 def arrange_death(point: str, last: str) -> None:
     """Replace one function that a save of step ``last`` calls by one that kills this process before or after it."""
-    module, name, acts_first, concerns = DEATHS[point]
-    original = getattr(module, name)
+    death = DEATHS[point]
+    original = getattr(death.owner, death.name)
 
     def deadly(*arguments: Any) -> Any:
-        path = next(Path(argument) for argument in arguments if isinstance(argument, Path))
-        doomed = concerns(path, last, arguments)
-        result = None if doomed and not acts_first else original(*arguments)
+        doomed = death.concerns(last, *arguments)
+        result = None if doomed and not death.acts_first else original(*arguments)
         if doomed:
-            leave_half_done(point, arguments)
+            death.leave_half_done(*arguments)
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    setattr(module, name, deadly)
+    setattr(death.owner, death.name, deadly)
 
 
-def leave_half_done(point: str, arguments: Any) -> None:
-    """What a kill within these two leaves on the disk; the others are one system call."""
-    if point == "within a file":
-        staging, _, planned = arguments
-        os.truncate(staging / planned.name, planned.bytes // 2)
-    if point == "while retiring":
-        (path,) = arguments
-        path.rename(path.with_name(f".deleting_{path.name}"))
+def cut_in_half(staging: Path, _: Any, planned: Any) -> None:
+    os.truncate(staging / planned.name, planned.bytes // 2)
 
 
-# point -> (module and function, whether it acts before the process dies, which calls of it)
-DEATHS: dict[str, tuple[Any, str, bool, Callable[[Path, str, Any], bool]]] = {
-    "within a file": (checkpoint_writer, "_write_file", True, lambda path, last, _: last in str(path)),
-    "after a file": (checkpoint_writer, "_write_file", True, lambda path, last, _: last in str(path)),
-    "before the manifest": (checkpoint, "write_atomically", False, lambda path, last, _: last in str(path)),
-    "after the manifest": (checkpoint, "write_atomically", True, lambda path, last, _: last in str(path)),
-    "after the rename": (checkpoint_directory, "sync_directory", False, lambda path, last, _: (path / last).is_dir()),
-    "before latest": (
+def rename_aside(path: Path) -> None:
+    path.rename(path.with_name(f".deleting_{path.name}"))
+
+
+@dataclass(frozen=True)
+class Death:
+    """``owner.name``, whether it acts before the process dies, which calls of it concern the last save.
+
+    ``leave_half_done`` is what a kill within the function leaves on the disk, where it is more than one system call.
+    """
+
+    owner: Any
+    name: str
+    acts_first: bool
+    concerns: Callable[..., bool]
+    leave_half_done: Callable[..., object] = lambda *arguments: None
+
+
+def _into(last: str, path: Path, *_: Any) -> bool:
+    return last in str(path)
+
+
+def _of_saver(last: str, saver: Any, save: Any, *_: Any) -> bool:
+    return save.final.name == last
+
+
+# in the order of the protocol; every rank passes those of EVERY_RANK, only rank 0 the others
+EVERY_RANK = {
+    "before any file": Death(checkpoint.Saver, "_require_visible", True, lambda last, _, path: last in str(path)),
+    "within a file": Death(checkpoint_writer, "_write_file", True, _into, cut_in_half),
+    "after a file": Death(checkpoint_writer, "_write_file", True, _into),
+    "before the report": Death(checkpoint.Saver, "_write", True, _of_saver),
+    "after the report": Death(checkpoint.Saver, "_commit", False, _of_saver),
+    "after the commit": Death(
+        checkpoint.Saver, "trust", False, lambda last, _, state: last.endswith(f"_{state.step:08d}")
+    ),
+}
+RANK_0 = {
+    "before the manifest": Death(checkpoint, "write_atomically", False, _into),
+    "after the manifest": Death(checkpoint, "write_atomically", True, _into),
+    "after the rename": Death(checkpoint_directory, "sync_directory", False, lambda last, path: (path / last).is_dir()),
+    "before latest": Death(
         checkpoint_directory,
         "write_atomically",
         False,
-        lambda path, last, arguments: path.name == "latest" and last in arguments[1],
+        lambda last, path, text: path.name == "latest" and last in text,
     ),
-    "while retiring": (checkpoint_directory, "remove", False, lambda path, last, _: (path.parent / last).is_dir()),
+    "while retiring": Death(
+        checkpoint_directory, "remove", False, lambda last, path: (path.parent / last).is_dir(), rename_aside
+    ),
 }
+DEATHS = EVERY_RANK | RANK_0

@@ -35,7 +35,7 @@ from megagpt.checkpoint_format import (
 from megagpt.checkpoint_reader import open_checkpoint
 from megagpt.resume_proof import NEXT_STEP
 from megagpt.utils import UserError
-from tests.checkpoint_jobs import DEATHS, gathered, run_config, train_and_die
+from tests.checkpoint_jobs import EVERY_RANK, RANK_0, gathered, run_config, train_and_die
 from tests.conftest import _Pools
 from tests.ranks import RankPool
 from tests.trained_run import write_dataset
@@ -378,26 +378,26 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(
 
 # ------------------------------------------------------------------------------------------------------ killed saves
 
-QUICK = [("within a file", 1), ("after the manifest", 0)]
-SLOW = [("within a file", 0), ("after a file", 0), ("after a file", 1)]
-SLOW += [("while retiring", 0), ("before the manifest", 0), ("after the rename", 0), ("before latest", 0)]
-COMMITTED = ("after the rename", "before latest", "while retiring")
+QUICK = [("within a file", 1), ("after the report", 1), ("after the manifest", 0)]
+SLOW = [(point, rank) for point in EVERY_RANK for rank in (0, 1)] + [(point, 0) for point in RANK_0]
+KILLS = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW if case not in QUICK)]
+COMMITTED = ("after the rename", "before latest", "while retiring", "after the commit")
 
 
-@pytest.mark.parametrize(("point", "victim"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
+@pytest.mark.parametrize(("point", "victim"), KILLS)
 def test_a_rank_killed_during_a_save_costs_no_sound_checkpoint(
     two_ranks: RankPool, data: Path, tmp_path: Path, point: str, victim: int
 ) -> None:
-    """kill -9: the resumed run picks the newest checkpoint that was committed, and clears away the rest."""
+    """kill -9: the resumed run picks the newest checkpoint that was committed, and clears away the rest.
+
+    Once every rank has reported, rank 0 commits by itself: a rank 1 that is killed meanwhile costs nothing.
+    """
     config = run_config(data, 6, ZERO3, save_every=2)
     codes = train_and_die(config, tmp_path, victim, point)
     assert codes[victim] == -9
+    committed = point in COMMITTED or (point, victim) == ("after the report", 1)
     ranks = two_ranks.run(TRAIN, config=run_config(data, 7, ZERO3, save_every=0), directory=tmp_path)
-    assert [rank["first_step"] for rank in ranks] == [6 if point in COMMITTED else 4] * 2
+    assert [rank["first_step"] for rank in ranks] == [6 if committed else 4] * 2
     assert ranks[0]["state"].step == 7
     left = {path.name for path in checkpoints(tmp_path).iterdir()}
     assert left <= {"latest", "step_00000002", "step_00000004", "step_00000006"}
-
-
-def test_every_point_of_a_save_is_covered() -> None:
-    assert {point for point, _ in [*QUICK, *SLOW]} == set(DEATHS)

@@ -1,5 +1,7 @@
 """What ranks do in the tests of saving, resuming and guarding: a whole run, from its configuration to its end."""
 
+import errno
+import io
 import json
 import os
 import resource
@@ -7,8 +9,9 @@ import shutil
 import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,18 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from megagpt import checkpoint, checkpoint_directory, checkpoint_writer, device, startup
+from megagpt import (
+    checkpoint,
+    checkpoint_directory,
+    checkpoint_format,
+    checkpoint_reader,
+    checkpoint_writer,
+    device,
+    resume,
+    startup,
+)
 from megagpt import train as loop
+from megagpt.checkpoint_format import MANIFEST
 from megagpt.config import RunConfig
 from megagpt.guard import StoppedByGuardError
 from megagpt.train import Run
@@ -97,13 +110,27 @@ def validation_and_samples(config: Config, directory: Path) -> dict[str, Any]:
         return {"val_loss": loop.validate(run), "texts": texts}
 
 
-def refusal(config: Config, directory: Path) -> str:
-    """Why the run does not start."""
+def refusal(config: Config, directory: Path, failing_rank: int | None = None, fault: str = "") -> str:
+    """Why the run does not start, where ``fault`` strikes one rank or none."""
+    strikes = failing_rank is not None and dist.get_rank() == failing_rank
     try:
-        with started(config, directory) as run:
+        with FAULTS[fault]() if strikes else nullcontext(), started(config, directory) as run:
             return f"started at step {run.state.step}"
     except UserError as error:
         return str(error)
+
+
+def resumption(config: Config, directory: Path) -> dict[str, Any]:
+    """Start, and go no further: where this rank resumes, what it passes over, what it shows."""
+    found, load = [], resume.resume
+
+    def recorded(*arguments: Any) -> Any:
+        found.append(load(*arguments))
+        return found[-1]
+
+    watched = patch.object(resume, "resume", recorded)
+    with redirect_stdout(io.StringIO()) as said, watched, started(config, directory) as run:
+        return {"step": run.state.step, "passed_over": found[0].passed_over, "said": said.getvalue()}
 
 
 def disagreement(config: Config, directory: Path) -> str:
@@ -171,7 +198,38 @@ def unforeseen_space() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def disk_filled_before(module: Any, name: str) -> Iterator[None]:
+    """Another process takes what is left of the disk, to the last byte, when a file of this name is to be written."""
+    write = module.write_atomically
+
+    def write_on_full_disk(path: Path, data: bytes | str) -> None:
+        if path.name == name:
+            with suppress(OSError), (path.parent / "ballast").open("wb", buffering=0) as ballast:
+                while True:
+                    ballast.write(bytes(512))
+        write(path, data)
+
+    with patch.object(module, "write_atomically", write_on_full_disk):
+        yield
+
+
+@contextmanager
+def failing_reads(module: Any, name: str) -> Iterator[None]:
+    """The disk does not answer while ``module.name`` reads."""
+
+    def fail(path: Any, *_: Any, **__: Any) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    with patch.object(module, name, fail):
+        yield
+
+
 FAULTS: dict[str, Callable[[], Any]] = {
+    "full_at_manifest": partial(disk_filled_before, checkpoint, MANIFEST),
+    "full_at_latest": partial(disk_filled_before, checkpoint_directory, "latest"),
+    "unreadable_hash": partial(failing_reads, checkpoint_format, "hash_file"),
+    "unreadable_tensor": partial(failing_reads, checkpoint_reader, "safe_open"),
     "small_files": small_files,
     "full_disk": full_disk,
     "unforeseen_space": unforeseen_space,

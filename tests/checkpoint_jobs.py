@@ -59,6 +59,8 @@ def run_config(
     for section in ("offload_optimizer", "offload_param"):
         if config["zero_optimization"].get(section, {}).get("device") == "nvme":
             config["zero_optimization"][section]["nvme_path"] = str(nvme)
+            if section == "offload_param":
+                config["zero_optimization"][section] |= {"max_in_cpu": 0, "buffer_size": 2**20}
     config["scheduler"] = {
         "type": "WarmupCosineLR",
         "params": {"total_num_steps": SCHEDULE_STEPS, "warmup_num_steps": 3, "warmup_type": "linear"},

@@ -117,7 +117,35 @@ def open_data(config: RunConfig, directory: Path) -> dict[Split, SampleStream]:
     if (refusal := unequal_tiles(Layout.of(resolved))) is not None:
         raise ConfigError([refusal])
     directories.check(directory, resolved)
-    return {split: _open_stream(resolved, split) for split in SPLITS}
+    streams = {split: _open_stream(resolved, split) for split in SPLITS}
+    _require_data_of_the_newest(directory, streams["train"])
+    return streams
+
+
+def _require_data_of_the_newest(directory: Path, stream: SampleStream) -> None:
+    """Before any rank builds its model: the data are those of the newest checkpoint that has a sound manifest."""
+    from megagpt.checkpoint_format import DamagedCheckpointError, complete_steps, read_manifest, step_directory
+
+    checkpoints = directory / "checkpoints"
+    for step in complete_steps(checkpoints):
+        try:
+            manifest = read_manifest(step_directory(checkpoints, step))
+        except DamagedCheckpointError:
+            continue
+        except OSError as error:
+            message = f"{error.filename}: cannot be read ({error.strerror}); start again when its disk answers"
+            raise UserError(message) from error
+        _require_same_data(directory, step, manifest.data_fingerprint, stream)
+        return
+
+
+def _require_same_data(directory: Path, step: int, fingerprint: str, stream: SampleStream) -> None:
+    if fingerprint != stream.fingerprint:
+        raise UserError(
+            f"{directory}: its data changed since step {step} was saved: {stream.fingerprint[:16]} found in "
+            f"{', '.join(str(dataset.directory) for dataset in stream.datasets)}, {fingerprint[:16]} expected; "
+            f"restore them, or start afresh with another --run_dir"
+        )
 
 
 def _resolve_without_device(config: RunConfig, vocabulary: int) -> ResolvedConfig:
@@ -263,17 +291,16 @@ def _resume(run: "Run") -> dict[str, object] | None:
     if run.engine.mesh.rank == 0:
         run.unproven = _next_step(resumed.directory)
         print(resumed.describe(provable=run.unproven is not None), flush=True)
-    if resumed.manifest.data_fingerprint != run.training.stream.fingerprint:
-        raise UserError(
-            f"{run.directory}: its data changed since step {run.state.step} was saved; "
-            f"restore them, or start afresh with another --run_dir"
-        )
+    _require_same_data(run.directory, run.state.step, resumed.manifest.data_fingerprint, run.training.stream)
     return {"written_by": resumed.manifest.topology, "passed_over": resumed.passed_over}
 
 
 def _next_step(checkpoint: Path) -> "NextStep | None":
-    """The record of the step that followed a checkpoint; a damaged one gives way to what that step gives now."""
-    from megagpt.checkpoint_format import DamagedCheckpointError
+    """The record of the step that followed a checkpoint; a damaged one gives way to what that step gives now.
+
+    One of another format stays, and says nothing to this version.
+    """
+    from megagpt.checkpoint_format import DamagedCheckpointError, OtherFormatError
     from megagpt.resume_proof import NEXT_STEP, NextStep
 
     try:
@@ -281,7 +308,9 @@ def _next_step(checkpoint: Path) -> "NextStep | None":
     except DamagedCheckpointError as error:
         log.warning("%s", error)
         (checkpoint / NEXT_STEP).unlink(missing_ok=True)
-        return None
+    except OtherFormatError as error:
+        log.warning("%s", error)
+    return None
 
 
 def _announce(engine: "Engine", directory: Path, device: str) -> None:

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EMBEDDED_CORPUS = Path("data/stdlib")
-TURN_S = 5.0  # the others of a host let its first rank speak for them: the launcher, seeing it end, ends them
+# The others of a host let its first rank speak for them: the launcher, which looks every second, ends them with it.
+TURN_S = 2.0
 SPLITS: tuple[Split, ...] = ("train", "val")
 
 
@@ -61,7 +62,7 @@ def _start(arguments: argparse.Namespace) -> int:
         read_hostfile(hostfile)  # DeepSpeed would have trained on this machine alone without it
     faults.from_environment()
     config = load_config(arguments.deepspeed_config, arguments.set)
-    require_legal(config, str(arguments.deepspeed_config))
+    _require_possible(config, str(arguments.deepspeed_config))
     _require_stated_world_size(config, launch)
     directory = directories.directory_of_run(arguments.run_dir, arguments.deepspeed_config)
     if arguments.resume and endings.last_checkpoint(directory) is None:
@@ -111,13 +112,23 @@ def _rank() -> int:
 
 def open_data(config: RunConfig, directory: Path) -> dict[Split, SampleStream]:
     """The samples of each split, once everything that needs no torch is found sound; raises UserError."""
-    # whatever the vocabulary: impossible arithmetic is reported before any data are prepared
-    _resolve_without_device(config, 1)
     resolved = _resolve_without_device(config, _prepare_vocabulary(config))
     if (refusal := unequal_tiles(Layout.of(resolved))) is not None:
         raise ConfigError([refusal])
     directories.check(directory, resolved)
     return {split: _open_stream(resolved, split) for split in SPLITS}
+
+
+def _require_possible(config: RunConfig, source: str) -> None:
+    """Whatever the vocabulary, before any data are prepared; raises ConfigError with all that is impossible."""
+    errors: list[str] = []
+    for check in (partial(require_legal, config, source), partial(_resolve_without_device, config, 1)):
+        try:
+            check()
+        except ConfigError as error:
+            errors += [line for line in error.errors if f"{source}: {line}" not in errors]
+    if errors:
+        raise ConfigError(errors)
 
 
 def _resolve_without_device(config: RunConfig, vocabulary: int) -> ResolvedConfig:

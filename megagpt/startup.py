@@ -68,10 +68,8 @@ def _start(arguments: argparse.Namespace) -> int:
     if arguments.resume and endings.last_checkpoint(directory) is None:
         raise UserError(f"{directory}: nothing to resume; leave out --resume to start it")
     streams = open_data(config, directory)
-    from megagpt.device import announce_to_deepspeed
-
-    announce_to_deepspeed()
     with _gathered(directory):
+        _announce_device()
         return _run_to_its_end(config, streams, directory, wishes)
 
 
@@ -92,9 +90,17 @@ def _gathered(directory: Path) -> AbstractContextManager[object]:
     lock = partial(directories.lock, directory)
     if os.environ["WORLD_SIZE"] == "1":
         return lock()
+    _announce_device()
     from megagpt.rendezvous import gathered_ranks
 
     return gathered_ranks(lock)
+
+
+def _announce_device() -> None:
+    """Before anything imports DeepSpeed. Only what needs torch comes after it."""
+    from megagpt.device import announce_to_deepspeed
+
+    announce_to_deepspeed()
 
 
 def _require_stated_world_size(config: RunConfig, launch: Launch) -> None:

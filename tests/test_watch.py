@@ -1,6 +1,7 @@
 """A run that hangs ends itself and says who differs; a rank that the others wait for is named."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.ranks import RankPool
 from tests.trained_run import write_dataset
 
 TIMEOUT_S = 4
+FOUND_WITHIN_S = TIMEOUT_S + 5
 HUNG_STEP = 4
 
 
@@ -27,7 +29,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def hung(start: Start, data: Path, tmp_path: Path, fault: str, ranks: int, stage: int) -> tuple[Path, list[Process]]:
-    """A run of which rank 1 does not end step 4: its directory, and its ranks once all but a stopped one have ended."""
+    """A run of which rank 1 does not end step 4: its directory, and its ranks once all but a stopped one have ended.
+
+    They have within the timeout and five seconds, from the moment that the fault struck, by the clock of the files.
+    """
     config = run_config(data, 100, (stage, "none", "none"), save_every=2)
     config["megagpt"]["monitor"]["stall_timeout_s"] = TIMEOUT_S
     path, run = tmp_path / "config.json", tmp_path / "run"
@@ -37,6 +42,10 @@ def hung(start: Start, data: Path, tmp_path: Path, fault: str, ranks: int, stage
     for rank, process in enumerate(processes):
         if fault != "stop" or rank != 1:
             assert process.wait(PATIENCE_S) == 1
+    struck_s = (run / "logs" / "faults.txt").stat().st_mtime
+    assert time.time() - struck_s < FOUND_WITHIN_S
+    for page in ("logs/crash.txt", "logs/watch/reported", "end.json"):
+        assert TIMEOUT_S - 1 < (run / page).stat().st_mtime - struck_s < FOUND_WITHIN_S
     return run, processes
 
 
@@ -76,7 +85,9 @@ def test_a_stopped_process_is_named_with_the_last_that_was_seen_of_it(start: Sta
     assert processes[1].poll() is None
     flowing = " ".join((run / "logs" / "crash.txt").read_text().split())
     assert "rank 1 differs: no sign of life for" in flowing
-    assert (run / "logs" / "watch" / "rank_00001.json").exists()
+    states = [json.loads(path.read_text()) for path in sorted((run / "logs" / "watch").glob("rank_*.json"))]
+    assert [state["rank"] for state in states] == [0, 1]
+    assert all(state["stack"] for state in states)
 
 
 def test_a_slow_rank_is_named_within_twenty_steps_and_the_run_goes_on(

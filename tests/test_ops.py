@@ -115,7 +115,7 @@ def test_a_process_that_compiles_without_end_is_named(
     monkeypatch.setattr(ops, "NOTICE_S", 0.0)
     command = [sys.executable, "-c", HOLDING, str(extensions / ".megagpt_lock")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout
+        assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         monkeypatch.setattr(ops, "_say", lambda text: (print(text), holder.kill()))
         with ops._one_builder("CPUAdamBuilder"):

@@ -1,6 +1,9 @@
 """A run that hangs ends itself and says who differs; a rank that the others wait for is named."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +15,10 @@ from megagpt.end_record import EndRecord
 from megagpt.hang_page import hang_page, odd_ranks, verdict
 from megagpt.metrics import read_metrics
 from megagpt.stragglers import slower_ranks
+from megagpt.utils import ExitCode
 from megagpt.watch import RankState
 from tests.checkpoint_jobs import run_config
+from tests.monitoring import REPOSITORY
 from tests.processes import PATIENCE_S, Process, Start
 from tests.ranks import RankPool
 from tests.trained_run import write_dataset
@@ -88,6 +93,29 @@ def test_a_stopped_process_is_named_with_the_last_that_was_seen_of_it(start: Sta
     states = [json.loads(path.read_text()) for path in sorted((run / "logs" / "watch").glob("rank_*.json"))]
     assert [state["rank"] for state in states] == [0, 1]
     assert all(state["stack"] for state in states)
+
+
+WATCHING = """
+import sys, time
+from pathlib import Path
+from megagpt.watch import Pulse, Watch
+
+with Watch(
+    Path(sys.argv[1]), Pulse(), rank=0, world_size=1, name="rank 0", timeout_s=1, module_names={}, report=print
+):
+    time.sleep(1000)
+"""
+
+
+def test_a_watch_whose_disk_does_not_answer_still_ends_its_rank(tmp_path: Path) -> None:
+    """As when the network goes and a shared disk with it. Whoever opens a pipe that nobody reads waits like that."""
+    written = tmp_path / "logs" / "watch" / "rank_00000.partial"
+    written.parent.mkdir(parents=True)
+    os.mkfifo(written)
+    command = [sys.executable, "-c", WATCHING, str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, timeout=PATIENCE_S, check=False)
+    assert (done.returncode, done.stdout) == (ExitCode.FAILED, b"")  # it had no chance to report
+    assert [path.name for path in written.parent.iterdir()] == [written.name]
 
 
 def test_a_slow_rank_is_named_within_twenty_steps_and_the_run_goes_on(

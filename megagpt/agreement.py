@@ -26,10 +26,14 @@ def require_agreement(config: ResolvedConfig, stream: SampleStream) -> None:
     }
     of_ranks: list[dict[str, str]] = [{}] * dist.get_world_size()
     dist.all_gather_object(of_ranks, mine)
-    for what in mine:
-        others = [rank for rank, theirs in enumerate(of_ranks) if theirs[what] != of_ranks[0][what]]
-        if others:
-            raise UserError(f"ranks {others} differ from rank 0 in their {what}: give every host the same, start again")
+    differing = {
+        what: others
+        for what in mine
+        if (others := [rank for rank, theirs in enumerate(of_ranks) if theirs[what] != of_ranks[0][what]])
+    }
+    if differing:
+        lines = [f"ranks {others} differ from rank 0 in their {what}" for what, others in differing.items()]
+        raise UserError("\n".join(lines) + ": give every host the same, start again")
 
 
 def _version(library: str) -> str:

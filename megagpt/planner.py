@@ -83,11 +83,10 @@ def _ties_embeddings(config: RunConfig) -> bool:
 
 
 def _shareable(config: RunConfig) -> int:
-    """What the number of tensor ranks has to divide; that number itself until the model is known."""
-    if not isinstance(config, ResolvedConfig):
-        return config.megagpt.parallel.tensor
+    """What the number of tensor ranks has to divide, without the vocabulary until its rows are known."""
     model = config.megagpt.model
-    return gcd(model.num_kv_heads, model.mlp_size, model.vocab_size)
+    rows = config.megagpt.model.vocab_size if isinstance(config, ResolvedConfig) else 0
+    return gcd(model.num_kv_heads, model.mlp_size, rows)
 
 
 def _nearest_tensor(config: RunConfig) -> int:
@@ -101,11 +100,8 @@ def _length(config: RunConfig) -> int:
 
 
 def _most_stages(config: RunConfig) -> int:
-    """Pipeline ranks that can all have a block in each of their stages; unbounded until the model is known."""
-    parallel = config.megagpt.parallel
-    if not isinstance(config, ResolvedConfig):
-        return parallel.pipeline
-    return max(1, config.megagpt.model.num_layers // parallel.virtual_stages)
+    """Pipeline ranks that can all have a block in each of their stages."""
+    return max(1, config.megagpt.model.num_layers // config.megagpt.parallel.virtual_stages)
 
 
 def _micro_batches(config: RunConfig) -> int:

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EMBEDDED_CORPUS = Path("data/stdlib")
-TURN_S = 5.0  # the others of a host let its first rank speak for them: the launcher, seeing it end, ends them
+# The others of a host let its first rank speak for them: the launcher, which looks every second, ends them with it.
+TURN_S = 2.0
 SPLITS: tuple[Split, ...] = ("train", "val")
 
 
@@ -61,16 +62,14 @@ def _start(arguments: argparse.Namespace) -> int:
         read_hostfile(hostfile)  # DeepSpeed would have trained on this machine alone without it
     faults.from_environment()
     config = load_config(arguments.deepspeed_config, arguments.set)
-    require_legal(config, str(arguments.deepspeed_config))
+    _require_possible(config, str(arguments.deepspeed_config))
     _require_stated_world_size(config, launch)
     directory = directories.directory_of_run(arguments.run_dir, arguments.deepspeed_config)
     if arguments.resume and endings.last_checkpoint(directory) is None:
         raise UserError(f"{directory}: nothing to resume; leave out --resume to start it")
     streams = open_data(config, directory)
-    from megagpt.device import announce_to_deepspeed
-
-    announce_to_deepspeed()
     with _gathered(directory):
+        _announce_device()
         return _run_to_its_end(config, streams, directory, wishes)
 
 
@@ -91,9 +90,17 @@ def _gathered(directory: Path) -> AbstractContextManager[object]:
     lock = partial(directories.lock, directory)
     if os.environ["WORLD_SIZE"] == "1":
         return lock()
+    _announce_device()
     from megagpt.rendezvous import gathered_ranks
 
     return gathered_ranks(lock)
+
+
+def _announce_device() -> None:
+    """Before anything imports DeepSpeed. Only what needs torch comes after it."""
+    from megagpt.device import announce_to_deepspeed
+
+    announce_to_deepspeed()
 
 
 def _require_stated_world_size(config: RunConfig, launch: Launch) -> None:
@@ -111,8 +118,6 @@ def _rank() -> int:
 
 def open_data(config: RunConfig, directory: Path) -> dict[Split, SampleStream]:
     """The samples of each split, once everything that needs no torch is found sound; raises UserError."""
-    # whatever the vocabulary: impossible arithmetic is reported before any data are prepared
-    _resolve_without_device(config, 1)
     resolved = _resolve_without_device(config, _prepare_vocabulary(config))
     if (refusal := unequal_tiles(Layout.of(resolved))) is not None:
         raise ConfigError([refusal])
@@ -146,6 +151,18 @@ def _require_same_data(directory: Path, step: int, fingerprint: str, stream: Sam
             f"{', '.join(str(dataset.directory) for dataset in stream.datasets)}, {fingerprint[:16]} expected; "
             f"restore them, or start afresh with another --run_dir"
         )
+
+
+def _require_possible(config: RunConfig, source: str) -> None:
+    """Whatever the vocabulary, before any data are prepared; raises ConfigError with all that is impossible."""
+    errors: list[str] = []
+    for check in (partial(require_legal, config, source), partial(_resolve_without_device, config, 1)):
+        try:
+            check()
+        except ConfigError as error:
+            errors += [line for line in error.errors if f"{source}: {line}" not in errors]
+    if errors:
+        raise ConfigError(errors)
 
 
 def _resolve_without_device(config: RunConfig, vocabulary: int) -> ResolvedConfig:

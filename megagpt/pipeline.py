@@ -124,7 +124,8 @@ class Pipeline:
     """torch's schedule over this rank's stages, driving the DeepSpeed engine."""
 
     def __init__(self, engine: Engine, micro_batches: int) -> None:
-        self.engine, self.micro_batches, self.backwards = engine, micro_batches, 0
+        self.engine, self.micro_batches = engine, micro_batches
+        self.backwards = [0] * len(engine.stages)  # of each chunk in this step
         place = {"num_stages": engine.num_stages, "device": engine.device, "group": engine.mesh.pipeline_group}
         self.stages: list[_PipelineStageBase] = [
             compat.EngineStage(
@@ -159,7 +160,7 @@ class Pipeline:
 
     def train(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Forward and backward of every micro-batch; the losses where the head is, else nothing."""
-        self.backwards = 0
+        self.backwards = [0] * len(self.stages)
         losses = self._run(self.schedule.step, micro_batches)
         _add_tied_gradients(self.engine)
         return losses
@@ -185,14 +186,15 @@ class Pipeline:
             run(*inputs, return_outputs=False, **context)
         return [loss.detach() for loss in losses]
 
-    def _before_backward(self) -> None:
+    def _before_backward(self, chunk: int) -> None:
         """Per step, the reduction is put off until all are done; per micro-batch, each must be told what it is."""
         if self.engine.config.megagpt.parallel.gradient_reduction == "per_step":
             return
-        self.backwards += 1
-        compat.forget_backward(self.engine.deepspeed)
-        last = self.backwards == self.micro_batches * len(self.stages)
-        self.engine.deepspeed.set_gradient_accumulation_boundary(last)
+        deepspeed = self.engine.deepspeed
+        compat.begin_backward(deepspeed, earlier=self.backwards[chunk])
+        self.backwards[chunk] += 1
+        counted = self.backwards[chunk : chunk + 1] if compat.ends_by_chunk(deepspeed) else self.backwards
+        deepspeed.set_gradient_accumulation_boundary(min(counted) == self.micro_batches)
 
 
 def _add_tied_gradients(engine: Engine) -> None:

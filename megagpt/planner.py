@@ -228,29 +228,16 @@ RULES: tuple[Rule, ...] = (
         "megagpt.parallel.gradient_reduction=per_step",
     ),
     Rule(
-        "megagpt.parallel.gradient_reduction",
+        "zero_optimization.overlap_comm",
         lambda config: (
-            config.megagpt.parallel.gradient_reduction == "per_micro_batch"
-            and config.megagpt.parallel.schedule == "interleaved"
-            and _stage(config) == 3
+            config.zero_optimization.overlap_comm is True
+            and _stage(config) == 1
             and _has_pipeline(config)
-            and not _ties_embeddings(config)
-        ),
-        "ZeRO 3 then trains to other losses: seen, two ranks, one stage's last reduction missing",
-        "megagpt.parallel.gradient_reduction=per_step",
-    ),
-    Rule(
-        "megagpt.parallel.gradient_reduction",
-        lambda config: (
-            config.megagpt.parallel.gradient_reduction == "per_micro_batch"
             and config.megagpt.parallel.schedule == "interleaved"
-            and _stage(config) == 2
-            and _optimizer_device(config) == "cpu"
-            and _has_pipeline(config)
-            and not _ties_embeddings(config)
+            and config.megagpt.parallel.gradient_reduction == "per_micro_batch"
         ),
-        "ZeRO 2 with the optimizer in host memory then loses gradients: seen, of all chunks of a rank but the last",
-        "megagpt.parallel.gradient_reduction=per_step",
+        "ZeRO 1 then reduces what the last backward of a step reaches: of one of a rank's stages only",
+        "zero_optimization.overlap_comm=false",
     ),
     Rule(
         "zero_optimization.offload_param.device",

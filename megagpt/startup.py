@@ -291,7 +291,7 @@ def _announce(engine: "Engine", directory: Path, device: str) -> None:
 
 
 def describe_stages(config: ResolvedConfig) -> str:
-    """What each pipeline stage holds and its share of the work: `stage 0: embedding, blocks 0-5 (49 %)`."""
+    """What each pipeline stage holds, and its shares of work and parameters."""
     from megagpt.stages import cut, describe
 
     model, parallel = config.megagpt.model, config.megagpt.parallel

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
-from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from megagpt import compat
 from megagpt.engine import Engine, compute_dtype
@@ -127,7 +126,7 @@ class Pipeline:
         self.engine, self.micro_batches = engine, micro_batches
         self.backwards = [0] * len(engine.stages)  # of each chunk in this step
         place = {"num_stages": engine.num_stages, "device": engine.device, "group": engine.mesh.pipeline_group}
-        self.stages: list[_PipelineStageBase] = [
+        self.stages = [
             compat.EngineStage(
                 engine.deepspeed, chunk, self._before_backward, stage_index=stage, **place, **self._shapes(stage)
             )
@@ -140,7 +139,7 @@ class Pipeline:
         # The model's last stage returns the loss itself, and the engine scales gradients.
         options: dict[str, Any] = {"loss_fn": lambda loss, _: loss, "scale_grads": False}
         if kind == "interleaved":
-            return ScheduleInterleaved1F1B(self.stages, self.micro_batches, **options)
+            return ScheduleInterleaved1F1B([*self.stages], self.micro_batches, **options)
         # With fewer micro-batches than stages 1F1B has no steady state: it is GPipe, and torch's refuses.
         single = ScheduleGPipe if kind == "gpipe" or self.micro_batches < self.engine.num_stages else Schedule1F1B
         return single(self.stages[0], self.micro_batches, **options)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megagpt.config import ResolvedConfig
+from megagpt.config import RunConfig
 from megagpt.dataset import SampleStream
 from megagpt.host_probe import SOURCES as PACKAGES
 from megagpt.host_probe import code_fingerprint
@@ -16,11 +16,11 @@ SOURCES = [REPOSITORY / package for package in PACKAGES]
 LIBRARIES = ("torch", "deepspeed", "triton")
 
 
-def require_agreement(config: ResolvedConfig, stream: SampleStream) -> None:
+def require_agreement(config: RunConfig, stream: SampleStream | None = None) -> None:
     """Ranks that differ would train nonsense in silence. Every rank must call it; raises UserError on all of them."""
     mine = {
         "configuration": config.to_json(),
-        "data": stream.fingerprint,
+        "data": stream.fingerprint if stream is not None else "",
         "code": code_fingerprint(SOURCES),
         **{f"version of {library}": _version(library) for library in LIBRARIES},
     }

@@ -17,16 +17,14 @@ from typing import TYPE_CHECKING
 import kernels  # noqa: F401  chooses Triton's interpreter, where it is asked for, before DeepSpeed imports Triton
 from megagpt import endings, faults
 from megagpt import run_directory as directories
-from megagpt.config import ConfigError, ResolvedConfig, RunConfig, load_config
+from megagpt.config import ResolvedConfig, RunConfig, load_config
 from megagpt.dataset import SampleStream, open_dataset
 from megagpt.hosts import read_hostfile
 from megagpt.launch_command import hostfile_of_launcher
 from megagpt.launchers import Launch, adopt_launch
-from megagpt.layout import Layout
+from megagpt.legality import ANY_VOCABULARY, World, require_legal
 from megagpt.manifest import Split
-from megagpt.model_states import unequal_tiles
 from megagpt.orphans import end_with_launcher
-from megagpt.planner import require_legal
 from megagpt.signals import STOP_FILE, SignalListener, Wish, Wishes, ends_before_the_start
 from megagpt.utils import ExitCode, UserError, human_count
 
@@ -62,7 +60,7 @@ def _start(arguments: argparse.Namespace) -> int:
         read_hostfile(hostfile)  # DeepSpeed would have trained on this machine alone without it
     faults.from_environment()
     config = load_config(arguments.deepspeed_config, arguments.set)
-    _require_possible(config, str(arguments.deepspeed_config))
+    require_legal(config, str(arguments.deepspeed_config), World(launch.world_size, ANY_VOCABULARY))
     _require_stated_world_size(config, launch)
     directory = directories.directory_of_run(arguments.run_dir, arguments.deepspeed_config)
     if arguments.resume and endings.last_checkpoint(directory) is None:
@@ -118,9 +116,7 @@ def _rank() -> int:
 
 def open_data(config: RunConfig, directory: Path) -> dict[Split, SampleStream]:
     """The samples of each split, once everything that needs no torch is found sound; raises UserError."""
-    resolved = _resolve_without_device(config, _prepare_vocabulary(config))
-    if (refusal := unequal_tiles(Layout.of(resolved))) is not None:
-        raise ConfigError([refusal])
+    resolved = _resolve(config, _prepare_vocabulary(config))
     directories.check(directory, resolved)
     streams = {split: _open_stream(resolved, split) for split in SPLITS}
     _require_data_of_the_newest(directory, streams["train"])
@@ -153,34 +149,11 @@ def _require_same_data(directory: Path, step: int, fingerprint: str, stream: Sam
         )
 
 
-def _require_possible(config: RunConfig, source: str) -> None:
-    """Whatever the vocabulary, before any data are prepared; raises ConfigError with all that is impossible."""
-    errors: list[str] = []
-    for check in (partial(require_legal, config, source), partial(_resolve_without_device, config, 1)):
-        try:
-            check()
-        except ConfigError as error:
-            errors += [line for line in error.errors if f"{source}: {line}" not in errors]
-    if errors:
-        raise ConfigError(errors)
-
-
-def _resolve_without_device(config: RunConfig, vocabulary: int) -> ResolvedConfig:
-    """As it would be on a device without bf16, or else with it: which one this is, torch will say later."""
-    try:
-        return _resolve(config, vocabulary, bf16_native=False)
-    except ConfigError as error:
-        try:
-            return _resolve(config, vocabulary, bf16_native=True)
-        except ConfigError:
-            raise error from None
-
-
-def _resolve(config: RunConfig, vocabulary: int, *, bf16_native: bool) -> ResolvedConfig:
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    resolved = config.resolved(world_size=world_size, vocabulary=vocabulary, bf16_native=bf16_native)
-    require_legal(resolved)
-    return resolved
+def _resolve(config: RunConfig, vocabulary: int, bf16_native: bool | None = None) -> ResolvedConfig:
+    """As it would be on a device without bf16, or else with it, until torch can say which one this is."""
+    world = World(int(os.environ.get("WORLD_SIZE", "1")), vocabulary, bf16_native)
+    require_legal(config, world=world)
+    return world.resolve(config)
 
 
 def _prepare_vocabulary(config: RunConfig) -> int:
@@ -354,7 +327,7 @@ def _announce(engine: "Engine", directory: Path, device: str) -> None:
 
 
 def describe_stages(config: ResolvedConfig) -> str:
-    """What each pipeline stage holds and its share of the work: `stage 0: embedding, blocks 0-5 (49 %)`."""
+    """What each pipeline stage holds, and its shares of work and parameters."""
     from megagpt.stages import cut, describe
 
     model, parallel = config.megagpt.model, config.megagpt.parallel

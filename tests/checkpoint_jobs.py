@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megagpt import (
+    assembly,
     checkpoint,
     checkpoint_directory,
     checkpoint_format,
@@ -28,7 +29,7 @@ from megagpt import (
     checkpoint_writer,
     device,
     resume,
-    startup,
+    run_data,
 )
 from megagpt import train as loop
 from megagpt.checkpoint_format import MANIFEST
@@ -76,10 +77,10 @@ def run_config(
 
 @contextmanager
 def started(config: Config, directory: Path) -> Iterator[Run]:
-    """The run as startup brings it up, on the ranks that are there already."""
+    """The run as a command brings it up, on the ranks that are there already."""
     parsed = RunConfig.from_json(json.dumps(config))
     with patch.object(device, "peak_flops", return_value=None):  # measured on a CPU, which takes longer than a run here
-        run = startup.assemble(parsed, startup.open_data(parsed, directory), directory)
+        run = assembly.assemble(parsed, run_data.open_data(parsed, directory), directory)
     try:
         with run.monitor:
             yield run

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megagpt import endings, startup
+from megagpt import assembly, endings, startup
 from megagpt import train as loop
 from megagpt.checkpoint_format import TrainState
 from megagpt.signals import Wishes
@@ -30,7 +30,7 @@ def end_of_run(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], int]:
         state=TrainState(step=40), monitor=nullcontext(), engine=SimpleNamespace(mesh=SimpleNamespace(name="rank 0"))
     )
     monkeypatch.setattr(startup, "_open_log", lambda directory: None)
-    monkeypatch.setattr(startup, "assemble", lambda *_: run)
+    monkeypatch.setattr(assembly, "assemble", lambda *_: run)
     monkeypatch.setattr(endings, "watching", lambda run: nullcontext())
     monkeypatch.setattr(loop, "train", save)
     return lambda directory: startup._run_to_its_end(config(), {}, directory, Wishes())
@@ -94,6 +94,6 @@ def test_bad_input_before_the_first_step_is_no_crash(
     def refuse(*_: Any) -> None:
         raise UserError("every checkpoint is damaged")
 
-    monkeypatch.setattr(startup, "assemble", refuse)
+    monkeypatch.setattr(assembly, "assemble", refuse)
     with pytest.raises(UserError, match="every checkpoint is damaged"):
         end_of_run(tmp_path)

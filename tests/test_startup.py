@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from megagpt import run_directory, startup
+from megagpt import run_data, run_directory, startup
 from megagpt.config import RunConfig
 from megagpt.stored_model import load_model
 from megagpt.utils import ExitCode, UserError
@@ -232,7 +232,7 @@ def test_all_ranks_write_the_same_sample_and_validate_as_the_stored_model_does(
     assert len(ranks[0]["texts"]) == 2
     model, resolved, step = load_model(tmp_path)
     config["megagpt"]["parallel"] = {}  # the reference is one process
-    stream = startup.open_data(RunConfig.from_json(json.dumps(config)), tmp_path)["val"]
+    stream = run_data.open_data(RunConfig.from_json(json.dumps(config)), tmp_path)["val"]
     batch = stream.batch(range(resolved.train_batch_size))
     with torch.no_grad():
         expected = model(torch.from_numpy(batch.tokens), torch.from_numpy(batch.targets)).item()

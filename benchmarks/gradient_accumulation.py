@@ -65,11 +65,12 @@ def relative_error(micro_batches: int, way: tuple[str, str | None]) -> float:
     from megagpt import parity, pipeline
     from megagpt.config import RunConfig
     from megagpt.engine import build_engine, build_mesh
-    from megagpt.planner import require_legal
+    from megagpt.legality import World, require_legal
 
     run = RunConfig.from_json(json.dumps(configuration(micro_batches, *way)))
-    config = run.resolved(world_size=RANKS, vocabulary=None, bf16_native=True)
-    require_legal(config)
+    world = World(RANKS, vocabulary=None, bf16_native=True)
+    require_legal(run, world=world)
+    config = world.resolve(run)
     engine = build_engine(config, build_mesh(config))
     pipeline.accumulate(engine, parity.micro_batches(engine, 0))
     exact = exact_gradients(config)

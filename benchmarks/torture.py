@@ -4,7 +4,8 @@
 
 A small run on DeepSpeed's launcher, under ``launch/supervise.py``, whose ranks (and now and then their launcher) get
 kill -9 at random moments: starting, training, saving. When it is done, weights and moments of its last checkpoint are
-compared bit for bit with those of the same run left alone; then the next round begins, until the time is up.
+compared bit for bit with those of the same run left alone; then the next round begins, under the next ZeRO stage and
+way of saving, until the time is up.
 Writes benchmarks/results/torture.csv.
 """
 
@@ -19,8 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from megagpt.supervise import newest_checkpoint
 ROOT = Path(__file__).parent.parent
 RESTARTS = 1000
 LAUNCHERS_SHARE = 0.1  # of the kills; the rest are ranks'
+EXECUTIONS = ((1, False), (3, True), (1, True), (3, False))  # ZeRO stage, whether saves go on in the background
 AT_ANY_MOMENT = 0.2  # of the kills, while the run starts as likely as not; the others come once it has saved again
 
 
@@ -49,44 +52,58 @@ def main() -> None:
         sys.exit("a tortured run ended elsewhere than the undisturbed one")
 
 
-def torture(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row a round."""
+def torture(arguments: argparse.Namespace, executions: Sequence[tuple[int, bool]] = EXECUTIONS) -> list[dict[str, Any]]:
+    """One row a round, which take the executions in turn."""
     rows: list[dict[str, Any]] = []
     killer = Killer(random.Random(arguments.seed), arguments.mean_s)
     with tempfile.TemporaryDirectory(prefix="torture_") as name:
         directory = Path(name)
-        configuration = write_configuration(directory, arguments)
-        undisturbed = directory / "undisturbed"
-        with supervised(configuration, undisturbed, arguments.ranks) as process:
-            require_done(process)
+        prepare_data(directory)
+        for stage in sorted({stage for stage, _ in executions}):
+            left_alone = write_configuration(directory, arguments, stage, asynchronous=False)
+            with supervised(left_alone, undisturbed(directory, stage), arguments.ranks) as process:
+                require_done(process)
         end_s = time.monotonic() + 60 * arguments.minutes
-        while time.monotonic() < end_s:
+        for stage, asynchronous in cycle(executions):
             run = directory / f"round_{len(rows) + 1}"
+            configuration = write_configuration(directory, arguments, stage, asynchronous=asynchronous)
             with supervised(configuration, run, arguments.ranks) as process:
                 kills = killer.haunt(process, run, end_s)
                 require_done(process)
-            rows.append(result(run, kills, bit_equal=same_state(undisturbed, run)))
+            execution = {"zero_stage": stage, "saves": "in the background" if asynchronous else "at once"}
+            rows.append(execution | result(run, kills, bit_equal=same_state(undisturbed(directory, stage), run)))
             print(rows[-1], flush=True)
+            if time.monotonic() > end_s:
+                break
     return rows
 
 
-def write_configuration(directory: Path, arguments: argparse.Namespace) -> Path:
-    """A byte-level GPT on this package's own sources; a checkpoint every ten steps."""
+def undisturbed(directory: Path, stage: int) -> Path:
+    """The run that is left alone: how a run saves must not change where it ends, its ZeRO stage may, by rounding."""
+    return directory / f"undisturbed_{stage}"
+
+
+def prepare_data(directory: Path) -> None:
+    """This package's own sources, as bytes."""
     text = directory / "sources.txt"
     text.write_text("\n".join(path.read_text() for path in sorted((ROOT / "megagpt").glob("*.py"))))
     prepare(Request(str(text), directory / "data", tokenizer="bytes"), report=lambda line: None)
+
+
+def write_configuration(directory: Path, arguments: argparse.Namespace, stage: int, *, asynchronous: bool) -> Path:
+    """A small GPT; a checkpoint every ten steps."""
     config = {
         "train_batch_size": 4 * arguments.ranks,
         "train_micro_batch_size_per_gpu": 2,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
         "gradient_clipping": 0.5,
         "bf16": {"enabled": False},
-        "zero_optimization": {"stage": arguments.stage},
+        "zero_optimization": {"stage": stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})},
         "megagpt": {
             "model": {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "sequence_length": 64, "dropout": 0.1},
             "data": {"path": str(directory / "data")},
             "training": {"total_steps": arguments.steps, "eval_interval_steps": 50, "eval_batches": 1},
-            "checkpoint": {"interval_steps": 10, "keep": 2},
+            "checkpoint": {"interval_steps": 10, "keep": 2, "asynchronous": asynchronous},
             "monitor": {"log_interval_steps": 1},
         },
     }
@@ -205,7 +222,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--mean_s", type=float, default=5.0, help="mean time from new progress to a kill [5]")
     parser.add_argument("--steps", type=int, default=500, help="steps of a round [500]")
     parser.add_argument("--ranks", type=int, default=2, help="ranks of a run [2]")
-    parser.add_argument("--stage", type=int, default=1, help="its ZeRO stage [1]")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and victims [0]")
     return parser.parse_args()
 

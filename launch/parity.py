@@ -30,7 +30,10 @@ def main() -> int:
 
     job = (config, arguments.steps, arguments.nvme_path)
     if together:
-        return int(not local_ranks.joined(parity.run, *job))
+        from megagpt.rendezvous import gathered_ranks
+
+        with gathered_ranks():  # or who is missing
+            return int(not local_ranks.joined(parity.run, *job))
     return int(not local_ranks.start(arguments.ranks or local_ranks.devices_here(), parity.run, *job))
 
 

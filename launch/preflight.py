@@ -16,11 +16,10 @@ def main() -> int:
     from megagpt.config import load_config
     from megagpt.hosts import read_hostfile
     from megagpt.link import describe, measure
-    from megagpt.planner import require_legal
 
     config = load_config(arguments.deepspeed_config, arguments.set)
-    require_legal(config, arguments.deepspeed_config)
     hosts = read_hostfile(arguments.hostfile) if arguments.hostfile else []
+    preflight.require_legal_on(hosts, config, arguments.deepspeed_config)
     directory = arguments.run_dir or Path("runs") / Path(arguments.deepspeed_config).stem
     reports = preflight.examine(hosts, config, directory)
     print(preflight.table(reports))

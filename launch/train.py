@@ -7,7 +7,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
 
-from megagpt.utils import run_command
+from megagpt.utils import end_process, run_command
 
 
 def main() -> int:
@@ -29,4 +29,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    end_process(run_command(main))

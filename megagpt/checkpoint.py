@@ -198,11 +198,8 @@ class Saver:
 
     def _write(self, save: _Save, work: Callable[[], dict[str, StoredFile]]) -> Report:
         """Perhaps in a thread; what this rank wrote."""
-        try:
+        with self._disk_named(save):
             files = work()
-        except OSError as error:
-            room = directories.no_room(self.checkpoints, save.bytes)
-            raise UserError(f"{error.filename}: {error.strerror}\n{room}") from error
         slices = [part for of_bucket in save.plan for file in of_bucket for part in file.slices(self.engine.boxes)]
         return files, slices
 
@@ -232,17 +229,36 @@ class Saver:
             return
         if save.next_step is not None:
             save.next_step.write_once(save.staging)
-        write_atomically(save.staging / MANIFEST, _completed(save.manifest, reports).to_json())
-        directories.commit(save.staging, save.final)
-        try:
+        with self._disk_named(save):
+            write_atomically(save.staging / MANIFEST, _completed(save.manifest, reports).to_json())
+            directories.commit(save.staging, save.final)
+        with self._no_more_than_warned(save):
+            directories.name_latest(save.final)
+        with self._no_more_than_warned(save):
             directories.retire(
                 self.checkpoints,
                 keep=self.settings.keep,
                 milestone_interval_steps=self.settings.milestone_interval_steps,
                 last_good_step=save.state.step,
             )
-        except OSError as error:  # the new checkpoint is safe; that an old one could not go is no reason to end
-            log.warning("%s: an old checkpoint could not be removed: %s", self.checkpoints, error)
+
+    @contextmanager
+    def _disk_named(self, save: _Save) -> Iterator[None]:
+        """What the disk refuses is a UserError with the room that it takes and has."""
+        try:
+            yield
+        except OSError as error:
+            room = directories.no_room(self.checkpoints, save.bytes)
+            raise UserError(f"{error.filename or save.staging}: {error.strerror}\n{room}") from error
+
+    @contextmanager
+    def _no_more_than_warned(self, save: _Save) -> Iterator[None]:
+        """The new checkpoint is safe: what comes after it is no reason to end."""
+        try:
+            yield
+        except OSError as error:
+            room = directories.need_and_have(self.checkpoints, save.bytes)
+            log.warning("%s is complete, but: %s (%s)", save.final, error, room)
 
     @contextmanager
     def _abandoned_on_failure(self, save: _Save) -> Iterator[None]:

@@ -4,7 +4,13 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from megagpt.checkpoint_format import DamagedCheckpointError, complete_steps, read_manifest, step_directory
+from megagpt.checkpoint_format import (
+    DamagedCheckpointError,
+    OtherFormatError,
+    complete_steps,
+    read_manifest,
+    step_directory,
+)
 from megagpt.utils import MIB, UserError, human_bytes, sync_directory, write_atomically
 
 DAMAGED = "damaged_"
@@ -33,13 +39,18 @@ def needed_bytes(tensor_bytes: int) -> float:
 
 def no_room(checkpoints: Path, tensor_bytes: int) -> str:
     """What to do about it."""
-    needed, free = human_bytes(needed_bytes(tensor_bytes)), human_bytes(shutil.disk_usage(checkpoints).free)
     steps = complete_steps(checkpoints)
     may_go = f" (the oldest checkpoint may go: {step_directory(checkpoints, steps[-1])})" if len(steps) > 1 else ""
     return (
-        f"{checkpoints}: a checkpoint needs {needed}, the disk has {free}; earlier checkpoints are untouched: "
+        f"{checkpoints}: {need_and_have(checkpoints, tensor_bytes)}; earlier checkpoints are untouched: "
         f"free some space{may_go} and start again"
     )
+
+
+def need_and_have(checkpoints: Path, tensor_bytes: int) -> str:
+    """Of the disk, in words."""
+    needed, free = human_bytes(needed_bytes(tensor_bytes)), human_bytes(shutil.disk_usage(checkpoints).free)
+    return f"a checkpoint needs {needed}, the disk has {free}"
 
 
 def commit(staging: Path, final: Path) -> None:
@@ -48,9 +59,13 @@ def commit(staging: Path, final: Path) -> None:
     replaced = _move_aside(final) if final.exists() else None
     staging.rename(final)
     sync_directory(final.parent)
-    write_atomically(final.parent / "latest", final.name + "\n")
     if replaced is not None:
         _delete(replaced)
+
+
+def name_latest(final: Path) -> None:
+    """For people: which checkpoint is the newest."""
+    write_atomically(final.parent / "latest", final.name + "\n")
 
 
 def retire(checkpoints: Path, *, keep: int, milestone_interval_steps: int, last_good_step: int) -> None:
@@ -70,7 +85,7 @@ def retire(checkpoints: Path, *, keep: int, milestone_interval_steps: int, last_
 def _has_manifest(directory: Path) -> bool:
     try:
         read_manifest(directory)
-    except DamagedCheckpointError:
+    except (DamagedCheckpointError, OtherFormatError):
         return False
     return True
 

@@ -18,6 +18,8 @@ from typing import Annotated, Any, TypeVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from megagpt.utils import UserError
+
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 WEIGHT = "weight"
@@ -34,6 +36,10 @@ Record = TypeVar("Record")
 
 class DamagedCheckpointError(Exception):
     """A checkpoint that must not be loaded; the message names the file and what is wrong with it."""
+
+
+class OtherFormatError(UserError):
+    """A sealed file of another version of this program: sound, so nothing passes over it or sets it aside."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -119,12 +125,16 @@ def sealed(fields: dict[str, Any]) -> str:
 
 
 def parse_sealed(record: type[Record], text: str, name: str) -> Record:
-    """A pydantic dataclass with a ``format_version`` from a file's text; DamagedCheckpointError with what is wrong."""
+    """A pydantic dataclass with a ``format_version`` from a file's text; DamagedCheckpointError with what is wrong.
+
+    Raises OtherFormatError where that is another whole number. Every format is sealed alike, so that it can be told
+    from damage.
+    """
     body = _unsealed(text, name)
     try:
         version = json.loads(body)["format_version"]
-        if version != FORMAT_VERSION:
-            raise DamagedCheckpointError(f"{name}: format {version}, this version of megagpt reads {FORMAT_VERSION}")
+        if type(version) is int and version != FORMAT_VERSION:
+            raise OtherFormatError(f"{name}: format {version}, this version of megagpt reads format {FORMAT_VERSION}")
         return TypeAdapter(record).validate_json(body)
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:3])
@@ -160,16 +170,23 @@ def complete_steps(checkpoints: Path) -> list[int]:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of one checkpoint; raises DamagedCheckpointError."""
-    return read_sealed(Manifest, directory, MANIFEST)
+    """The manifest of one checkpoint; raises DamagedCheckpointError, or OtherFormatError with what to do."""
+    try:
+        return read_sealed(Manifest, directory, MANIFEST)
+    except OtherFormatError as error:
+        aside = directory.with_name(f"other_format_{directory.name}")
+        raise OtherFormatError(
+            f"{directory.parent}/{error}: go on with the version that wrote it, or without this checkpoint: "
+            f"mv {directory} {aside}"
+        ) from error
 
 
 def read_sealed(record: type[Record], directory: Path, name: str) -> Record:
-    """A sealed file of one checkpoint; raises DamagedCheckpointError."""
+    """A sealed file of one checkpoint; raises DamagedCheckpointError or OtherFormatError."""
     try:
         return parse_sealed(record, (directory / name).read_text(encoding="utf-8"), name)
-    except DamagedCheckpointError as error:
-        raise DamagedCheckpointError(f"{directory.name}/{error}") from error
+    except (DamagedCheckpointError, OtherFormatError) as error:
+        raise type(error)(f"{directory.name}/{error}") from error
     except MISSING as error:
         raise DamagedCheckpointError(f"{directory.name}/{name}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -11,6 +11,7 @@ from torch import Tensor
 from megagpt.boxes import Box, Rectangle, overlaps, rectangles, whole
 from megagpt.checkpoint_format import (
     MANIFEST,
+    MISSING,
     DamagedCheckpointError,
     Manifest,
     Slice,
@@ -87,7 +88,7 @@ class Reader:
         if name not in self._open:
             try:
                 self._open[name] = safe_open(str(self.directory / name), framework="pt")
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, *MISSING) as error:  # an OSError of another kind says nothing of the content
                 raise DamagedCheckpointError(f"{self.directory.name}/{name}: {error}") from error
         return self._open[name]
 
@@ -100,7 +101,8 @@ def _view(run: Tensor, part: Rectangle) -> Tensor:
 def open_checkpoint(run_directory: Path, step: int | None = None) -> Reader:
     """For a single process: the newest checkpoint that verifies, or that of ``step``.
 
-    Raises UserError where there is none, with what is wrong with those that were passed over.
+    Raises UserError where there is none, with what is wrong with those that were passed over, and where the newest
+    has another format.
     """
     checkpoints = run_directory / "checkpoints"
     known, faults = complete_steps(checkpoints), []

@@ -179,7 +179,9 @@ class EngineStage(PipelineStage):
     its epilogue once and crashes in step().
     """
 
-    def __init__(self, engine: DeepSpeedEngine, chunk: int, before_backward: Callable[[], None], **place: Any) -> None:
+    def __init__(
+        self, engine: DeepSpeedEngine, chunk: int, before_backward: Callable[[int], None], **place: Any
+    ) -> None:
         super().__init__(engine.module.chunks[chunk], **place)
         self.engine, self.chunk, self.before_backward = engine, chunk, before_backward
 
@@ -243,7 +245,7 @@ class EngineStage(PipelineStage):
             raise ValueError(
                 f"a {backward_type} backward meets parameters that ZeRO-3 has released; use full schedules"
             )
-        self.before_backward()
+        self.before_backward(self.chunk)
         output, gradients = bwd_kwargs["stage_output"], bwd_kwargs["output_grads"]
         if gradients is None:
             self.engine.backward(output)  # the loss: scaled by 1 / gradient_accumulation_steps
@@ -256,13 +258,27 @@ class EngineStage(PipelineStage):
         return received, None
 
 
-def forget_backward(engine: DeepSpeedEngine) -> None:
-    """Before every backward of a pipeline that reduces per micro-batch.
+def begin_backward(engine: DeepSpeedEngine, earlier: int) -> None:
+    """Before every backward of a pipeline that reduces per micro-batch; ``earlier`` ones of the same chunk are behind.
 
     Two backwards with no forward between them overwrite gradients instead of adding to them: DeepSpeed counts
-    micro-steps in forward.
+    micro-steps in forward, and of all chunks together. What it then adds to lies by parameter, hence by chunk, which
+    needs its own count (zero/stage3.py:2024, stage_1_and_2.py:1855; the latter counts this one too, line 3258).
     """
-    engine.optimizer.clear_backward_seen_flag()
+    zero = engine.optimizer
+    zero.clear_backward_seen_flag()
+    if ends_by_chunk(engine):
+        zero.micro_step_id = earlier if engine.zero_optimization_stage() == 3 else earlier - 1
+
+
+def ends_by_chunk(engine: DeepSpeedEngine) -> bool:
+    """Whether what is done at the end of an accumulation is done parameter by parameter, as its gradient is reduced.
+
+    Elsewhere, at ZeRO 1 and 2 without offload, the end of the last chunk's collects the gradients of all
+    (zero/stage_1_and_2.py:1046).
+    """
+    stage = engine.zero_optimization_stage()
+    return stage == 3 or (stage == 2 and engine.optimizer.cpu_offload)
 
 
 @dataclass(frozen=True)

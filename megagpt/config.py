@@ -93,6 +93,14 @@ class RunConfig(Section):
         """Canonical text: one order of keys, defaults written out, so that equal runs have equal text."""
         return json.dumps(self._document(), indent=2, ensure_ascii=False) + "\n"
 
+    def changed(self, overrides: Sequence[str]) -> RunConfig:
+        """This configuration as its file would give it with `a.b=value` overrides on top; raises ConfigError."""
+        document = self.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
+        keys_set, errors = _override(document, overrides)
+        if errors:
+            raise ConfigError(errors)
+        return _validated(RunConfig, document, [], "", keys_set)
+
     def deepspeed_dict(self) -> dict[str, Any]:
         """What `deepspeed.initialize` gets: DeepSpeed's sections, nothing of ours, a fresh copy each time."""
         return {key: value for key, value in self._document().items() if key not in NOT_FOR_DEEPSPEED}
@@ -145,7 +153,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a configuration file with `a.b=value` overrides on top; raises ConfigError with ALL errors at once."""
     source = str(path)
     document, _ = config_json.parse(config_json.read_text(Path(path)), source)
-    keys_set, errors = config_json.apply_overrides(document, overrides)
+    keys_set, errors = _override(document, overrides)
     try:
         config = _validated(RunConfig, document, config_json.hidden_problems(document), source, keys_set)
     except ConfigError as error:
@@ -153,6 +161,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if errors:
         raise ConfigError(errors)
     return config
+
+
+def _override(document: dict[str, Any], overrides: Sequence[str]) -> tuple[list[KeyPath], list[str]]:
+    """Write the overrides into the document; `null` removes a key, where there can be such a one."""
+    keys_set, errors = config_json.apply_overrides(document, overrides)
+    for path in dict.fromkeys(keys_set):
+        if config_json.is_null(document, path) and not _is_unknown(document, path):
+            config_json.remove(document, path)
+    return keys_set, errors
+
+
+def _is_unknown(document: dict[str, Any], path: KeyPath) -> bool:
+    try:
+        RunConfig.model_validate(document)
+    except ValidationError as error:
+        return any(found["type"] == "extra_forbidden" and found["loc"][-1] == path[-1] for found in error.errors())
+    return False
 
 
 def identity_differences(recorded: Mapping[str, Any], requested: Mapping[str, Any]) -> list[str]:

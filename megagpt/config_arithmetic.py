@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -22,6 +23,11 @@ def nearest_divisors(value: int, whole: int) -> str:
     below = [divisor for divisor in divisors if divisor <= value][-1:]
     above = [divisor for divisor in divisors if divisor >= value][:1]
     return " or ".join(str(divisor) for divisor in dict.fromkeys(below + above))
+
+
+def nearest_first(value: int, among: Iterable[int]) -> list[int]:
+    """Integers by their distance from `value`; of two as near, the smaller first."""
+    return sorted(among, key=lambda other: (abs(other - value), other))
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,8 @@ def parse(text: str, source: str) -> tuple[dict[str, Any], list[Problem]]:
 def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> tuple[list[KeyPath], list[str]]:
     """Write `a.b=value` items into the document, the last one winning; gives the keys set and the error lines.
 
-    A value is JSON (`3`, `true`, `[1, 2]`, `"text"`); a bare word that is not JSON is taken as a string.
+    A value is JSON (`3`, `true`, `[1, 2]`, `"text"`); a bare word that is not JSON is taken as a string. `null` is left
+    for `remove`, once it is known whether there is such a key.
     """
     keys_set: list[KeyPath] = []
     errors: list[str] = []
@@ -78,6 +79,24 @@ def _put(document: dict[str, Any], path: tuple[str, ...], value: object) -> None
             raise ConfigError([f"{'.'.join(path[:depth])} is a value, not an object; set it as a whole"])
         here = inner
     here[path[-1]] = value
+
+
+def is_null(document: dict[str, Any], path: KeyPath) -> bool:
+    """Whether `null` stands at a key."""
+    here: Any = document
+    for name in path:
+        if not isinstance(here, dict) or name not in here:
+            return False
+        here = here[name]
+    return here is None
+
+
+def remove(document: dict[str, Any], path: KeyPath) -> None:
+    """Take a key that is there out of the document."""
+    here: Any = document
+    for name in path[:-1]:
+        here = here[name]
+    del here[path[-1]]
 
 
 def _override_value(text: str) -> object:

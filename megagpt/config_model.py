@@ -118,9 +118,7 @@ class ModelConfig(ModelSection):
         """Every trained number once; a tied head counts with the embedding."""
         tables = self.vocab_size * (1 if self.tie_embeddings else 2)
         positions = self.sequence_length if self.position == "learned" else 0
-        return (
-            (tables + positions) * self.hidden_size + self.num_layers * self._block_parameters + self._norm_parameters
-        )
+        return (tables + positions) * self.hidden_size + self.num_layers * self.block_parameters + self.norm_parameters
 
     @property
     def block_matmul_parameters(self) -> int:
@@ -131,8 +129,9 @@ class ModelConfig(ModelSection):
         return attention + mlp_matrices * self.hidden_size * self.mlp_size
 
     @property
-    def _block_parameters(self) -> int:
-        return self.block_matmul_parameters + self._block_biases + 2 * self._norm_parameters
+    def block_parameters(self) -> int:
+        """Everything that is trained in one block."""
+        return self.block_matmul_parameters + self._block_biases + 2 * self.norm_parameters
 
     @property
     def _block_biases(self) -> int:
@@ -143,7 +142,8 @@ class ModelConfig(ModelSection):
         return qkv + self.hidden_size + mlp_up + self.hidden_size
 
     @property
-    def _norm_parameters(self) -> int:
+    def norm_parameters(self) -> int:
+        """Everything that is trained in one norm."""
         return self.hidden_size * (2 if self.norm == "layernorm" and self.bias else 1)
 
 

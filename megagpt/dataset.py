@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from megagpt.integrity import check, verify
-from megagpt.manifest import OFFSET_DTYPE, Manifest, Shard, Split, read_manifest
+from megagpt.manifest import OFFSET_DTYPE, Manifest, Shard, Split, read_manifest, remedy
 from megagpt.sample_order import Blend, permute
 from megagpt.utils import UserError
 
@@ -26,8 +26,9 @@ __all__ = ["Batch", "Dataset", "Manifest", "Sample", "SampleStream", "TokenStrea
 class TokenStream:
     """The tokens of one split as one long sequence, whatever files they lie in, and where its documents begin."""
 
-    def __init__(self, directory: Path, shards: Sequence[Shard], dtype: np.dtype) -> None:
-        self._tokens = [np.memmap(directory / shard.file, dtype, mode="r") for shard in shards]
+    def __init__(self, directory: Path, shards: Sequence[Shard], dtype: np.dtype, vocabulary: int) -> None:
+        self._files, self._vocabulary = [directory / shard.file for shard in shards], vocabulary
+        self._tokens = [np.memmap(file, dtype, mode="r") for file in self._files]
         self._offsets = [_open_offsets(directory / shard.offsets.file) for shard in shards]
         self._starts = np.cumsum([0, *(shard.tokens for shard in shards)])
         self._first_documents = np.cumsum([0, *(shard.documents for shard in shards)])
@@ -36,9 +37,21 @@ class TokenStream:
         return int(self._starts[-1])
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) as int64."""
+        """Tokens [start, stop) as int64; UserError where one is not of the vocabulary."""
         pieces = [self._tokens[shard][low:high] for shard, low, high in self._pieces(start, stop)]
-        return np.concatenate(pieces, dtype=np.int64)
+        tokens = np.concatenate(pieces, dtype=np.int64)
+        if tokens.max() >= self._vocabulary:  # a change between the probes; on a GPU it would be an assertion in CUDA
+            raise UserError(self._id_problem(start + int(np.argmax(tokens >= self._vocabulary))))
+        return tokens
+
+    def _id_problem(self, place: int) -> str:
+        """What is wrong with the token at a place in the stream."""
+        ((shard, low, _),) = self._pieces(place, place + 1)
+        file, tokens = self._files[shard], self._tokens[shard]
+        return (
+            f"{file}: token id {tokens[low]} found at byte {low * tokens.itemsize}, ids below {self._vocabulary} "
+            f"expected: changed since preparation\n{remedy(file.parent)}"
+        )
 
     def document_ids(self, start: int, stop: int) -> np.ndarray:
         """The number, in the split, of the document that each token of [start, stop) belongs to, as int64."""
@@ -93,7 +106,8 @@ class Dataset:
         if not self.manifest.tokens(name):
             advice = "a --validation-fraction above 0" if name == "val" else "more text"
             raise UserError(f"{self.directory}: no tokens in its {name} split; prepare it again with {advice}")
-        return TokenStream(self.directory, self.manifest.shards(name), self.manifest.token_dtype)
+        manifest = self.manifest
+        return TokenStream(self.directory, manifest.shards(name), manifest.token_dtype, manifest.vocabulary)
 
 
 def open_dataset(directory: Path) -> Dataset:

@@ -7,9 +7,9 @@ well under two seconds at any size of data; `verify(directory, full=True)` finds
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -32,7 +32,7 @@ def check(directory: Path, manifest: Manifest) -> None:
     problems = _file_problems(directory, manifest.tokenizer)
     for shard in _all_shards(manifest):
         problems += _shard_problems(directory, shard, manifest) or (
-            _file_problems(directory, shard) + _file_problems(directory, shard.offsets)
+            _file_problems(directory, shard, partial(_id_problem, manifest)) + _file_problems(directory, shard.offsets)
         )
     _raise(directory, problems)
 
@@ -58,18 +58,23 @@ def sha256_of(path: Path) -> str:
 
 def probes_of(path: Path) -> list[str]:
     """Digests of up to 16 blocks of 64 KiB, evenly spaced from the file's first byte to its last."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        return [_block_digest(file, offset) for offset in _probe_offsets(size)]
+    return [_digest(block) for _, block in _probed_blocks(path)]
 
 
 def largest_token(path: Path, dtype: np.dtype) -> int:
     return max((int(block.max()) for _, block in _token_blocks(path, dtype)), default=0)
 
 
-def _block_digest(file: BinaryIO, offset: int) -> str:
-    file.seek(offset)
-    return hashlib.sha256(file.read(PROBE_BYTES)).hexdigest()[:16]
+def _probed_blocks(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(offset, content) of each block that is probed."""
+    with path.open("rb") as file:
+        for offset in _probe_offsets(path.stat().st_size):
+            file.seek(offset)
+            yield offset, file.read(PROBE_BYTES)
+
+
+def _digest(block: bytes) -> str:
+    return hashlib.sha256(block).hexdigest()[:16]
 
 
 def _probe_offsets(size: int) -> list[int]:
@@ -110,21 +115,40 @@ def _shard_problems(directory: Path, shard: Shard, manifest: Manifest) -> list[s
     return []
 
 
-def _file_problems(directory: Path, record: FileRecord) -> list[str]:
+def _file_problems(
+    directory: Path, record: FileRecord, inspect: Callable[[int, bytes], str | None] = lambda offset, block: None
+) -> list[str]:
+    """The first thing wrong with a file; ``inspect`` says what is wrong with a probed block, if it can tell."""
     path = directory / record.file
     try:
         size = path.stat().st_size
         if size != record.bytes:
             return [f"{path}: {_size_problem(size, record.bytes)}"]
-        found = probes_of(path)
+        for (offset, block), expected in zip(_probed_blocks(path), record.probes, strict=False):
+            if problem := inspect(offset, block) or _probe_problem(offset, block, expected):
+                return [f"{path}: {problem}"]
     except OSError as error:
         return [f"{path}: cannot be read ({error.strerror}), {record.bytes} bytes expected"]
-    for offset, digest, expected in zip(_probe_offsets(size), found, record.probes, strict=False):
-        if digest != expected:
-            return [
-                f"{path}: changed since preparation at byte {offset} or soon after: {digest} found, {expected} expected"
-            ]
     return []
+
+
+def _probe_problem(offset: int, block: bytes, expected: str) -> str | None:
+    if (digest := _digest(block)) == expected:
+        return None
+    return f"changed since preparation at byte {offset} or soon after: {digest} found, {expected} expected"
+
+
+def _id_problem(manifest: Manifest, offset: int, block: bytes) -> str | None:
+    """The first token id of a block at a byte offset that the vocabulary does not have."""
+    dtype = manifest.token_dtype
+    skipped = -offset % dtype.itemsize  # a probe may begin within a token
+    tokens = np.frombuffer(block, dtype, count=(len(block) - skipped) // dtype.itemsize, offset=skipped)
+    wrong = np.flatnonzero(tokens >= manifest.vocabulary)
+    if not len(wrong):
+        return None
+    first = int(wrong[0])
+    place = offset + skipped + first * dtype.itemsize
+    return f"token id {tokens[first]} found at byte {place}, ids below {manifest.vocabulary} expected"
 
 
 def _size_problem(found: int, expected: int) -> str:
@@ -148,11 +172,8 @@ def _hash_problems(directory: Path, record: FileRecord) -> list[str]:
 def _token_problems(directory: Path, shard: Shard, manifest: Manifest) -> list[str]:
     path, dtype = directory / shard.file, manifest.token_dtype
     for first, block in _token_blocks(path, dtype):
-        wrong = np.flatnonzero(block >= manifest.vocabulary)
-        if len(wrong):
-            offset = (first + int(wrong[0])) * dtype.itemsize
-            token = int(block[wrong[0]])
-            return [f"{path}: token id {token} at byte {offset}, ids below {manifest.vocabulary} expected"]
+        if problem := _id_problem(manifest, first * dtype.itemsize, block.tobytes()):
+            return [f"{path}: {problem}"]
     return []
 
 

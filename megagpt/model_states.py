@@ -174,21 +174,16 @@ class Shard:
         return total
 
 
-def unequal_tiles(layout: Layout) -> str | None:
-    """Why ZeRO 3 cannot train these pipeline stages together, or None: its optimizer makes one all-reduce over the
-    stages a tile, and those with fewer tiles would wait for ever."""
-    if layout.zero.stage < 3 or layout.pipeline == 1:
-        return None
-    shards = [shard_of(layout, rank) for rank in range(layout.pipeline)]
-    counts = sorted({len(shard.tiles) for shard in shards})
-    if len(counts) == 1:
-        return None
-    enough = max(sum(shard.partitions) for shard in shards)
-    return (
-        f"zero_optimization.sub_group_size: {layout.zero.sub_group_size or SUB_GROUP_SIZE} is refused: it cuts the "
-        f"shards of pipeline stages into {' or '.join(map(str, counts))} optimizer tiles, and they need equal numbers; "
-        f"nearest legal: --set zero_optimization.sub_group_size={enough}"
-    )
+def tile_counts(layout: Layout) -> list[int]:
+    """Optimizer tiles of each pipeline rank at ZeRO 3; elsewhere nothing is cut into tiles by size."""
+    if layout.zero.stage < 3:
+        return []
+    return [len(shard_of(layout, rank).tiles) for rank in range(layout.pipeline)]
+
+
+def fewest_elements_of_one_tile(layout: Layout) -> int:
+    """The smallest `sub_group_size` that leaves each pipeline rank's shard in one piece a group."""
+    return max(sum(shard_of(layout, rank).partitions) for rank in range(layout.pipeline))
 
 
 def _tiles(partitions: Sequence[int], limit: int) -> list[int]:

@@ -7,6 +7,7 @@ of a host builds while the others wait; a lock that a killed build left behind i
 import fcntl
 import hashlib
 import logging
+import math
 import os
 import shutil
 import sys
@@ -15,11 +16,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from megagpt.config import RunConfig
 from megagpt.utils import UserError, human_duration
 
 EXTENSIONS_VARIABLE = "TORCH_EXTENSIONS_DIR"
+NOTICE_S, PAUSE_S = 5.0, 0.1
 STALE_LOCK_AGE_S = 15 * 60  # the longest build seen took 3 minutes on two cores
 
 log = logging.getLogger(__name__)
@@ -152,10 +155,32 @@ def _one_builder(op: str) -> Iterator[None]:
     """One process of this host at a time; the kernel frees the lock when its holder dies, however it dies."""
     directory = _op_directory(op)
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".megagpt_lock").open("w") as ours:
-        fcntl.flock(ours, fcntl.LOCK_EX)
+    with (directory / ".megagpt_lock").open("a+") as ours:
+        _take(ours, op)
         _clear_stale_lock(directory / "lock")
         yield
+
+
+def _take(lock: TextIO, op: str) -> None:
+    """Wait for the process that compiles the op, and sign as the next. One that hangs is named, by the first rank."""
+    notice_at = time.monotonic() + NOTICE_S if os.environ.get("LOCAL_RANK", "0") == "0" else math.inf
+    while not _locked(lock):
+        if time.monotonic() > notice_at:
+            notice_at = math.inf
+            lock.seek(0)
+            holder = lock.read().strip()
+            _say(f"process {holder} compiles DeepSpeed's {_name(op)}: waiting for it (to end it: kill {holder})")
+        time.sleep(PAUSE_S)
+    lock.truncate(0)
+    print(os.getpid(), file=lock, flush=True)
+
+
+def _locked(lock: TextIO) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _clear_stale_lock(torch_lock: Path) -> None:

@@ -15,15 +15,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagpt import boxes, pipeline, plain
+from megagpt.agreement import require_agreement
 from megagpt.config import ResolvedConfig, RunConfig
 from megagpt.engine import Engine, build_engine, build_mesh, training_device
 from megagpt.pipeline import MicroBatch
-from megagpt.plain import PlainRun, dropout_seeds, global_batch
+from megagpt.plain import PlainRun, document_ids, dropout_seeds, global_batch
 from megagpt.planner import refusals
 
 LOSS_TOLERANCE = 1e-4  # of the value; fp32 sums in another order were seen to differ by 1e-6
 WEIGHT_TOLERANCE = 1e-2  # of a parameter's largest change: Adam divides small differences by small numbers
-MOST_TENSOR, MOST_PIPELINE = 8, 8  # the model has as many heads, and twice as many blocks
+MOST_TENSOR, MOST_PIPELINE = 8, 8  # the model has as many key-value heads, and twice as many blocks
 HEAD_SIZE = 8
 LEARNING_RATE = 1e-3
 
@@ -76,7 +77,7 @@ def strategies(world_size: int, nvme: bool) -> Iterator[Strategy]:
                 other += [{"gradient_reduction": "per_micro_batch"}]
             if tensor > 1:
                 other += [{"sequence": True}]
-            yield from (Strategy(mesh | keys, stage) for keys in other for stage in (1, 3))
+            yield from (Strategy(mesh | keys, stage) for keys in other for stage in range(4))
 
 
 def _divisors(number: int, most: int) -> list[int]:
@@ -87,12 +88,14 @@ def small(config: RunConfig, world_size: int, steps: int) -> dict[str, Any]:
     """The configuration's kind of model and optimizer, in fp32, small and the same for every strategy of a world."""
     model, adam = config.megagpt.model, config.optimizer.params
     kind = {key: getattr(model, key) for key in ("position", "norm", "activation", "bias", "tie_embeddings")}
+    queries = 1 if model.num_kv_heads == model.num_heads else 2  # a key-value head, one for each tensor rank
     shape = {
         "vocab_size": 256,
         "vocabulary": 250,
         "num_layers": 2 * min(world_size, MOST_PIPELINE),
-        "hidden_size": MOST_TENSOR * HEAD_SIZE,
-        "num_heads": MOST_TENSOR,
+        "hidden_size": queries * MOST_TENSOR * HEAD_SIZE,
+        "num_heads": queries * MOST_TENSOR,
+        "num_kv_heads": MOST_TENSOR,
         "sequence_length": 16,
         "dropout": 0.1,
     }
@@ -105,7 +108,11 @@ def small(config: RunConfig, world_size: int, steps: int) -> dict[str, Any]:
         },
         "gradient_clipping": config.gradient_clipping,
         "bf16": {"enabled": False},
-        "megagpt": {"model": shape | kind, "training": {"total_steps": steps, "seed": config.megagpt.training.seed}},
+        "megagpt": {
+            "model": shape | kind,
+            "data": {"document_mask": config.megagpt.data.document_mask},
+            "training": {"total_steps": steps, "seed": config.megagpt.training.seed},
+        },
     }
 
 
@@ -125,6 +132,7 @@ def run(config: RunConfig, steps: int, nvme_path: str | None) -> bool:
     """Compare and print; every rank must call it. Whether all strategies equal the plain process."""
     logging.captureWarnings(True)
     logging.disable(logging.WARNING)  # each strategy would say again what Adam it has
+    require_agreement(config)
     world_size = dist.get_world_size()
     document = small(config, world_size, steps)
     found = [(s, resolved(document, s, world_size, nvme_path)) for s in strategies(world_size, nvme_path is not None)]
@@ -162,14 +170,17 @@ def micro_batches(engine: Engine, step: int) -> list[MicroBatch]:
     """This replica's part of a step's global batch, cut as BatchLoader cuts it."""
     config, mesh = engine.config, engine.mesh
     model, size = config.megagpt.model, config.train_micro_batch_size_per_gpu
-    tokens, targets = global_batch(step, config.train_batch_size, model.sequence_length, model.vocabulary)
-    seeds = dropout_seeds(step, config.train_batch_size) if model.dropout else None
+    samples, length = config.train_batch_size, model.sequence_length
+    tokens, targets = global_batch(step, samples, length, model.vocabulary)
+    documents = document_ids(step, samples, length) if config.megagpt.data.document_mask else None
+    seeds = dropout_seeds(step, samples) if model.dropout else None
     starts = [(index * mesh.data_size + mesh.data_rank) * size for index in range(config.gradient_accumulation_steps)]
     cuts = [slice(start, start + size) for start in starts]
     return [
         MicroBatch(
             tokens[cut].to(engine.device),
             targets[cut].to(engine.device),
+            document_ids=None if documents is None else documents[cut].to(engine.device),
             dropout_seed=None if seeds is None else seeds[cut].to(engine.device),
         )
         for cut in cuts
@@ -201,7 +212,9 @@ def _largest(
     if name.endswith("qkv.bias"):
         # A key's bias moves all scores of a query alike: its gradient is rounding noise, which Adam blows up.
         rows = torch.arange(box[0][0] + start, box[0][0] + start + numel)
-        off = off[(rows // HEAD_SIZE) % 3 != 1]
+        model = engine.config.megagpt.model
+        queries = model.num_heads // model.num_kv_heads  # which lie before their key and their value
+        off = off[(rows // HEAD_SIZE) % (queries + 2) != queries]
     return float(off.max()) / change if off.numel() and change else 0.0
 
 

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
-from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from megagpt import compat
 from megagpt.engine import Engine, compute_dtype
@@ -124,9 +123,10 @@ class Pipeline:
     """torch's schedule over this rank's stages, driving the DeepSpeed engine."""
 
     def __init__(self, engine: Engine, micro_batches: int) -> None:
-        self.engine, self.micro_batches, self.backwards = engine, micro_batches, 0
+        self.engine, self.micro_batches = engine, micro_batches
+        self.backwards = [0] * len(engine.stages)  # of each chunk in this step
         place = {"num_stages": engine.num_stages, "device": engine.device, "group": engine.mesh.pipeline_group}
-        self.stages: list[_PipelineStageBase] = [
+        self.stages = [
             compat.EngineStage(
                 engine.deepspeed, chunk, self._before_backward, stage_index=stage, **place, **self._shapes(stage)
             )
@@ -139,7 +139,7 @@ class Pipeline:
         # The model's last stage returns the loss itself, and the engine scales gradients.
         options: dict[str, Any] = {"loss_fn": lambda loss, _: loss, "scale_grads": False}
         if kind == "interleaved":
-            return ScheduleInterleaved1F1B(self.stages, self.micro_batches, **options)
+            return ScheduleInterleaved1F1B([*self.stages], self.micro_batches, **options)
         # With fewer micro-batches than stages 1F1B has no steady state: it is GPipe, and torch's refuses.
         single = ScheduleGPipe if kind == "gpipe" or self.micro_batches < self.engine.num_stages else Schedule1F1B
         return single(self.stages[0], self.micro_batches, **options)
@@ -159,7 +159,7 @@ class Pipeline:
 
     def train(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Forward and backward of every micro-batch; the losses where the head is, else nothing."""
-        self.backwards = 0
+        self.backwards = [0] * len(self.stages)
         losses = self._run(self.schedule.step, micro_batches)
         _add_tied_gradients(self.engine)
         return losses
@@ -185,14 +185,15 @@ class Pipeline:
             run(*inputs, return_outputs=False, **context)
         return [loss.detach() for loss in losses]
 
-    def _before_backward(self) -> None:
+    def _before_backward(self, chunk: int) -> None:
         """Per step, the reduction is put off until all are done; per micro-batch, each must be told what it is."""
         if self.engine.config.megagpt.parallel.gradient_reduction == "per_step":
             return
-        self.backwards += 1
-        compat.forget_backward(self.engine.deepspeed)
-        last = self.backwards == self.micro_batches * len(self.stages)
-        self.engine.deepspeed.set_gradient_accumulation_boundary(last)
+        deepspeed = self.engine.deepspeed
+        compat.begin_backward(deepspeed, earlier=self.backwards[chunk])
+        self.backwards[chunk] += 1
+        counted = self.backwards[chunk : chunk + 1] if compat.ends_by_chunk(deepspeed) else self.backwards
+        deepspeed.set_gradient_accumulation_boundary(min(counted) == self.micro_batches)
 
 
 def _add_tied_gradients(engine: Engine) -> None:

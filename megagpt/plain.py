@@ -40,6 +40,12 @@ def dropout_seeds(step: int, samples: int) -> Tensor:
     return torch.arange(samples) + 1_000_003 * (step + 1)
 
 
+def document_ids(step: int, samples: int, length: int) -> Tensor:
+    """Ids (samples, length) of packed documents of some five tokens each, for a step of a run that masks them."""
+    generator = torch.Generator().manual_seed(2000 + step)
+    return (torch.rand(samples, length, generator=generator) < 0.2).cumsum(dim=1).int()
+
+
 def train(config: ResolvedConfig, steps: int, device: torch.device | None = None) -> PlainRun:
     """Train in fp32 with AdamW, weight decay and clipping as the configuration says; its mesh, ZeRO, offload do not
     matter, and its scheduler is left out."""
@@ -78,7 +84,10 @@ def _loss(config: ResolvedConfig, model: Callable[..., Tensor], step: int, devic
     shape, samples = config.megagpt.model, config.train_batch_size
     tokens, targets = global_batch(step, samples, shape.sequence_length, shape.vocabulary)
     seeds = dropout_seeds(step, samples).to(device) if shape.dropout else None
-    return model(tokens.to(device), targets.to(device), dropout_seed=seeds)
+    documents = None
+    if config.megagpt.data.document_mask:
+        documents = document_ids(step, samples, shape.sequence_length).to(device)
+    return model(tokens.to(device), targets.to(device), document_ids=documents, dropout_seed=seeds)
 
 
 def _flat(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

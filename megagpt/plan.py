@@ -16,11 +16,12 @@ from megagpt.communication import Communication, communication
 from megagpt.config import ConfigError, ResolvedConfig, RunConfig, load_config
 from megagpt.hosts import Host, world_size
 from megagpt.layout import Layout
+from megagpt.legality import World, judge, problems
 from megagpt.memory import RankMemory, rank_memory
-from megagpt.model_states import shard_of, unequal_tiles
+from megagpt.model_states import shard_of
 from megagpt.performance import Assumptions, Estimate, estimate
 from megagpt.placement import Placement
-from megagpt.planner import can_be_cut, refusals, require_legal
+from megagpt.planner import can_be_cut
 from megagpt.utils import GIB, UserError
 
 LINK_SHARE = 0.7  # of a link's speed on its data sheet, what collectives reach
@@ -113,16 +114,17 @@ def assume(device: Accelerator, ranks_per_host: int, **given: Any) -> Assumption
 def make_plan(path: str, overrides: Sequence[str], hosts: Sequence[Host], limits: Limits, assumed: Assumptions) -> Plan:
     """Plan a configuration file on these hosts; raises ConfigError where it is no configuration for so many ranks."""
     written = load_config(path, overrides)
-    config = _resolved(written, world_size(list(hosts)))
+    world = world_of(written, world_size(list(hosts)))
+    config, refused = world.resolve(written), problems(written, world)
     if not can_be_cut(config):
-        require_legal(config, path)
-    plan = _plan(path, config, hosts, limits, assumed)
-    return plan if plan.good else replace(plan, alternatives=_alternatives(plan, path, overrides, written))
+        raise ConfigError(f"{path}: {line}" for line in refused)
+    plan = _plan(path, config, refused, hosts, limits, assumed)
+    return plan if plan.good else replace(plan, alternatives=_alternatives(plan, path, overrides, written, world))
 
 
-def _resolved(written: RunConfig, ranks: int) -> ResolvedConfig:
-    """As on GPUs that compute in bf16; the vocabulary is the configuration's or its preset's, else that of the data."""
-    return written.resolved(world_size=ranks, vocabulary=_vocabulary_here(written), bf16_native=True)
+def world_of(written: RunConfig, ranks: int) -> World:
+    """GPUs that compute in bf16; the vocabulary is the configuration's or its preset's, else that of the data."""
+    return World(ranks, _vocabulary_here(written), bf16_native=True)
 
 
 def _vocabulary_here(written: RunConfig) -> int | None:
@@ -138,18 +140,20 @@ def _vocabulary_here(written: RunConfig) -> int | None:
         return None
 
 
-def _refused(config: ResolvedConfig, layout: Layout) -> list[str]:
-    """A line for each reason why it cannot be trained."""
-    return [rule.line(config) for rule in refusals(config)] + [*filter(None, [unequal_tiles(layout)])]
-
-
-def _plan(path: str, config: ResolvedConfig, hosts: Sequence[Host], limits: Limits, assumed: Assumptions) -> Plan:
+def _plan(
+    path: str,
+    config: ResolvedConfig,
+    refused: list[str],
+    hosts: Sequence[Host],
+    limits: Limits,
+    assumed: Assumptions,
+) -> Plan:
     layout = Layout.of(config)
     ranks = range(layout.pipeline)
     return Plan(
         source=path,
         config=config,
-        refusals=_refused(config, layout),
+        refusals=refused,
         layout=layout,
         placement=Placement.of(layout, hosts),
         memory=[rank_memory(layout, rank) for rank in ranks],
@@ -160,7 +164,9 @@ def _plan(path: str, config: ResolvedConfig, hosts: Sequence[Host], limits: Limi
     )
 
 
-def _alternatives(plan: Plan, path: str, overrides: Sequence[str], written: RunConfig) -> list[Alternative]:
+def _alternatives(
+    plan: Plan, path: str, overrides: Sequence[str], written: RunConfig, world: World
+) -> list[Alternative]:
     """Neighbours that fit; each is read again from the file with its `--set` items, so that what is printed works."""
     limits = plan.limits
 
@@ -169,11 +175,13 @@ def _alternatives(plan: Plan, path: str, overrides: Sequence[str], written: RunC
 
     def legal(layout: Layout) -> bool:
         try:
-            changed = load_config(path, [*overrides, *items_of(layout)])
-            resolved = _resolved(changed, plan.layout.world_size)
+            verdict = judge(load_config(path, [*overrides, *items_of(layout)]), world)
         except ConfigError:
             return False
-        return not refusals(resolved) and Layout.of(resolved) == layout and not unequal_tiles(layout)
+        if verdict.refused or verdict.impossible:
+            return False
+        assert isinstance(verdict.config, ResolvedConfig)  # nothing was impossible
+        return Layout.of(verdict.config) == layout
 
     def fits(memory: RankMemory) -> bool:
         in_host = memory.peak.host / GIB * plan.assumed.ranks_per_host

@@ -68,7 +68,7 @@ def _run_of_ranks(places: Sequence[Place], pipeline_rank: int) -> str:
 
 
 def _stages(plan: Plan) -> str:
-    """What each stage holds, and its share of the arithmetic."""
+    """What each stage holds, and its shares of arithmetic and parameters."""
     layout = plan.layout
     lines = [
         f"stage {stage} on pipeline {stage % layout.pipeline}: {describe(layout.model, layers)}"
@@ -76,7 +76,7 @@ def _stages(plan: Plan) -> str:
     ]
     if len(lines) > FEW_RANKS:
         lines = [*lines[:3], f"... {len(lines) - 6} more ...", *lines[-3:]]
-    return "\n".join(["stages, with their shares of the work:", *(f"  {line}" for line in lines)])
+    return "\n".join(["stages, with their shares:", *(f"  {line}" for line in lines)])
 
 
 def _memory(plan: Plan) -> str:

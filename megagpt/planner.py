@@ -1,53 +1,52 @@
-"""The one table of what composes: each row refuses a combination, says why, and names the nearest legal one.
+"""The one table of what composes: each row refuses a combination, says why, and what to try instead.
 
 A row stands here because DeepSpeed 0.19.8 would ignore the combination or fail late, or because this trainer does not
-do it yet: a key that is accepted acts. Call `require_legal` on the configuration as read and again on the resolved
-one, where "auto" and the number of ranks are known.
+do it yet: a key that is accepted acts. What helps against one row may break another: `legality.py` searches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
-from megagpt.config import ConfigError, ResolvedConfig, RunConfig
+from megagpt.config import ResolvedConfig, RunConfig
+from megagpt.config_arithmetic import nearest_first
+from megagpt.config_deepspeed import ZERO_KEY_STAGES
 from megagpt.config_errors import shown
+from megagpt.layout import Layout
+from megagpt.model_states import fewest_elements_of_one_tile, tile_counts
+from megagpt.parameters import parameters_of_rank
 
 BUFFER_ELEMENTS = 100_000_000  # what DeepSpeed takes where offload_param.buffer_size is absent (zero/offload_config.py)
 
 
+Remedies = Callable[[RunConfig], Iterable[str]]
+
+
 @dataclass(frozen=True)
 class Rule:
-    """One row. `remedy` is the `--set` item that makes a refused configuration legal in this respect."""
+    """One row. `remedies` are `--set` items, one or several with spaces between them, of which each makes a refused
+    configuration legal in this respect; the nearest comes first."""
 
     key: str
     refuses: Callable[[RunConfig], bool]
     reason: str
-    remedy: str | Callable[[RunConfig], str]
+    remedies: tuple[str, ...] | Remedies
 
-    def remedy_for(self, config: RunConfig) -> str:
-        """The `--set` item for this configuration."""
-        return self.remedy if isinstance(self.remedy, str) else self.remedy(config)
+    def remedies_for(self, config: RunConfig) -> Iterable[str]:
+        """The `--set` items for this configuration."""
+        return self.remedies(config) if callable(self.remedies) else self.remedies
 
     def line(self, config: RunConfig) -> str:
-        """`megagpt.parallel.tensor: 2 is refused: ...; nearest legal: --set megagpt.parallel.tensor=1`."""
-        value = shown(_value_at(config, self.key))
-        return f"{self.key}: {value} is refused: {self.reason}; nearest legal: --set {self.remedy_for(config)}"
+        """`megagpt.parallel.tensor: 2 is refused: ...`."""
+        return f"{self.key}: {shown(_value_at(config, self.key))} is refused: {self.reason}"
 
 
 def refusals(config: RunConfig) -> list[Rule]:
     """The rows that refuse this configuration; an empty list is a legal one."""
     return [rule for rule in RULES if rule.refuses(config)]
-
-
-def require_legal(config: RunConfig, source: str = "") -> None:
-    """Raise ConfigError with a line for every row that refuses; `source` (the file) stands before each."""
-    prefix = f"{source}: " if source else ""
-    lines = [prefix + rule.line(config) for rule in refusals(config)]
-    if lines:
-        raise ConfigError(lines)
 
 
 def can_be_cut(config: RunConfig) -> bool:
@@ -83,17 +82,17 @@ def _ties_embeddings(config: RunConfig) -> bool:
 
 
 def _shareable(config: RunConfig) -> int:
-    """What the number of tensor ranks has to divide; that number itself until the model is known."""
-    if not isinstance(config, ResolvedConfig):
-        return config.megagpt.parallel.tensor
+    """What the number of tensor ranks has to divide, without the vocabulary until its rows are known."""
     model = config.megagpt.model
-    return gcd(model.num_kv_heads, model.mlp_size, model.vocab_size)
+    rows = config.megagpt.model.vocab_size if isinstance(config, ResolvedConfig) else 0
+    return gcd(model.num_kv_heads, model.mlp_size, rows)
 
 
-def _nearest_tensor(config: RunConfig) -> int:
-    """The largest number of tensor ranks that is no larger than the wanted one and divides the model."""
-    wanted = config.megagpt.parallel.tensor
-    return max(ranks for ranks in range(1, wanted + 1) if _shareable(config) % ranks == 0)
+def _fewer_tensor_ranks(config: RunConfig) -> Iterator[str]:
+    """Numbers of tensor ranks below the wanted one that divide the model."""
+    for ranks in range(config.megagpt.parallel.tensor - 1, 0, -1):
+        if _shareable(config) % ranks == 0:
+            yield f"megagpt.parallel.tensor={ranks}"
 
 
 def _length(config: RunConfig) -> int:
@@ -101,11 +100,19 @@ def _length(config: RunConfig) -> int:
 
 
 def _most_stages(config: RunConfig) -> int:
-    """Pipeline ranks that can all have a block in each of their stages; unbounded until the model is known."""
+    """Pipeline ranks that can all have a block in each of their stages."""
+    return max(1, config.megagpt.model.num_layers // config.megagpt.parallel.virtual_stages)
+
+
+def _fewer_stages(config: RunConfig) -> Iterator[str]:
+    """Fewer stages on each rank, or else fewer ranks: what no rank is left without work by."""
     parallel = config.megagpt.parallel
-    if not isinstance(config, ResolvedConfig):
-        return parallel.pipeline
-    return max(1, config.megagpt.model.num_layers // parallel.virtual_stages)
+    blocks = config.megagpt.model.num_layers
+    for virtual in range(min(parallel.virtual_stages - 1, blocks // parallel.pipeline), 0, -1):
+        schedule = " megagpt.parallel.schedule=1f1b" if virtual == 1 else ""
+        yield f"megagpt.parallel.virtual_stages={virtual}{schedule}"
+    for ranks in range(min(parallel.pipeline - 1, _most_stages(config)), 0, -1):
+        yield f"megagpt.parallel.pipeline={ranks}"
 
 
 def _micro_batches(config: RunConfig) -> int:
@@ -113,20 +120,33 @@ def _micro_batches(config: RunConfig) -> int:
     return config.gradient_accumulation_steps or 0 if isinstance(config, ResolvedConfig) else 0
 
 
-def _interleaved_micro_batches(config: RunConfig) -> int:
-    """The nearest number of micro-batches that torch's interleaved schedule takes: a multiple of its rounds."""
-    parallel, wanted = config.megagpt.parallel, _micro_batches(config)
-    if not _has_pipeline(config) or parallel.schedule != "interleaved" or wanted == 0:
-        return wanted
-    return wanted - wanted % max(1, wanted // parallel.pipeline)
+def _fills_rounds(config: RunConfig, micro_batches: int) -> bool:
+    """Whether torch's interleaved schedule can cut so many micro-batches into rounds."""
+    return micro_batches % max(1, micro_batches // config.megagpt.parallel.pipeline) == 0
 
 
-def _interleaved_batch(config: RunConfig) -> int:
-    """The batch of that many micro-batches."""
+def _other_batches(config: RunConfig) -> Iterator[str]:
+    """Batches of as many micro-batches as fill whole rounds, by whichever keys say how many there are."""
     if not isinstance(config, ResolvedConfig):
-        return 0
+        return
+    wanted = _micro_batches(config)
     samples = config.train_micro_batch_size_per_gpu * config.data_parallel_size
-    return _interleaved_micro_batches(config) * samples
+    for count in nearest_first(wanted, among=range(1, 2 * wanted + 1)):
+        if _fills_rounds(config, count):
+            batch, steps = f"train_batch_size={count * samples}", f"gradient_accumulation_steps={count}"
+            yield from (batch, steps, f"{batch} {steps}")
+
+
+def _at_stage(stage: int, *others: str) -> Remedies:
+    """Another ZeRO stage, without the keys that do nothing there; or else other items."""
+
+    def remedies(config: RunConfig) -> Iterator[str]:
+        zero = config.zero_optimization
+        idle = [key for key, of in ZERO_KEY_STAGES.items() if stage not in of and getattr(zero, key) is not None]
+        yield " ".join([f"zero_optimization.stage={stage}", *(f"zero_optimization.{key}=null" for key in idle)])
+        yield from others
+
+    return remedies
 
 
 def _model_type(config: RunConfig) -> str:
@@ -142,15 +162,29 @@ def _accumulates_otherwise(config: RunConfig) -> bool:
     return wanted is not None and "unknown" not in (wanted, model_type) and wanted != model_type
 
 
+def _layout(config: RunConfig) -> Layout | None:
+    """Who holds what, once the ranks are known and if every rank has its part."""
+    shared = _shareable(config) % config.megagpt.parallel.tensor == 0
+    return Layout.of(config) if isinstance(config, ResolvedConfig) and shared and can_be_cut(config) else None
+
+
 def _largest_parameter_shard(config: RunConfig) -> int:
-    """Elements of the largest parameter's share on one rank; 0 until the ranks are known."""
-    if not isinstance(config, ResolvedConfig):
+    """Elements of the largest parameter's share on any rank; 0 until the ranks are known."""
+    if (layout := _layout(config)) is None:
         return 0
-    model = config.megagpt.model
-    up_width = model.mlp_size * (1 if model.activation == "gelu" else 2)  # gate and up are one matrix
-    qkv_width = model.hidden_size + 2 * model.num_kv_heads * model.head_size
-    largest = model.hidden_size * max(model.vocab_size, up_width, qkv_width)
-    return -(-largest // config.data_parallel_size)
+    parameters = (parameter for rank in range(layout.pipeline) for parameter in parameters_of_rank(layout, rank))
+    return -(-max(parameter.numel for parameter in parameters) // layout.data)
+
+
+def _has_unequal_tiles(config: RunConfig) -> bool:
+    """ZeRO 3's optimizer makes an all-reduce over the stages for each tile: those with fewer would wait for ever."""
+    layout = _layout(config)
+    return layout is not None and len(set(tile_counts(layout))) > 1
+
+
+def _one_tile(config: RunConfig) -> list[str]:
+    layout = _layout(config)
+    return [] if layout is None else [f"zero_optimization.sub_group_size={fewest_elements_of_one_tile(layout)}"]
 
 
 def _buffer_too_small(config: RunConfig) -> bool:
@@ -160,36 +194,44 @@ def _buffer_too_small(config: RunConfig) -> bool:
     return (offload.buffer_size or BUFFER_ELEMENTS) < _largest_parameter_shard(config)
 
 
+def _other_accumulation(config: RunConfig) -> list[str]:
+    """A pipeline of tied embeddings reduces once a step."""
+    in_its_format = f"data_types.grad_accum_dtype={_model_type(config)}"
+    if _has_pipeline(config) and _ties_embeddings(config):
+        return [in_its_format]
+    return ["megagpt.parallel.gradient_reduction=per_micro_batch", in_its_format]
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         "megagpt.parallel.tensor",
         lambda config: _shareable(config) % config.megagpt.parallel.tensor != 0,
         "each rank takes as many key-value heads, MLP channels and rows of the vocabulary as any other",
-        lambda config: f"megagpt.parallel.tensor={_nearest_tensor(config)}",
+        _fewer_tensor_ranks,
     ),
     Rule(
         "megagpt.parallel.sequence",
         lambda config: config.megagpt.parallel.sequence and _length(config) % config.megagpt.parallel.tensor != 0,
         "each tensor rank holds as many positions as any other, and they do not divide the sequence",
-        "megagpt.parallel.sequence=false",
+        ("megagpt.parallel.sequence=false",),
     ),
     Rule(
         "megagpt.parallel.pipeline",
         lambda config: config.megagpt.parallel.pipeline > 1 and _stage(config) == 0,
         "DeepSpeed cannot put off the reduction of a pipeline's gradients without a ZeRO optimizer",
-        "zero_optimization.stage=1",
+        _at_stage(1),
     ),
     Rule(
         "megagpt.parallel.pipeline",
         lambda config: not can_be_cut(config),
         "a stage would have no block, the model having fewer blocks than stages",
-        lambda config: f"megagpt.parallel.pipeline={_most_stages(config)}",
+        _fewer_stages,
     ),
     Rule(
         "fp16.enabled",
         lambda config: _has_pipeline(config) and config.fp16.enabled,
         "DeepSpeed would scale the gradients that one stage sends another a second time",
-        "fp16.enabled=false",
+        ("fp16.enabled=false bf16.enabled=auto", "fp16.enabled=false"),
     ),
     Rule(
         "megagpt.parallel.virtual_stages",
@@ -199,7 +241,7 @@ RULES: tuple[Rule, ...] = (
             and config.megagpt.parallel.schedule != "interleaved"
         ),
         "only the interleaved schedule runs several stages on a rank",
-        "megagpt.parallel.schedule=interleaved",
+        ("megagpt.parallel.schedule=interleaved", "megagpt.parallel.virtual_stages=1"),
     ),
     Rule(
         "megagpt.parallel.schedule",
@@ -209,13 +251,17 @@ RULES: tuple[Rule, ...] = (
             and config.megagpt.parallel.virtual_stages == 1
         ),
         "it interleaves several stages of a rank, and there is one",
-        "megagpt.parallel.virtual_stages=2",
+        ("megagpt.parallel.virtual_stages=2", "megagpt.parallel.schedule=1f1b"),
     ),
     Rule(
         "gradient_accumulation_steps",
-        lambda config: _interleaved_micro_batches(config) != _micro_batches(config),
+        lambda config: (
+            _has_pipeline(config)
+            and config.megagpt.parallel.schedule == "interleaved"
+            and not _fills_rounds(config, _micro_batches(config))
+        ),
         "the interleaved schedule runs its micro-batches in equal rounds of about one a pipeline rank",
-        lambda config: f"train_batch_size={_interleaved_batch(config)}",
+        _other_batches,
     ),
     Rule(
         "megagpt.parallel.gradient_reduction",
@@ -225,56 +271,43 @@ RULES: tuple[Rule, ...] = (
             and _ties_embeddings(config)
         ),
         "the copies of a tied embedding on the first and last stage add their gradients once a step",
-        "megagpt.parallel.gradient_reduction=per_step",
+        ("megagpt.parallel.gradient_reduction=per_step",),
     ),
     Rule(
-        "megagpt.parallel.gradient_reduction",
+        "zero_optimization.overlap_comm",
         lambda config: (
-            config.megagpt.parallel.gradient_reduction == "per_micro_batch"
-            and config.megagpt.parallel.schedule == "interleaved"
-            and _stage(config) == 3
+            config.zero_optimization.overlap_comm is True
+            and _stage(config) == 1
             and _has_pipeline(config)
-            and not _ties_embeddings(config)
-        ),
-        "ZeRO 3 then trains to other losses: seen, two ranks, one stage's last reduction missing",
-        "megagpt.parallel.gradient_reduction=per_step",
-    ),
-    Rule(
-        "megagpt.parallel.gradient_reduction",
-        lambda config: (
-            config.megagpt.parallel.gradient_reduction == "per_micro_batch"
             and config.megagpt.parallel.schedule == "interleaved"
-            and _stage(config) == 2
-            and _optimizer_device(config) == "cpu"
-            and _has_pipeline(config)
-            and not _ties_embeddings(config)
+            and config.megagpt.parallel.gradient_reduction == "per_micro_batch"
         ),
-        "ZeRO 2 with the optimizer in host memory then loses gradients: seen, of all chunks of a rank but the last",
-        "megagpt.parallel.gradient_reduction=per_step",
+        "ZeRO 1 then reduces what the last backward of a step reaches: of one of a rank's stages only",
+        ("zero_optimization.overlap_comm=false",),
     ),
     Rule(
         "zero_optimization.offload_param.device",
         lambda config: _has_pipeline(config) and _parameter_device(config) == "nvme" and _ties_embeddings(config),
         "adding the gradients of a tied embedding's two copies was not shown to work with parameters on NVMe",
-        "megagpt.model.tie_embeddings=false",
+        ("megagpt.model.tie_embeddings=false",),
     ),
     Rule(
         "megagpt.parallel.schedule",
         lambda config: config.megagpt.parallel.schedule != "1f1b" and config.megagpt.parallel.pipeline == 1,
         "it orders the micro-batches of a pipeline, and there is none",
-        "megagpt.parallel.schedule=1f1b",
+        ("megagpt.parallel.schedule=1f1b",),
     ),
     Rule(
         "megagpt.parallel.virtual_stages",
         lambda config: config.megagpt.parallel.virtual_stages > 1 and config.megagpt.parallel.pipeline == 1,
         "it cuts the stages of a pipeline, and there is none",
-        "megagpt.parallel.virtual_stages=1",
+        ("megagpt.parallel.virtual_stages=1",),
     ),
     Rule(
         "megagpt.parallel.sequence",
         lambda config: config.megagpt.parallel.sequence and config.megagpt.parallel.tensor == 1,
         "it splits the norms over the tensor axis, which has one rank",
-        "megagpt.parallel.sequence=false",
+        ("megagpt.parallel.sequence=false",),
     ),
     Rule(
         "megagpt.parallel.gradient_reduction",
@@ -284,43 +317,43 @@ RULES: tuple[Rule, ...] = (
             and not _has_pipeline(config)
         ),
         "DeepSpeed's coalesced reduction needs a ZeRO optimizer",
-        "zero_optimization.stage=1",
+        _at_stage(1),
     ),
     Rule(
         "zero_optimization.offload_optimizer.device",
         lambda config: _optimizer_device(config) != "none" and _stage(config) == 0,
         "ZeRO 0 has no partitioned optimizer state to offload",
-        "zero_optimization.stage=1",
+        _at_stage(1),
     ),
     Rule(
         "zero_optimization.offload_optimizer.device",
         lambda config: _optimizer_device(config) == "nvme" and _stage(config) in (1, 2),
         "DeepSpeed ignores NVMe below ZeRO 3: no swap file ever appears",
-        "zero_optimization.stage=3",
+        _at_stage(3),
     ),
     Rule(
         "zero_optimization.offload_param.device",
         lambda config: _parameter_device(config) != "none" and _stage(config) < 3,
         "DeepSpeed ignores parameter offload below ZeRO 3",
-        "zero_optimization.stage=3",
+        _at_stage(3),
     ),
     Rule(
         "zero_optimization.offload_param.device",
         lambda config: _parameter_device(config) == "nvme" and _model_type(config) == "fp32",
         "DeepSpeed swaps parameters to NVMe in bf16 or fp16 only, and this run computes in fp32",
-        "bf16.enabled=true",
+        ("bf16.enabled=true",),
     ),
     Rule(
         "zero_optimization.offload_param.buffer_size",
         _buffer_too_small,
         "a rank's share of the largest parameter does not fit into one I/O buffer",
-        lambda config: f"zero_optimization.offload_param.buffer_size={_largest_parameter_shard(config)}",
+        lambda config: [f"zero_optimization.offload_param.buffer_size={_largest_parameter_shard(config)}"],
     ),
     Rule(
         "zero_optimization.stage",
         lambda config: _stage(config) == 0 and _model_type(config) in ("bf16", "fp16") and not _has_pipeline(config),
         "DeepSpeed keeps 16-bit weights at ZeRO 0 in optimizers of another kind, which checkpoints cannot address",
-        "zero_optimization.stage=1",
+        _at_stage(1),
     ),
     Rule(
         "data_types.grad_accum_dtype",
@@ -330,17 +363,13 @@ RULES: tuple[Rule, ...] = (
             and config.megagpt.parallel.gradient_reduction == "per_step"
         ),
         "the one reduction of a step adds micro-batches up in the model's format before it converts them",
-        lambda config: (
-            f"data_types.grad_accum_dtype={_model_type(config)}"
-            if _has_pipeline(config) and _ties_embeddings(config)  # which reduce once a step
-            else "megagpt.parallel.gradient_reduction=per_micro_batch"
-        ),
+        _other_accumulation,
     ),
     Rule(
         "data_types.grad_accum_dtype",
         lambda config: _accumulates_otherwise(config) and config.data_types.grad_accum_dtype != "fp32",
         "it is less exact than the model, or another 16-bit format",
-        "data_types.grad_accum_dtype=fp32",
+        ("data_types.grad_accum_dtype=fp32", "data_types.grad_accum_dtype=null"),
     ),
     Rule(
         "data_types.grad_accum_dtype",
@@ -351,6 +380,12 @@ RULES: tuple[Rule, ...] = (
             and _optimizer_device(config) == "none"
         ),
         "DeepSpeed then leaves the ZeRO optimizer for its BF16_Optimizer, which cannot coalesce reductions",
-        "zero_optimization.stage=2",
+        _at_stage(2),
+    ),
+    Rule(
+        "zero_optimization.sub_group_size",
+        _has_unequal_tiles,
+        "it cuts the shards of pipeline stages into different numbers of optimizer tiles, and they need equal ones",
+        _one_tile,
     ),
 )

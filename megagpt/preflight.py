@@ -18,6 +18,7 @@ from typing import Any
 from megagpt import forwarded, host_probe, ssh
 from megagpt.config import RunConfig
 from megagpt.hosts import Host, world_size
+from megagpt.legality import ANY_VOCABULARY, World, require_legal
 from megagpt.ops import needed_ops
 from megagpt.utils import GIB, human_bytes
 
@@ -48,6 +49,14 @@ class Report:
     @property
     def answered(self) -> bool:
         return bool(self.values)
+
+
+def require_legal_on(hosts: Sequence[Host], config: RunConfig, source: str) -> None:
+    """Raise ConfigError for what a run would be refused for, on as many ranks as it expects, or as the hosts have, or
+    as make one replica."""
+    parallel = config.megagpt.parallel
+    ranks = parallel.world_size or world_size([*hosts]) or parallel.model_parallel_size
+    require_legal(config, source, World(ranks, ANY_VOCABULARY))
 
 
 def examine(hosts: Sequence[Host], config: RunConfig, run_directory: Path) -> list[Report]:

@@ -1,6 +1,8 @@
 """Resuming a distributed run on whatever mesh: all ranks choose one checkpoint, each reads only what it needs of it."""
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,7 @@ from megagpt.checkpoint_format import (
     MANIFEST,
     DamagedCheckpointError,
     Manifest,
+    StoredFile,
     TrainState,
     complete_steps,
     read_manifest,
@@ -28,6 +31,8 @@ from megagpt.config import identity_differences
 from megagpt.engine import Engine
 from megagpt.together import Fault, attempt, from_rank0, together
 from megagpt.utils import UserError
+
+SLACK = 1.1  # files of one rank differ a little from those of another; that is no reason to exchange them
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ def resume(engine: Engine, run_directory: Path) -> Resumed | None:
     """Load the newest checkpoint that every rank finds sound; every rank must call it.
 
     None where the run has no checkpoint yet. Raises UserError where it has some and none is sound (a run never
-    silently starts again from zero), and where the newest sound one is of another run.
+    silently starts again from zero), and where the newest sound one is of another run or of another format.
     """
     checkpoints = run_directory / "checkpoints"
     steps = from_rank0(partial(complete_steps, checkpoints))
@@ -95,17 +100,27 @@ def _load(engine: Engine, directory: Path) -> Reader | Fault:
 
     Raises UserError where it could not be read: it may be sound, and is neither passed over nor set aside.
     """
-    reader = _require_readable(attempt(partial(_verified, engine, directory)), directory)
+    reader = _unless_undamaged(attempt(partial(_verified, engine, directory)))
     if isinstance(reader, Fault):
         return reader
     together(partial(_require_same_run, engine, reader))
-    return _require_readable(attempt(partial(_fill_buckets, engine, reader)), directory)
+    return _unless_undamaged(attempt(partial(_fill_buckets, engine, reader)))
 
 
-def _require_readable(found: Reader | Fault, directory: Path) -> Reader | Fault:
+def _unless_undamaged(found: Reader | Fault) -> Reader | Fault:
+    """Another fault than damage ends the run."""
     if isinstance(found, Fault) and not found.damage:
-        raise UserError(f"{directory}: cannot be read: {found.reason}; start again when its disk answers")
+        raise UserError(found.reason)
     return found
+
+
+@contextmanager
+def _from_disk(directory: Path) -> Iterator[None]:
+    """A disk that does not answer says nothing of what lies on it; raises UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be read: {error}; start again when its disk answers") from error
 
 
 def _set_aside(engine: Engine, checkpoints: Path, damaged_steps: list[int]) -> None:
@@ -114,15 +129,37 @@ def _set_aside(engine: Engine, checkpoints: Path, damaged_steps: list[int]) -> N
 
 
 def _verified(engine: Engine, directory: Path) -> Reader:
-    """A reader, once this rank's share of the files has its hashes: the ranks together hash each file once.
+    """A reader, once this rank's share of the files has its hashes: the ranks together hash each file once."""
+    with _from_disk(directory):
+        manifest = read_manifest(directory)
+        require_no_other_files(directory, manifest)
+        share = hashing_shares(manifest.files, engine.mesh.world_size)[engine.mesh.rank]
+        in_threads(lambda name: verify_file(directory, name, manifest.files[name]), share)
+        return Reader(directory, manifest)
 
-    On as many ranks as wrote them, each hashes what it will read.
+
+def hashing_shares(files: Mapping[str, StoredFile], ranks: int) -> list[list[str]]:
+    """The files that each rank hashes, about as many bytes each.
+
+    A rank first takes those that a rank of its number wrote, which it will read too if the mesh is the same; what one
+    has too much of, the largest first, goes to whoever has least.
     """
-    manifest = read_manifest(directory)
-    require_no_other_files(directory, manifest)
-    own = [name for name in sorted(manifest.files) if _writer(name) % engine.mesh.world_size == engine.mesh.rank]
-    in_threads(lambda name: verify_file(directory, name, manifest.files[name]), own)
-    return Reader(directory, manifest)
+    fair = SLACK * sum(file.bytes for file in files.values()) / ranks
+    shares: list[list[str]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    too_much = []
+    for name in sorted(files):
+        rank = _writer(name) % ranks
+        if loads[rank] + files[name].bytes > fair:
+            too_much.append(name)
+        else:
+            shares[rank].append(name)
+            loads[rank] += files[name].bytes
+    for name in sorted(too_much, key=lambda name: -files[name].bytes):
+        rank = loads.index(min(loads))
+        shares[rank].append(name)
+        loads[rank] += files[name].bytes
+    return shares
 
 
 def _writer(file: str) -> int:
@@ -148,6 +185,11 @@ def _as_read(identity: dict[str, Any]) -> dict[str, Any]:
 
 def _fill_buckets(engine: Engine, reader: Reader) -> Reader:
     """Give this rank's buckets what the checkpoint holds; no collective call, so that a rank may fail alone."""
+    with _from_disk(reader.directory):
+        return _filled_buckets(engine, reader)
+
+
+def _filled_buckets(engine: Engine, reader: Reader) -> Reader:
     _require_shapes(engine, reader.manifest, reader.directory)
     for bucket in engine.buckets():
         with bucket.resident(True) as (master, optimizer_state):

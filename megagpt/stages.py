@@ -1,8 +1,13 @@
-"""Where a model is cut into pipeline stages: contiguous runs of its layers whose work is as even as can be."""
+"""Where a model is cut into pipeline stages: contiguous runs of its layers, balanced by work and then by parameters."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from functools import cache
 
 from megagpt.config import ModelConfig
+
+SLOWER = 0.02  # how much longer the slowest stage may take than need be, where that makes the largest stage smaller
 
 
 def layer_costs(model: ModelConfig) -> list[float]:
@@ -15,43 +20,72 @@ def layer_costs(model: ModelConfig) -> list[float]:
     return [0.0, *[float(block)] * model.num_layers, float(model.vocab_size * model.hidden_size)]
 
 
+def stage_parameters(model: ModelConfig, layers: range) -> int:
+    """Parameters of a stage; a tied weight is there twice where its two layers are on different stages."""
+    table = model.vocab_size * model.hidden_size
+    positions = model.sequence_length * model.hidden_size if model.position == "learned" else 0
+    embedding, head = 0 in layers, model.num_layers + 1 in layers
+    tables = 1 if embedding and head and model.tie_embeddings else embedding + head
+    blocks = len(layers) - embedding - head
+    return tables * table + embedding * positions + blocks * model.block_parameters + head * model.norm_parameters
+
+
 def describe(model: ModelConfig, layers: range) -> str:
-    """What a stage holds, and its share of the work: `embedding, blocks 0-5 (49%)`."""
+    """What a stage holds, and its shares: `embedding, blocks 0-5 (49% of the work, 52% of the parameters)`."""
     blocks = [layer - 1 for layer in layers if 1 <= layer <= model.num_layers]
     held = ["embedding"] * (0 in layers) + [f"blocks {blocks[0]}-{blocks[-1]}"]
     held += ["head"] * (model.num_layers + 1 in layers)
     costs = layer_costs(model)
-    return f"{', '.join(held)} ({sum(costs[layer] for layer in layers) / sum(costs):.0%})"
+    work = sum(costs[layer] for layer in layers) / sum(costs)
+    parameters = stage_parameters(model, layers) / model.num_parameters
+    return f"{', '.join(held)} ({work:.0%} of the work, {parameters:.0%} of the parameters)"
 
 
 def cut(model: ModelConfig, num_stages: int) -> list[range]:
     """The layers of each stage, 0 being the embedding and num_layers + 1 the head; no stage without a block.
 
-    The costliest stage, which all others wait for, is as cheap as possible (linear partitioning, dynamic programming).
-    Needs num_stages <= num_layers.
+    The slowest stage, which all others wait for, is as fast as can be; of the cuts whose slowest is within ``SLOWER``
+    of that, the one whose largest stage has the fewest parameters. Needs num_stages <= num_layers.
     """
     costs = layer_costs(model)
-    blocks = model.num_layers
 
-    def cost(first: int, last: int) -> float:
-        """Of a stage holding blocks first to last (counted from 1), and the embedding or head beside them."""
-        start, stop = 0 if first == 1 else first, blocks + 2 if last == blocks else last + 1
-        return sum(costs[start:stop])
+    def work(layers: range) -> float:
+        return sum(costs[layers.start : layers.stop])
+
+    fastest, _ = _best(model.num_layers, num_stages, lambda layers: (work(layers), 0.0))[0]
+    limit = (1 + SLOWER) * fastest
+
+    def parameters_within(layers: range) -> Worst:
+        too_slow = max(0.0, work(layers) - limit)
+        return (too_slow, float(stage_parameters(model, layers)))
+
+    return _best(model.num_layers, num_stages, parameters_within)[1]
+
+
+Worst = tuple[float, float]
+
+
+def _best(blocks: int, num_stages: int, burden: Callable[[range], Worst]) -> tuple[Worst, list[range]]:
+    """The cut whose largest burdens, the first kind before the second, are smallest (linear partitioning, by dynamic
+    programming), and those burdens. Of equal cuts, the one with the smaller first stages."""
+    of = cache(burden)
+
+    def stage(first: int, last: int) -> range:
+        """Holding blocks first to last (counted from 1), and the embedding or head beside them."""
+        return range(0 if first == 1 else first, blocks + 2 if last == blocks else last + 1)
 
     @cache
-    def best(first: int, stages: int) -> tuple[float, tuple[int, ...]]:
-        """(the costliest stage's cost, last block of each stage) for blocks from ``first`` on in so many stages."""
+    def best(first: int, stages: int) -> tuple[Worst, tuple[int, ...]]:
+        """For blocks from ``first`` on in so many stages, with the last block of each."""
         if stages == 1:
-            return cost(first, blocks), (blocks,)
+            return of(stage(first, blocks)), (blocks,)
         options = []
         for last in range(first, blocks - stages + 2):
-            rest, cuts = best(last + 1, stages - 1)
-            options.append((max(cost(first, last), rest), (last, *cuts)))
+            (rest_a, rest_b), cuts = best(last + 1, stages - 1)
+            own_a, own_b = of(stage(first, last))
+            options.append(((max(own_a, rest_a), max(own_b, rest_b)), (last, *cuts)))
         return min(options)
 
-    lasts = best(1, num_stages)[1]
+    worst, lasts = best(1, num_stages)
     firsts = [1, *(last + 1 for last in lasts[:-1])]
-    return [
-        range(0 if first == 1 else first, blocks + 2 if last == blocks else last + 1)
-        for first, last in zip(firsts, lasts, strict=True)
-    ]
+    return worst, [stage(first, last) for first, last in zip(firsts, lasts, strict=True)]

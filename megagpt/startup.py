@@ -12,34 +12,26 @@ from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from socket import gethostname
-from typing import TYPE_CHECKING
 
 import kernels  # noqa: F401  chooses Triton's interpreter, where it is asked for, before DeepSpeed imports Triton
 from megagpt import endings, faults
 from megagpt import run_directory as directories
-from megagpt.config import ConfigError, ResolvedConfig, RunConfig, load_config
-from megagpt.dataset import SampleStream, open_dataset
+from megagpt.config import RunConfig, load_config
+from megagpt.dataset import SampleStream
 from megagpt.hosts import read_hostfile
 from megagpt.launch_command import hostfile_of_launcher
 from megagpt.launchers import Launch, adopt_launch
-from megagpt.layout import Layout
+from megagpt.legality import ANY_VOCABULARY, World, require_legal
 from megagpt.manifest import Split
-from megagpt.model_states import unequal_tiles
 from megagpt.orphans import end_with_launcher
-from megagpt.planner import require_legal
+from megagpt.run_data import open_data
 from megagpt.signals import STOP_FILE, SignalListener, Wish, Wishes, ends_before_the_start
-from megagpt.utils import ExitCode, UserError, human_count
-
-if TYPE_CHECKING:
-    from megagpt.engine import Engine
-    from megagpt.resume_proof import NextStep
-    from megagpt.train import Run
+from megagpt.utils import ExitCode, UserError
 
 log = logging.getLogger(__name__)
 
-EMBEDDED_CORPUS = Path("data/stdlib")
-TURN_S = 5.0  # the others of a host let its first rank speak for them: the launcher, seeing it end, ends them
-SPLITS: tuple[Split, ...] = ("train", "val")
+# The others of a host let its first rank speak for them: the launcher, which looks every second, ends them with it.
+TURN_S = 2.0
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -61,16 +53,14 @@ def _start(arguments: argparse.Namespace) -> int:
         read_hostfile(hostfile)  # DeepSpeed would have trained on this machine alone without it
     faults.from_environment()
     config = load_config(arguments.deepspeed_config, arguments.set)
-    require_legal(config, str(arguments.deepspeed_config))
+    require_legal(config, str(arguments.deepspeed_config), World(launch.world_size, ANY_VOCABULARY))
     _require_stated_world_size(config, launch)
     directory = directories.directory_of_run(arguments.run_dir, arguments.deepspeed_config)
     if arguments.resume and endings.last_checkpoint(directory) is None:
         raise UserError(f"{directory}: nothing to resume; leave out --resume to start it")
     streams = open_data(config, directory)
-    from megagpt.device import announce_to_deepspeed
-
-    announce_to_deepspeed()
     with _gathered(directory):
+        _announce_device()
         return _run_to_its_end(config, streams, directory, wishes)
 
 
@@ -91,9 +81,17 @@ def _gathered(directory: Path) -> AbstractContextManager[object]:
     lock = partial(directories.lock, directory)
     if os.environ["WORLD_SIZE"] == "1":
         return lock()
+    _announce_device()
     from megagpt.rendezvous import gathered_ranks
 
     return gathered_ranks(lock)
+
+
+def _announce_device() -> None:
+    """Before anything imports DeepSpeed. Only what needs torch comes after it."""
+    from megagpt.device import announce_to_deepspeed
+
+    announce_to_deepspeed()
 
 
 def _require_stated_world_size(config: RunConfig, launch: Launch) -> None:
@@ -109,61 +107,12 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def open_data(config: RunConfig, directory: Path) -> dict[Split, SampleStream]:
-    """The samples of each split, once everything that needs no torch is found sound; raises UserError."""
-    # whatever the vocabulary: impossible arithmetic is reported before any data are prepared
-    _resolve_without_device(config, 1)
-    resolved = _resolve_without_device(config, _prepare_vocabulary(config))
-    if (refusal := unequal_tiles(Layout.of(resolved))) is not None:
-        raise ConfigError([refusal])
-    directories.check(directory, resolved)
-    return {split: _open_stream(resolved, split) for split in SPLITS}
-
-
-def _resolve_without_device(config: RunConfig, vocabulary: int) -> ResolvedConfig:
-    """As it would be on a device without bf16, or else with it: which one this is, torch will say later."""
-    try:
-        return _resolve(config, vocabulary, bf16_native=False)
-    except ConfigError as error:
-        try:
-            return _resolve(config, vocabulary, bf16_native=True)
-        except ConfigError:
-            raise error from None
-
-
-def _resolve(config: RunConfig, vocabulary: int, *, bf16_native: bool) -> ResolvedConfig:
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    resolved = config.resolved(world_size=world_size, vocabulary=vocabulary, bf16_native=bf16_native)
-    require_legal(resolved)
-    return resolved
-
-
-def _prepare_vocabulary(config: RunConfig) -> int:
-    """The number of tokens of the data; the embedded corpus is made when missing, by one process of a host."""
-    directories_of_data = [Path(source.path) for source in config.megagpt.data.sources]
-    if EMBEDDED_CORPUS in directories_of_data:
-        from megagpt.download_data import prepare_embedded_corpus
-
-        prepare_embedded_corpus(EMBEDDED_CORPUS)
-    return max(open_dataset(directory).vocabulary for directory in directories_of_data)
-
-
-def _open_stream(config: ResolvedConfig, split: Split) -> SampleStream:
-    data = config.megagpt.data
-    return SampleStream.open(
-        [(Path(source.path), source.weight) for source in data.sources],
-        split=split,
-        sequence_length=config.megagpt.model.sequence_length,
-        seed=data.seed,
-        document_mask=data.document_mask,
-    )
-
-
 def _run_to_its_end(config: RunConfig, streams: dict[Split, SampleStream], directory: Path, wishes: Wishes) -> ExitCode:
     """Train; whatever ends the run early is shown on one screen by the rank that failed first.
 
     Raises UserError before the first step only: what goes wrong hours later is no bad input, whoever calls it so.
     """
+    from megagpt.assembly import assemble
     from megagpt.train import train
 
     run = None
@@ -197,120 +146,3 @@ def _open_log(directory: Path) -> None:
             endings.forget(directory)
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror}); choose another --run_dir") from error
-
-
-def assemble(config: RunConfig, streams: dict[Split, SampleStream], directory: Path) -> "Run":
-    """Bring up the ranks, the engine and the newest checkpoint; every rank does the same."""
-    from megagpt import device
-    from megagpt.agreement import require_agreement
-    from megagpt.batches import BatchLoader
-    from megagpt.engine import (
-        build_engine,
-        build_mesh,
-        collective_timeout,
-        compute_dtype,
-        join_ranks,
-        training_device,
-    )
-    from megagpt.generate import open_tokenizer
-    from megagpt.monitor import Monitor
-    from megagpt.together import together
-    from megagpt.train import Run
-
-    native = device.multiplies_bf16_natively(training_device())
-    resolved = _resolve(config, streams["train"].vocabulary, bf16_native=native)
-    join_ranks(collective_timeout(resolved))
-    require_agreement(resolved, streams["train"])
-    mesh = build_mesh(resolved)
-    engine = build_engine(resolved, mesh)
-    _announce(engine, directory, device.describe(training_device()))
-    run = Run(
-        config=resolved,
-        engine=engine,
-        training=BatchLoader(streams["train"], resolved, mesh, training_device()),
-        validation=BatchLoader(streams["val"], resolved, mesh, training_device()),
-        encoding=open_tokenizer(resolved.megagpt),
-        directory=directory,
-        peak_flops=device.peak_flops(training_device(), compute_dtype(resolved)),
-    )
-    found = _resume(run)
-    together(lambda: directories.record(directory, resolved) if mesh.rank == 0 else None)
-    run.monitor = Monitor.open(
-        resolved,
-        directory,
-        total_steps=resolved.megagpt.training.total_steps,
-        start_step=run.state.step,
-        is_writer=mesh.rank == 0,
-    )
-    if found:
-        run.monitor.event("resume", step=run.state.step, **found)
-    return run
-
-
-def _resume(run: "Run") -> dict[str, object] | None:
-    """Load the newest sound checkpoint into the run; what it was, for the record."""
-    from megagpt.checkpoint_directory import collect_leftovers
-    from megagpt.resume import resume
-
-    if run.engine.mesh.rank == 0:
-        for name in collect_leftovers(run.saver.checkpoints):
-            log.warning("removed %s, left by a save that was interrupted", name)
-    resumed = resume(run.engine, run.directory)
-    if resumed is None:
-        return None
-    run.state = resumed.state
-    run.saver.trust(run.state)
-    if run.engine.mesh.rank == 0:
-        run.unproven = _next_step(resumed.directory)
-        print(resumed.describe(provable=run.unproven is not None), flush=True)
-    if resumed.manifest.data_fingerprint != run.training.stream.fingerprint:
-        raise UserError(
-            f"{run.directory}: its data changed since step {run.state.step} was saved; "
-            f"restore them, or start afresh with another --run_dir"
-        )
-    return {"written_by": resumed.manifest.topology, "passed_over": resumed.passed_over}
-
-
-def _next_step(checkpoint: Path) -> "NextStep | None":
-    """The record of the step that followed a checkpoint; a damaged one gives way to what that step gives now."""
-    from megagpt.checkpoint_format import DamagedCheckpointError
-    from megagpt.resume_proof import NEXT_STEP, NextStep
-
-    try:
-        return NextStep.read(checkpoint)
-    except DamagedCheckpointError as error:
-        log.warning("%s", error)
-        (checkpoint / NEXT_STEP).unlink(missing_ok=True)
-        return None
-
-
-def _announce(engine: "Engine", directory: Path, device: str) -> None:
-    """One paragraph on the screen before the first step: what trains, how, where."""
-    if engine.mesh.rank != 0:
-        return
-    config, zero = engine.config, engine.config.zero_optimization
-    model = config.megagpt.model
-    optimizer_on, parameters_on = (
-        "the device" if place == "none" else place for place in (zero.optimizer_device, zero.parameter_device)
-    )
-    print(
-        f"{directory}: {human_count(model.num_parameters)} parameters "
-        f"({model.num_layers} layers, width {model.hidden_size}, {model.num_heads} heads, "
-        f"{model.vocab_size} tokens, length {model.sequence_length})\n"
-        f"{engine.mesh.world_size} x {device}; ZeRO {zero.stage}, optimizer on {optimizer_on}, "
-        f"parameters on {parameters_on}; batch {config.train_batch_size} = "
-        f"{config.train_micro_batch_size_per_gpu} x {config.gradient_accumulation_steps} micro-batches x "
-        f"{engine.mesh.data_size} replicas",
-        flush=True,
-    )
-    if engine.num_stages > 1:
-        print(f"pipeline, {config.megagpt.parallel.schedule}: {describe_stages(config)}", flush=True)
-
-
-def describe_stages(config: ResolvedConfig) -> str:
-    """What each pipeline stage holds and its share of the work: `stage 0: embedding, blocks 0-5 (49 %)`."""
-    from megagpt.stages import cut, describe
-
-    model, parallel = config.megagpt.model, config.megagpt.parallel
-    stages = cut(model, parallel.pipeline * parallel.virtual_stages)
-    return "; ".join(f"stage {index}: {describe(model, layers)}" for index, layers in enumerate(stages))

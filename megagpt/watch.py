@@ -88,7 +88,7 @@ class Watch:
         self.directory, self.pulse = directory / "logs" / "watch", pulse
         self.rank, self.world_size, self.name = rank, world_size, name
         self.timeout_s, self.module_names, self.report = timeout_s, module_names, report
-        self.tick_s = min(2.0, max(0.1, timeout_s / 50))
+        self.tick_s = min(1.0, max(0.1, timeout_s / 50))  # seen a tick late, reported a patience later: within 5 s
         self.write_every_s = min(30.0, max(self.tick_s, timeout_s / 20))
         self._main_thread = threading.main_thread().ident or 0
         self._closing = threading.Event()

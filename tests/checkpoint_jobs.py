@@ -1,5 +1,7 @@
 """What ranks do in the tests of saving, resuming and guarding: a whole run, from its configuration to its end."""
 
+import errno
+import io
 import json
 import os
 import resource
@@ -7,7 +9,9 @@ import shutil
 import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -16,8 +20,19 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from megagpt import checkpoint, checkpoint_directory, checkpoint_writer, device, startup
+from megagpt import (
+    assembly,
+    checkpoint,
+    checkpoint_directory,
+    checkpoint_format,
+    checkpoint_reader,
+    checkpoint_writer,
+    device,
+    resume,
+    run_data,
+)
 from megagpt import train as loop
+from megagpt.checkpoint_format import MANIFEST
 from megagpt.config import RunConfig
 from megagpt.guard import StoppedByGuardError
 from megagpt.train import Run
@@ -45,6 +60,8 @@ def run_config(
     for section in ("offload_optimizer", "offload_param"):
         if config["zero_optimization"].get(section, {}).get("device") == "nvme":
             config["zero_optimization"][section]["nvme_path"] = str(nvme)
+            if section == "offload_param":
+                config["zero_optimization"][section] |= {"max_in_cpu": 0, "buffer_size": 2**20}
     config["scheduler"] = {
         "type": "WarmupCosineLR",
         "params": {"total_num_steps": SCHEDULE_STEPS, "warmup_num_steps": 3, "warmup_type": "linear"},
@@ -60,10 +77,10 @@ def run_config(
 
 @contextmanager
 def started(config: Config, directory: Path) -> Iterator[Run]:
-    """The run as startup brings it up, on the ranks that are there already."""
+    """The run as a command brings it up, on the ranks that are there already."""
     parsed = RunConfig.from_json(json.dumps(config))
     with patch.object(device, "peak_flops", return_value=None):  # measured on a CPU, which takes longer than a run here
-        run = startup.assemble(parsed, startup.open_data(parsed, directory), directory)
+        run = assembly.assemble(parsed, run_data.open_data(parsed, directory), directory)
     try:
         with run.monitor:
             yield run
@@ -96,13 +113,27 @@ def validation_and_samples(config: Config, directory: Path) -> dict[str, Any]:
         return {"val_loss": loop.validate(run), "texts": texts}
 
 
-def refusal(config: Config, directory: Path) -> str:
-    """Why the run does not start."""
+def refusal(config: Config, directory: Path, failing_rank: int | None = None, fault: str = "") -> str:
+    """Why the run does not start, where ``fault`` strikes one rank or none."""
+    strikes = failing_rank is not None and dist.get_rank() == failing_rank
     try:
-        with started(config, directory) as run:
+        with FAULTS[fault]() if strikes else nullcontext(), started(config, directory) as run:
             return f"started at step {run.state.step}"
     except UserError as error:
         return str(error)
+
+
+def resumption(config: Config, directory: Path) -> dict[str, Any]:
+    """Start, and go no further: where this rank resumes, what it passes over, what it shows."""
+    found, load = [], resume.resume
+
+    def recorded(*arguments: Any) -> Any:
+        found.append(load(*arguments))
+        return found[-1]
+
+    watched = patch.object(resume, "resume", recorded)
+    with redirect_stdout(io.StringIO()) as said, watched, started(config, directory) as run:
+        return {"step": run.state.step, "passed_over": found[0].passed_over, "said": said.getvalue()}
 
 
 def disagreement(config: Config, directory: Path) -> str:
@@ -170,7 +201,38 @@ def unforeseen_space() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def disk_filled_before(module: Any, name: str) -> Iterator[None]:
+    """Another process takes what is left of the disk, to the last byte, when a file of this name is to be written."""
+    write = module.write_atomically
+
+    def write_on_full_disk(path: Path, data: bytes | str) -> None:
+        if path.name == name:
+            with suppress(OSError), (path.parent / "ballast").open("wb", buffering=0) as ballast:
+                while True:
+                    ballast.write(bytes(512))
+        write(path, data)
+
+    with patch.object(module, "write_atomically", write_on_full_disk):
+        yield
+
+
+@contextmanager
+def failing_reads(module: Any, name: str) -> Iterator[None]:
+    """The disk does not answer while ``module.name`` reads."""
+
+    def fail(path: Any, *_: Any, **__: Any) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    with patch.object(module, name, fail):
+        yield
+
+
 FAULTS: dict[str, Callable[[], Any]] = {
+    "full_at_manifest": partial(disk_filled_before, checkpoint, MANIFEST),
+    "full_at_latest": partial(disk_filled_before, checkpoint_directory, "latest"),
+    "unreadable_hash": partial(failing_reads, checkpoint_format, "hash_file"),
+    "unreadable_tensor": partial(failing_reads, checkpoint_reader, "safe_open"),
     "small_files": small_files,
     "full_disk": full_disk,
     "unforeseen_space": unforeseen_space,
@@ -260,43 +322,73 @@ def _doomed_rank(
 
 def arrange_death(point: str, last: str) -> None:
     """Replace one function that a save of step ``last`` calls by one that kills this process before or after it."""
-    module, name, acts_first, concerns = DEATHS[point]
-    original = getattr(module, name)
+    death = DEATHS[point]
+    original = getattr(death.owner, death.name)
 
     def deadly(*arguments: Any) -> Any:
-        path = next(Path(argument) for argument in arguments if isinstance(argument, Path))
-        doomed = concerns(path, last, arguments)
-        result = None if doomed and not acts_first else original(*arguments)
+        doomed = death.concerns(last, *arguments)
+        result = None if doomed and not death.acts_first else original(*arguments)
         if doomed:
-            leave_half_done(point, arguments)
+            death.leave_half_done(*arguments)
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    setattr(module, name, deadly)
+    setattr(death.owner, death.name, deadly)
 
 
-def leave_half_done(point: str, arguments: Any) -> None:
-    """What a kill within these two leaves on the disk; the others are one system call."""
-    if point == "within a file":
-        staging, _, planned = arguments
-        os.truncate(staging / planned.name, planned.bytes // 2)
-    if point == "while retiring":
-        (path,) = arguments
-        path.rename(path.with_name(f".deleting_{path.name}"))
+def cut_in_half(staging: Path, _: Any, planned: Any) -> None:
+    os.truncate(staging / planned.name, planned.bytes // 2)
 
 
-# point -> (module and function, whether it acts before the process dies, which calls of it)
-DEATHS: dict[str, tuple[Any, str, bool, Callable[[Path, str, Any], bool]]] = {
-    "within a file": (checkpoint_writer, "_write_file", True, lambda path, last, _: last in str(path)),
-    "after a file": (checkpoint_writer, "_write_file", True, lambda path, last, _: last in str(path)),
-    "before the manifest": (checkpoint, "write_atomically", False, lambda path, last, _: last in str(path)),
-    "after the manifest": (checkpoint, "write_atomically", True, lambda path, last, _: last in str(path)),
-    "after the rename": (checkpoint_directory, "sync_directory", False, lambda path, last, _: (path / last).is_dir()),
-    "before latest": (
+def rename_aside(path: Path) -> None:
+    path.rename(path.with_name(f".deleting_{path.name}"))
+
+
+@dataclass(frozen=True)
+class Death:
+    """``owner.name``, whether it acts before the process dies, which calls of it concern the last save.
+
+    ``leave_half_done`` is what a kill within the function leaves on the disk, where it is more than one system call.
+    """
+
+    owner: Any
+    name: str
+    acts_first: bool
+    concerns: Callable[..., bool]
+    leave_half_done: Callable[..., object] = lambda *arguments: None
+
+
+def _into(last: str, path: Path, *_: Any) -> bool:
+    return last in str(path)
+
+
+def _of_saver(last: str, saver: Any, save: Any, *_: Any) -> bool:
+    return save.final.name == last
+
+
+# in the order of the protocol; every rank passes those of EVERY_RANK, only rank 0 the others
+EVERY_RANK = {
+    "before any file": Death(checkpoint.Saver, "_require_visible", True, lambda last, _, path: last in str(path)),
+    "within a file": Death(checkpoint_writer, "_write_file", True, _into, cut_in_half),
+    "after a file": Death(checkpoint_writer, "_write_file", True, _into),
+    "before the report": Death(checkpoint.Saver, "_write", True, _of_saver),
+    "after the report": Death(checkpoint.Saver, "_commit", False, _of_saver),
+    "after the commit": Death(
+        checkpoint.Saver, "trust", False, lambda last, _, state: last.endswith(f"_{state.step:08d}")
+    ),
+}
+RANK_0 = {
+    "before the manifest": Death(checkpoint, "write_atomically", False, _into),
+    "after the manifest": Death(checkpoint, "write_atomically", True, _into),
+    "after the rename": Death(checkpoint_directory, "sync_directory", False, lambda last, path: (path / last).is_dir()),
+    "before latest": Death(
         checkpoint_directory,
         "write_atomically",
         False,
-        lambda path, last, arguments: path.name == "latest" and last in arguments[1],
+        lambda last, path, text: path.name == "latest" and last in text,
     ),
-    "while retiring": (checkpoint_directory, "remove", False, lambda path, last, _: (path.parent / last).is_dir()),
+    "while retiring": Death(
+        checkpoint_directory, "remove", False, lambda last, path: (path.parent / last).is_dir(), rename_aside
+    ),
 }
+DEATHS = EVERY_RANK | RANK_0

@@ -90,6 +90,20 @@ def until(condition: Callable[[], Any]) -> Any:
     return found
 
 
+def seconds_to_its_end(process: Process) -> float:
+    """How long a process takes from now to its end, without what it only waits for a core that others keep busy.
+
+    The kernel counts that wait for the main thread (Documentation/scheduler/sched-stats.rst, /proc/<pid>/schedstat).
+    """
+
+    def waited_s() -> float:
+        return int(Path(f"/proc/{process.pid}/schedstat").read_text().split()[1]) / 1e9
+
+    began, waited = time.monotonic(), waited_s()
+    until(lambda: os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG))
+    return time.monotonic() - began - (waited_s() - waited)
+
+
 def ranks_of(run: Path) -> list[processes.Process]:
     """The living processes of this machine whose command line names a run directory, launchers among them."""
     return [member for member in processes.all_processes() if str(run) in member.words and member.is_alive()]

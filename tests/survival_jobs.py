@@ -13,25 +13,28 @@ from tests.configurations import Config
 from tests.jobs import held_state
 
 
-def train_with_wishes(config: Config, directory: Path, rank: int, wishes: dict[int, Wish]) -> dict[str, Any]:
-    """Train while one rank is told something in the middle of some steps."""
+def train_with_wishes(
+    config: Config, directory: Path, rank: int, wishes: dict[int, Wish], during: str = "training"
+) -> dict[str, Any]:
+    """Train while one rank is told something in the middle of some steps, or of the ``validation`` after them."""
     with started(config, directory) as run:
         if run.engine.mesh.rank == rank:
-            wish_during_steps(run, wishes)
+            wish_while_loading(run, wishes, during)
         wish = loop.train(run)
         return {"wish": wish, "state": run.state, "at_end": held_state(run.engine)}
 
 
-def wish_during_steps(run: Run, wishes: dict[int, Wish]) -> None:
-    """As a signal would: between the loading of a step's samples and its end."""
-    load = run.training.load
+def wish_while_loading(run: Run, wishes: dict[int, Wish], during: str) -> None:
+    """As a signal would: between the loading of a step's samples, or of a validation's, and its end."""
+    loader = getattr(run, during)
+    load = loader.load
 
     def load_and_wish(first: int, step: int | None = None) -> Any:
-        if step in wishes:
-            run.wishes.add(wishes[step])
+        if (now := step or run.state.step) in wishes:
+            run.wishes.add(wishes[now])
         return load(first, step)
 
-    run.training.load = load_and_wish  # type: ignore[method-assign]
+    loader.load = load_and_wish
 
 
 def train_sabotaged(config: Config, directory: Path, faults: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""What every rank is told of bad input costs no import of torch, which takes seconds."""
+"""What every rank is told of bad input costs no import of torch, which takes seconds, and is all there is to say."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +11,9 @@ import pytest
 
 from megagpt.signals import ends_before_the_start
 from megagpt.utils import ExitCode
+from tests.config_documents import MINIMAL, put
 from tests.monitoring import REPOSITORY
+from tests.processes import seconds_to_its_end
 
 WITHOUT_TORCH = """
 import runpy, sys
@@ -43,6 +46,81 @@ def test_bad_input_is_answered_before_torch_is_imported(words: list[str], said: 
     assert done.returncode == ExitCode.BAD_INPUT, done.stderr
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+ANSWERED_WITHIN_S = 1.0
+BAD_JSON = """{
+    "train_batch_size": 2.5, "gradient_clipping": true, "gradient_clipping": 1, "zero_optimisation": {},
+    "optimizer": {"type": "AdamW", "params": {"lr": "fast"}},
+    "zero_optimization": {"stage": 4, "offload_optimizer": {"device": "gpu", "pin_memroy": 1}},
+    "megagpt": {
+        "model": {"num_layers": true, "hidden_size": 32, "num_heads": 4},
+        "training": {"total_steps": 3},
+        "parallel": {"tensr": 2}
+    }
+}"""
+IMPOSSIBLE = put(MINIMAL, "megagpt.parallel", {"tensor": 3, "pipeline": 4})
+STATED = put(put(MINIMAL, "megagpt.parallel.world_size", 5), "megagpt.parallel.pipeline", 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "ranks", "lines"),
+    [
+        pytest.param('{\n  "train_batch_size": 8,,\n}', 1, ["line 2, column 25"], id="syntax"),
+        pytest.param(
+            BAD_JSON,
+            1,
+            [
+                "train_batch_size: expected an integer, got 2.5",
+                "gradient_clipping: written more than once",
+                'zero_optimisation: unknown key, did you mean "zero_optimization"?',
+                'optimizer.params.lr: expected a number, got "fast"',
+                "zero_optimization.stage: must be at most 3, got 4",
+                'zero_optimization.offload_optimizer.device: expected one of "none", "cpu", "nvme"; got "gpu"',
+                'zero_optimization.offload_optimizer.pin_memroy: unknown key, did you mean "pin_memory"?',
+                "megagpt.model.num_layers: expected an integer, got true",
+                'megagpt.parallel.tensr: unknown key, did you mean "tensor"?',
+            ],
+            id="values (F13)",
+        ),
+        pytest.param(
+            json.dumps(IMPOSSIBLE | {"train_batch_size": 17}),
+            24,
+            [
+                "nearest legal: --set megagpt.parallel.tensor=2",
+                "nearest legal: --set megagpt.parallel.pipeline=2",
+                "train_batch_size: 17 on 2 data-parallel ranks: use 16 or 18",
+            ],
+            id="arithmetic (F14)",
+        ),
+        pytest.param(
+            json.dumps(STATED),
+            8,
+            [
+                "nearest legal: --set megagpt.parallel.pipeline=2",
+                "bring back the missing hosts, or --set megagpt.parallel.world_size=8",
+            ],
+            id="world size (F14)",
+        ),
+    ],
+)
+def test_all_that_is_wrong_is_said_within_a_second(text: str, ranks: int, lines: list[str], tmp_path: Path) -> None:
+    """The faster of two answers: the first may wait for a cold disk. Other work on the machine is not counted."""
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    took_s = []
+    for _ in range(2):
+        command = [sys.executable, "launch/train.py", "--deepspeed_config", path, "--run_dir", tmp_path / "run"]
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | place, stderr=subprocess.PIPE, text=True)
+        took_s.append(seconds_to_its_end(process))
+        said = process.communicate()[1].splitlines()
+        assert process.returncode == ExitCode.BAD_INPUT
+        assert len(said) == len(lines), said
+        for line in lines:
+            assert any(line in shown for shown in said), (line, said)
+    assert min(took_s) < ANSWERED_WITHIN_S
     assert not (tmp_path / "run").exists()
 
 

@@ -33,9 +33,10 @@ from megagpt.checkpoint_format import (
     step_directory,
 )
 from megagpt.checkpoint_reader import open_checkpoint
+from megagpt.resume import hashing_shares
 from megagpt.resume_proof import NEXT_STEP
 from megagpt.utils import UserError
-from tests.checkpoint_jobs import DEATHS, gathered, run_config, train_and_die
+from tests.checkpoint_jobs import EVERY_RANK, RANK_0, gathered, run_config, train_and_die
 from tests.conftest import _Pools
 from tests.ranks import RankPool
 from tests.trained_run import write_dataset
@@ -185,7 +186,7 @@ def test_a_manifest_names_no_file_outside_its_directory(run_directory: Path, nam
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
-        ('"format_version": 1', '"format_version": 2', "format 2, this version of megagpt reads 1"),
+        ('"format_version": 1', '"format_version": "2"', "format_version: Input should be a valid integer"),
         ('"cursor": 48', '"cursor": "48"', "state.cursor: Input should be a valid integer"),
         ('"cursor": 48', '"cursor": -1', "state.cursor: .*greater than or equal to 0"),
         ('"cursor": 48', '"cursor": 48, "__class__": "os.system"', "state.__class__: Unexpected"),
@@ -251,6 +252,87 @@ def test_ranks_fall_back_together_and_set_the_damaged_aside(
     }
     log = (run_directory / "metrics.jsonl").read_text()
     assert "step_00000006/rank_00001_000.safetensors: its content changed" in log
+
+
+@pytest.mark.parametrize(
+    ("latest", "damage", "name"),
+    [
+        ("step_00000006", truncate, "rank_00001_000.safetensors"),
+        ("step_00000099", Path.unlink, "rank_00000_000.safetensors"),
+        ("step_00000004", empty, "rank_00009_000.safetensors"),  # one too many
+        ("step_00000099", None, ""),
+        ("step_00000004", None, ""),
+    ],
+)
+def test_every_rank_names_the_same_file_whatever_latest_says(
+    two_ranks: RankPool, data: Path, run_directory: Path, latest: str, damage: Callable[[Path], None] | None, name: str
+) -> None:
+    """``latest`` names a checkpoint that is damaged, that is not there, that is older: the scan decides."""
+    (checkpoints(run_directory) / "latest").write_text(f"{latest}\n")
+    if damage:
+        damage(newest(run_directory) / name)
+    first, second = two_ranks.run(
+        "tests.checkpoint_jobs:resumption", config=run_config(data, 7, ZERO3), directory=run_directory
+    )
+    assert first["step"] == second["step"] == (4 if damage else 6)
+    assert first["passed_over"] == second["passed_over"]
+    assert len(first["passed_over"]) == bool(damage)
+    assert "checkpoints of steps 4, 6 in" in first["said"]
+    assert (f"passed over step_00000006/{name}: " in first["said"]) == bool(damage)
+    assert f"resuming at step {first['step']}, " in first["said"]
+
+
+@pytest.mark.parametrize(("fault", "failing_rank"), [("unreadable_hash", 0), ("unreadable_tensor", 1)])
+def test_a_disk_that_does_not_answer_is_no_damage(
+    two_ranks: RankPool, data: Path, run_directory: Path, fault: str, failing_rank: int
+) -> None:
+    """EIO on one rank: nobody falls back, nothing is set aside, and the run goes on once the disk answers."""
+    job: dict[str, Any] = {"config": run_config(data, 7, ZERO3), "directory": run_directory}
+    told = two_ranks.run(REFUSAL, **job, failing_rank=failing_rank, fault=fault)
+    assert told[0] == told[1]
+    assert re.search(
+        rf"step_00000006: cannot be read: .*Input/output error: .*rank_0000\d_000.safetensors'; "
+        rf"start again when its disk answers \(rank {failing_rank}\)",
+        told[0],
+    )
+    assert complete_steps(checkpoints(run_directory)) == [6, 4]
+    assert two_ranks.run(REFUSAL, **job) == ["started at step 6"] * 2
+
+
+def test_a_checkpoint_of_another_format_is_left_alone(two_ranks: RankPool, data: Path, run_directory: Path) -> None:
+    """A newer version of this program wrote it: no damage, and no reason to lose the steps that it holds."""
+    manifest = newest(run_directory) / MANIFEST
+    manifest.write_text(as_attacker(manifest.read_text(), '"format_version": 1', '"format_version": 7'))
+    job: dict[str, Any] = {"config": run_config(data, 7, ZERO3), "directory": run_directory}
+    told = two_ranks.run(REFUSAL, **job)
+    assert told[0] == told[1]
+    assert "step_00000006/manifest.json: format 7, this version of megagpt reads format 1: go on with the" in told[0]
+    with pytest.raises(UserError, match="format 7"):
+        open_checkpoint(run_directory)
+    assert complete_steps(checkpoints(run_directory)) == [6, 4]
+    command = told[0].partition("without this checkpoint: ")[2]
+    subprocess.run(command, shell=True, check=True)  # noqa: S602  as a user would type it
+    assert two_ranks.run(REFUSAL, **job) == ["started at step 4"] * 2
+
+
+def test_hashing_is_shared_by_bytes_whoever_wrote() -> None:
+    """Files stay with the rank of their writer's number while that is fair."""
+
+    def share(bytes_of_files: dict[str, int], ranks: int) -> list[list[str]]:
+        files = {f"rank_{name}.safetensors": StoredFile(size, "0" * 64) for name, size in bytes_of_files.items()}
+        shares = hashing_shares(files, ranks)
+        assert sorted(name for names in shares for name in names) == sorted(files)
+        return [[name[5:14] for name in names] for names in shares]
+
+    alike = {"00000_000": 101, "00000_001": 50, "00001_000": 100, "00001_001": 50}
+    assert share(alike, 2) == [["00000_000", "00000_001"], ["00001_000", "00001_001"]]
+    assert share(dict.fromkeys(["00000_000", "00000_001", "00000_002", "00000_003"], 9), 2) == [
+        ["00000_000", "00000_001"],
+        ["00000_002", "00000_003"],
+    ]
+    assert [len(names) for names in share({f"00000_00{index}": 7 for index in range(8)}, 4)] == [2, 2, 2, 2]
+    assert share({"00000_000": 5}, 3) == [["00000_000"], [], []]
+    assert share({}, 2) == [[], []]
 
 
 def test_a_checkpoint_that_verifies_and_does_not_load_is_passed_over(
@@ -376,28 +458,54 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(
     assert (ranks[0]["first_step"], ranks[0]["state"].step) == (1, 2)
 
 
+@pytest.mark.parametrize(("fault", "saved_step"), [("full_at_manifest", 1), ("full_at_latest", 2)])
+def test_a_disk_that_fills_up_as_a_save_is_committed(
+    two_ranks: RankPool, data: Path, small_disk: Path, fault: str, saved_step: int
+) -> None:
+    """Without its manifest it is no checkpoint; without ``latest`` it is one, and rank 0 warns only."""
+    run = small_disk / "run"
+    two_ranks.run(TRAIN, config=run_config(data, 1, ZERO3), directory=run)
+    told = two_ranks.run(
+        "tests.checkpoint_jobs:failing_save",
+        config=run_config(data, 2, ZERO3, save_every=0),
+        directory=run,
+        failing_rank=0,
+        fault=fault,
+    )
+    warned = (two_ranks.directory / "output_0").read_text()
+    said = told[1] if saved_step == 1 else next(line for line in warned.splitlines() if "is complete, but" in line)
+    assert re.search(r"No space left on device.*a checkpoint needs .* KiB, the disk has 0 B", said, re.DOTALL), said
+    assert (told[1] == "saved") == (saved_step == 2)
+    assert open_checkpoint(run).manifest.state.step == saved_step
+    assert not list(checkpoints(run).glob(".*"))
+    for ballast in run.rglob("ballast"):
+        ballast.unlink()
+    ranks = two_ranks.run(TRAIN, config=run_config(data, 3, ZERO3, save_every=0), directory=run)
+    assert (ranks[0]["first_step"], ranks[0]["state"].step) == (saved_step, 3)
+
+
 # ------------------------------------------------------------------------------------------------------ killed saves
 
-QUICK = [("within a file", 1), ("after the manifest", 0)]
-SLOW = [("within a file", 0), ("after a file", 0), ("after a file", 1)]
-SLOW += [("while retiring", 0), ("before the manifest", 0), ("after the rename", 0), ("before latest", 0)]
-COMMITTED = ("after the rename", "before latest", "while retiring")
+QUICK = [("within a file", 1), ("after the report", 1), ("after the manifest", 0)]
+SLOW = [(point, rank) for point in EVERY_RANK for rank in (0, 1)] + [(point, 0) for point in RANK_0]
+KILLS = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW if case not in QUICK)]
+COMMITTED = ("after the rename", "before latest", "while retiring", "after the commit")
 
 
-@pytest.mark.parametrize(("point", "victim"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
+@pytest.mark.parametrize(("point", "victim"), KILLS)
 def test_a_rank_killed_during_a_save_costs_no_sound_checkpoint(
     two_ranks: RankPool, data: Path, tmp_path: Path, point: str, victim: int
 ) -> None:
-    """kill -9: the resumed run picks the newest checkpoint that was committed, and clears away the rest."""
+    """kill -9: the resumed run picks the newest checkpoint that was committed, and clears away the rest.
+
+    Once every rank has reported, rank 0 commits by itself: a rank 1 that is killed meanwhile costs nothing.
+    """
     config = run_config(data, 6, ZERO3, save_every=2)
     codes = train_and_die(config, tmp_path, victim, point)
     assert codes[victim] == -9
+    committed = point in COMMITTED or (point, victim) == ("after the report", 1)
     ranks = two_ranks.run(TRAIN, config=run_config(data, 7, ZERO3, save_every=0), directory=tmp_path)
-    assert [rank["first_step"] for rank in ranks] == [6 if point in COMMITTED else 4] * 2
+    assert [rank["first_step"] for rank in ranks] == [6 if committed else 4] * 2
     assert ranks[0]["state"].step == 7
     left = {path.name for path in checkpoints(tmp_path).iterdir()}
     assert left <= {"latest", "step_00000002", "step_00000004", "step_00000006"}
-
-
-def test_every_point_of_a_save_is_covered() -> None:
-    assert {point for point, _ in [*QUICK, *SLOW]} == set(DEATHS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -262,3 +263,29 @@ def test_an_override_error_alone_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps(MINIMAL))
     with pytest.raises(ConfigError, match=r"--set nonsense: expected KEY\.KEY=VALUE"):
         load_config(tmp_path / "x.json", ["nonsense"])
+
+
+@pytest.mark.parametrize("key", ["bf16", "bf16.enabled", "zero_optimization.offload_optimizer", "scheduler", "aio"])
+def test_null_on_the_command_line_removes_a_key(tmp_path: Path, key: str) -> None:
+    document = copy.deepcopy(MINIMAL)
+    (tmp_path / "with.json").write_text(json.dumps(document))
+    *parents, last = key.split(".")
+    here = document
+    for name in parents:
+        here = here[name]
+    here.pop(last, None)
+    (tmp_path / "without.json").write_text(json.dumps(document))
+    assert load_config(tmp_path / "with.json", [f"{key}=null"]) == load_config(tmp_path / "without.json")
+
+
+def test_what_is_required_cannot_be_removed(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps(MINIMAL))
+    with pytest.raises(ConfigError, match="optimizer: required key is missing"):
+        load_config(tmp_path / "x.json", ["optimizer=null"])
+
+
+@pytest.mark.parametrize("key", ["bf61", "zero_optimization.stge", "optimizer.params.lrr", "bf61.enabled"])
+def test_a_typo_is_not_removed_but_said(tmp_path: Path, key: str) -> None:
+    (tmp_path / "x.json").write_text(json.dumps(MINIMAL))
+    with pytest.raises(ConfigError, match="unknown key, did you mean"):
+        load_config(tmp_path / "x.json", [f"{key}=null"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megagpt import planner
+from megagpt import legality
 from megagpt.config import load_config
 from megagpt.config_reference import reference_text, schema_text
 
@@ -20,10 +20,8 @@ CONFIG_FILES = sorted(path for path in (REPOSITORY / "ds_configs").glob("*.json"
 @pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.name)
 def test_every_file_loads_is_legal_and_resolves(path: Path) -> None:
     config = load_config(path)
-    planner.require_legal(config)
-    world_size = config.megagpt.parallel.world_size or 2
-    resolved = config.resolved(world_size=world_size, vocabulary=50257, bf16_native=True)
-    planner.require_legal(resolved)
+    world = legality.World(config.megagpt.parallel.world_size or 2, vocabulary=50257, bf16_native=True)
+    legality.require_legal(config, world=world)
     assert json.loads(path.read_text())["$schema"] == "schema.json"
 
 
@@ -50,8 +48,8 @@ def test_the_documentation_holds_every_key() -> None:
 
 def test_reading_a_configuration_imports_no_torch() -> None:
     program = (
-        "import sys; from megagpt import planner, flops, hosts; from megagpt.config import load_config; "
-        "config = load_config('ds_configs/default.json'); planner.require_legal(config); "
+        "import sys; from megagpt import legality, flops, hosts; from megagpt.config import load_config; "
+        "config = load_config('ds_configs/default.json'); legality.require_legal(config); "
         "print(sorted({'torch', 'deepspeed', 'numpy', 'triton'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)

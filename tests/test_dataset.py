@@ -139,6 +139,12 @@ def as_uint32(directory):
     np.fromfile(path, "<u2").astype("<u4").tofile(path)
 
 
+def write_an_id_out_of_range(directory):
+    tokens = np.memmap(directory / "train-00000.bin", "<u2", mode="r+")
+    tokens[123] = 40000
+    tokens.flush()
+
+
 def shard(content, split="train"):
     return content["splits"][split][0]
 
@@ -158,6 +164,10 @@ DAMAGE = {
         r"2 bytes a token found, uint32 has 4",
     ),
     "id out of range": (
+        write_an_id_out_of_range,
+        r"train-00000\.bin: token id 40000 found at byte 246, ids below 257 expected",
+    ),
+    "vocabulary too small": (
         lambda d: edit_manifest(d, lambda m: m.update(vocabulary=100)),
         r"token id 149 found, ids below the vocabulary of 100 expected",
     ),
@@ -232,21 +242,39 @@ def test_full_verification_finds_one_bit_between_the_probes(tmp_path):
         verify(directory, full=True)
 
 
-def test_full_verification_finds_ids_and_offsets_that_a_wrong_manifest_vouches_for(small):
-    np.array([3, 900, 901], "<u2").tofile(small / "val-00000.bin")
-    np.array([5], "<u8").tofile(small / "val-00000.offsets")
+def test_an_id_out_of_range_between_the_probes_is_never_trained_on(tmp_path):
+    directory = write_dataset(tmp_path / "data", [[1] * 2**20])
+    tokens = np.memmap(directory / "train-00000.bin", "<u2", mode="r+")
+    tokens[35_000] = 300
+    tokens.flush()
+    stream = open_dataset(directory).split("train")
+    assert set(stream.read(0, 35_000)) == {1}
+    with pytest.raises(UserError, match=r"train-00000\.bin: token id 300 found at byte 70000, ids below 257 expected"):
+        stream.read(34_990, 35_010)
+
+
+def test_ids_and_offsets_that_a_wrong_manifest_vouches_for_are_found(small):
+    """An id in a probed block at once, the others by full verification."""
+    tokens = np.ones(2**20, "<u2")
+    tokens[35_000] = 900
+    np.array([2**21], "<u8").tofile(small / "val-00000.offsets")
 
     def vouch(content):
+        tokens.tofile(small / "val-00000.bin")
         record = shard(content, "val")
-        record.update(integrity.record_file(small / "val-00000.bin").model_dump(mode="json"), tokens=3, max_token=4)
+        record.update(integrity.record_file(small / "val-00000.bin").model_dump(mode="json"), tokens=2**20, max_token=4)
         record["offsets"] = integrity.record_file(small / "val-00000.offsets").model_dump(mode="json")
 
     edit_manifest(small, vouch)
     verify(small)
     with pytest.raises(UserError) as caught:
         verify(small, full=True)
-    assert "val-00000.bin: token id 900 at byte 2, ids below 257 expected" in str(caught.value)
-    assert "val-00000.offsets: offset 5 at byte 0, increasing offsets below 3 expected" in str(caught.value)
+    assert "val-00000.bin: token id 900 found at byte 70000, ids below 257 expected" in str(caught.value)
+    assert f"offsets: offset {2**21} at byte 0, increasing offsets below {2**20} expected" in str(caught.value)
+    tokens[1] = 901
+    edit_manifest(small, vouch)
+    with pytest.raises(UserError, match="token id 901 found at byte 2, ids below 257 expected"):
+        verify(small)
 
 
 def test_full_verification_passes_what_was_prepared(small):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megagpt.config import load_config
-from megagpt.planner import refusals, require_legal
+from megagpt.legality import World, require_legal
 from tests.monitoring import REPOSITORY
 from tests.ranks import RankPool
 
@@ -37,10 +37,9 @@ def test_each_shipped_file_has_a_row_here() -> None:
 @pytest.mark.parametrize("ranks", [8, 16])
 def test_it_is_legal_where_it_is_meant_to_run(path: Path, ranks: int) -> None:
     config = load_config(path)
-    require_legal(config)
-    expected = config.megagpt.parallel.world_size or ranks
-    resolved = config.resolved(world_size=expected, vocabulary=GPT_VOCABULARY, bf16_native=True)
-    assert refusals(resolved) == []
+    world = World(config.megagpt.parallel.world_size or ranks, vocabulary=GPT_VOCABULARY, bf16_native=True)
+    require_legal(config, world=world)
+    resolved = world.resolve(config)
     stage, optimizer, parameters = MECHANISMS[path.stem]
     zero = resolved.zero_optimization
     assert (zero.stage, zero.optimizer_device, zero.parameter_device) == (stage, optimizer, parameters)

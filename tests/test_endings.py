@@ -1,5 +1,7 @@
 """How a run ends: the exit code, and the page that is shown whatever the disk does."""
 
+import os
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -8,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from megagpt import endings, startup
+from megagpt import assembly, endings, startup
 from megagpt import train as loop
 from megagpt.checkpoint_format import TrainState
 from megagpt.signals import Wishes
-from megagpt.utils import ExitCode, UserError
-from tests.monitoring import config
+from megagpt.text import MASK
+from megagpt.utils import ExitCode, UserError, abandon
+from tests.monitoring import CANARY, config
 
 
 @pytest.fixture
@@ -27,7 +30,7 @@ def end_of_run(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], int]:
         state=TrainState(step=40), monitor=nullcontext(), engine=SimpleNamespace(mesh=SimpleNamespace(name="rank 0"))
     )
     monkeypatch.setattr(startup, "_open_log", lambda directory: None)
-    monkeypatch.setattr(startup, "assemble", lambda *_: run)
+    monkeypatch.setattr(assembly, "assemble", lambda *_: run)
     monkeypatch.setattr(endings, "watching", lambda run: nullcontext())
     monkeypatch.setattr(loop, "train", save)
     return lambda directory: startup._run_to_its_end(config(), {}, directory, Wishes())
@@ -51,12 +54,46 @@ def test_a_crash_page_that_cannot_be_written_is_still_shown(
     assert "the disk is full: free some space" in capsys.readouterr().err
 
 
+def test_a_terminal_that_has_gone_changes_no_exit_code(
+    end_of_run: Callable[[Path], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "logs").mkdir()
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1) as gone:
+        monkeypatch.setattr(sys, "stderr", gone)
+        with pytest.raises(BrokenPipeError):
+            print("anybody there?", file=gone, flush=True)
+        assert end_of_run(tmp_path) == ExitCode.FAILED
+        abandon(gone)  # what it still holds, before it is closed
+    assert "the disk is full: free some space" in (tmp_path / "logs" / "crash.txt").read_text()
+
+
+def test_a_secret_in_an_error_reaches_neither_record_nor_page(
+    end_of_run: Callable[[Path], int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(run: Any) -> None:
+        raise ConnectionError(f"https://user:{CANARY}@host refused")
+
+    monkeypatch.setattr(loop, "train", fail)
+    monkeypatch.setenv("WANDB_API_KEY", CANARY)
+    (tmp_path / "logs").mkdir()
+    assert end_of_run(tmp_path) == ExitCode.FAILED
+    kept = [(tmp_path / name).read_text() for name in ("end.json", "logs/crash.txt")]
+    for text in (*kept, capsys.readouterr().err):
+        assert f"https://user:{MASK}@host refused" in text
+        assert CANARY not in text
+
+
 def test_bad_input_before_the_first_step_is_no_crash(
     end_of_run: Callable[[Path], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:
         raise UserError("every checkpoint is damaged")
 
-    monkeypatch.setattr(startup, "assemble", refuse)
+    monkeypatch.setattr(assembly, "assemble", refuse)
     with pytest.raises(UserError, match="every checkpoint is damaged"):
         end_of_run(tmp_path)

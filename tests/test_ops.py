@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -101,6 +102,26 @@ def test_a_young_lock_in_a_shared_cache_is_named_instead_of_waited_for(extension
     ):
         pass
     assert (extensions / "lock").exists()
+
+
+HOLDING = "import fcntl, os, sys, time; lock = open(sys.argv[1], 'a+'); fcntl.flock(lock, fcntl.LOCK_EX); "
+HOLDING += "print(os.getpid(), file=lock, flush=True); print('held', flush=True); time.sleep(1000)"
+
+
+def test_a_process_that_compiles_without_end_is_named(
+    extensions: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another run's rank, say, that was stopped in the middle of a build: to be ended, as it is here."""
+    monkeypatch.setattr(ops, "NOTICE_S", 0.0)
+    command = [sys.executable, "-c", HOLDING, str(extensions / ".megagpt_lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        monkeypatch.setattr(ops, "_say", lambda text: (print(text), holder.kill()))
+        with ops._one_builder("CPUAdamBuilder"):
+            assert (extensions / ".megagpt_lock").read_text() == f"{os.getpid()}\n"
+    said = f"process {holder.pid} compiles DeepSpeed's CPUAdam: waiting for it (to end it: kill {holder.pid})\n"
+    assert capsys.readouterr().out == said
 
 
 def test_in_our_own_cache_any_lock_is_left_over(monkeypatch: pytest.MonkeyPatch, extensions: Path) -> None:

@@ -1,15 +1,19 @@
 """``launch/parity.py``: what it tries, what it says where everything is equal, and that it sees what is not."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megagpt import parity
+from megagpt.config import load_config
 from megagpt.parity import Strategy
+from megagpt.planner import refusals
 from tests.monitoring import ENVIRONMENT, REPOSITORY
-from tests.ranks import RankPool
+from tests.ranks import RankPool, free_port
 
 CONFIG = str(REPOSITORY / "ds_configs" / "default.json")
 
@@ -23,8 +27,46 @@ def test_every_mesh_of_four_ranks_is_tried_with_every_stage() -> None:
         assert {s.stage for s in of_mesh} == {0, 1, 2, 3}
         assert {s.optimizer for s in of_mesh} == {"none", "cpu", "nvme"}
     assert any(s.parallel.get("sequence") for s in tried)
-    assert {s.parallel.get("schedule", "1f1b") for s in tried} == {"1f1b", "gpipe", "interleaved"}
+    for stage in (1, 2, 3):
+        schedules = {s.parallel.get("schedule", "1f1b") for s in tried if s.stage == stage}
+        assert schedules == {"1f1b", "gpipe", "interleaved"}
+    assert {s.stage for s in tried if s.parallel.get("sequence")} == {0, 1, 2, 3}
     assert len({str(s) for s in tried}) == len(tried)
+
+
+def test_the_small_model_is_of_the_kind_of_the_large_one() -> None:
+    """Grouped key-value heads stay grouped, for as many tensor ranks; document masks act."""
+    grouped = ["megagpt.model.num_heads=8", "megagpt.model.num_kv_heads=2", "megagpt.data.document_mask=true"]
+    for overrides, heads in (([], 8), (grouped, 16)):
+        document = parity.small(load_config(CONFIG, overrides), world_size=4, steps=1)
+        strategy = Strategy({"tensor": 4, "pipeline": 1}, 3)
+        resolved = parity.resolved(document, strategy, 4, None)
+        assert (resolved.megagpt.model.num_heads, resolved.megagpt.model.num_kv_heads) == (heads, 8)
+        assert resolved.megagpt.data.document_mask is bool(overrides)
+        assert refusals(resolved) == []
+
+
+@pytest.mark.slow
+def test_grouped_heads_and_documents_equal_one_process(two_ranks: RankPool, tmp_path: Path) -> None:
+    document = json.loads(Path(CONFIG).read_text())
+    document["megagpt"]["model"] |= {"num_kv_heads": 2, "bias": True}
+    document["megagpt"]["data"] = {"document_mask": True}
+    del document["$schema"]
+    (tmp_path / "grouped.json").write_text(json.dumps(document))
+    few = [Strategy({"pipeline": 2, "schedule": "gpipe"}, 2), Strategy({"tensor": 2, "sequence": True}, 0)]
+    (equal, text), *_ = two_ranks.run("tests.jobs:run_parity", config=str(tmp_path / "grouped.json"), steps=3, few=few)
+    assert equal, text
+    assert "2 of 2 strategies equal" in text
+
+
+@pytest.mark.slow
+def test_a_rank_that_does_not_come_is_named() -> None:
+    environment = ENVIRONMENT | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MEGAGPT_JOIN_TIMEOUT_S": "2"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    words = [sys.executable, "launch/parity.py"]
+    done: Any = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert "rank 1 did not join within 2 s" in done.stderr
 
 
 @pytest.mark.slow

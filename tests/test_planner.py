@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megagpt import planner
+from megagpt import legality, planner
 from megagpt.config import ConfigError, RunConfig, load_config
+from megagpt.legality import World
 from tests.config_documents import MINIMAL, put
 
 NVME = {"device": "nvme", "nvme_path": "swap"}
 CASES: list[tuple[dict[str, Any], str]] = [  # changes to the minimal (ZeRO 3) configuration; words of the reason
-    ({"megagpt.parallel.tensor": 3}, "as many key-value heads"),
+    ({"megagpt.parallel.tensor": 3, "train_batch_size": 12}, "as many key-value heads"),
     (
         {"megagpt.parallel": {"tensor": 2, "sequence": True}, "megagpt.model.sequence_length": 127},
         "as many positions as any other",
     ),
     ({"megagpt.parallel.pipeline": 2, "zero_optimization": {"stage": 0}}, "without a ZeRO optimizer"),
-    ({"megagpt.parallel.pipeline": 50}, "a stage would have no block"),
+    ({"megagpt.parallel.pipeline": 4}, "a stage would have no block"),
     ({"megagpt.parallel.pipeline": 2, "fp16.enabled": True, "bf16.enabled": False}, "scale the gradients"),
     (
         {"megagpt.model.num_layers": 8, "megagpt.parallel": {"pipeline": 2, "virtual_stages": 2}},
@@ -52,21 +54,9 @@ CASES: list[tuple[dict[str, Any], str]] = [  # changes to the minimal (ZeRO 3) c
                 "gradient_reduction": "per_micro_batch",
             },
             "megagpt.model": {"num_layers": 8, "hidden_size": 64, "num_heads": 4, "tie_embeddings": False},
+            "zero_optimization": {"stage": 1, "overlap_comm": True},
         },
-        "trains to other losses",
-    ),
-    (
-        {
-            "megagpt.parallel": {
-                "pipeline": 2,
-                "schedule": "interleaved",
-                "virtual_stages": 2,
-                "gradient_reduction": "per_micro_batch",
-            },
-            "megagpt.model": {"num_layers": 8, "hidden_size": 64, "num_heads": 4, "tie_embeddings": False},
-            "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
-        },
-        "then loses gradients",
+        "of one of a rank's stages only",
     ),
     (
         {"megagpt.parallel.pipeline": 2, "zero_optimization.offload_param": NVME, "bf16.enabled": True},
@@ -101,6 +91,10 @@ CASES: list[tuple[dict[str, Any], str]] = [  # changes to the minimal (ZeRO 3) c
         {"data_types.grad_accum_dtype": "fp32", "bf16.enabled": True, "zero_optimization": {"stage": 1}},
         "BF16_Optimizer",
     ),
+    (
+        {"megagpt.parallel.pipeline": 2, "zero_optimization": {"stage": 3, "sub_group_size": 30_000}},
+        "different numbers of optimizer tiles",
+    ),
 ]
 
 
@@ -113,10 +107,19 @@ def write(tmp_path: Path, changes: dict[str, Any]) -> Path:
     return path
 
 
-def as_resolved(config: RunConfig) -> RunConfig:
-    """What the trainer checks last; a mesh that no rank count of the test fits stays as it was read."""
-    replica = config.megagpt.parallel.model_parallel_size
-    return config.resolved(world_size=2 * replica, vocabulary=1000, bf16_native=False)
+def world_of(config: RunConfig) -> World:
+    """Two replicas of what the configuration asks for."""
+    return World(2 * config.megagpt.parallel.model_parallel_size, vocabulary=1000, bf16_native=False)
+
+
+def printed_items(line: str) -> list[str]:
+    """What an error says to type behind `--set`."""
+    return line.rpartition("nearest legal: --set ")[2].split()
+
+
+def is_legal(path: Path, items: list[str], world: World) -> bool:
+    """Typed in, as a user would, and resolved in the same world."""
+    return legality.problems(load_config(path, items), world) == []
 
 
 def test_every_row_has_a_case() -> None:
@@ -126,27 +129,157 @@ def test_every_row_has_a_case() -> None:
 
 
 @pytest.mark.parametrize(("changes", "reason"), CASES, ids=[reason for _, reason in CASES])
-def test_a_row_refuses_and_its_remedy_is_legal(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+def test_a_row_refuses_and_what_it_prints_passes_the_whole_check(
+    tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
     path = write(tmp_path, changes)
-    config = as_resolved(load_config(path))
-    (rule,) = planner.refusals(config)
+    written = load_config(path)
+    world = world_of(written)
+    (rule,) = planner.refusals(world.resolve(written))
     assert reason in rule.reason
     with pytest.raises(ConfigError) as caught:
-        planner.require_legal(config, "x.json")
-    remedy = rule.remedy_for(config)
-    assert caught.value.errors == [f"x.json: {rule.line(config)}"]
-    assert caught.value.errors[0].endswith(f"nearest legal: --set {remedy}")
-    assert planner.refusals(as_resolved(load_config(path, [remedy]))) == []
+        legality.require_legal(written, "x.json", world)
+    (line,) = caught.value.errors
+    assert line.startswith(f"x.json: {rule.line(world.resolve(written))}; nearest legal: --set ")
+    assert is_legal(path, printed_items(line), world)
 
 
-def test_all_refusals_come_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("changes", "reason"), CASES, ids=[reason for _, reason in CASES])
+def test_each_remedy_of_a_row_is_one(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+    """Whatever else it breaks, that row no longer refuses; a change that no file may have is passed over."""
+    written = load_config(write(tmp_path, changes))
+    world, cured = world_of(written), 0
+    (rule,) = planner.refusals(world.resolve(written))
+    for remedy in rule.remedies_for(world.resolve(written)):
+        try:
+            after = world.resolve(written.changed(remedy.split()))
+        except ConfigError:
+            continue
+        assert rule not in planner.refusals(after), remedy
+        cured += 1
+    assert cured
+
+
+NEAREST = [  # what a remedy alone would break; the world; what is printed
+    ({"megagpt.model.num_layers": 6, "megagpt.parallel.pipeline": 8}, 8, ["megagpt.parallel.pipeline=4"]),
+    (
+        {
+            "megagpt.model.num_layers": 4,
+            "megagpt.parallel": {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 3},
+        },
+        4,
+        ["megagpt.parallel.virtual_stages=2"],
+    ),
+    (
+        {
+            "megagpt.model.num_layers": 4,
+            "megagpt.parallel": {"pipeline": 4, "schedule": "interleaved", "virtual_stages": 2},
+        },
+        8,
+        ["megagpt.parallel.virtual_stages=1", "megagpt.parallel.schedule=1f1b"],
+    ),
+    (
+        {
+            "megagpt.model.num_layers": 8,
+            "megagpt.parallel": {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 2},
+            "train_batch_size": 10,
+            "gradient_accumulation_steps": 5,
+        },
+        4,
+        ["train_batch_size=8", "gradient_accumulation_steps=4"],
+    ),
+    ({"megagpt.parallel.pipeline": 50}, 100, ["megagpt.parallel.pipeline=2", "train_batch_size=50"]),
+    ({"megagpt.parallel.tensor": 3}, 6, ["megagpt.parallel.tensor=2", "train_batch_size=15"]),
+    (
+        {
+            "megagpt.parallel.tensor": 3,
+            "train_batch_size": 12,
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": 3,
+        },
+        6,
+        ["megagpt.parallel.tensor=2", "gradient_accumulation_steps=null"],
+    ),
+    (
+        {"megagpt.parallel": {"pipeline": 1, "schedule": "interleaved", "virtual_stages": 2}},
+        2,
+        ["megagpt.parallel.schedule=1f1b", "megagpt.parallel.virtual_stages=1"],
+    ),
+    (
+        {"zero_optimization": {"stage": 2, "allgather_bucket_size": 1000, "offload_param": {"device": "cpu"}}},
+        2,
+        ["zero_optimization.stage=3", "zero_optimization.allgather_bucket_size=null"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "ranks", "items"), NEAREST, ids=[str(items) for *_, items in NEAREST])
+def test_the_nearest_legal_run_is_looked_for_until_all_is_legal(
+    tmp_path: Path, changes: dict[str, Any], ranks: int, items: list[str]
+) -> None:
+    path, world = write(tmp_path, changes), World(ranks, vocabulary=1000, bf16_native=False)
+    *_, line = legality.problems(load_config(path), world)
+    assert printed_items(line) == items
+    assert is_legal(path, items, world)
+
+
+def test_all_refusals_come_at_once_and_one_remedy_for_all(tmp_path: Path) -> None:
     path = write(tmp_path, {"megagpt.parallel.schedule": "gpipe", "megagpt.parallel.sequence": True})
     with pytest.raises(ConfigError) as caught:
-        planner.require_legal(load_config(path))
-    assert [line.split(":")[0] for line in caught.value.errors] == [
-        "megagpt.parallel.schedule",
-        "megagpt.parallel.sequence",
+        legality.require_legal(load_config(path), "x.json")
+    assert [line.split(":")[1] for line in caught.value.errors] == [
+        " megagpt.parallel.schedule",
+        " megagpt.parallel.sequence",
+        " nearest legal",
     ]
+    assert printed_items(caught.value.errors[-1]) == [
+        "megagpt.parallel.schedule=1f1b",
+        "megagpt.parallel.sequence=false",
+    ]
+
+
+@pytest.mark.parametrize("layers", [3, 6, 8])
+@pytest.mark.parametrize("ranks", [2, 6, 8])
+def test_whatever_is_printed_of_a_grid_of_meshes_is_legal(tmp_path: Path, ranks: int, layers: int) -> None:
+    """Every pipeline, tensor, schedule and reduction, most of them impossible together."""
+    model = {"num_layers": layers, "hidden_size": 64, "num_heads": 4, "sequence_length": 32}
+    world = World(ranks, vocabulary=1000, bf16_native=False)
+    offers = 0
+    for pipeline, tensor in itertools.product(divisors(ranks), repeat=2):
+        if ranks % (pipeline * tensor):
+            continue
+        for schedule, virtual, stage in itertools.product(("1f1b", "interleaved"), (1, 2, 3), (0, 1, 3)):
+            parallel = {"pipeline": pipeline, "tensor": tensor, "schedule": schedule, "virtual_stages": virtual}
+            parallel |= {"sequence": stage == 1, "gradient_reduction": "per_micro_batch" if stage else "per_step"}
+            changes = {"megagpt.model": model, "megagpt.parallel": parallel, "zero_optimization": {"stage": stage}}
+            path = write(tmp_path, changes | {"train_batch_size": 10 * ranks, "gradient_accumulation_steps": 10})
+            found = legality.problems(load_config(path), world)
+            if found and "nearest legal" in found[-1]:
+                assert is_legal(path, printed_items(found[-1]), world), found
+                offers += 1
+            else:
+                assert not found or "use" in found[-1], "refused without a way out"
+    assert offers > 20
+
+
+def divisors(number: int) -> list[int]:
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+def test_a_buffer_holds_what_a_rank_has_of_the_largest_parameter(tmp_path: Path) -> None:
+    """Shared by tensor ranks, too; positions are a parameter like others."""
+
+    def needed(**changes: Any) -> int:
+        offload = NVME | {"buffer_size": 1}
+        path = write(tmp_path, {"zero_optimization.offload_param": offload, "bf16.enabled": True} | changes)
+        written = load_config(path)
+        (line,) = legality.problems(written, world_of(written))
+        return int(line.rpartition("=")[2])
+
+    rows, width = 1024, 64
+    assert needed() == rows * width // 2
+    assert needed(**{"megagpt.parallel.tensor": 4}) == rows * width // 4 // 2
+    assert needed(**{"megagpt.model.sequence_length": 2048}) == 2048 * width // 2
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -130,6 +130,17 @@ def test_one_rank_is_told_and_all_end_at_the_same_step(
     assert_same_state(gathered(whole, "at_end"), gathered(second, "at_end"))
 
 
+def test_a_wish_in_a_validation_does_not_wait_for_another_step(two_ranks: RankPool, data: Path, tmp_path: Path) -> None:
+    config = run_config(data, STEPS, (1, "none", "none"), save_every=0)
+    config["megagpt"]["training"] |= {"eval_interval_steps": 2, "eval_batches": 1}
+    wishes = {2: Wish.SAVE, 4: Wish.SIGTERM}  # to save can wait, for the end of step 3
+    arguments = {"config": config, "directory": tmp_path, "rank": 1, "wishes": wishes, "during": "validation"}
+    ranks = two_ranks.run(TRAIN, **arguments)
+    assert [(ended["wish"], ended["state"].step) for ended in ranks] == [(Wish.SIGTERM, 4)] * 2
+    assert complete_steps(tmp_path / "checkpoints") == [4, 3]
+    assert [event["step"] for event in read_metrics(tmp_path).events_named("eval")] == [2, 4]
+
+
 def test_a_wish_in_the_last_step_changes_nothing(two_ranks: RankPool, data: Path, tmp_path: Path) -> None:
     config = run_config(data, 3, (1, "none", "none"))
     ranks = two_ranks.run(TRAIN, config=config, directory=tmp_path, rank=1, wishes={3: Wish.SIGINT})

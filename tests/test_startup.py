@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,17 @@ import numpy as np
 import pytest
 import torch
 
-from megagpt import run_directory, startup
+from megagpt import run_data, run_directory, startup
 from megagpt.config import RunConfig
 from megagpt.stored_model import load_model
-from megagpt.utils import UserError
+from megagpt.utils import ExitCode, UserError
 from tests import trained_run
 from tests.checkpoint_jobs import run_config
+from tests.monitoring import REPOSITORY
 from tests.ranks import RankPool
 from tests.trained_run import write_dataset
 
-REFUSAL = "tests.checkpoint_jobs:refusal"
+REFUSED_WITHIN_S = 2.0
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,25 @@ def contents(directory: Path) -> dict[Path, bytes]:
     if directory.is_file():
         return {directory: directory.read_bytes()}
     return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def refused_by_command(config: dict[str, Any], directory: Path) -> str:
+    """What ``launch/train.py`` says; bad data have to be refused within two seconds, before torch is imported.
+
+    They are two seconds of the processor, the only ones that do not depend on what else runs on the machine.
+    """
+    path = directory.with_suffix(".json")
+    path.write_text(json.dumps(config))
+    before = contents(directory)
+    command = [sys.executable, "launch/train.py", "--deepspeed_config", str(path), "--run_dir", str(directory)]
+    with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as process:
+        said = process.stderr.read()
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == ExitCode.BAD_INPUT, said
+    assert used.ru_utime + used.ru_stime < REFUSED_WITHIN_S
+    assert contents(directory) == before
+    return said
 
 
 def truncate(data: Path) -> None:
@@ -105,6 +127,14 @@ def test_data_that_are_not_what_they_were_are_named(
     assert re.search(reason, said), said
     assert str(data) in said
     assert f"python launch/download_data.py --dataset stdlib --output {data}" in said or "--force" in said
+
+
+def test_a_token_id_out_of_range_is_refused_with_its_place(data: Path, tmp_path: Path) -> None:
+    tokens = np.fromfile(data / "train-00000.bin", "<u2")
+    tokens[100] = 40_000
+    tokens.tofile(data / "train-00000.bin")
+    said = refused_by_command(run_config(data, 6), tmp_path / "run")
+    assert f"{data}/train-00000.bin: token id 40000 found at byte 200, ids below 257 expected" in said
 
 
 def test_a_vocabulary_larger_than_the_models_names_both(data: Path, tmp_path: Path) -> None:
@@ -171,13 +201,12 @@ def test_data_that_changed_since_the_save_are_refused(
     monkeypatch.setattr(trained_run, "TEXTS", ["Another text.\n" * 40, "A second.\n" * 60, "A third.\n" * 30])
     shutil.rmtree(data)
     shutil.copytree(write_dataset(tmp_path / "other"), data)
-    before = contents(directory)
     config["megagpt"]["training"]["total_steps"] = 4
-    said = two_ranks.run(REFUSAL, config=config, directory=directory)
-    assert said[0] == said[1]
-    assert "its data changed since step 2 was saved; restore them, or start afresh with another --run_dir" in said[0]
-    after = contents(directory)
-    assert {path: after[path] for path in before} == before
+    said = refused_by_command(config, directory)
+    assert re.search(
+        rf"{directory}: its data changed since step 2 was saved: \w{{16}} found in {data}, \w{{16}} ", said
+    )
+    assert "expected; restore them, or start afresh with another --run_dir" in said
 
 
 def test_ranks_that_disagree_are_named(two_ranks: RankPool, prepared: Path, tmp_path: Path) -> None:
@@ -203,7 +232,7 @@ def test_all_ranks_write_the_same_sample_and_validate_as_the_stored_model_does(
     assert len(ranks[0]["texts"]) == 2
     model, resolved, step = load_model(tmp_path)
     config["megagpt"]["parallel"] = {}  # the reference is one process
-    stream = startup.open_data(RunConfig.from_json(json.dumps(config)), tmp_path)["val"]
+    stream = run_data.open_data(RunConfig.from_json(json.dumps(config)), tmp_path)["val"]
     batch = stream.batch(range(resolved.train_batch_size))
     with torch.no_grad():
         expected = model(torch.from_numpy(batch.tokens), torch.from_numpy(batch.targets)).item()

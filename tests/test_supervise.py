@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from megagpt.report import write_report
 from megagpt.supervise import handles, members, run_directory_of
 from tests.checkpoint_jobs import run_config
 from tests.monitoring import record
-from tests.processes import PATIENCE_S, PROGRAMS, Process, Start, ranks_of, until
+from tests.processes import PATIENCE_S, PROGRAMS, Process, Start, ranks_of, seconds_to_its_end, until
 from tests.ranks import free_port
 from tests.trained_run import write_dataset
 
@@ -298,20 +297,6 @@ def test_a_killed_run_is_resumed_to_the_same_end(start: Start, data: Path, tmp_p
 
 
 PEERS_END_WITHIN_S = 5.0
-
-
-def seconds_to_its_end(process: Process) -> float:
-    """How long a process takes from now to its end, without what it only waits for a core that others keep busy.
-
-    The kernel counts that wait for the main thread (Documentation/scheduler/sched-stats.rst, /proc/<pid>/schedstat).
-    """
-
-    def waited_s() -> float:
-        return int(Path(f"/proc/{process.pid}/schedstat").read_text().split()[1]) / 1e9
-
-    began, waited = time.monotonic(), waited_s()
-    until(lambda: os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG))
-    return time.monotonic() - began - (waited_s() - waited)
 
 
 @pytest.mark.slow

@@ -92,17 +92,45 @@ def test_sizes_for_people(text: str, expected: str) -> None:
     assert text == expected
 
 
+def run_with_a_reader_that_has_gone(stream: str, script: str) -> subprocess.CompletedProcess[bytes]:
+    reader, writer = os.pipe()
+    os.close(reader)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: writer}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=os.environ | {"PYTHONUNBUFFERED": ""}, check=False, **streams)
+    os.close(writer)
+    return done
+
+
 @pytest.mark.parametrize("code", [0, 2])
 def test_a_reader_that_leaves_does_not_change_a_commands_exit_code(code: int) -> None:
     script = f"import sys; from megagpt.utils import run_command; sys.exit(run_command(lambda: print('x') or {code}))"
-    reader, writer = os.pipe()
-    os.close(reader)
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=os.environ | {"PYTHONUNBUFFERED": ""},
-        stdout=writer,
-        stderr=subprocess.PIPE,
-        check=False,
-    )
-    os.close(writer)
+    done = run_with_a_reader_that_has_gone("stdout", script)
     assert (done.returncode, done.stderr) == (code, b"")
+
+
+REFUSING = """
+import sys
+from megagpt.utils import UserError, end_process, run_command
+
+def refuse():
+    print("so far", end="")
+    raise UserError("bad input")
+
+{end}(run_command(refuse))
+"""
+
+
+@pytest.mark.parametrize("end", ["sys.exit", "end_process"])
+def test_a_terminal_that_has_gone_does_not_change_the_code_of_bad_input(end: str) -> None:
+    """Python itself would exit with 120 where it cannot flush stderr."""
+    done = run_with_a_reader_that_has_gone("stderr", REFUSING.format(end=end))
+    assert (done.returncode, done.stdout) == (2, b"so far")
+
+
+def test_a_rank_that_failed_waits_for_no_thread() -> None:
+    lingering = "import threading, time; threading.Thread(target=time.sleep, args=[1000]).start()\n"
+    done = subprocess.run(
+        [sys.executable, "-c", lingering + REFUSING.format(end="end_process")], capture_output=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (2, b"so far", b"bad input\n")

@@ -1,6 +1,10 @@
 """A run that hangs ends itself and says who differs; a rank that the others wait for is named."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +15,16 @@ from megagpt.end_record import EndRecord
 from megagpt.hang_page import hang_page, odd_ranks, verdict
 from megagpt.metrics import read_metrics
 from megagpt.stragglers import slower_ranks
+from megagpt.utils import ExitCode
 from megagpt.watch import RankState
 from tests.checkpoint_jobs import run_config
+from tests.monitoring import REPOSITORY
 from tests.processes import PATIENCE_S, Process, Start
 from tests.ranks import RankPool
 from tests.trained_run import write_dataset
 
 TIMEOUT_S = 4
+FOUND_WITHIN_S = TIMEOUT_S + 5
 HUNG_STEP = 4
 
 
@@ -27,7 +34,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def hung(start: Start, data: Path, tmp_path: Path, fault: str, ranks: int, stage: int) -> tuple[Path, list[Process]]:
-    """A run of which rank 1 does not end step 4: its directory, and its ranks once all but a stopped one have ended."""
+    """A run of which rank 1 does not end step 4: its directory, and its ranks once all but a stopped one have ended.
+
+    They have within the timeout and five seconds, from the moment that the fault struck, by the clock of the files.
+    """
     config = run_config(data, 100, (stage, "none", "none"), save_every=2)
     config["megagpt"]["monitor"]["stall_timeout_s"] = TIMEOUT_S
     path, run = tmp_path / "config.json", tmp_path / "run"
@@ -37,6 +47,10 @@ def hung(start: Start, data: Path, tmp_path: Path, fault: str, ranks: int, stage
     for rank, process in enumerate(processes):
         if fault != "stop" or rank != 1:
             assert process.wait(PATIENCE_S) == 1
+    struck_s = (run / "logs" / "faults.txt").stat().st_mtime
+    assert time.time() - struck_s < FOUND_WITHIN_S
+    for page in ("logs/crash.txt", "logs/watch/reported", "end.json"):
+        assert TIMEOUT_S - 1 < (run / page).stat().st_mtime - struck_s < FOUND_WITHIN_S
     return run, processes
 
 
@@ -76,7 +90,32 @@ def test_a_stopped_process_is_named_with_the_last_that_was_seen_of_it(start: Sta
     assert processes[1].poll() is None
     flowing = " ".join((run / "logs" / "crash.txt").read_text().split())
     assert "rank 1 differs: no sign of life for" in flowing
-    assert (run / "logs" / "watch" / "rank_00001.json").exists()
+    states = [json.loads(path.read_text()) for path in sorted((run / "logs" / "watch").glob("rank_*.json"))]
+    assert [state["rank"] for state in states] == [0, 1]
+    assert all(state["stack"] for state in states)
+
+
+WATCHING = """
+import sys, time
+from pathlib import Path
+from megagpt.watch import Pulse, Watch
+
+with Watch(
+    Path(sys.argv[1]), Pulse(), rank=0, world_size=1, name="rank 0", timeout_s=1, module_names={}, report=print
+):
+    time.sleep(1000)
+"""
+
+
+def test_a_watch_whose_disk_does_not_answer_still_ends_its_rank(tmp_path: Path) -> None:
+    """As when the network goes and a shared disk with it. Whoever opens a pipe that nobody reads waits like that."""
+    written = tmp_path / "logs" / "watch" / "rank_00000.partial"
+    written.parent.mkdir(parents=True)
+    os.mkfifo(written)
+    command = [sys.executable, "-c", WATCHING, str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, timeout=PATIENCE_S, check=False)
+    assert (done.returncode, done.stdout) == (ExitCode.FAILED, b"")  # it had no chance to report
+    assert [path.name for path in written.parent.iterdir()] == [written.name]
 
 
 def test_a_slow_rank_is_named_within_twenty_steps_and_the_run_goes_on(

@@ -1,0 +1,125 @@
+"""Is a run legal where it is to run, and if not, which is the nearest one that is? No torch.
+
+`planner.py` knows what is refused and what helps against each refusal. That may break something else: another row, a
+batch that no longer divides. So what is printed as legal has passed the whole check again, in the same world.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megagpt.config import ConfigError, ResolvedConfig, RunConfig
+from megagpt.config_arithmetic import nearest_first
+from megagpt.planner import Rule, refusals
+
+ANY_VOCABULARY = 1  # token, while the data are not prepared: whatever they turn out to have, the rest can be judged
+MOST_TRIED = 500  # configurations looked at for a legal one, a millisecond each
+
+Items = tuple[str, ...]  # of `--set`
+
+
+@dataclass(frozen=True)
+class World:
+    """What a file does not say: how many ranks there are, how many tokens the data have (None: as many as the model),
+    and whether the device multiplies bf16 matrices in hardware (None: not known yet)."""
+
+    ranks: int
+    vocabulary: int | None
+    bf16_native: bool | None = None
+
+    def resolve(self, written: RunConfig) -> ResolvedConfig:
+        """The run in this world; where the device is not known, on one where it is legal. Raises ConfigError."""
+        if self.bf16_native is None:
+            without, with_bf16 = (replace(self, bf16_native=native).resolve(written) for native in (False, True))
+            return with_bf16 if refusals(without) and not refusals(with_bf16) else without
+        return written.resolved(world_size=self.ranks, vocabulary=self.vocabulary, bf16_native=self.bf16_native)
+
+
+def require_legal(written: RunConfig, source: str = "", world: World | None = None) -> None:
+    """Raise ConfigError with all that is wrong; `source` (the file) stands before each line."""
+    if lines := problems(written, world):
+        prefix = f"{source}: " if source else ""
+        raise ConfigError(prefix + line for line in lines)
+
+
+def problems(written: RunConfig, world: World | None = None) -> list[str]:
+    """A line for each row that refuses and each number that does not divide, and the nearest legal run behind the last;
+    empty for a legal one."""
+    verdict = judge(written, world)
+    lines = [rule.line(verdict.config) for rule in verdict.refused]
+    if not lines or verdict.impossible:
+        return lines + verdict.impossible
+    found = nearest_legal(written, world)
+    if found is None:
+        return lines
+    offer = f"nearest legal: --set {' '.join(found)}"
+    return [f"{lines[0]}; {offer}"] if len(lines) == 1 else [*lines, offer]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The rows that refuse a configuration, resolved as far as it can be, and why it could not be."""
+
+    config: RunConfig
+    refused: list[Rule]
+    impossible: list[str]
+
+
+def judge(written: RunConfig, world: World | None) -> Verdict:
+    """The whole check that a run passes before it starts."""
+    config, impossible = written, []
+    if world is not None:
+        try:
+            config = world.resolve(written)
+        except ConfigError as error:
+            impossible = error.errors
+    return Verdict(config, refusals(config), impossible)
+
+
+def nearest_legal(written: RunConfig, world: World | None) -> Items | None:
+    """The `--set` items of a legal run, found by the fewest remedies; None where none was found."""
+    queue: deque[Items] = deque([()])
+    seen: set[Items] = {()}
+    tried = 0
+    while queue and tried < MOST_TRIED:
+        items, tried = queue.popleft(), tried + 1
+        try:
+            changed = written.changed(items)
+        except ConfigError:
+            continue
+        verdict = judge(changed, world)
+        if not verdict.refused and not verdict.impossible:
+            return items
+        for remedy in _remedies(changed, verdict, world):
+            more = _with(items, tuple(remedy.split()))
+            if more not in seen:
+                seen.add(more)
+                queue.append(more)
+    return None
+
+
+def _remedies(written: RunConfig, verdict: Verdict, world: World | None) -> Iterator[str]:
+    """Of the first row that refuses; where only the batch does not divide, other ways to cut it, then other batches."""
+    if verdict.refused:
+        yield from verdict.refused[0].remedies_for(verdict.config)
+        return
+    micro_batch, steps = written.train_micro_batch_size_per_gpu or 1, written.gradient_accumulation_steps or 1
+    if written.gradient_accumulation_steps is not None:
+        yield "gradient_accumulation_steps=null"
+    for fewer in range(micro_batch - 1, 0, -1):
+        if micro_batch % fewer == 0:
+            yield f"train_micro_batch_size_per_gpu={fewer}"
+    replica = written.megagpt.parallel.model_parallel_size
+    if world is not None and world.ranks % replica == 0 and written.train_batch_size is not None:
+        unit = world.ranks // replica * micro_batch * steps
+        below = written.train_batch_size // unit * unit
+        for batch in nearest_first(written.train_batch_size, among=[max(below, unit), below + unit]):
+            yield f"train_batch_size={batch}"
+
+
+def _with(items: Items, more: Items) -> Items:
+    """Later items stand instead of earlier ones of the same key."""
+    by_key = {item.partition("=")[0]: item for item in (*items, *more)}
+    return tuple(by_key.values())

@@ -202,6 +202,7 @@ def test_the_pointer_to_the_latest_leads_nowhere(run: Path, tmp_path: Path) -> N
     staging = checkpoint_directory.staging_directory(step_directory(run / "checkpoints", 30))
     staging.mkdir()
     checkpoint_directory.commit(staging, step_directory(run / "checkpoints", 30))
+    checkpoint_directory.name_latest(step_directory(run / "checkpoints", 30))
     assert (latest.is_symlink(), latest.read_text()) == (False, "step_00000030\n")
     assert outside.read_text() == "../../outside\n"
 

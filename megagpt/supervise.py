@@ -24,6 +24,8 @@ from pathlib import Path
 from types import FrameType
 
 from megagpt.end_record import END_FILE, ENDED_AT_ONCE, FAILED, EndRecord
+from megagpt.hosts import read_hostfile
+from megagpt.launch_command import hostfile_in
 from megagpt.metrics import METRICS_FILE, Line, MetricsFile, plain, read_metrics
 from megagpt.processes import PROC, all_processes
 from megagpt.run_directory import directory_of_run
@@ -287,5 +289,7 @@ def supervise(command: Sequence[str], restarts: int) -> int:
     """Run a training command, starting it again after at most so many crashes; returns an exit code."""
     if not command:
         raise UserError("no command; such as: python launch/supervise.py --restarts 5 -- deepspeed launch/train.py")
+    if (hostfile := hostfile_in(command)) is not None:
+        read_hostfile(hostfile)  # DeepSpeed hands whatever it holds to ssh
     print(f"supervise: {shlex.join(command)}", file=sys.stderr, flush=True)
     return Supervisor(command, restarts).run()

@@ -1,6 +1,7 @@
 """Reading tensors of a checkpoint on whatever mesh: any run of any box of any parameter, and nothing else."""
 
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from megagpt.checkpoint_format import (
     step_directory,
     verify_file,
 )
-from megagpt.utils import UserError
+from megagpt.utils import MIB, UserError
+
+MOST_HEADER_BYTES = 8 * MIB  # of the shapes and names of some 60,000 pieces
 
 
 class Reader:
@@ -86,11 +89,20 @@ class Reader:
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
+            _require_small_header(self.directory, name)
             try:
                 self._open[name] = safe_open(str(self.directory / name), framework="pt")
             except (SafetensorError, *MISSING) as error:  # an OSError of another kind says nothing of the content
                 raise DamagedCheckpointError(f"{self.directory.name}/{name}: {error}") from error
         return self._open[name]
+
+
+def _require_small_header(directory: Path, name: str) -> None:
+    """Of a header, which is JSON, safetensors makes twenty times its size in memory (seen: 98 MB became 1.9 GiB)."""
+    with suppress(OSError), (directory / name).open("rb") as file:  # safe_open meets it too, and says so
+        size = int.from_bytes(file.read(8), "little")
+        if size > MOST_HEADER_BYTES:
+            raise DamagedCheckpointError(f"{directory.name}/{name}: header too large ({size} bytes)")
 
 
 def _view(run: Tensor, part: Rectangle) -> Tensor:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from megagpt import end_record
 from megagpt.end_record import EndRecord
 from megagpt.launch_command import COMMAND_VARIABLE, command_of_launcher
-from megagpt.launchers import adopt_launch
+from megagpt.launchers import OF_A_RANK, adopt_launch
 from megagpt.signals import STOP_FILE, Wish
 from megagpt.text import redacted
 from megagpt.utils import ExitCode, human_count
@@ -183,7 +183,8 @@ def last_checkpoint(directory: Path) -> Path | None:
 
 
 def resume_command() -> str:
-    """What was typed; where no rank could see that, this rank's command without what the launcher added."""
+    """What was typed; where no rank could see that, this rank's command without what the launcher added, and with the
+    variables that made it a rank where no launcher set them."""
     if (command := command_of_launcher()) is not None:
         return shlex.join(command)
     if COMMAND_VARIABLE in os.environ:
@@ -191,4 +192,8 @@ def resume_command() -> str:
     launch = adopt_launch()
     hostfile = " --hostfile HOSTFILE" if launch.launcher == "deepspeed" and len(launch.hosts) > 1 else ""
     started = [word for word in sys.argv if not word.startswith("--local_rank")]
-    return f"{launch.launcher}{hostfile} {shlex.join(started)}"
+    again = f"{launch.launcher}{hostfile} {shlex.join(started)}"
+    if launch.launcher != "python" or launch.world_size == 1:
+        return again
+    place = " ".join(f"{name}={shlex.quote(os.environ[name])}" for name in OF_A_RANK)
+    return f"{place} {again}  # and so every other rank, with its own RANK and LOCAL_RANK"

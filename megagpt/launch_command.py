@@ -10,7 +10,7 @@ import base64
 import itertools
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megagpt.hosts import Host
@@ -37,8 +37,13 @@ def hostfile_of_launcher(process_id: int | None = None) -> Path | None:
 
     DeepSpeed reads it before any of our code runs; a missing one makes it warn and train on this machine alone.
     """
-    launcher, *words = command_of_launcher(process_id) or [""]
-    return _option(words, "--hostfile", "-H") if launcher == "deepspeed" else None
+    return hostfile_in(command_of_launcher(process_id) or [""])
+
+
+def hostfile_in(command: Sequence[str]) -> Path | None:
+    """The --hostfile of a `deepspeed` command, or None; also of any other command."""
+    launcher, *words = command
+    return _option(words, "--hostfile", "-H") if Path(launcher).name == "deepspeed" else None
 
 
 def hosts_of_launcher(process_id: int | None = None) -> list[Host]:

@@ -121,6 +121,7 @@ class Monitor:
         except Exception as error:
             if name not in self._warned:
                 self._warned.add(name)
-                logger.warning("%s failed (%s: %s); training goes on without it", name, type(error).__name__, error)
+                said = " ".join(str(error).split())  # wandb's errors have several lines
+                logger.warning("%s failed (%s: %s); training goes on without it", name, type(error).__name__, said)
             return False
         return True

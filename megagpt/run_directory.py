@@ -27,11 +27,13 @@ def read_config(run_directory: Path) -> ResolvedConfig:
     """The configuration a run was started with; raises UserError where the directory is no run."""
     path = run_directory / CONFIG_FILE
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); give the directory of a run, --run_dir runs/NAME"
         ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); restore it, or choose another run") from error
     return ResolvedConfig.from_json(text, str(path))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -18,10 +19,13 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from types import FrameType
 
-from megagpt.end_record import END_FILE, ENDED_AT_ONCE, EndRecord
+from megagpt.end_record import END_FILE, ENDED_AT_ONCE, FAILED, EndRecord
+from megagpt.hosts import read_hostfile
+from megagpt.launch_command import hostfile_in
 from megagpt.metrics import METRICS_FILE, Line, MetricsFile, plain, read_metrics
 from megagpt.processes import PROC, all_processes
 from megagpt.run_directory import directory_of_run
@@ -34,22 +38,40 @@ NOT_A_CRASH = (ExitCode.DONE, ExitCode.BAD_INPUT, ExitCode.PREEMPTED_AND_SAVED, 
 ANY_STEP = sys.maxsize
 MARK = "MEGAGPT_SUPERVISOR"
 MOST_CHARACTERS = 160  # of what a record says of the error
+# What gloo, NCCL and torch's store say on a rank whose peer has gone without a word, as one does that is killed.
+PEER_HAS_GONE = re.compile(
+    r"closed by peer|reset by peer|broken pipe|remote process exited|connection was likely closed", re.IGNORECASE
+)
+CRASHES_IN_A_PLACE, KILLS_IN_A_PLACE = 2, 3
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How one attempt ended: the last step (None: it never trained), the newest checkpoint ("" for none), and why."""
+    """How one attempt ended: the last step (None: it never trained), the newest checkpoint ("" for none), and why.
+
+    ``killed``: the run has not said what was wrong with it, or only that a rank of it had gone.
+    """
 
     code: int
     step: int | None
     checkpoint: str
     reason: str
     final: bool
+    killed: bool = False
 
     @property
     def place(self) -> tuple[int | None, str]:
-        """Two crashes at the same place: the third would be there too."""
         return self.step, self.checkpoint
+
+    @property
+    def most_in_a_place(self) -> int:
+        """So many ends at the same place, and the next would be there too.
+
+        Of a killed run the step is known as of its last logged line only, and whoever kills (a scheduler, a host that
+        goes down) does not look at steps: two kills may well meet between the same two lines. The system's own kill of
+        a process that takes too much memory looks alike, so that patience has an end.
+        """
+        return KILLS_IN_A_PLACE if self.killed else CRASHES_IN_A_PLACE
 
 
 def run_directory_of(command: Sequence[str]) -> Path:
@@ -122,11 +144,12 @@ class Supervisor:
             detail = f": {textwrap.shorten(record.detail, MOST_CHARACTERS)}" if record.detail else ""
             orphaned = record.detail == Wish.ORPHANED.name  # the run has saved, and its launcher has crashed
             final = (record.exit_code in NOT_A_CRASH and not orphaned) or record.reason == ENDED_AT_ONCE
-            return Ending(record.exit_code, record.step, checkpoint, f"{record.reason}{detail}", final)
+            killed = record.reason == FAILED and PEER_HAS_GONE.search(record.detail) is not None
+            return Ending(record.exit_code, record.step, checkpoint, f"{record.reason}{detail}", final, killed)
         if code in NOT_A_CRASH and code != ExitCode.DONE:  # a launcher that was killed exits 0, too
             return Ending(code, step, checkpoint, f"exit code {code}", final=True)
         reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}, no end record"
-        return Ending(ExitCode.FAILED, step, checkpoint, reason, final=False)
+        return Ending(ExitCode.FAILED, step, checkpoint, reason, final=False, killed=code != ExitCode.FAILED)
 
     # --------------------------------------------------------------------------------------------- between attempts
 
@@ -136,8 +159,10 @@ class Supervisor:
             return ending.reason
         if self.asked_to_stop.is_set():
             return f"{ending.reason}, after it was asked to stop"
-        if self.crashes and self.crashes[-1].place == ending.place:
-            return f"{ending.reason}; twice after step {ending.step}, without a new checkpoint"
+        in_this_place = takewhile(lambda crash: crash.place == ending.place, reversed(self.crashes))
+        here = 1 + sum(crash.killed == ending.killed for crash in in_this_place)
+        if here >= ending.most_in_a_place:
+            return f"{ending.reason}; {here} times after step {ending.step}, without a new checkpoint"
         if len(self.crashes) == self.restarts:
             return f"{ending.reason}; {self.restarts} restarts are used up"
         return None
@@ -264,5 +289,7 @@ def supervise(command: Sequence[str], restarts: int) -> int:
     """Run a training command, starting it again after at most so many crashes; returns an exit code."""
     if not command:
         raise UserError("no command; such as: python launch/supervise.py --restarts 5 -- deepspeed launch/train.py")
+    if (hostfile := hostfile_in(command)) is not None:
+        read_hostfile(hostfile)  # DeepSpeed hands whatever it holds to ssh
     print(f"supervise: {shlex.join(command)}", file=sys.stderr, flush=True)
     return Supervisor(command, restarts).run()

@@ -32,11 +32,11 @@ def open_monitor(run_directory: Path, *overrides: str, start_step: int = 0, is_w
     return Monitor.open(config(*overrides), run_directory, total_steps=100, start_step=start_step, is_writer=is_writer)
 
 
-def run_script(script: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+def run_script(script: str, *, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[bytes]:
     """Run a script in a fresh process with pipes for its output; it may import this module."""
     return subprocess.run(
         [sys.executable, "-c", script],
-        cwd=REPOSITORY,
+        cwd=cwd,
         env=os.environ | ENVIRONMENT | environment,
         capture_output=True,
         timeout=120,

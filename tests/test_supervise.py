@@ -117,7 +117,30 @@ def test_two_crashes_in_the_same_place_are_enough(start: Start, tmp_path: Path) 
     assert process.wait(PATIENCE_S) == 1
     assert unused(tmp_path / "run") == 1
     (whole,) = read_metrics(tmp_path / "run").events_named("supervise")
-    assert "twice after step 5, without a new checkpoint" in whole["outcome"]
+    assert "2 times after step 5, without a new checkpoint" in whole["outcome"]
+
+
+LOST = "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711"
+
+
+@pytest.mark.parametrize(
+    "killed",
+    [
+        {"code": 1, "signal": signal.SIGKILL, "step": 5, "checkpoint": 4},
+        pytest.param(failed(5, checkpoint=4, detail=LOST), marks=pytest.mark.slow),
+    ],
+    ids=["alone", "peer"],
+)
+def test_kills_that_happen_to_meet_in_the_same_place_are_two_kills(
+    start: Start, tmp_path: Path, killed: dict[str, Any]
+) -> None:
+    """Between the same two logged steps, without a new checkpoint; a third makes it the fault of that place."""
+    process = pretend(start, tmp_path / "run", killed, killed, killed, DONE)
+    assert process.wait(PATIENCE_S) == 1
+    assert unused(tmp_path / "run") == 1
+    (whole,) = read_metrics(tmp_path / "run").events_named("supervise")
+    assert whole["restarts"] == 2
+    assert "3 times after step 5, without a new checkpoint" in whole["outcome"]
 
 
 @pytest.mark.slow
@@ -304,7 +327,8 @@ PEERS_END_WITHIN_S = 5.0
 def test_peers_end_with_a_killed_rank_and_the_printed_command_goes_on(
     start: Start, data: Path, tmp_path: Path, victim: int
 ) -> None:
-    """kill -9 of one of two ranks, started one by one, in a step (F1). Each gets the printed command typed again."""
+    """kill -9 of one of two ranks, started one by one, in a step (F1). The printed command is that of the rank that
+    prints it, and is typed for the other with its numbers."""
     path, run = tmp_path / "config.json", tmp_path / "killed"
     path.write_text(json.dumps(run_config(data, 8, (1, "none", "none"), save_every=2)))
     words = ["--deepspeed_config", path, "--run_dir"]
@@ -316,7 +340,9 @@ def test_peers_end_with_a_killed_rank_and_the_printed_command_goes_on(
     assert not ranks_of(run)
     page = peer.communicate()[1]
     (typed,) = re.findall(r"to resume +(.+)\n", page)
-    assert [rank.wait(PATIENCE_S) for rank in start(typed=typed, ranks=2)] == [0, 0]
+    assert f"RANK={1 - victim} WORLD_SIZE=2 LOCAL_RANK={1 - victim} MASTER_ADDR=127.0.0.1 MASTER_PORT=" in typed
+    again = [start(typed=typed.replace(f"RANK={1 - victim}", f"RANK={rank}")) for rank in (0, 1)]
+    assert [rank.wait(PATIENCE_S) for (rank,) in again] == [0, 0]
     assert [rank.wait(PATIENCE_S) for rank in start(*words, tmp_path / "undisturbed", ranks=2)] == [0, 0]
     (resume,) = read_metrics(run).events_named("resume")
     assert resume["step"] == 4

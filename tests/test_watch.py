@@ -107,6 +107,7 @@ with Watch(
 """
 
 
+@pytest.mark.slow
 def test_a_watch_whose_disk_does_not_answer_still_ends_its_rank(tmp_path: Path) -> None:
     """As when the network goes and a shared disk with it. Whoever opens a pipe that nobody reads waits like that."""
     written = tmp_path / "logs" / "watch" / "rank_00000.partial"

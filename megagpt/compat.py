@@ -158,7 +158,11 @@ def require_equal_tiles(engine: DeepSpeedEngine, mesh: Any) -> None:
 
 
 class _Inject(torch.autograd.Function):
-    """A scalar whose gradient with respect to the output is the gradient that the next stage sent."""
+    """A scalar whose gradient with respect to the output is the gradient that the next stage sent.
+
+    DeepSpeed multiplies every scalar by the loss scale of fp16. The next stage's gradient has been: the last stage's
+    loss was, and all ranks of the mesh have the same scale, as they agree on each overflow (zero/stage3.py:2413).
+    """
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, gradient: Tensor) -> Tensor:
@@ -168,7 +172,7 @@ class _Inject(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_scalar: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * of_scalar.to(gradient.dtype), None
+        return gradient, None
 
 
 class EngineStage(PipelineStage):

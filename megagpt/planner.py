@@ -233,12 +233,6 @@ RULES: tuple[Rule, ...] = (
         _fewer_stages,
     ),
     Rule(
-        "fp16.enabled",
-        lambda config: _has_pipeline(config) and config.fp16.enabled,
-        "DeepSpeed would scale the gradients that one stage sends another a second time",
-        ("fp16.enabled=false bf16.enabled=auto", "fp16.enabled=false"),
-    ),
-    Rule(
         "megagpt.parallel.virtual_stages",
         lambda config: (
             _has_pipeline(config)

@@ -68,6 +68,22 @@ def train(config: dict[str, Any], steps: int) -> dict[str, Any]:
         destroy(engine)
 
 
+def train_in_fp16(config: dict[str, Any], steps: int) -> dict[str, Any]:
+    """As ``train``, with the loss scale of each step. DeepSpeed may say that this CPU cannot; torch can, slowly."""
+    from deepspeed.accelerator import get_accelerator
+
+    with patch.object(type(get_accelerator()), "is_fp16_supported", lambda accelerator: True):
+        engine = build(config)
+        try:
+            results, scales = [], []
+            for step in range(steps):
+                scales.append(compat.loss_scaler_state(engine.deepspeed)["cur_scale"])
+                results += train_steps(engine, range(step, step + 1))
+            return {"results": results, "scales": scales, "evidence": evidence(engine)}
+        finally:
+            destroy(engine)
+
+
 def left_after_training(config: dict[str, Any], steps: int) -> tuple[int, int]:
     """DeepSpeed engines that are still alive after a training that has ended, and threads of gloo groups."""
     train(config, steps)

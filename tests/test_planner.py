@@ -23,7 +23,6 @@ CASES: list[tuple[dict[str, Any], str]] = [  # changes to the minimal (ZeRO 3) c
     ),
     ({"megagpt.parallel.pipeline": 2, "zero_optimization": {"stage": 0}}, "without a ZeRO optimizer"),
     ({"megagpt.parallel.pipeline": 4}, "a stage would have no block"),
-    ({"megagpt.parallel.pipeline": 2, "fp16.enabled": True, "bf16.enabled": False}, "scale the gradients"),
     (
         {"megagpt.model.num_layers": 8, "megagpt.parallel": {"pipeline": 2, "virtual_stages": 2}},
         "only the interleaved schedule",

@@ -3,7 +3,8 @@
     python -m benchmarks.gradient_accumulation
 
 The error is the norm of the difference from the gradient that one plain process computes in fp64 with the same weights,
-as a share of that gradient's norm. Two pipeline ranks, ZeRO 2; the model is tiny, as a CPU multiplies slowly in bf16.
+as a share of that gradient's norm. Two pipeline ranks, ZeRO 2, untied, or ZeRO 3, tied; the model is tiny, as a CPU
+multiplies slowly in bf16.
 """
 
 import argparse
@@ -15,15 +16,17 @@ from benchmarks.machine import write_table
 
 MICRO_BATCHES = (1, 4, 8, 16, 32, 64)
 RANKS = 2
-WAYS = {
-    "bf16_per_step": ("per_step", None),
-    "bf16_per_micro_batch": ("per_micro_batch", None),
-    "fp32_per_micro_batch": ("per_micro_batch", "fp32"),
+WAYS = {  # gradient_reduction, grad_accum_dtype, ZeRO stage; tied at 3
+    "bf16_per_step": ("per_step", None, 2),
+    "bf16_per_micro_batch": ("per_micro_batch", None, 2),
+    "fp32_per_micro_batch": ("per_micro_batch", "fp32", 2),
+    "tied_bf16_per_step": ("per_step", None, 3),
+    "tied_fp32_per_micro_batch": ("per_micro_batch", "fp32", 3),
 }
 SHAPE = {"num_layers": 4, "hidden_size": 64, "num_heads": 4, "vocab_size": 256, "sequence_length": 32}
 
 
-def configuration(micro_batches: int, reduction: str, accumulate_in: str | None) -> dict[str, Any]:
+def configuration(micro_batches: int, reduction: str, accumulate_in: str | None, stage: int) -> dict[str, Any]:
     """A step of so many micro-batches."""
     return {
         "train_batch_size": micro_batches,
@@ -31,9 +34,9 @@ def configuration(micro_batches: int, reduction: str, accumulate_in: str | None)
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
         "bf16": {"enabled": True},
         "data_types": {"grad_accum_dtype": accumulate_in} if accumulate_in else {},
-        "zero_optimization": {"stage": 2},
+        "zero_optimization": {"stage": stage},
         "megagpt": {
-            "model": SHAPE | {"tie_embeddings": False},
+            "model": SHAPE | {"tie_embeddings": stage == 3},
             "parallel": {"pipeline": RANKS, "gradient_reduction": reduction},
             "training": {"total_steps": 1},
         },
@@ -56,7 +59,7 @@ def exact_gradients(config: Any) -> dict[str, Any]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def relative_error(micro_batches: int, way: tuple[str, str | None]) -> float:
+def relative_error(micro_batches: int, way: tuple[str, str | None, int]) -> float:
     """Of a step's gradient over all parameters; every rank must call it."""
     import torch
     import torch.distributed as dist
@@ -78,7 +81,7 @@ def relative_error(micro_batches: int, way: tuple[str, str | None]) -> float:
     for parameter, name in engine.names.items():
         found = safe_get_full_grad(parameter).double()
         squares += torch.stack(((found - exact[name]).square().sum(), exact[name].square().sum()))
-    engine.deepspeed.destroy()
+    engine.close()
     dist.all_reduce(squares)
     return float((squares[0] / squares[1]).sqrt())
 

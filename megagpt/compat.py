@@ -158,7 +158,11 @@ def require_equal_tiles(engine: DeepSpeedEngine, mesh: Any) -> None:
 
 
 class _Inject(torch.autograd.Function):
-    """A scalar whose gradient with respect to the output is the gradient that the next stage sent."""
+    """A scalar whose gradient with respect to the output is the gradient that the next stage sent.
+
+    DeepSpeed multiplies every scalar by the loss scale of fp16. The next stage's gradient has been: the last stage's
+    loss was, and all ranks of the mesh have the same scale, as they agree on each overflow (zero/stage3.py:2413).
+    """
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, gradient: Tensor) -> Tensor:
@@ -168,7 +172,7 @@ class _Inject(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_scalar: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * of_scalar.to(gradient.dtype), None
+        return gradient, None
 
 
 class EngineStage(PipelineStage):
@@ -279,6 +283,23 @@ def ends_by_chunk(engine: DeepSpeedEngine) -> bool:
     """
     stage = engine.zero_optimization_stage()
     return stage == 3 or (stage == 2 and engine.optimizer.cpu_offload)
+
+
+def sum_reduced_gradients(engine: DeepSpeedEngine, weight: Any, group: dist.ProcessGroup) -> None:
+    """After a step's last backward, add up what ZeRO 3 accumulated of a weight that ranks of ``group`` have copies of.
+
+    Each holds the same piece of it, as ZeRO 3 cuts parameter by parameter (zero/stage3.py:2021). With the optimizer in
+    host memory, the gradient has been copied to it and its norm taken (line 1444): both are done again.
+    """
+    zero = engine.optimizer
+    partition = weight.partition_numel()
+    held = max(0, min(partition, weight.ds_numel - weight.ds_zero_partition_rank * partition))  # the rest is padding
+    piece = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition[weight.ds_id].narrow(0, 0, held)
+    total = piece.to(engine.device)  # the same tensor where it is there already
+    dist.all_reduce(total, group=group)
+    piece.copy_(total)
+    if zero.offload_optimizer and held > 0:
+        zero._offload_grad_partition_at_boundary(weight, total, {}, {})
 
 
 @dataclass(frozen=True)

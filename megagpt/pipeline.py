@@ -201,7 +201,10 @@ def _add_tied_gradients(engine: Engine) -> None:
     if engine.tied_group is None:
         return
     weight = next(parameter for parameter, name in engine.names.items() if name == TIED_WEIGHT)
-    dist.all_reduce(weight.grad, group=engine.tied_group)
+    if engine.config.megagpt.parallel.gradient_reduction == "per_step":
+        dist.all_reduce(weight.grad, group=engine.tied_group)
+    else:
+        compat.sum_reduced_gradients(engine.deepspeed, weight, engine.tied_group)
 
 
 @torch.no_grad()

@@ -195,11 +195,12 @@ def _buffer_too_small(config: RunConfig) -> bool:
 
 
 def _other_accumulation(config: RunConfig) -> list[str]:
-    """A pipeline of tied embeddings reduces once a step."""
+    """A pipeline of tied embeddings can reduce each micro-batch at ZeRO 3 only."""
     in_its_format = f"data_types.grad_accum_dtype={_model_type(config)}"
-    if _has_pipeline(config) and _ties_embeddings(config):
-        return [in_its_format]
-    return ["megagpt.parallel.gradient_reduction=per_micro_batch", in_its_format]
+    per_micro_batch = "megagpt.parallel.gradient_reduction=per_micro_batch"
+    if _has_pipeline(config) and _ties_embeddings(config) and _stage(config) < 3:
+        return [f"zero_optimization.stage=3 {per_micro_batch}", in_its_format]
+    return [per_micro_batch, in_its_format]
 
 
 RULES: tuple[Rule, ...] = (
@@ -226,12 +227,6 @@ RULES: tuple[Rule, ...] = (
         lambda config: not can_be_cut(config),
         "a stage would have no block, the model having fewer blocks than stages",
         _fewer_stages,
-    ),
-    Rule(
-        "fp16.enabled",
-        lambda config: _has_pipeline(config) and config.fp16.enabled,
-        "DeepSpeed would scale the gradients that one stage sends another a second time",
-        ("fp16.enabled=false bf16.enabled=auto", "fp16.enabled=false"),
     ),
     Rule(
         "megagpt.parallel.virtual_stages",
@@ -269,8 +264,10 @@ RULES: tuple[Rule, ...] = (
             _has_pipeline(config)
             and config.megagpt.parallel.gradient_reduction == "per_micro_batch"
             and _ties_embeddings(config)
+            and (_stage(config) < 3 or _optimizer_device(config) == "nvme")
         ),
-        "the copies of a tied embedding on the first and last stage add their gradients once a step",
+        "the copies of a tied embedding on the first and last stage add their gradients up, of which ZeRO 1 and 2 cut "
+        "the two at different places, and which are on the disk with an optimizer on NVMe",
         ("megagpt.parallel.gradient_reduction=per_step",),
     ),
     Rule(

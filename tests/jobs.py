@@ -1,6 +1,7 @@
 """What the ranks of a pool do for the tests: train a small model for real and report what they hold."""
 
 import gc
+import importlib
 import io
 import logging
 import os
@@ -64,6 +65,28 @@ def train(config: dict[str, Any], steps: int) -> dict[str, Any]:
             "state": held_state(engine),
             "evidence": evidence(engine),
         }
+    finally:
+        destroy(engine)
+
+
+def allowing_fp16(of: str, **arguments: Any) -> Any:
+    """Do another job where DeepSpeed may say that this CPU cannot compute in fp16; torch can, slowly."""
+    from deepspeed.accelerator import get_accelerator
+
+    module, _, function = of.partition(":")
+    with patch.object(type(get_accelerator()), "is_fp16_supported", lambda accelerator: True):
+        return getattr(importlib.import_module(module), function)(**arguments)
+
+
+def train_with_loss_scale(config: dict[str, Any], steps: int) -> dict[str, Any]:
+    """The results of each step, and the loss scale that each began with."""
+    engine = build(config)
+    try:
+        results, scales = [], []
+        for step in range(steps):
+            scales.append(compat.loss_scaler_state(engine.deepspeed)["cur_scale"])
+            results += train_steps(engine, range(step, step + 1))
+        return {"results": results, "scales": scales, "evidence": evidence(engine)}
     finally:
         destroy(engine)
 

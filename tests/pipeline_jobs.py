@@ -5,10 +5,14 @@ from typing import Any
 from unittest.mock import patch
 from weakref import WeakSet
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from megagpt import pipeline
 from megagpt.compat import EngineStage
+from megagpt.model import KeyValueCache
+from megagpt.parity import micro_batches
 from tests.jobs import build, destroy, train_steps
 
 
@@ -26,6 +30,7 @@ class Activations:
         self.kept: WeakSet[Kept] = WeakSet()
         self.forwards = 0
         self.counts: list[int] = []
+        self.most_bytes = 0
 
     def forward(self, method: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(stage: EngineStage, *inputs: Tensor, **context: Any) -> Tensor:
@@ -53,11 +58,22 @@ class Activations:
 
     def _count(self) -> None:
         self.counts.append(len({kept.of for kept in self.kept}))
+        storages = {kept.tensor.untyped_storage().data_ptr(): kept.tensor.untyped_storage() for kept in self.kept}
+        self.most_bytes = max(self.most_bytes, sum(storage.nbytes() for storage in storages.values()))
 
 
 def live_micro_batches(config: dict[str, Any]) -> list[int]:
-    """How many forwards of this rank's chunks are held, after each forward and backward of a step that is not the
-    first: autograd's own saved tensors, counted while they live."""
+    """How many forwards of this rank's chunks are held, after each forward and backward of a step."""
+    return kept_activations(config).counts
+
+
+def most_kept_bytes(config: dict[str, Any]) -> int:
+    """The most bytes of what autograd keeps for backwards in a step, weights among them, on this rank."""
+    return kept_activations(config).most_bytes
+
+
+def kept_activations(config: dict[str, Any]) -> Activations:
+    """Of a step that is not the first: autograd's own saved tensors, looked at while they live."""
     engine = build(config)
     activations = Activations()
     methods = {"forward_maybe_with_nosync": activations.forward, "backward_maybe_with_nosync": activations.backward}
@@ -65,6 +81,21 @@ def live_micro_batches(config: dict[str, Any]) -> list[int]:
         train_steps(engine, range(1))
         with patch.multiple(EngineStage, **{name: of(getattr(EngineStage, name)) for name, of in methods.items()}):
             train_steps(engine, range(1, 2))
-        return activations.counts
+        return activations
+    finally:
+        destroy(engine)
+
+
+def losses_and_logits(config: dict[str, Any], prompt: list[int]) -> tuple[float, Tensor]:
+    """Of the initial model: the mean loss of a step's batch, and the logits (prompt, vocabulary) token after token,
+    the first half of the prompt at once."""
+    engine = build(config)
+    try:
+        loss = pipeline.evaluate(engine, micro_batches(engine, 0))
+        cache = KeyValueCache(len(prompt))
+        half = len(prompt) // 2
+        pieces = [prompt[:half], *([token] for token in prompt[half:])]
+        engine.deepspeed.eval()
+        return loss, torch.cat([pipeline.logits(engine, torch.tensor([piece]), cache)[0] for piece in pieces])
     finally:
         destroy(engine)

@@ -78,7 +78,7 @@ def test_one_bad_gradient_on_one_rank_of_a_mesh_changes_no_weight_anywhere(
     assert_nothing_changes(four_ranks, config, tmp_path, rank=rank, kind=kind)
 
 
-def assert_nothing_changes(ranks: RankPool, config: dict[str, Any], directory: Path, rank: int, kind: str) -> None:
+def assert_nothing_changes(ranks: Any, config: dict[str, Any], directory: Path, rank: int, kind: str) -> None:
     """By a step that is spoilt on one rank, compared with a run that ends before it; and it is on record."""
     bad_step = CLEAN_STEPS + 1
     clean = ranks.run(TRAIN, config=config, directory=directory / "clean")
@@ -209,7 +209,7 @@ def test_a_dynamic_loss_scale_may_use_up_its_hysteresis_and_then_halve(data: Pat
 
 @pytest.mark.gpu
 def test_a_dynamic_loss_scale_halves_until_gradients_fit(data: Path, tmp_path: Path) -> None:
-    """fp16 computes on GPUs only. From 2**30 the scale has to halve more often than five times in a row."""
+    """Of a whole run, which needs a GPU in fp16. From 2**30 the scale halves more often than five times in a row."""
     fp16 = {"enabled": True, "initial_scale_power": 30, "hysteresis": 1}
     config = guarded_config(data, 60, 3) | {"fp16": fp16}
     (tmp_path / "config.json").write_text(json.dumps(config))

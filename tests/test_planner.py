@@ -23,7 +23,6 @@ CASES: list[tuple[dict[str, Any], str]] = [  # changes to the minimal (ZeRO 3) c
     ),
     ({"megagpt.parallel.pipeline": 2, "zero_optimization": {"stage": 0}}, "without a ZeRO optimizer"),
     ({"megagpt.parallel.pipeline": 4}, "a stage would have no block"),
-    ({"megagpt.parallel.pipeline": 2, "fp16.enabled": True, "bf16.enabled": False}, "scale the gradients"),
     (
         {"megagpt.model.num_layers": 8, "megagpt.parallel": {"pipeline": 2, "virtual_stages": 2}},
         "only the interleaved schedule",
@@ -42,7 +41,10 @@ CASES: list[tuple[dict[str, Any], str]] = [  # changes to the minimal (ZeRO 3) c
         "in equal rounds",
     ),
     (
-        {"megagpt.parallel": {"pipeline": 2, "gradient_reduction": "per_micro_batch"}},
+        {
+            "megagpt.parallel": {"pipeline": 2, "gradient_reduction": "per_micro_batch"},
+            "zero_optimization": {"stage": 2},
+        },
         "copies of a tied embedding",
     ),
     (
@@ -204,6 +206,16 @@ NEAREST = [  # what a remedy alone would break; the world; what is printed
         {"megagpt.parallel": {"pipeline": 1, "schedule": "interleaved", "virtual_stages": 2}},
         2,
         ["megagpt.parallel.schedule=1f1b", "megagpt.parallel.virtual_stages=1"],
+    ),
+    (
+        {
+            "megagpt.parallel": {"pipeline": 2},
+            "zero_optimization": {"stage": 2},
+            "bf16.enabled": True,
+            "data_types.grad_accum_dtype": "fp32",
+        },
+        4,
+        ["zero_optimization.stage=3", "megagpt.parallel.gradient_reduction=per_micro_batch"],
     ),
     (
         {"zero_optimization": {"stage": 2, "allgather_bucket_size": 1000, "offload_param": {"device": "cpu"}}},

@@ -137,14 +137,22 @@ def test_pipeline_2_x_tensor_2_x_data_2_under_zero_3(
 
 @pytest.mark.slow
 @pytest.mark.skipif(HAS_GPU, reason="the interpreter works on CPU tensors")
-def test_interpreted_kernels_inside_pipeline_2_x_tensor_2_x_zero_3(four_ranks: RankPool) -> None:
-    config = shared(4, 3, {"pipeline": 2, "tensor": 2, "sequence": True}, {"dropout": 0.1, "num_layers": 2})
-    ranks = four_ranks.run("tests.jobs:train_on_interpreted_kernels", config=config, steps=2)
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_interpreted_kernels_inside_pipeline_2_x_tensor_2_x_zero_3(
+    request: pytest.FixtureRequest, replicas: int
+) -> None:
+    pool: RankPool = request.getfixturevalue({1: "four_ranks", 2: "eight_ranks"}[replicas])
+    parallel = {"pipeline": 2, "tensor": 2, "sequence": True}
+    config = shared(4 * replicas, 3, parallel, {"dropout": 0.1, "num_layers": 2})
+    ranks = pool.run("tests.jobs:train_on_interpreted_kernels", config=config, steps=2, deadline_s=400)
     assert_equal_training(ranks, plain.train(config, 2), 8, tolerance=2e-5)
     everywhere = {"norm_forward", "norm_backward", "attention_forward", "attention_backward_keys", "dropout_apply"}
     for rank in ranks:
         assert rank["launches"].keys() >= everywhere
         assert rank["traffic"]["tensor", "reduce_scatter"][0] >= 4 * MICRO_BATCHES
+        assert ("data", "reduce_scatter") in rank["traffic"]
+        shard, stage = rank["evidence"]["shard_elements"], rank["evidence"]["stage_elements"]
+        assert shard == pytest.approx(stage / replicas, rel=0.01)
     assert "cross_entropy_gradient" in ranks[-1]["launches"]
 
 

@@ -1,0 +1,98 @@
+"""Pipelines in fp16: the loss is scaled once, whatever the number of stages, and all ranks agree on an overflow."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import plain
+from tests.configurations import Config, tiny, with_zero
+from tests.ranks import RankPool
+from tests.test_guard import CLEAN_STEPS, assert_nothing_changes, guarded_config
+from tests.trained_run import write_dataset
+
+STEPS = 4
+
+
+class AllowingFp16:
+    """A pool of ranks whose jobs may compute in fp16."""
+
+    def __init__(self, pool: RankPool) -> None:
+        self.pool, self.world_size = pool, pool.world_size
+
+    def run(self, job: str, **arguments: Any) -> list[Any]:
+        return self.pool.run("tests.jobs:allowing_fp16", of=job, **arguments)
+
+
+def in_fp16(stage: int, parallel: dict[str, Any], optimizer: str = "none", **fp16: Any) -> Config:
+    config = with_zero(tiny(batch=16, micro=2, steps=STEPS, num_layers=5), stage, optimizer)
+    config["megagpt"]["parallel"] = parallel
+    return config | {"fp16": {"enabled": True, "initial_scale_power": 12} | fp16}
+
+
+def same_run_in_fp32(config: Config) -> plain.plain.PlainRun:
+    return plain.train({key: value for key, value in config.items() if key != "fp16"}, STEPS)
+
+
+CASES = [
+    (3, {"pipeline": 2}, "none"),
+    pytest.param(1, {"pipeline": 4}, "none", marks=pytest.mark.slow),
+    pytest.param(2, {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 2}, "cpu", marks=pytest.mark.slow),
+    pytest.param(3, {"pipeline": 2, "tensor": 2, "sequence": True}, "cpu", marks=pytest.mark.slow),
+    pytest.param(3, {"pipeline": 2, "gradient_reduction": "per_micro_batch"}, "none", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("stage", "parallel", "optimizer"), CASES, ids=str)
+def test_a_pipeline_in_fp16_strays_from_fp32_by_its_rounding_only(
+    four_ranks: RankPool, stage: int, parallel: dict[str, Any], optimizer: str
+) -> None:
+    """A second scaling of what stages send each other would be seen in the norm, 4,096 times too large."""
+    config = in_fp16(stage, parallel, optimizer)
+    reference = same_run_in_fp32(config)
+    for rank in AllowingFp16(four_ranks).run("tests.jobs:train_with_loss_scale", config=config, steps=STEPS):
+        assert rank["evidence"]["parameter_type"] == "torch.float16"
+        assert rank["scales"] == [2.0**12] * STEPS
+        assert all(result.applied for result in rank["results"])
+        assert [result.loss for result in rank["results"]] == pytest.approx(reference.losses, rel=2e-3)
+        assert [result.grad_norm for result in rank["results"]] == pytest.approx(reference.norms, rel=2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_all_stages_skip_a_step_that_overflows_on_one_and_lower_the_scale_together(
+    four_ranks: RankPool, stage: int
+) -> None:
+    """The scale begins too high: gradients overflow, every rank skips and halves the scale until all of them fit."""
+    config = in_fp16(stage, {"pipeline": 2}, initial_scale_power=30, hysteresis=1)
+    ranks = AllowingFp16(four_ranks).run("tests.jobs:train_with_loss_scale", config=config, steps=20)
+    scales = ranks[0]["scales"]
+    assert scales[0] == 2.0**30
+    applied = [result.applied for result in ranks[0]["results"]]
+    assert not applied[0]
+    assert applied[-1]
+    first = applied.index(True)
+    assert scales[: first + 1] == [2.0 ** (30 - step) for step in range(first + 1)]
+    for rank in ranks:
+        assert rank["scales"] == scales
+        assert [result.applied for result in rank["results"]] == applied
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "parallel", "rank", "kind"),
+    [
+        (1, {"pipeline": 2}, 0, "nan"),
+        (2, {"pipeline": 2}, 3, "inf"),
+        (3, {"pipeline": 2}, 1, "inf"),
+        (3, {"tensor": 2}, 2, "nan"),
+    ],
+    ids=str,
+)
+def test_one_bad_gradient_on_one_rank_of_a_mesh_changes_no_weight_anywhere(
+    four_ranks: RankPool, tmp_path: Path, stage: int, parallel: dict[str, int], rank: int, kind: str
+) -> None:
+    config = guarded_config(write_dataset(tmp_path / "data"), CLEAN_STEPS, stage)
+    config["megagpt"]["parallel"] = parallel
+    config["fp16"] = {"enabled": True, "initial_scale_power": 12}
+    assert_nothing_changes(AllowingFp16(four_ranks), config, tmp_path, rank=rank, kind=kind)

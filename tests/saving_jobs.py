@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from megagpt import checkpoint_writer
+from megagpt import checkpoint_format, checkpoint_writer
 from megagpt import train as loop
 from megagpt.resume import resume
 from megagpt.train import Run
 from megagpt.utils import UserError
-from tests.checkpoint_jobs import small_files, started
+from tests.checkpoint_jobs import small_files, started, train
 from tests.configurations import Config
 from tests.jobs import held_state
 
@@ -70,6 +70,26 @@ def background_failure(config: Config, directory: Path, failing_rank: int) -> tu
         except UserError as error:
             return run.state.step, str(error)
         return run.state.step, "saved"
+
+
+def train_into_small_files(config: Config, directory: Path, file_bytes: int) -> None:
+    """Train, and save in files of at most so many bytes of tensors."""
+    with patch.object(checkpoint_writer, "FILE_BYTES", file_bytes):
+        train(config, directory)
+
+
+def hashed_by_resume(config: Config, directory: Path) -> int:
+    """Start from the newest checkpoint: the bytes of the files that this rank hashes."""
+    sizes: list[int] = []
+    hash_file = checkpoint_format.hash_file
+
+    def count_and_hash(path: Path) -> str:
+        sizes.append(path.stat().st_size)
+        return hash_file(path)
+
+    with patch.object(checkpoint_format, "hash_file", count_and_hash), started(config, directory) as run:
+        assert run.state.step > 0
+        return sum(sizes)
 
 
 def resume_again(config: Config, directory: Path) -> dict[str, int]:

@@ -61,6 +61,17 @@ def test_each_rank_reads_what_it_holds_and_no_more(pools: _Pools, data: Path, wr
         assert whole <= everything <= whole * (1.02 if replicated == "nothing" else 1.05)
 
 
+def test_ranks_share_the_hashing_of_what_one_wrote(pools: _Pools, data: Path, tmp_path: Path) -> None:
+    alone, two = (config_of(data, READERS[reader][0]) for reader in ("one process", "data 2, ZeRO 1"))
+    small_files = "tests.saving_jobs:train_into_small_files"
+    pools.get(1).run(small_files, config=alone, directory=tmp_path, file_bytes=2**17)
+    sizes = [path.stat().st_size for path in (tmp_path / "checkpoints").rglob("*.safetensors")]
+    hashed = pools.get(2).run("tests.saving_jobs:hashed_by_resume", config=two, directory=tmp_path)
+    assert sum(hashed) == sum(sizes)
+    assert max(hashed) - min(hashed) <= 2 * max(sizes)
+    assert max(sizes) < sum(sizes) / 8
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_no_rank_ever_holds_the_whole_model(
     two_ranks: RankPool, data: Path, tmp_path: Path, asynchronous: bool

@@ -22,10 +22,10 @@ Items = tuple[str, ...]  # of `--set`
 
 @dataclass(frozen=True)
 class World:
-    """What a file does not say: how many ranks there are, how many tokens the data have (None: as many as the model),
-    and whether the device multiplies bf16 matrices in hardware (None: not known yet)."""
+    """What a file does not say: how many ranks there are (None: as many as make one replica), how many tokens the data
+    have (None: as many as the model), and whether the device multiplies bf16 matrices in hardware (None: not known)."""
 
-    ranks: int
+    ranks: int | None
     vocabulary: int | None
     bf16_native: bool | None = None
 
@@ -34,7 +34,11 @@ class World:
         if self.bf16_native is None:
             without, with_bf16 = (replace(self, bf16_native=native).resolve(written) for native in (False, True))
             return with_bf16 if refusals(without) and not refusals(with_bf16) else without
-        return written.resolved(world_size=self.ranks, vocabulary=self.vocabulary, bf16_native=self.bf16_native)
+        return written.resolved(
+            world_size=self.ranks or written.megagpt.parallel.model_parallel_size,
+            vocabulary=self.vocabulary,
+            bf16_native=self.bf16_native,
+        )
 
 
 def require_legal(written: RunConfig, source: str = "", world: World | None = None) -> None:
@@ -48,11 +52,8 @@ def problems(written: RunConfig, world: World | None = None) -> list[str]:
     """A line for each row that refuses and each number that does not divide, and the nearest legal run behind the last;
     empty for a legal one."""
     verdict = judge(written, world)
-    lines = [rule.line(verdict.config) for rule in verdict.refused]
-    if not lines or verdict.impossible:
-        return lines + verdict.impossible
-    found = nearest_legal(written, world)
-    if found is None:
+    lines = [rule.line(verdict.config) for rule in verdict.refused] + verdict.impossible
+    if not lines or (found := nearest_legal(written, world)) is None:
         return lines
     offer = f"nearest legal: --set {' '.join(found)}"
     return [f"{lines[0]}; {offer}"] if len(lines) == 1 else [*lines, offer]
@@ -101,9 +102,17 @@ def nearest_legal(written: RunConfig, world: World | None) -> Items | None:
 
 
 def _remedies(written: RunConfig, verdict: Verdict, world: World | None) -> Iterator[str]:
-    """Of the first row that refuses; where only the batch does not divide, other ways to cut it, then other batches."""
+    """Of the first row that refuses; where only numbers do not divide, smaller axes of the mesh, or other ways to cut
+    the batch, then other batches."""
     if verdict.refused:
         yield from verdict.refused[0].remedies_for(verdict.config)
+        return
+    parallel = written.megagpt.parallel
+    replica = parallel.model_parallel_size
+    ranks = replica if world is None or world.ranks is None else world.ranks
+    if ranks % replica:
+        for axis, size in (("tensor", parallel.tensor), ("pipeline", parallel.pipeline)):
+            yield from (f"megagpt.parallel.{axis}={fewer}" for fewer in range(size - 1, 0, -1))
         return
     micro_batch, steps = written.train_micro_batch_size_per_gpu or 1, written.gradient_accumulation_steps or 1
     if written.gradient_accumulation_steps is not None:
@@ -111,9 +120,8 @@ def _remedies(written: RunConfig, verdict: Verdict, world: World | None) -> Iter
     for fewer in range(micro_batch - 1, 0, -1):
         if micro_batch % fewer == 0:
             yield f"train_micro_batch_size_per_gpu={fewer}"
-    replica = written.megagpt.parallel.model_parallel_size
-    if world is not None and world.ranks % replica == 0 and written.train_batch_size is not None:
-        unit = world.ranks // replica * micro_batch * steps
+    if written.train_batch_size is not None:
+        unit = ranks // replica * micro_batch * steps
         below = written.train_batch_size // unit * unit
         for batch in nearest_first(written.train_batch_size, among=[max(below, unit), below + unit]):
             yield f"train_batch_size={batch}"

@@ -52,10 +52,9 @@ class Report:
 
 
 def require_legal_on(hosts: Sequence[Host], config: RunConfig, source: str) -> None:
-    """Raise ConfigError for what a run would be refused for, on as many ranks as it expects, or as the hosts have, or
-    as make one replica."""
-    parallel = config.megagpt.parallel
-    ranks = parallel.world_size or world_size([*hosts]) or parallel.model_parallel_size
+    """Raise ConfigError for what a run would be refused for, on as many ranks as it expects, or as the hosts have; as
+    one replica where neither is known."""
+    ranks = config.megagpt.parallel.world_size or world_size([*hosts]) or None
     require_legal(config, source, World(ranks, ANY_VOCABULARY))
 
 

@@ -43,7 +43,9 @@ CASES = [  # ranks, micro-batches of a rank, ZeRO stage, parallel, (optimizer, p
     ),
     pytest.param(3, 5, 1, {"pipeline": 3}, ("none", "none"), {"num_layers": 4}, marks=SLOW),
     pytest.param(3, 6, 3, {"pipeline": 3}, ("none", "none"), {"num_layers": 7, "tie_embeddings": False}, marks=SLOW),
-    (4, 4, 3, {"pipeline": 2, "virtual_stages": 3} | INTERLEAVED, ("none", "none"), {"num_layers": 7}),
+    pytest.param(
+        4, 4, 3, {"pipeline": 2, "virtual_stages": 3} | INTERLEAVED, ("none", "none"), {"num_layers": 7}, marks=SLOW
+    ),
     pytest.param(
         4, 8, 1, {"pipeline": 2, "virtual_stages": 3} | INTERLEAVED, ("cpu", "none"), {"num_layers": 6}, marks=SLOW
     ),

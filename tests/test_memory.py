@@ -86,6 +86,17 @@ def test_gradients_accumulate_in_fp32(two_ranks: RankPool, stage: int) -> None:
     check(two_ranks, run_on((1, 2, 1), stage) | {"data_types": {"grad_accum_dtype": "fp32"}})
 
 
+@pytest.mark.slow
+def test_a_tied_pipeline_accumulates_in_fp32(four_ranks: RankPool) -> None:
+    config = run_on((2, 2, 1), 3) | {"data_types": {"grad_accum_dtype": "fp32"}}
+    config["megagpt"]["parallel"]["gradient_reduction"] = "per_micro_batch"
+    layout = layout_of(config, 4)
+    assert (layout.accumulation_bytes, layout.element_bytes, layout.model.tie_embeddings) == (4, 2, True)
+    for held in four_ranks.run("tests.memory_jobs:held_states", config=config):
+        gradients = model_states(layout, *held["place"]).reduced_gradients
+        assert held["reduced_gradients"] == gradients.device + gradients.host > 4 * layout.model.num_parameters / 6
+
+
 OFFLOADED = [((1, 2, 1), 1), ((1, 2, 1), 2), ((1, 2, 1), 3), pytest.param((2, 2, 1), 2, marks=pytest.mark.slow)]
 
 

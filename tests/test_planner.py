@@ -190,6 +190,13 @@ NEAREST = [  # what a remedy alone would break; the world; what is printed
         4,
         ["train_batch_size=8", "gradient_accumulation_steps=4"],
     ),
+    ({"megagpt.parallel.tensor": 6}, 4, ["megagpt.parallel.tensor=4"]),
+    (
+        {"megagpt.model.num_layers": 6, "megagpt.parallel": {"pipeline": 4, "tensor": 2}},
+        6,
+        ["megagpt.parallel.pipeline=3"],
+    ),
+    ({"train_batch_size": 15}, 2, ["train_batch_size=14"]),
     ({"megagpt.parallel.pipeline": 50}, 100, ["megagpt.parallel.pipeline=2", "train_batch_size=50"]),
     ({"megagpt.parallel.tensor": 3}, 6, ["megagpt.parallel.tensor=2", "train_batch_size=15"]),
     (

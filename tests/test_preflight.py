@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megagpt import forwarded, preflight, ssh
-from megagpt.config import RunConfig, load_config
+from megagpt.config import ConfigError, RunConfig, load_config
 from megagpt.hosts import Host
 from megagpt.utils import GIB, MIB
 from tests.monitoring import CANARY, ENVIRONMENT, REPOSITORY
@@ -158,6 +158,20 @@ def test_a_world_that_would_be_refused_is_refused_here(
     problems, _, _ = examined(monkeypatch, tmp_path, {"host-a": sound("a"), "host-b": sound("b")}, override)
     assert len(problems) == 1
     assert problems[0].startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "lines"),
+    [
+        ([], "as many key-value heads, .*--set megagpt.parallel.tensor=4$"),
+        (HOSTS, "4 ranks cannot hold replicas of tensor 6 .*--set megagpt.parallel.tensor=4$"),
+        ([Host("a", 6)], "as many key-value heads, .*--set megagpt.parallel.tensor=2$"),
+    ],
+)
+def test_a_run_is_judged_as_it_will_be_on_these_hosts(hosts: list[Host], lines: str) -> None:
+    """Heads are known once a run is resolved, and whether a mesh divides the ranks once these are counted."""
+    with pytest.raises(ConfigError, match=lines):
+        preflight.require_legal_on(hosts, config("megagpt.parallel.tensor=6", "train_batch_size=12"), "x.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------- ssh

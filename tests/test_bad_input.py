@@ -85,20 +85,30 @@ STATED = put(put(MINIMAL, "megagpt.parallel.world_size", 5), "megagpt.parallel.p
             id="values (F13)",
         ),
         pytest.param(
+            json.dumps(IMPOSSIBLE),
+            24,
+            [
+                "megagpt.parallel.tensor: 3 is refused",
+                "megagpt.parallel.pipeline: 4 is refused",
+                "nearest legal: --set megagpt.parallel.tensor=",
+            ],
+            id="heads and layers (F14)",
+        ),
+        pytest.param(
             json.dumps(IMPOSSIBLE | {"train_batch_size": 17}),
             24,
             [
-                "nearest legal: --set megagpt.parallel.tensor=2",
-                "nearest legal: --set megagpt.parallel.pipeline=2",
+                "megagpt.parallel.tensor: 3 is refused",
+                "megagpt.parallel.pipeline: 4 is refused",
                 "train_batch_size: 17 on 2 data-parallel ranks: use 16 or 18",
             ],
-            id="arithmetic (F14)",
+            id="batch (F14)",
         ),
         pytest.param(
             json.dumps(STATED),
             8,
             [
-                "nearest legal: --set megagpt.parallel.pipeline=2",
+                "megagpt.parallel.pipeline: 3 is refused",
                 "bring back the missing hosts, or --set megagpt.parallel.world_size=8",
             ],
             id="world size (F14)",

@@ -28,7 +28,6 @@ from megagpt import (
     checkpoint_reader,
     checkpoint_writer,
     device,
-    resume,
     run_data,
 )
 from megagpt import train as loop
@@ -125,13 +124,13 @@ def refusal(config: Config, directory: Path, failing_rank: int | None = None, fa
 
 def resumption(config: Config, directory: Path) -> dict[str, Any]:
     """Start, and go no further: where this rank resumes, what it passes over, what it shows."""
-    found, load = [], resume.resume
+    found, load = [], assembly.resume
 
     def recorded(*arguments: Any) -> Any:
         found.append(load(*arguments))
         return found[-1]
 
-    watched = patch.object(resume, "resume", recorded)
+    watched = patch.object(assembly, "resume", recorded)
     with redirect_stdout(io.StringIO()) as said, watched, started(config, directory) as run:
         return {"step": run.state.step, "passed_over": found[0].passed_over, "said": said.getvalue()}
 

@@ -291,7 +291,7 @@ def test_a_disk_that_does_not_answer_is_no_damage(
     told = two_ranks.run(REFUSAL, **job, failing_rank=failing_rank, fault=fault)
     assert told[0] == told[1]
     assert re.search(
-        rf"step_00000006: cannot be read: .*Input/output error: .*rank_0000\d_000.safetensors'; "
+        rf"step_00000006: cannot be read: .*Input/output error: .*rank_0000\d_\d+.safetensors'; "
         rf"start again when its disk answers \(rank {failing_rank}\)",
         told[0],
     )

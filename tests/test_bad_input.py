@@ -101,6 +101,7 @@ STATED = put(put(MINIMAL, "megagpt.parallel.world_size", 5), "megagpt.parallel.p
                 "megagpt.parallel.tensor: 3 is refused",
                 "megagpt.parallel.pipeline: 4 is refused",
                 "train_batch_size: 17 on 2 data-parallel ranks: use 16 or 18",
+                "nearest legal: --set megagpt.parallel.tensor=",
             ],
             id="batch (F14)",
         ),

@@ -486,7 +486,7 @@ def test_a_disk_that_fills_up_as_a_save_is_committed(
 
 # ------------------------------------------------------------------------------------------------------ killed saves
 
-QUICK = [("within a file", 1), ("after the report", 1), ("after the manifest", 0)]
+QUICK = [("within a file", 1), ("after the manifest", 0)]
 SLOW = [(point, rank) for point in EVERY_RANK for rank in (0, 1)] + [(point, 0) for point in RANK_0]
 KILLS = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW if case not in QUICK)]
 COMMITTED = ("after the rename", "before latest", "while retiring", "after the commit")

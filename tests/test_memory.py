@@ -120,6 +120,7 @@ def test_interleaved_stages_without_tied_embeddings(two_ranks: RankPool) -> None
     check(two_ranks, config)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("nvme")
 def test_nvme_holds_the_optimizer(two_ranks: RankPool, tmp_path: Path) -> None:
     config = run_on((1, 2, 1), 3)

@@ -53,10 +53,10 @@ PIPELINE_X_TENSOR = {"pipeline": 2, "tensor": 2}
 SAME_MESH = [
     Execution((1, *PLAIN)),
     Execution((3, "cpu", "cpu")),
-    Execution((3, "nvme", "none")),
     *(
         pytest.param(execution, marks=pytest.mark.slow)
         for execution in (
+            Execution((3, "nvme", "none")),
             Execution((0, *PLAIN)),
             Execution((2, "cpu", "none")),
             Execution((3, *PLAIN)),

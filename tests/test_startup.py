@@ -214,7 +214,15 @@ def test_ranks_that_disagree_are_named(two_ranks: RankPool, prepared: Path, tmp_
     assert said == ["ranks [1] differ from rank 0 in their configuration: give every host the same, start again"] * 2
 
 
-@pytest.mark.parametrize("parallel", [{}, {"pipeline": 2}, {"tensor": 2}, {"tensor": 2, "sequence": True}], ids=str)
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"pipeline": 2},
+        {"tensor": 2, "sequence": True},
+        *(pytest.param(parallel, marks=pytest.mark.slow) for parallel in ({}, {"tensor": 2})),
+    ],
+    ids=str,
+)
 def test_all_ranks_write_the_same_sample_and_validate_as_the_stored_model_does(
     two_ranks: RankPool, prepared: Path, tmp_path: Path, parallel: dict[str, Any]
 ) -> None:

@@ -122,6 +122,7 @@ def test_one_process_continues_what_two_began(resumed: tuple[Path, Any]) -> None
     assert json.loads((directory / "config.json").read_text())["zero_optimization"]["stage"] == 1
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_trains_no_further(resumed: tuple[Path, Any], configuration: Path) -> None:
     directory, _ = resumed
     weights = {path: path.read_bytes() for path in (directory / "checkpoints").rglob("*.safetensors")}

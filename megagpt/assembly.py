@@ -75,7 +75,7 @@ def _resume(run: Run) -> dict[str, object] | None:
     if resumed is None:
         return None
     run.state = resumed.state
-    run.saver.trust(run.state)
+    run.saver.goes_on_from(run.state)
     if run.engine.mesh.rank == 0:
         run.unproven = _next_step(resumed.directory)
         print(resumed.describe(provable=run.unproven is not None), flush=True)

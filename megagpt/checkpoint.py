@@ -98,6 +98,7 @@ class Saver:
         self._snapshot = Snapshot()
         self._pending: _Save | None = None
         self._last_good: TrainState | None = None
+        self._loaded_step: int | None = None
 
     def _own_group(self) -> dist.ProcessGroup:
         return dist.new_group(backend="gloo", timeout=collective_timeout(self.engine.config))
@@ -109,8 +110,13 @@ class Saver:
             self.group = None
 
     def trust(self, state: TrainState) -> None:
-        """The checkpoint of this state is known to load."""
+        """The checkpoint of this state is whole."""
         self._last_good = state
+
+    def goes_on_from(self, state: TrainState) -> None:
+        """This process has loaded the checkpoint of this state: of all, it is the one that is known to load."""
+        self.trust(state)
+        self._loaded_step = state.step
 
     def holds(self, state: TrainState) -> bool:
         """Whether this state is saved, or on its way."""
@@ -126,7 +132,7 @@ class Saver:
         save = self._planned(state, waited_s=time.perf_counter() - asked if earlier else 0.0)
         with self._abandoned_on_failure(save):
             together(partial(self._prepare, save))
-            together(partial(self._require_visible, save.staging))
+            together(partial(directories.require_visible, save.staging, self.engine.mesh.name))
             if self.settings.asynchronous:
                 copy = together(partial(self._snapshot.take, self.engine))
                 work = partial(write_files, save.staging, save.plan, copy)
@@ -189,13 +195,6 @@ class Saver:
         if self.engine.mesh.rank == 0:
             directories.prepare(save.staging, save.bytes)
 
-    def _require_visible(self, staging: Path) -> None:
-        if not staging.is_dir():
-            raise UserError(
-                f"{self.engine.mesh.name} does not see {staging}: the run directory must lie on a disk that all "
-                f"hosts share"
-            )
-
     def _write(self, save: _Save, work: Callable[[], dict[str, StoredFile]]) -> Report:
         """Perhaps in a thread; what this rank wrote."""
         with self._disk_named(save):
@@ -239,7 +238,7 @@ class Saver:
                 self.checkpoints,
                 keep=self.settings.keep,
                 milestone_interval_steps=self.settings.milestone_interval_steps,
-                last_good_step=save.state.step,
+                last_good_step=self._loaded_step,
             )
 
     @contextmanager

@@ -53,6 +53,12 @@ def need_and_have(checkpoints: Path, tensor_bytes: int) -> str:
     return f"a checkpoint needs {needed}, the disk has {free}"
 
 
+def require_visible(directory: Path, rank: str) -> None:
+    """Raise UserError unless this rank sees what rank 0 has made."""
+    if not directory.is_dir():
+        raise UserError(f"{rank} does not see {directory}: the run directory must lie on a disk that all hosts share")
+
+
 def commit(staging: Path, final: Path) -> None:
     """Give a complete checkpoint its name; an older directory of the same step gives way."""
     sync_directory(staging)
@@ -68,10 +74,10 @@ def name_latest(final: Path) -> None:
     write_atomically(final.parent / "latest", final.name + "\n")
 
 
-def retire(checkpoints: Path, *, keep: int, milestone_interval_steps: int, last_good_step: int) -> None:
+def retire(checkpoints: Path, *, keep: int, milestone_interval_steps: int, last_good_step: int | None) -> None:
     """Remove checkpoints older than the ``keep`` newest ones, but no milestone and not ``last_good_step``.
 
-    That one is known to load: this run wrote or verified it. Directories without a sound manifest count for nothing:
+    That one is known to load, since this process has loaded it. Directories without a sound manifest count for nothing:
     they push no other out.
     """
     steps = complete_steps(checkpoints)

@@ -454,18 +454,31 @@ def replay_bias_correction(engine: DeepSpeedEngine, updates: int) -> None:
 _LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def loss_scaler_state(engine: DeepSpeedEngine) -> dict[str, float]:
-    """What a dynamic loss scale remembers (fp16/loss_scaler.py); empty where there is none."""
+def _dynamic_loss_scaler(engine: DeepSpeedEngine) -> Any:
+    """None where the scale is fixed, or 1: DeepSpeed has a scaler in every format (fp16/loss_scaler.py:257)."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
-    return {field: getattr(scaler, field) for field in _LOSS_SCALER_FIELDS if hasattr(scaler, field)}
+    return scaler if getattr(scaler, "dynamic", False) else None
+
+
+def keep_least_loss_scale(engine: DeepSpeedEngine) -> None:
+    """An overflow at the least scale raises an exception in DeepSpeed; when to end is for the guard to say."""
+    if (scaler := _dynamic_loss_scaler(engine)) is not None:
+        scaler.raise_error_at_min_scale = False
+
+
+def loss_scaler_state(engine: DeepSpeedEngine) -> dict[str, float]:
+    """What a dynamic loss scale remembers; empty where there is none."""
+    scaler = _dynamic_loss_scaler(engine)
+    return {} if scaler is None else {field: getattr(scaler, field) for field in _LOSS_SCALER_FIELDS}
 
 
 def set_loss_scaler_state(engine: DeepSpeedEngine, state: dict[str, float]) -> None:
-    """The way back."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    """The way back. A run that goes on from one without a dynamic scale begins with the configured one."""
+    scaler = _dynamic_loss_scaler(engine)
+    if scaler is None or not state.keys() >= set(_LOSS_SCALER_FIELDS):
+        return
     for field in _LOSS_SCALER_FIELDS:  # a file names no other attribute
-        if field in state and hasattr(scaler, field):
-            setattr(scaler, field, state[field])
+        setattr(scaler, field, state[field])
 
 
 def set_counters(engine: DeepSpeedEngine, *, steps: int, skipped: int) -> None:

@@ -197,6 +197,7 @@ def build_engine(config: ResolvedConfig, mesh: Mesh) -> Engine:
         mpu=mesh,
         dist_init_required=False,
     )
+    compat.keep_least_loss_scale(engine)
     zero = config.zero_optimization
     if zero.parameter_device == "nvme":
         compat.leave_out_nvme_prefetch(engine)

@@ -82,7 +82,8 @@ class Guard:
 
     def _skipped(self, step: int, result: StepResult) -> Verdict:
         self.skips_in_a_row += 1
-        what = f"step {step}: a gradient is not finite (loss {result.loss}); weights unchanged"
+        wrong = "a gradient" if math.isfinite(result.loss) else "the loss"
+        what = f"step {step}: {wrong} is not finite (loss {result.loss}); weights unchanged"
         if self.on_nonfinite == "stop":
             return Verdict(f"{what}; megagpt.training.on_nonfinite is stop", fatal=True)
         if self.skips_in_a_row >= self.most_skips_in_a_row:

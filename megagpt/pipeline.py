@@ -38,8 +38,8 @@ class MicroBatch:
 class StepResult:
     """What a step did, equal on every rank.
 
-    ``loss`` is the mean over the global batch, ``grad_norm`` the norm before clipping. ``applied`` is false where a
-    gradient was not finite or the loss was refused: weights and moments are as before.
+    ``loss`` is the mean over the global batch, ``grad_norm`` the norm before clipping. ``applied`` is false where the
+    loss or a gradient was not finite or the loss was refused: weights and moments are as before.
     """
 
     loss: float
@@ -53,11 +53,12 @@ def train_step(
 ) -> StepResult:
     """Train on one global batch, of which ``micro_batches`` is this data replica's part; every rank must call it.
 
-    A loss that ``refuses`` is true of, which is asked on every rank, causes no update.
+    A loss that is not finite (its gradients may be), or that ``refuses`` is true of, which is asked on every rank,
+    causes no update.
     """
     learning_rate = compat.base_optimizer(engine.deepspeed).param_groups[0]["lr"]
     loss = mean_loss(engine, accumulate(engine, micro_batches))
-    if refuses(loss):
+    if not math.isfinite(loss) or refuses(loss):
         compat.refuse_step(engine.deepspeed)
         return StepResult(loss, math.nan, learning_rate, applied=False)
     norm, applied = _update_replicated(engine) if engine.stage == 0 else _update_partitioned(engine)

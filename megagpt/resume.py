@@ -77,6 +77,7 @@ def resume(engine: Engine, run_directory: Path) -> Resumed | None:
     """
     checkpoints = run_directory / "checkpoints"
     steps = from_rank0(partial(complete_steps, checkpoints))
+    together(partial(_require_shared, engine, checkpoints, steps))
     faults: list[str] = []
     for position, step in enumerate(steps):
         directory = step_directory(checkpoints, step)
@@ -93,6 +94,17 @@ def resume(engine: Engine, run_directory: Path) -> Resumed | None:
             f"restore one from a backup, or start afresh in another directory with --run_dir"
         )
     return None
+
+
+def _require_shared(engine: Engine, checkpoints: Path, steps: list[int]) -> None:
+    """A checkpoint that lies on another host's disk is neither damaged nor absent; raises UserError."""
+    if steps:
+        directories.require_visible(step_directory(checkpoints, steps[0]), engine.mesh.name)
+    elif others := complete_steps(checkpoints):
+        raise UserError(
+            f"{engine.mesh.name} sees checkpoints of steps {others} in {checkpoints}, rank 0 sees none: the run "
+            f"directory must lie on a disk that all hosts share"
+        )
 
 
 def _load(engine: Engine, directory: Path) -> Reader | Fault:

@@ -177,7 +177,7 @@ def rewind(run: Run) -> bool:
     if resumed is None:
         return False
     state, passed_over = resumed.state, resumed.passed_over
-    run.saver.trust(state)
+    run.saver.goes_on_from(state)
     left_out = {"first_sample": state.cursor, "last_sample": run.state.cursor - 1}
     run.monitor.event("rewind", step=state.step, from_step=run.state.step, passed_over=passed_over, **left_out)
     run.state = replace(state, cursor=run.state.cursor)

@@ -27,6 +27,7 @@ from megagpt import (
     checkpoint_format,
     checkpoint_reader,
     checkpoint_writer,
+    compat,
     device,
     run_data,
 )
@@ -95,10 +96,12 @@ def train(config: Config, directory: Path, poison: dict[str, Any] | None = None)
         if poison:
             poison_gradients(run, **poison)
         outcome = {"first_step": run.state.step, "at_start": held_state(run.engine) if run.state.step else []}
+        outcome["scaler_at_start"] = compat.loss_scaler_state(run.engine.deepspeed)
         try:
             loop.train(run)
         except StoppedByGuardError as error:
             outcome["stopped"] = str(error)
+        outcome["scaler_at_end"] = compat.loss_scaler_state(run.engine.deepspeed)
         return outcome | {"at_end": held_state(run.engine), "state": run.state, "samples": samples}
 
 
@@ -120,6 +123,11 @@ def refusal(config: Config, directory: Path, failing_rank: int | None = None, fa
             return f"started at step {run.state.step}"
     except UserError as error:
         return str(error)
+
+
+def refusal_unless_shared(config: Config, directory: Path) -> str:
+    """Why the run does not start where rank 1's host has a disk of its own under the same name: here, another name."""
+    return refusal(config, directory if dist.get_rank() == 0 else directory.with_name("another_disk"))
 
 
 def resumption(config: Config, directory: Path) -> dict[str, Any]:
@@ -258,7 +266,7 @@ def recorded_samples(run: Run) -> dict[int, list[int]]:
 
 
 def poison_gradients(run: Run, steps: Sequence[int], rank: int, kind: str) -> None:
-    """On one rank, at some steps: a loss of NaN, or an infinite gradient beneath a finite loss."""
+    """On one rank, at some steps: a loss of NaN, an infinite gradient beneath a finite loss, or the other way round."""
     if run.engine.mesh.rank != rank:
         return
 
@@ -267,6 +275,8 @@ def poison_gradients(run: Run, steps: Sequence[int], rank: int, kind: str) -> No
             return loss
         if kind == "nan":
             return loss * float("nan")
+        if kind == "loss":
+            return loss + float("inf")
         loss.register_hook(lambda gradient: gradient * float("inf"))
         return loss
 
@@ -367,7 +377,7 @@ def _of_saver(last: str, saver: Any, save: Any, *_: Any) -> bool:
 
 # in the order of the protocol; every rank passes those of EVERY_RANK, only rank 0 the others
 EVERY_RANK = {
-    "before any file": Death(checkpoint.Saver, "_require_visible", True, lambda last, _, path: last in str(path)),
+    "before any file": Death(checkpoint_directory, "require_visible", True, _into),
     "within a file": Death(checkpoint_writer, "_write_file", True, _into, cut_in_half),
     "after a file": Death(checkpoint_writer, "_write_file", True, _into),
     "before the report": Death(checkpoint.Saver, "_write", True, _of_saver),

@@ -299,6 +299,21 @@ def test_a_disk_that_does_not_answer_is_no_damage(
     assert two_ranks.run(REFUSAL, **job) == ["started at step 6"] * 2
 
 
+def test_a_directory_that_hosts_do_not_share_is_no_damage(two_ranks: RankPool, data: Path, run_directory: Path) -> None:
+    """Whichever host has the checkpoints: nothing is set aside, and the run does not start from zero."""
+    job: dict[str, Any] = {"config": run_config(data, 7, ZERO3), "directory": run_directory}
+    for told in two_ranks.run("tests.checkpoint_jobs:refusal_unless_shared", **job):
+        assert re.search(
+            r"data 1 .*does not see .*another_disk/checkpoints/step_00000006: the run directory must", told
+        )
+    assert complete_steps(checkpoints(run_directory)) == [6, 4]
+    elsewhere = run_directory.with_name("another_disk")
+    shutil.rmtree(elsewhere)
+    run_directory.rename(elsewhere)
+    for told in two_ranks.run("tests.checkpoint_jobs:refusal_unless_shared", **job):
+        assert re.search(r"data 1 .*sees checkpoints of steps \[6, 4\] in .*, rank 0 sees none: the run dir", told)
+
+
 def test_a_checkpoint_of_another_format_is_left_alone(two_ranks: RankPool, data: Path, run_directory: Path) -> None:
     """A newer version of this program wrote it: no damage, and no reason to lose the steps that it holds."""
     manifest = newest(run_directory) / MANIFEST

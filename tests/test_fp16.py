@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
+from megagpt.checkpoint_format import complete_steps
 from tests import plain
 from tests.configurations import Config, tiny, with_zero
 from tests.ranks import RankPool
-from tests.test_guard import CLEAN_STEPS, assert_nothing_changes, guarded_config
+from tests.test_guard import CLEAN_STEPS, TRAIN, assert_nothing_changes, guarded_config
 from tests.trained_run import write_dataset
 
 STEPS = 4
@@ -96,3 +97,35 @@ def test_one_bad_gradient_on_one_rank_of_a_mesh_changes_no_weight_anywhere(
     config["megagpt"]["parallel"] = parallel
     config["fp16"] = {"enabled": True, "initial_scale_power": 12}
     assert_nothing_changes(AllowingFp16(four_ranks), config, tmp_path, rank=rank, kind=kind)
+
+
+def fp16_run(data: Path, steps: int, **fp16: Any) -> Config:
+    return guarded_config(data, steps, 1) | {"fp16": {"enabled": True, "hysteresis": 1} | fp16}
+
+
+@pytest.mark.slow
+def test_a_scale_that_can_fall_no_further_ends_the_run_by_its_guard(two_ranks: RankPool, tmp_path: Path) -> None:
+    """DeepSpeed would raise an exception at the third overflow: 4, 2, 1 and no smaller."""
+    config = fp16_run(write_dataset(tmp_path / "data"), 12, initial_scale_power=2)
+    poison = {"steps": range(3, 12), "rank": 1, "kind": "inf"}
+    for rank in AllowingFp16(two_ranks).run(TRAIN, config=config, directory=tmp_path / "run", poison=poison):
+        assert "step 7: a gradient is not finite" in rank["stopped"]
+        assert "5 steps in a row: lower optimizer.params.lr" in rank["stopped"]
+        assert rank["scaler_at_end"]["cur_scale"] == 1
+    assert complete_steps(tmp_path / "run/checkpoints")[0] == 7
+
+
+@pytest.mark.slow
+def test_the_loss_scale_goes_on_or_begins_as_configured(two_ranks: RankPool, tmp_path: Path) -> None:
+    """From fp32 there is none to go on with; between runs in fp16 it is part of the state; bf16 has no use for it."""
+    ranks, data, directory = AllowingFp16(two_ranks), write_dataset(tmp_path / "data"), tmp_path / "run"
+    ranks.run(TRAIN, config=guarded_config(data, 2, 1), directory=directory)
+    switched = ranks.run(TRAIN, config=fp16_run(data, 8, initial_scale_power=30), directory=directory)
+    resumed = ranks.run(TRAIN, config=fp16_run(data, 10, initial_scale_power=4), directory=directory)
+    left = ranks.run(TRAIN, config=guarded_config(data, 11, 1, "bf16"), directory=directory)
+    for rank in (0, 1):
+        assert switched[rank]["scaler_at_start"]["cur_scale"] == 2**30
+        assert switched[rank]["scaler_at_end"]["cur_scale"] < 2**30
+        assert resumed[rank]["scaler_at_start"] == switched[rank]["scaler_at_end"]
+        assert left[rank]["scaler_at_start"] == {}
+        assert left[rank]["state"].step == 11

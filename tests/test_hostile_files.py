@@ -97,12 +97,13 @@ def test_a_checkpoint_that_names_code_is_read_as_data(canary: Path, run: Path) -
 
 
 def test_a_checkpoint_sets_no_attribute_but_a_loss_scales_own() -> None:
-    scaler = SimpleNamespace(cur_scale=1.0, cur_iter=0, backward=print)
+    its_own = {"cur_scale": 8.0, "cur_iter": 3, "last_overflow_iter": 2, "cur_hysteresis": 1}
+    scaler = SimpleNamespace(**dict.fromkeys(its_own, 0), dynamic=True, backward=print)
     set_loss_scaler_state(
         SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=scaler)),  # type: ignore[arg-type]
-        {"cur_scale": 8.0, "cur_iter": 3, "backward": 1, "__class__": 1},
+        {**its_own, "backward": 1, "dynamic": 0, "__class__": 1},
     )
-    assert vars(scaler) == {"cur_scale": 8.0, "cur_iter": 3, "backward": print}
+    assert vars(scaler) == {**its_own, "dynamic": True, "backward": print}
 
 
 def test_a_runs_own_configuration_is_read_as_strictly(canary: Path, run: Path) -> None:

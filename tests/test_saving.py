@@ -164,3 +164,11 @@ def test_what_has_no_sound_manifest_pushes_nothing_out(data: Path, tmp_path: Pat
 def test_the_last_checkpoint_that_is_known_to_load_is_never_retired(data: Path, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", data, steps=(1, 2, 3, 7, 8))
     assert steps_after_retiring(run, last_good_step=2) == [8, 7, 2]
+
+
+@pytest.mark.slow
+def test_the_checkpoint_that_a_run_went_on_from_stays(two_ranks: RankPool, data: Path, tmp_path: Path) -> None:
+    for steps in (2, 6):
+        config = run_config(data, steps, ZERO3, save_every=1)
+        two_ranks.run("tests.checkpoint_jobs:train", config=config, directory=tmp_path)
+    assert complete_steps(tmp_path / "checkpoints") == [6, 5, 2]

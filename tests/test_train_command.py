@@ -165,7 +165,7 @@ def test_a_run_that_diverges_stops_with_exit_code_4(configuration: Path, tmp_pat
     skips = history.events_named("skip")
     assert len(skips) == 5
     assert "no sample: the model returned logits that are not finite" in history.events_named("warning")[0]["message"]
-    assert f"step {skips[-1]['step']}: a gradient is not finite" in finished.stderr
+    assert f"step {skips[-1]['step']}: the loss is not finite" in finished.stderr
 
 
 CRASHING = """

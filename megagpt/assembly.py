@@ -30,16 +30,19 @@ from megagpt.stages import cut, describe
 from megagpt.together import together
 from megagpt.train import Run
 from megagpt.utils import human_count
+from megagpt.watch import Pulse
 
 log = logging.getLogger(__name__)
 
 
-def assemble(config: RunConfig, streams: dict[Split, SampleStream], directory: Path) -> Run:
-    """Bring up the ranks, the engine and the newest checkpoint; every rank does the same."""
+def assemble(config: RunConfig, streams: dict[Split, SampleStream], directory: Path, pulse: Pulse) -> Run:
+    """Bring up the ranks, the engine and the newest checkpoint; every rank does the same, and says where it is."""
+    pulse.beat("joining the other ranks")
     native = device.multiplies_bf16_natively(training_device())
     resolved = resolve_here(config, streams["train"].vocabulary, bf16_native=native)
     join_ranks(collective_timeout(resolved))
     require_agreement(resolved, streams["train"])
+    pulse.beat("building the engine")
     mesh = build_mesh(resolved)
     engine = build_engine(resolved, mesh)
     _announce(engine, directory, device.describe(training_device()))
@@ -51,7 +54,9 @@ def assemble(config: RunConfig, streams: dict[Split, SampleStream], directory: P
         encoding=open_tokenizer(resolved.megagpt),
         directory=directory,
         peak_flops=device.peak_flops(training_device(), compute_dtype(resolved)),
+        pulse=pulse,
     )
+    pulse.beat("loading the checkpoint")
     found = _resume(run)
     together(lambda: directories.record(directory, resolved) if mesh.rank == 0 else None)
     run.monitor = Monitor.open(

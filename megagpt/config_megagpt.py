@@ -143,7 +143,8 @@ class MonitorConfig(Section):
     log_interval_steps: int = execution(10, "steps between lines on the screen and in metrics.jsonl", ge=0)
     stall_timeout_s: int = execution(
         1800,
-        "seconds that a step, a validation batch or a save may last before the run counts as hung; 0: no limit",
+        "seconds that a step, a validation batch, a save or (then at least 900) a stage of the start may last before "
+        "the run counts as hung; 0: no limit",
         ge=0,
     )
 

@@ -32,36 +32,26 @@ def forget(directory: Path) -> None:
     end_record.clear(directory)
 
 
-def watching(run: "Run") -> Watch:
-    """The watch over this rank, which ends the run where it hangs."""
-    mesh = run.engine.mesh
+def acquaint(watch: Watch, run: "Run") -> None:
+    """Tell the watch over this rank what the rank and its modules are called."""
     modules = (item for chunk in run.engine.chunks for item in chunk.named_modules())
-    return Watch(
-        run.directory,
-        run.pulse,
-        rank=mesh.rank,
-        world_size=mesh.world_size,
-        name=mesh.name,
-        timeout_s=run.config.megagpt.monitor.stall_timeout_s,
-        module_names={id(module): name for name, module in modules if name},
-        report=lambda states: _report_hang(states, run),
-    )
+    watch.know(run.engine.mesh.name, {id(module): name for name, module in modules if name})
 
 
-def _report_hang(states: list[RankState], run: "Run") -> None:
+def report_hang(states: list[RankState], timeout_s: float, run: "Run | None", directory: Path) -> None:
     """One rank's word for all, while every main thread hangs."""
     from megagpt.hang_page import hang_page, verdict
 
-    last = last_checkpoint(run.directory)
+    last, step = last_checkpoint(directory), run.state.step if run else None
     page = hang_page(
         states,
-        timeout_s=run.config.megagpt.monitor.stall_timeout_s,
+        timeout_s=timeout_s,
         last_checkpoint=last,
         resume_command=resume_command() if last else None,
-        stacks=run.directory / "logs" / "watch",
+        stacks=directory / "logs" / "watch",
     )
-    _record(EndRecord(end_record.HUNG, ExitCode.FAILED, run.state.step, _rank(), verdict(states)), run.directory)
-    _publish(page, run.directory)
+    _record(EndRecord(end_record.HUNG, ExitCode.FAILED, step, _rank(), verdict(states)), directory)
+    _publish(page, directory)
 
 
 def farewell(run: "Run", first_step: int, wish: Wish) -> ExitCode:

@@ -85,11 +85,12 @@ def verdict(states: Sequence[RankState]) -> str:
 
 
 def _where(state: RankState) -> str:
+    doing = f"{state.doing} in step {state.step}" if state.step else f"{state.doing} before the first step"
     if state.silent_s is not None:
-        return f"no sign of life for {state.silent_s:.0f} s, last seen {state.doing} in step {state.step}"
+        return f"no sign of life for {state.silent_s:.0f} s, last seen {doing}"
     within = f" in module {state.module}" if state.module else ""
     waiting = f", waiting in {state.collective}" if state.collective else ""
-    return f"{state.doing} in step {state.step}{within}{waiting}"
+    return f"{doing}{within}{waiting}"
 
 
 def _group(group: list[RankState]) -> list[str]:

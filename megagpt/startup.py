@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from socket import gethostname
+from typing import TextIO
 
 import kernels  # noqa: F401  chooses Triton's interpreter, where it is asked for, before DeepSpeed imports Triton
 from megagpt import endings, faults
@@ -27,6 +28,7 @@ from megagpt.orphans import end_with_launcher
 from megagpt.run_data import open_data
 from megagpt.signals import STOP_FILE, SignalListener, Wish, Wishes, ends_before_the_start
 from megagpt.utils import ExitCode, UserError
+from megagpt.watch import Pulse, Watch
 
 log = logging.getLogger(__name__)
 
@@ -78,13 +80,27 @@ def _gathered(directory: Path) -> AbstractContextManager[object]:
 
     A single process locks it before it imports torch.
     """
-    lock = partial(directories.lock, directory)
+    lock = partial(_claimed, directory)
     if os.environ["WORLD_SIZE"] == "1":
         return lock()
     _announce_device()
     from megagpt.rendezvous import gathered_ranks
 
     return gathered_ranks(lock)
+
+
+def _claimed(directory: Path) -> TextIO:
+    """The lock, and no word of how an earlier start ended: a new end is to be shown, an old alarm to end nobody."""
+    locked = directories.lock(directory)
+    try:
+        endings.forget(directory)
+    except OSError as error:
+        raise _cannot_be_written(directory, error) from error
+    return locked
+
+
+def _cannot_be_written(directory: Path, error: OSError) -> UserError:
+    return UserError(f"{directory}: cannot be written ({error.strerror}); choose another --run_dir")
 
 
 def _announce_device() -> None:
@@ -115,16 +131,25 @@ def _run_to_its_end(config: RunConfig, streams: dict[Split, SampleStream], direc
     from megagpt.assembly import assemble
     from megagpt.train import train
 
+    launch, pulse = adopt_launch(), Pulse()
     run = None
     wishes.stop_file = directory / STOP_FILE if _rank() == 0 else None
     with SignalListener(wishes, lambda heard: endings.end_at_once(heard, run, directory)):
         try:
             _open_log(directory)
-            run = assemble(config, streams, directory)
-            run.wishes, first_step = wishes, run.state.step
-            faults.sabotage(run, faults.from_environment())
-            wishes.awaited = True
-            with endings.watching(run):
+            with Watch(
+                directory,
+                pulse,
+                rank=launch.rank,
+                world_size=launch.world_size,
+                timeout_s=config.megagpt.monitor.stall_timeout_s,
+                report=lambda states, timeout_s: endings.report_hang(states, timeout_s, run, directory),
+            ) as watch:
+                run = assemble(config, streams, directory, pulse)
+                endings.acquaint(watch, run)
+                run.wishes, first_step = wishes, run.state.step
+                faults.sabotage(run, faults.from_environment())
+                wishes.awaited = True
                 with run.monitor:
                     wish = train(run)
                 return endings.farewell(run, first_step, wish)
@@ -135,14 +160,12 @@ def _run_to_its_end(config: RunConfig, streams: dict[Split, SampleStream], direc
 
 
 def _open_log(directory: Path) -> None:
-    """This rank's log; how an earlier start ended gives way, so that a new end is shown."""
+    """This rank's log."""
     from megagpt.monitor import open_rank_log
 
     try:
         open_rank_log(directory, _rank())
         launch = adopt_launch()
         log.info("rank %d of %d, on host %s by %s", launch.rank, launch.world_size, gethostname(), launch.launcher)
-        if _rank() == 0:  # which holds the lock: the page may be another run's
-            endings.forget(directory)
     except OSError as error:
-        raise UserError(f"{directory}: cannot be written ({error.strerror}); choose another --run_dir") from error
+        raise _cannot_be_written(directory, error) from error

@@ -29,6 +29,7 @@ COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
 OWN = str(Path(__file__).resolve().parent)
 MODULE_CALLS = ("forward", "_call_impl")
 MOST_FRAMES = 40
+START_S = 900.0  # a stage of the start may take minutes without a sign: an op that is compiled, a checkpoint to be read
 
 
 @dataclass
@@ -69,8 +70,8 @@ class RankState:
 class Watch:
     """The thread of one rank, at work while it is entered.
 
-    ``module_names`` maps the ids of modules to their names. When a step outlasts ``timeout_s``, one rank calls
-    ``report(states of all ranks)`` and every rank then ends itself with exit code 1.
+    When a step outlasts ``timeout_s``, or a stage of the start that and ``START_S``, one rank calls
+    ``report(states of all ranks, the seconds)`` and every rank then ends itself with exit code 1.
     """
 
     def __init__(
@@ -80,14 +81,12 @@ class Watch:
         *,
         rank: int,
         world_size: int,
-        name: str,
         timeout_s: float,
-        module_names: Mapping[int, str],
-        report: Callable[[list[RankState]], None],
+        report: Callable[[list[RankState], float], None],
     ) -> None:
         self.directory, self.pulse = directory / "logs" / "watch", pulse
-        self.rank, self.world_size, self.name = rank, world_size, name
-        self.timeout_s, self.module_names, self.report = timeout_s, module_names, report
+        self.rank, self.world_size, self.timeout_s, self.report = rank, world_size, timeout_s, report
+        self.name, self.module_names = f"rank {rank}", dict[int, str]()
         self.tick_s = min(1.0, max(0.1, timeout_s / 50))  # seen a tick late, reported a patience later: within 5 s
         self.write_every_s = min(30.0, max(self.tick_s, timeout_s / 20))
         self._main_thread = threading.main_thread().ident or 0
@@ -101,6 +100,10 @@ class Watch:
             self._thread.start()
             threading.Thread(target=self._insist, name="watch of the clock", daemon=True).start()
         return self
+
+    def know(self, name: str, module_names: Mapping[int, str]) -> None:
+        """Once there is an engine: what this rank is called, and the names of modules by their ids."""
+        self.name, self.module_names = name, dict(module_names)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -116,7 +119,7 @@ class Watch:
             if ticked_s and now_s - ticked_s > 5 + 5 * self.tick_s:
                 self.pulse.since_s = now_s  # the whole process was stopped, and nobody has missed it
             ticked_s = now_s
-            if now_s - self.pulse.since_s > self.timeout_s or self._alarm.exists():
+            if now_s - self.pulse.since_s > self.limit_s or self._alarm.exists():
                 self._end_the_run()
             if now_s - written_s > self.write_every_s:
                 written_s = now_s
@@ -127,10 +130,15 @@ class Watch:
         whoever writes or looks there waits for ever."""
         overdue_s = 0.0
         while not self._closing.wait(self.tick_s):
-            overdue = time.monotonic() - self.pulse.since_s > self.timeout_s
+            overdue = time.monotonic() - self.pulse.since_s > self.limit_s
             overdue_s = overdue_s + self.tick_s if overdue else 0.0
             if overdue_s > 4 * self._patience_s:
                 os._exit(ExitCode.FAILED)
+
+    @property
+    def limit_s(self) -> float:
+        """How long the present step, or the present stage of the start, may last."""
+        return self.timeout_s if self.pulse.step else max(self.timeout_s, START_S)
 
     @property
     def _alarm(self) -> Path:
@@ -148,7 +156,7 @@ class Watch:
             log.warning("no alarm: %s", error)
         else:
             self._wait_until(lambda: all(state.final for state in self._states()))
-            self.report(self._states())
+            self.report(self._states(), self.limit_s)
             self._reported.touch()
         os._exit(ExitCode.FAILED)
 

@@ -37,6 +37,7 @@ from megagpt.config import RunConfig
 from megagpt.guard import StoppedByGuardError
 from megagpt.train import Run
 from megagpt.utils import UserError
+from megagpt.watch import Pulse
 from tests.configurations import Config, tiny, with_zero
 from tests.jobs import destroy, held_state
 from tests.ranks import free_port
@@ -80,7 +81,7 @@ def started(config: Config, directory: Path) -> Iterator[Run]:
     """The run as a command brings it up, on the ranks that are there already."""
     parsed = RunConfig.from_json(json.dumps(config))
     with patch.object(device, "peak_flops", return_value=None):  # measured on a CPU, which takes longer than a run here
-        run = assembly.assemble(parsed, run_data.open_data(parsed, directory), directory)
+        run = assembly.assemble(parsed, run_data.open_data(parsed, directory), directory, Pulse())
     try:
         with run.monitor:
             yield run

@@ -1,13 +1,23 @@
-"""Logical tensors put together again from what the ranks hold."""
+"""Logical tensors put together again from what the ranks hold, or from what they have stored."""
 
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 
 from megagpt.boxes import Box
+from megagpt.checkpoint_reader import open_checkpoint
 from tests.jobs import Held
+
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+def stored_tensors(run: Path, step: int | None = None) -> dict[tuple[str, str], torch.Tensor]:
+    """Those of a checkpoint of a run, the newest or that of a step, by (kind, parameter)."""
+    reader = open_checkpoint(run, step)
+    return {(kind, name): reader.tensor(kind, name) for kind in KINDS for name in reader.manifest.tensors}
 
 
 def whole_tensors(ranks: Iterable[Held]) -> dict[tuple[str, str], torch.Tensor]:

@@ -18,12 +18,14 @@ from megagpt.metrics import read_metrics
 from megagpt.signals import SignalListener, Wish, Wishes
 from tests.checkpoint_jobs import assert_same_state, gathered, run_config
 from tests.monitoring import REPOSITORY
-from tests.processes import PATIENCE_S, Start, ranks_of, steps_on_record, until
+from tests.processes import PATIENCE_S, Start, ranks_of, seconds_to_its_end, steps_on_record, until
 from tests.ranks import RankPool
+from tests.shards import stored_tensors
 from tests.trained_run import write_dataset
 
 TRAIN = "tests.survival_jobs:train_with_wishes"
 STEPS = 8
+PEERS_END_WITHIN_S = 5.0
 SAVED_WITHIN_S = 25.0  # a launcher that passes a signal on kills 30 s later
 
 
@@ -198,7 +200,7 @@ def test_the_second_sigterm_ends_a_process_whose_main_thread_hangs(start: Start,
     assert open_checkpoint(run).manifest.state.step == 2
 
 
-# The file of a save is half on the disk, and the disk does not answer any more.
+# The file of a save is half on the disk, and the disk does not answer any more: of one rank.
 HANGING_SAVE = """
 import os, sys, time
 sys.path[0] = {repository!r}
@@ -210,7 +212,7 @@ write_file = checkpoint_writer._write_file
 
 def hanging(staging, flats, planned):
     stored = write_file(staging, flats, planned)
-    if staging.name.endswith("step_00000004"):
+    if staging.name.endswith("step_00000004") and os.environ["RANK"] == {rank!r}:
         os.truncate(staging / planned.name, planned.bytes // 2)
         open({hangs!r}, "w").close()
         time.sleep(1000)
@@ -223,35 +225,73 @@ sys.exit(run_command(lambda: startup.main(parse_arguments())))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["foreground", "background"])
+@pytest.mark.parametrize("told", [[0], [0, 1], [1, 0]], ids=["one process", "rank 0 of two", "rank 1 of two"])
 def test_the_second_sigterm_ends_a_process_that_saves(
-    start: Start, data: Path, tmp_path: Path, asynchronous: bool
+    start: Start, data: Path, tmp_path: Path, told: list[int], asynchronous: bool
 ) -> None:
-    """Nothing torn can ever be read, and the run goes on from the checkpoint before (F4)."""
+    """Nothing torn can ever be read, and the run goes on from the checkpoint before (F4).
+
+    Of two ranks the first of ``told`` hangs, and it alone is told; the other waits for it, and ends with it.
+    """
     configuration, run = tmp_path / "config.json", tmp_path / "run"
     config = run_config(data, 10, (1, "none", "none"), save_every=2)
     config["megagpt"]["checkpoint"]["asynchronous"] = asynchronous
     configuration.write_text(json.dumps(config))
     hangs, script = tmp_path / "hangs", tmp_path / "hanging.py"
-    script.write_text(HANGING_SAVE.format(repository=str(REPOSITORY), hangs=str(hangs)))
+    script.write_text(HANGING_SAVE.format(repository=str(REPOSITORY), hangs=str(hangs), rank=str(told[0])))
     words = ["--deepspeed_config", configuration, "--run_dir", run]
-    (process,) = start(*words, script=script)
+    ranks = start(*words, ranks=len(told), script=script)
+    process, *peers = [ranks[rank] for rank in told]
     until(hangs.exists)
     process.send_signal(signal.SIGTERM)
     time.sleep(signals.SAME_PRESS_S + 1)
-    assert process.poll() is None
+    assert [rank.poll() for rank in ranks] == [None] * len(ranks)
     assert complete_steps(run / "checkpoints") == [2]
     process.send_signal(signal.SIGTERM)
     assert process.wait(PATIENCE_S) == 1
+    for peer in peers:
+        assert seconds_to_its_end(peer) < PEERS_END_WITHIN_S
+        assert peer.wait() == 1
     record = EndRecord.read(run)
     assert record is not None
-    assert (record.reason, record.exit_code, record.detail) == ("ended at once", 1, "SIGTERM")
+    assert (record.reason, record.exit_code, record.rank, record.detail) == ("ended at once", 1, told[0], "SIGTERM")
     assert complete_steps(run / "checkpoints") == [2]
     assert open_checkpoint(run).manifest.state.step == 2
-    (process,) = start(*words)
-    assert process.wait(PATIENCE_S) == 0
+    assert [rank.wait(PATIENCE_S) for rank in start(*words, ranks=len(told))] == [0] * len(told)
     (resume,) = read_metrics(run).events_named("resume")
     assert (resume["step"], resume["passed_over"]) == (2, [])
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step_00000008", "step_00000010"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [0, 1])
+def test_one_of_two_ranks_is_told_and_both_save_the_same_step(
+    start: Start, data: Path, tmp_path: Path, told: int
+) -> None:
+    """In processes of their own, without a launcher; resumed, they end bit for bit as an undisturbed run (F3)."""
+    configuration, run, undisturbed = (tmp_path / name for name in ("config.json", "run", "undisturbed"))
+    configuration.write_text(json.dumps(run_config(data, 12, (1, "none", "none"), save_every=12)))
+    words = ["--deepspeed_config", configuration, "--run_dir"]
+    ranks = start(*words, run, ranks=2, faults="slow@step=3,seconds=0.5")  # so that it is told in time
+    until(lambda: steps_on_record(run) > 2)
+    at_s = time.monotonic()
+    ranks[told].send_signal(signal.SIGTERM)
+    assert [rank.wait(PATIENCE_S) for rank in ranks] == [3, 3]
+    assert time.monotonic() - at_s < SAVED_WITHIN_S
+    record = EndRecord.read(run)
+    assert record is not None
+    assert (record.reason, record.exit_code, record.detail) == ("pre-empted", 3, "SIGTERM")
+    assert complete_steps(run / "checkpoints") == [record.step]
+    assert {name[:10] for name in open_checkpoint(run).manifest.files} == {"rank_00000", "rank_00001"}
+    logs = [(run / "logs" / f"rank_{rank:05d}.log").read_text() for rank in (0, 1)]
+    assert ["SIGTERM: save and end" in log for log in logs] == [rank == told for rank in (0, 1)]
+    for directory in (run, undisturbed):
+        assert [rank.wait(PATIENCE_S) for rank in start(*words, directory, ranks=2)] == [0, 0]
+    (resume,) = read_metrics(run).events_named("resume")
+    assert resume["step"] == record.step
+    assert_same_state(stored_tensors(run), stored_tensors(undisturbed))
+    losses = [[(made.step, made.loss) for made in read_metrics(directory).steps] for directory in (run, undisturbed)]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.slow

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 
 from megagpt import supervise
-from megagpt.checkpoint_reader import Reader, open_checkpoint
 from megagpt.end_record import EndRecord
 from megagpt.metrics import History, read_metrics
 from megagpt.report import write_report
 from megagpt.supervise import handles, members, run_directory_of
-from tests.checkpoint_jobs import run_config
+from tests.checkpoint_jobs import assert_same_state, run_config
 from tests.monitoring import record
 from tests.processes import PATIENCE_S, PROGRAMS, Process, Start, ranks_of, seconds_to_its_end, until
 from tests.ranks import free_port
+from tests.shards import stored_tensors
 from tests.trained_run import write_dataset
 
 SUPERVISE = "launch/supervise.py"
@@ -278,16 +278,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("dataset"))
 
 
-def same_weights(left: Reader, right: Reader) -> bool:
-    """Weights and moments of two checkpoints, bit for bit, however they are cut into files."""
-    assert left.manifest.tensors.keys() == right.manifest.tensors.keys()
-    return all(
-        bool((left.tensor(kind, name) == right.tensor(kind, name)).all())
-        for kind in ("weight", "exp_avg", "exp_avg_sq")
-        for name in left.manifest.tensors
-    )
-
-
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_run_is_resumed_to_the_same_end(start: Start, data: Path, tmp_path: Path, ranks: int) -> None:
     """kill -9 of a rank in the middle of a step, with and without DeepSpeed's launcher (F1)."""
@@ -314,7 +304,7 @@ def test_a_killed_run_is_resumed_to_the_same_end(start: Start, data: Path, tmp_p
     assert (tmp_path / "killed" / "logs" / "faults.txt").read_text().count("kill@") == 1
     ends = [EndRecord.read(tmp_path / name) for name in ("killed", "undisturbed")]
     assert [end.step for end in ends if end] == [8, 8]
-    assert same_weights(*(open_checkpoint(tmp_path / name) for name in ("killed", "undisturbed")))
+    assert_same_state(*(stored_tensors(tmp_path / name) for name in ("killed", "undisturbed")))
     killed_steps, undisturbed_steps = (read_metrics(tmp_path / name).steps for name in ("killed", "undisturbed"))
     assert [(s.step, s.loss) for s in killed_steps] == [(s.step, s.loss) for s in undisturbed_steps]
 
@@ -346,6 +336,6 @@ def test_peers_end_with_a_killed_rank_and_the_printed_command_goes_on(
     assert [rank.wait(PATIENCE_S) for rank in start(*words, tmp_path / "undisturbed", ranks=2)] == [0, 0]
     (resume,) = read_metrics(run).events_named("resume")
     assert resume["step"] == 4
-    assert same_weights(*(open_checkpoint(tmp_path / name) for name in ("killed", "undisturbed")))
+    assert_same_state(*(stored_tensors(tmp_path / name) for name in ("killed", "undisturbed")))
     killed_steps, undisturbed_steps = (read_metrics(tmp_path / name).steps for name in ("killed", "undisturbed"))
     assert [(s.step, s.loss) for s in killed_steps] == [(s.step, s.loss) for s in undisturbed_steps]

@@ -14,7 +14,7 @@ from megagpt.metrics import METRICS_FILE, MetricsFile, read_metrics
 from megagpt.monitor import Monitor
 from megagpt.text import MASK
 from megagpt.trackers import why_offline
-from tests.monitoring import CANARY, open_monitor, record, run_script
+from tests.monitoring import CANARY, SECRETS, open_monitor, record, run_script
 
 
 @pytest.fixture(autouse=True)
@@ -134,7 +134,7 @@ with open_monitor(run, "wandb.enabled=true", "tensorboard.enabled=true") as moni
         logging.exception("failed with %s", "{CANARY}")
         print(crash_page(error, rank_name="rank 0", last_step=1, last_checkpoint=None, resume_command=None))
 """
-    secrets = dict.fromkeys(("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"), CANARY)
+    secrets = dict.fromkeys(SECRETS, CANARY)
     done = run_script(script, WANDB_MODE="offline", HOME=str(tmp_path), **secrets)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.name for path in files} >= {METRICS_FILE, "samples.txt", "rank_00000.log"}

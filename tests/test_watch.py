@@ -95,14 +95,60 @@ def test_a_stopped_process_is_named_with_the_last_that_was_seen_of_it(start: Sta
     assert all(state["stack"] for state in states)
 
 
+# Rank 1 never comes back from the disk that holds the checkpoint; the start may last no longer than a step.
+HANGING_START = """
+import os, sys, time
+sys.path[0] = {repository!r}
+from launch.train import parse_arguments
+from megagpt import assembly, startup, watch
+from megagpt.utils import run_command
+
+resume = assembly.resume
+
+def hanging(engine, directory):
+    if os.environ["RANK"] == "1":
+        open({hangs!r}, "w").close()
+        time.sleep(1000)
+    return resume(engine, directory)
+
+assembly.resume, watch.START_S = hanging, 0.0
+sys.exit(run_command(lambda: startup.main(parse_arguments())))
+"""
+START_TIMEOUT_S = 20  # each stage of a start has to end in it, on a busy machine too
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_while_it_loads_is_named_before_the_first_step(
+    start: Start, data: Path, tmp_path: Path
+) -> None:
+    """And an alarm of an earlier end in the same directory is nobody's any more."""
+    config = run_config(data, 100, (1, "none", "none"))
+    config["megagpt"]["monitor"]["stall_timeout_s"] = START_TIMEOUT_S
+    path, run, script, hangs = (tmp_path / name for name in ("config.json", "run", "hanging.py", "hangs"))
+    path.write_text(json.dumps(config))
+    script.write_text(HANGING_START.format(repository=str(REPOSITORY), hangs=str(hangs)))
+    (run / "logs" / "watch").mkdir(parents=True)
+    (run / "logs" / "watch" / "alarm").touch()
+    processes = start("--deepspeed_config", path, "--run_dir", run, ranks=2, script=script)
+    assert [process.wait(PATIENCE_S) for process in processes] == [1, 1]
+    assert (run / "logs" / "watch" / "reported").stat().st_mtime - hangs.stat().st_mtime < START_TIMEOUT_S + 5
+    flowing = " ".join((run / "logs" / "crash.txt").read_text().split())
+    assert f"nothing has ended for {START_TIMEOUT_S} s" in flowing
+    assert "rank 1 differs: loading the checkpoint before the first step, while rank 0 is loading" in flowing
+    assert "hanging.py" in flowing
+    record = EndRecord.read(run)
+    assert record is not None
+    assert (record.reason, record.exit_code, record.step) == ("hung", 1, None)
+
+
 WATCHING = """
 import sys, time
 from pathlib import Path
 from megagpt.watch import Pulse, Watch
 
-with Watch(
-    Path(sys.argv[1]), Pulse(), rank=0, world_size=1, name="rank 0", timeout_s=1, module_names={}, report=print
-):
+pulse = Pulse()
+with Watch(Path(sys.argv[1]), pulse, rank=0, world_size=1, timeout_s=1, report=print):
+    pulse.beat("training", 1)
     time.sleep(1000)
 """
 

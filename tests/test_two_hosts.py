@@ -213,8 +213,8 @@ def test_dead_hosts_are_named_by_preflight(sound: TwoHosts, configuration: Path,
     """One whose ssh daemon does not run, one at whose address nobody is."""
     sound.stop_daemon("host-b")
     sound.write_hostfile(ONE_EACH | {"dead": 1})
-    size = "megagpt.parallel.world_size=3"
-    code, shown = preflight(sound, configuration, tmp_path / "run", "--set", size)
+    size = ("megagpt.parallel.world_size=3", "train_batch_size=6")
+    code, shown = preflight(sound, configuration, tmp_path / "run", "--set", *size)
     assert code == 2
     assert "host-b: ssh: 'ssh: connect to host 192.0.2.2 port 22: Connection refused': the host is up and no" in shown
     assert re.search(r"dead: ssh: .*192.0.2.9.*(No route|timed out).*: the host does not answer: is it up", shown)

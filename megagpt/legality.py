@@ -14,7 +14,7 @@ from megagpt.config import ConfigError, ResolvedConfig, RunConfig
 from megagpt.config_arithmetic import nearest_first
 from megagpt.planner import Rule, refusals
 
-ANY_VOCABULARY = 1  # token, while the data are not prepared: whatever they turn out to have, the rest can be judged
+ANY_VOCABULARY = 0  # tokens, while the data are not prepared: whatever they turn out to have, the rest can be judged
 MOST_TRIED = 500  # configurations looked at for a legal one, a millisecond each
 
 Items = tuple[str, ...]  # of `--set`
@@ -23,7 +23,8 @@ Items = tuple[str, ...]  # of `--set`
 @dataclass(frozen=True)
 class World:
     """What a file does not say: how many ranks there are (None: as many as make one replica), how many tokens the data
-    have (None: as many as the model), and whether the device multiplies bf16 matrices in hardware (None: not known)."""
+    have (None: as many as the model; ANY_VOCABULARY: not known), and whether the device multiplies bf16 matrices in
+    hardware (None: not known)."""
 
     ranks: int | None
     vocabulary: int | None
@@ -33,12 +34,22 @@ class World:
         """The run in this world; where the device is not known, on one where it is legal. Raises ConfigError."""
         if self.bf16_native is None:
             without, with_bf16 = (replace(self, bf16_native=native).resolve(written) for native in (False, True))
-            return with_bf16 if refusals(without) and not refusals(with_bf16) else without
+            legal_with_bf16_alone = self.refusals(without, written) and not self.refusals(with_bf16, written)
+            return with_bf16 if legal_with_bf16_alone else without
         return written.resolved(
             world_size=self.ranks or written.megagpt.parallel.model_parallel_size,
-            vocabulary=self.vocabulary,
+            vocabulary=self.vocabulary if self.vocabulary != ANY_VOCABULARY else self._stand_in(written),
             bf16_native=self.bf16_native,
         )
+
+    def refusals(self, config: RunConfig, written: RunConfig) -> list[Rule]:
+        """The rows that refuse what was written and resolved here, without those that the data may yet acquit."""
+        return refusals(config, rows_known=self.vocabulary != ANY_VOCABULARY or self._stand_in(written) is None)
+
+    @staticmethod
+    def _stand_in(written: RunConfig) -> int | None:
+        """Tokens to go on with until the data are prepared; None where the configuration itself says how many."""
+        return None if written.megagpt.model.vocab_size or written.megagpt.model.vocabulary else 1
 
 
 def require_legal(written: RunConfig, source: str = "", world: World | None = None) -> None:
@@ -70,13 +81,13 @@ class Verdict:
 
 def judge(written: RunConfig, world: World | None) -> Verdict:
     """The whole check that a run passes before it starts."""
-    config, impossible = written, []
-    if world is not None:
-        try:
-            config = world.resolve(written)
-        except ConfigError as error:
-            impossible = error.errors
-    return Verdict(config, refusals(config), impossible)
+    if world is None:
+        return Verdict(written, refusals(written), [])
+    try:
+        config = world.resolve(written)
+    except ConfigError as error:
+        return Verdict(written, refusals(written), error.errors)
+    return Verdict(config, world.refusals(config, written), [])
 
 
 def nearest_legal(written: RunConfig, world: World | None) -> Items | None:

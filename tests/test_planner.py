@@ -13,10 +13,16 @@ from megagpt import legality, planner
 from megagpt.config import ConfigError, RunConfig, load_config
 from megagpt.legality import World
 from tests.config_documents import MINIMAL, put
+from tests.monitoring import REPOSITORY
 
 NVME = {"device": "nvme", "nvme_path": "swap"}
+SIX_HEADS = {"num_layers": 2, "hidden_size": 96, "num_heads": 6, "sequence_length": 32}
 CASES: list[tuple[dict[str, Any], str]] = [  # changes to the minimal (ZeRO 3) configuration; words of the reason
     ({"megagpt.parallel.tensor": 3, "train_batch_size": 12}, "as many key-value heads"),
+    (
+        {"megagpt.parallel.tensor": 3, "megagpt.model": SIX_HEADS, "train_batch_size": 12},
+        "as many rows of the embedding",
+    ),
     (
         {"megagpt.parallel": {"tensor": 2, "sequence": True}, "megagpt.model.sequence_length": 127},
         "as many positions as any other",
@@ -325,3 +331,25 @@ def test_auto_precision_is_judged_when_it_is_known(tmp_path: Path) -> None:
     on_cpu = config.resolved(world_size=2, vocabulary=1000, bf16_native=False)
     assert planner.refusals(on_gpu) == []
     assert [rule.key for rule in planner.refusals(on_cpu)] == ["zero_optimization.offload_param.device"]
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(257, 384), (50257, 50304), (1000, 1024)])
+def test_rows_are_judged_once_the_data_say_how_many_there_are(tmp_path: Path, tokens: int, rows: int) -> None:
+    """Six heads on three ranks: 384 = 3 x 128 and 50,304 = 3 x 16,768 rows can be shared, 1,024 cannot."""
+    changes = {"megagpt.parallel.tensor": 3, "megagpt.model": SIX_HEADS, "train_batch_size": 12}
+    written = load_config(write(tmp_path, changes))
+    before = legality.problems(written, World(6, legality.ANY_VOCABULARY))
+    now = legality.problems(written, World(6, tokens))
+    assert before == []
+    assert (now == []) is (rows % 3 == 0)
+    stated = load_config(write(tmp_path, changes | {"megagpt.model": SIX_HEADS | {"vocab_size": tokens}}))
+    assert legality.problems(stated, World(6, legality.ANY_VOCABULARY)) == now
+
+
+def test_tiles_are_judged_once_the_data_say_how_many_rows_there_are() -> None:
+    """As many tiles on both stages with GPT's vocabulary, and not with one of 128 rows."""
+    size = "zero_optimization.sub_group_size=780000000"
+    written = load_config(REPOSITORY / "ds_configs" / "gpt3_13b_3d_zero3.json", [size])
+    assert legality.problems(written, World(16, 50257)) == []
+    assert "optimizer tiles" in legality.problems(written, World(16, 128))[0]
+    assert legality.problems(written, World(16, legality.ANY_VOCABULARY)) == []

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megagpt.config import ConfigError, ResolvedConfig, RunConfig
+from megagpt.config import ConfigError, ResolvedConfig, RunConfig, unexpected_world
 from megagpt.config_arithmetic import nearest_first
 from megagpt.planner import Rule, refusals
 
@@ -72,7 +72,10 @@ def problems(written: RunConfig, world: World | None = None) -> list[str]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The rows that refuse a configuration, resolved as far as it can be, and why it could not be."""
+    """The rows that refuse a configuration, resolved as far as it can be, and why it could not be.
+
+    Where other ranks started than it states, it is resolved on those that it states: what else is wrong shows, too.
+    """
 
     config: RunConfig
     refused: list[Rule]
@@ -83,6 +86,10 @@ def judge(written: RunConfig, world: World | None) -> Verdict:
     """The whole check that a run passes before it starts."""
     if world is None:
         return Verdict(written, refusals(written), [])
+    parallel = written.megagpt.parallel
+    if world.ranks and (unexpected := unexpected_world(parallel, world.ranks)):
+        as_stated = judge(written, replace(world, ranks=parallel.world_size))
+        return replace(as_stated, impossible=[*as_stated.impossible, unexpected.line("")])
     try:
         config = world.resolve(written)
     except ConfigError as error:
@@ -113,29 +120,39 @@ def nearest_legal(written: RunConfig, world: World | None) -> Items | None:
 
 
 def _remedies(written: RunConfig, verdict: Verdict, world: World | None) -> Iterator[str]:
-    """Of the first row that refuses; where only numbers do not divide, smaller axes of the mesh, or other ways to cut
-    the batch, then other batches."""
+    """Of the first row that refuses; else the ranks that there are; where only numbers do not divide, smaller axes of
+    the mesh, or other ways to cut the batch, then other batches."""
     if verdict.refused:
         yield from verdict.refused[0].remedies_for(verdict.config)
         return
     parallel = written.megagpt.parallel
     replica = parallel.model_parallel_size
     ranks = replica if world is None or world.ranks is None else world.ranks
+    if parallel.world_size not in (None, ranks):
+        yield f"megagpt.parallel.world_size={ranks}"
+        return
     if ranks % replica:
         for axis, size in (("tensor", parallel.tensor), ("pipeline", parallel.pipeline)):
             yield from (f"megagpt.parallel.{axis}={fewer}" for fewer in range(size - 1, 0, -1))
         return
-    micro_batch, steps = written.train_micro_batch_size_per_gpu or 1, written.gradient_accumulation_steps or 1
-    if written.gradient_accumulation_steps is not None:
-        yield "gradient_accumulation_steps=null"
-    for fewer in range(micro_batch - 1, 0, -1):
-        if micro_batch % fewer == 0:
+    yield from _other_batches(written, ranks // replica)
+
+
+def _other_batches(written: RunConfig, replicas: int) -> Iterator[str]:
+    """As many steps of accumulation as it takes; smaller micro-batches; the batches next to the one that does not
+    divide, of which micro-batches, where they are stated, take any number of steps."""
+    micro_batch, steps = written.train_micro_batch_size_per_gpu, written.gradient_accumulation_steps
+    any_steps = "gradient_accumulation_steps=null"
+    if steps is not None:
+        yield any_steps
+    for fewer in range((micro_batch or 1) - 1, 0, -1):
+        if micro_batch and micro_batch % fewer == 0:
             yield f"train_micro_batch_size_per_gpu={fewer}"
     if written.train_batch_size is not None:
-        unit = ranks // replica * micro_batch * steps
+        unit = replicas * (micro_batch or steps or 1)
         below = written.train_batch_size // unit * unit
         for batch in nearest_first(written.train_batch_size, among=[max(below, unit), below + unit]):
-            yield f"train_batch_size={batch}"
+            yield f"train_batch_size={batch} {any_steps}" if micro_batch and steps else f"train_batch_size={batch}"
 
 
 def _with(items: Items, more: Items) -> Items:

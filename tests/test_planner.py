@@ -216,6 +216,11 @@ NEAREST = [  # what a remedy alone would break; the world; what is printed
         ["megagpt.parallel.tensor=2", "gradient_accumulation_steps=null"],
     ),
     (
+        {"train_batch_size": 17, "train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 5},
+        4,
+        ["train_batch_size=12", "gradient_accumulation_steps=null"],
+    ),
+    (
         {"megagpt.parallel": {"pipeline": 1, "schedule": "interleaved", "virtual_stages": 2}},
         2,
         ["megagpt.parallel.schedule=1f1b", "megagpt.parallel.virtual_stages=1"],
@@ -353,3 +358,22 @@ def test_tiles_are_judged_once_the_data_say_how_many_rows_there_are() -> None:
     assert legality.problems(written, World(16, 50257)) == []
     assert "optimizer tiles" in legality.problems(written, World(16, 128))[0]
     assert legality.problems(written, World(16, legality.ANY_VOCABULARY)) == []
+
+
+@pytest.mark.parametrize("ranks", [1000, 1008, 512])
+def test_a_run_on_fewer_ranks_than_it_states_is_offered_one_that_is_legal_there(ranks: int) -> None:
+    path, world = REPOSITORY / "ds_configs" / "gpt3_175b_3d.json", World(ranks, 50257, bf16_native=True)
+    (line,) = legality.problems(load_config(path), world)
+    assert f"expects 1024 ranks and {ranks} started: bring back the missing hosts; nearest legal" in line
+    assert f"megagpt.parallel.world_size={ranks}" in printed_items(line)
+    assert is_legal(path, printed_items(line), world)
+
+
+def test_missing_ranks_hide_nothing_else() -> None:
+    """Tied embeddings and micro-batches are known of the run as it is stated."""
+    changes = ["megagpt.parallel.gradient_reduction=per_micro_batch"]
+    path, world = REPOSITORY / "ds_configs" / "gpt3_175b_3d.json", World(1000, 50257, bf16_native=True)
+    reduction, missing, offer = legality.problems(load_config(path, changes), world)
+    assert "copies of a tied embedding" in reduction
+    assert "bring back the missing hosts" in missing
+    assert is_legal(path, [*changes, *printed_items(offer)], world)

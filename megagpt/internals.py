@@ -19,10 +19,10 @@ TESTED = {"deepspeed": "0.19.8", "torch": "2.13.0"}  # as in requirements.txt
 # file below site-packages -> first digits of its SHA-256
 DIGESTS: dict[str, str] = {
     "deepspeed/comm/torch.py": "e1ed1e77862a",
-    "deepspeed/launcher/constants.py": "",
-    "deepspeed/launcher/launch.py": "",
-    "deepspeed/launcher/multinode_runner.py": "",
-    "deepspeed/launcher/runner.py": "",
+    "deepspeed/launcher/constants.py": "e5fd93f8865a",
+    "deepspeed/launcher/launch.py": "ea1e6888ce11",
+    "deepspeed/launcher/multinode_runner.py": "888fe4888604",
+    "deepspeed/launcher/runner.py": "956d554ea5c9",
     "deepspeed/ops/__init__.py": "1009dc476505",
     "deepspeed/ops/adam/cpu_adam.py": "634fc0da21d4",
     "deepspeed/ops/adam/fused_adam.py": "e7f24193f52f",

@@ -210,15 +210,21 @@ def _blamed(problem: Problem, source: str, keys_set: Sequence[KeyPath]) -> str:
     return "--set" if from_command_line else source
 
 
+def unexpected_world(parallel: ParallelConfig, world_size: int) -> Problem | None:
+    """What is wrong where another number of ranks started than the run states; None where nothing is."""
+    expected = parallel.world_size
+    if expected is None or expected == world_size:
+        return None
+    hint = "bring back the missing hosts" if world_size < expected else f"start {expected} of them"
+    return Problem(
+        ("megagpt", "parallel", "world_size"), f"the run expects {expected} ranks and {world_size} started: {hint}"
+    )
+
+
 def _data_parallel_size(parallel: ParallelConfig, world_size: int) -> int | Problem:
     replica = parallel.model_parallel_size
-    expected = parallel.world_size
-    if expected not in (None, world_size):
-        return Problem(
-            ("megagpt", "parallel", "world_size"),
-            f"the run expects {expected} ranks and {world_size} started: bring back the missing hosts, "
-            f"or --set megagpt.parallel.world_size={world_size}",
-        )
+    if (unexpected := unexpected_world(parallel, world_size)) is not None:
+        return unexpected
     if world_size % replica:
         return Problem(
             ("megagpt", "parallel"),

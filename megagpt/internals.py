@@ -1,5 +1,7 @@
 """The files that `compat.py` stands on, by their digest: what a run checks at its start, before any rank waits.
 
+`launch_command.py` stands on the launcher's: it reads command lines that they write.
+
 A version number says what was installed, not what runs: a vendored, patched or half-upgraded package keeps it. Once
 compat.py has been compared with other versions, `python -m megagpt.internals` prints the new table.
 """
@@ -17,6 +19,10 @@ TESTED = {"deepspeed": "0.19.8", "torch": "2.13.0"}  # as in requirements.txt
 # file below site-packages -> first digits of its SHA-256
 DIGESTS: dict[str, str] = {
     "deepspeed/comm/torch.py": "e1ed1e77862a",
+    "deepspeed/launcher/constants.py": "e5fd93f8865a",
+    "deepspeed/launcher/launch.py": "ea1e6888ce11",
+    "deepspeed/launcher/multinode_runner.py": "888fe4888604",
+    "deepspeed/launcher/runner.py": "956d554ea5c9",
     "deepspeed/ops/__init__.py": "1009dc476505",
     "deepspeed/ops/adam/cpu_adam.py": "634fc0da21d4",
     "deepspeed/ops/adam/fused_adam.py": "e7f24193f52f",

@@ -115,8 +115,9 @@ def make_plan(path: str, overrides: Sequence[str], hosts: Sequence[Host], limits
     """Plan a configuration file on these hosts; raises ConfigError where it is no configuration for so many ranks."""
     written = load_config(path, overrides)
     world = world_of(written, world_size(list(hosts)))
-    config, refused = judge(written, world).config, problems(written, world)
-    if not isinstance(config, ResolvedConfig) or not can_be_cut(config):
+    verdict, refused = judge(written, world), problems(written, world)
+    config = verdict.config
+    if verdict.impossible or not isinstance(config, ResolvedConfig) or not can_be_cut(config):
         raise ConfigError(f"{path}: {line}" for line in refused)
     plan = _plan(path, config, refused, hosts, limits, assumed)
     return plan if plan.good else replace(plan, alternatives=_alternatives(plan, path, overrides, written, world))

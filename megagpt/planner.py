@@ -34,6 +34,7 @@ class Rule:
     refuses: Callable[[RunConfig], bool]
     reason: str
     remedies: tuple[str, ...] | Remedies
+    counts_rows: bool = False  # of the vocabulary: this row waits until the data, or the configuration, tell them
 
     def remedies_for(self, config: RunConfig) -> Iterable[str]:
         """The `--set` items for this configuration."""
@@ -44,9 +45,13 @@ class Rule:
         return f"{self.key}: {shown(_value_at(config, self.key))} is refused: {self.reason}"
 
 
-def refusals(config: RunConfig) -> list[Rule]:
-    """The rows that refuse this configuration; an empty list is a legal one."""
-    return [rule for rule in RULES if rule.refuses(config)]
+def refusals(config: RunConfig, *, rows_known: bool = True) -> list[Rule]:
+    """The rows that refuse this configuration; an empty list is a legal one.
+
+    `rows_known`: whether `vocab_size` is what the run will have, not a stand-in until its data are prepared.
+    """
+    rows_known = rows_known and isinstance(config, ResolvedConfig)
+    return [rule for rule in RULES if (rows_known or not rule.counts_rows) and rule.refuses(config)]
 
 
 def can_be_cut(config: RunConfig) -> bool:
@@ -82,17 +87,26 @@ def _ties_embeddings(config: RunConfig) -> bool:
 
 
 def _shareable(config: RunConfig) -> int:
-    """What the number of tensor ranks has to divide, without the vocabulary until its rows are known."""
-    model = config.megagpt.model
-    rows = config.megagpt.model.vocab_size if isinstance(config, ResolvedConfig) else 0
-    return gcd(model.num_kv_heads, model.mlp_size, rows)
+    """What the number of tensor ranks has to divide in each block."""
+    return gcd(config.megagpt.model.num_kv_heads, config.megagpt.model.mlp_size)
+
+
+def _shares_rows(config: RunConfig) -> bool:
+    """Whether the rows of the embedding are divided, too."""
+    return (config.megagpt.model.vocab_size or 0) % config.megagpt.parallel.tensor == 0
 
 
 def _fewer_tensor_ranks(config: RunConfig) -> Iterator[str]:
-    """Numbers of tensor ranks below the wanted one that divide the model."""
+    """Numbers of tensor ranks below the wanted one that divide the blocks."""
     for ranks in range(config.megagpt.parallel.tensor - 1, 0, -1):
         if _shareable(config) % ranks == 0:
             yield f"megagpt.parallel.tensor={ranks}"
+
+
+def _fewer_for_the_rows(config: RunConfig) -> Iterator[str]:
+    """Numbers of tensor ranks below the wanted one that divide the blocks and the rows."""
+    rows = config.megagpt.model.vocab_size or 0
+    return (item for item in _fewer_tensor_ranks(config) if rows % int(item.partition("=")[2]) == 0)
 
 
 def _length(config: RunConfig) -> int:
@@ -164,7 +178,7 @@ def _accumulates_otherwise(config: RunConfig) -> bool:
 
 def _layout(config: RunConfig) -> Layout | None:
     """Who holds what, once the ranks are known and if every rank has its part."""
-    shared = _shareable(config) % config.megagpt.parallel.tensor == 0
+    shared = _shareable(config) % config.megagpt.parallel.tensor == 0 and _shares_rows(config)
     return Layout.of(config) if isinstance(config, ResolvedConfig) and shared and can_be_cut(config) else None
 
 
@@ -207,8 +221,15 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "megagpt.parallel.tensor",
         lambda config: _shareable(config) % config.megagpt.parallel.tensor != 0,
-        "each rank takes as many key-value heads, MLP channels and rows of the vocabulary as any other",
+        "each rank takes as many key-value heads and MLP channels as any other",
         _fewer_tensor_ranks,
+    ),
+    Rule(
+        "megagpt.parallel.tensor",
+        lambda config: _shareable(config) % config.megagpt.parallel.tensor == 0 and not _shares_rows(config),
+        "each rank takes as many rows of the embedding as any other: of the vocabulary, padded to a multiple of 128",
+        _fewer_for_the_rows,
+        counts_rows=True,
     ),
     Rule(
         "megagpt.parallel.sequence",
@@ -345,6 +366,7 @@ RULES: tuple[Rule, ...] = (
         _buffer_too_small,
         "a rank's share of the largest parameter does not fit into one I/O buffer",
         lambda config: [f"zero_optimization.offload_param.buffer_size={_largest_parameter_shard(config)}"],
+        counts_rows=True,
     ),
     Rule(
         "zero_optimization.stage",
@@ -384,5 +406,6 @@ RULES: tuple[Rule, ...] = (
         _has_unequal_tiles,
         "it cuts the shards of pipeline stages into different numbers of optimizer tiles, and they need equal ones",
         _one_tile,
+        counts_rows=True,
     ),
 )

@@ -1,6 +1,6 @@
 """What a rank holds on the device only while it computes: activations, buffers of the pipeline, DeepSpeed's buckets.
 
-Activations are those that autograd keeps for our model on our kernels, which `tests/test_activations_memory.py` counts:
+Activations are those that autograd keeps for our model on our kernels, which `tests/test_working_memory.py` counts:
 32 bytes a token and hidden channel in 16 bit and a plain GPT block. Korthikanti et al. 2022 (arXiv 2205.05198, section
 4.1) have 34 without the score matrices, which flash attention never stores; the other two are dropout's masks, which
 ours computes again. In the formulas: T tokens of a micro-batch on a rank, h hidden size, k key-value width, m MLP

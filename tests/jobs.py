@@ -52,11 +52,16 @@ def gradients_after_one_micro_batch(config: dict[str, Any]) -> int:
         destroy(engine)
 
 
-def train(config: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Train and return the results of each step, the state this rank holds and evidence of the mechanisms."""
+def train(config: dict[str, Any], steps: int, evaluate: bool = False) -> dict[str, Any]:
+    """Train and return the results of each step, the state this rank holds and evidence of the mechanisms.
+
+    ``evaluate``: the mean loss of another batch is computed before the last step, as a validation does.
+    """
     engine = build(config)
     try:
         results = train_steps(engine, range(steps - 1))
+        if evaluate:
+            pipeline.evaluate(engine, micro_batches(engine, steps))
         with counted(engine.mesh) as traffic:
             results += train_steps(engine, range(steps - 1, steps))
         return {
@@ -169,6 +174,7 @@ def evidence(engine: Engine) -> dict[str, Any]:
         "wrapper": type(zero).__name__,
         "adam": type(compat.base_optimizer(engine.deepspeed)).__name__,
         "parameter_type": str(parameters[0].dtype),
+        "accumulates_in": str(getattr(zero, "gradient_accumulation_dtype", None)),
         "whole_elements": engine.config.megagpt.model.num_parameters,
         "stage_elements": sum(getattr(p, "ds_numel", p.numel()) for p in parameters),
         "parameter_elements": sum(p.numel() for p in parameters),

@@ -1,6 +1,10 @@
 """What the ranks of a pool do for the tests of pipelines: train while someone counts."""
 
+import io
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 from weakref import WeakSet
@@ -9,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from megagpt import pipeline
+from megagpt import assembly, pipeline
 from megagpt.compat import EngineStage
 from megagpt.model import KeyValueCache
 from megagpt.parity import micro_batches
@@ -97,5 +101,19 @@ def losses_and_logits(config: dict[str, Any], prompt: list[int]) -> tuple[float,
         pieces = [prompt[:half], *([token] for token in prompt[half:])]
         engine.deepspeed.eval()
         return loss, torch.cat([pipeline.logits(engine, torch.tensor([piece]), cache)[0] for piece in pieces])
+    finally:
+        destroy(engine)
+
+
+def begun(config: dict[str, Any]) -> tuple[str, list[timedelta], str]:
+    """What errors call this rank, how long it waits in each of its groups, and what is on its screen at the start."""
+    engine = build(config)
+    screen = io.StringIO()
+    try:
+        with redirect_stdout(screen):
+            assembly._announce(engine, Path("runs/small"), "CPU")
+        groups = [*engine.mesh.groups, *([engine.tied_group] if engine.tied_group is not None else [])]
+        timeouts = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+        return engine.mesh.name, timeouts, screen.getvalue()
     finally:
         destroy(engine)

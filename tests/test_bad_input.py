@@ -110,7 +110,9 @@ STATED = put(put(MINIMAL, "megagpt.parallel.world_size", 5), "megagpt.parallel.p
             8,
             [
                 "megagpt.parallel.pipeline: 3 is refused",
-                "bring back the missing hosts, or --set megagpt.parallel.world_size=8",
+                "5 ranks cannot hold replicas of tensor 1 x pipeline 3: use 3 or 6 ranks",
+                "the run expects 5 ranks and 8 started: start 5 of them",
+                "nearest legal: --set megagpt.parallel.pipeline=2 megagpt.parallel.world_size=8",
             ],
             id="world size (F14)",
         ),

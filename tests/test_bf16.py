@@ -63,21 +63,40 @@ def weights_straying(found: dict[str, Tensor], exact: PlainRun) -> float:
 
 
 PER_MICRO_BATCH, SEQUENCE = {"gradient_reduction": "per_micro_batch"}, {"sequence": True}
-MESHES = [
-    ("four_ranks", 3, {"pipeline": 2}),
-    ("two_ranks", 1, {"tensor": 2}),
-    pytest.param("four_ranks", 3, {"pipeline": 2} | PER_MICRO_BATCH, marks=pytest.mark.slow),
-    pytest.param("four_ranks", 1, {"pipeline": 2, "tensor": 2} | SEQUENCE, marks=pytest.mark.slow),
+PIPELINE, INTERLEAVED = {"pipeline": 2} | PER_MICRO_BATCH, {"schedule": "interleaved", "virtual_stages": 2}
+MESHES = [  # ranks, ZeRO stage, where the optimizer works, in what gradients accumulate, mesh
+    ("four_ranks", 3, "none", None, {"pipeline": 2}),
+    ("two_ranks", 1, "none", None, {"tensor": 2}),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            ("four_ranks", 3, "none", None, PIPELINE),
+            ("four_ranks", 1, "none", None, {"pipeline": 2, "tensor": 2} | SEQUENCE),
+            ("two_ranks", 2, "none", "fp32", {}),
+            ("four_ranks", 1, "cpu", "fp32", PIPELINE),
+            ("four_ranks", 2, "none", "fp32", PIPELINE),
+            ("four_ranks", 2, "none", "fp32", PIPELINE | INTERLEAVED),
+            ("four_ranks", 3, "none", "fp32", PIPELINE),
+            ("four_ranks", 3, "cpu", "fp32", PIPELINE | INTERLEAVED),
+        )
+    ),
 ]
 
 
-@pytest.mark.parametrize(("pool", "stage", "parallel"), MESHES, ids=str)
+@pytest.mark.parametrize(("pool", "stage", "optimizer", "accumulation", "parallel"), MESHES, ids=str)
 def test_a_mesh_in_bf16_strays_from_fp32_no_more_than_twice_as_far_as_a_plain_process(
-    request: pytest.FixtureRequest, pool: str, stage: int, parallel: dict[str, Any]
+    request: pytest.FixtureRequest,
+    pool: str,
+    stage: int,
+    optimizer: str,
+    accumulation: str | None,
+    parallel: dict[str, Any],
 ) -> None:
     ranks: RankPool = request.getfixturevalue(pool)
     exact, rounded = plain_runs()
-    config = with_zero(CONFIG | {"bf16": {"enabled": True}}, stage)
+    config = with_zero(CONFIG | {"bf16": {"enabled": True}}, stage, optimizer)
+    if accumulation is not None:
+        config["data_types"] = {"grad_accum_dtype": accumulation}
     config["megagpt"] = CONFIG["megagpt"] | {"parallel": parallel}
     found = ranks.run("tests.jobs:train", config=config, steps=STEPS)
     state = whole_tensors(rank["state"] for rank in found)
@@ -93,4 +112,6 @@ def test_a_mesh_in_bf16_strays_from_fp32_no_more_than_twice_as_far_as_a_plain_pr
     for rank in found:
         assert rank["evidence"]["parameter_type"] == "torch.bfloat16"
         assert rank["evidence"]["wrapper"] == WRAPPERS[stage]
-        assert rank["evidence"]["stage_elements"] < 0.62 * rank["evidence"]["whole_elements"]
+        assert rank["evidence"]["accumulates_in"] == ("torch.float32" if accumulation else "torch.bfloat16")
+        if parallel:
+            assert rank["evidence"]["stage_elements"] < 0.62 * rank["evidence"]["whole_elements"]

@@ -95,5 +95,9 @@ def test_it_trains_when_scaled_down_and_its_mechanism_acts(
             assert seen["parameters_offloaded"] == (parameters != "none")
         assert (seen["elements_on_nvme"] > 0) == (parameters == "nvme")
         assert bool(seen["swap_files"]) == (optimizer == "nvme")
-        axes = {axis for axis, operation in rank["traffic"] if operation in ("send", "all_reduce")}
-        assert ({"pipeline", "tensor"} <= axes) == (path.stem in MESHES)
+        assert (("pipeline", "send") in rank["traffic"]) == (path.stem in MESHES)
+        if path.stem in MESHES:  # hidden states of four micro-batches of 16 tokens; losses and norms are a number each
+            hidden = 4 * 16 * 64
+            assert rank["traffic"]["pipeline", "send"][1] >= hidden
+            assert rank["traffic"]["tensor", "all_reduce"][1] >= 4 * hidden
+            assert seen["stage_elements"] < 0.4 * seen["whole_elements"]

@@ -193,3 +193,12 @@ def test_losses_and_logits_equal_those_of_the_whole_model(
     for rank_loss, logits in four_ranks.run("tests.pipeline_jobs:losses_and_logits", config=config, prompt=prompt):
         assert rank_loss == pytest.approx(loss, rel=1e-6)
         torch.testing.assert_close(logits, expected[len(prompt) // 2 - 1 :], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", [{}, {"virtual_stages": 2} | INTERLEAVED], ids=str)
+def test_training_goes_on_alike_after_an_evaluation(four_ranks: RankPool, schedule: dict[str, Any]) -> None:
+    """Which gathers ZeRO 3's parameters in another order, and draws no dropout."""
+    config = pipelined(4, 4, 3, {"pipeline": 2} | schedule, num_layers=4, dropout=0.1)
+    ranks = four_ranks.run("tests.jobs:train", config=config, steps=STEPS, evaluate=True)
+    assert_equal_training(ranks, plain.train(config, STEPS), 8, tolerance=2e-5)

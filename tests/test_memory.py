@@ -1,4 +1,4 @@
-"""The memory formulas count what real ranks hold, byte for byte."""
+"""The memory formulas count what real ranks hold, byte for byte; what comes and goes with a step is bounded."""
 
 import json
 from pathlib import Path

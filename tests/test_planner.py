@@ -13,10 +13,16 @@ from megagpt import legality, planner
 from megagpt.config import ConfigError, RunConfig, load_config
 from megagpt.legality import World
 from tests.config_documents import MINIMAL, put
+from tests.monitoring import REPOSITORY
 
 NVME = {"device": "nvme", "nvme_path": "swap"}
+SIX_HEADS = {"num_layers": 2, "hidden_size": 96, "num_heads": 6, "sequence_length": 32}
 CASES: list[tuple[dict[str, Any], str]] = [  # changes to the minimal (ZeRO 3) configuration; words of the reason
     ({"megagpt.parallel.tensor": 3, "train_batch_size": 12}, "as many key-value heads"),
+    (
+        {"megagpt.parallel.tensor": 3, "megagpt.model": SIX_HEADS, "train_batch_size": 12},
+        "as many rows of the embedding",
+    ),
     (
         {"megagpt.parallel": {"tensor": 2, "sequence": True}, "megagpt.model.sequence_length": 127},
         "as many positions as any other",
@@ -210,6 +216,11 @@ NEAREST = [  # what a remedy alone would break; the world; what is printed
         ["megagpt.parallel.tensor=2", "gradient_accumulation_steps=null"],
     ),
     (
+        {"train_batch_size": 17, "train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 5},
+        4,
+        ["train_batch_size=12", "gradient_accumulation_steps=null"],
+    ),
+    (
         {"megagpt.parallel": {"pipeline": 1, "schedule": "interleaved", "virtual_stages": 2}},
         2,
         ["megagpt.parallel.schedule=1f1b", "megagpt.parallel.virtual_stages=1"],
@@ -325,3 +336,44 @@ def test_auto_precision_is_judged_when_it_is_known(tmp_path: Path) -> None:
     on_cpu = config.resolved(world_size=2, vocabulary=1000, bf16_native=False)
     assert planner.refusals(on_gpu) == []
     assert [rule.key for rule in planner.refusals(on_cpu)] == ["zero_optimization.offload_param.device"]
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(257, 384), (50257, 50304), (1000, 1024)])
+def test_rows_are_judged_once_the_data_say_how_many_there_are(tmp_path: Path, tokens: int, rows: int) -> None:
+    """Six heads on three ranks: 384 = 3 x 128 and 50,304 = 3 x 16,768 rows can be shared, 1,024 cannot."""
+    changes = {"megagpt.parallel.tensor": 3, "megagpt.model": SIX_HEADS, "train_batch_size": 12}
+    written = load_config(write(tmp_path, changes))
+    before = legality.problems(written, World(6, legality.ANY_VOCABULARY))
+    now = legality.problems(written, World(6, tokens))
+    assert before == []
+    assert (now == []) is (rows % 3 == 0)
+    stated = load_config(write(tmp_path, changes | {"megagpt.model": SIX_HEADS | {"vocab_size": tokens}}))
+    assert legality.problems(stated, World(6, legality.ANY_VOCABULARY)) == now
+
+
+def test_tiles_are_judged_once_the_data_say_how_many_rows_there_are() -> None:
+    """As many tiles on both stages with GPT's vocabulary, and not with one of 128 rows."""
+    size = "zero_optimization.sub_group_size=780000000"
+    written = load_config(REPOSITORY / "ds_configs" / "gpt3_13b_3d_zero3.json", [size])
+    assert legality.problems(written, World(16, 50257)) == []
+    assert "optimizer tiles" in legality.problems(written, World(16, 128))[0]
+    assert legality.problems(written, World(16, legality.ANY_VOCABULARY)) == []
+
+
+@pytest.mark.parametrize("ranks", [1000, 1008, 512])
+def test_a_run_on_fewer_ranks_than_it_states_is_offered_one_that_is_legal_there(ranks: int) -> None:
+    path, world = REPOSITORY / "ds_configs" / "gpt3_175b_3d.json", World(ranks, 50257, bf16_native=True)
+    (line,) = legality.problems(load_config(path), world)
+    assert f"expects 1024 ranks and {ranks} started: bring back the missing hosts; nearest legal" in line
+    assert f"megagpt.parallel.world_size={ranks}" in printed_items(line)
+    assert is_legal(path, printed_items(line), world)
+
+
+def test_missing_ranks_hide_nothing_else() -> None:
+    """Tied embeddings and micro-batches are known of the run as it is stated."""
+    changes = ["megagpt.parallel.gradient_reduction=per_micro_batch"]
+    path, world = REPOSITORY / "ds_configs" / "gpt3_175b_3d.json", World(1000, 50257, bf16_native=True)
+    reduction, missing, offer = legality.problems(load_config(path, changes), world)
+    assert "copies of a tied embedding" in reduction
+    assert "bring back the missing hosts" in missing
+    assert is_legal(path, [*changes, *printed_items(offer)], world)

@@ -13,7 +13,13 @@ from tests.configurations import Config, tiny, with_zero
 from tests.conftest import HAS_GPU
 from tests.ranks import RankPool
 from tests.shards import whole_tensors
-from tests.test_equality import STEPS, WRAPPERS, assert_equal_training, nvme_sized
+from tests.test_equality import (
+    STEPS,
+    WRAPPERS,
+    assert_a_rank_holds_and_reduces_its_share,
+    assert_equal_training,
+    nvme_sized,
+)
 
 LLAMA = {"activation": "swiglu", "norm": "rmsnorm", "position": "rotary", "num_kv_heads": 2, "tie_embeddings": False}
 INTERLEAVED = {"schedule": "interleaved", "virtual_stages": 2}
@@ -91,7 +97,7 @@ CELLS = [
 ]
 
 
-IN_MAKE_TEST = (0, 3, 5, 7, 8)  # every axis, schedule and offload once
+IN_MAKE_TEST = (1, 2, 3, 5, 8)  # every axis, schedule, stage and offload once
 
 
 @pytest.mark.parametrize(
@@ -106,33 +112,63 @@ def test_four_ranks_that_share_layers_stages_and_data_equal_one_plain_process(
     ranks = four_ranks.run("tests.jobs:train", config=config, steps=STEPS)
     assert_equal_training(ranks, plain.train(config, STEPS), 8, tolerance=2e-5)
     for rank in ranks:
-        seen, traffic = rank["evidence"], rank["traffic"]
-        assert seen["optimizer_offloaded"] == (zero[0] == "cpu")
-        assert seen["stage_elements"] < 0.62 * seen["whole_elements"]
-        operation = "reduce_scatter" if parallel.get("sequence") else "all_reduce"
-        assert traffic["tensor", operation][0] >= 4 * MICRO_BATCHES
-        assert (("pipeline", "send") in traffic) == ("pipeline" in parallel)
+        assert rank["evidence"]["stage_elements"] < 0.62 * rank["evidence"]["whole_elements"]
+        replicas = 4 // (parallel["tensor"] * parallel.get("pipeline", 1))
+        assert_a_rank_holds_and_reduces_its_share(rank, stage, zero, parallel, replicas, MICRO_BATCHES)
+        assert_hidden_states_crossed(rank["traffic"], parallel, WIDTH)
+
+
+def assert_hidden_states_crossed(traffic: Traffic, parallel: dict[str, Any], width: int) -> None:
+    """In a step: the sums of one block at least over the tensor axis, those of each micro-batch between stages; losses
+    and norms are a number each."""
+    operation = "reduce_scatter" if parallel.get("sequence") else "all_reduce"
+    calls, elements = traffic["tensor", operation]
+    assert calls >= 4 * MICRO_BATCHES
+    assert elements >= 4 * MICRO_BATCHES * TOKENS * width
+    assert (("pipeline", "send") in traffic) == ("pipeline" in parallel)
+    if "pipeline" in parallel:
+        shares = parallel["tensor"] if parallel.get("sequence") else 1
+        assert traffic["pipeline", "send"][1] >= MICRO_BATCHES * TOKENS * width // shares
+
+
+SEQUENCE, PER_MICRO_BATCH = {"sequence": True}, {"gradient_reduction": "per_micro_batch"}
+EIGHT_RANKS = [
+    (3, ("none", "none"), SEQUENCE, {}),
+    (3, ("cpu", "cpu"), SEQUENCE, {}),
+    (3, ("nvme", "cpu"), SEQUENCE, {}),
+    (3, ("cpu", "none"), INTERLEAVED | PER_MICRO_BATCH, {}),
+    (1, ("none", "none"), INTERLEAVED, {}),  # gpt3_175b_3d.json
+    (1, ("cpu", "none"), SEQUENCE | PER_MICRO_BATCH, LLAMA),
+    (2, ("none", "none"), SEQUENCE, {}),
+    (2, ("none", "none"), INTERLEAVED | PER_MICRO_BATCH, LLAMA),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("offload", [("none", "none"), ("cpu", "cpu"), ("nvme", "cpu")], ids=str)
-def test_pipeline_2_x_tensor_2_x_data_2_under_zero_3(
-    request: pytest.FixtureRequest, eight_ranks: RankPool, tmp_path: Path, offload: tuple[str, str]
+@pytest.mark.parametrize(("stage", "offload", "order", "model"), EIGHT_RANKS, ids=str)
+def test_pipeline_2_x_tensor_2_x_data_2(
+    request: pytest.FixtureRequest,
+    eight_ranks: RankPool,
+    tmp_path: Path,
+    stage: int,
+    offload: tuple[str, str],
+    order: dict[str, Any],
+    model: dict[str, Any],
 ) -> None:
     if "nvme" in offload:
         request.getfixturevalue("nvme")
-    config = with_zero(tiny(batch=16, micro=2, steps=STEPS, num_layers=4), 3, *offload)
+    config = with_zero(tiny(batch=16, micro=2, steps=STEPS, num_layers=4, **model), stage, *offload)
     config = nvme_sized(config, tmp_path)
     if "nvme" in offload:
         config["megagpt"]["model"] |= {"num_layers": 16}  # an eighth of it must still reach 1 MiB
-    config["megagpt"]["parallel"] = {"pipeline": 2, "tensor": 2, "sequence": True}
+    parallel = config["megagpt"]["parallel"] = {"pipeline": 2, "tensor": 2} | order
     ranks = eight_ranks.run("tests.jobs:train", config=config, steps=STEPS, deadline_s=400)
-    model = config["megagpt"]["model"]
-    assert_equal_training(ranks, plain.train(config, STEPS), model["hidden_size"] // model["num_heads"], 2e-5)
+    shape = config["megagpt"]["model"]
+    assert_equal_training(ranks, plain.train(config, STEPS), shape["hidden_size"] // shape["num_heads"], 2e-5)
     for rank in ranks:
-        assert rank["evidence"]["optimizer_offloaded"] == (offload[0] != "none")
-        assert bool(rank["evidence"]["swap_files"]) == ("nvme" in offload)
-        assert {axis for axis, _ in rank["traffic"]} >= {"pipeline", "tensor", "data", "model"}
+        assert rank["evidence"]["stage_elements"] < 0.35 * rank["evidence"]["whole_elements"]
+        assert_a_rank_holds_and_reduces_its_share(rank, stage, offload, parallel, 2, MICRO_BATCHES)
+        assert_hidden_states_crossed(rank["traffic"], parallel, shape["hidden_size"])
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from megagpt.arguments import whole_number
+from megagpt.arguments import non_negative, whole_number
 from megagpt.config import load_config
 from megagpt.hosts import read_hostfile
 from megagpt.launch_command import hostfile_of_launcher
@@ -28,7 +28,7 @@ def main() -> int:
     announce_to_deepspeed()
     from megagpt import local_ranks, parity
 
-    job = (config, arguments.steps, arguments.nvme_path)
+    job = (config, arguments.steps, arguments.nvme_path, arguments.tolerance)
     if together:
         from megagpt.rendezvous import gathered_ranks
 
@@ -46,6 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--deepspeed_config", default="ds_configs/default.json", help="kind of model and optimizer [default.json]")
     add("--ranks", type=whole_number(1), help="processes to start on this machine [one a GPU; 4 without]")
     add("--steps", type=whole_number(1), default=3, help="optimizer steps of each strategy [3]")
+    add("--tolerance", type=non_negative, default=1e-4, help="of losses and norms, relative; weights: 100 times [1e-4]")
     add("--nvme_path", help="a directory on a fast local disk: offload to it is tried too")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it; the environment has it too
     return parser.parse_args()

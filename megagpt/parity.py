@@ -22,8 +22,8 @@ from megagpt.pipeline import MicroBatch
 from megagpt.plain import PlainRun, document_ids, dropout_seeds, global_batch
 from megagpt.planner import refusals
 
-LOSS_TOLERANCE = 1e-4  # of the value; fp32 sums in another order were seen to differ by 1e-6
-WEIGHT_TOLERANCE = 1e-2  # of a parameter's largest change: Adam divides small differences by small numbers
+TOLERANCE = 1e-4  # of a loss or norm; fp32 sums in another order were seen to differ by 1e-6
+OF_WEIGHTS = 100  # times that, of a parameter's largest change: Adam divides small differences by small numbers
 MOST_TENSOR, MOST_PIPELINE = 8, 8  # the model has as many key-value heads, and twice as many blocks
 HEAD_SIZE = 8
 LEARNING_RATE = 1e-3
@@ -56,10 +56,9 @@ class Difference:
     weights: float
     held: float
 
-    @property
-    def within_tolerance(self) -> bool:
+    def within(self, tolerance: float) -> bool:
         """False for what is not a number, too."""
-        return self.loss <= LOSS_TOLERANCE and self.norm <= LOSS_TOLERANCE and self.weights <= WEIGHT_TOLERANCE
+        return self.loss <= tolerance and self.norm <= tolerance and self.weights <= OF_WEIGHTS * tolerance
 
 
 def strategies(world_size: int, nvme: bool) -> Iterator[Strategy]:
@@ -128,7 +127,7 @@ def resolved(document: dict[str, Any], strategy: Strategy, world_size: int, nvme
     return RunConfig.from_json(json.dumps(own)).resolved(world_size=world_size, vocabulary=None, bf16_native=False)
 
 
-def run(config: RunConfig, steps: int, nvme_path: str | None) -> bool:
+def run(config: RunConfig, steps: int, nvme_path: str | None, tolerance: float = TOLERANCE) -> bool:
     """Compare and print; every rank must call it. Whether all strategies equal the plain process."""
     logging.captureWarnings(True)
     logging.disable(logging.WARNING)  # each strategy would say again what Adam it has
@@ -142,10 +141,10 @@ def run(config: RunConfig, steps: int, nvme_path: str | None) -> bool:
     differences = []
     for strategy, own in legal:
         differences.append(_compare(own, reference, steps))
-        _say(_row(strategy, differences[-1]))
-    wrong = sum(not difference.within_tolerance for difference in differences)
+        _say(_row(strategy, differences[-1], tolerance))
+    wrong = sum(not difference.within(tolerance) for difference in differences)
     _say(f"\n{len(legal) - wrong} of {len(legal)} strategies equal one plain process (losses and norms within "
-         f"{LOSS_TOLERANCE:g}, weights within {WEIGHT_TOLERANCE:g} of their largest change); "
+         f"{tolerance:g}, weights within {OF_WEIGHTS * tolerance:g} of their largest change); "
          f"{len(found) - len(legal)} more do not compose and would be refused before launch")  # fmt: skip
     return wrong == 0
 
@@ -235,9 +234,9 @@ def _heading(config: ResolvedConfig, steps: int) -> str:
     )
 
 
-def _row(strategy: Strategy, difference: Difference) -> str:
+def _row(strategy: Strategy, difference: Difference, tolerance: float) -> str:
     numbers = [f"{value:.1e}" for value in (difference.loss, difference.norm, difference.weights)]
-    verdict = "" if difference.within_tolerance else "  DIFFERS"
+    verdict = "" if difference.within(tolerance) else "  DIFFERS"
     return _aligned([*strategy.words(), *numbers, f"{difference.held:.0%}"]) + verdict
 
 

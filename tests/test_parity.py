@@ -94,9 +94,12 @@ def test_a_wrong_sum_is_seen(two_ranks: RankPool) -> None:
 
 
 @pytest.mark.slow
-def test_the_command(compiled_ops: None) -> None:
-    words = [sys.executable, "launch/parity.py", "--ranks", "2", "--steps", "1"]
+@pytest.mark.parametrize(("tolerance", "code"), [("1e-4", 0), ("0", 1)])
+def test_the_command(compiled_ops: None, tolerance: str, code: int) -> None:
+    """Sums in another order differ in their last bits: without tolerance, that is a difference."""
+    words = [sys.executable, "launch/parity.py", "--ranks", "2", "--steps", "1", "--tolerance", tolerance]
     done: Any = subprocess.run(words, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == code, done.stderr
     assert "strategies equal one plain process" in done.stdout
+    assert ("DIFFERS" in done.stdout) == (code == 1)
     assert done.stderr == ""

@@ -22,12 +22,12 @@ def main() -> int:
     preflight.require_legal_on(hosts, config, arguments.deepspeed_config)
     directory = arguments.run_dir or Path("runs") / Path(arguments.deepspeed_config).stem
     reports = preflight.examine(hosts, config, directory)
-    print(preflight.table(reports))
+    print(preflight.table(reports), flush=True)  # before the problems, also where both go into one file
     problems = [problem for report in reports for problem in report.problems]
     if arguments.bandwidth and not problems:
         print(describe(measure(hosts)))
     for note in [note for report in reports for note in report.notes]:
-        print(f"note: {note}")
+        print(f"note: {note}", flush=True)
     for problem in problems:
         print(problem, file=sys.stderr)
     return ExitCode.BAD_INPUT if problems else ExitCode.DONE

@@ -243,10 +243,11 @@ def test_ranks_fall_back_together_and_set_the_damaged_aside(
     (checkpoints(run_directory) / ".staging_step_00000008").mkdir()
     ranks = two_ranks.run(TRAIN, config=run_config(data, 6, ZERO3, save_every=1), directory=run_directory)
     assert [rank["first_step"] for rank in ranks] == [4, 4]
-    assert complete_steps(checkpoints(run_directory)) == [6, 5]
+    assert complete_steps(checkpoints(run_directory)) == [6, 5, 4]  # two, and the one that was loaded
     assert {path.name for path in checkpoints(run_directory).iterdir()} == {
         "damaged_step_00000006",
         "latest",
+        "step_00000004",
         "step_00000005",
         "step_00000006",
     }
@@ -304,14 +305,13 @@ def test_a_directory_that_hosts_do_not_share_is_no_damage(two_ranks: RankPool, d
     job: dict[str, Any] = {"config": run_config(data, 7, ZERO3), "directory": run_directory}
     for told in two_ranks.run("tests.checkpoint_jobs:refusal_unless_shared", **job):
         assert re.search(
-            r"data 1 .*does not see .*another_disk/checkpoints/step_00000006: the run directory must", told
+            r"data 1, .*does not see .*another_disk/checkpoints/step_00000006: the run directory must", told
         )
     assert complete_steps(checkpoints(run_directory)) == [6, 4]
     elsewhere = run_directory.with_name("another_disk")
-    shutil.rmtree(elsewhere)
     run_directory.rename(elsewhere)
     for told in two_ranks.run("tests.checkpoint_jobs:refusal_unless_shared", **job):
-        assert re.search(r"data 1 .*sees checkpoints of steps \[6, 4\] in .*, rank 0 sees none: the run dir", told)
+        assert re.search(r"data 1, .*sees checkpoints of steps \[6, 4\] in .*, rank 0 sees none: the run dir", told)
 
 
 def test_a_checkpoint_of_another_format_is_left_alone(two_ranks: RankPool, data: Path, run_directory: Path) -> None:

@@ -2,11 +2,12 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -17,6 +18,13 @@ from megagpt.signals import Wishes
 from megagpt.text import MASK
 from megagpt.utils import ExitCode, UserError, abandon
 from tests.monitoring import CANARY, config
+
+
+@pytest.fixture(autouse=True)
+def environment_of_its_own() -> Iterator[None]:
+    """A run puts into the environment which rank it is."""
+    with patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture

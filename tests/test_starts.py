@@ -100,6 +100,7 @@ def test_tasks_as_srun_starts_them_make_a_run(configuration: Path, tmp_path: Pat
     assert [step.step for step in read_metrics(run).steps] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_second_run_leaves_no_trace_in_the_directory_of_the_first(configuration: Path, tmp_path: Path) -> None:
     """Its second rank neither opens a log nor writes a crash page while the first is being refused."""
     run = tmp_path / "run"

@@ -5,7 +5,7 @@
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from tests.configurations import Config, tiny, with_zero
 STEPS = 3
 SAMPLES, LENGTH, WIDTH = 2, 16, 32  # of a micro-batch, of a sample, of the residual stream
 TOKENS, ROWS = 120, 128  # of the vocabulary, of the embedding: eight are padding
+MOST_RANKS = 4  # of a row in `make test`
 SWAPPED_BYTES = 4096  # of the smallest tensor that goes to the disk; DeepSpeed's own limit is 1 MiB
 
 
@@ -111,24 +112,30 @@ def all_rows() -> Iterator[Row]:
     return (Row(*levels) for levels in itertools.product(*AXES))
 
 
-MOST_RANKS = 4  # of a row of the selection; with both axes of the model that leaves no replicas
-
-Pair = tuple[int, Any, int, Any, bool]  # an axis and its level, another and its level, both with replicas or not
+Meeting = tuple[tuple[str, Any], ...]  # levels of some axes, each with the axis' name
 
 
-def pairs(row: Row) -> set[Pair]:
-    """Every two levels that meet in a row, and meet with replicas: without them, ZeRO has nothing to cut."""
-    axes = itertools.combinations(range(len(row)), 2)
-    return {(a, row[a], b, row[b], replicas) for a, b in axes for replicas in {False, row.data > 1}}
+def meetings(row: Row, axes: int) -> set[Meeting]:
+    """Every so many levels that meet in a row."""
+    return set(itertools.combinations(row._asdict().items(), axes))
 
 
-def selection(rows: Iterable[Row]) -> list[Row]:
-    """Few rows in which every pair meets that does in any of so few ranks: the greedy choice of pairwise testing.
+def triples(row: Row) -> set[Meeting]:
+    """Every three levels that meet in a row."""
+    return meetings(row, 3)
 
-    The next is the one with most pairs that none has yet, and of these the one of fewest ranks.
+
+def pairs(row: Row) -> set[Meeting]:
+    """Every two levels that meet in a row, and every two beside replicas: without them, ZeRO has nothing to cut."""
+    return meetings(row, 2) | {meeting for meeting in triples(row) if ("data", 2) in meeting}
+
+
+def selection(rows: Iterable[Row], met: Callable[[Row], set[Meeting]]) -> list[Row]:
+    """Few of the rows, in which everything is met that is met in any of them: the greedy choice of pairwise testing.
+
+    The next is the one that meets most of what none has met yet; of equals, the one of fewest ranks.
     """
-    few = sorted((row for row in rows if row.ranks <= MOST_RANKS), key=lambda row: row.ranks)
-    missing = {row: pairs(row) for row in few}
+    missing = {row: met(row) for row in sorted(rows, key=lambda row: row.ranks)}
     chosen = []
     while missing:
         best = max(missing, key=lambda row: len(missing[row]))
@@ -138,6 +145,11 @@ def selection(rows: Iterable[Row]) -> list[Row]:
     return chosen
 
 
+def legal_rows(most_ranks: int) -> list[Row]:
+    """Those that the planner lets start, on so many ranks or fewer."""
+    return [row for row in all_rows() if row.ranks <= most_ranks and is_legal(row)]
+
+
 if __name__ == "__main__":
-    for row in sorted(selection(filter(is_legal, all_rows()))):
+    for row in sorted(selection(legal_rows(MOST_RANKS), pairs)):
         print(f"    Row{tuple(row)},")

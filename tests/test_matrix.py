@@ -1,13 +1,14 @@
 """Every legal combination of mesh, schedule, ZeRO stage, offload and batch trains as one plain PyTorch process does.
 
-In ``make test`` a selection in which every two levels of the axes meet (``tests/matrix.py``); all in ``make test-all``.
-Each row also shows, on every rank, that what it asks for acted.
+In ``make test`` a selection in which every two levels of the axes meet (``tests/matrix.py``). In ``make test-all`` all in
+fp32 with the default reduction, and of the others a selection in which every three levels meet. Each row also shows, on
+every rank, that what it asks for acted.
 """
 
 import itertools
 import json
 import math
-from collections.abc import Iterator
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,22 @@ from megagpt.plain import PlainRun
 from tests import plain
 from tests.configurations import Config
 from tests.equality import WRAPPERS, Ranks, assert_equal_training
-from tests.matrix import AXES, LENGTH, MOST_RANKS, SAMPLES, STEPS, TOKENS, Row, all_rows, document, is_legal, pairs
+from tests.matrix import (
+    AXES,
+    LENGTH,
+    MOST_RANKS,
+    SAMPLES,
+    STEPS,
+    TOKENS,
+    Row,
+    document,
+    is_legal,
+    legal_rows,
+    pairs,
+    selection,
+    triples,
+)
+from tests.ranks import RankPool
 from tests.shards import KINDS, whole_tensors
 from tests.test_bf16 import ROUNDING, ComputesInBf16, straying, weights_straying
 
@@ -59,65 +75,80 @@ SELECTED = (  # printed by `python -m tests.matrix`
     Row(3, "nvme", "nvme", "interleaved", "none", 2, "per_step", False, 1, "bf16"),
     Row(3, "nvme", "nvme", "none", "layers", 2, "per_step", True, 1, "bf16"),
 )
-Cell = tuple[int, str, str, str, str]  # ZeRO stage, where optimizer and parameters lie, schedule, precision
+Cell = tuple[int, str, str, str]  # ZeRO stage, where optimizer and parameters lie, schedule
 
 
-def rows_of(cell: Cell) -> Iterator[Row]:
-    """Those that are legal."""
-    *first, precision = cell
-    others = itertools.product(AXES.tensor, AXES.data, AXES.reduction, AXES.tied, AXES.micro_batches)
-    return filter(is_legal, (Row(*first, *levels, precision) for levels in others))
+def rows_of(cell: Cell) -> list[Row]:
+    """Those that are legal, in fp32, with the reduction that is the default."""
+    others = itertools.product(AXES.tensor, AXES.data, [reduction(cell)], AXES.tied, AXES.micro_batches, ["fp32"])
+    return [row for row in (Row(*cell, *levels) for levels in others) if is_legal(row)]
 
 
-def has_rows(cell: Cell) -> bool:
-    """Whether its plainest row is legal."""
-    *first, precision = cell
-    return is_legal(Row(*first, "none", 2, "per_micro_batch", False, 2, precision))
+def reduction(cell: Cell) -> str:
+    """The default."""
+    return "per_micro_batch" if cell[3] == "none" else "per_step"
 
 
 CELLS = [
     cell
-    for cell in itertools.product(AXES.stage, AXES.optimizer, AXES.parameters, AXES.pipeline, AXES.precision)
-    if has_rows(cell)
+    for cell in itertools.product(*AXES[:4])
+    if is_legal(
+        Row(*cell, tensor="none", data=1, reduction=reduction(cell), tied=False, micro_batches=1, precision="fp32")
+    )
 ]
 
 
 def test_in_the_selection_every_two_levels_meet_that_legally_can() -> None:
-    """Of runs of few ranks; with replicas and without."""
-    legal = {row for row in all_rows() if is_legal(row)}
-    assert set(SELECTED) <= legal
-    can_meet = set().union(*(pairs(row) for row in legal if row.ranks <= MOST_RANKS))
-    assert can_meet - set().union(*map(pairs, SELECTED)) == set()
-    assert {row for cell in CELLS for row in rows_of(cell)} == legal
+    """With replicas and without, in runs of few ranks."""
+    legal = legal_rows(MOST_RANKS)
+    assert set(SELECTED) <= set(legal)
+    assert {row[:4] for row in legal if row.precision == "fp32"} == set(CELLS)
+    assert set().union(*map(pairs, legal)) == set().union(*map(pairs, SELECTED))
 
 
 @pytest.mark.parametrize("row", SELECTED, ids=str)
-def test_a_row_equals_one_plain_process(request: pytest.FixtureRequest, pools: Any, tmp_path: Path, row: Row) -> None:
-    if "nvme" in row:
-        request.getfixturevalue("nvme")
-    check(pools, row, tmp_path)
+def test_a_row_equals_one_plain_process(request: pytest.FixtureRequest, tmp_path: Path, row: Row) -> None:
+    train_and_check([row], request, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", CELLS, ids=str)
-def test_all_rows_of_a_cell_equal_one_plain_process(
-    request: pytest.FixtureRequest, pools: Any, tmp_path: Path, cell: Cell
+def test_every_row_equals_one_plain_process(request: pytest.FixtureRequest, tmp_path: Path, cell: Cell) -> None:
+    train_and_check(rows_of(cell), request, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pipeline", AXES.pipeline)
+def test_runs_in_which_every_three_levels_meet_equal_one_plain_process(
+    request: pytest.FixtureRequest, tmp_path: Path, pipeline: str
 ) -> None:
-    if "nvme" in cell:
+    """Both precisions and both reductions among them."""
+    train_and_check([row for row in every_triple() if row.pipeline == pipeline], request, tmp_path)
+
+
+@cache
+def every_triple() -> list[Row]:
+    return selection(legal_rows(most_ranks=8), triples)
+
+
+def train_and_check(rows: list[Row], request: pytest.FixtureRequest, swap: Path) -> None:
+    """Train the rows one after the other; all that fail are named."""
+    if any("nvme" in row for row in rows):
         request.getfixturevalue("nvme")
     wrong = {}
-    for index, row in enumerate(rows_of(cell)):
+    for index, row in enumerate(rows):
         try:
-            check(pools, row, tmp_path / str(index))
+            check(request.getfixturevalue("pools").get(row.ranks), row, swap / str(index))
         except AssertionError as error:
-            wrong[str(row)] = error
+            wrong[row] = error
+        shutil.rmtree(swap / str(index), ignore_errors=True)
     assert not wrong, "\n\n".join(f"{row}\n{error}" for row, error in wrong.items())
 
 
-def check(pools: Any, row: Row, swap: Path) -> None:
+def check(pool: RankPool, row: Row, swap: Path) -> None:
     """Train a row and assert all that is to be seen of it."""
     config = document(row, swap)
-    ranks = pools.get(row.ranks).run("tests.jobs:train_swapping_small_tensors", config=config, steps=STEPS)
+    ranks = pool.run("tests.jobs:train_swapping_small_tensors", config=config, steps=STEPS)
     reference = plain_run(identity(config), GPT)
     if row.precision == "fp32":
         head_size = config["megagpt"]["model"]["hidden_size"] // 4 if row.tied else None  # rotated keys: biases count

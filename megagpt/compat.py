@@ -190,7 +190,7 @@ class EngineStage(PipelineStage):
     ) -> None:
         super().__init__(engine.module.chunks[chunk], **place)
         self.engine, self.chunk, self.before_backward = engine, chunk, before_backward
-        self.awaited: list[tuple[nn.Module, Any]] = []  # inputs of each module whose gradients end its backward
+        self.awaited: list[tuple[nn.Module, Any]] | None = None  # by module: inputs whose gradients end its backward
 
     # torch allocates what a stage receives for every micro-batch of a step beforehand (stage.py:2243, 2314): of a large
     # model tens of GiB. Here placeholders on the meta device stand there but from the receipt to the use.
@@ -243,7 +243,7 @@ class EngineStage(PipelineStage):
     def forward_maybe_with_nosync(self, *inputs: Tensor, **context: Any) -> Tensor:
         """One micro-batch forward."""
         output = self.engine(*inputs, chunk=self.chunk, **context)
-        if output.requires_grad and not self.awaited:
+        if output.requires_grad and self.awaited is None:
             counted = (module for module in self.submod.modules() if hasattr(module, "ds_grads_remaining"))
             self.awaited = [(module, module.ds_grads_remaining) for module in counted]
         return output
@@ -276,7 +276,7 @@ class EngineStage(PipelineStage):
         several forwards came before, the second backward counts below zero and releases nothing until it has gathered
         the whole stage.
         """
-        for module, gradients in self.awaited:
+        for module, gradients in self.awaited or ():
             module.ds_grads_remaining = gradients
 
 

@@ -1,8 +1,8 @@
 """Every legal combination of mesh, schedule, ZeRO stage, offload and batch trains as one plain PyTorch process does.
 
-In ``make test`` a selection in which every two levels of the axes meet (``tests/matrix.py``). In ``make test-all`` all in
-fp32 with the default reduction, and of the others a selection in which every three levels meet. Each row also shows, on
-every rank, that what it asks for acted.
+In ``make test`` a selection in which every two levels of the axes meet (``tests/matrix.py``). In ``make test-all`` all
+in fp32 with the default reduction, and of the others a selection in which every three levels meet. Each row also shows,
+on every rank, that what it asks for acted.
 """
 
 import itertools

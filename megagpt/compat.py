@@ -272,7 +272,7 @@ class EngineStage(PipelineStage):
     def _release_after_use(self) -> None:
         """Let ZeRO-3 release each module's parameters at the end of its part of the backward that comes.
 
-        It counts down the gradients of the inputs of the latest forward (zero/parameter_offload.py:471, 494). Where
+        It counts down the gradients of the inputs of the latest forward (zero/parameter_offload.py:438, 521). Where
         several forwards came before, the second backward counts below zero and releases nothing until it has gathered
         the whole stage.
         """

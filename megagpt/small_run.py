@@ -59,7 +59,7 @@ def small_document(
 
 def _small_model(kind: ModelSection, tried: Sequence[Strategy], world_size: int, precision: str) -> dict[str, Any]:
     """What every tensor axis divides, with a block for each stage. For an optimizer on NVMe, blocks are so wide that
-    each rank has a tile to swap; for parameters there, the table of tokens is so long that its pieces are."""
+    each rank has a tile to swap; for parameters there, the table of tokens is so long that its pieces are swapped."""
     tensor = lcm(*(strategy.tensor for strategy in tried))
     groups = round_up(GROUPS, tensor)
     heads = groups * (1 if kind.num_kv_heads == kind.num_heads else 2)
@@ -164,7 +164,8 @@ def further_keys(strategy: Strategy, config: ResolvedConfig) -> list[str]:
     """What the file's own strategy has beyond the columns of the table, as the small run has it."""
     assert strategy.file is not None
     zero = config.zero_optimization
-    stated = strategy.file.zero_optimization.model_fields_set - {"stage", *OFFLOAD}
-    keys = {key: getattr(zero, key) for key in type(zero).model_fields if key in stated}
+    given = strategy.file.zero_optimization.model_fields_set - {"stage", *OFFLOAD}
+    keys = {key: getattr(zero, key) for key in type(zero).model_fields if key in given}
     keys |= {"recompute": config.megagpt.training.recompute, "grad_accum_dtype": config.data_types.grad_accum_dtype}
-    return [f"{key} {shown(value)}" for key, value in keys.items() if value not in (None, "none")]
+    stated = {key: value for key, value in keys.items() if value not in (None, "none")}
+    return [f"{key} {value if isinstance(value, str) else shown(value)}" for key, value in stated.items()]

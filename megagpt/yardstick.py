@@ -11,7 +11,7 @@ norm 2^-9, of a loss that over the root of its tokens' number.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -46,20 +46,22 @@ def limit_in_fp32(tolerance: float) -> Straying:
     return Straying(tolerance, tolerance, OF_WEIGHTS * tolerance)
 
 
-def rounding_of_bf16(rounded: PlainRun, exact: PlainRun) -> Straying:
-    """How far the plain process itself strays in bf16, as it is."""
-    squares = sum(squared_distance(rounded.state[WEIGHT][name], exact.state[WEIGHT][name]) for name in exact.start)
-    return Straying(
-        largest_difference(rounded.losses, exact.losses),
-        largest_difference(rounded.norms, exact.norms),
-        share_of_changes(squares, exact),
-    )
-
-
 def limit_in_bf16(rounding: Straying, tokens_per_step: int, tolerance: float) -> Straying:
-    """What a mesh may stray in bf16."""
+    """What a mesh may stray in bf16, where the plain process strays by ``rounding``."""
     loss = max(rounding.loss, ROUNDING / math.sqrt(tokens_per_step))
     return Straying(tolerance * loss, tolerance * max(rounding.norm, ROUNDING), tolerance * rounding.weights)
+
+
+def straying(
+    losses: Sequence[float], norms: Sequence[float], weights: Mapping[str, Tensor], exact: PlainRun
+) -> Straying:
+    """How far a run in bf16 strays, its flat weights given by name."""
+    squares = sum(squared_distance(weights[name], exact.state[WEIGHT][name]) for name in exact.start)
+    return Straying(
+        largest_difference(losses, exact.losses),
+        largest_difference(norms, exact.norms),
+        share_of_changes(squares, exact),
+    )
 
 
 def largest_difference(found: Sequence[float], exact: Sequence[float]) -> float:

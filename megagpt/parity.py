@@ -161,8 +161,9 @@ PLAIN_IN_BF16 = "one plain process in bf16"
 def _heading(request: Request, planned: Plan) -> str:
     config = planned.legal[0][1]
     left_out = f"{planned.left_out}\n\n" if planned.left_out else ""
+    ranks = f"{dist.get_world_size()} ranks ({training_device().type})"
     return (
-        f"{left_out}{len(planned.legal)} strategies on {dist.get_world_size()} ranks ({training_device().type}), "
+        f"{left_out}{len(planned.legal)} {_strategies(planned)} on {ranks}, "
         f"{request.steps} steps of {config.train_batch_size} samples of a GPT of "
         f"{config.megagpt.model.num_parameters:,} parameters in {request.precision}, with dropout;\n"
         "differences from one plain PyTorch process in fp32, and the largest share of the weights' fp32 copies that "
@@ -173,10 +174,16 @@ def _heading(request: Request, planned: Plan) -> str:
 def _title(request: Request, planned: Plan, index: int) -> str:
     """What stands above the first row, the file's own, and above the second, where the others begin."""
     strategy, config = planned.legal[index]
-    if strategy.file is not None:
-        keys = ", ".join(further_keys(strategy, config))
-        return f"as in {request.source}" + (f", with {keys}" if keys else "")
-    return "all others that these ranks can host" if index == 1 and not planned.left_out else ""
+    if strategy.file is None:
+        return "all others that these ranks can host" if index == 1 and not planned.left_out else ""
+    remarks = ["with " + ", ".join(keys)] if (keys := further_keys(strategy, config)) else []
+    if (stated := strategy.file.megagpt.parallel.world_size) not in (None, dist.get_world_size()):
+        remarks.append(f"which states {stated} ranks")
+    if strategy.file.bf16.enabled is True and request.precision == "fp32":
+        remarks.append("which computes in bf16: try --precision bf16, too")
+    if strategy.file.fp16.enabled:
+        remarks.append("which computes in fp16: that is not compared")
+    return ", ".join([f"as in {request.source}", *remarks])
 
 
 def _line(strategy: str, outcome: Outcome) -> str:
@@ -201,12 +208,17 @@ def _verdict(request: Request, planned: Plan, reference: Reference, wrong: int) 
         allowed = f"losses and norms within {limit.loss:g}, weights within {limit.weights:g} of their largest change"
     else:
         allowed = (
-            f"as far as bf16 lets it: losses within {limit.loss:.1e} of fp32, norms within {limit.norm:.1e}, weights "
-            f"within {limit.weights:.1e} of all their change, {reference.tolerance:g} times its own in bf16"
+            f"{reference.tolerance:g} times as far from fp32 as it strays in bf16, or as one rounding: losses within "
+            f"{limit.loss:.1e}, norms within {limit.norm:.1e}, weights within {limit.weights:.1e} of all their change"
         )
     more = [f"{planned.refused} more do not compose and would be refused before launch"] if planned.refused else []
     more += [f"what {request.source} asks for was left out, see above"] if planned.left_out else []
-    return f"\n{'; '.join([f'{count - wrong} of {count} strategies equal one plain process ({allowed})', *more])}"
+    equal = f"{count - wrong} of {count} {_strategies(planned)} equal one plain process ({allowed})"
+    return "\n" + "; ".join([equal, *more])
+
+
+def _strategies(planned: Plan) -> str:
+    return "strategy" if len(planned.legal) == 1 else "strategies"
 
 
 def _say(text: str) -> None:

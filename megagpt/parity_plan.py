@@ -56,7 +56,7 @@ def plan(request: Request, world_size: int) -> Plan:
         tried += strategies(world_size, request.disk is not None, request.file.megagpt.model)
     found = _described(request, tried, world_size) if tried else []
     legal = [(strategy, config) for strategy, config in found if not refusals(config)]
-    if not left_out and own not in (strategy for strategy, _ in legal[:1]):
+    if not left_out and not (legal and legal[0][0].file):
         left_out = _refused(request, found[0][1], world_size)
     if request.own_only and left_out:
         raise UserError(left_out)

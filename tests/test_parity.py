@@ -178,7 +178,7 @@ def test_the_files_own_strategy_alone_is_really_what_is_trained(two_ranks: RankP
     text = ranks[0][1]
     assert f"as in {config}, with recompute full\n2 " in text
     assert rows(text)[0].split()[:7] == ["2", "1", "2", "cpu", "device", "schedule=interleaved", "virtual_stages=2"]
-    assert "1 of 1 strategies equal one plain process" in text
+    assert "1 of 1 strategy equal one plain process" in text
 
 
 @pytest.mark.slow

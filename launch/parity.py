@@ -65,7 +65,8 @@ The first row is what the file asks for: its mesh, schedule, ZeRO stage, offload
 zero_optimization section are made as much smaller as the model is. Then come all meshes of tensor x pipeline x data
 (up to 16 ranks; beyond, a tensor axis of at most 8 or dividing the file's key-value heads, a pipeline of at most 8 or
 the file's number of blocks), each with every ZeRO stage and offload, and every schedule at every ZeRO stage: some
-40 strategies on 2 ranks, 85 on 4, 150 on 8, 230 on 16, at most 700 on 1,024, a few seconds each. NVMe adds up to a third.""",
+40 strategies on 2 ranks, 85 on 4, 150 on 8, 230 on 16, at most 700 on 1,024, a few seconds each. NVMe adds up to a
+third.""",
     )
     add = parser.add_argument
     add(

@@ -5,9 +5,11 @@ Also the batches that such comparisons train on: learnable, the same on every ma
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from megagpt.config import ResolvedConfig
 from megagpt.model import GPT, decayed, initialise_
@@ -46,15 +48,18 @@ def document_ids(step: int, samples: int, length: int) -> Tensor:
     return (torch.rand(samples, length, generator=generator) < 0.2).cumsum(dim=1).int()
 
 
-def train(config: ResolvedConfig, steps: int, device: torch.device | None = None) -> PlainRun:
-    """Train in fp32 with AdamW, weight decay and clipping as the configuration says; its mesh, ZeRO, offload do not
-    matter, and its scheduler is left out."""
+def train(
+    config: ResolvedConfig, steps: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> PlainRun:
+    """Train with AdamW, weight decay and clipping as the configuration says; its mesh, ZeRO, offload and precision do
+    not matter, and its scheduler is left out. Forward and backward compute in ``dtype``, all else is fp32."""
     model = initialise_(GPT(config.megagpt.model), config.megagpt.training.seed).to(device)
     start = _flat(dict(model.named_parameters()))
     optimizer = _adam(config, model)
+    computed = model if dtype == torch.float32 else _computing_in(dtype, model)
     losses, norms = [], []
     for step in range(steps):
-        loss = _loss(config, model, step, device)
+        loss = _loss(config, computed, step, device)
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clipping)))
         optimizer.step()
@@ -64,6 +69,16 @@ def train(config: ResolvedConfig, steps: int, device: torch.device | None = None
     for moment in MOMENTS:
         state[moment] = _flat({name: optimizer.state[p][moment] for name, p in model.named_parameters() if steps})
     return PlainRun(losses, norms, start, state)
+
+
+def _computing_in(dtype: torch.dtype, model: GPT) -> Callable[..., Tensor]:
+    """The model as a function of copies of its parameters in another type; gradients reach the parameters in fp32."""
+
+    def forward(*inputs: Tensor, **context: Any) -> Tensor:
+        rounded = {name: parameter.to(dtype) for name, parameter in model.named_parameters()}
+        return functional_call(model, rounded, inputs, context)
+
+    return forward
 
 
 def _adam(config: ResolvedConfig, model: GPT) -> torch.optim.AdamW:

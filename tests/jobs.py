@@ -114,23 +114,31 @@ def train_on_interpreted_kernels(config: dict[str, Any], steps: int) -> dict[str
         return train(config, steps) | {"launches": dict(kernels.launches())}
 
 
-def run_parity(config: str, steps: int, few: Sequence[Any] | None = None, sabotage: bool = False) -> tuple[bool, str]:
-    """``parity.run`` of ``few`` strategies, or all, and what it prints.
+def run_parity(
+    config: str, few: Sequence[Any] | None = None, sabotage: bool = False, **request: Any
+) -> tuple[bool, str, list[dict[str, Any]]]:
+    """``parity.run`` of ``few`` strategies beside the file's own, or all; what it prints, and evidence of each.
 
     ``sabotage``: sums over the tensor axis leave the other ranks out.
     """
-    from megagpt import parity, tensor_parallel
+    from megagpt import parity, parity_plan, tensor_parallel
     from megagpt.config import load_config
 
-    said = io.StringIO()
+    said, seen, compare_weights = io.StringIO(), [], parity._compare_weights
+
+    def compare(engine: Engine, *against: Any) -> Any:
+        seen.append(evidence(engine))
+        return compare_weights(engine, *against)
+
     silent = patch.object(tensor_parallel._Sum, "apply", lambda partial, axis: partial)
-    chosen = patch.object(parity, "strategies", lambda *world: iter(few or ()))
-    with redirect_stdout(said), silent if sabotage else nullcontext(), chosen if few else nullcontext():
+    chosen = patch.object(parity_plan, "strategies", lambda *world: iter(few or ()))
+    watched = patch.object(parity, "_compare_weights", compare)
+    with redirect_stdout(said), watched, silent if sabotage else nullcontext(), chosen if few else nullcontext():
         try:
-            equal = parity.run(load_config(config), steps, None)
+            equal = parity.run(parity_plan.Request(load_config(config), config, **request))
         finally:
             logging.disable(logging.NOTSET)
-    return equal, said.getvalue()
+    return equal, said.getvalue(), seen
 
 
 def gradient_elements(engine: Engine, step: int) -> int:

@@ -73,7 +73,9 @@ def _reference(request: Request, config: ResolvedConfig) -> Reference:
         return Reference(exact, None, tolerance, yardstick.limit_in_fp32(tolerance))
     rounded = plain.train(config, request.steps, training_device(), torch.bfloat16)
     rounding = yardstick.straying(rounded.losses, rounded.norms, rounded.state[WEIGHT], exact)
-    return Reference(exact, rounding, tolerance, yardstick.limit_in_bf16(rounding, config.tokens_per_step, tolerance))
+    return Reference(
+        exact, rounding, tolerance, yardstick.limit_in_bf16(rounding, exact, config.tokens_per_step, tolerance)
+    )
 
 
 def _compare(config: ResolvedConfig, exact: PlainRun, request: Request) -> Outcome:

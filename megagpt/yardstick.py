@@ -7,7 +7,8 @@ change: every matrix product, norm and activation sees weights and hidden states
 Adam stay in fp32. How far it strays from fp32 is bf16's own rounding, R. A mesh rounds as often, and once more wherever
 partial results meet (micro-batches, data replicas, tensor shards): few roundings beside the dozens of a forward and
 backward, so that 2 R is allowed. R of a single number may be small by chance; it counts as one rounding at least, of a
-norm 2^-9, of a loss that over the root of its tokens' number.
+norm 2^-9, of a loss that over the root of its tokens' number. A loss also differs by what the weights have strayed of
+the way that they went: by R of the weights times its fall.
 """
 
 import math
@@ -46,9 +47,10 @@ def limit_in_fp32(tolerance: float) -> Straying:
     return Straying(tolerance, tolerance, OF_WEIGHTS * tolerance)
 
 
-def limit_in_bf16(rounding: Straying, tokens_per_step: int, tolerance: float) -> Straying:
+def limit_in_bf16(rounding: Straying, exact: PlainRun, tokens_per_step: int, tolerance: float) -> Straying:
     """What a mesh may stray in bf16, where the plain process strays by ``rounding``."""
-    loss = max(rounding.loss, ROUNDING / math.sqrt(tokens_per_step))
+    fall = largest_difference(exact.losses[-1:], exact.losses[:1])
+    loss = max(rounding.loss, ROUNDING / math.sqrt(tokens_per_step), rounding.weights * fall)
     return Straying(tolerance * loss, tolerance * max(rounding.norm, ROUNDING), tolerance * rounding.weights)
 
 

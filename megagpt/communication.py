@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megagpt.layout import Layout, model_layers
-from megagpt.model_states import MAX_REUSE_DISTANCE, Shard
+from megagpt.model_states import Shard, reuse_distance
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,10 @@ def gathers_of_step(shard: Shard) -> float:
     (up to the last matrix, which backward then finds). k: the share that DeepSpeed keeps until the next use, those that
     are used again within R = `stage3_max_reuse_distance` elements; forward and backward of a parameter lie up to 2 n
     apart, so k = min(1, R / 2 n). w: windows beyond which it knows nothing, a micro-batch, or with a pipeline the step
-    (compat.py); it knows none where a pipeline has parameters on NVMe. A tied weight that is embedding and head at once
+    (compat.py). A tied weight that is embedding and head at once
     is gathered for both.
     """
-    layout, given = shard.layout, shard.layout.zero.stage3_max_reuse_distance
-    reuse = MAX_REUSE_DISTANCE if given is None else given
-    if layout.num_stages > 1 and layout.zero.parameter_device == "nvme":
-        reuse = 0
+    layout, reuse = shard.layout, reuse_distance(shard.layout)
     uses = 2.0
     if layout.recompute == "full" and reuse < layout.model.block_matmul_parameters / layout.tensor:
         blocks = (parameter for parameter in shard.parameters if parameter.name.startswith("blocks."))

@@ -85,15 +85,17 @@ def destroy(engine: DeepSpeedEngine) -> None:
     cached.cache_clear()
 
 
-def leave_out_nvme_prefetch(engine: DeepSpeedEngine) -> None:
-    """With parameters on NVMe, read each when its module needs it.
+def read_when_needed(engine: DeepSpeedEngine) -> None:
+    """With parameters on NVMe, read each when its module needs it, and let it go afterwards.
 
     Once the order of modules is known, DeepSpeed reads ahead (zero/partitioned_param_coordinator.py:667) without
-    looking whether a parameter is being read already, and fails in the second micro-batch:
-    "param 28 already assigned swap buffer".
+    looking whether a parameter is being read already, and fails in the second micro-batch: "param 28 already assigned
+    swap buffer". It also keeps what is used again within stage3_max_reuse_distance (line 657), each in one of
+    `offload_param.buffer_count` buffers, without counting them: "Not enough buffers 0 for swapping 1".
     """
     coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
     coordinator._PartitionedParameterCoordinator__prefetch_nvme = False
+    coordinator._PartitionedParameterCoordinator__max_reuse_dist_in_numel = 0
 
 
 def count(parameter: nn.Parameter, counted: bool) -> None:
@@ -189,6 +191,7 @@ class EngineStage(PipelineStage):
     ) -> None:
         super().__init__(engine.module.chunks[chunk], **place)
         self.engine, self.chunk, self.before_backward = engine, chunk, before_backward
+        self.awaited: list[tuple[nn.Module, Any]] = []  # inputs of each module whose gradients end its backward
 
     # torch allocates what a stage receives for every micro-batch of a step beforehand (stage.py:2243, 2314): of a large
     # model tens of GiB. Here placeholders on the meta device stand there but from the receipt to the use.
@@ -240,13 +243,18 @@ class EngineStage(PipelineStage):
 
     def forward_maybe_with_nosync(self, *inputs: Tensor, **context: Any) -> Tensor:
         """One micro-batch forward."""
-        return self.engine(*inputs, chunk=self.chunk, **context)
+        output = self.engine(*inputs, chunk=self.chunk, **context)
+        if output.requires_grad and not self.awaited:
+            counted = (module for module in self.submod.modules() if hasattr(module, "ds_grads_remaining"))
+            self.awaited = [(module, module.ds_grads_remaining) for module in counted]
+        return output
 
     def backward_maybe_with_nosync(
         self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
     ) -> tuple[tuple[Tensor | None, ...], None]:
         """One micro-batch backward; the gradients of its inputs."""
         self.before_backward(self.chunk)
+        self._release_after_use()
         output, gradients = bwd_kwargs["stage_output"], bwd_kwargs["output_grads"]
         if gradients is None:
             self.engine.backward(output)  # the loss: scaled by 1 / gradient_accumulation_steps
@@ -257,6 +265,16 @@ class EngineStage(PipelineStage):
         for value in inputs:
             value.grad = None
         return received, None
+
+    def _release_after_use(self) -> None:
+        """Let ZeRO-3 release each module's parameters at the end of its part of the backward that comes.
+
+        It counts down the gradients of the inputs of the latest forward (zero/parameter_offload.py:471, 494). Where
+        several forwards came before, the second backward counts below zero and releases nothing until it has gathered
+        the whole stage.
+        """
+        for module, gradients in self.awaited:
+            module.ds_grads_remaining = gradients
 
 
 def begin_backward(engine: DeepSpeedEngine, earlier: int) -> None:

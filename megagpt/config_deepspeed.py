@@ -134,7 +134,6 @@ class AioConfig(Section):
 class _OffloadSection(Section):
     device: Literal["none", "cpu", "nvme"] = execution("none", "where it is kept")
     nvme_path: str | None = execution(None, "directory on the NVMe drive (device nvme)", min_length=1)
-    buffer_count: int | None = execution(None, "I/O buffers (device nvme)", ge=1)
     pin_memory: bool = execution(True, "page-locked host memory")
 
     @model_validator(mode="after")
@@ -167,6 +166,7 @@ class OffloadOptimizerConfig(_OffloadSection):
 class OffloadParamConfig(_OffloadSection):
     """Parameters outside the accelerator."""
 
+    buffer_count: int | None = execution(None, "I/O buffers (device nvme); full recomputation needs 2", ge=2)
     buffer_size: ElementCount | None = execution(None, "elements of one I/O buffer (device nvme)", ge=1)
     max_in_cpu: ElementCount | None = execution(None, "elements kept in host memory (device nvme)", ge=0)
 

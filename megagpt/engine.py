@@ -200,7 +200,7 @@ def build_engine(config: ResolvedConfig, mesh: Mesh) -> Engine:
     compat.keep_least_loss_scale(engine)
     zero = config.zero_optimization
     if zero.parameter_device == "nvme":
-        compat.leave_out_nvme_prefetch(engine)
+        compat.read_when_needed(engine)
     begin_trace = nothing
     if mesh.pipeline_size > 1:
         compat.require_equal_tiles(engine, mesh)

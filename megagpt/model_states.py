@@ -40,6 +40,15 @@ class Bytes:
         return Bytes(self.device + other.device, self.host + other.host, self.nvme + other.nvme)
 
 
+def reuse_distance(layout: Layout) -> int:
+    """Elements within which ZeRO 3 keeps a parameter whole for its next use: none with parameters on NVMe (compat.py,
+    `read_when_needed`)."""
+    given = layout.zero.stage3_max_reuse_distance
+    if layout.zero.parameter_device == "nvme":
+        return 0
+    return MAX_REUSE_DISTANCE if given is None else given
+
+
 def placed(size: float, place: str) -> Bytes:
     """`size` bytes at `none` (the device), `cpu` or `nvme`, as the configuration names places."""
     return Bytes(size if place == "none" else 0, size if place == "cpu" else 0, size if place == "nvme" else 0)

@@ -362,6 +362,12 @@ RULES: tuple[Rule, ...] = (
         ("bf16.enabled=true",),
     ),
     Rule(
+        "zero_optimization.stage3_max_reuse_distance",
+        lambda config: _parameter_device(config) == "nvme" and bool(config.zero_optimization.stage3_max_reuse_distance),
+        "a parameter on NVMe is read again for each use, as keeping it would take one of a few I/O buffers",
+        ("zero_optimization.stage3_max_reuse_distance=null",),
+    ),
+    Rule(
         "zero_optimization.offload_param.buffer_size",
         _buffer_too_small,
         "a rank's share of the largest parameter does not fit into one I/O buffer",

@@ -9,11 +9,12 @@ width, V vocabulary, t tensor ranks, e bytes of an element. Upper bounds where D
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from megagpt.config import ModelConfig
 from megagpt.layout import Layout, model_layers
-from megagpt.model_states import FP32_BYTES, MAX_LIVE_PARAMETERS, MAX_REUSE_DISTANCE, Shard
+from megagpt.model_states import FP32_BYTES, MAX_LIVE_PARAMETERS, Shard, reuse_distance
 from megagpt.schedules import actions_of_rank, micro_batches_to_peak, peak_held
 from megagpt.utils import MIB
 
@@ -165,14 +166,19 @@ def recomputation(layout: Layout) -> float:
 
 
 def gathered_parameters(shard: Shard) -> float:
-    """ZeRO 3, at most: e min(n, max(`stage3_max_live_parameters`, `stage3_max_reuse_distance`) + the largest)."""
+    """ZeRO 3, at most: e min(n, L + 2 the largest module), L the larger of `stage3_max_live_parameters` and
+    `stage3_max_reuse_distance`, 0 with parameters on NVMe. Two, as full recomputation comes upon the next before
+    backward has left one."""
     zero = shard.layout.zero
     if shard.stage < 3 or (shard.layout.data == 1 and zero.parameter_device == "none"):
         return 0
     live = MAX_LIVE_PARAMETERS if zero.stage3_max_live_parameters is None else zero.stage3_max_live_parameters
-    reuse = MAX_REUSE_DISTANCE if zero.stage3_max_reuse_distance is None else zero.stage3_max_reuse_distance
-    largest = max(parameter.numel for parameter in shard.parameters)
-    return shard.layout.element_bytes * (min(shard.elements, max(live, reuse) + largest) - shard.persistent)
+    ahead = 0 if zero.parameter_device == "nvme" else max(live, reuse_distance(shard.layout))
+    modules: Counter[str] = Counter()
+    for parameter in shard.parameters:
+        modules[parameter.name.rpartition(".")[0]] += parameter.numel
+    whole = min(shard.elements, ahead + 2 * max(modules.values()))
+    return shard.layout.element_bytes * max(0, whole - shard.persistent)
 
 
 def reduce_buffers(shard: Shard) -> float:

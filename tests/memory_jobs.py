@@ -162,3 +162,26 @@ def swapped_bytes_after_a_step(config: dict[str, Any]) -> int:
         return seen
     finally:
         destroy(engine)
+
+
+def gathered_elements(config: dict[str, Any], steps: int) -> tuple[list[int], int, int]:
+    """The most parameter elements that are whole at once in each step; those of the stage, and of its largest one."""
+    coordinator = compat.partitioned_param_coordinator.PartitionedParameterCoordinator
+    fetch, most = coordinator._fetch_sub_module_impl, [0]
+    engine = build(config)
+
+    def fetch_and_count(*arguments: Any) -> None:
+        fetch(*arguments)
+        most.append(sum(parameter.numel() for parameter in engine.names))
+
+    try:
+        found = []
+        with patch.object(coordinator, "_fetch_sub_module_impl", fetch_and_count):
+            for step in range(steps):
+                most[:] = [0]
+                pipeline.train_step(engine, micro_batches(engine, step))
+                found.append(max(most))
+        sizes = [parameter.ds_numel for parameter in engine.names]
+        return found, sum(sizes), max(sizes)
+    finally:
+        destroy(engine)

@@ -22,9 +22,9 @@ from megagpt.model import GPT
 from megagpt.plain import PlainRun
 from tests import plain
 from tests.configurations import tiny, with_zero
+from tests.equality import WRAPPERS
 from tests.ranks import RankPool
 from tests.shards import whole_tensors
-from tests.test_equality import WRAPPERS
 
 STEPS, SAMPLES, LENGTH = 4, 16, 16
 CONFIG = tiny(batch=SAMPLES, micro=2, steps=STEPS, num_layers=4, tie_embeddings=False)

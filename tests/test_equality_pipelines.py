@@ -11,9 +11,9 @@ from megagpt.config import RunConfig
 from megagpt.model import GPT, initialise_
 from tests import plain
 from tests.configurations import Config, tiny, with_zero
+from tests.equality import STEPS, WRAPPERS, assert_equal_training
 from tests.ranks import RankPool
 from tests.shards import whole_tensors
-from tests.test_equality import STEPS, WRAPPERS, assert_equal_training
 
 SLOW = pytest.mark.slow
 INTERLEAVED = {"schedule": "interleaved"}
@@ -54,18 +54,6 @@ CASES = [  # ranks, micro-batches of a rank, ZeRO stage, parallel, (optimizer, p
     ),
     pytest.param(4, 16, 3, {"pipeline": 2}, ("cpu", "none"), {"num_layers": 3}, marks=SLOW),
     pytest.param(4, 4, 2, {"pipeline": 2}, ("cpu", "none"), {"num_layers": 3, "dropout": 0.1}, marks=SLOW),
-    pytest.param(
-        4, 4, 3, {"pipeline": 2, "schedule": "gpipe"} | SHARED, ("none", "none"), {"num_layers": 3}, marks=SLOW
-    ),
-    pytest.param(
-        4,
-        4,
-        1,
-        {"pipeline": 2, "virtual_stages": 2} | INTERLEAVED | SHARED,
-        ("none", "none"),
-        {"num_layers": 5},
-        marks=SLOW,
-    ),
 ]
 
 
@@ -100,8 +88,6 @@ def test_a_pipeline_equals_one_plain_process(
         stages = range(pipeline_rank, last + 1, parallel["pipeline"])
         neighbours = sum((stage > 0) + (stage < last) for stage in stages)
         assert traffic["pipeline", "send"][0] == neighbours * micro_batches
-        if parallel.get("sequence"):
-            assert traffic["tensor", "reduce_scatter"][0] >= 4 * micro_batches
     sizes = [result["evidence"]["stage_elements"] for result in results]
     assert sum(sizes) * parallel.get("tensor", 1) >= 0.99 * results[0]["evidence"]["whole_elements"] * replicas
 

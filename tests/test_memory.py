@@ -9,8 +9,8 @@ import pytest
 
 from megagpt.config import RunConfig
 from megagpt.layout import Layout
-from megagpt.model_states import model_states
-from megagpt.working_memory import pipeline_buffers
+from megagpt.model_states import model_states, shard_of
+from megagpt.working_memory import gathered_parameters, pipeline_buffers
 from tests.configurations import tiny, with_zero
 from tests.ranks import RankPool
 
@@ -18,6 +18,7 @@ ODD = {"num_layers": 3, "hidden_size": 35, "num_heads": 5, "sequence_length": 15
 SHARED = {"num_layers": 3, "hidden_size": 36, "num_heads": 4, "sequence_length": 15}  # between two tensor ranks
 MESHES = [*product((1, 2), repeat=3), (1, 4, 1)][1:]  # pipeline, data, tensor: each of two, two of them, all three
 IN_MAKE_TEST = [((2, 2, 1), 2), ((1, 2, 2), 3), ((2, 1, 2), 1), ((2, 1, 2), 3)]  # those that vary two axes at once
+KEPT = ("stage3_max_reuse_distance", "stage3_max_live_parameters", "stage3_prefetch_bucket_size")
 STATES = [  # mesh, ZeRO stage, bf16
     *(((1, 2, 1), stage, False) for stage in (0, 1, 2, 3)),
     *(pytest.param(mesh, 0, False, marks=pytest.mark.slow) for mesh in ((1, 1, 2), (1, 2, 2))),
@@ -120,6 +121,28 @@ def test_interleaved_stages_without_tied_embeddings(two_ranks: RankPool) -> None
     config["megagpt"]["parallel"] |= {"schedule": "interleaved", "virtual_stages": 2}
     config["megagpt"]["model"] |= {"num_layers": 5, "tie_embeddings": False}
     check(two_ranks, config)
+
+
+PIPELINES = [
+    {"schedule": "gpipe"},
+    *(pytest.param(order, marks=pytest.mark.slow) for order in ({}, {"schedule": "interleaved", "virtual_stages": 2})),
+]
+
+
+@pytest.mark.parametrize("recompute", ["none", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("order", PIPELINES, ids=str)
+def test_zero_3_gathers_a_module_at_a_time_in_every_backward(
+    four_ranks: RankPool, order: dict[str, Any], recompute: str
+) -> None:
+    """However many forwards came before it: DeepSpeed alone would leave the second backward's whole stage gathered."""
+    config = with_zero(tiny(batch=16, num_layers=8), 3, **dict.fromkeys(KEPT, 0))
+    config["megagpt"]["parallel"] = {"pipeline": 2} | order
+    config["megagpt"]["training"]["recompute"] = recompute
+    layout = layout_of(config, 4)
+    ranks = four_ranks.run("tests.memory_jobs:gathered_elements", config=config, steps=3)
+    for rank, (most, stage, largest) in enumerate(ranks):
+        assert max(most) < 3 * largest < stage / 3
+        assert 4 * max(most) <= gathered_parameters(shard_of(layout, rank // 2))
 
 
 @pytest.mark.slow

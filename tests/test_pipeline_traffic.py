@@ -6,8 +6,8 @@ import pytest
 
 from tests import plain
 from tests.configurations import Config, tiny, with_zero
+from tests.equality import STEPS, assert_equal_training
 from tests.ranks import RankPool
-from tests.test_equality import STEPS, assert_equal_training
 
 MICRO_BATCHES = 4
 SEPARATELY = {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}

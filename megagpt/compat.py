@@ -182,7 +182,8 @@ class EngineStage(PipelineStage):
 
     torch's schedules call ``*_maybe_with_nosync`` (torch/distributed/pipelining/stage.py:755, 781); DeepSpeed must see
     every backward through ``engine.backward``, which takes scalars only: a torch-style backward with a gradient queues
-    its epilogue once and crashes in step().
+    its epilogue once and crashes in step(). The schedules of ``pipeline.py`` make full backwards only; one of the
+    inputs alone would leave the weights' for later, when ZeRO-3 has released them.
     """
 
     def __init__(
@@ -252,10 +253,6 @@ class EngineStage(PipelineStage):
         self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
     ) -> tuple[tuple[Tensor | None, ...], None]:
         """One micro-batch backward; the gradients of its inputs."""
-        if backward_type != "full":
-            raise ValueError(
-                f"a {backward_type} backward meets parameters that ZeRO-3 has released; use full schedules"
-            )
         self.before_backward(self.chunk)
         self._release_after_use()
         output, gradients = bwd_kwargs["stage_output"], bwd_kwargs["output_grads"]

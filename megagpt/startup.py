@@ -15,7 +15,7 @@ from socket import gethostname
 from typing import TextIO
 
 import kernels  # noqa: F401  chooses Triton's interpreter, where it is asked for, before DeepSpeed imports Triton
-from megagpt import endings, faults
+from megagpt import endings, faults, internals
 from megagpt import run_directory as directories
 from megagpt.config import RunConfig, load_config
 from megagpt.dataset import SampleStream
@@ -61,6 +61,7 @@ def _start(arguments: argparse.Namespace) -> int:
     if arguments.resume and endings.last_checkpoint(directory) is None:
         raise UserError(f"{directory}: nothing to resume; leave out --resume to start it")
     streams = open_data(config, directory)
+    internals.check()  # one host's DeepSpeed may differ: its ranks say so before the others wait for them
     with _gathered(directory):
         _announce_device()
         return _run_to_its_end(config, streams, directory, wishes)

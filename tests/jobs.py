@@ -193,8 +193,18 @@ def evidence(engine: Engine) -> dict[str, Any]:
         "master_elements": sum(piece.numel for b in engine.buckets() for piece in b.pieces),
         "optimizer_offloaded": bool(getattr(zero, "offload_optimizer", False) or getattr(zero, "cpu_offload", False)),
         "swap_files": sorted((path.name, path.stat().st_size) for path in swap_files),
+        "devices": devices(engine),
         "versions": deepspeed.__version__,
     }
+
+
+def devices(engine: Engine) -> dict[str, list[str]]:
+    """The types of the devices that tensors lie on between steps; of the optimizer's once it has made an update."""
+    states = compat.base_optimizer(engine.deepspeed).state  # of each run of master weights
+    moments = [state[moment] for state in states.values() for moment in compat.MOMENTS]
+    shards = [getattr(parameter, "ds_tensor", parameter) for parameter in engine.names]
+    held = {"master_weights": states, "moments": moments, "parameter_shards": shards}
+    return {kind: sorted({tensor.device.type for tensor in tensors}) for kind, tensors in held.items()}
 
 
 def train_swapping_small_tensors(config: dict[str, Any], steps: int) -> dict[str, Any]:

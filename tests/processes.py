@@ -90,7 +90,7 @@ def until(condition: Callable[[], Any]) -> Any:
     return found
 
 
-def seconds_to_its_end(process: Process) -> float:
+def seconds_to_its_end(process: "subprocess.Popen[Any]") -> float:
     """How long a process takes from now to its end, without what it only waits for a core that others keep busy.
 
     The kernel counts that wait for the main thread (Documentation/scheduler/sched-stats.rst, /proc/<pid>/schedstat).
@@ -102,6 +102,18 @@ def seconds_to_its_end(process: Process) -> float:
     began, waited = time.monotonic(), waited_s()
     until(lambda: os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG))
     return time.monotonic() - began - (waited_s() - waited)
+
+
+def import_s(*, queued: bool = False) -> float:
+    """How long importing what a rank imports takes now; other work on the machine slows that and a rank alike.
+
+    ``queued``: with its waits for a core, for comparison with a time that has such waits in it.
+    """
+    began = time.monotonic()
+    importing = subprocess.Popen([sys.executable, "-c", "import deepspeed"], stderr=subprocess.DEVNULL)
+    net_s = seconds_to_its_end(importing)
+    assert importing.wait() == 0
+    return time.monotonic() - began if queued else net_s
 
 
 def ranks_of(run: Path) -> list[processes.Process]:

@@ -60,8 +60,11 @@ BAD_JSON = """{
         "parallel": {"tensr": 2}
     }
 }"""
-IMPOSSIBLE = put(MINIMAL, "megagpt.parallel", {"tensor": 3, "pipeline": 4})
-STATED = put(put(MINIMAL, "megagpt.parallel.world_size", 5), "megagpt.parallel.pipeline", 3)
+COMPLETE = put(MINIMAL, "megagpt.model.vocab_size", 256)  # the planner has no data to take it from
+IMPOSSIBLE = put(COMPLETE, "megagpt.parallel", {"tensor": 3, "pipeline": 4})
+THREE_HEADS = {"num_layers": 2, "hidden_size": 48, "num_heads": 3, "sequence_length": 32, "vocab_size": 256}
+UNEVEN_ROWS = put(put(MINIMAL, "megagpt.model", THREE_HEADS), "megagpt.parallel.tensor", 3)
+STATED = put(put(COMPLETE, "megagpt.parallel.world_size", 5), "megagpt.parallel.pipeline", 3)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +98,12 @@ STATED = put(put(MINIMAL, "megagpt.parallel.world_size", 5), "megagpt.parallel.p
             id="heads and layers (F14)",
         ),
         pytest.param(
+            json.dumps(UNEVEN_ROWS),
+            3,
+            ["megagpt.parallel.tensor: 3 is refused: each rank takes as many rows of the embedding as any other"],
+            id="vocabulary (F14)",
+        ),
+        pytest.param(
             json.dumps(IMPOSSIBLE | {"train_batch_size": 17}),
             24,
             [
@@ -119,22 +128,39 @@ STATED = put(put(MINIMAL, "megagpt.parallel.world_size", 5), "megagpt.parallel.p
     ],
 )
 def test_all_that_is_wrong_is_said_within_a_second(text: str, ranks: int, lines: list[str], tmp_path: Path) -> None:
-    """The faster of two answers: the first may wait for a cold disk. Other work on the machine is not counted."""
+    """By a rank, and by the planner, beside a plan where it can make one. The faster of two answers counts: the first
+    may wait for a cold disk. Other work on the machine does not."""
     path = tmp_path / "bad.json"
     path.write_text(text)
+    said, took_s = answer("launch/train.py", path, ranks, "--run_dir", tmp_path / "run")
+    assert len(said) == len(lines), said
+    assert took_s < ANSWERED_WITHIN_S
+    planned, took_s = answer("launch/plan.py", path, ranks, "--ranks", ranks)
+    assert took_s < ANSWERED_WITHIN_S
+    for line in lines:
+        assert any(line in shown for shown in said), (line, said)
+        assert any(line in shown for shown in planned), (line, planned)
+    assert not (tmp_path / "run").exists()
+
+
+def answer(script: str, config: Path, ranks: int, *words: object) -> tuple[list[str], float]:
+    """The lines of a refusal, and how long the faster of two took."""
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    command = [sys.executable, script, "--deepspeed_config", str(config), *map(str, words)]
     took_s = []
     for _ in range(2):
-        command = [sys.executable, "launch/train.py", "--deepspeed_config", path, "--run_dir", tmp_path / "run"]
-        process = subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | place, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=os.environ | place,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         took_s.append(seconds_to_its_end(process))
-        said = process.communicate()[1].splitlines()
-        assert process.returncode == ExitCode.BAD_INPUT
-        assert len(said) == len(lines), said
-        for line in lines:
-            assert any(line in shown for shown in said), (line, said)
-    assert min(took_s) < ANSWERED_WITHIN_S
-    assert not (tmp_path / "run").exists()
+        said = process.communicate()[0].splitlines()
+        assert process.returncode == ExitCode.BAD_INPUT, said
+    return said, min(took_s)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -1,19 +1,29 @@
-"""Every configuration that ships is read, is legal at the size it is meant for, and trains when it is scaled down."""
+"""Every configuration that ships is read, is legal at the size it is meant for, and trains as a plain process does."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 
+from megagpt import plain as plain_process
 from megagpt.config import load_config
 from megagpt.legality import World, require_legal
+from megagpt.model import GPT
+from megagpt.plain import PlainRun
+from tests import plain
 from tests.monitoring import REPOSITORY
 from tests.ranks import RankPool
+from tests.shards import whole_tensors
+from tests.test_bf16 import ROUNDING, ComputesInBf16, straying, weights_straying
 
 FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 CONFIGS = [path for path in FILES if path.name != "schema.json"]
-STEPS = 2
+STEPS, SCHEDULE, WARM_UP = 5, 10, 2
+LENGTH = 16
 GPT_VOCABULARY = 50_257
 
 # name -> (ZeRO stage, where the optimizer works, where the parameters rest)
@@ -45,18 +55,18 @@ def test_it_is_legal_where_it_is_meant_to_run(path: Path, ranks: int) -> None:
     assert (zero.stage, zero.optimizer_device, zero.parameter_device) == (stage, optimizer, parameters)
 
 
-def scaled_down(path: Path, swap: Path) -> dict[str, Any]:
-    """The file with a small model, a small batch and two steps, in bf16 as on the GPU it is meant for."""
+def scaled_down(path: Path, swap: Path, samples: int) -> dict[str, Any]:
+    """The file with a small model, a small batch and few steps, in bf16 as on the GPU it is meant for."""
     document = json.loads(path.read_text())
     document.pop("$schema")
     width = 512 if "nvme" in MECHANISMS[path.stem] else 64  # DeepSpeed swaps shards of 1 MiB and more
-    document |= {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 1}
-    document["scheduler"]["params"] |= {"total_num_steps": 10, "warmup_num_steps": 2}
+    document |= {"train_batch_size": samples, "train_micro_batch_size_per_gpu": 1}
+    document["scheduler"]["params"] |= {"total_num_steps": SCHEDULE, "warmup_num_steps": WARM_UP}
     document["megagpt"]["model"] = {
         "num_layers": 4 if path.stem in MESHES else 2,
         "hidden_size": width,
         "num_heads": 4,
-        "sequence_length": 16,
+        "sequence_length": LENGTH,
         "vocab_size": 256,
     }
     parallel = document["megagpt"].get("parallel", {})
@@ -76,18 +86,82 @@ def scaled_down(path: Path, swap: Path) -> dict[str, Any]:
     return document
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_it_trains_when_scaled_down_and_its_mechanism_acts(
-    request: pytest.FixtureRequest, tmp_path: Path, path: Path
+def rate(step: int) -> float:
+    """The share of the learning rate that each file's schedule, warm-up and cosine, gives to a step (from 0).
+
+    DeepSpeed counts from the second: the first two are made at zero.
+    """
+    counted = max(step - 1, 0)
+    if counted < WARM_UP:
+        return counted / WARM_UP
+    progress = (counted + 1 - WARM_UP) / (SCHEDULE - WARM_UP)
+    return 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2
+
+
+def plain_runs(config: dict[str, Any]) -> tuple[PlainRun, PlainRun]:
+    """The plain process in fp32, and in bf16: with the schedule, and from where DeepSpeed starts.
+
+    That is from master weights copied from bf16 parameters. From there updates of less than half a step of bf16, as
+    the largest models' learning rates make them, reach a forward only once several have added up.
+    """
+    adam, initialise = plain_process._adam, plain_process.initialise_
+
+    def scheduled(*arguments: Any) -> torch.optim.AdamW:
+        optimizer = adam(*arguments)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        optimizer.register_step_post_hook(lambda *_: schedule.step())
+        return optimizer
+
+    def rounded(*arguments: Any) -> GPT:
+        return initialise(*arguments).bfloat16().float()
+
+    with patch.multiple(plain_process, _adam=scheduled, initialise_=rounded):
+        exact = plain.train(config, STEPS)
+        with patch.object(plain_process, "GPT", ComputesInBf16):
+            return exact, plain.train(config, STEPS)
+
+
+def assert_strays_as_far_as(rounded: PlainRun, exact: PlainRun, ranks: list[dict[str, Any]], samples: int) -> None:
+    """No more than twice as far from fp32 as the plain process does in bf16 (tests/test_bf16.py)."""
+    of_losses = max(straying(rounded.losses, exact.losses), ROUNDING / math.sqrt(samples * LENGTH))
+    of_norms = max(straying(rounded.norms, exact.norms), ROUNDING)
+    for results in (rank["results"] for rank in ranks):
+        assert straying([step.loss for step in results], exact.losses) <= 2 * of_losses
+        assert straying([step.grad_norm for step in results], exact.norms) <= 2 * of_norms
+    state = whole_tensors(rank["state"] for rank in ranks)
+    weights = {name: values for (kind, name), values in state.items() if kind == "weight"}
+    of_weights = weights_straying(rounded.state["weight"], exact)
+    assert 0 < of_weights < 0.1
+    assert weights_straying(weights, exact) <= 2 * of_weights
+
+
+RUNS = [
+    *((path, "four_ranks" if path.stem in MESHES else "two_ranks") for path in CONFIGS),
+    *(pytest.param(path, "eight_ranks", marks=pytest.mark.slow) for path in CONFIGS if path.stem in MESHES),
+]
+
+
+@pytest.mark.parametrize(("path", "pool"), RUNS, ids=lambda value: getattr(value, "stem", value))
+def test_it_trains_as_a_plain_process_when_scaled_down_and_its_mechanism_acts(
+    request: pytest.FixtureRequest, tmp_path: Path, path: Path, pool: str
 ) -> None:
     stage, optimizer, parameters = MECHANISMS[path.stem]
     if "nvme" in (optimizer, parameters):
         request.getfixturevalue("nvme")
-    pool: RankPool = request.getfixturevalue("four_ranks" if path.stem in MESHES else "two_ranks")
-    for rank in pool.run("tests.jobs:train", config=scaled_down(path, tmp_path), steps=STEPS):
+    pool_of_ranks: RankPool = request.getfixturevalue(pool)
+    data = pool_of_ranks.world_size // (4 if path.stem in MESHES else 1)
+    samples = 4 * data if path.stem in MESHES else 4
+    config = scaled_down(path, tmp_path, samples)
+    exact, rounded = plain_runs(config)
+    ranks = pool_of_ranks.run("tests.jobs:train", config=config, steps=STEPS)
+    assert_strays_as_far_as(rounded, exact, ranks, samples)
+    for rank in ranks:
         seen = rank["evidence"]
         assert seen["parameter_type"] == "torch.bfloat16"
-        assert all(result.applied and result.loss > 0 for result in rank["results"])
+        rates = [config["optimizer"]["params"]["lr"] * rate(step) for step in range(STEPS)]
+        assert [result.learning_rate for result in rank["results"]] == pytest.approx(rates)
+        assert all(result.applied for result in rank["results"])
+        assert seen["master_elements"] == pytest.approx(seen["stage_elements"] / data, rel=0.02)
         assert seen["optimizer_offloaded"] == (optimizer != "none")
         assert seen["adam"] == ("AdamW" if optimizer == "none" else "DeepSpeedCPUAdam")
         if stage == 3:
@@ -97,7 +171,7 @@ def test_it_trains_when_scaled_down_and_its_mechanism_acts(
         assert bool(seen["swap_files"]) == (optimizer == "nvme")
         assert (("pipeline", "send") in rank["traffic"]) == (path.stem in MESHES)
         if path.stem in MESHES:  # hidden states of four micro-batches of 16 tokens; losses and norms are a number each
-            hidden = 4 * 16 * 64
+            hidden = 4 * LENGTH * 64
             assert rank["traffic"]["pipeline", "send"][1] >= hidden
             assert rank["traffic"]["tensor", "all_reduce"][1] >= 4 * hidden
             assert seen["stage_elements"] < 0.4 * seen["whole_elements"]

@@ -142,6 +142,7 @@ def test_it_needs_no_deepspeed() -> None:
 def test_every_file_with_tests_of_the_gpu_is_named() -> None:
     """Each that asks for ``fused_device`` or marks a test with gpu, unless it trains."""
     training = {*gpu_kernels.MODEL_TESTS, "test_device", "test_guard", "test_gpu_benchmark", "test_working_memory"}
+    training |= {"test_offload_devices"}
     folder = gpu_kernels.REPOSITORY / "tests"
     found = {
         path.stem

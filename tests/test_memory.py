@@ -1,6 +1,7 @@
 """The memory formulas count what real ranks hold, byte for byte; what comes and goes with a step is bounded."""
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from tests.ranks import RankPool
 
 ODD = {"num_layers": 3, "hidden_size": 35, "num_heads": 5, "sequence_length": 15}  # nothing divides evenly
 SHARED = {"num_layers": 3, "hidden_size": 36, "num_heads": 4, "sequence_length": 15}  # between two tensor ranks
-MESHES = [(1, 2, 1), (2, 1, 1), (1, 4, 1), (2, 2, 1), (1, 1, 2), (1, 2, 2), (2, 1, 2)]  # pipeline, data, tensor
+MESHES = [*product((1, 2), repeat=3), (1, 4, 1)][1:]  # pipeline, data, tensor: each of two, two of them, all three
 IN_MAKE_TEST = [((2, 2, 1), 2), ((1, 2, 2), 3), ((2, 1, 2), 1), ((2, 1, 2), 3)]  # those that vary two axes at once
 KEPT = ("stage3_max_reuse_distance", "stage3_max_live_parameters", "stage3_prefetch_bucket_size")
 STATES = [  # mesh, ZeRO stage, bf16
     *(((1, 2, 1), stage, False) for stage in (0, 1, 2, 3)),
+    *(pytest.param(mesh, 0, False, marks=pytest.mark.slow) for mesh in ((1, 1, 2), (1, 2, 2))),
     *(
         pytest.param(mesh, stage, True, marks=() if (mesh, stage) in IN_MAKE_TEST else pytest.mark.slow)
         for mesh in MESHES
@@ -59,7 +61,7 @@ def check(pool: RankPool, config: dict[str, Any]) -> None:
 @pytest.fixture
 def ranks(request: pytest.FixtureRequest) -> Any:
     """Pools by their size."""
-    return lambda size: request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[size])
+    return lambda size: request.getfixturevalue({2: "two_ranks", 4: "four_ranks", 8: "eight_ranks"}[size])
 
 
 @pytest.mark.parametrize(("mesh", "stage", "bf16"), STATES, ids=str)
@@ -141,6 +143,14 @@ def test_zero_3_gathers_a_module_at_a_time_in_every_backward(
     for rank, (most, stage, largest) in enumerate(ranks):
         assert max(most) < 3 * largest < stage / 3
         assert 4 * max(most) <= gathered_parameters(shard_of(layout, rank // 2))
+
+
+@pytest.mark.slow
+def test_interleaved_stages_of_shared_layers(four_ranks: RankPool) -> None:
+    config = run_on((2, 1, 2), 2)
+    config["megagpt"]["parallel"] |= {"schedule": "interleaved", "virtual_stages": 2}
+    config["megagpt"]["model"] |= {"num_layers": 5}
+    check(four_ranks, config)
 
 
 @pytest.mark.slow

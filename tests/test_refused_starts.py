@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +20,7 @@ from megagpt.utils import ExitCode
 from tests import trained_run
 from tests.checkpoint_jobs import run_config
 from tests.monitoring import REPOSITORY
-from tests.processes import Start, seconds_to_its_end, until
+from tests.processes import Start, import_s, seconds_to_its_end, until
 from tests.trained_run import write_dataset
 
 END_WITHIN_S = 5.0  # once the ranks have met
@@ -91,11 +90,6 @@ def configuration(tmp_path: Path) -> Path:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(run_config(write_dataset(tmp_path / "dataset"), 8, (2, "cpu", "none"))))
     return path
-
-
-def import_s() -> float:
-    """How long importing what a rank imports takes now; other work on the machine slows that and a rank alike."""
-    return seconds_to_its_end(subprocess.Popen([sys.executable, "-c", "import deepspeed"], stderr=subprocess.DEVNULL))
 
 
 @pytest.mark.slow

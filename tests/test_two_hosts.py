@@ -13,21 +13,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megagpt import run_directory
+from megagpt import run_directory, ssh
 from megagpt.checkpoint_format import complete_steps
 from megagpt.end_record import EndRecord
 from megagpt.metrics import read_metrics
 from megagpt.processes import Process, all_processes, process
 from tests.checkpoint_jobs import run_config
 from tests.monitoring import CANARY, ENVIRONMENT, REPOSITORY, SECRETS
+from tests.processes import import_s
 from tests.trained_run import write_dataset
-from tests.two_hosts import TwoHosts, two_hosts, why_not_here
+from tests.two_hosts import SSH_GIVES_UP_S, TwoHosts, two_hosts, why_not_here
 
 pytestmark = pytest.mark.root
 
@@ -35,6 +36,9 @@ STEPS = 4
 DEADLINE_S = 240.0
 ONE_EACH = {"host-a": 1, "host-b": 1}
 TWO_EACH = {"host-a": 2, "host-b": 2}
+# DeepSpeed is imported by its launcher, then by a process on each host, then by the ranks, on as few as two cores.
+REFUSED_WITHIN_S, IMPORTS = 10.0, 5
+PDSH_GIVES_UP_S = 10.0  # on a host that does not answer
 STALL, STALL_S = "megagpt.monitor.stall_timeout_s", 10
 
 
@@ -127,6 +131,22 @@ def wait_for(condition: Callable[[], Any]) -> Any:
     return result
 
 
+@contextmanager
+def within_seconds(waits_s: float = 0.0) -> Iterator[None]:
+    """What is done inside takes no more than REFUSED_WITHIN_S, IMPORTS, and what it waits for by design.
+
+    A start is imports above all, five of six seconds on an idle machine: beside other work both take longer, so that
+    the longer one of an import before and one after is the yardstick. They count as the start does, waits for a core
+    included, as its processes on the other host cannot be asked for theirs.
+    """
+    before_s = import_s(queued=True)
+    began = time.monotonic()
+    yield
+    took_s = time.monotonic() - began
+    yardstick_s = max(before_s, import_s(queued=True))
+    assert took_s < REFUSED_WITHIN_S + IMPORTS * yardstick_s + waits_s
+
+
 @pytest.mark.parametrize(
     ("slots", "mesh"), [(ONE_EACH, []), (TWO_EACH, ["megagpt.parallel.pipeline=2"])], ids=["ZeRO-3", "PP 2 x ZeRO-3"]
 )
@@ -181,7 +201,8 @@ def test_hosts_that_are_not_those_of_the_run_are_refused(
     sound.write_hostfile(slots or {})
     if slots is None:
         (sound.directory / "hosts").unlink()
-    code, shown = launch(sound, training(configuration, tmp_path / "run", *overrides))
+    with within_seconds():
+        code, shown = launch(sound, training(configuration, tmp_path / "run", *overrides))
     assert code == 2, shown
     assert said in shown
     assert not (tmp_path / "run").exists()
@@ -210,26 +231,47 @@ def test_preflight_looks_at_both_hosts_and_the_cable(sound: TwoHosts, configurat
 
 
 def test_dead_hosts_are_named_by_preflight(sound: TwoHosts, configuration: Path, tmp_path: Path) -> None:
-    """One whose ssh daemon does not run, one at whose address nobody is."""
+    """One whose ssh daemon does not run, one at whose address nobody is, one that does not answer: asked together."""
     sound.stop_daemon("host-b")
-    sound.write_hostfile(ONE_EACH | {"dead": 1})
-    size = ("megagpt.parallel.world_size=3", "train_batch_size=6")
-    code, shown = preflight(sound, configuration, tmp_path / "run", "--set", *size)
+    sound.write_hostfile(ONE_EACH | {"dead": 1, "silent": 1})
+    size = ("megagpt.parallel.world_size=4", "train_batch_size=8")
+    with within_seconds(ssh.CONNECT_S):
+        code, shown = preflight(sound, configuration, tmp_path / "run", "--set", *size)
     assert code == 2
     assert "host-b: ssh: 'ssh: connect to host 192.0.2.2 port 22: Connection refused': the host is up and no" in shown
-    assert re.search(r"dead: ssh: .*192.0.2.9.*(No route|timed out).*: the host does not answer: is it up", shown)
+    for host, said in (("dead", "192.0.2.9 port 22: No route"), ("silent", "192.0.2.10 port 22: Connection timed out")):
+        assert re.search(rf"{host}: ssh: .*{said}.*: the host does not answer: is it up", shown)
     assert [line.split()[:2] for line in shown.splitlines()[1:2]] == [["host-a", "ok"]]
 
 
-def test_a_dead_host_ends_the_start_at_once(sound: TwoHosts, configuration: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("host", "said", "waits_s"),
+    [("host-b", "Connection refused", 0.0), ("silent", "Connection timed out", PDSH_GIVES_UP_S)],
+    ids=["no daemon", "no answer"],
+)
+def test_a_dead_host_ends_the_start_at_once(
+    sound: TwoHosts, configuration: Path, tmp_path: Path, host: str, said: str, waits_s: float
+) -> None:
     """pdsh goes on with the hosts that it reached; the rank beside it sees the ssh session go."""
     sound.stop_daemon("host-b")
-    sound.write_hostfile(ONE_EACH)
-    code, shown = launch(sound, training(configuration, tmp_path / "run", "megagpt.parallel.world_size=2"))
+    sound.write_hostfile({"host-a": 1, host: 1})
+    with within_seconds(waits_s):
+        code, shown = launch(sound, training(configuration, tmp_path / "run", "megagpt.parallel.world_size=2"))
     assert code != 0
-    assert "host-b: ssh: connect to host 192.0.2.2 port 22: Connection refused" in shown
-    assert "the ssh session to host-b has ended, rank 1 (host host-b) will not come: see above what was said" in shown
+    assert re.search(rf"{host}: ssh: connect to host \S+ port 22: {said}", shown)
+    assert f"the ssh session to {host} has ended, rank 1 (host {host}) will not come: see above what was said" in shown
     assert not (tmp_path / "run").exists()
+
+
+def test_a_first_host_that_does_not_answer_ends_the_launcher(
+    sound: TwoHosts, configuration: Path, tmp_path: Path
+) -> None:
+    """Before any code of ours runs: it asks that host for its address, for as long as ssh tries (docs/clusters.md)."""
+    sound.write_hostfile({"silent": 1, "host-a": 1})
+    with within_seconds(SSH_GIVES_UP_S):
+        code, shown = launch(sound, training(configuration, tmp_path / "run", "megagpt.parallel.world_size=2"))
+    assert code != 0
+    assert "host=silent was not reachable via ssh" in shown
 
 
 def test_a_rank_that_never_joins_is_named_by_the_others(sound: TwoHosts, configuration: Path, tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ from pathlib import Path
 from tests.monitoring import REPOSITORY
 
 ADDRESSES = {"host-a": "192.0.2.1", "host-b": "192.0.2.2"}  # of documentation (RFC 5737), in namespaces of their own
-DEAD = "192.0.2.9"  # nobody answers there
+DEAD = "192.0.2.9"  # nobody is there, and the network says so
+SILENT, SILENT_MAC = "192.0.2.10", "02:00:00:00:00:0a"  # nobody answers there: what is sent there is swallowed
+SSH_GIVES_UP_S = 5  # on a host that does not answer, as docs/clusters.md recommends it; else two minutes
 SSHD = "/usr/sbin/sshd"
 START_S = 60.0
 PREFIX = "megagpt-"  # then the number of the process that made it
@@ -151,6 +153,7 @@ def _lay_cable(hosts: TwoHosts) -> None:
         _run("ip", "-n", namespace, "address", "add", f"{address}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
             _run("ip", "-n", namespace, "link", "set", device, "up")
+        _run("ip", "-n", namespace, "neighbour", "add", SILENT, "lladdr", SILENT_MAC, "dev", "eth0")
 
 
 def _write_ssh_files(directory: Path) -> None:
@@ -169,8 +172,9 @@ def _write_ssh_files(directory: Path) -> None:
         )
     (directory / "ssh_config").write_text(
         "".join(f"Host {host}\n  HostName {address}\n" for host, address in ADDRESSES.items())
-        + f"Host dead\n  HostName {DEAD}\n"
+        + f"Host dead\n  HostName {DEAD}\nHost silent\n  HostName {SILENT}\n"
         + f"Host *\n  User root\n  IdentityFile {directory / 'user'}\n  IdentitiesOnly yes\n"
+        + f"  ConnectTimeout {SSH_GIVES_UP_S}\n"
         + f"  StrictHostKeyChecking yes\n  UserKnownHostsFile {directory / 'known_hosts'}\n"
     )
     client = directory / "bin" / "ssh"

@@ -14,11 +14,11 @@ from megagpt.config import load_config
 from megagpt.legality import World, require_legal
 from megagpt.model import GPT
 from megagpt.plain import PlainRun
+from megagpt.yardstick import BF16_TOLERANCE, limit_in_bf16, straying
 from tests import plain
 from tests.monitoring import REPOSITORY
 from tests.ranks import RankPool
 from tests.shards import whole_tensors
-from tests.test_bf16 import ROUNDING, ComputesInBf16, straying, weights_straying
 
 FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 CONFIGS = [path for path in FILES if path.name != "schema.json"]
@@ -116,23 +116,19 @@ def plain_runs(config: dict[str, Any]) -> tuple[PlainRun, PlainRun]:
         return initialise(*arguments).bfloat16().float()
 
     with patch.multiple(plain_process, _adam=scheduled, initialise_=rounded):
-        exact = plain.train(config, STEPS)
-        with patch.object(plain_process, "GPT", ComputesInBf16):
-            return exact, plain.train(config, STEPS)
+        return plain.train(config, STEPS), plain.train(config, STEPS, torch.bfloat16)
 
 
 def assert_strays_as_far_as(rounded: PlainRun, exact: PlainRun, ranks: list[dict[str, Any]], samples: int) -> None:
-    """No more than twice as far from fp32 as the plain process does in bf16 (tests/test_bf16.py)."""
-    of_losses = max(straying(rounded.losses, exact.losses), ROUNDING / math.sqrt(samples * LENGTH))
-    of_norms = max(straying(rounded.norms, exact.norms), ROUNDING)
-    for results in (rank["results"] for rank in ranks):
-        assert straying([step.loss for step in results], exact.losses) <= 2 * of_losses
-        assert straying([step.grad_norm for step in results], exact.norms) <= 2 * of_norms
+    """No more than twice as far from fp32 as the plain process does in bf16 (megagpt/yardstick.py)."""
+    rounding = straying(rounded.losses, rounded.norms, rounded.state["weight"], exact)
+    assert 0 < rounding.weights < 0.1
+    limit = limit_in_bf16(rounding, samples * LENGTH, BF16_TOLERANCE)
     state = whole_tensors(rank["state"] for rank in ranks)
     weights = {name: values for (kind, name), values in state.items() if kind == "weight"}
-    of_weights = weights_straying(rounded.state["weight"], exact)
-    assert 0 < of_weights < 0.1
-    assert weights_straying(weights, exact) <= 2 * of_weights
+    for results in (rank["results"] for rank in ranks):
+        found = straying([step.loss for step in results], [step.grad_norm for step in results], weights, exact)
+        assert found.within(limit), (found, limit)
 
 
 RUNS = [

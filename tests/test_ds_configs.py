@@ -123,7 +123,7 @@ def assert_strays_as_far_as(rounded: PlainRun, exact: PlainRun, ranks: list[dict
     """No more than twice as far from fp32 as the plain process does in bf16 (megagpt/yardstick.py)."""
     rounding = straying(rounded.losses, rounded.norms, rounded.state["weight"], exact)
     assert 0 < rounding.weights < 0.1
-    limit = limit_in_bf16(rounding, samples * LENGTH, BF16_TOLERANCE)
+    limit = limit_in_bf16(rounding, exact, samples * LENGTH, BF16_TOLERANCE)
     state = whole_tensors(rank["state"] for rank in ranks)
     weights = {name: values for (kind, name), values in state.items() if kind == "weight"}
     for results in (rank["results"] for rank in ranks):

@@ -78,6 +78,7 @@ RUN = ["--run_dir", "run"]
 COMMANDS = {
     "evaluate": [*RUN, "--batches", "1"],
     "generate": [*RUN, "--prompt", "a", "--max_new_tokens", "1"],
+    "export": [*RUN, "--output", "exported", "--overwrite"],
     "report": RUN,
     "plan": ["--deepspeed_config", "small.json", "--ranks", "1"],
     "download_data": ["--dataset", "TEXTS", "--tokenizer", "bytes", "--output", "data"],

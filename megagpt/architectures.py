@@ -87,6 +87,19 @@ class Fixed(NamedTuple):
     default: Any
 
 
+class Part(NamedTuple):
+    """One tensor of ours, and the names and shapes of those that it becomes.
+
+    ``stored`` is false for a bias that we have none of, where theirs is zero.
+    """
+
+    name: str
+    shape: torch.Size
+    stored: bool
+    relation: Relation
+    theirs: Mapping[str, torch.Size]
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One class of transformers.
@@ -124,27 +137,26 @@ class Architecture:
         fixed = {key.theirs: key.values[0] for key in self.fixed}
         return written | fixed | {key.theirs: getattr(model, key.ours) for key in self.keys}
 
-    def their_names(self, name: str) -> tuple[list[str], Relation]:
-        """The tensors that one of ours is made of, and how."""
+    def parts(self, model: ModelConfig) -> Iterator[Part]:
+        """All that it stores of a model, in the order of the model."""
+        ours = set(_shapes(model))
+        for name, shape in _shapes(model.model_copy(update={"bias": True})).items():
+            if name in ours or name.endswith(self.biased):
+                names, relation = self._their_names(name)
+                theirs = relation.split(torch.empty(shape, device="meta"), model)
+                shapes = {their: tensor.shape for their, tensor in zip(names, theirs, strict=True)}
+                yield Part(name, shape, name in ours, relation, shapes)
+
+    def _their_names(self, name: str) -> tuple[list[str], Relation]:
         module, _, kind = name.rpartition(".")
         layer = re.match(r"blocks\.(\d+)\.", module)
         paths, relation = self.modules[re.sub(r"^blocks\.\d+\.", "blocks.*.", module)]
         return [f"{path}.{kind}".replace("*", layer[1] if layer else "") for path in paths], relation
 
-    def parameters(self, model: ModelConfig) -> Iterator[tuple[str, torch.Size, bool]]:
-        """What it stores of a model, under our names: (name, our shape, whether ours has it; else it is zero)."""
-        ours = set(_shapes(model))
-        for name, shape in _shapes(model.model_copy(update={"bias": True})).items():
-            if name in ours or name.endswith(self.biased):
-                yield name, shape, name in ours
-
     def to_ours(self, theirs: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
         """A whole model's tensors (weights, or their gradients) under our names."""
-        ours = {}
-        for name in _shapes(model):
-            names, relation = self.their_names(name)
-            ours[name] = relation.join([theirs[their_name] for their_name in names], model)
-        return ours
+        parts = [part for part in self.parts(model) if part.stored]
+        return {part.name: part.relation.join([theirs[name] for name in part.theirs], model) for part in parts}
 
 
 def _shapes(model: ModelConfig) -> dict[str, torch.Size]:

@@ -59,12 +59,14 @@ class PlannedFile:
 
 
 def plan_files(engine: Engine) -> list[list[PlannedFile]]:
+    """The files of each bucket of this rank."""
+    return files_of(engine.mesh.rank, (bucket.owned_pieces for bucket in owned_buckets(engine)))
+
+
+def files_of(rank: int, buckets: Iterable[Iterable[Piece]]) -> list[list[PlannedFile]]:
     """The files of each bucket; a parameter too large for one file is cut."""
-    names = (f"rank_{engine.mesh.rank:05d}_{index:03d}.safetensors" for index in count())
-    return [
-        [PlannedFile(next(names), pieces) for pieces in _in_files(bucket.owned_pieces)]
-        for bucket in owned_buckets(engine)
-    ]
+    names = (f"rank_{rank:05d}_{index:03d}.safetensors" for index in count())
+    return [[PlannedFile(next(names), pieces) for pieces in _in_files(bucket)] for bucket in buckets]
 
 
 def _in_files(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, ...]]:

@@ -9,20 +9,20 @@ rows that pad our vocabulary stay behind.
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import tiktoken
 import torch
 from torch import Tensor
 
-from megagpt.architectures import ARCHITECTURES, Architecture, Relation
+from megagpt.architectures import ARCHITECTURES, Architecture, Part
 from megagpt.config import ModelConfig
 from megagpt.generate import allowed_tokens, open_tokenizer
 from megagpt.run_directory import read_config
-from megagpt.safetensors_file import Entry, header, tensor_bytes
+from megagpt.safetensors_file import header, tensor_bytes
 from megagpt.stored_model import open_weights
 from megagpt.tokenizer import END_OF_DOCUMENT, TOKENIZER_FILE
 from megagpt.utils import MIB, UserError, write_atomically
@@ -68,14 +68,15 @@ def export(
     encoding = open_tokenizer(config.megagpt)
     _require_free(output, overwrite)
     found_step, weight = open_weights(run_directory, step)
-    shards = list(plan_shards(architecture, model, DTYPES[dtype][0], shard_bytes))
-    size = sum(part.bytes for shard in shards for part in shard)
+    kind = DTYPES[dtype][0]
+    shards = list(plan_shards(architecture, model, kind, shard_bytes))
+    size = stored_bytes(architecture.parts(model), kind)
     with whole_directory(output, option="--output", room_bytes=size + SPARE_BYTES, replace=overwrite) as staging:
         _write_json(staging / "config.json", _model_config(architecture, model, encoding, dtype))
         _write_json(staging / "generation_config.json", _generation_config(model, encoding))
         _write_tokenizer(staging, Path(config.megagpt.data.sources[0].path), model)
         _write_weights(staging, shards, Source(weight, model, dtype))
-    return Exported(architecture.name, found_step, size // tensor_bytes(DTYPES[dtype][0], []), size)
+    return Exported(architecture.name, found_step, size // tensor_bytes(kind, []), size)
 
 
 def require_architecture(model: ModelConfig, run_directory: Path) -> Architecture:
@@ -105,34 +106,23 @@ def _require_free(output: Path, overwrite: bool) -> None:
 # ------------------------------------------------------------------------------------------------------------- weights
 
 
-class Part(NamedTuple):
-    """One tensor of ours and the entries of what it becomes; ``stored`` is false for a bias that we have none of."""
-
-    name: str
-    shape: torch.Size
-    stored: bool
-    relation: Relation
-    entries: Sequence[Entry]
-
-    @property
-    def bytes(self) -> int:
-        """Of all that it becomes."""
-        return sum(tensor_bytes(kind, shape) for _, kind, shape in self.entries)
-
-
 def plan_shards(architecture: Architecture, model: ModelConfig, kind: str, shard_bytes: int) -> Iterator[list[Part]]:
     """The files, none with more than ``shard_bytes`` of tensors, unless one of ours alone has."""
     shard: list[Part] = []
-    for name, shape, stored in architecture.parameters(model):
-        their_names, relation = architecture.their_names(name)
-        theirs = relation.split(torch.empty(shape, device="meta"), model)
-        entries = [(their, kind, tuple(tensor.shape)) for their, tensor in zip(their_names, theirs, strict=True)]
-        part = Part(name, shape, stored, relation, entries)
-        if shard and sum(held.bytes for held in shard) + part.bytes > shard_bytes:
+    held = 0
+    for part in architecture.parts(model):
+        size = stored_bytes([part], kind)
+        if shard and held + size > shard_bytes:
             yield shard
-            shard = []
+            shard, held = [], 0
         shard.append(part)
+        held += size
     yield shard
+
+
+def stored_bytes(parts: Iterable[Part], kind: str) -> int:
+    """What tensors take in files."""
+    return sum(tensor_bytes(kind, shape) for part in parts for shape in part.theirs.values())
 
 
 @dataclass(frozen=True)
@@ -144,7 +134,7 @@ class Source:
     dtype: str
 
     def theirs(self, part: Part) -> Sequence[Tensor]:
-        """The tensors of a part's entries. Raises UserError where the weight has another shape or does not fit."""
+        """What a part becomes. Raises UserError where the weight has another shape or does not fit."""
         ours = self.weight(part.name) if part.stored else torch.zeros(part.shape)
         if ours.shape != part.shape:
             raise UserError(
@@ -161,19 +151,20 @@ class Source:
 
 def _write_weights(staging: Path, shards: Sequence[Sequence[Part]], source: Source) -> None:
     """Each file in one pass, flushed to the disk; with several, the index that says where each tensor is."""
+    kind = DTYPES[source.dtype][0]
     places: dict[str, str] = {}
     for index, shard in enumerate(shards, start=1):
         name = WEIGHTS if len(shards) == 1 else f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-        entries = [entry for part in shard for entry in part.entries]
-        places |= {their_name: name for their_name, _, _ in entries}
+        entries = [(theirs, kind, shape) for part in shard for theirs, shape in part.theirs.items()]
+        places |= {theirs: name for theirs, _, _ in entries}
         with flushed(staging / name) as file:
             file.write(header(entries, {"format": "pt"}))  # without it, transformers refuses the file
             for part in shard:
                 for tensor in source.theirs(part):
                     file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     if len(shards) > 1:
-        total = sum(part.bytes for shard in shards for part in shard)
-        _write_json(staging / f"{WEIGHTS}.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+        size = stored_bytes((part for shard in shards for part in shard), kind)
+        _write_json(staging / f"{WEIGHTS}.index.json", {"metadata": {"total_size": size}, "weight_map": places})
 
 
 # ------------------------------------------------------------------------------------------ configuration, tokenizer

@@ -13,10 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megagpt import export as exporting
 from megagpt.export import export
@@ -33,7 +30,7 @@ from tests.trained_run import SEQUENCE_LENGTH, write_dataset, write_run
 STEPS = 3
 LLAMA = {"position": "rotary", "norm": "rmsnorm", "activation": "swiglu"}
 STARCODER2 = {"position": "rotary", "norm": "layernorm", "activation": "gelu"}
-# each with its class and a mesh: ranks, ZeRO, parallel
+# what transformers calls it, and what it is here
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2LMHeadModel", {}),
     "gpt2-untied-unbiased": ("GPT2LMHeadModel", {"tie_embeddings": False, "bias": False}),

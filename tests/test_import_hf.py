@@ -132,21 +132,24 @@ LINEAR = {
         pytest.param((1, "none", "none"), {"scheduler": LINEAR, "fp16": {"enabled": True}}, marks=pytest.mark.slow),
         pytest.param((3, "cpu", "cpu"), {"scheduler": LINEAR}, marks=pytest.mark.slow),
     ],
-    ids=str,
+    ids=["zero-3", "zero-0", "zero-1", "zero-1-fp16", "zero-3-offload"],
 )
 def test_it_is_the_run_that_would_have_begun_with_these_weights(
     pools: _Pools, data: Path, tmp_path: Path, zero: tuple[int, str, str], keys: dict[str, Any]
 ) -> None:
-    """Bit for bit, moments and learning rates too: the model of a seed, imported, against a run from that seed."""
-    seed = 10
-    export(write_run(tmp_path / "initial", data, steps=(seed,)), tmp_path / "model")
+    """Bit for bit, moments and learning rates too: the model of a seed, imported, against a run from that seed.
+
+    DeepSpeed takes its first master weights from what the model computes in, so in fp16 the model is exported in it.
+    """
+    seed, dtype = 10, "fp16" if "fp16" in keys else "fp32"
+    export(write_run(tmp_path / "initial", data, steps=(seed,)), tmp_path / "model", dtype=dtype)
     config = run_config(data, STEPS, zero, init_std=0.2) | keys
     if config["scheduler"] is None:
         del config["scheduler"]
     config["megagpt"]["training"]["seed"] = seed
     imported = import_into(tmp_path / "imported", tmp_path / "model", config)
     ends = [
-        pools.get(2).run(TRAIN, config=of_run, directory=tmp_path / name)
+        pools.get(2).run("tests.jobs:allowing_fp16", of=TRAIN, config=of_run, directory=tmp_path / name)
         for name, of_run in [("imported", imported), ("fresh", config)]
     ]
     assert_same_state(*(gathered(ranks, "at_end") for ranks in ends))

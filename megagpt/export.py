@@ -142,7 +142,7 @@ class Source:
                 "restore the config.json that it was trained with"
             )
         converted = ours.to(DTYPES[self.dtype][1])
-        if not converted.isfinite().all():
+        if not all(extreme.isfinite() for extreme in converted.aminmax()):
             raise UserError(
                 f"{part.name}: {ours.abs().max():.3g} does not fit into {self.dtype}; use --dtype bf16 or fp32"
             )

@@ -39,7 +39,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("Starcoder2ForCausalLM", {**STARCODER2, "num_kv_heads": 2, "bias": True}),
     "starcoder2-untied-unbiased": ("Starcoder2ForCausalLM", {**STARCODER2, "bias": False, "tie_embeddings": False}),
 }
-EVERY_MODEL = pytest.mark.parametrize("name", MODELS)
+LONGER = ("llama-tied-biased", "starcoder2")
+EVERY_MODEL = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONGER else name for name in MODELS]
+)
 
 
 @pytest.fixture(scope="module")

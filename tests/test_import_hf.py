@@ -40,7 +40,7 @@ PUBLISHED: dict[str, Callable[[], PreTrainedModel]] = {
         LlamaConfig(**SHAPE, intermediate_size=128, num_key_value_heads=2, rms_norm_eps=1e-5)
     ),
     "starcoder2": lambda: Starcoder2ForCausalLM(
-        Starcoder2Config(**SHAPE, intermediate_size=128, num_key_value_heads=1, bos_token_id=256, eos_token_id=256)
+        Starcoder2Config(**SHAPE, intermediate_size=128, num_key_value_heads=2, bos_token_id=256, eos_token_id=256)
     ),
 }
 
@@ -96,21 +96,27 @@ def test_files_of_the_model_without_its_head_are_read(
     assert_same_logits(tmp_path / "run", theirs, data)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "parallel"), [(2, {}), pytest.param(4, {"pipeline": 2, "tensor": 2}, marks=pytest.mark.slow)], ids=str
+)
 def test_training_begins_with_the_loss_that_transformers_computes(
-    pools: _Pools, published: tuple[Path, PreTrainedModel], data: Path, tmp_path: Path
+    pools: _Pools,
+    published: tuple[Path, PreTrainedModel],
+    data: Path,
+    tmp_path: Path,
+    ranks: int,
+    parallel: dict[str, int],
 ) -> None:
     directory, theirs = published
-    imported = import_into(tmp_path / "run", directory, run_config(data, STEPS))
-    pools.get(2).run(TRAIN, config=imported, directory=tmp_path / "run")
+    config = run_config(data, STEPS, (1, "none", "none"))
+    config["megagpt"]["parallel"] = parallel
+    imported = import_into(tmp_path / "run", directory, config)
+    pools.get(ranks).run(TRAIN, config=imported, directory=tmp_path / "run")
     stream = SampleStream.open([(data, 1.0)], split="train", sequence_length=16, seed=0, document_mask=False)
     batch = stream.batch(range(imported["train_batch_size"]))
     logits = theirs.eval()(torch.from_numpy(batch.tokens)).logits
     expected = F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(batch.targets).long().flatten())
-    assert losses_of(tmp_path / "run")[0] == pytest.approx(expected.item(), rel=1e-6)
-
-
-def losses_of(run: Path) -> list[float]:
-    return [record.loss for record in read_metrics(run).steps]
+    assert read_metrics(tmp_path / "run").steps[0].loss == pytest.approx(expected.item(), rel=1e-6)
 
 
 COSINE = {

@@ -227,7 +227,7 @@ GPT2 = Architecture(
     },
     biased=(".bias",),
     grouped_heads=False,
-    ignored=("n_ctx", "task_specific_params"),
+    ignored=("n_ctx", "task_specific_params", "predict_special_tokens", "output_past"),  # of old files
     buffers=r"(.*\.)?attn\.(bias|masked_bias)",
 )
 LLAMA = Architecture(

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -128,7 +129,7 @@ class PublishedModel:
         problems = [f"{name}: missing" for name in expected if self._name(name) not in self._places]
         for name in self._places:
             if name not in known:
-                ignored = re.fullmatch(self.architecture.buffers, name) or name == "lm_head.weight"  # a tied one
+                ignored = re.fullmatch(self.architecture.buffers, name) or self._is_tied_copy(name)
                 problems += [] if ignored else [f"{name}: megagpt has no such tensor"]
                 continue
             stored = self._file(name).get_slice(name)
@@ -140,9 +141,19 @@ class PublishedModel:
             more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
             raise UserError(f"{self.directory}: its tensors are not those of its config.json:\n{listed}{more}")
 
+    def _is_tied_copy(self, name: str) -> bool:
+        """Files may hold the head's weight a second time where it is the embedding's."""
+        (embedding,) = self.architecture.modules["embedding.tokens"][0]
+        embedding = self._name(f"{embedding}.weight")
+        return (
+            name == "lm_head.weight"
+            and embedding in self._places
+            and torch.equal(*map(self._tensor, (name, embedding)))
+        )
+
     def ours(self, part: Part, model: ModelConfig) -> Tensor | None:
         """A tensor under our name, fp32; None for a bias that we have none of. Raises UserError if it is spoilt."""
-        theirs = [self._file(self._name(name)).get_tensor(self._name(name)).float() for name in part.theirs]
+        theirs = [self._tensor(self._name(name)).float() for name in part.theirs]
         if not all(tensor.isfinite().all() for tensor in theirs):
             raise UserError(f"{self.directory}: {', '.join(part.theirs)}: not finite; take another copy of the model")
         if part.stored:
@@ -173,6 +184,10 @@ class PublishedModel:
                 "them again with transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
             )
         return dict.fromkeys(self._open(WEIGHTS).keys(), WEIGHTS)
+
+    def _tensor(self, name: str) -> Tensor:
+        tensor: Tensor = self._file(name).get_tensor(name)
+        return tensor
 
     def _file(self, tensor: str) -> Any:
         return self._open(self._places[tensor])
@@ -224,7 +239,10 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give the directory of a model") from error
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); give the directory of a model, "
+            "such as hf download NAME --local-dir DIR makes"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); download it again") from error
     if not isinstance(content, dict):

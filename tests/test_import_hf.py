@@ -94,6 +94,8 @@ def test_files_of_the_model_without_its_head_are_read(
     save_file(old, directory / "model.safetensors")
     import_into(tmp_path / "run", directory, run_config(data, STEPS))
     assert_same_logits(tmp_path / "run", theirs, data)
+    save_file(old | {"lm_head.weight": old["lm_head.weight"] * 2}, directory / "model.safetensors")
+    assert "lm_head.weight: megagpt has no such tensor" in refusal(directory, data, tmp_path / "another")
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from megagpt.run_directory import CONFIG_FILE
 from megagpt.stored_model import load_model
 from megagpt.tokenizer import load_tokenizer
 from megagpt.utils import UserError
+from megagpt.whole_directory import whole_directory
 from tests.checkpoint_jobs import full_disk, run_config, small_files
 from tests.conftest import _Pools
 from tests.exported_models import ROWS, TRAIN, VOCABULARY, assert_near, import_into, tokens_of
@@ -285,6 +286,15 @@ def test_a_kill_shows_no_export_and_the_next_one_clears_up(run: Path, tmp_path: 
     export(run, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
     assert not (tmp_path / "out" / "of another export").exists()
+
+
+def test_two_at_once_do_not_mix(run: Path, tmp_path: Path) -> None:
+    with whole_directory(tmp_path / "out", option="--output", room_bytes=0) as staging:
+        (staging / "config.json").touch()
+        with pytest.raises(UserError, match="another process is writing it; wait for it, or choose another --output"):
+            export(run, tmp_path / "out")
+        assert (staging / "config.json").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
 
 
 # ------------------------------------------------------------------------------------------------------------ and back

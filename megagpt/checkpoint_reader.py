@@ -89,7 +89,7 @@ class Reader:
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
-            _require_small_header(self.directory, name)
+            require_small_header(self.directory, name)
             try:
                 self._open[name] = safe_open(str(self.directory / name), framework="pt")
             except (SafetensorError, *MISSING) as error:  # an OSError of another kind says nothing of the content
@@ -97,7 +97,7 @@ class Reader:
         return self._open[name]
 
 
-def _require_small_header(directory: Path, name: str) -> None:
+def require_small_header(directory: Path, name: str) -> None:
     """Of a header, which is JSON, safetensors makes twenty times its size in memory (seen: 98 MB became 1.9 GiB)."""
     with suppress(OSError), (directory / name).open("rb") as file:  # safe_open meets it too, and says so
         size = int.from_bytes(file.read(8), "little")

@@ -1,7 +1,6 @@
 """What one rank does of a save, without a collective call: plan files, copy state to host memory, write and hash."""
 
 import hashlib
-import json
 import os
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megagpt import safetensors_file
 from megagpt.background import in_threads
 from megagpt.boxes import Box
 from megagpt.checkpoint_format import WEIGHT, Slice, StoredFile
@@ -39,15 +39,8 @@ class PlannedFile:
 
     @property
     def header(self) -> bytes:
-        """The beginning of a safetensors file (huggingface/safetensors, README): size, then names and offsets."""
-        entries: dict[str, Any] = {}
-        end = 0
-        for kind, piece in self.tensors:
-            start, end = end, end + _ELEMENT_BYTES * piece.numel
-            entries[f"{kind}/{piece.name}"] = {"dtype": "F32", "shape": [piece.numel], "data_offsets": [start, end]}
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
+        """The beginning of the file."""
+        return safetensors_file.header((f"{kind}/{piece.name}", "F32", [piece.numel]) for kind, piece in self.tensors)
 
     @property
     def tensors(self) -> list[tuple[str, Piece]]:
@@ -66,12 +59,14 @@ class PlannedFile:
 
 
 def plan_files(engine: Engine) -> list[list[PlannedFile]]:
+    """The files of each bucket of this rank."""
+    return files_of(engine.mesh.rank, (bucket.owned_pieces for bucket in owned_buckets(engine)))
+
+
+def files_of(rank: int, buckets: Iterable[Iterable[Piece]]) -> list[list[PlannedFile]]:
     """The files of each bucket; a parameter too large for one file is cut."""
-    names = (f"rank_{engine.mesh.rank:05d}_{index:03d}.safetensors" for index in count())
-    return [
-        [PlannedFile(next(names), pieces) for pieces in _in_files(bucket.owned_pieces)]
-        for bucket in owned_buckets(engine)
-    ]
+    names = (f"rank_{rank:05d}_{index:03d}.safetensors" for index in count())
+    return [[PlannedFile(next(names), pieces) for pieces in _in_files(bucket)] for bucket in buckets]
 
 
 def _in_files(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, ...]]:

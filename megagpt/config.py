@@ -93,9 +93,13 @@ class RunConfig(Section):
         """Canonical text: one order of keys, defaults written out, so that equal runs have equal text."""
         return json.dumps(self._document(), indent=2, ensure_ascii=False) + "\n"
 
+    def as_written(self) -> dict[str, Any]:
+        """The document, without the keys that were left out."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
+
     def changed(self, overrides: Sequence[str]) -> RunConfig:
         """This configuration as its file would give it with `a.b=value` overrides on top; raises ConfigError."""
-        document = self.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
+        document = self.as_written()
         keys_set, errors = _override(document, overrides)
         if errors:
             raise ConfigError(errors)

@@ -126,12 +126,12 @@ class Sampler:
 
 
 def open_tokenizer(config: MegagptConfig) -> tiktoken.Encoding:
-    """The encoding of a run's data. UserError where it is missing, or has tokens that the model has no row for."""
+    """The encoding of a run's data. UserError where it is missing, or has tokens that the model never learnt."""
     directory = Path(config.data.sources[0].path)
     encoding = load_tokenizer(directory)
-    if encoding.n_vocab > config.model.vocab_size:
+    if encoding.n_vocab > config.model.vocabulary:
         raise UserError(
-            f"{directory}: its vocabulary is {encoding.n_vocab}, the model's {config.model.vocab_size}: it was "
+            f"{directory}: its vocabulary is {encoding.n_vocab}, the model's {config.model.vocabulary}: it was "
             "prepared anew since the run; prepare it again with the tokenizer of the run"
         )
     return encoding

@@ -20,6 +20,7 @@ from kernels.philox import fold_seed
 from megagpt.config import ModelConfig
 
 NORM_EPSILON = 1e-5  # GPT-2's
+ROTARY_BASE = 10_000.0  # Su et al. 2021
 TIED_WEIGHT = "embedding.tokens.weight"  # what the head multiplies with where embeddings are tied
 
 
@@ -308,8 +309,8 @@ def dropout_site(layer: int, which: int) -> int:
 
 
 def rotary_angles(offset: int, length: int, head_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (length, head_size / 2) of rotary positions (Su et al. 2021, base 10,000), in fp32."""
-    frequencies = 10_000.0 ** (-torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
+    """Cosines and sines (length, head_size / 2) of rotary positions (Su et al. 2021), in fp32."""
+    frequencies = ROTARY_BASE ** (-torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
     positions = torch.arange(offset, offset + length, device=device, dtype=torch.float32)
     angles = torch.outer(positions, frequencies)
     return angles.cos(), angles.sin()

@@ -17,9 +17,9 @@ SPLITS: tuple[Split, ...] = ("train", "val")
 
 def open_data(config: RunConfig, directory: Path) -> dict[Split, SampleStream]:
     """The samples of each split, once everything that needs no torch is found sound; raises UserError."""
-    resolved = resolve_here(config, _prepare_vocabulary(config))
+    resolved = resolve_here(config, prepare_vocabulary(config))
     directories.check(directory, resolved)
-    streams = {split: _open_stream(resolved, split) for split in SPLITS}
+    streams = {split: open_stream(resolved, split) for split in SPLITS}
     _require_data_of_the_newest(directory, streams["train"])
     return streams
 
@@ -57,7 +57,7 @@ def require_same_data(directory: Path, step: int, fingerprint: str, stream: Samp
         )
 
 
-def _prepare_vocabulary(config: RunConfig) -> int:
+def prepare_vocabulary(config: RunConfig) -> int:
     """The number of tokens of the data; the embedded corpus is made when missing, by one process of a host."""
     directories_of_data = [Path(source.path) for source in config.megagpt.data.sources]
     if EMBEDDED_CORPUS in directories_of_data:
@@ -67,7 +67,8 @@ def _prepare_vocabulary(config: RunConfig) -> int:
     return max(open_dataset(directory).vocabulary for directory in directories_of_data)
 
 
-def _open_stream(config: ResolvedConfig, split: Split) -> SampleStream:
+def open_stream(config: ResolvedConfig, split: Split) -> SampleStream:
+    """The samples of one split."""
     data = config.megagpt.data
     return SampleStream.open(
         [(Path(source.path), source.weight) for source in data.sources],

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from megagpt.checkpoint_format import MANIFEST, StoredFile, read_manifest, step_directory
+from megagpt.export import export
 from tests.checkpoint_jobs import run_config
 from tests.monitoring import REPOSITORY, record, run_script
 from tests.processes import PATIENCE_S, Start
@@ -51,6 +52,7 @@ def place(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(sound, tmp_path / "place")
     monkeypatch.chdir(tmp_path / "place")
     write_run(Path("run"), Path("data"), steps=(STEP,))
+    export(Path("run"), Path("model"))
     Path("run/metrics.jsonl").write_text(json.dumps(record(STEP).as_line()) + "\n")
     Path("small.json").write_text(json.dumps(run_config(tmp_path / "place" / "data", 4)))
     return tmp_path / "place"
@@ -73,11 +75,14 @@ def spoil(place: Path, file: str, content: bytes = b"") -> None:
 
 CHECKPOINT = f"run/checkpoints/step_{STEP:08d}"
 OF_A_RUN = [f"{CHECKPOINT}/{WEIGHTS}", f"{CHECKPOINT}/{MANIFEST}", "run/config.json", "run/metrics.jsonl"]
+OF_A_MODEL = ["model/config.json", "model/model.safetensors", "model/tokenizer.json"]
 OF_A_DATASET = ["data/manifest.json", "data/tokenizer.json", "data/train-00000.bin", "data/val-00000.bin"]
 RUN = ["--run_dir", "run"]
 COMMANDS = {
     "evaluate": [*RUN, "--batches", "1"],
     "generate": [*RUN, "--prompt", "a", "--max_new_tokens", "1"],
+    "export": [*RUN, "--output", "exported", "--overwrite"],
+    "import_hf": ["--model", "model", "--deepspeed_config", "small.json", "--run_dir", "imported"],
     "report": RUN,
     "plan": ["--deepspeed_config", "small.json", "--ranks", "1"],
     "download_data": ["--dataset", "TEXTS", "--tokenizer", "bytes", "--output", "data"],
@@ -103,7 +108,7 @@ def test_the_commands_work_on_what_is_sound(place: Path, outcome: Callable[[str]
     assert [outcome(command) for command in COMMANDS] == [0] * len(COMMANDS)
 
 
-@pytest.mark.parametrize("file", [*OF_A_RUN, *OF_A_DATASET, "small.json"])
+@pytest.mark.parametrize("file", [*OF_A_RUN, *OF_A_DATASET, *OF_A_MODEL, "small.json"])
 def test_no_command_executes_a_pickle(place: Path, outcome: Callable[[str], int], file: str) -> None:
     """Each refuses the file in words, or does not need it."""
     spoil(place, file)

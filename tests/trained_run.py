@@ -1,6 +1,7 @@
 """A small run directory with its data, as training writes them but untrained: for the commands that read a run."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -17,6 +18,7 @@ from megagpt.checkpoint_format import (
     step_directory,
 )
 from megagpt.config import ResolvedConfig
+from megagpt.dataset import open_dataset
 from megagpt.download_data import Request, prepare
 from megagpt.model import GPT, initialise_
 from megagpt.run_directory import CONFIG_FILE
@@ -25,19 +27,20 @@ SEQUENCE_LENGTH = 16
 TEXTS = ["Ärger im Zug.\n" * 30, "The quick brown fox.\n" * 20, "日本語のテキスト\n" * 10]
 
 
-def write_dataset(directory: Path) -> Path:
-    """Three documents as bytes; the last tenth of them is the validation split."""
+def write_dataset(directory: Path, tokenizer: str = "bytes") -> Path:
+    """Three documents; the last tenth of them is the validation split."""
     texts = directory / "texts"
     texts.mkdir(parents=True)
     for index, text in enumerate(TEXTS):
         (texts / f"{index}.txt").write_text(text)
-    prepare(Request(f"{texts}/*.txt", directory / "data", tokenizer="bytes"), report=lambda line: None)
+    prepare(Request(f"{texts}/*.txt", directory / "data", tokenizer=tokenizer), report=lambda line: None)
     return directory / "data"
 
 
-def write_run(directory: Path, data: Path, *, steps: tuple[int, ...] = (10,)) -> Path:
+def write_run(directory: Path, data: Path, *, steps: tuple[int, ...] = (10,), **model: Any) -> Path:
     """A run on ``data`` with a checkpoint at each step; the weights are initial ones, another seed a step."""
-    model = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "vocab_size": 384, "init_std": 0.2}
+    vocabulary = open_dataset(data).vocabulary
+    shape = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "init_std": 0.2, "sequence_length": SEQUENCE_LENGTH}
     config = ResolvedConfig.model_validate(
         {
             "train_batch_size": 4,
@@ -45,7 +48,7 @@ def write_run(directory: Path, data: Path, *, steps: tuple[int, ...] = (10,)) ->
             "gradient_accumulation_steps": 1,
             "optimizer": {"type": "AdamW", "params": {"lr": 0.001}},
             "megagpt": {
-                "model": {**model, "sequence_length": SEQUENCE_LENGTH},
+                "model": {**shape, "vocab_size": 384, "vocabulary": vocabulary, **model},
                 "data": {"path": str(data)},
                 "training": {"total_steps": 100},
             },

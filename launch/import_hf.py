@@ -1,0 +1,46 @@
+#!/usr/bin/env python3
+"""Go on from a published model: python launch/import_hf.py --model DIR --deepspeed_config F --run_dir runs/NAME"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from megagpt.utils import human_count, run_command
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from megagpt.config import load_config
+
+    config = load_config(arguments.deepspeed_config, arguments.set)
+    from megagpt.device import announce_to_deepspeed
+
+    announce_to_deepspeed()
+    from megagpt.import_hf import import_model  # it imports DeepSpeed
+
+    made = import_model(arguments.model, config, arguments.run_dir)
+    print(f"{arguments.run_dir}: step 0, {human_count(made.parameters)} parameters of {made.architecture}")
+    if made.given_way:
+        print(f"replaced in {arguments.deepspeed_config}: {', '.join(made.given_way)}")
+    if not made.tokenizer_compared:
+        print(f"{arguments.model} has no tokenizer.json: make sure that the data were prepared with its tokenizer")
+    print(f"next: deepspeed launch/train.py --deepspeed_config {made.configuration} --run_dir {arguments.run_dir}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Make a run directory from a model that Hugging Face transformers saved (config.json and "
+        "safetensors): training goes on from its weights, with the data, optimizer and ranks of the configuration."
+    )
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="directory of the model")
+    add("--deepspeed_config", required=True, help="the run's JSON file; its model gives way to this one")
+    add("--run_dir", type=Path, required=True, help="run directory to make, such as runs/NAME")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys of the JSON file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -176,9 +176,9 @@ def test_the_files_own_strategy_alone_is_really_what_is_trained(two_ranks: RankP
         assert (evidence["wrapper"], evidence["adam"]) == ("DeepSpeedZeroOptimizer", "DeepSpeedCPUAdam")
         assert evidence["stage_elements"] < 0.62 * evidence["whole_elements"]
     text = ranks[0][1]
-    assert f"as in {config}, with recompute full\n2 " in text
+    assert f"as in {config}; with recompute full\n2 " in text
     assert rows(text)[0].split()[:7] == ["2", "1", "2", "cpu", "device", "schedule=interleaved", "virtual_stages=2"]
-    assert "1 of 1 strategy equal one plain process" in text
+    assert "1 of 1 strategies equal one plain process" in text
 
 
 @pytest.mark.slow

@@ -225,7 +225,8 @@ def test_a_rank_that_does_not_come_is_named() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_two_ranks_equal_one_process_under_every_strategy(two_ranks: RankPool, precision: str) -> None:
     """In bf16, ZeRO 0 is no strategy."""
-    equal, text, seen = two_ranks.run("tests.jobs:run_parity", config=CONFIG, steps=2, precision=precision)[0]
+    request = {"config": CONFIG, "steps": 2, "precision": precision}
+    equal, text, seen = two_ranks.run("tests.jobs:run_parity", deadline_s=400, **request)[0]
     assert equal, text
     found = rows(text)
     strategies = [row.split()[:6] for row in found]

@@ -163,9 +163,10 @@ PLAIN_IN_BF16 = "one plain process in bf16"
 def _heading(request: Request, planned: Plan) -> str:
     config = planned.legal[0][1]
     left_out = f"{planned.left_out}\n\n" if planned.left_out else ""
+    strategies = "1 strategy" if len(planned.legal) == 1 else f"{len(planned.legal)} strategies"
     ranks = f"{dist.get_world_size()} ranks ({training_device().type})"
     return (
-        f"{left_out}{len(planned.legal)} {_strategies(planned)} on {ranks}, "
+        f"{left_out}{strategies} on {ranks}, "
         f"{request.steps} steps of {config.train_batch_size} samples of a GPT of "
         f"{config.megagpt.model.num_parameters:,} parameters in {request.precision}, with dropout;\n"
         "differences from one plain PyTorch process in fp32, and the largest share of the weights' fp32 copies that "
@@ -180,12 +181,12 @@ def _title(request: Request, planned: Plan, index: int) -> str:
         return "all others that these ranks can host" if index == 1 and not planned.left_out else ""
     remarks = ["with " + ", ".join(keys)] if (keys := further_keys(strategy, config)) else []
     if (stated := strategy.file.megagpt.parallel.world_size) not in (None, dist.get_world_size()):
-        remarks.append(f"which states {stated} ranks")
+        remarks.append(f"it states {stated} ranks")
     if strategy.file.bf16.enabled is True and request.precision == "fp32":
-        remarks.append("which computes in bf16: try --precision bf16, too")
+        remarks.append("it computes in bf16: try --precision bf16, too")
     if strategy.file.fp16.enabled:
-        remarks.append("which computes in fp16: that is not compared")
-    return ", ".join([f"as in {request.source}", *remarks])
+        remarks.append("it computes in fp16: that is not compared")
+    return "; ".join([f"as in {request.source}", *remarks])
 
 
 def _line(strategy: str, outcome: Outcome) -> str:
@@ -215,12 +216,8 @@ def _verdict(request: Request, planned: Plan, reference: Reference, wrong: int) 
         )
     more = [f"{planned.refused} more do not compose and would be refused before launch"] if planned.refused else []
     more += [f"what {request.source} asks for was left out, see above"] if planned.left_out else []
-    equal = f"{count - wrong} of {count} {_strategies(planned)} equal one plain process ({allowed})"
+    equal = f"{count - wrong} of {count} strategies equal one plain process ({allowed})"
     return "\n" + "; ".join([equal, *more])
-
-
-def _strategies(planned: Plan) -> str:
-    return "strategy" if len(planned.legal) == 1 else "strategies"
 
 
 def _say(text: str) -> None:

@@ -5,8 +5,8 @@ import importlib
 import io
 import logging
 import os
-from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -62,16 +62,37 @@ def train(config: dict[str, Any], steps: int, evaluate: bool = False) -> dict[st
         results = train_steps(engine, range(steps - 1))
         if evaluate:
             pipeline.evaluate(engine, micro_batches(engine, steps))
-        with counted(engine.mesh) as traffic:
+        with counted(engine.mesh) as traffic, recorded_passes() as passes:
             results += train_steps(engine, range(steps - 1, steps))
         return {
             "results": results,
             "traffic": traffic,
+            "passes": passes,
             "state": held_state(engine),
             "evidence": evidence(engine),
         }
     finally:
         destroy(engine)
+
+
+@contextmanager
+def recorded_passes() -> Iterator[list[tuple[bool, int]]]:
+    """(whether forward, pipeline stage) of each pass that a schedule lets this rank make."""
+    passes: list[tuple[bool, int]] = []
+
+    def recording(method: Callable[..., Any], forward: bool) -> Callable[..., Any]:
+        def call(stage: compat.EngineStage, *arguments: Any, **options: Any) -> Any:
+            passes.append((forward, stage.stage_index))
+            return method(stage, *arguments, **options)
+
+        return call
+
+    methods = {"forward_maybe_with_nosync": True, "backward_maybe_with_nosync": False}
+    with ExitStack() as stack:
+        for name, forward in methods.items():
+            method = recording(getattr(compat.EngineStage, name), forward)
+            stack.enter_context(patch.object(compat.EngineStage, name, method))
+        yield passes
 
 
 def allowing_fp16(of: str, **arguments: Any) -> Any:

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megagpt.config import ConfigError, RunConfig
+from megagpt.config import ConfigError, ResolvedConfig, RunConfig
 from megagpt.planner import refusals
 from tests.configurations import Config, tiny, with_zero
 
@@ -22,7 +22,7 @@ SWAPPED_BYTES = 4096  # of the smallest tensor that goes to the disk; DeepSpeed'
 
 
 class Row(NamedTuple):
-    """One combination. ``tied``: a model like GPT-2 with dropout, else one like Llama with grouped heads."""
+    """One combination."""
 
     stage: int
     optimizer: str
@@ -31,6 +31,7 @@ class Row(NamedTuple):
     tensor: str
     data: int
     reduction: str
+    kind: str
     tied: bool
     micro_batches: int
     precision: str
@@ -52,7 +53,7 @@ class Row(NamedTuple):
     def __str__(self) -> str:
         return (
             f"ZeRO {self.stage} {self.optimizer}/{self.parameters}, {self.pipeline} x {self.tensor} x {self.data}, "
-            f"{self.reduction}, {'tied' if self.tied else 'untied'}, {self.micro_batches}, {self.precision}"
+            f"{self.reduction}, {self.kind} {'tied' if self.tied else 'untied'}, {self.micro_batches}, {self.precision}"
         )
 
 
@@ -64,13 +65,16 @@ AXES = Row(
     tensor=("none", "layers", "sequence"),  # of two ranks, sequence: the norms are shared, too
     data=(1, 2),
     reduction=("per_step", "per_micro_batch"),
+    kind=("gpt2", "llama"),
     tied=(True, False),
     micro_batches=(1, 2, 6),  # of a rank and step: fewer than stages, as many, more
     precision=("fp32", "bf16"),
 )
 
-LIKE_GPT2 = {"dropout": 0.1}
-LIKE_LLAMA = {"activation": "swiglu", "norm": "rmsnorm", "position": "rotary", "num_kv_heads": 2}
+KINDS = {
+    "gpt2": {"dropout": 0.1},
+    "llama": {"activation": "swiglu", "norm": "rmsnorm", "position": "rotary", "num_kv_heads": 2, "bias": False},
+}
 
 
 def document(row: Row, swap_directory: Path = Path("swap")) -> Config:
@@ -79,7 +83,7 @@ def document(row: Row, swap_directory: Path = Path("swap")) -> Config:
     batch = SAMPLES * row.micro_batches * row.data
     if row.parameters == "nvme":
         shape["hidden_size"] = 2 * WIDTH  # so that a quarter of a matrix in bf16 is swapped
-    config = tiny(batch=batch, micro=SAMPLES, steps=STEPS, **shape, **(LIKE_GPT2 if row.tied else LIKE_LLAMA))
+    config = tiny(batch=batch, micro=SAMPLES, steps=STEPS, **shape, **KINDS[row.kind])
     config = with_zero(config, row.stage, row.optimizer, row.parameters)
     config["bf16"] = {"enabled": row.precision == "bf16"}
     parallel: dict[str, Any] = {"pipeline": row.stages, "tensor": row.shards, "gradient_reduction": row.reduction}
@@ -96,15 +100,21 @@ def document(row: Row, swap_directory: Path = Path("swap")) -> Config:
     return config
 
 
+def resolved(config: Config, ranks: int) -> ResolvedConfig:
+    """The run on so many ranks; ConfigError where it cannot be."""
+    written = RunConfig.from_json(json.dumps(config))
+    return written.resolved(world_size=ranks, vocabulary=None, bf16_native=True)
+
+
 @cache
 def is_legal(row: Row) -> bool:
     """Whether the planner lets it start."""
-    written = RunConfig.from_json(json.dumps(document(row)))
+    if row.kind != AXES.kind[0]:
+        return is_legal(row._replace(kind=AXES.kind[0]))  # two ranks divide the heads and widths of all kinds
     try:
-        config = written.resolved(world_size=row.ranks, vocabulary=None, bf16_native=True)
+        return not refusals(resolved(document(row), row.ranks))
     except ConfigError:
         return False
-    return not refusals(config)
 
 
 def all_rows() -> Iterator[Row]:

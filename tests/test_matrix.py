@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from megagpt.layout import Layout, model_layers
 from megagpt.plain import PlainRun
+from megagpt.schedules import actions_of_rank
 from megagpt.yardstick import BF16_TOLERANCE, limit_in_bf16, straying
 from tests import plain
 from tests.configurations import Config
@@ -24,7 +26,6 @@ from tests.matrix import (
     AXES,
     LENGTH,
     MOST_RANKS,
-    SAMPLES,
     STEPS,
     TOKENS,
     Row,
@@ -32,6 +33,7 @@ from tests.matrix import (
     is_legal,
     legal_rows,
     pairs,
+    resolved,
     selection,
     triples,
 )
@@ -39,71 +41,80 @@ from tests.ranks import RankPool
 from tests.shards import KINDS, whole_tensors
 
 SELECTED = (  # printed by `python -m tests.matrix`
-    Row(0, "none", "none", "none", "layers", 1, "per_micro_batch", False, 6, "fp32"),
-    Row(0, "none", "none", "none", "layers", 2, "per_micro_batch", True, 6, "fp32"),
-    Row(0, "none", "none", "none", "none", 2, "per_micro_batch", True, 1, "fp32"),
-    Row(0, "none", "none", "none", "sequence", 2, "per_micro_batch", False, 2, "fp32"),
-    Row(1, "cpu", "none", "gpipe", "none", 2, "per_step", True, 6, "fp32"),
-    Row(1, "cpu", "none", "interleaved", "none", 2, "per_step", True, 1, "fp32"),
-    Row(1, "cpu", "none", "interleaved", "sequence", 1, "per_step", True, 1, "bf16"),
-    Row(1, "none", "none", "1f1b", "none", 2, "per_step", True, 1, "bf16"),
-    Row(1, "none", "none", "1f1b", "sequence", 1, "per_step", True, 1, "fp32"),
-    Row(1, "none", "none", "interleaved", "layers", 1, "per_step", True, 1, "fp32"),
-    Row(1, "none", "none", "none", "layers", 2, "per_micro_batch", False, 6, "fp32"),
-    Row(1, "none", "none", "none", "sequence", 2, "per_step", True, 2, "fp32"),
-    Row(2, "cpu", "none", "1f1b", "none", 2, "per_step", True, 2, "fp32"),
-    Row(2, "cpu", "none", "interleaved", "none", 2, "per_micro_batch", False, 6, "bf16"),
-    Row(2, "none", "none", "gpipe", "layers", 1, "per_step", True, 1, "fp32"),
-    Row(2, "none", "none", "gpipe", "none", 2, "per_step", True, 1, "fp32"),
-    Row(2, "none", "none", "none", "layers", 2, "per_step", True, 1, "fp32"),
-    Row(2, "none", "none", "none", "sequence", 2, "per_step", False, 1, "bf16"),
-    Row(3, "cpu", "cpu", "none", "layers", 2, "per_step", False, 2, "bf16"),
-    Row(3, "cpu", "nvme", "none", "sequence", 2, "per_step", True, 6, "bf16"),
-    Row(3, "none", "cpu", "1f1b", "none", 1, "per_step", True, 6, "fp32"),
-    Row(3, "none", "cpu", "1f1b", "none", 2, "per_step", True, 1, "fp32"),
-    Row(3, "none", "cpu", "interleaved", "none", 2, "per_micro_batch", True, 2, "fp32"),
-    Row(3, "none", "cpu", "none", "sequence", 2, "per_step", True, 6, "fp32"),
-    Row(3, "none", "nvme", "1f1b", "layers", 1, "per_step", False, 1, "bf16"),
-    Row(3, "none", "nvme", "gpipe", "none", 2, "per_micro_batch", False, 2, "bf16"),
-    Row(3, "nvme", "cpu", "gpipe", "none", 2, "per_step", True, 1, "fp32"),
-    Row(3, "nvme", "cpu", "gpipe", "sequence", 1, "per_micro_batch", False, 2, "fp32"),
-    Row(3, "nvme", "none", "none", "sequence", 2, "per_micro_batch", True, 2, "fp32"),
-    Row(3, "nvme", "nvme", "1f1b", "none", 2, "per_micro_batch", False, 6, "bf16"),
-    Row(3, "nvme", "nvme", "interleaved", "none", 2, "per_step", False, 1, "bf16"),
-    Row(3, "nvme", "nvme", "none", "layers", 2, "per_step", True, 1, "bf16"),
+    Row(0, "none", "none", "none", "layers", 2, "per_micro_batch", "llama", False, 6, "fp32"),
+    Row(0, "none", "none", "none", "none", 2, "per_micro_batch", "gpt2", True, 1, "fp32"),
+    Row(0, "none", "none", "none", "sequence", 1, "per_micro_batch", "gpt2", True, 2, "fp32"),
+    Row(0, "none", "none", "none", "sequence", 2, "per_micro_batch", "gpt2", True, 2, "fp32"),
+    Row(1, "cpu", "none", "1f1b", "none", 2, "per_step", "llama", False, 1, "fp32"),
+    Row(1, "cpu", "none", "gpipe", "none", 2, "per_step", "llama", True, 6, "fp32"),
+    Row(1, "cpu", "none", "interleaved", "sequence", 1, "per_step", "gpt2", True, 6, "fp32"),
+    Row(1, "none", "none", "1f1b", "sequence", 1, "per_step", "gpt2", True, 1, "fp32"),
+    Row(1, "none", "none", "gpipe", "sequence", 1, "per_step", "gpt2", True, 1, "fp32"),
+    Row(1, "none", "none", "interleaved", "layers", 1, "per_step", "gpt2", True, 1, "fp32"),
+    Row(1, "none", "none", "interleaved", "none", 2, "per_step", "gpt2", True, 1, "fp32"),
+    Row(1, "none", "none", "none", "layers", 2, "per_micro_batch", "gpt2", True, 2, "bf16"),
+    Row(1, "none", "none", "none", "sequence", 2, "per_step", "gpt2", True, 1, "fp32"),
+    Row(2, "cpu", "none", "interleaved", "none", 2, "per_step", "gpt2", True, 6, "fp32"),
+    Row(2, "cpu", "none", "none", "sequence", 2, "per_micro_batch", "gpt2", True, 6, "fp32"),
+    Row(2, "none", "none", "1f1b", "none", 1, "per_step", "gpt2", True, 2, "bf16"),
+    Row(2, "none", "none", "1f1b", "none", 2, "per_step", "gpt2", True, 2, "fp32"),
+    Row(2, "none", "none", "gpipe", "none", 2, "per_step", "gpt2", True, 1, "fp32"),
+    Row(2, "none", "none", "none", "layers", 2, "per_step", "gpt2", True, 1, "fp32"),
+    Row(2, "none", "none", "none", "sequence", 2, "per_step", "llama", False, 1, "bf16"),
+    Row(3, "cpu", "cpu", "none", "layers", 2, "per_step", "llama", False, 2, "bf16"),
+    Row(3, "cpu", "nvme", "gpipe", "none", 2, "per_step", "gpt2", False, 2, "bf16"),
+    Row(3, "none", "cpu", "1f1b", "none", 2, "per_step", "gpt2", True, 1, "fp32"),
+    Row(3, "none", "cpu", "gpipe", "none", 2, "per_micro_batch", "gpt2", False, 6, "bf16"),
+    Row(3, "none", "cpu", "none", "sequence", 2, "per_step", "gpt2", True, 1, "fp32"),
+    Row(3, "none", "nvme", "1f1b", "layers", 1, "per_step", "gpt2", False, 1, "bf16"),
+    Row(3, "none", "nvme", "interleaved", "none", 2, "per_micro_batch", "llama", False, 1, "bf16"),
+    Row(3, "none", "nvme", "none", "layers", 2, "per_step", "gpt2", True, 1, "bf16"),
+    Row(3, "nvme", "cpu", "gpipe", "layers", 1, "per_micro_batch", "llama", False, 1, "fp32"),
+    Row(3, "nvme", "cpu", "interleaved", "none", 2, "per_step", "gpt2", True, 2, "fp32"),
+    Row(3, "nvme", "none", "gpipe", "none", 2, "per_step", "gpt2", True, 1, "fp32"),
+    Row(3, "nvme", "none", "none", "layers", 2, "per_step", "gpt2", True, 1, "fp32"),
+    Row(3, "nvme", "nvme", "1f1b", "none", 2, "per_micro_batch", "gpt2", False, 6, "bf16"),
+    Row(3, "nvme", "nvme", "none", "sequence", 2, "per_step", "llama", True, 2, "bf16"),
 )
+ALL_AXES = Row(3, "cpu", "cpu", "1f1b", "sequence", 2, "per_step", "gpt2", True, 2, "fp32")  # on eight ranks
 Cell = tuple[int, str, str, str]  # ZeRO stage, where optimizer and parameters lie, schedule
 
 
 def rows_of(cell: Cell) -> list[Row]:
-    """Those that are legal, in fp32, with the reduction that is the default."""
-    others = itertools.product(AXES.tensor, AXES.data, [reduction(cell)], AXES.tied, AXES.micro_batches, ["fp32"])
-    return [row for row in (Row(*cell, *levels) for levels in others) if is_legal(row)]
-
-
-def reduction(cell: Cell) -> str:
-    """The default."""
-    return "per_micro_batch" if cell[3] == "none" else "per_step"
-
-
-CELLS = [
-    cell
-    for cell in itertools.product(*AXES[:4])
-    if is_legal(
-        Row(*cell, tensor="none", data=1, reduction=reduction(cell), tied=False, micro_batches=1, precision="fp32")
+    """Those that are legal, in fp32, with the reduction that is the default; parameters on NVMe in bf16, as they need
+    it. Both kinds of model take turns."""
+    *_, parameters, pipeline = cell
+    reduction = "per_micro_batch" if pipeline == "none" else "per_step"
+    precision = "bf16" if parameters == "nvme" else "fp32"
+    meshes = itertools.product(AXES.tensor, AXES.data, AXES.tied, AXES.micro_batches)
+    kinds = itertools.cycle(AXES.kind)
+    rows = (
+        Row(*cell, tensor, data, reduction, next(kinds), tied, micro_batches, precision)
+        for tensor, data, tied, micro_batches in meshes
     )
-]
+    return [row for row in rows if is_legal(row)]
+
+
+def is_ever_legal(cell: Cell) -> bool:
+    """Whether its plainest row is."""
+    return any(
+        is_legal(Row(*cell, "none", 1, reduction, AXES.kind[0], False, 1, precision))
+        for reduction, precision in itertools.product(AXES.reduction, AXES.precision)
+    )
+
+
+CELLS = [cell for cell in itertools.product(*AXES[:4]) if is_ever_legal(cell)]
 
 
 def test_in_the_selection_every_two_levels_meet_that_legally_can() -> None:
     """With replicas and without, in runs of few ranks."""
     legal = legal_rows(MOST_RANKS)
     assert set(SELECTED) <= set(legal)
-    assert {row[:4] for row in legal if row.precision == "fp32"} == set(CELLS)
+    assert {row[:4] for row in legal} == set(CELLS)
     assert set().union(*map(pairs, legal)) == set().union(*map(pairs, SELECTED))
 
 
-@pytest.mark.parametrize("row", SELECTED, ids=str)
+@pytest.mark.parametrize("row", [*SELECTED, ALL_AXES], ids=str)
 def test_a_row_equals_one_plain_process(request: pytest.FixtureRequest, tmp_path: Path, row: Row) -> None:
     train_and_check([row], request, tmp_path)
 
@@ -148,16 +159,20 @@ def check(pool: RankPool, row: Row, swap: Path) -> None:
     ranks = pool.run("tests.jobs:train_swapping_small_tensors", config=config, steps=STEPS)
     reference = plain_run(identity(config), torch.float32)
     if row.precision == "fp32":
-        head_size = config["megagpt"]["model"]["hidden_size"] // 4 if row.tied else None  # rotated keys: biases count
+        head_size = (
+            config["megagpt"]["model"]["hidden_size"] // 4 if row.kind == "gpt2" else None
+        )  # rotated keys: biases count
         assert_equal_training(ranks, reference, head_size, tolerance=2e-5)
     else:
         rounded = plain_run(identity(config), torch.bfloat16)
         assert_strays_no_further_than_bf16(ranks, reference, rounded, samples=config["train_batch_size"])
     assert_padding_is_zero(ranks, config)
+    layout = Layout.of(resolved(config, row.ranks))
     for index, rank in enumerate(ranks):
-        assert_rank_holds_its_part(rank["evidence"], row)
         pipeline_rank = index * row.stages // row.ranks
-        assert_rank_sent_its_part(rank, row, pipeline_rank, config["megagpt"]["model"])
+        assert_rank_holds_its_part(rank["evidence"], row)
+        assert_rank_ran_its_passes(rank, row, layout, pipeline_rank)
+        assert_rank_sent_its_part(rank, row, layout, pipeline_rank)
 
 
 def identity(config: Config) -> str:
@@ -222,16 +237,23 @@ def assert_rank_holds_its_part(seen: dict[str, Any], row: Row) -> None:
         assert seen["elements_on_nvme"] == on_disk["param"] == 0
 
 
-def assert_rank_sent_its_part(rank: dict[str, Any], row: Row, pipeline_rank: int, model: Config) -> None:
+def assert_rank_ran_its_passes(rank: dict[str, Any], row: Row, layout: Layout, pipeline_rank: int) -> None:
+    """In the last step, in the order of the schedule."""
+    size = (layout.pipeline, layout.virtual_stages, layout.micro_batches)
+    order = actions_of_rank(layout.schedule, pipeline_rank, *size) if row.pipeline != "none" else []
+    assert rank["passes"] == [(action.forward, action.stage) for action in order]
+
+
+def assert_rank_sent_its_part(rank: dict[str, Any], row: Row, layout: Layout, pipeline_rank: int) -> None:
     """In the last step: elements over each axis. Losses, norms and overflows are a number each."""
     traffic, numbers = rank["traffic"], 16
-    hidden = SAMPLES * LENGTH * model["hidden_size"]
+    stages, last = layout.stages_of(pipeline_rank), layout.num_stages - 1
+    hidden = row.micro_batches * layout.tokens * layout.model.hidden_size
     if row.pipeline != "none":
-        last = row.stages * (2 if row.pipeline == "interleaved" else 1) - 1
-        neighbours = sum((stage > 0) + (stage < last) for stage in range(pipeline_rank, last + 1, row.stages))
-        calls = neighbours * row.micro_batches
+        neighbours = sum((stage > 0) + (stage < last) for stage in stages)
         shares = row.shards if row.tensor == "sequence" else 1
-        assert traffic["pipeline", "send"] == (calls, calls * hidden // shares)
+        calls = neighbours * row.micro_batches
+        assert traffic["pipeline", "send"] == (calls, neighbours * hidden // shares)
     if row.data > 1:
         operation = "reduce_scatter" if row.stage == 3 else "all_reduce"
         times = row.micro_batches if row.reduction == "per_micro_batch" and row.stage > 1 else 1  # ZeRO 1 waits
@@ -241,9 +263,6 @@ def assert_rank_sent_its_part(rank: dict[str, Any], row: Row, pipeline_rank: int
             assert traffic["data", "all_gather"][1] >= 0.95 * rank["evidence"]["stage_elements"]
     if row.tensor != "none":  # docs/parallelism.md: the two row layers forward, the two column layers backward
         operation = "reduce_scatter" if row.tensor == "sequence" else "all_reduce"
-        sums = 4 * model["num_layers"] + (1 if row.tensor == "sequence" else 2)  # embedding, head
-        expected = sums * row.micro_batches * hidden
-        if row.pipeline == "none":
-            assert traffic["tensor", operation][1] == pytest.approx(expected, abs=numbers)
-        else:
-            assert 4 * row.micro_batches * hidden <= traffic["tensor", operation][1] < expected
+        held = [model_layers(layout.model, layout.stages[stage]) for stage in stages]
+        sums = sum(4 * blocks + embedding + (head and row.tensor == "layers") for blocks, embedding, head in held)
+        assert traffic["tensor", operation][1] == pytest.approx(sums * hidden, abs=numbers)

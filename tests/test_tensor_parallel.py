@@ -36,22 +36,22 @@ def test_four_ranks_that_share_every_layer_equal_one_plain_process(
         assert elements == pytest.approx(sums * 2 * 16 * 32, abs=16)  # norms are a number each
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(HAS_GPU, reason="the interpreter works on CPU tensors")
-@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize(
+    ("replicas", "micro_batches", "steps"), [(1, 2, 1), pytest.param(2, 4, 2, marks=pytest.mark.slow)]
+)
 def test_interpreted_kernels_inside_pipeline_2_x_tensor_2_x_zero_3(
-    request: pytest.FixtureRequest, replicas: int
+    request: pytest.FixtureRequest, replicas: int, micro_batches: int, steps: int
 ) -> None:
     pool: RankPool = request.getfixturevalue({1: "four_ranks", 2: "eight_ranks"}[replicas])
-    parallel = {"pipeline": 2, "tensor": 2, "sequence": True}
-    config = with_zero(tiny(batch=2 * MICRO_BATCHES * replicas, micro=2, steps=2, dropout=0.1), 3)
-    config["megagpt"]["parallel"] = parallel
-    ranks = pool.run("tests.jobs:train_on_interpreted_kernels", config=config, steps=2, deadline_s=400)
-    assert_equal_training(ranks, plain.train(config, 2), 8, tolerance=2e-5)
+    config = with_zero(tiny(batch=2 * micro_batches * replicas, micro=2, steps=steps, dropout=0.1), 3)
+    config["megagpt"]["parallel"] = {"pipeline": 2, "tensor": 2, "sequence": True}
+    ranks = pool.run("tests.jobs:train_on_interpreted_kernels", config=config, steps=steps, deadline_s=400)
+    assert_equal_training(ranks, plain.train(config, steps), 8, tolerance=2e-5)
     everywhere = {"norm_forward", "norm_backward", "attention_forward", "attention_backward_keys", "dropout_apply"}
     for rank in ranks:
         assert rank["launches"].keys() >= everywhere
-        assert rank["traffic"]["tensor", "reduce_scatter"][0] >= 4 * MICRO_BATCHES
+        assert rank["traffic"]["tensor", "reduce_scatter"][0] >= 4 * micro_batches
         assert ("data", "reduce_scatter") in rank["traffic"]
         shard, stage = rank["evidence"]["shard_elements"], rank["evidence"]["stage_elements"]
         assert shard == pytest.approx(stage / replicas, rel=0.01)

@@ -206,16 +206,20 @@ class ZeroConfig(Section):
     allgather_bucket_size: ElementCount | None = execution(None, "elements gathered at a time (stages 1, 2)", ge=1)
     use_multi_rank_bucket_allreduce: bool | None = execution(None, "one all-reduce for several ranks (stages 1, 2)")
     sub_group_size: ElementCount | None = execution(None, "elements of one optimizer tile (stage 3)", ge=1)
-    stage3_prefetch_bucket_size: ElementCount | None = execution(None, "elements fetched ahead of use", ge=0)
+    stage3_prefetch_bucket_size: ElementCount | None = execution(
+        None, "elements fetched ahead of use; not with parameters on NVMe", ge=0
+    )
     stage3_param_persistence_threshold: ElementCount | None = execution(
         None, "parameters smaller than this stay whole on every rank", ge=0
     )
     stage3_model_persistence_threshold: ElementCount | None = execution(
         None, "bound on the elements that stay whole", ge=0
     )
-    stage3_max_live_parameters: ElementCount | None = execution(None, "elements gathered at one time", ge=0)
+    stage3_max_live_parameters: ElementCount | None = execution(
+        None, "elements gathered at one time, with those fetched ahead; not with parameters on NVMe", ge=0
+    )
     stage3_max_reuse_distance: ElementCount | None = execution(
-        None, "keep a parameter that is used again within so many elements", ge=0
+        None, "keep a parameter that is used again within so many elements; not with parameters on NVMe", ge=0
     )
     stage3_use_all_reduce_for_fetch_params: bool | None = execution(None, "gather parameters by all-reduce")
     stage3_allgather_sequential: bool | None = execution(None, "gather parameter by parameter, without buckets")

@@ -217,6 +217,12 @@ def _other_accumulation(config: RunConfig) -> list[str]:
     return [per_micro_batch, in_its_format]
 
 
+NOT_FROM_NVME = {  # keys that do nothing for parameters on NVMe (compat.py, read_when_needed)
+    "stage3_prefetch_bucket_size": "a parameter on NVMe is read when its module needs it, not ahead",
+    "stage3_max_live_parameters": "it bounds what is fetched ahead, and from NVMe nothing is",
+    "stage3_max_reuse_distance": "a parameter on NVMe is read again for each use: keeping it takes an I/O buffer",
+}
+
 RULES: tuple[Rule, ...] = (
     Rule(
         "megagpt.parallel.tensor",
@@ -361,11 +367,16 @@ RULES: tuple[Rule, ...] = (
         "DeepSpeed swaps parameters to NVMe in bf16 or fp16 only, and this run computes in fp32",
         ("bf16.enabled=true",),
     ),
-    Rule(
-        "zero_optimization.stage3_max_reuse_distance",
-        lambda config: _parameter_device(config) == "nvme" and bool(config.zero_optimization.stage3_max_reuse_distance),
-        "a parameter on NVMe is read again for each use, as keeping it would take one of a few I/O buffers",
-        ("zero_optimization.stage3_max_reuse_distance=null",),
+    *(
+        Rule(
+            f"zero_optimization.{key}",
+            lambda config, key=key: (  # type: ignore[misc]
+                _parameter_device(config) == "nvme" and bool(getattr(config.zero_optimization, key))
+            ),
+            reason,
+            (f"zero_optimization.{key}=null",),
+        )
+        for key, reason in NOT_FROM_NVME.items()
     ),
     Rule(
         "zero_optimization.offload_param.buffer_size",

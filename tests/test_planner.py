@@ -85,12 +85,13 @@ CASES: list[tuple[dict[str, Any], str]] = [  # changes to the minimal (ZeRO 3) c
         {"zero_optimization.offload_param": {**NVME, "buffer_size": 100}, "bf16.enabled": True},
         "does not fit into one I/O buffer",
     ),
-    (
-        {
-            "zero_optimization": {"stage": 3, "stage3_max_reuse_distance": 5, "offload_param": NVME},
-            "bf16.enabled": True,
-        },
-        "is read again for each use",
+    *(
+        ({"zero_optimization": {"stage": 3, key: 5, "offload_param": NVME}, "bf16.enabled": True}, reason)
+        for key, reason in (
+            ("stage3_prefetch_bucket_size", "not ahead"),
+            ("stage3_max_live_parameters", "bounds what is fetched ahead"),
+            ("stage3_max_reuse_distance", "is read again for each use"),
+        )
     ),
     ({"data_types.grad_accum_dtype": "bf16", "bf16.enabled": False}, "less exact than the model"),
     ({"bf16.enabled": True, "zero_optimization": {"stage": 0}}, "optimizers of another kind"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megagpt.plain import PlainRun
+from megagpt.yardstick import BF16_TOLERANCE, limit_in_bf16, straying
 from tests.shards import whole_tensors
 
 STEPS = 4
@@ -34,6 +35,19 @@ def assert_equal_training(ranks: Ranks, reference: PlainRun, head_size: int | No
         scale = (expected - reference.start[name]).abs().max() if kind == "weight" else expected.abs().max()
         difference = (values - expected).abs()[counted].max() / scale
         assert difference < 500 * tolerance, f"{kind}/{name} differs by {difference:.1e} of its largest change"
+
+
+def assert_strays_no_further_than_bf16(ranks: Ranks, exact: PlainRun, rounded: PlainRun, tokens_per_step: int) -> None:
+    """Than ``megagpt/yardstick.py`` lets a mesh, given the plain process in fp32 and in bf16."""
+    rounding = straying(rounded.losses, rounded.norms, rounded.state["weight"], exact)
+    assert 0 < rounding.weights < 0.1
+    limit = limit_in_bf16(rounding, exact, tokens_per_step, BF16_TOLERANCE)
+    state = whole_tensors(rank["state"] for rank in ranks)
+    weights = {name: values for (kind, name), values in state.items() if kind == "weight"}
+    for results in (rank["results"] for rank in ranks):
+        found = straying([step.loss for step in results], [step.grad_norm for step in results], weights, exact)
+        assert found.weights > 0
+        assert found.within(limit), f"{found}, allowed: {limit}"
 
 
 def assert_a_rank_holds_and_reduces_its_share(

@@ -8,12 +8,10 @@ import pytest
 import torch
 
 from megagpt.plain import PlainRun
-from megagpt.yardstick import BF16_TOLERANCE, limit_in_bf16, straying
 from tests import plain
 from tests.configurations import tiny, with_zero
-from tests.equality import WRAPPERS
+from tests.equality import WRAPPERS, assert_strays_no_further_than_bf16
 from tests.ranks import RankPool
-from tests.shards import whole_tensors
 
 STEPS, SAMPLES, LENGTH = 4, 16, 16
 CONFIG = tiny(batch=SAMPLES, micro=2, steps=STEPS, num_layers=4, tie_embeddings=False)
@@ -56,14 +54,7 @@ def test_gradients_that_accumulate_in_fp32_stray_no_more_than_twice_as_far_as_in
     config["data_types"] = {"grad_accum_dtype": "fp32"}
     config["megagpt"] = CONFIG["megagpt"] | {"parallel": parallel}
     found = ranks.run("tests.jobs:train", config=config, steps=STEPS)
-    state = whole_tensors(rank["state"] for rank in found)
-    weights = {name: values for (kind, name), values in state.items() if kind == "weight"}
-    rounding = straying(rounded.losses, rounded.norms, rounded.state["weight"], exact)
-    assert 0 < rounding.weights < 0.1
-    limit = limit_in_bf16(rounding, exact, SAMPLES * LENGTH, BF16_TOLERANCE)
-    for results in (rank["results"] for rank in found):
-        losses, norms = [step.loss for step in results], [step.grad_norm for step in results]
-        assert straying(losses, norms, weights, exact).within(limit)
+    assert_strays_no_further_than_bf16(found, exact, rounded, SAMPLES * LENGTH)
     for rank in found:
         assert rank["evidence"]["parameter_type"] == "torch.bfloat16"
         assert rank["evidence"]["wrapper"] == WRAPPERS[stage]

@@ -14,11 +14,10 @@ from megagpt.config import load_config
 from megagpt.legality import World, require_legal
 from megagpt.model import GPT
 from megagpt.plain import PlainRun
-from megagpt.yardstick import BF16_TOLERANCE, limit_in_bf16, straying
 from tests import plain
+from tests.equality import assert_strays_no_further_than_bf16
 from tests.monitoring import REPOSITORY
 from tests.ranks import RankPool
-from tests.shards import whole_tensors
 
 FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 CONFIGS = [path for path in FILES if path.name != "schema.json"]
@@ -119,18 +118,6 @@ def plain_runs(config: dict[str, Any]) -> tuple[PlainRun, PlainRun]:
         return plain.train(config, STEPS), plain.train(config, STEPS, torch.bfloat16)
 
 
-def assert_strays_as_far_as(rounded: PlainRun, exact: PlainRun, ranks: list[dict[str, Any]], samples: int) -> None:
-    """No more than twice as far from fp32 as the plain process does in bf16 (megagpt/yardstick.py)."""
-    rounding = straying(rounded.losses, rounded.norms, rounded.state["weight"], exact)
-    assert 0 < rounding.weights < 0.1
-    limit = limit_in_bf16(rounding, exact, samples * LENGTH, BF16_TOLERANCE)
-    state = whole_tensors(rank["state"] for rank in ranks)
-    weights = {name: values for (kind, name), values in state.items() if kind == "weight"}
-    for results in (rank["results"] for rank in ranks):
-        found = straying([step.loss for step in results], [step.grad_norm for step in results], weights, exact)
-        assert found.within(limit), (found, limit)
-
-
 RUNS = [
     *((path, "four_ranks" if path.stem in MESHES else "two_ranks") for path in CONFIGS),
     *(pytest.param(path, "eight_ranks", marks=pytest.mark.slow) for path in CONFIGS if path.stem in MESHES),
@@ -150,7 +137,7 @@ def test_it_trains_as_a_plain_process_when_scaled_down_and_its_mechanism_acts(
     config = scaled_down(path, tmp_path, samples)
     exact, rounded = plain_runs(config)
     ranks = pool_of_ranks.run("tests.jobs:train", config=config, steps=STEPS)
-    assert_strays_as_far_as(rounded, exact, ranks, samples)
+    assert_strays_no_further_than_bf16(ranks, exact, rounded, samples * LENGTH)
     for rank in ranks:
         seen = rank["evidence"]
         assert seen["parameter_type"] == "torch.bfloat16"

@@ -18,10 +18,9 @@ import torch
 from megagpt.layout import Layout, model_layers
 from megagpt.plain import PlainRun
 from megagpt.schedules import actions_of_rank
-from megagpt.yardstick import BF16_TOLERANCE, limit_in_bf16, straying
 from tests import plain
 from tests.configurations import Config
-from tests.equality import WRAPPERS, Ranks, assert_equal_training
+from tests.equality import WRAPPERS, Ranks, assert_equal_training, assert_strays_no_further_than_bf16
 from tests.matrix import (
     AXES,
     LENGTH,
@@ -165,7 +164,7 @@ def check(pool: RankPool, row: Row, swap: Path) -> None:
         assert_equal_training(ranks, reference, head_size, tolerance=2e-5)
     else:
         rounded = plain_run(identity(config), torch.bfloat16)
-        assert_strays_no_further_than_bf16(ranks, reference, rounded, samples=config["train_batch_size"])
+        assert_strays_no_further_than_bf16(ranks, reference, rounded, LENGTH * config["train_batch_size"])
     assert_padding_is_zero(ranks, config)
     layout = Layout.of(resolved(config, row.ranks))
     for index, rank in enumerate(ranks):
@@ -186,18 +185,6 @@ def identity(config: Config) -> str:
 def plain_run(document: str, dtype: torch.dtype) -> PlainRun:
     """Matrix products, norms and activations in ``dtype``."""
     return plain.train(json.loads(document) | {"bf16": {"enabled": False}}, STEPS, dtype)
-
-
-def assert_strays_no_further_than_bf16(ranks: Ranks, exact: PlainRun, rounded: PlainRun, samples: int) -> None:
-    """``megagpt/yardstick.py`` says how far a mesh may."""
-    rounding = straying(rounded.losses, rounded.norms, rounded.state["weight"], exact)
-    limit = limit_in_bf16(rounding, exact, samples * LENGTH, BF16_TOLERANCE)
-    state = whole_tensors(rank["state"] for rank in ranks)
-    weights = {name: values for (kind, name), values in state.items() if kind == "weight"}
-    for results in (rank["results"] for rank in ranks):
-        found = straying([step.loss for step in results], [step.grad_norm for step in results], weights, exact)
-        assert found.weights > 0
-        assert found.within(limit), f"{found}, allowed: {limit}"
 
 
 def assert_padding_is_zero(ranks: Ranks, config: Config) -> None:

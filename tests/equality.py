@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from megagpt.layout import Layout
 from megagpt.plain import PlainRun
+from megagpt.schedules import actions_of_rank
 from megagpt.yardstick import BF16_TOLERANCE, limit_in_bf16, straying
 from tests.shards import whole_tensors
 
@@ -70,3 +72,10 @@ def assert_a_rank_holds_and_reduces_its_share(
         times = micro_batches if reduction == "per_micro_batch" and stage > 1 else 1  # ZeRO 1 waits for the last
         operation = "reduce_scatter" if stage == 3 else "all_reduce"
         assert rank["traffic"]["data", operation][1] == pytest.approx(times * seen["stage_elements"], rel=0.01)
+
+
+def assert_rank_ran_its_passes(rank: dict[str, Any], layout: Layout, pipeline_rank: int) -> None:
+    """Forwards and backwards of the last step, in the order of the schedule; without a pipeline there is none."""
+    size = (layout.pipeline, layout.virtual_stages, layout.micro_batches)
+    order = actions_of_rank(layout.schedule, pipeline_rank, *size) if layout.pipeline > 1 else []
+    assert rank["passes"] == [(action.forward, action.stage) for action in order]

@@ -11,11 +11,13 @@ import torch
 
 from megagpt import plain as plain_process
 from megagpt.config import load_config
+from megagpt.layout import Layout
 from megagpt.legality import World, require_legal
 from megagpt.model import GPT
 from megagpt.plain import PlainRun
 from tests import plain
-from tests.equality import assert_strays_no_further_than_bf16
+from tests.equality import assert_rank_ran_its_passes, assert_strays_no_further_than_bf16
+from tests.matrix import resolved
 from tests.monitoring import REPOSITORY
 from tests.ranks import RankPool
 
@@ -138,7 +140,9 @@ def test_it_trains_as_a_plain_process_when_scaled_down_and_its_mechanism_acts(
     exact, rounded = plain_runs(config)
     ranks = pool_of_ranks.run("tests.jobs:train", config=config, steps=STEPS)
     assert_strays_no_further_than_bf16(ranks, exact, rounded, samples * LENGTH)
-    for rank in ranks:
+    layout = Layout.of(resolved(config, len(ranks)))
+    for index, rank in enumerate(ranks):
+        assert_rank_ran_its_passes(rank, layout, index * layout.pipeline // len(ranks))
         seen = rank["evidence"]
         assert seen["parameter_type"] == "torch.bfloat16"
         rates = [config["optimizer"]["params"]["lr"] * rate(step) for step in range(STEPS)]

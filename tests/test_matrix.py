@@ -17,10 +17,15 @@ import torch
 
 from megagpt.layout import Layout, model_layers
 from megagpt.plain import PlainRun
-from megagpt.schedules import actions_of_rank
 from tests import plain
 from tests.configurations import Config
-from tests.equality import WRAPPERS, Ranks, assert_equal_training, assert_strays_no_further_than_bf16
+from tests.equality import (
+    WRAPPERS,
+    Ranks,
+    assert_equal_training,
+    assert_rank_ran_its_passes,
+    assert_strays_no_further_than_bf16,
+)
 from tests.matrix import (
     AXES,
     LENGTH,
@@ -170,7 +175,7 @@ def check(pool: RankPool, row: Row, swap: Path) -> None:
     for index, rank in enumerate(ranks):
         pipeline_rank = index * row.stages // row.ranks
         assert_rank_holds_its_part(rank["evidence"], row)
-        assert_rank_ran_its_passes(rank, row, layout, pipeline_rank)
+        assert_rank_ran_its_passes(rank, layout, pipeline_rank)
         assert_rank_sent_its_part(rank, row, layout, pipeline_rank)
 
 
@@ -222,13 +227,6 @@ def assert_rank_holds_its_part(seen: dict[str, Any], row: Row) -> None:
         assert on_disk["param"] >= 2 * seen["elements_on_nvme"]
     else:
         assert seen["elements_on_nvme"] == on_disk["param"] == 0
-
-
-def assert_rank_ran_its_passes(rank: dict[str, Any], row: Row, layout: Layout, pipeline_rank: int) -> None:
-    """In the last step, in the order of the schedule."""
-    size = (layout.pipeline, layout.virtual_stages, layout.micro_batches)
-    order = actions_of_rank(layout.schedule, pipeline_rank, *size) if row.pipeline != "none" else []
-    assert rank["passes"] == [(action.forward, action.stage) for action in order]
 
 
 def assert_rank_sent_its_part(rank: dict[str, Any], row: Row, layout: Layout, pipeline_rank: int) -> None:

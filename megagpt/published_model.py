@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megagpt.architectures import ARCHITECTURES, Architecture, Part
+from megagpt.architectures import ARCHITECTURES, CONFIG, INDEX, WEIGHTS, Architecture, Part
 from megagpt.checkpoint_format import DamagedCheckpointError
 from megagpt.checkpoint_reader import require_small_header
 from megagpt.config import ConfigError, ModelConfig, RunConfig
@@ -25,7 +25,6 @@ from megagpt.config_model import ModelSection
 from megagpt.tokenizer import TOKENIZER_FILE
 from megagpt.utils import UserError, human_count
 
-WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 OF_TRAINING = ("dropout", "init_std")  # no result of a trained model depends on them: they stay what the run says
 DERIVED = ("mlp_size", "head_size")  # of our other keys
 FORMATS = ("F64", "F32", "BF16", "F16")

@@ -16,6 +16,8 @@ from torch import Tensor
 from megagpt.config import ModelConfig
 from megagpt.model import GPT, NORM_EPSILON, ROTARY_BASE
 
+WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+
 
 class Relation(NamedTuple):
     """``join`` makes a tensor of ours from theirs, ``split`` theirs from ours; alike for weights and biases."""
@@ -147,11 +149,6 @@ class Architecture:
         layer = re.match(r"blocks\.(\d+)\.", module)
         paths, relation = self.modules[re.sub(r"^blocks\.\d+\.", "blocks.*.", module)]
         return [f"{path}.{kind}".replace("*", layer[1] if layer else "") for path in paths], relation
-
-    def to_ours(self, theirs: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-        """A whole model's tensors (weights, or their gradients) under our names."""
-        parts = [part for part in self.parts(model) if part.stored]
-        return {part.name: part.relation.join([theirs[name] for name in part.theirs], model) for part in parts}
 
 
 def _shapes(model: ModelConfig) -> dict[str, torch.Size]:

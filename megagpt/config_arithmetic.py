@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import isqrt
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -19,7 +20,8 @@ def nearest_multiples(value: int, unit: int) -> str:
 
 def nearest_divisors(value: int, whole: int) -> str:
     """`8 or 16`: the divisors of `whole` on both sides of `value`."""
-    divisors = [candidate for candidate in range(1, whole + 1) if whole % candidate == 0]
+    small = [candidate for candidate in range(1, isqrt(whole) + 1) if whole % candidate == 0]
+    divisors = sorted({*small, *(whole // divisor for divisor in small)})
     below = [divisor for divisor in divisors if divisor <= value][-1:]
     above = [divisor for divisor in divisors if divisor >= value][:1]
     return " or ".join(str(divisor) for divisor in dict.fromkeys(below + above))

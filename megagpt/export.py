@@ -18,7 +18,7 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from megagpt.architectures import ARCHITECTURES, Architecture, Part
+from megagpt.architectures import ARCHITECTURES, CONFIG, INDEX, WEIGHTS, Architecture, Part
 from megagpt.config import ModelConfig
 from megagpt.generate import allowed_tokens, open_tokenizer
 from megagpt.run_directory import read_config
@@ -28,7 +28,6 @@ from megagpt.tokenizer import END_OF_DOCUMENT, TOKENIZER_FILE
 from megagpt.utils import MIB, UserError, write_atomically
 from megagpt.whole_directory import flushed, whole_directory
 
-WEIGHTS = "model.safetensors"
 SHARD_BYTES = 5_000_000_000  # of tensors in one file, as transformers writes them
 DTYPES = {"fp32": ("F32", torch.float32), "bf16": ("BF16", torch.bfloat16), "fp16": ("F16", torch.float16)}
 OF_AN_EXPORT = re.compile(
@@ -72,7 +71,7 @@ def export(
     shards = list(plan_shards(architecture, model, kind, shard_bytes))
     size = stored_bytes(architecture.parts(model), kind)
     with whole_directory(output, option="--output", room_bytes=size + SPARE_BYTES, replace=overwrite) as staging:
-        _write_json(staging / "config.json", _model_config(architecture, model, encoding, dtype))
+        _write_json(staging / CONFIG, _model_config(architecture, model, encoding, dtype))
         _write_json(staging / "generation_config.json", _generation_config(model, encoding))
         _write_tokenizer(staging, Path(config.megagpt.data.sources[0].path), model)
         _write_weights(staging, shards, Source(weight, model, dtype))
@@ -141,6 +140,10 @@ class Source:
                 f"{part.name}: of shape {tuple(ours.shape)} in the checkpoint, of {tuple(part.shape)} in config.json; "
                 "restore the config.json that it was trained with"
             )
+        if not all(extreme.isfinite() for extreme in ours.aminmax()):
+            raise UserError(
+                f"{part.name}: not finite in the checkpoint; choose the checkpoint of another step with --step"
+            )
         converted = ours.to(DTYPES[self.dtype][1])
         if not all(extreme.isfinite() for extreme in converted.aminmax()):
             raise UserError(
@@ -164,7 +167,7 @@ def _write_weights(staging: Path, shards: Sequence[Sequence[Part]], source: Sour
                     file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     if len(shards) > 1:
         size = stored_bytes((part for shard in shards for part in shard), kind)
-        _write_json(staging / f"{WEIGHTS}.index.json", {"metadata": {"total_size": size}, "weight_map": places})
+        _write_json(staging / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
 
 
 # ------------------------------------------------------------------------------------------ configuration, tokenizer

@@ -5,6 +5,7 @@ that is read; nothing is executed.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from functools import cached_property
@@ -15,15 +16,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megagpt.architectures import ARCHITECTURES, Architecture, Part
+from megagpt.architectures import ARCHITECTURES, CONFIG, INDEX, WEIGHTS, Architecture, Part
 from megagpt.checkpoint_format import DamagedCheckpointError
 from megagpt.checkpoint_reader import require_small_header
 from megagpt.config import ConfigError, ModelConfig, RunConfig
+from megagpt.config_errors import shown
 from megagpt.config_model import ModelSection
 from megagpt.tokenizer import TOKENIZER_FILE
-from megagpt.utils import UserError
+from megagpt.utils import UserError, human_count
 
-WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 OF_TRAINING = ("dropout", "init_std")  # no result of a trained model depends on them: they stay what the run says
 DERIVED = ("mlp_size", "head_size")  # of our other keys
 FORMATS = ("F64", "F32", "BF16", "F16")
@@ -64,8 +65,9 @@ class PublishedModel:
             try:
                 changed = written.changed([f"megagpt.model.{key}={json.dumps(value)}" for key, value in keys.items()])
                 problems += self._not_derived(changed.megagpt.model)
+                problems += self._too_large(changed.megagpt.model)
             except ConfigError as error:  # its values are no model of ours, or no model at all
-                problems += [line.removeprefix("--set: ") for line in error.errors]
+                problems += map(self._with_their_key, error.errors)
         if problems:
             raise ConfigError(f"{self.directory / CONFIG}: {problem}" for problem in problems)
         return changed
@@ -73,9 +75,11 @@ class PublishedModel:
     @cached_property
     def _flat(self) -> dict[str, Any]:
         """config.json with the rotary section's keys beside the others, and without what says nothing."""
-        flat = {k: v for k, v in self._config.items() if not CHANGES_NO_RESULT.fullmatch(k)}
+        flat = {k: v for k, v in self._config.items() if v is not None and not CHANGES_NO_RESULT.fullmatch(k)}
         for section in ("rope_parameters", "rope_scaling"):  # transformers 5, 4
-            for key, value in (flat.pop(section, None) or {}).items():
+            if not isinstance(flat.get(section, {}), dict):
+                continue  # it stays, as a key that megagpt has nothing like
+            for key, value in flat.pop(section, {}).items():
                 if key == "rope_theta":
                     flat[key] = value
                 elif (key, value) not in (("rope_type", "default"), ("type", "default")):
@@ -89,10 +93,10 @@ class PublishedModel:
         for key in fixed.values():
             value = self._flat.get(key.theirs, key.default)
             if value not in key.values:
-                yield f"{key.theirs} {json.dumps(value)}: megagpt has {json.dumps(key.values[0])} only"
+                yield f"{key.theirs} {shown(value)}: megagpt has {json.dumps(key.values[0])} only"
         for name, value in self._flat.items():
-            if name not in fixed and name not in known and value not in (None, False):
-                yield f"{name} {json.dumps(value)}: megagpt has nothing like it"
+            if name not in fixed and name not in known and value is not False:
+                yield f"{name} {shown(value)}: megagpt has nothing like it"
 
     def _values(self, problems: list[str]) -> dict[str, Any]:
         """Our keys with the values that they get, None being theirs to derive; what is missing or torn is noted."""
@@ -102,9 +106,11 @@ class PublishedModel:
                 continue
             value = self._flat.get(key.theirs, key.default)
             if value is ...:
-                problems.append(f"{key.theirs}: missing")
+                problems.append(f"{key.theirs}: missing; download it again")
             elif found.get(key.ours, value) != value:
-                problems.append(f"{key.theirs} {json.dumps(value)}: megagpt has one {key.ours} for all layers")
+                problems.append(f"{key.theirs} {shown(value)}: megagpt has one {key.ours} for all layers")
+            elif isinstance(value, int) and value > self._stored_bytes:  # nothing is to be computed with such a number
+                problems.append(f"{key.theirs} {shown(value)}: its tensor files have {self._stored_bytes} bytes only")
             found[key.ours] = value
         return found
 
@@ -116,9 +122,22 @@ class PublishedModel:
         for key in self.architecture.keys:
             value, ours = self._flat.get(key.theirs), getattr(model, key.ours)
             if key.ours in DERIVED and value not in (None, ours):
-                yield f"{key.theirs} {json.dumps(value)}: megagpt's is {ours} at hidden_size {model.hidden_size}"
+                yield f"{key.theirs} {shown(value)}: megagpt's is {ours} at hidden_size {model.hidden_size}"
             if self._may_differ(key.ours) and isinstance(value, int) and ours > value:
                 yield f"{key.theirs} {value}: shorter than the run's sequences; --set megagpt.model.{key.ours}={value}"
+
+    def _too_large(self, model: ModelSection) -> Iterator[str]:
+        """Whatever a file says of its size, no more is made of it than its tensors could fill."""
+        parameters = ModelConfig.model_validate(model.model_dump()).num_parameters
+        if parameters > self._stored_bytes:
+            yield f"{human_count(parameters)} parameters: its tensor files have {self._stored_bytes} bytes only"
+
+    def _with_their_key(self, error: str) -> str:
+        """What is wrong with a key of ours, after the key of config.json that it comes from."""
+        line = error.removeprefix("--set: ")
+        theirs = {f"megagpt.model.{key.ours}": key.theirs for key in self.architecture.keys}
+        key = line.partition(":")[0]
+        return f"{theirs[key]}: {line}" if key in theirs else line
 
     def require_tensors(self, model: ModelConfig) -> None:
         """Raise UserError where tensors are missing, left over, or of other shapes or formats than the model's."""
@@ -132,10 +151,11 @@ class PublishedModel:
                 ignored = re.fullmatch(self.architecture.buffers, name) or self._is_tied_copy(name)
                 problems += [] if ignored else [f"{name}: megagpt has no such tensor"]
                 continue
-            stored = self._file(name).get_slice(name)
+            stored = self._stored(name)
             shape, kind = tuple(stored.get_shape()), stored.get_dtype()
             if shape != expected[known[name]] or kind not in FORMATS:
-                problems.append(f"{name}: {kind} of shape {shape}, the model's is {expected[known[name]]}")
+                wanted = f"{expected[known[name]]} in {', '.join(FORMATS)}"
+                problems.append(f"{name}: {kind} of shape {shape}, the model's is {wanted}")
         if problems:
             listed = "\n".join(f"  {problem}" for problem in problems[:10])
             more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
@@ -145,11 +165,10 @@ class PublishedModel:
         """Files may hold the head's weight a second time where it is the embedding's."""
         (embedding,) = self.architecture.modules["embedding.tokens"][0]
         embedding = self._name(f"{embedding}.weight")
-        return (
-            name == "lm_head.weight"
-            and embedding in self._places
-            and torch.equal(*map(self._tensor, (name, embedding)))
-        )
+        if name != "lm_head.weight" or embedding not in self._places:
+            return False
+        copy, tied = self._tensor(name), self._tensor(embedding)
+        return copy.dtype == tied.dtype and torch.equal(copy, tied)
 
     def ours(self, part: Part, model: ModelConfig) -> Tensor | None:
         """A tensor under our name, fp32; None for a bias that we have none of. Raises UserError if it is spoilt."""
@@ -185,12 +204,24 @@ class PublishedModel:
             )
         return dict.fromkeys(self._open(WEIGHTS).keys(), WEIGHTS)
 
-    def _tensor(self, name: str) -> Tensor:
-        tensor: Tensor = self._file(name).get_tensor(name)
-        return tensor
+    @cached_property
+    def _stored_bytes(self) -> int:
+        """Of all its files together."""
+        files = dict.fromkeys(self._places.values())
+        return sum((self.directory / file).stat().st_size for file in files if self._open(file))
 
-    def _file(self, tensor: str) -> Any:
-        return self._open(self._places[tensor])
+    def _tensor(self, name: str) -> Tensor:
+        return torch.as_tensor(self._stored(name)[...])
+
+    def _stored(self, tensor: str) -> Any:
+        """Its shape, its format and what of it is asked for."""
+        file = self._places[tensor]
+        try:
+            return self._open(file).get_slice(tensor)
+        except SafetensorError as error:
+            raise UserError(
+                f"{self.directory / INDEX}: weight_map: {tensor} is not in {file} ({error}); download both again"
+            ) from error
 
     def _open(self, file: str) -> Any:
         if file not in self._opened:
@@ -231,13 +262,15 @@ def token_ids(path: Path) -> dict[str, int]:
         added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
         return {**content["model"]["vocab"], **added}
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: no vocabulary of tokens and ids in it ({type(error).__name__}: {error})") from error
+        raise UserError(
+            f"{path}: no vocabulary of tokens and ids in it ({type(error).__name__}: {error}); download it again"
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; raises UserError."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), parse_constant=_finite, parse_float=_finite)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); give the directory of a model, "
@@ -248,3 +281,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object; download it again")
     return content
+
+
+def _finite(number: str) -> float:
+    """JSON has neither NaN nor Infinity, and no float is beyond its range; raises ValueError."""
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is not finite")
+    return value

@@ -1,5 +1,6 @@
 """Models for Hugging Face and back; the outside reference is transformers, offline."""
 
+import errno
 import json
 import os
 import re
@@ -240,6 +241,20 @@ def test_a_weight_that_half_precision_cannot_hold_is_refused(run: Path, tmp_path
     export(run, tmp_path / "out", dtype="bf16")
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_weight_that_is_not_finite_is_refused(
+    run: Path, tmp_path: Path, monkeypatch: Any, value: float, dtype: str
+) -> None:
+    step, weight = exporting.open_weights(run)
+    monkeypatch.setattr(
+        exporting, "open_weights", lambda *_: (step, lambda name: weight(name).index_fill(0, torch.tensor(3), value))
+    )
+    with pytest.raises(UserError, match=r"embedding\.tokens\.weight: not finite in the checkpoint; .* with --step"):
+        export(run, tmp_path / "out", dtype=dtype)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_configuration_of_another_model_is_refused(run: Path, tmp_path: Path) -> None:
     document = json.loads((run / CONFIG_FILE).read_text())
     document["megagpt"]["model"]["hidden_size"] = 64
@@ -286,6 +301,17 @@ def test_a_kill_shows_no_export_and_the_next_one_clears_up(run: Path, tmp_path: 
     export(run, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
     assert not (tmp_path / "out" / "of another export").exists()
+
+
+def test_what_cannot_be_read_is_not_blamed_on_the_output(tmp_path: Path) -> None:
+    source = tmp_path / "run" / "weights"
+    failed = pytest.raises(
+        UserError, match=rf"{source}: Input/output error; .* look at the disk of what was to be read"
+    )
+    with failed, whole_directory(tmp_path / "new" / "out", option="--output", room_bytes=0) as staging:
+        assert staging.is_dir()
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(source))
+    assert list(tmp_path.iterdir()) == []  # nor are the directories above it left
 
 
 def test_two_at_once_do_not_mix(run: Path, tmp_path: Path) -> None:

@@ -186,8 +186,17 @@ LLAMA_REFUSALS = [
     ({"quantization_config": {"bits": 4}}, 'quantization_config {"bits": 4}: megagpt has nothing like it'),
     ({"max_position_embeddings": 8}, "max_position_embeddings 8: shorter than the run's sequences"),
     ({"num_attention_heads": 5}, "megagpt.model.num_heads: 5 does not divide hidden_size 32: use 4 or 8"),
-    ({"num_hidden_layers": "two"}, 'megagpt.model.num_layers: expected an integer, got "two"'),
-    ({"num_hidden_layers": ...}, "num_hidden_layers: missing"),
+    ({"num_hidden_layers": "two"}, 'num_hidden_layers: megagpt.model.num_layers: expected an integer, got "two"'),
+    ({"num_hidden_layers": ...}, "num_hidden_layers: missing; download it again"),
+    ({"vocab_size": None}, "vocab_size: missing; download it again"),
+    ({"hidden_size": [32]}, "hidden_size: megagpt.model.hidden_size: expected an integer, got [32]"),
+    ({"hidden_size": -32}, "hidden_size: megagpt.model.hidden_size: must be at least 1, got -32"),
+    ({"hidden_size": 10**30 + 1}, "bytes only"),
+    ({"hidden_size": 100_000}, "parameters: its tensor files have"),
+    ({"num_hidden_layers": 100_000}, "parameters: its tensor files have"),
+    ({"hidden_size": float("inf")}, "config.json: not JSON (Infinity is not finite); download it again"),
+    ({"rope_scaling": "linear"}, 'rope_scaling "linear": megagpt has nothing like it'),
+    ({"rope_parameters": [1, 2]}, "rope_parameters [1, 2]: megagpt has nothing like it"),
     ({"num_hidden_layers": 1}, "model.layers.1.input_layernorm.weight: megagpt has no such tensor"),
     ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight: missing"),
     ({"vocab_size": 256}, "megagpt.model.vocab_size: 256 is smaller than the data's vocabulary of 257"),
@@ -261,6 +270,52 @@ def test_weights_that_are_spoilt_or_missing_are_refused(llama: Path, data: Path,
     outside = {"weight_map": {"model.norm.weight": "../other/model.safetensors"}}
     (llama / "model.safetensors.index.json").write_text(json.dumps(outside))
     assert "its weight_map names other things than files" in refusal(llama, data, tmp_path / "run")
+
+
+def test_an_index_that_names_the_wrong_files_is_refused(llama: Path, data: Path, tmp_path: Path) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    index, places = llama / "model.safetensors.index.json", dict.fromkeys(tensors, "model.safetensors")
+    save_file({"another": torch.zeros(1)}, llama / "other.safetensors")
+    for wrong, said in [
+        ("other.safetensors", "model.norm.weight is not in other.safetensors"),
+        ("absent.safetensors", "absent.safetensors: cannot be read"),
+        (["model.safetensors"], "its weight_map names other things than files; download it again"),
+        (None, "its weight_map names other things than files; download it again"),
+    ]:
+        index.write_text(json.dumps({"weight_map": {**places, "model.norm.weight": wrong}}))
+        assert said in (reason := refusal(llama, data, tmp_path / "run"))
+        assert "download" in reason
+        assert len(reason.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "said"),
+    [
+        (lambda tensor: tensor.long(), "model.norm.weight: I64 of shape (32,), the model's is (32,) in F64, F32, BF16"),
+        (lambda tensor: tensor.to(torch.float8_e4m3fn), "model.norm.weight: F8_E4M3 of shape (32,)"),
+        (lambda tensor: tensor[None], "model.norm.weight: F32 of shape (1, 32), the model's is (32,)"),
+        (lambda tensor: tensor.sum(), "model.norm.weight: F32 of shape (), the model's is (32,)"),
+        (lambda tensor: tensor[:0], "model.norm.weight: F32 of shape (0,), the model's is (32,)"),
+    ],
+    ids=["integers", "float8", "more-dimensions", "none", "empty"],
+)
+def test_a_tensor_of_another_kind_is_refused(
+    llama: Path, data: Path, tmp_path: Path, spoilt: Callable[[torch.Tensor], torch.Tensor], said: str
+) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    tensors["model.norm.weight"] = spoilt(tensors["model.norm.weight"]).contiguous().clone()
+    save_file(tensors, llama / "model.safetensors")
+    assert said in refusal(llama, data, tmp_path / "run")
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff" * 9], ids=repr)
+def test_a_file_of_other_content_is_refused(llama: Path, data: Path, tmp_path: Path, file: str, content: bytes) -> None:
+    (llama / file).write_bytes(content)
+    reason = refusal(llama, data, tmp_path / "run")
+    assert f"{llama / file}: " in reason
+    assert "download" in reason
+    assert len(reason.splitlines()) == 1
 
 
 @pytest.mark.parametrize("published", ["gpt2"], indirect=True)

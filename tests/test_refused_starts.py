@@ -74,10 +74,14 @@ def test_ranks_that_differ_in_data_code_and_libraries_end_at_once(start: Start, 
     for rank in ranks:
         said = rank.communicate()[1]
         assert rank.returncode == ExitCode.BAD_INPUT, said
-        assert "ranks [1] differ from rank 0 in their data\n" in said
-        assert "ranks [2] differ from rank 0 in their code\n" in said
-        assert "ranks [3] differ from rank 0 in their version of triton: give every host the same, start again" in said
-        assert said.count("differ from rank 0") == 3
+        assert (
+            f"rank 1 (host {socket.gethostname()}) differs from rank 0 (host {socket.gethostname()}) in data\n" in said
+        )
+        assert (
+            f"rank 2 (host {socket.gethostname()}) differs from rank 0 (host {socket.gethostname()}) in code\n" in said
+        )
+        assert "in version of triton: give every host the same, start again" in said
+        assert said.count("differs from rank 0") == 3
     assert not (run / run_directory.CONFIG_FILE).exists()
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import numpy as np
@@ -211,7 +212,9 @@ def test_data_that_changed_since_the_save_are_refused(
 
 def test_ranks_that_disagree_are_named(two_ranks: RankPool, prepared: Path, tmp_path: Path) -> None:
     said = two_ranks.run("tests.checkpoint_jobs:disagreement", config=run_config(prepared, 2), directory=tmp_path)
-    assert said == ["ranks [1] differ from rank 0 in their configuration: give every host the same, start again"] * 2
+    here = f"(host {gethostname()})"
+    expected = f"rank 1 {here} differs from rank 0 {here} in configuration: give every host the same, start again"
+    assert said == [expected] * 2
 
 
 @pytest.mark.parametrize(

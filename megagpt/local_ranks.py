@@ -17,9 +17,9 @@ from megagpt.utils import ExitCode, TransientError, UserError
 CPU_RANKS = 4  # where there is no GPU: enough for every axis of the mesh to have two
 
 
-def devices_here() -> int:
-    """The ranks that this machine is for: one a GPU."""
-    return torch.cuda.device_count() or CPU_RANKS
+def gpus_here() -> int:
+    """The GPUs that ranks started here would compute on; 0 on a CPU, also where the user chose it."""
+    return 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
 
 
 def start(ranks: int, job: Callable[..., Any], *arguments: Any) -> Any:

@@ -326,6 +326,18 @@ def test_the_command(compiled_ops: None, tolerance: str, code: int) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.slow
+def test_the_command_compares_on_the_ranks_of_torchrun(compiled_ops: None) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    words = [*torchrun, str(free_port()), "launch/parity.py", "--own_only", "--steps", "1"]
+    done: Any = subprocess.run(words, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert "1 strategy on 2 ranks (cpu)" in done.stdout
+    (row,) = rows(done.stdout)
+    assert row.split()[:5] == ["1", "1", "3", "cpu", "cpu"]
+    assert "1 of 1 strategies equal one plain process" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("words", "variables", "said"),
     [

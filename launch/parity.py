@@ -2,8 +2,8 @@
 """Does every strategy train alike? python launch/parity.py here, or under a launcher: deepspeed launch/parity.py"""
 
 import argparse
-import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -12,8 +12,8 @@ from megagpt.arguments import non_negative, whole_number
 from megagpt.config import load_config
 from megagpt.hosts import read_hostfile
 from megagpt.launch_command import hostfile_of_launcher
-from megagpt.launchers import adopt_launch
-from megagpt.parity_plan import Request, plan
+from megagpt.launchers import Launch, adopt_launch, signs_of_launcher
+from megagpt.parity_plan import Request, plan, require_devices, require_launched
 from megagpt.utils import run_command
 
 
@@ -21,7 +21,7 @@ def main() -> int:
     arguments = parse_arguments()
     if (hostfile := hostfile_of_launcher()) is not None:
         read_hostfile(hostfile)  # DeepSpeed would have stayed on this machine without it
-    together = any(os.environ.get(name) for name in ("RANK", "SLURM_STEP_NUM_TASKS"))
+    signs = signs_of_launcher()
     launch = adopt_launch()
     request = Request(
         load_config(arguments.deepspeed_config),
@@ -32,41 +32,53 @@ def main() -> int:
         arguments.nvme_path,
         arguments.own_only,
     )
-    ranks = launch.world_size if together else arguments.ranks or devices_here()
-    plan(request, ranks)  # what is impossible is said before any rank starts
+    return together(request, arguments.ranks, signs, launch) if signs else here(request, arguments.ranks)
+
+
+def together(request: Request, asked: int | None, signs: list[str], launch: Launch) -> int:
+    """Compare on this rank of a launcher's."""
+    require_launched(request, asked, signs, launch.world_size)
+    plan(request, launch.world_size)  # what is impossible is said before the ranks wait for each other
     from megagpt.device import announce_to_deepspeed
 
     announce_to_deepspeed()
     from megagpt import local_ranks, parity
+    from megagpt.rendezvous import gathered_ranks
 
-    if together:
-        from megagpt.rendezvous import gathered_ranks
-
-        with gathered_ranks():  # or who is missing
-            return int(not local_ranks.joined(parity.run, request))
-    return int(not local_ranks.start(ranks, parity.run, request))
+    with gathered_ranks():  # or who is missing
+        return int(not local_ranks.joined(parity.run, request))
 
 
-def devices_here() -> int:
-    """The ranks that this machine is for, which takes torch to know."""
+def here(request: Request, asked: int | None) -> int:
+    """Compare on ranks started on this machine."""
     from megagpt import local_ranks
+    from megagpt.device import announce_to_deepspeed
 
-    return local_ranks.devices_here()
+    request = replace(request, gpus=local_ranks.gpus_here())
+    ranks = asked or request.gpus or local_ranks.CPU_RANKS
+    require_devices(request, ranks)
+    plan(request, ranks)  # what is impossible is said before any rank starts
+    announce_to_deepspeed()
+    from megagpt import parity
+
+    return int(not local_ranks.start(ranks, parity.run, request))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="""\
-Train the same few steps of a small model under every strategy that these ranks can host and in one plain PyTorch
-process; print the differences, exit 1 beyond tolerance. Under a launcher, its ranks are used.
+Train the same few steps of a small model under every strategy that is described below and that these ranks can host,
+and in one plain PyTorch process; print the differences, exit 1 beyond tolerance. Under a launcher, its ranks are used:
+as many as --ranks, or else the file's megagpt.parallel.world_size, says, so that a missing host is noticed.
 
 The first row is what the file asks for: its mesh, schedule, ZeRO stage, offload and recomputation; sizes of its
 zero_optimization section are made as much smaller as the model is. Then come all meshes of tensor x pipeline x data
 (up to 16 ranks; beyond, a tensor axis of at most 8 or dividing the file's key-value heads, a pipeline of at most 8 or
-the file's number of blocks), each with every ZeRO stage and offload, and every schedule at every ZeRO stage: some
-40 strategies on 2 ranks, 85 on 4, 150 on 8, 230 on 16, at most 700 on 1,024, a few seconds each. NVMe adds up to a
-third.""",
+the file's number of blocks). Each is tried with every ZeRO stage and offload and, one at a time and without offload, at
+every ZeRO stage with the other schedules (gpipe, interleaved with virtual_stages 2), the other gradient_reduction, and
+sequence: some 45 strategies on 2 ranks, 95 on 4, 160 on 8, 245 on 16, at most 710 on 1,024, a few seconds each. NVMe
+adds up to a third.""",
     )
     add = parser.add_argument
     add(
@@ -74,7 +86,12 @@ third.""",
         default="ds_configs/default.json",
         help="strategy, kind of model and optimizer [ds_configs/default.json]",
     )
-    add("--ranks", type=whole_number(1), help="processes to start on this machine [one a GPU; 4 without]")
+    add(
+        "--ranks",
+        type=whole_number(1),
+        help="processes to start on this machine [one a GPU; 4 without]; under a launcher, how many it has to have "
+        "started [what the file states]",
+    )
     add("--steps", type=whole_number(1), default=3, help="optimizer steps of each strategy [3]")
     add("--own_only", action="store_true", help="only the strategy that the file asks for")
     add(

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from megagpt.hosts import Host, problems_between
 from megagpt.launch_command import hosts_of_launcher
@@ -24,7 +26,6 @@ OF_A_START = OF_A_RANK[:3]  # users export the other two beforehand
 SLURM_PORTS = range(10_000, 30_000)
 # What MPI's starters tell a process of the number of its peers.
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-START = "deepspeed launch/train.py, torchrun --nproc-per-node N launch/train.py, or srun python launch/train.py"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class Launch:
         """The name of the host that runs a rank, where the launcher says it."""
         names = [host.name for host in self.hosts for _ in range(host.slots)]
         return names[rank] if len(names) == self.world_size else None
+
+
+def signs_of_launcher(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """The variables that say that a launcher has started this process; to be asked before `adopt_launch` sets some."""
+    return [name for name in (*OF_A_START, "SLURM_STEP_NUM_TASKS") if environment.get(name)]
 
 
 def adopt_launch(environment: MutableMapping[str, str] = os.environ) -> Launch:
@@ -71,7 +77,7 @@ def _of_variables(environment: Mapping[str, str]) -> Launch:
         given = [name for name in OF_A_RANK if environment.get(name)]
         raise UserError(
             f"environment: {', '.join(given)} set and {', '.join(missing)} missing: "
-            f"unset all of them, or let a launcher set them: {START}"
+            f"unset all of them, or let a launcher set them: {_starts()}"
         )
     _whole(environment, "MASTER_PORT")
     size = next((name for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE") if environment.get(name)), None)
@@ -129,7 +135,9 @@ def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables of a task that srun started."""
     names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID")
     if missing := [name for name in (*names, "SLURM_JOB_ID") if not environment.get(name)]:
-        raise UserError(f"environment: SLURM_STEP_NUM_TASKS set and {', '.join(missing)} missing: start with {START}")
+        raise UserError(
+            f"environment: SLURM_STEP_NUM_TASKS set and {', '.join(missing)} missing: start with {_starts()}"
+        )
     hosts = hosts_of_step(environment)
     node, rank = _whole(environment, "SLURM_NODEID"), _whole(environment, "SLURM_PROCID")
     if node >= len(hosts):
@@ -163,13 +171,25 @@ def _require_alone(environment: Mapping[str, str]) -> None:
     for name in MPI_SIZES:
         if (size := environment.get(name, "1")) != "1":
             raise UserError(
-                f"environment: {name}={size} and no RANK: each process would train alone; start with {START}"
+                f"environment: {name}={size} and no RANK: each process would train alone; start with {_starts()}"
             )
     if environment.get("SLURM_JOB_ID") and (tasks := environment.get("SLURM_NTASKS", "1")) != "1":
         raise UserError(
-            f"Slurm granted {tasks} tasks and this is the only process: start all with srun python launch/train.py, "
-            f"or one on purpose with SLURM_NTASKS=1 python launch/train.py"
+            f"Slurm granted {tasks} tasks and this is the only process: start all with srun python {_script()}, "
+            f"or this one only, on purpose, with SLURM_NTASKS=1 python {_script()}"
         )
+
+
+def _starts() -> str:
+    """How to start this command by each launcher."""
+    script = _script()
+    return f"deepspeed {script}, torchrun --nproc-per-node N {script}, or srun python {script}"
+
+
+def _script() -> str:
+    """What was typed after `python`, where it is one of our commands."""
+    script = Path(sys.argv[0])
+    return str(script) if script.parent.name == "launch" else "launch/train.py"
 
 
 def _of_one_process() -> dict[str, str]:
@@ -194,5 +214,5 @@ def _set(environment: MutableMapping[str, str], values: Mapping[str, str]) -> No
 def _whole(environment: Mapping[str, str], name: str, default: str = "") -> int:
     text = environment.get(name) or default
     if not text.isdecimal():
-        raise UserError(f"environment: {name}={text!a} is no whole number; start with {START}")
+        raise UserError(f"environment: {name}={text!a} is no whole number; start with {_starts()}")
     return int(text)

@@ -17,10 +17,9 @@ from megagpt.agreement import require_agreement
 from megagpt.compat import Piece
 from megagpt.config import ResolvedConfig
 from megagpt.engine import Engine, build_engine, build_mesh, training_device
-from megagpt.parity_plan import Plan, Request, plan
+from megagpt.parity_plan import Plan, Request, plan, remarks_on_own
 from megagpt.pipeline import MicroBatch
 from megagpt.plain import WEIGHT, PlainRun, document_ids, dropout_seeds, global_batch
-from megagpt.small_run import further_keys
 from megagpt.yardstick import Straying
 
 
@@ -164,7 +163,7 @@ def _heading(request: Request, planned: Plan) -> str:
     config = planned.legal[0][1]
     left_out = f"{planned.left_out}\n\n" if planned.left_out else ""
     strategies = "1 strategy" if len(planned.legal) == 1 else f"{len(planned.legal)} strategies"
-    ranks = f"{dist.get_world_size()} ranks ({training_device().type})"
+    ranks = f"{planned.ranks} ranks ({training_device().type})"
     return (
         f"{left_out}{strategies} on {ranks}, "
         f"{request.steps} steps of {config.train_batch_size} samples of a GPT of "
@@ -176,17 +175,10 @@ def _heading(request: Request, planned: Plan) -> str:
 
 def _title(request: Request, planned: Plan, index: int) -> str:
     """What stands above the first row, the file's own, and above the second, where the others begin."""
-    strategy, config = planned.legal[index]
+    strategy, _ = planned.legal[index]
     if strategy.file is None:
-        return "all others that these ranks can host" if index == 1 and not planned.left_out else ""
-    remarks = ["with " + ", ".join(keys)] if (keys := further_keys(strategy, config)) else []
-    if (stated := strategy.file.megagpt.parallel.world_size) not in (None, dist.get_world_size()):
-        remarks.append(f"it states {stated} ranks")
-    if strategy.file.bf16.enabled is True and request.precision == "fp32":
-        remarks.append("it computes in bf16: try --precision bf16, too")
-    if strategy.file.fp16.enabled:
-        remarks.append("it computes in fp16: that is not compared")
-    return "; ".join([f"as in {request.source}", *remarks])
+        return "others that these ranks can host" if index == 1 and not planned.left_out else ""
+    return "; ".join([f"as in {request.source}", *remarks_on_own(request, planned)])
 
 
 def _line(strategy: str, outcome: Outcome) -> str:
@@ -216,6 +208,8 @@ def _verdict(request: Request, planned: Plan, reference: Reference, wrong: int) 
         )
     more = [f"{planned.refused} more do not compose and would be refused before launch"] if planned.refused else []
     more += [f"what {request.source} asks for was left out, see above"] if planned.left_out else []
+    if request.stated_ranks not in (None, planned.ranks):
+        more.append(f"{request.source} states {request.stated_ranks} ranks, and these were {planned.ranks}")
     equal = f"{count - wrong} of {count} strategies equal one plain process ({allowed})"
     return "\n" + "; ".join([equal, *more])
 

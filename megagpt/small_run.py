@@ -26,10 +26,11 @@ GROUPS, WIDTH, LENGTH, ROWS = 8, 64, 16, 256  # at least; WIDTH is shared by the
 LEAST_TILE = LEAST_SWAPPED_BYTES // FP32_BYTES  # elements of a rank's optimizer tile that goes to NVMe
 LEAST_PIECE = LEAST_SWAPPED_BYTES // 2  # and of a parameter's piece, which does so in bf16 only
 ROOM = 1.25  # stages are not quite equal
+TILE = "sub_group_size"  # of the optimizer, which has to have as many on each stage
 SIZES = (  # keys of zero_optimization that count elements of a model
     "reduce_bucket_size",
     "allgather_bucket_size",
-    "sub_group_size",
+    TILE,
     "stage3_prefetch_bucket_size",
     "stage3_model_persistence_threshold",
     "stage3_max_live_parameters",
@@ -98,8 +99,8 @@ def resolved(document: dict[str, Any], strategy: Strategy, world_size: int, nvme
         zero["stage3_param_persistence_threshold"] = 0  # small parameters too are cut
     _place(zero, strategy, nvme_path, pieces=world_size // strategy.pipeline, model=model)
     config = _resolved(own, zero, world_size)
-    if "sub_group_size" in zero and strategy.pipeline > 1 and len(set(tile_counts(Layout.of(config)))) > 1:
-        del zero["sub_group_size"]  # the small stages are cut otherwise than the large ones
+    if TILE in zero and strategy.pipeline > 1 and len(set(tile_counts(Layout.of(config)))) > 1:
+        del zero[TILE]  # the small stages are cut otherwise than the large ones
         config = _resolved(own, zero, world_size)
     return config
 
@@ -117,8 +118,8 @@ def _own_zero(file: RunConfig, model: ModelConfig) -> dict[str, Any]:
     part = (model.num_layers * model.hidden_size**2) / (large.num_layers * large.hidden_size**2)
     for key in zero.keys() & set(SIZES):
         zero[key] = _part_of(zero[key], part)
-    if "sub_group_size" in zero and file.zero_optimization.optimizer_device == "nvme":
-        zero["sub_group_size"] = max(zero["sub_group_size"], LEAST_TILE)
+    if TILE in zero and file.zero_optimization.optimizer_device == "nvme":
+        zero[TILE] = max(zero[TILE], LEAST_TILE)
     if zero.get("stage") == 3:
         threshold = zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
         zero["stage3_param_persistence_threshold"] = _part_of(threshold, model.hidden_size / large.hidden_size)
@@ -158,6 +159,13 @@ def _place(zero: dict[str, Any], strategy: Strategy, nvme_path: str | None, *, p
             if section == "offload_param":
                 largest = model.hidden_size * max(model.vocab_size, 2 * model.mlp_size)
                 keys |= {"buffer_size": -(-largest // pieces), "max_in_cpu": keys.get("max_in_cpu", 0)}
+
+
+def left_out_key(strategy: Strategy, config: ResolvedConfig) -> str | None:
+    """The key of the file's own `zero_optimization` that the small run could not take over."""
+    assert strategy.file is not None
+    stated = strategy.file.zero_optimization.sub_group_size is not None
+    return TILE if stated and config.zero_optimization.sub_group_size is None else None
 
 
 def further_keys(strategy: Strategy, config: ResolvedConfig) -> list[str]:

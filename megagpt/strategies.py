@@ -1,7 +1,7 @@
 """The ways to train on so many ranks that `parity.py` compares, the file's own first. No torch.
 
-Each mesh has every ZeRO stage and offload, and its other schedules at every ZeRO stage; `planner.py` says what of that
-composes.
+Each mesh has every ZeRO stage and offload, and at every ZeRO stage its other schedules, the other reduction, and
+`sequence`, one at a time; `planner.py` says what of that composes.
 """
 
 from __future__ import annotations
@@ -63,17 +63,18 @@ def own_strategy(file: RunConfig) -> Strategy:
 
 
 def strategies(world_size: int, nvme: bool, model: ModelSection) -> Iterator[Strategy]:
-    """Every mesh of so many ranks with every ZeRO stage and offload, and each mesh's other schedules once."""
+    """Every mesh of so many ranks with every ZeRO stage and offload, then with what else is not the default."""
     places = ("none", "cpu", "nvme") if nvme else ("none", "cpu")
     for pipeline, tensor in meshes(world_size, model):
         mesh = {"pipeline": pipeline, "tensor": tensor}
         for stage in range(4):
             yield from (Strategy(mesh, stage, optimizer) for optimizer in places)
         yield from (Strategy(mesh, 3, optimizer, parameters) for parameters in places[1:] for optimizer in places)
-        other: list[dict[str, Any]] = []
+        other: list[dict[str, Any]] = [
+            {"gradient_reduction": "per_micro_batch" if pipeline > 1 else "per_step"}  # not the mesh's default
+        ]
         if pipeline > 1:
             other += [{"schedule": "gpipe"}, {"schedule": "interleaved", "virtual_stages": 2}]
-            other += [{"gradient_reduction": "per_micro_batch"}]
         if tensor > 1:
             other += [{"sequence": True}]
         yield from (Strategy(mesh | keys, stage) for keys in other for stage in range(4))

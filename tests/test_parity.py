@@ -2,8 +2,10 @@
 what is not."""
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 from megagpt.config import ModelConfig, load_config
 from megagpt.layout import Layout
 from megagpt.model_states import parameters, shard_of
-from megagpt.parity_plan import Plan, Request, plan
+from megagpt.parity_plan import Plan, Request, plan, remarks_on_own, require_devices, require_launched
 from megagpt.planner import refusals
 from megagpt.small_run import LEAST_TILE, resolved, small_document
 from megagpt.strategies import Strategy, meshes, own_strategy, strategies
@@ -42,6 +44,13 @@ def test_every_mesh_of_four_ranks_is_tried_with_every_stage() -> None:
         schedules = {s.parallel.get("schedule", "1f1b") for s in tried if s.stage == stage}
         assert schedules == {"1f1b", "gpipe", "interleaved"}
     assert {s.stage for s in tried if s.parallel.get("sequence")} == {0, 1, 2, 3}
+    for pipeline, tensor in meshes:
+        (reduction,) = {"per_step", "per_micro_batch"} - {"per_step" if pipeline > 1 else "per_micro_batch"}
+        own = {"pipeline": pipeline, "tensor": tensor, "gradient_reduction": reduction}
+        assert [s.stage for s in tried if s.parallel == own] == [0, 1, 2, 3]
+    legal = planned(CONFIG, 4).legal
+    per_step = [s.stage for s, _ in legal if s.pipeline == 1 and s.parallel.get("gradient_reduction") == "per_step"]
+    assert per_step == [1, 2, 3] * 3
     assert len({str(s) for s in tried}) == len(tried)
 
 
@@ -129,16 +138,65 @@ def test_sizes_of_the_file_become_smaller_with_the_model_and_act_as_they_did() -
     assert (own.optimizer, own.parameters) == (zero.optimizer_device, zero.parameter_device) == ("cpu", "cpu")
 
 
+def test_tiles_that_the_small_stages_would_not_share_are_left_out_aloud() -> None:
+    tiles = ["zero_optimization.sub_group_size=50000000"]
+    for config, ranks, cut in ((MESH_OF_EIGHT, 16, True), (CONFIG, 2, False)):
+        request = Request(load_config(config, tiles), config, own_only=True)
+        found = plan(request, ranks)
+        assert (found.legal[0][1].zero_optimization.sub_group_size is None) == cut
+        said = "; ".join(remarks_on_own(request, found))
+        assert "sub_group_size" in said
+        assert ("without its sub_group_size, which cuts" in said) == cut
+
+
 def test_a_wrong_number_of_ranks_for_the_files_own_mesh_is_said_and_the_rest_goes_on() -> None:
-    found = planned(MESH_OF_EIGHT, 4)
+    found = planned(MESH_OF_EIGHT, 4, gpus=0)
     assert "tensor 4 x pipeline 2 needs a multiple of 8 ranks (it states 16), and here are 4" in found.left_out
-    assert "--ranks 16" in found.left_out
+    assert "To try it: --ranks 16, or with so many slots in the hostfile deepspeed --hostfile hosts" in found.left_out
     assert all(strategy.file is None for strategy, _ in found.legal)
     assert len(found.legal) > 80
     own, _ = planned(MESH_OF_EIGHT, 8).legal[0]
     assert own == own_strategy(load_config(MESH_OF_EIGHT))
     with pytest.raises(UserError, match="--ranks 16"):
         planned(MESH_OF_EIGHT, 4, own_only=True)
+
+
+@pytest.mark.parametrize("stated", [8, 12, 16, 24, 1024, None])
+@pytest.mark.parametrize("gpus", [0, 4, 8, 12, 16, None])
+def test_what_is_advised_for_the_files_own_mesh_helps(stated: int | None, gpus: int | None) -> None:
+    """With the words that are to be typed, here where they fit on the GPUs, else by a launcher."""
+    file = load_config(MESH_OF_EIGHT, [f"megagpt.parallel.world_size={stated or 'null'}"])
+    request = Request(file, MESH_OF_EIGHT, own_only=True, gpus=gpus)
+    with pytest.raises(UserError, match="To try it: ") as error:
+        plan(request, 4)
+    advice = str(error.value).partition("To try it: ")[2]
+    (ranks,) = {int(number) for number in re.findall(r"--ranks (\d+)", advice)}
+    assert advice.startswith("--ranks") == (gpus == 0 or ranks <= (gpus or 0))
+    assert f"deepspeed --hostfile hosts launch/parity.py --deepspeed_config {MESH_OF_EIGHT} --ranks" in advice
+    assert plan(request, ranks).legal
+    require_launched(request, ranks, [], ranks)
+
+
+def test_more_ranks_than_gpus_are_refused_with_the_launchers_command() -> None:
+    request = Request(load_config(CONFIG), CONFIG, gpus=2)
+    require_devices(request, 2)
+    require_devices(replace(request, gpus=0), 4)
+    with pytest.raises(UserError) as error:
+        require_devices(request, 4)
+    said = str(error.value)
+    assert said.startswith("--ranks 4: this machine has 2 GPUs, one a rank: --ranks 2, or with so many slots in the")
+    assert f"deepspeed --hostfile hosts launch/parity.py --deepspeed_config {CONFIG} --ranks 4" in said
+
+
+def test_a_launcher_has_to_start_as_many_as_the_file_or_the_user_says() -> None:
+    request = Request(load_config(MESH_OF_EIGHT), "own.json")
+    require_launched(request, None, ["RANK"], 16)
+    require_launched(request, 8, ["RANK"], 8)
+    require_launched(Request(load_config(CONFIG), CONFIG), None, ["RANK"], 8)
+    with pytest.raises(UserError, match="world_size: the run expects 16 ranks and 8 started: bring"):
+        require_launched(request, None, ["RANK"], 8)
+    with pytest.raises(UserError, match=r"--ranks 4: a launcher has started 1 .*; to .*: unset SLURM_STEP_NUM_TASKS"):
+        require_launched(request, 4, ["SLURM_STEP_NUM_TASKS"], 1)
 
 
 def test_what_is_refused_in_one_precision_only_is_said_with_the_other() -> None:
@@ -268,9 +326,42 @@ def test_the_command(compiled_ops: None, tolerance: str, code: int) -> None:
     assert done.stderr == ""
 
 
-def test_the_command_refuses_at_once_what_these_ranks_cannot_host() -> None:
-    words = [sys.executable, "launch/parity.py", "--ranks", "4", "--own_only", "--deepspeed_config", MESH_OF_EIGHT]
-    done: Any = subprocess.run(words, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
+@pytest.mark.slow
+def test_the_command_compares_on_the_ranks_of_torchrun(compiled_ops: None) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    words = [*torchrun, str(free_port()), "launch/parity.py", "--own_only", "--steps", "1"]
+    done: Any = subprocess.run(words, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert "1 strategy on 2 ranks (cpu)" in done.stdout
+    (row,) = rows(done.stdout)
+    assert row.split()[:5] == ["1", "1", "3", "cpu", "cpu"]
+    assert "1 of 1 strategies equal one plain process" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "said"),
+    [
+        (["--own_only", "--deepspeed_config", MESH_OF_EIGHT], {}, "needs a multiple of 8 ranks"),
+        (
+            [],
+            {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "6000"},
+            "unset RANK WORLD_SIZE LOCAL_RANK",
+        ),
+        (
+            [],
+            {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"},
+            "start all with srun python launch/parity.py, or this one only",
+        ),
+    ],
+    ids=["too few", "a launcher's", "salloc"],
+)
+def test_the_command_refuses_at_once_what_these_ranks_cannot_host(
+    words: list[str], variables: dict[str, str], said: str
+) -> None:
+    command = [sys.executable, "launch/parity.py", "--ranks", "4", *words]
+    done: Any = subprocess.run(
+        command, cwd=REPOSITORY, env=ENVIRONMENT | variables, capture_output=True, text=True, timeout=100
+    )
     assert (done.returncode, done.stdout) == (2, "")
-    assert "needs a multiple of 8 ranks" in done.stderr
+    assert said in done.stderr
     assert "Traceback" not in done.stderr

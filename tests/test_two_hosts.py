@@ -1,4 +1,4 @@
-"""`deepspeed --hostfile hosts launch/train.py` over ssh and pdsh between two hosts (tests/two_hosts.py).
+"""`deepspeed --hostfile hosts launch/train.py`, and parity.py, over ssh and pdsh between two hosts (two_hosts.py).
 
 It trains as one process does, over the cable; hosts that are missing, uneven, dead or lost end it, by name.
 """
@@ -178,6 +178,25 @@ def test_two_hosts_train_as_one_process_does(
     parameters = 4 * 38_304  # bytes of the model in fp32; ZeRO-3 gathers the other half of them again and again
     carried = {host: sound.bytes_sent(host) - before[host] for host in slots}
     assert all(sent > STEPS * parameters / 2 for sent in carried.values()), carried
+
+
+def test_two_hosts_compare_as_one_machine_does(sound: TwoHosts) -> None:
+    """Of each parameter a host holds a half, which the other gathers; a host that is missing is noticed."""
+    sound.write_hostfile(ONE_EACH)
+    before = {host: sound.bytes_sent(host) for host in ONE_EACH}
+    words = ["launch/parity.py", "--own_only", "--steps", "1", "--ranks", "2"]
+    code, shown = launch(sound, words)
+    assert code == 0, shown
+    assert "1 strategy on 2 ranks (cpu), 1 steps of" in shown
+    assert len(re.findall(r"^(?:host-a: )?1 +1 +3 +cpu +cpu .* 5\d%$", shown, re.MULTILINE)) == 1
+    assert "1 of 1 strategies equal one plain process" in shown
+    (parameters,) = re.findall(r"a GPT of ([\d,]+) parameters", shown)
+    carried = {host: sound.bytes_sent(host) - before[host] for host in ONE_EACH}
+    assert all(sent > 4 * int(parameters.replace(",", "")) / 2 for sent in carried.values()), carried
+    sound.write_hostfile({"host-a": 1})
+    code, shown = launch(sound, words)
+    assert code == 2, shown
+    assert "--ranks 2: a launcher has started 1" in shown
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from tests.processes import PATIENCE_S, Process, Start
 from tests.ranks import RankPool
 from tests.trained_run import write_dataset
 
-TIMEOUT_S = 4
+TIMEOUT_S = 6
 FOUND_WITHIN_S = TIMEOUT_S + 5
 HUNG_STEP = 4
 

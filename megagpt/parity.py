@@ -144,11 +144,12 @@ def _expected(engine: Engine, exact: PlainRun, piece: Piece) -> Tensor:
 
 
 def _meaningful(engine: Engine, piece: Piece) -> Tensor:
-    """False at a key's bias: it moves all scores of a query alike, so that its gradient is rounding noise, which Adam
-    blows up."""
-    if not piece.name.endswith("qkv.bias"):
+    """False at a key's bias, unless keys are rotated: it moves all scores of a query alike, so that its gradient is
+    rounding noise, which Adam blows up."""
+    model = engine.config.megagpt.model
+    if not piece.name.endswith("qkv.bias") or model.position == "rotary":
         return torch.ones(piece.numel, dtype=torch.bool)
-    first, model = engine.boxes[piece.name][0][0] + piece.start, engine.config.megagpt.model
+    first = engine.boxes[piece.name][0][0] + piece.start
     heads = torch.arange(first, first + piece.numel) // model.head_size
     queries = model.num_heads // model.num_kv_heads  # which lie before their key and their value
     return heads % (queries + 2) != queries

@@ -7,6 +7,7 @@ ARGUMENTS ?=
 RUN_DIR := runs/$(basename $(notdir $(CONFIG)))
 INSTALLED := .venv/.installed
 OPS_BUILT := .venv/.ops_built
+TEST_OPS_BUILT := .venv/.test_ops_built
 ANYWHERE := not slow and not gpu and not root
 
 # The oldest Triton that the kernels run on, laid over the environment; its interpreter breaks on numpy 2.4.
@@ -32,13 +33,13 @@ train: setup ## train as CONFIG says [ds_configs/default.json], continue if begu
 	@echo; echo "The last thing it wrote ($(RUN_DIR)/samples.txt):"; echo
 	@awk '/^=== step / { entry = "" } { entry = entry $$0 "\n" } END { printf "%s", entry }' $(RUN_DIR)/samples.txt
 
-test: setup ## the tests that any machine can run, in minutes
+test: setup $(TEST_OPS_BUILT) ## the tests that any machine can run, in minutes
 	$(PYTEST) -m "$(ANYWHERE)"
 
-test-root: setup ## the tests that need root: two hosts, joined by ssh (apt install pdsh openssh-server iproute2)
+test-root: setup $(TEST_OPS_BUILT) ## the tests that need root: two hosts, joined by ssh (apt install pdsh openssh-server iproute2)
 	$(PYTEST) -m root
 
-test-all: setup ## every test that this machine can run: slow ones, on the GPU, as root
+test-all: setup $(TEST_OPS_BUILT) ## every test that this machine can run: slow ones, on the GPU, as root
 	$(PYTEST)
 
 test-oldest-triton: $(OLDEST_TRITON) ## the kernels' tests on Triton 3.6, the oldest that they run on
@@ -68,6 +69,11 @@ $(INSTALLED): requirements.txt
 # Needs a C++ compiler; without one the command says what is lost and succeeds, and runs use torch's own Adam.
 $(OPS_BUILT): $(INSTALLED) launch/build_ops.py
 	.venv/bin/python launch/build_ops.py
+	@touch $@
+
+# The op of NVMe offload, beforehand: its compiler would slow the tests beside it, some of which have deadlines.
+$(TEST_OPS_BUILT): $(OPS_BUILT)
+	.venv/bin/python launch/build_ops.py --deepspeed_config ds_configs/gpt3_13b_zero3_offload_nvme.json
 	@touch $@
 
 $(OLDEST_TRITON): $(INSTALLED)

@@ -133,6 +133,7 @@ class Supervisor:
     def _end_leftovers(self) -> None:
         """Ranks outlive a launcher that was killed. Those that save because they were asked to may take their time."""
         end = time.monotonic() + LEFTOVERS_MAY_TAKE_S
+        time.sleep(0.1)  # what has just been executed has no environment to be known by yet
         while any(members(self.mark)):
             if time.monotonic() > end and not self.asked_to_stop.is_set():
                 self._signal_all(signal.SIGKILL)

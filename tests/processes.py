@@ -17,7 +17,7 @@ from megagpt.metrics import read_metrics
 from tests.monitoring import ENVIRONMENT, REPOSITORY
 from tests.ranks import free_port
 
-PATIENCE_S = 90.0
+PATIENCE_S = 150.0
 PROGRAMS = Path(sys.executable).parent
 
 Process = subprocess.Popen[str]

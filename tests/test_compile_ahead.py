@@ -76,7 +76,8 @@ def test_what_matters_most_is_clean_on_hopper() -> None:
     assert_no_worse_than_the_table(rows)
 
 
-@pytest.mark.parametrize("capability", ["80", pytest.param("100", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["80", "100"])
 def test_the_main_kernels_compile_for_other_gpus(capability: str) -> None:
     assert_no_worse_than_the_table(compiled("--capability", capability, "--names", *ELSEWHERE))
 

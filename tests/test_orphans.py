@@ -74,6 +74,12 @@ def wait_for(condition):  # type: ignore[no-untyped-def]  # whatever the conditi
     return result
 
 
+def code_in(directory: Path) -> list[str]:
+    """What the launcher has written, once it has."""
+    wait_for(lambda: (directory / "code").exists() and (directory / "code").read_text())
+    return (directory / "code").read_text().split()
+
+
 @pytest.mark.parametrize(("position", "name"), [(1, "node launcher"), (2, "deepspeed")])
 def test_a_rank_ends_with_every_process_of_its_launcher(tmp_path: Path, position: int, name: str) -> None:
     launch = Launch(tmp_path)
@@ -82,7 +88,7 @@ def test_a_rank_ends_with_every_process_of_its_launcher(tmp_path: Path, position
         wait_for(lambda: not launch.rank.is_alive())
         assert f"the launcher has died (process {launch.chain[position].number}, " in (tmp_path / "output").read_text()
         if name == "deepspeed":  # the node launcher lives, and hears of it
-            assert wait_for((tmp_path / "code").read_text).split() == [str(int(ExitCode.FAILED))]
+            assert code_in(tmp_path) == [str(int(ExitCode.FAILED))]
     finally:
         launch.end()
 
@@ -106,7 +112,7 @@ def test_a_rank_may_be_asked_to_save_first(tmp_path: Path) -> None:
         os.kill(launch.chain[2].number, signal.SIGKILL)
         wait_for(lambda: not launch.rank.is_alive())
         assert (tmp_path / "saved").exists()
-        assert wait_for((tmp_path / "code").read_text).split() == ["3"]
+        assert code_in(tmp_path) == ["3"]
     finally:
         launch.end()
 

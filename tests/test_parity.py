@@ -299,7 +299,7 @@ def test_two_ranks_equal_one_process_under_every_strategy(two_ranks: RankPool, p
     assert len(seen) == len(found)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_wrong_sum_is_seen(two_ranks: RankPool, precision: str) -> None:
     """The tensor ranks keep their partial sums to themselves: only the strategy that makes such sums differs."""
     few = [Strategy({"pipeline": 2}, 3), *(Strategy({"tensor": 2, "sequence": cut}, 3) for cut in (False, True))]

@@ -20,6 +20,7 @@ def pipeline_of_two(stage: int, zero: dict[str, Any], **parallel: Any) -> Config
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "times"), [(1, 1), (3, MICRO_BATCHES)])
 def test_per_step_sends_each_gradient_once(four_ranks: RankPool, stage: int, times: int) -> None:
     """Per micro-batch, those stages send each time that cut gradients; ZeRO 1 waits for the last by itself."""

@@ -221,8 +221,10 @@ def test_ranks_that_disagree_are_named(two_ranks: RankPool, prepared: Path, tmp_
     "parallel",
     [
         {"pipeline": 2},
-        {"tensor": 2, "sequence": True},
-        *(pytest.param(parallel, marks=pytest.mark.slow) for parallel in ({}, {"tensor": 2})),
+        *(
+            pytest.param(parallel, marks=pytest.mark.slow)
+            for parallel in ({}, {"tensor": 2}, {"tensor": 2, "sequence": True})
+        ),
     ],
     ids=str,
 )

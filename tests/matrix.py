@@ -16,7 +16,7 @@ from tests.configurations import Config, tiny, with_zero
 
 STEPS = 3
 SAMPLES, LENGTH, WIDTH = 2, 16, 32  # of a micro-batch, of a sample, of the residual stream
-TOKENS, ROWS = 120, 128  # of the vocabulary, of the embedding: eight are padding
+TOKENS = 120  # of the vocabulary; the embedding has 128 rows, of which eight are padding
 MOST_RANKS = 4  # of a row in `make test`
 SWAPPED_BYTES = 4096  # of the smallest tensor that goes to the disk; DeepSpeed's own limit is 1 MiB
 
@@ -161,5 +161,8 @@ def legal_rows(most_ranks: int) -> list[Row]:
 
 
 if __name__ == "__main__":
+    legal = legal_rows(most_ranks=8)
+    total, few = len(list(all_rows())), len(selection(legal, triples))
+    print(f"    # {len(legal):,} of {total:,} are legal; in {few} of them meet every three levels")
     for row in sorted(selection(legal_rows(MOST_RANKS), pairs)):
         print(f"    Row{tuple(row)},")

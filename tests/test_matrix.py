@@ -115,6 +115,7 @@ def test_in_the_selection_every_two_levels_meet_that_legally_can() -> None:
     legal = legal_rows(MOST_RANKS)
     assert set(SELECTED) <= set(legal)
     assert {row[:4] for row in legal} == set(CELLS)
+    assert sum(len(rows_of(cell)) for cell in CELLS) == 1746, "docs/parallelism.md has this number"
     assert set().union(*map(pairs, legal)) == set().union(*map(pairs, SELECTED))
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from megagpt import compat, internals, ops, tensor_parallel
 from megagpt.boxes import Box
 from megagpt.config import ResolvedConfig
+from megagpt.device import set_cuda_defaults
 from megagpt.distributed import COLLECTIVE_TIMEOUT, Mesh
 from megagpt.launchers import adopt_launch
 from megagpt.model import GPT, decayed, global_names, initial_value, replace_parameters
@@ -99,6 +100,7 @@ def collective_timeout(config: ResolvedConfig) -> timedelta:
 def join_ranks(timeout: timedelta = COLLECTIVE_TIMEOUT) -> None:
     """Join the other ranks, as a launcher's environment says; alone where there is no launcher."""
     adopt_launch()
+    set_cuda_defaults()
     ops.use_private_extensions()
     internals.check()
     compat.suppress_shared_memory_collectives()

@@ -184,10 +184,9 @@ def build_engine(config: ResolvedConfig, mesh: Mesh) -> Engine:
     Peak memory is this rank's shard plus one parameter. Raises UserError where an op that the configuration needs
     cannot be built.
     """
-    device_type = get_accelerator().device_name()
-    ops.build(
-        [op for op in ops.needed_ops(config, device_type) if not ops.has_substitute(op) or not ops.missing_tools(op)]
-    )
+    needed = ops.needed_ops(config, get_accelerator().device_name())
+    ops.require_tools(needed)
+    ops.build([op for op in needed if not ops.missing_tools(op)])
     ds_config = deepspeed_config(config, get_accelerator().device_name())
     compat.scope_trace_check(mesh)
     axis = TensorAxis(mesh.tensor_group, config.megagpt.parallel.sequence) if mesh.tensor_size > 1 else None

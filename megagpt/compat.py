@@ -14,6 +14,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import cpu_adam
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
@@ -315,6 +316,9 @@ def sum_reduced_gradients(engine: DeepSpeedEngine, weight: Any, group: dist.Proc
     piece.copy_(total)
     if zero.offload_optimizer and held > 0:
         zero._offload_grad_partition_at_boundary(weight, total, {}, {})
+        # It copies to the host without waiting (stage3.py:1457), and CPU Adam reads what it finds.
+        if (stream := get_accelerator().current_stream()) is not None:
+            stream.synchronize()
 
 
 @dataclass(frozen=True)

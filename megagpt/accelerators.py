@@ -1,12 +1,13 @@
 """What the makers say of their accelerators: peak, memory, links. No torch.
 
-NVIDIA's data sheets (A100 2020, L4 and L40S 2023, H100 and H200 2023, B200 2024): dense 16-bit peaks with fp32
-accumulation in TFLOP/s, memory in GiB and GB/s, and GB/s each way to the others of a host (NVLink, or PCI Express where
-there is none) and to the host itself.
+NVIDIA's data sheets (A100 2020, L4 and L40S 2023, H100 and H200 2023, H200 NVL and B200 2024): dense 16-bit peaks with
+fp32 accumulation in TFLOP/s, memory in GiB and GB/s, and GB/s each way to the others of a host (NVLink, or PCI Express
+where there is none) and to the host itself.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -21,9 +22,10 @@ class Accelerator:
     host_gb_per_s: float
 
 
-# By the name that the driver gives, the first that is found in it counting.
+# By words of the name that the driver gives ("NVIDIA H100 80GB HBM3"); the first whose words are all there counts.
 ACCELERATORS = {
     "B200": Accelerator(2250.0, 180, 8000, 900, 64),
+    "H200 NVL": Accelerator(835.0, 141, 4800, 450, 64),
     "H200": Accelerator(989.4, 141, 4800, 450, 64),
     "H100 PCIe": Accelerator(756.0, 80, 2000, 300, 64),
     "H100 NVL": Accelerator(835.0, 94, 3900, 300, 64),
@@ -35,5 +37,12 @@ ACCELERATORS = {
 
 
 def find(name: str) -> Accelerator | None:
-    """The accelerator that a driver's name or a user's word means, whatever its case; None where none does."""
-    return next((found for known, found in ACCELERATORS.items() if known.lower() in name.lower()), None)
+    """Return the accelerator that a driver's name or a user's word means, whatever its case; None where none does.
+
+    Words are compared whole: a GH200, an L40 and an RTX A1000 are other devices than an H200, an L4 and an A100. A
+    slice of a device (MIG) has only a part of its rates.
+    """
+    words = set(re.findall(r"[a-z0-9]+", name.lower()))
+    if "mig" in words:
+        return None
+    return next((found for known, found in ACCELERATORS.items() if words.issuperset(known.lower().split())), None)

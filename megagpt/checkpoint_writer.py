@@ -115,20 +115,23 @@ def live(engine: Engine) -> Generator[Flats]:
 
 
 class Snapshot:
-    """A copy of this rank's state in host memory, which is kept from save to save; pinned where a GPU copies to it."""
+    """A copy of this rank's state in host memory, which is kept from save to save; pinned where a GPU copies to it.
+
+    State in host memory is copied by the processor: pinning its copy would take time and memory (model_states.py,
+    `pinned_block`) for nothing.
+    """
 
     def __init__(self) -> None:
         self._flats: list[Flats] = []
 
     def take(self, engine: Engine) -> list[Flats]:
         """Copy what the buckets hold now; what an earlier call returned is overwritten."""
-        on_gpu = engine.device.type == "cuda"
         for index, flats in enumerate(live(engine)):
             if index == len(self._flats):
-                self._flats.append({k: torch.empty(f.numel(), pin_memory=on_gpu) for k, f in flats.items()})
+                self._flats.append({k: torch.empty(f.numel(), pin_memory=f.is_cuda) for k, f in flats.items()})
             for kind, flat in flats.items():
                 self._flats[index][kind].copy_(flat, non_blocking=True)
-            if on_gpu:
+            if any(flat.is_cuda for flat in flats.values()):
                 torch.cuda.synchronize(engine.device)  # before a bucket's buffers go back to whoever swaps it
         return self._flats
 

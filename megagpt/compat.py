@@ -5,7 +5,7 @@ wherever it lies (device, host memory, NVMe). Paths below are relative to the ``
 checks at the start that those files are the ones meant.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,12 +14,13 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import cpu_adam
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
-from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining import PipelineStage, schedules
 
 from megagpt.utils import UserError
 
@@ -177,6 +178,24 @@ class _Inject(torch.autograd.Function):
         return gradient, None
 
 
+def batch_p2p(p2p_ops: list[dist.P2POp], desc: str | None = None) -> list[dist.Work]:
+    """Post a pipeline's list of sends and receives as one batch.
+
+    torch 2.13 posts a list of only sends, or only receives, unbatched, so that they may overtake each other
+    (pipelining/schedules.py:623). NCCL lets them only where no device is bound: then each pair of ranks gets one more
+    communicator. DeepSpeed binds it (comm/torch.py:281), and unbatched operations wait for each other on the group's
+    communicator. As a batch they use the group's in both cases, as in torch 2.11.
+
+    The order is safe on serial communicators: where two ranks owe each other something at the same time (1F1B's steady
+    state), both operations are one batch; GPipe and the interleaved schedule have no such time. That is not taken on
+    trust: `tests/test_pipeline_order.py` executes what every schedule posts.
+    """
+    return dist.batch_isend_irecv(p2p_ops) if p2p_ops else []
+
+
+schedules._batch_p2p = batch_p2p
+
+
 class EngineStage(PipelineStage):
     """A torch pipeline stage whose forward and backward go through the DeepSpeed engine.
 
@@ -184,12 +203,21 @@ class EngineStage(PipelineStage):
     every backward through ``engine.backward``, which takes scalars only: a torch-style backward with a gradient queues
     its epilogue once and crashes in step(). The schedules of ``pipeline.py`` make full backwards only; one of the
     inputs alone would leave the weights' for later, when ZeRO-3 has released them.
+
+    ``neighbour_groups`` are groups of this rank and one other, by the other's global rank. What is sent to that rank or
+    received from it goes through its group; what has none, through the pipeline's.
     """
 
     def __init__(
-        self, engine: DeepSpeedEngine, chunk: int, before_backward: Callable[[int], None], **place: Any
+        self,
+        engine: DeepSpeedEngine,
+        chunk: int,
+        before_backward: Callable[[int], None],
+        neighbour_groups: Mapping[int, dist.ProcessGroup],
+        **place: Any,
     ) -> None:
         super().__init__(engine.module.chunks[chunk], **place)
+        self.neighbour_groups = neighbour_groups
         self.engine, self.chunk, self.before_backward = engine, chunk, before_backward
         self.awaited: list[tuple[nn.Module, Any]] | None = None  # by module: inputs whose gradients end its backward
 
@@ -215,13 +243,26 @@ class EngineStage(PipelineStage):
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """What to post for the inputs of a micro-batch."""
         self._hold(self.args_recv_info[fwd_chunk_id])
-        return super().get_fwd_recv_ops(fwd_chunk_id)
+        return self._between_neighbours(super().get_fwd_recv_ops(fwd_chunk_id))
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """What to post for the gradients of a micro-batch's outputs."""
         if self.has_backward and not self.is_last:
             self._hold(self.grad_recv_info[bwd_chunk_id])
-        return super().get_bwd_recv_ops(bwd_chunk_id)
+        return self._between_neighbours(super().get_bwd_recv_ops(bwd_chunk_id))
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """What to post for the outputs of a micro-batch."""
+        return self._between_neighbours(super().get_fwd_send_ops(fwd_chunk_id))
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        """What to post for the gradients of a micro-batch's inputs."""
+        return self._between_neighbours(super().get_bwd_send_ops(bwd_chunk_id))
+
+    def _between_neighbours(self, operations: Sequence[dist.P2POp]) -> list[dist.P2POp]:
+        """Let each operation use the group of the two ranks that it joins."""
+        groups = self.neighbour_groups
+        return [dist.P2POp(o.op, o.tensor, o.peer, groups.get(o.peer, self.group)) for o in operations]
 
     def _hold(self, received: tuple[Any, ...]) -> None:
         for info in received:
@@ -315,6 +356,9 @@ def sum_reduced_gradients(engine: DeepSpeedEngine, weight: Any, group: dist.Proc
     piece.copy_(total)
     if zero.offload_optimizer and held > 0:
         zero._offload_grad_partition_at_boundary(weight, total, {}, {})
+        # It copies to the host without waiting (stage3.py:1457), and CPU Adam reads what it finds.
+        if (stream := get_accelerator().current_stream()) is not None:
+            stream.synchronize()
 
 
 @dataclass(frozen=True)

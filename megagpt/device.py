@@ -2,11 +2,15 @@
 
 import math
 import os
+import resource
 import time
+from collections.abc import MutableMapping
+from dataclasses import dataclass
 
 import torch
 
 from megagpt.accelerators import find
+from megagpt.utils import GIB
 
 _CPU_MATRIX = 1024
 _CPU_MEASURING_S = 0.5
@@ -19,6 +23,28 @@ def announce_to_deepspeed() -> None:
     """
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+# What torch reads when it first allocates on a GPU, and when it makes the first NCCL group. By each name, all names
+# that it has or had: a user may have set any.
+CUDA_DEFAULTS = {
+    # ZeRO-3 allocates and frees parameters of all sizes: fixed segments leave gaps that none of them fits.
+    "PYTORCH_ALLOC_CONF": ("expandable_segments:True", ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")),
+    # Entries of NCCL's flight recorder, which the watch reads when a run hangs (flight_recorder.py).
+    "TORCH_FR_BUFFER_SIZE": ("2000", ("TORCH_NCCL_TRACE_BUFFER_SIZE",)),
+}
+
+
+def set_cuda_defaults(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Where there are GPUs, choose torch's allocator and recorder settings that the user left open.
+
+    Must be called before the first tensor on a GPU and before the first process group.
+    """
+    if not torch.cuda.is_available():
+        return
+    for name, (value, other_names) in CUDA_DEFAULTS.items():
+        if not any(given in environment for given in (name, *other_names)):
+            environment[name] = value
 
 
 def describe(device: torch.device) -> str:
@@ -47,6 +73,23 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
         known = find(torch.cuda.get_device_name(device))
         return 1e12 * known.peak_tflops if known else None
     return None
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """The most memory that this rank has held, in GiB. ``reserved`` is what torch's allocator took from a GPU, of which
+    ``allocated`` was in use; the rest lies between blocks. None on a CPU, where the process's memory counts."""
+
+    allocated: float
+    reserved: float | None
+
+
+def peak_memory(device: torch.device) -> PeakMemory:
+    """Return the peak of this rank's GPU, or of the process where it computes on the CPU."""
+    if device.type == "cuda":
+        allocated = torch.cuda.max_memory_allocated(device)
+        return PeakMemory(allocated / GIB, torch.cuda.max_memory_reserved(device) / GIB)
+    return PeakMemory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, None)
 
 
 def _measured_product_flops(device: torch.device) -> float:

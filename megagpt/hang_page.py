@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megagpt.crash import PAGE_WIDTH
+from megagpt.flight_recorder import Finding, find_absent
 from megagpt.text import redacted, without_control_characters
 from megagpt.watch import RankState
 
@@ -56,13 +57,15 @@ def grouped(states: Iterable[RankState]) -> list[list[RankState]]:
 def odd_ranks(states: Sequence[RankState]) -> list[int]:
     """The ranks that the others most likely wait for; empty where all are in the same place.
 
-    In this order: those that do not answer, those that are steps behind, those that wait for nobody while others do,
-    and those in the least common place.
+    In this order: those that do not answer, those that are absent from what the others' devices wait in, those that are
+    steps behind, those that wait for nobody while others do, and those in the least common place.
     """
+    absent = _absent(states)
     furthest = max(state.step for state in states)
     waits = any(state.collective for state in states)
     suspicions = (
         [state.rank for state in states if state.silent_s is not None],
+        list(absent.ranks) if absent is not None else [],
         [state.rank for state in states if state.step < furthest],
         [state.rank for state in states if waits and state.collective is None],
     )
@@ -73,15 +76,23 @@ def odd_ranks(states: Sequence[RankState]) -> list[int]:
     return [state.rank for state in groups[0]] if len(groups) > 1 and len(groups[0]) < len(groups[1]) else []
 
 
+def _absent(states: Sequence[RankState]) -> Finding | None:
+    """What torch's flight recorders say together."""
+    return find_absent({state.rank: state.groups for state in states if state.silent_s is None})
+
+
 def verdict(states: Sequence[RankState]) -> str:
-    """One sentence: who differs, and how."""
+    """One sentence: who differs, and how; another one where the flight recorders agree."""
     odd = odd_ranks(states)
     if not odd:
         return "no rank differs: all wait in the same place, or in as many places as there are ranks"
     first = next(state for state in states if state.rank == odd[0])
     rest = [state for state in states if state.rank not in odd]
     others = f"while {_ranks([state.rank for state in rest])} {'is' if len(rest) == 1 else 'are'} {_where(rest[0])}"
-    return f"{_ranks(odd)} differ{'s' if len(odd) == 1 else ''}: {_where(first)}, {others}"
+    absent = _absent(states)
+    found = absent is not None and list(absent.ranks) == odd
+    recorded = f". torch's flight recorder: {_ranks(odd)} {absent.reason}" if absent is not None and found else ""
+    return f"{_ranks(odd)} differ{'s' if len(odd) == 1 else ''}: {_where(first)}, {others}{recorded}"
 
 
 def _where(state: RankState) -> str:

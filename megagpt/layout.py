@@ -35,6 +35,7 @@ class Layout:
     recompute: str
     element_bytes: int
     accumulation_bytes: int
+    saves_in_background: bool = False
 
     @classmethod
     def of(cls, config: ResolvedConfig) -> Layout:
@@ -50,6 +51,7 @@ class Layout:
             recompute=config.megagpt.training.recompute,
             element_bytes=BYTES_OF_TYPE[element_type],
             accumulation_bytes=BYTES_OF_TYPE[config.data_types.grad_accum_dtype or element_type],
+            saves_in_background=config.megagpt.checkpoint.asynchronous,
         )
 
     @property

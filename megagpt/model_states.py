@@ -66,6 +66,7 @@ class ModelStates:
     master_weights: Bytes
     moments: Bytes
     offload_buffers: Bytes
+    snapshot: Bytes
 
 
 def model_states(layout: Layout, pipeline_rank: int, data_rank: int = 0) -> ModelStates:
@@ -79,6 +80,7 @@ def model_states(layout: Layout, pipeline_rank: int, data_rank: int = 0) -> Mode
         master_weights=master_weights(shard),
         moments=moments(shard),
         offload_buffers=offload_buffers(shard),
+        snapshot=snapshot(shard),
     )
 
 
@@ -331,3 +333,32 @@ def _nvme_optimizer_buffers(shard: Shard) -> Bytes:
     assert shard.layout.zero.offload_optimizer is not None
     count = _given(shard.layout.zero.offload_optimizer.buffer_count, OPTIMIZER_BUFFER_COUNT)
     return Bytes(host=FP32_BYTES * count * max(shard.tiles))
+
+
+def snapshot(shard: Shard, *, on_gpu: bool = True) -> Bytes:
+    """What a save in the background copies to host memory and keeps (checkpoint_writer.py): master weights and two
+    moments, 4 bytes an element each.
+
+    What is copied from a GPU is pinned, a block for each run of elements: see `pinned_block`.
+    """
+    if not shard.layout.saves_in_background:
+        return Bytes()
+    pinned = on_gpu and shard.layout.zero.optimizer_device == "none"
+    sizes = [FP32_BYTES * numel for numel in _saved_runs(shard)]
+    return Bytes(host=3 * sum(pinned_block(size) if pinned else size for size in sizes))
+
+
+def _saved_runs(shard: Shard) -> Sequence[int]:
+    """Elements of each flat run of optimizer state (compat.py, `buckets`); of ZeRO 0 the parameters in turns."""
+    if shard.stage == 3:
+        return shard.tiles
+    if shard.stage > 0:
+        return shard.group_partitions
+    in_groups = sorted(shard.parameters, key=lambda parameter: not parameter.decayed)
+    return [parameter.numel for parameter in in_groups[shard.data_rank :: shard.layout.data]]
+
+
+def pinned_block(size: int) -> int:
+    """Bytes that torch pins for a tensor of `size` bytes: the next power of two (aten/src/ATen/core/
+    CachingHostAllocator.h, `PowerOf2Ceil`; pytorch issues 95823 and 150517)."""
+    return 1 << (size - 1).bit_length() if size else 0

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EVENTS", "Monitor", "StepRecord", "crash_page", "open_rank_log"]
 
-EVENTS = ("eval", "save", "resume", "proof", "rewind", "skip", "sample", "stop", "straggler", "warning")
+EVENTS = ("eval", "save", "resume", "proof", "rewind", "skip", "sample", "stop", "straggler", "memory", "warning")
 
 logger = logging.getLogger(__name__)
 

@@ -23,6 +23,7 @@ from megagpt.utils import UserError, human_duration
 
 EXTENSIONS_VARIABLE = "TORCH_EXTENSIONS_DIR"
 NOTICE_S, PAUSE_S = 5.0, 0.1
+BUILT_FOR_CUDA = ("FusedAdamBuilder", "AsyncIOBuilder")
 STALE_LOCK_AGE_S = 15 * 60  # the longest build seen took 3 minutes on two cores
 
 log = logging.getLogger(__name__)
@@ -96,8 +97,39 @@ def missing_tools(op: str) -> str | None:
         return "there is no C++ compiler (Debian, Ubuntu: apt install g++)"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return "Python's own headers are missing (Debian, Ubuntu: apt install python3-dev)"
-    if op == "FusedAdamBuilder" and shutil.which("nvcc") is None and "CUDA_HOME" not in os.environ:
-        return "there is no CUDA compiler (nvcc, or CUDA_HOME pointing at a toolkit)"
+    return _missing_of_cuda(op) if op in BUILT_FOR_CUDA and _builds_for_cuda() else None
+
+
+def require_tools(ops: list[str]) -> None:
+    """Raise UserError where an op that nothing stands in for is not built and cannot be; loads DeepSpeed."""
+    for op in ops:
+        if not has_substitute(op) and (reason := missing_tools(op)):
+            raise UserError(f"zero_optimization: offload to NVMe needs DeepSpeed's {_name(op)}, and {reason}")
+
+
+def _builds_for_cuda() -> bool:
+    """Whether DeepSpeed compiles these ops against CUDA: it does where torch can use a GPU, and only for its own
+    choice of accelerator (op_builder/builder.py:580, op_builder/cpu/async_io.py)."""
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    return torch.version.cuda is not None and torch.cuda.is_available() and get_accelerator().device_name() == "cuda"
+
+
+def _missing_of_cuda(op: str) -> str | None:
+    """Name what is absent of the toolkit that torch found (CUDA_HOME, or the place of nvcc, or /usr/local/cuda)."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    remedy = (
+        f"install NVIDIA's CUDA toolkit {torch.version.cuda} (https://developer.nvidia.com/cuda-downloads) and "
+        "export CUDA_HOME=/usr/local/cuda, or where it is"
+    )
+    if CUDA_HOME is None:
+        return f"there is no CUDA toolkit; {remedy}"
+    needed = "bin/nvcc" if op == "FusedAdamBuilder" else "include/cuda_runtime_api.h"
+    if not Path(CUDA_HOME, needed).exists():
+        return f"the CUDA toolkit in {CUDA_HOME} has no {needed}; {remedy}"
     return None
 
 
@@ -122,8 +154,7 @@ def _load(op: str) -> None:
     try:
         _builder(op).load(verbose=False)
     except Exception as error:  # whatever the compiler or the loader had to say belongs to the reader
-        remedy = "apt install libaio-dev" if op == "AsyncIOBuilder" else "see the compiler's output above"
-        raise UserError(f"DeepSpeed's {_name(op)} did not build: {error}\n{remedy}") from error
+        raise UserError(f"DeepSpeed's {_name(op)} did not build: {error}\nsee the compiler's output above") from error
 
 
 def _builder(op: str):  # type: ignore[no-untyped-def]  # DeepSpeed's builders have no common public type

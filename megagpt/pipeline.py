@@ -129,7 +129,13 @@ class Pipeline:
         place = {"num_stages": engine.num_stages, "device": engine.device, "group": engine.mesh.pipeline_group}
         self.stages = [
             compat.EngineStage(
-                engine.deepspeed, chunk, self._before_backward, stage_index=stage, **place, **self._shapes(stage)
+                engine.deepspeed,
+                chunk,
+                self._before_backward,
+                engine.neighbour_groups,
+                stage_index=stage,
+                **place,
+                **self._shapes(stage),
             )
             for chunk, stage in enumerate(engine.stages)
         ]

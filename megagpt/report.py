@@ -125,6 +125,7 @@ def _tiles(history: History) -> str:
     last = history.steps[-1]
     evaluations = [event["val_loss"] for event in history.events_named("eval") if event.get("val_loss") is not None]
     supervised = history.events_named("supervise")
+    reserved = [event["reserved_gib"] for event in history.events_named("memory")]
     utilisation = [record.mfu for record in history.steps if record.mfu is not None]
     numbers = {
         "step": f"{last.step:,}",
@@ -134,6 +135,7 @@ def _tiles(history: History) -> str:
         "tokens/s, median": human_count(statistics.median(record.tokens_per_s for record in history.steps)),
         "MFU, median": f"{100 * statistics.median(utilisation):.1f} %" if utilisation else None,
         "peak memory": f"{max(record.memory_gib for record in history.steps):.2f} GiB",
+        "reserved memory": f"{max(reserved):.2f} GiB" if reserved else None,
         "time in steps": human_duration(history.time_in_steps_s()),
         "effective training time": f"{supervised[-1]['effective_training_time_ratio']:.1%}" if supervised else None,
         "skipped steps": str(last.skipped_steps) if last.skipped_steps else None,

@@ -15,7 +15,7 @@ from socket import gethostname
 from typing import TextIO
 
 import kernels  # noqa: F401  chooses Triton's interpreter, where it is asked for, before DeepSpeed imports Triton
-from megagpt import endings, faults, internals
+from megagpt import endings, faults, internals, ops
 from megagpt import run_directory as directories
 from megagpt.config import RunConfig, load_config
 from megagpt.dataset import SampleStream
@@ -62,6 +62,7 @@ def _start(arguments: argparse.Namespace) -> int:
         raise UserError(f"{directory}: nothing to resume; leave out --resume to start it")
     streams = open_data(config, directory)
     internals.check()  # one host's DeepSpeed may differ: its ranks say so before the others wait for them
+    _require_ops(config)
     with _gathered(directory):
         _announce_device()
         return _run_to_its_end(config, streams, directory, wishes)
@@ -102,6 +103,15 @@ def _claimed(directory: Path) -> TextIO:
 
 def _cannot_be_written(directory: Path, error: OSError) -> UserError:
     return UserError(f"{directory}: cannot be written ({error.strerror}); choose another --run_dir")
+
+
+def _require_ops(config: RunConfig) -> None:
+    """Raise UserError where this host cannot compile an op that nothing stands in for, before others wait for it."""
+    needed = [op for op in ops.needed_ops(config, "cpu") if not ops.has_substitute(op)]
+    if needed:
+        _announce_device()
+        ops.use_private_extensions()
+        ops.require_tools(needed)
 
 
 def _announce_device() -> None:

@@ -4,7 +4,6 @@ Every rank's steps last equally long, as all wait for the slowest; what differs 
 """
 
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -21,26 +20,40 @@ LEAST_SHARE = 0.1  # of a step's time: what a rank may work longer before it cos
 
 
 class StragglerWatch:
-    """Adds up what this rank works in its steps and compares it with its peers every ``WINDOW_STEPS``."""
+    """Adds up what this rank works in its steps and compares it with its peers every ``WINDOW_STEPS``.
 
-    def __init__(self, mesh: Mesh, device: torch.device) -> None:
+    On a GPU one step of a window is measured. Copies between host and device on other streams count as waiting there,
+    so that a slow bus does not show.
+    """
+
+    def __init__(self, mesh: Mesh, device: torch.device, clock: waits.Clock | None = None) -> None:
         self.device, self.peers = device, peers(mesh.device_mesh.mesh)
+        self.clock: waits.Clock = clock or (waits.DeviceClock() if device.type == "cuda" else waits.HostClock())
         self.steps, self.worked_s, self.lasted_s = 0, 0.0, 0.0
         self.rows: Counter[int] = Counter()
-        waits.measure()
+        waits.hook(device)
 
     def begin_step(self) -> None:
         """Before the samples are loaded: a slow disk counts as work."""
-        self.started_s, self.waited_before_s = time.perf_counter(), waits.waited_s()
+        if self._measures:
+            self.started = self.clock.mark()
+            waits.begin(self.clock)
+
+    @property
+    def _measures(self) -> bool:
+        """Whether the step that comes, or is under way, is measured."""
+        return (self.steps + 1) % self.clock.every == 0
 
     def end_step(self) -> list[tuple[int, float]]:
         """The ranks that have become stragglers with this step, and how many times as long as its peers each works.
 
         Every rank must call it; all get the same answer. A straggler is named again only after it has caught up.
         """
-        lasted_s = time.perf_counter() - self.started_s
-        self.lasted_s += lasted_s
-        self.worked_s += lasted_s - (waits.waited_s() - self.waited_before_s)
+        if self._measures:
+            stalls, ended = waits.end(), self.clock.mark()
+            lasted_s = self.clock.between_s(self.started, ended)
+            self.lasted_s += lasted_s
+            self.worked_s += lasted_s - sum(self.clock.between_s(*stall) for stall in stalls)
         self.steps += 1
         if self.steps % WINDOW_STEPS:
             return []

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from megagpt.batches import BatchLoader
 from megagpt.checkpoint import Saved, Saver
 from megagpt.checkpoint_format import TrainState, step_directory
 from megagpt.config import ResolvedConfig
+from megagpt.device import peak_memory
 from megagpt.engine import Engine
 from megagpt.execution import conditions
 from megagpt.flops import model_flops_utilisation
@@ -29,7 +29,7 @@ from megagpt.resume import resume
 from megagpt.resume_proof import NextStep, compare
 from megagpt.signals import Wish, Wishes
 from megagpt.stragglers import StragglerWatch
-from megagpt.utils import GIB, UserError
+from megagpt.utils import UserError
 from megagpt.watch import Pulse
 
 log = logging.getLogger(__name__)
@@ -286,7 +286,7 @@ class Meter:
     """Times steps and reports them every ``log_interval_steps``; pauses are not counted as training."""
 
     def __init__(self, run: Run) -> None:
-        self.run = run
+        self.run, self.reserved_gib = run, 0.0
         self.steps, self.paused_s, self.started = 0, 0.0, time.perf_counter()
 
     def after_step(self, result: pipeline.StepResult) -> None:
@@ -296,7 +296,17 @@ class Meter:
         if due(self.run.config.megagpt.monitor.log_interval_steps, self.run.state.step, total_steps):
             step_time_s = (time.perf_counter() - self.started - self.paused_s) / self.steps
             self.run.monitor.step(self._record(result, step_time_s))
+            self._report_reserved()
             self.steps, self.paused_s, self.started = 0, 0.0, time.perf_counter()
+
+    def _report_reserved(self) -> None:
+        """Record what the allocator has taken from the GPU, which runs out before what is allocated fills it; again
+        only once it has grown by a hundredth."""
+        peak = peak_memory(self.run.engine.device)
+        if peak.reserved is not None and peak.reserved > 1.01 * self.reserved_gib:
+            self.reserved_gib = peak.reserved
+            sizes = {"allocated_gib": peak.allocated, "reserved_gib": peak.reserved}
+            self.run.monitor.event("memory", step=self.run.state.step, **sizes)
 
     def pause(self, work: Callable[[], None]) -> None:
         """Do something that is not training."""
@@ -317,7 +327,7 @@ class Meter:
             tokens_per_s=tokens_per_s,
             tokens_per_s_per_device=tokens_per_s / devices,
             mfu=self._mfu(tokens_per_s / devices),
-            memory_gib=peak_memory_gib(self.run.engine.device),
+            memory_gib=peak_memory(self.run.engine.device).allocated,
             skipped_steps=state.skipped_steps,
         )
 
@@ -329,10 +339,3 @@ class Meter:
             tokens_per_s_per_device=tokens_per_s_per_device,
             peak_flops_per_s=self.run.peak_flops,
         )
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """The most memory this rank has held: on its GPU, or of the process where it computes on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB

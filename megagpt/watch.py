@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from megagpt.flight_recorder import GroupState, group_states
 from megagpt.utils import ExitCode
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
 OWN = str(Path(__file__).resolve().parent)
 MODULE_CALLS = ("forward", "_call_impl")
 MOST_FRAMES = 40
+LISTS = ("members", "peers")  # of a GroupState, tuples here and lists in JSON
 START_S = 900.0  # a stage of the start may take minutes without a sign: an op that is compiled, a checkpoint to be read
 
 
@@ -60,6 +62,7 @@ class RankState:
     stack: tuple[str, ...]
     final: bool = False
     silent_s: float | None = None
+    groups: tuple[GroupState, ...] = ()  # at the end, where torch records its operations
 
     @property
     def whereabouts(self) -> tuple[Any, ...]:
@@ -146,7 +149,7 @@ class Watch:
 
     def _end_the_run(self) -> None:
         """Say where this rank is; the one that raised the alarm waits for the others to do so, and reports."""
-        self._write(replace(self._own_state(), final=True))
+        self._write(replace(self._own_state(), final=True, groups=group_states()))
         try:
             with self._alarm.open("x") as file:
                 file.write(f"rank {self.rank}\n")
@@ -183,7 +186,8 @@ class Watch:
         path = self._file(rank)
         try:
             found = json.loads(path.read_text())
-            state = RankState(**found | {"stack": tuple(found["stack"])})
+            groups = tuple(GroupState(**group | {k: tuple(group[k]) for k in LISTS}) for group in found["groups"])
+            state = RankState(**found | {"stack": tuple(found["stack"]), "groups": groups})
             return state if state.final else replace(state, silent_s=max(0.0, now - path.stat().st_mtime))
         except (OSError, ValueError, TypeError, KeyError):
             return RankState(rank, f"rank {rank}", 0, "unknown", 0.0, None, None, "it has left no word", ())

@@ -45,7 +45,8 @@ def counted(mesh: Mesh) -> Iterator[Traffic]:
 
     def counting(method: Callable[..., Any], operation: str) -> Callable[..., Any]:
         def call(group: ProcessGroup, *arguments: Any, **options: Any) -> Any:
-            key = axes.get(group.group_name, "other"), operation
+            # Only pipelines send, an interleaved one through groups of two (`engine.neighbour_groups`).
+            key = "pipeline" if operation == "send" else axes.get(group.group_name, "other"), operation
             calls[key] += 1
             elements[key] += max(map(tensor_elements, arguments[:2]), default=0)
             return method(group, *arguments, **options)

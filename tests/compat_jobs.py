@@ -1,5 +1,6 @@
 """What the ranks of a pool do for the tests of what DeepSpeed would wait for without an end."""
 
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -46,3 +47,30 @@ def end_with_other_modules(config: dict[str, Any]) -> str:
     finally:
         destroy(engine)
     raise AssertionError("trained")
+
+
+def copies_of_tied_gradients(config: dict[str, Any], steps: int) -> list[str]:
+    """Train with the optimizer in host memory; what becomes of a tied weight's gradient, and the updates, in order."""
+    engine = build(config)
+    zero, said = engine.deepspeed.optimizer, list[str]()
+    stream = SimpleNamespace(synchronize=lambda: said.append("synchronised"))
+
+    def noted(name: str, method: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            said.append(name)
+            return method(*arguments, **options)
+
+        return call
+
+    try:
+        with (
+            patch.object(compat, "get_accelerator", lambda: SimpleNamespace(current_stream=lambda: stream)),
+            patch.object(zero, "step", noted("updated", zero.step)),
+            patch.object(
+                zero, "_offload_grad_partition_at_boundary", noted("copied", zero._offload_grad_partition_at_boundary)
+            ),
+        ):
+            train_steps(engine, range(steps))
+        return said
+    finally:
+        destroy(engine)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagpt import compat, pipeline
+from megagpt.checkpoint_writer import Snapshot
 from megagpt.engine import Engine
 from tests.jobs import build, destroy, micro_batches
 
@@ -27,6 +28,7 @@ def held_states(config: dict[str, Any]) -> dict[str, Any]:
             "place": (engine.mesh.pipeline_rank, engine.mesh.data_rank),
             "accumulating_gradients": accumulating,
             "reduced_gradients": reduced,
+            "snapshot": storage_bytes(copy for flats in Snapshot().take(engine) for copy in flats.values()),
             "pipeline_buffers": (max(under_way, default=0), storage_bytes(pipeline_buffers(engine))),
             **states(engine),
         }

@@ -1,12 +1,18 @@
 """What ranks do in the tests of signals, guards, drift and hangs: whole runs that something happens to."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 from megagpt import faults as sabotage
 from megagpt import train as loop
+from megagpt import waits
 from megagpt.guard import StoppedByGuardError
 from megagpt.signals import Wish
+from megagpt.stragglers import StragglerWatch
 from megagpt.train import Run
 from tests.checkpoint_jobs import started
 from tests.configurations import Config
@@ -35,6 +41,39 @@ def wish_while_loading(run: Run, wishes: dict[int, Wish], during: str) -> None:
         return load(first, step)
 
     loader.load = load_and_wish
+
+
+class RecordedClock:
+    """Stands for a GPU's stream: it goes on by what the test says, while the host takes no time."""
+
+    every = 1
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def mark(self) -> float:
+        return self.now_s
+
+    def between_s(self, earlier: float, later: float) -> float:
+        return later - earlier
+
+    def advance(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+def named_by_a_device(work_s: list[float], steps: int, by_host: bool) -> list[list[tuple[int, float]]]:
+    """Who is named after each step, where each rank's stream works so long and then waits for the slowest."""
+    clock, rank, world_size = RecordedClock(), dist.get_rank(), dist.get_world_size()
+    mesh: Any = SimpleNamespace(device_mesh=SimpleNamespace(mesh=torch.arange(world_size).view(1, world_size, 1)))
+    watch = StragglerWatch(mesh, torch.device("cpu"), waits.HostClock() if by_host else clock)
+    wait_on_device = waits.timed(clock.advance)
+    named = []
+    for _ in range(steps):
+        watch.begin_step()
+        clock.advance(work_s[rank])
+        wait_on_device(max(work_s) - work_s[rank])
+        named.append(watch.end_step())
+    return named
 
 
 def train_sabotaged(config: Config, directory: Path, faults: str) -> dict[str, Any]:

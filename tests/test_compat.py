@@ -38,3 +38,13 @@ def test_replicas_that_run_different_modules_end(
     for place, line in zip(places, said, strict=True):
         assert place in line
         assert line.endswith("data-parallel ranks of one stage ran different modules")
+
+
+def test_the_copy_of_a_tied_gradient_has_arrived_before_the_update(two_ranks: RankPool) -> None:
+    config = with_zero(tiny(tie_embeddings=True), 3, "cpu")
+    config["megagpt"]["parallel"] = {"pipeline": 2, "gradient_reduction": "per_micro_batch"}
+    for said in two_ranks.run("tests.compat_jobs:copies_of_tied_gradients", config=config, steps=2):
+        assert said.count("synchronised") == said.count("updated") == 2
+        for index, event in enumerate(said):
+            if event == "updated":
+                assert said[index - 2 : index] == ["copied", "synchronised"]

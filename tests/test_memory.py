@@ -9,7 +9,7 @@ import pytest
 
 from megagpt.config import RunConfig
 from megagpt.layout import Layout
-from megagpt.model_states import model_states, shard_of
+from megagpt.model_states import model_states, pinned_block, shard_of, snapshot
 from megagpt.working_memory import gathered_parameters, pipeline_buffers
 from tests.configurations import tiny, with_zero
 from tests.ranks import RankPool
@@ -34,7 +34,7 @@ def run_on(mesh: tuple[int, int, int], stage: int, bf16: bool = True, micro: int
     """A run of two micro-batches a step on a mesh."""
     pipeline, data, tensor = mesh
     config = with_zero(tiny(batch=2 * micro * data, micro=micro, **(ODD if tensor == 1 else SHARED)), stage, **zero)
-    config["megagpt"]["parallel"] = {"pipeline": pipeline, "tensor": tensor}
+    config["megagpt"] |= {"parallel": {"pipeline": pipeline, "tensor": tensor}, "checkpoint": {"asynchronous": True}}
     return config | {"bf16": {"enabled": bf16}}
 
 
@@ -53,9 +53,26 @@ def check(pool: RankPool, config: dict[str, Any]) -> None:
         most, afterwards = held.pop("pipeline_buffers")
         assert pipeline_buffers(layout, pipeline_rank) / 2 <= most <= pipeline_buffers(layout, pipeline_rank)
         assert afterwards == 0
+        copied = snapshot(shard_of(layout, pipeline_rank, data_rank), on_gpu=False).host
+        saved = held.pop("snapshot")
+        assert saved == copied if layout.tensor == 1 else 0 < saved <= copied  # a neighbour saves what both have
         states = model_states(layout, pipeline_rank, data_rank)
         expected = {line: getattr(states, line) for line in held}
         assert held == {line: bytes_.device + bytes_.host for line, bytes_ in expected.items()}
+
+
+def test_what_is_copied_from_a_gpu_is_pinned_in_powers_of_two() -> None:
+    """The issues' sizes: 1.1 GiB takes 2 GiB, a power of two takes itself."""
+    assert [pinned_block(size) for size in (0, 1, 4096, 4097, 11 * 2**30 // 10)] == [0, 1, 4096, 8192, 2**31]
+    shard = shard_of(layout_of(run_on((1, 2, 1), 1), 2), 0)
+    exact = [4 * numel for numel in shard.group_partitions]
+    assert snapshot(shard).host == 3 * sum(map(pinned_block, exact)) > 3 * sum(exact)
+    assert snapshot(shard, on_gpu=False).host == 3 * sum(exact)
+    in_host = shard_of(layout_of(run_on((1, 2, 1), 1, optimizer="cpu"), 2), 0)
+    assert snapshot(in_host) == snapshot(in_host, on_gpu=False)
+    blocking = run_on((1, 2, 1), 1)
+    blocking["megagpt"]["checkpoint"] = {"asynchronous": False}
+    assert snapshot(shard_of(layout_of(blocking, 2), 0)).host == 0
 
 
 @pytest.fixture

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from megagpt import waits
 from megagpt.end_record import EndRecord
 from megagpt.hang_page import hang_page, odd_ranks, verdict
 from megagpt.metrics import read_metrics
@@ -82,6 +84,8 @@ def test_a_rank_that_hangs_is_named_with_what_it_does(
     assert [state["rank"] for state in states] == [0, 1, 2]
     assert any("megagpt/faults.py" in frame for frame in states[1]["stack"])
     assert [bool(state["collective"]) for state in states] == [True, False, True]
+    assert "torch's flight recorder: rank 1 not yet in" in flowing
+    assert all(group["waiting"] is None for group in states[1]["groups"])
 
 
 @pytest.mark.slow
@@ -176,6 +180,32 @@ def test_a_slow_rank_is_named_within_twenty_steps_and_the_run_goes_on(
     assert named["step"] <= 3 + 20
     assert named["who"].startswith("pipeline 0, data 1, tensor 0 (rank 1, host ")
     assert named["times_as_long"] > 1.3
+
+
+def test_a_slow_device_is_named_although_no_host_waits(two_ranks: RankPool) -> None:
+    """The host's clock sees nothing of it, and names nobody."""
+    arguments = {"work_s": [0.1, 0.2], "steps": 16}
+    for by_host, named in ((False, [(1, pytest.approx(2.0))]), (True, [])):
+        for rank in two_ranks.run("tests.survival_jobs:named_by_a_device", by_host=by_host, **arguments):
+            assert rank[14] == named  # three windows of five steps
+            assert not any(rank[:14] + rank[15:])
+
+
+@pytest.mark.gpu
+def test_a_stream_that_waits_for_another_stands_still() -> None:
+    cycles, device = 100_000_000, torch.device("cuda")
+    waits.hook(device)
+    torch.cuda._sleep(cycles)
+    torch.cuda.synchronize()
+    clock, other = waits.DeviceClock(), torch.cuda.Stream()
+    begun = clock.mark()
+    waits.begin(clock)
+    with torch.cuda.stream(other):
+        torch.cuda._sleep(cycles)  # a collective, say
+    torch.cuda.current_stream().wait_stream(other)
+    torch.cuda._sleep(cycles)
+    (stall,), ended = waits.end(), clock.mark()
+    assert 0.3 < clock.between_s(*stall) / clock.between_s(begun, ended) < 0.7
 
 
 # -------------------------------------------------------------------------------------------------------- the verdict

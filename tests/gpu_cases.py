@@ -8,8 +8,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.case import RIGHT, WRONG, NotRun
+from benchmarks.gpu.case import RIGHT, WRONG, Case, NotRun
 from benchmarks.gpu.child import Context
+from benchmarks.gpu.machine import Machine
+
+CPU = Machine("cpu", "a stand-in")
+
+
+def stand_in(name: str, function: str, limit_s: float = 60.0, **rest: Any) -> Case:
+    """A case made of a function below."""
+    needs: dict[str, Any] = {"expected_s": 0.0, "packages": (), "compiles": False}
+    return Case("a part", name, f"tests.gpu_cases:{function}", limit_s=limit_s, **needs | rest)
 
 
 def context(directory: str | Path, case: str = "a case") -> Context:

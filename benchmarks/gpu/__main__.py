@@ -31,7 +31,6 @@ def main(
 ) -> int:
     """Run the parts that were asked for; returns the exit code. ``machine`` and ``parts`` stand for what is found."""
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _interrupted)  # `timeout` ends a command so; the case that runs must end with it
     machine = this_machine() if machine is None else machine
     problem = writable(options.output)
     if problem:
@@ -44,11 +43,15 @@ def main(
     else:
         flow = Flow(machine, identity, options.output, 60 * options.minutes, options.again)
         offset = flow.offset
+        # `timeout` ends a command by SIGTERM; the case that runs must end with it.
+        before = signal.signal(signal.SIGTERM, _interrupted)
         try:
             outcome = flow.run(chosen)
         except KeyboardInterrupt:
             outcome = flow.outcome
-            print("interrupted: what is below was done before", file=sys.stderr)
+            print("interrupted: what follows was done before", file=sys.stderr)
+        finally:
+            signal.signal(signal.SIGTERM, before)
     report = Report.of(identity, outcome, options.output, offset)
     unwritten = "" if problem else report.write()
     if unwritten:

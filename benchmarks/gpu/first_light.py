@@ -10,7 +10,6 @@ import torch
 from benchmarks.gpu import assembler, machine, small
 from benchmarks.gpu.case import NotRun
 from benchmarks.gpu.child import Context
-from kernels.benchmark_cases import VARIANTS
 from kernels.benchmark_run import DTYPES
 from kernels.benchmark_timing import copy_ceiling_gb_per_s, gemm_ceiling_tflops
 from kernels.costs import OPERATIONS
@@ -41,15 +40,13 @@ def _triton_calls() -> str:
     return str(tool.path)
 
 
-def self_check(context: Context, head_dims: list[int], dtypes: list[str], variants: list[str] | None = None) -> None:
-    """Attention of each dtype, head dimension and variant: which implementation the self-check lets through, and what
+def self_check(context: Context, checks: list[tuple[str, int, str]]) -> None:
+    """Attention of each (dtype, head dimension, variant): which implementation the self-check lets through, and what
     that computes. WRONG where an implementation failed its check, or a result is off."""
-    for dtype in dtypes:
-        for head_dim in head_dims:
-            for variant in variants or VARIANTS:
-                sizes = {"variant": variant, "head_dims": (head_dim,), "attention_width": 4 * head_dim}
-                case = small.case_of("attention", context.device, DTYPES[dtype], **sizes)
-                _check(context, f"attention, {dtype}, head_dim {head_dim}, {variant}", case)
+    for dtype, head_dim, variant in checks:
+        sizes = {"variant": variant, "head_dims": (head_dim,), "attention_width": 4 * head_dim}
+        case = small.case_of("attention", context.device, DTYPES[dtype], **sizes)
+        _check(context, f"attention, {dtype}, head_dim {head_dim}, {variant}", case)
 
 
 def operations(context: Context, dtypes: list[str]) -> None:

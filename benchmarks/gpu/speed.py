@@ -27,11 +27,16 @@ def _measure(context: Context, this: benchmark_run.Run, case: Case, modes: tuple
         return f"{mode}, {provider}, {case.shape}"
 
     def keep(row: Row) -> None:
-        verdict = RIGHT if row.correct else WRONG
-        reason = row.failure or ("" if row.correct else f"error {row.error_vs_torch:.3g} times torch's own, 2 allowed")
-        if not row.correct and not row.provider.startswith(benchmark_run.OURS):
-            verdict, reason = NOT_RUN, f"its result is wrong: {reason}"  # a rival's fault is not ours
-        context.report(name(row.provider, row.mode), verdict, reason, **asdict(row))
+        finding = name(row.provider, row.mode)
+        reason = row.failure or f"error {row.error_vs_torch:.3g} times torch's own, 2 allowed"
+        if row.correct:
+            context.report(finding, RIGHT, **asdict(row))
+        elif row.failure.startswith("OutOfMemoryError"):
+            context.report(finding, NOT_RUN, f"too little memory: {reason}")
+        elif row.provider.startswith(benchmark_run.OURS):
+            context.report(finding, WRONG, reason, **asdict(row))
+        else:
+            context.report(finding, NOT_RUN, f"its result is wrong, so it is no yardstick: {reason}")
 
     this.keep = keep
     this.absent = lambda case, provider, mode, reason: context.report(name(provider, mode), NOT_RUN, reason)

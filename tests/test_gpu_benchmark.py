@@ -506,6 +506,7 @@ def test_a_gpu_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, answer in gpu.items():
         assert hasattr(torch.cuda, name)
         monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
     found = machine._ask_torch()
     assert (found.device, found.name, found.capability, found.device_gib) == ("cuda", "NVIDIA H200", (9, 0), 128.0)
     answer = json.dumps(dataclasses.asdict(found))
@@ -515,6 +516,24 @@ def test_a_gpu_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stdout="", stderr="a\nlibcuda is broken")
     )
     assert machine.this_machine().lack == "torch cannot be asked for a GPU: libcuda is broken"
+
+
+def test_memory_of_a_gpu_beside_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that the plan says does not fit is not begun."""
+    from benchmarks.gpu import training
+
+    for name, answer in {
+        "mem_get_info": (40 * 2**30, 0),
+        "max_memory_allocated": 2**30,
+        "max_memory_reserved": 2**31,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    memory = training.planned(training.configuration({"preset": "gpt2-124m"}, stage=1, micro_batch=8), "cuda")
+    assert 4.0 < memory["planned_gib"] < 10.0
+    peaks = training.peaks("cuda")
+    assert (peaks["allocated_gib"], peaks["reserved_gib"]) == (1.0, 2.0)
+    with pytest.raises(suite.NotRun, match="too little device memory: 40 GiB free, planned"):
+        training.planned(training.configuration({"preset": "gpt3-6.7b"}, stage=3, micro_batch=8), "cuda")
 
 
 # -------------------------------------------------------------------------------------------------------------- targets

@@ -21,11 +21,16 @@ class Sizes:
     tokens: int
     vocabulary: int
     attention_width: int  # heads * head_dim, as in the FlashAttention papers
+    variant: str = "causal"  # of attention: one of VARIANTS
 
 
 GPU_SIZES = Sizes((1024, 2048, 4096, 8192, 16384), (64, 128), (768, 1600, 4096, 8192, 12288), 16384, 50304, 2048)
 CPU_SIZES = Sizes((128, 256), (64,), (256, 768), 512, 2048, 128)
 CHECK_SIZES = Sizes((33,), (16,), (40,), 33, 70, 32)  # what the interpreter gets through in a second
+
+
+VARIANTS = ("causal", "full", "documents", "dropout", "grouped", "decode")
+_DOCUMENTS, _DROPOUT, _GROUP = 8, 0.1, 4  # documents of a sequence on average; query heads that share a head of keys
 
 
 @dataclass(frozen=True)
@@ -64,23 +69,55 @@ def _attention(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterat
     for head_dim in sizes.head_dims:
         for length in sizes.lengths:
             batch, heads = max(1, sizes.tokens // length), max(1, sizes.attention_width // head_dim)
-            shape = (batch, heads, length, head_dim)
+            grouped, decode = sizes.variant == "grouped", sizes.variant == "decode"
+            queries = 1 if decode else length
+            key_heads = max(1, heads // _GROUP) if grouped else heads
+            options: dict[str, Any] = {"causal": sizes.variant != "full"}
+            seen = 1.0
+            if sizes.variant == "documents":
+                options["document_ids"] = _document_ids(batch, length, device)
+                seen = _visible_share(options["document_ids"])
+            if sizes.variant == "dropout":
+                options |= {"dropout": _DROPOUT, "dropout_seed": torch.arange(batch, device=device)}
             size: dict[str, Any] = {
                 "batch": batch,
                 "heads": heads,
-                "length": length,
+                "length": queries,
                 "head_dim": head_dim,
+                "key_length": length,
+                "key_value_heads": key_heads,
+                "causal": options["causal"],
                 "itemsize": dtype.itemsize,
             }
+            shapes = {"q": (heads, queries), "k": (key_heads, length), "v": (key_heads, length)}
             yield Case(
                 op,
-                f"batch {batch}, heads {heads}, length {length}, head_dim {head_dim}, causal",
+                f"batch {batch}, heads {heads}, length {length}, head_dim {head_dim}, {sizes.variant}",
                 length,
-                {name: _random(*shape, dtype=dtype, device=device) for name in ("q", "k", "v")},
-                costs.attention(**size),
-                costs.attention(**size, backward=True),
-                {"causal": True},
+                {name: _random(batch, *of, head_dim, dtype=dtype, device=device) for name, of in shapes.items()},
+                _scaled(costs.attention(**size), seen),
+                _scaled(costs.attention(**size, backward=True), seen),
+                options,
             )
+
+
+def _document_ids(batch: int, length: int, device: str) -> Tensor:
+    """Ids (batch, length) of packed documents of random lengths, ascending along a sequence."""
+    generator = torch.Generator().manual_seed(0)
+    begins = torch.rand(batch, length, generator=generator) < _DOCUMENTS / length
+    return begins.cumsum(dim=1).int().to(device)
+
+
+def _visible_share(document_ids: Tensor) -> float:
+    """The share of causal attention's query-key pairs that lie within one document."""
+    length = document_ids.shape[1]
+    counts = [torch.unique(row, return_counts=True)[1].double() for row in document_ids.cpu()]
+    pairs = sum(float((count * (count + 1)).sum()) for count in counts)
+    return pairs / (len(counts) * length * (length + 1))
+
+
+def _scaled(cost: Cost, share: float) -> Cost:
+    return Cost(round(cost.flops * share), cost.bytes)
 
 
 def _norm(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Case]:

@@ -23,12 +23,13 @@ def versions() -> str:
 
         found.append(f"triton {triton.__version__}")
     if torch.cuda.is_available():
-        found += [f"CUDA {torch.version.cuda}", f"cuDNN {torch.backends.cudnn.version()}", f"driver {_driver()}"]
+        found += [f"CUDA {torch.version.cuda}", f"cuDNN {torch.backends.cudnn.version()}", f"driver {driver()}"]
         found.append(f"ptxas {_assembler()}")
     return ", ".join(found)
 
 
-def _driver() -> str:
+def driver() -> str:
+    """The version of the NVIDIA driver."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()

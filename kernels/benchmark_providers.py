@@ -35,10 +35,14 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True)
 class Provider:
-    """A name and how to get its function for a case, which takes the case's tensors and options by name."""
+    """A name and how to get its function for a case, which takes the case's tensors and options by name.
+
+    ``own_masks``: what it drops is not what ours drops, so its numbers can be checked only without dropout.
+    """
 
     name: str
     prepare: Callable[[Case], Function]
+    own_masks: bool = False
 
 
 def providers(op: str, device: str) -> list[Provider]:
@@ -47,9 +51,12 @@ def providers(op: str, device: str) -> list[Provider]:
     if device == "cuda":
         found = [*_fused(op), *found, Provider("torch.compile", _compiled)]
     if op == "attention":
-        found += [Provider(f"sdpa {_short(b)}", functools.partial(_sdpa, backend=b)) for b in _BACKENDS[device]]
+        found += [
+            Provider(f"sdpa {_short(b)}", functools.partial(_sdpa, backend=b), own_masks=True)
+            for b in _BACKENDS[device]
+        ]
         if device == "cuda":
-            found += [Provider("flex_attention", _flex), Provider("flash-attn", _flash_attn)]
+            found += [Provider("flex_attention", _flex), Provider("flash-attn", _flash_attn, own_masks=True)]
     if op == "linear_cross_entropy":
         found.append(Provider("torch, chunked", lambda case: chunked_cross_entropy.linear_cross_entropy))
     if op in _LIGER and device == "cuda":
@@ -92,9 +99,17 @@ def _short(backend: SDPBackend) -> str:
 
 
 def _sdpa(case: Case, backend: SDPBackend) -> Function:
-    def run(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    q, k = case.tensors["q"], case.tensors["k"]
+    options: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]}
+    ids = case.options.get("document_ids")
+    if ids is not None:
+        options["attn_mask"] = reference.visible(q.shape[2], k.shape[2], case.options["causal"], ids, q.device)
+    else:  # a single query is the last: it sees all
+        options["is_causal"] = case.options["causal"] and q.shape[2] > 1
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *, dropout: float = 0.0, **_: Any) -> Tensor:
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **options)
 
     return run
 
@@ -102,18 +117,37 @@ def _sdpa(case: Case, backend: SDPBackend) -> Function:
 def _flex(case: Case) -> Function:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    if case.options.get("dropout"):
+        raise UnavailableError("has no dropout")
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
-    length, device = case.tensors["q"].shape[2], case.tensors["q"].device.type
-    mask = create_block_mask(lambda b, h, query, key: query >= key, None, None, length, length, device=device)
-    return lambda q, k, v, causal: compiled(q, k, v, block_mask=mask)
+    q, k = case.tensors["q"], case.tensors["k"]
+    ids, mask = case.options.get("document_ids"), None
+    if ids is not None:
+        batch, length = ids.shape
+        mask = create_block_mask(
+            lambda b, h, query, key: (query >= key) & (ids[b, query] == ids[b, key]),
+            batch,
+            None,
+            length,
+            length,
+            q.device,
+        )
+    elif case.options["causal"] and q.shape[2] > 1:
+        length = q.shape[2]
+        mask = create_block_mask(lambda b, h, query, key: query >= key, None, None, length, length, q.device)
+    grouped = q.shape[1] != k.shape[1]
+    return lambda q, k, v, **_: compiled(q, k, v, block_mask=mask, enable_gqa=grouped)
 
 
 def _flash_attn(case: Case) -> Function:
+    if "document_ids" in case.options:
+        raise UnavailableError("has documents only in another layout of q, k and v")
     flash = _import("flash_attn").flash_attn_func
 
-    def run(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-        return flash(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=causal).transpose(1, 2)
+    def run(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, dropout: float = 0.0, **_: Any) -> Tensor:
+        layout = (x.transpose(1, 2) for x in (q, k, v))
+        return flash(*layout, dropout_p=dropout, causal=causal).transpose(1, 2)
 
     return run
 

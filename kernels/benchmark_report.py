@@ -57,13 +57,19 @@ class Heading:
 
 def write_report(directory: Path, heading: Heading, rows: Sequence[Row]) -> list[Path]:
     """Write results.csv, results.md and, where matplotlib is installed, the plots; returns their paths."""
+    written = write_tables(directory, heading, rows)
+    if importlib.util.find_spec("matplotlib") is None:
+        return written
+    return written + [path for group in _grouped(rows) if (path := _plot(directory, group)) is not None]
+
+
+def write_tables(directory: Path, heading: Heading, rows: Sequence[Row]) -> list[Path]:
+    """Write results.csv and results.md; returns their paths."""
     directory.mkdir(parents=True, exist_ok=True)
     written = [directory / "results.csv", directory / "results.md"]
     _replace(written[0], as_csv(rows))
     _replace(written[1], as_markdown(heading, rows))
-    if importlib.util.find_spec("matplotlib") is None:
-        return written
-    return written + [path for group in _grouped(rows) if (path := _plot(directory, group)) is not None]
+    return written
 
 
 def as_csv(rows: Iterable[Row]) -> str:

@@ -3,7 +3,7 @@
 import datetime
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ import kernels
 from kernels.benchmark_cases import CHECK_SIZES, CPU_SIZES, GPU_SIZES, Case, Sizes, cases
 from kernels.benchmark_machine import device_name, versions
 from kernels.benchmark_providers import Provider, UnavailableError, providers
-from kernels.benchmark_report import Heading, Row, write_report
+from kernels.benchmark_report import Heading, Row, write_report, write_tables
 from kernels.benchmark_timing import (
     Measured,
     Yardstick,
@@ -50,6 +50,9 @@ class Run:
     stopped: bool = False
     only: tuple[str, ...] = ()  # providers, by name or its first words; all of them where there is none
     notes: list[str] = field(default_factory=list)
+    keep: Callable[[Row], object] = lambda row: None  # called with each row when it is known
+    absent: Callable[[Case, str, str, str], None] = lambda case, provider, mode, reason: None  # with what did not run
+    skip: Callable[[str, str], bool] = lambda provider, mode: False  # measured before
 
     def note(self, text: str) -> None:
         """Say something once."""
@@ -61,15 +64,27 @@ class Run:
         """Keep and show one measurement; without one, a check of accuracy alone."""
         row = self._row(case, provider, mode, measured, error)
         self.rows.append(row)
+        self.keep(row)
         speed = "not timed" if row.rate is None else f"{row.p50_ms:.3f} ms, {row.rate:.4g} {row.unit}"
         verdict = "" if row.correct else ", WRONG"
         print(f"{case.op} {mode}, {provider}, {case.shape}: {speed}, error {error:.2f}{verdict}", flush=True)
 
     def fail(self, case: Case, provider: str, mode: str, failure: str) -> None:
         """One of our own kernels that gave no result is a row too, and wrong."""
-        row = self._row(case, provider, mode, None, float("inf"))
-        self.rows.append(replace(row, failure=failure.replace("|", "/")))
+        row = replace(self._row(case, provider, mode, None, float("inf")), failure=failure.replace("|", "/"))
+        self.rows.append(row)
+        self.keep(row)
         print(f"{case.op} {mode}, {provider}, {case.shape}: FAILED: {failure}", flush=True)
+
+    def leave(self, case: Case, provider: str, mode: str, reason: str) -> None:
+        """Another's implementation that did not run is a note, once for each operation and reason."""
+        self.note(f"{case.op}: {provider} not run: {reason}")
+        self.absent(case, provider, mode, reason)
+
+    def wants(self, provider: str, mode: str) -> bool:
+        """Whether a provider was asked for, and not measured before."""
+        asked = not self.only or any(f"{provider} ".startswith(f"{name} ") for name in self.only)
+        return asked and not self.skip(provider, mode)
 
     def _row(self, case: Case, provider: str, mode: str, measured: Measured | None, error: float) -> Row:
         row = Row(
@@ -118,12 +133,17 @@ def run(
     command: str,
     only: tuple[str, ...] = (),
 ) -> int:
-    """Measure, and write the report after each operation; returns 1 where one of our own kernels is wrong or fails."""
-    this = replace(_this_machine(dtype), only=only)
+    """Measure, and write the tables after each row, the plots after each operation; returns 1 where one of our own
+    kernels is wrong or fails."""
+    this = this_machine(dtype)
+    this.only, this.keep = only, lambda row: write_tables(output, _heading(this, command), this.rows)
     written: list[Path] = []
     for op in ops:
         try:
-            _measure(this, op, sizes, modes)
+            if importlib.util.find_spec("matplotlib") is None:
+                this.note("No plots: the package matplotlib is not installed.")
+            for case in cases(op, sizes, DTYPES[this.dtype], this.device):
+                measure_case(this, case, modes)
             if this.device == "cpu":
                 _check_interpreted(this, op, modes)
         except Exception as error:  # not even the yardstick ran: what was measured before is kept
@@ -153,18 +173,17 @@ def _ceilings(this: Run) -> str:
     )
 
 
-def _measure(this: Run, op: str, sizes: Sizes, modes: tuple[str, ...]) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        this.note("No plots: the package matplotlib is not installed.")
-    for case in cases(op, sizes, DTYPES[this.dtype], this.device):
-        for mode in modes:
-            if op == "linear_cross_entropy" and mode == "bwd":
-                this.note("linear_cross_entropy has no bwd rows: ours computes its gradients in the forward; see both.")
-                continue
+def measure_case(this: Run, case: Case, modes: tuple[str, ...]) -> None:
+    """Every mode of a case with every provider that was asked for."""
+    for mode in modes:
+        if case.op == "linear_cross_entropy" and mode == "bwd":
+            this.note("linear_cross_entropy has no bwd rows: ours computes its gradients in the forward; see both.")
+            continue
+        wanted = [provider for provider in providers(case.op, this.device) if this.wants(provider.name, mode)]
+        if wanted:
             against = yardstick(case, mode)
-            for provider in providers(op, this.device):
-                if not this.only or any(f"{provider.name} ".startswith(f"{name} ") for name in this.only):
-                    _measure_one(this, case, mode, provider, against)
+        for provider in wanted:
+            _measure_one(this, case, mode, provider, against)
 
 
 def _measure_one(this: Run, case: Case, mode: str, provider: Provider, against: Yardstick) -> None:
@@ -172,14 +191,25 @@ def _measure_one(this: Run, case: Case, mode: str, provider: Provider, against: 
     try:
         function = provider.prepare(case)
         measured = measure(step(function, case, mode), this.device)
-        this.add(case, provider.name, mode, measured, errors(function, case, mode, against))
+        this.add(case, provider.name, mode, measured, _error(this, case, mode, provider, function, against))
     except UnavailableError as error:
-        this.note(f"{case.op}: {provider.name} not run: {error}")
+        this.leave(case, provider.name, mode, str(error))
     except Exception as error:
         if provider.name.startswith(OURS):
             this.fail(case, provider.name, mode, _told(error))
         else:
-            this.note(f"{case.op}: {provider.name} not run: {_told(error)}")
+            this.leave(case, provider.name, mode, _told(error))
+
+
+def _error(
+    this: Run, case: Case, mode: str, provider: Provider, function: Callable[..., Any], against: Yardstick
+) -> float:
+    """Against the yardstick; of a provider that drops other elements than ours, without dropout."""
+    if not provider.own_masks or "dropout" not in case.options:
+        return errors(function, case, mode, against)
+    this.note(f"{case.op}: {provider.name} draws masks of its own: its numbers were checked without dropout.")
+    options = {name: value for name, value in case.options.items() if not name.startswith("dropout")}
+    return errors(function, replace(case, options=options), mode)
 
 
 def _check_interpreted(this: Run, op: str, modes: tuple[str, ...]) -> None:
@@ -209,7 +239,8 @@ def _forced(mode: str) -> Iterator[None]:
             os.environ["MEGAGPT_KERNELS"] = before
 
 
-def _this_machine(dtype: str | None) -> Run:
+def this_machine(dtype: str | None) -> Run:
+    """A run on this device, whose ceilings are measured now; ``dtype`` None: bf16 on a GPU, else fp32."""
     device, dtype = ("cuda", dtype or "bf16") if torch.cuda.is_available() else ("cpu", dtype or "fp32")
     gemm, copy = gemm_ceiling_tflops(DTYPES[dtype], device), copy_ceiling_gb_per_s(device)
     return Run(device, device_name(), versions(), dtype, gemm, copy)

@@ -38,13 +38,13 @@ def attention(
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-    mask = _visible(length, key_length, causal, document_ids, q.device)
+    mask = visible(length, key_length, causal, document_ids, q.device)
     if not dropout and length <= key_length:  # every query sees itself at least
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return _explicit_attention(q, k, v, mask, scale, dropout, dropout_seed, head_offset)
 
 
-def _visible(length: int, key_length: int, causal: bool, document_ids: Tensor | None, device: torch.device) -> Tensor:
+def visible(length: int, key_length: int, causal: bool, document_ids: Tensor | None, device: torch.device) -> Tensor:
     """Boolean (1 or batch, 1, length, key_length): may this query attend to that key?"""
     query = torch.arange(key_length - length, key_length, device=device)[:, None]
     visible = torch.ones(1, 1, length, key_length, dtype=torch.bool, device=device)

@@ -55,8 +55,8 @@ def train(
     not matter, and its scheduler is left out. Forward and backward compute in ``dtype``, all else is fp32."""
     model = initialise_(GPT(config.megagpt.model), config.megagpt.training.seed).to(device)
     start = _flat(dict(model.named_parameters()))
-    optimizer = _adam(config, model)
-    computed = model if dtype == torch.float32 else _computing_in(dtype, model)
+    optimizer = adam(config, model)
+    computed = model if dtype == torch.float32 else computing_in(dtype, model)
     losses, norms = [], []
     for step in range(steps):
         loss = _loss(config, computed, step, device)
@@ -71,8 +71,11 @@ def train(
     return PlainRun(losses, norms, start, state)
 
 
-def _computing_in(dtype: torch.dtype, model: GPT) -> Callable[..., Tensor]:
-    """The model as a function of copies of its parameters in another type; gradients reach the parameters in fp32."""
+def computing_in(dtype: torch.dtype, model: GPT) -> Callable[..., Tensor]:
+    """Return the model as a function of copies of its parameters in another type.
+
+    Gradients reach the parameters in fp32.
+    """
 
     def forward(*inputs: Tensor, **context: Any) -> Tensor:
         rounded = {name: parameter.to(dtype) for name, parameter in model.named_parameters()}
@@ -81,17 +84,19 @@ def _computing_in(dtype: torch.dtype, model: GPT) -> Callable[..., Tensor]:
     return forward
 
 
-def _adam(config: ResolvedConfig, model: GPT) -> torch.optim.AdamW:
-    adam = config.optimizer.params
-    beta1, beta2 = adam.betas
-    groups: dict[float, list[Tensor]] = {adam.weight_decay: [], 0.0: []}
+def adam(config: ResolvedConfig, model: GPT, fused: bool | None = None) -> torch.optim.AdamW:
+    """Return AdamW as the configuration says, with weight decay of matrices alone; ``fused`` as in torch."""
+    given = config.optimizer.params
+    beta1, beta2 = given.betas
+    groups: dict[float, list[Tensor]] = {given.weight_decay: [], 0.0: []}
     for name, parameter in model.named_parameters():
-        groups[adam.weight_decay if decayed(name) else 0.0].append(parameter)
+        groups[given.weight_decay if decayed(name) else 0.0].append(parameter)
     return torch.optim.AdamW(
         [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()],
-        lr=adam.lr,
+        lr=given.lr,
         betas=(beta1, beta2),
-        eps=adam.eps,
+        eps=given.eps,
+        fused=fused,
     )
 
 

@@ -185,6 +185,34 @@ def test_an_operation_that_stops_loses_no_other(tmp_path: Path, monkeypatch: pyt
     assert {path.name for path in tmp_path.iterdir()} == {"results.csv", "results.md"}
 
 
+def test_a_benchmark_that_is_killed_keeps_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the operation under way, too: the tables are written after each row."""
+
+    def killed(case: Case) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmark_timing, "_BUDGET_S", 0.0)
+    several = [Provider("torch", lambda case: getattr(reference, case.op)), Provider("next", killed)]
+    monkeypatch.setattr(benchmark_run, "providers", lambda op, device: several)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark_run.run(("dropout",), CHECK_SIZES, "fp32", ("fwd",), tmp_path, "command")
+    assert [r["provider"] for r in csv.DictReader((tmp_path / "results.csv").open())] == ["torch"]
+    assert "| torch |" in (tmp_path / "results.md").read_text()
+
+
+def test_documents_cost_what_is_visible() -> None:
+    """Attention within documents counts the query-key pairs that it computes."""
+    sizes = replace(CHECK_SIZES, lengths=(64,), tokens=128)
+    whole, packed = (
+        next(cases("attention", replace(sizes, variant=variant), torch.float32, "cpu"))
+        for variant in ("causal", "documents")
+    )
+    ids = packed.options["document_ids"]
+    seen = [reference.visible(64, 64, True, of, ids.device).sum() / len(ids) for of in (ids, torch.zeros_like(ids))]
+    assert 0.0 < seen[0] / seen[1] < 0.9
+    assert packed.forward.flops == pytest.approx(whole.forward.flops * float(seen[0] / seen[1]), abs=1)
+
+
 def test_a_gpu_waits_for_python_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or launches would be timed where a kernel is quicker than they are."""
     happened: list[str] = []

@@ -1,0 +1,85 @@
+"""The largest model whose optimizer this host's memory holds, trained for a few steps under ZeRO 3."""
+
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import training
+from benchmarks.gpu.case import NotRun
+from benchmarks.gpu.child import Context
+from benchmarks.gpu.machine import GIB, free_host_gib
+from megagpt.config import ResolvedConfig
+from megagpt.layout import Layout
+from megagpt.memory import rank_memory
+from megagpt.plan import RESERVE_GIB
+
+PINNED_ROUNDING = 2.0  # torch rounds page-locked memory up to powers of two: at most twice as much
+LEFT_TO_HOST_GIB = 6.0  # Python, libraries, one parameter on its way, page cache
+
+
+def measure(
+    context: Context,
+    model: dict[str, Any],
+    pin_memory: bool,
+    steps: int,
+    host_gib: float | None = None,
+    **settings: Any,
+) -> None:
+    """Train ``model``, or as many of its layers as fit into the memory that is free; says how many.
+
+    ``host_gib`` stands for what is free in the host's memory. Right where the loss falls.
+    """
+    free_gib = free_host_gib() if host_gib is None else host_gib
+    config = largest(model, pin_memory, free_gib, free_device_gib(context.device), **settings)
+    layers = config.megagpt.model.num_layers
+    figures: dict[str, Any] = {"layers": layers, "pin_memory": pin_memory, "free_host_gib": round(free_gib, 1)}
+    figures |= training.planned(config, context.device)
+    began = time.perf_counter()
+    engine, step, _ = training.trainer(config)
+    figures["built_s"] = round(time.perf_counter() - began, 1)
+    try:
+        optimizer = engine.deepspeed.optimizer.optimizer
+        done = training.run_steps(step, steps)
+        held = {
+            t.device.type
+            for state in optimizer.state.values()
+            for t in state.values()
+            if torch.is_tensor(t) and t.dim()
+        }
+    finally:
+        engine.close()
+    figures |= training.speed(config, done, context.device) | training.peaks(context.device)
+    reason = done.learnt or ("" if held == {"cpu"} else f"Adam's moments are on {', '.join(sorted(held)) or 'nothing'}")
+    context.judge("offload", not reason, reason, **figures)
+
+
+def largest(
+    model: dict[str, Any], pin_memory: bool, host_gib: float, device_gib: float, **settings: Any
+) -> ResolvedConfig:
+    """The configuration with the most layers, at most the model's, that fits. Raises NotRun where not one does."""
+    whole = _configuration(model, pin_memory, **settings)
+    for layers in range(whole.megagpt.model.num_layers, 0, -1):
+        config = _configuration(model | {"num_layers": layers}, pin_memory, **settings)
+        if fits(config, pin_memory, host_gib, device_gib):
+            return config
+    raise NotRun(
+        f"too little memory even for one layer: {host_gib:.0f} GiB of the host, {device_gib:.0f} of the device"
+    )
+
+
+def _configuration(model: dict[str, Any], pin_memory: bool, **settings: Any) -> ResolvedConfig:
+    offload = {"device": "cpu", "pin_memory": pin_memory}
+    return training.configuration(model, stage=3, offload_optimizer=offload, **settings)
+
+
+def fits(config: ResolvedConfig, pin_memory: bool, host_gib: float, device_gib: float) -> bool:
+    """By the plan, with the rounding of page-locked memory and what others need."""
+    peak = rank_memory(Layout.of(config), 0).peak
+    in_host = peak.host / GIB * (PINNED_ROUNDING if pin_memory else 1.0)
+    return in_host + LEFT_TO_HOST_GIB <= host_gib and peak.device / GIB + RESERVE_GIB <= device_gib
+
+
+def free_device_gib(device: str) -> float:
+    """Of the GPU; a stand-in has what its host has."""
+    return torch.cuda.mem_get_info()[0] / GIB if device == "cuda" else free_host_gib() + RESERVE_GIB

@@ -1,0 +1,44 @@
+"""Cases that time an operation beside its rivals and check every row: the kernel benchmark's, a row a finding."""
+
+from dataclasses import asdict
+from typing import Any
+
+from benchmarks.gpu.case import NOT_RUN, RIGHT, WRONG
+from benchmarks.gpu.child import Context
+from kernels import benchmark_run
+from kernels.benchmark_cases import GPU_SIZES, Case, Sizes, cases
+from kernels.benchmark_report import Row
+
+
+def measure(
+    context: Context, op: str, modes: list[str], dtype: str = "bf16", providers: list[str] | None = None, **sizes: Any
+) -> None:
+    """Rows of one operation: modes fwd, bwd, both; ``providers`` as in ``python -m kernels.benchmark``; ``sizes`` are
+    fields of ``kernels.benchmark_cases.Sizes`` that differ from those of a GPU."""
+    chosen = asdict(GPU_SIZES) | {name: tuple(x) if isinstance(x, list) else x for name, x in sizes.items()}
+    this = benchmark_run.this_machine(dtype)
+    this.only = tuple(providers or ())
+    for case in cases(op, Sizes(**chosen), benchmark_run.DTYPES[dtype], context.device):
+        _measure(context, this, case, tuple(modes))
+
+
+def _measure(context: Context, this: benchmark_run.Run, case: Case, modes: tuple[str, ...]) -> None:
+    def name(provider: str, mode: str) -> str:
+        return f"{mode}, {provider}, {case.shape}"
+
+    def keep(row: Row) -> None:
+        finding = name(row.provider, row.mode)
+        reason = row.failure or f"error {row.error_vs_torch:.3g} times torch's own, 2 allowed"
+        if row.correct:
+            context.report(finding, RIGHT, **asdict(row))
+        elif row.failure.startswith("OutOfMemoryError"):
+            context.report(finding, NOT_RUN, f"too little memory: {reason}")
+        elif row.provider.startswith(benchmark_run.OURS):
+            context.report(finding, WRONG, reason, **asdict(row))
+        else:
+            context.report(finding, NOT_RUN, f"its result is wrong, so it is no yardstick: {reason}")
+
+    this.keep = keep
+    this.absent = lambda case, provider, mode, reason: context.report(name(provider, mode), NOT_RUN, reason)
+    this.skip = lambda provider, mode: name(provider, mode) in context.done
+    benchmark_run.measure_case(this, case, modes)

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.documents import DocumentBounds
+
 
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
-    document_ids: Tensor | None = None,
+    document_ids: Tensor | DocumentBounds | None = None,
     dropout: float = 0.0,
     dropout_seed: Tensor | None = None,
     **options: Any,
@@ -38,13 +40,21 @@ def attention(
             raise ValueError("attention: dropout needs dropout_seed, one int64 for each sample of the batch")
         _require("attention", "dropout_seed", dropout_seed, q, (batch,), torch.int64)
     if document_ids is not None:
-        _require("attention", "document_ids", document_ids, q, (batch, key_length), document_ids.dtype)
+        _require_documents(document_ids, q, batch, key_length)
         if length > key_length:
             raise ValueError(
                 f"attention: q has length {length}, expected at most k's {key_length} with document_ids: "
                 "the queries are the last of the keys' positions"
             )
     return q
+
+
+def _require_documents(document_ids: Tensor | DocumentBounds, q: Tensor, batch: int, key_length: int) -> None:
+    if isinstance(document_ids, DocumentBounds):
+        name, positions = "document_ids.positions", document_ids.positions
+        _require("attention", name, positions, q, (batch, 2, key_length), torch.int32)
+    else:
+        _require("attention", "document_ids", document_ids, q, (batch, key_length), document_ids.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, residual: Tensor | None = None, **_: Any) -> Tensor:

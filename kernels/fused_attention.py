@@ -21,7 +21,7 @@ from kernels.attention_backward import (
 )
 from kernels.attention_forward import attention_forward
 from kernels.attention_tiles import MAXIMUM_HEAD_DIM, Tiles, padded, tiles_for
-from kernels.documents import shared_bounds
+from kernels.documents import DocumentBounds, document_bounds
 from kernels.launcher import launch
 
 _ROWS_PER_DELTA_BLOCK = 64
@@ -34,7 +34,7 @@ def attention(
     *,
     causal: bool = True,
     scale: float | None = None,
-    document_ids: Tensor | None = None,
+    document_ids: Tensor | DocumentBounds | None = None,
     dropout: float = 0.0,
     dropout_seed: Tensor | None = None,
     head_offset: int = 0,
@@ -46,7 +46,7 @@ def attention(
     merging the heads afterwards is free. With ``deterministic``, or torch's deterministic algorithms, repeated backward
     passes give the same bits, for seven matrix products a score instead of five.
     """
-    documents = None if document_ids is None else shared_bounds(document_ids)
+    documents = None if document_ids is None else document_bounds(document_ids).positions.contiguous()
     seed = None if not dropout or dropout_seed is None else dropout_seed.contiguous()
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()

@@ -17,6 +17,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from kernels import costs, fused_attention, self_check
 from kernels.attention_forward_hopper import CONSUMERS, ROWS, attention_forward_hopper
 from kernels.compile_ahead import AheadOfTime
+from kernels.documents import DocumentBounds
 from kernels.launcher import launch
 
 _BLOCK_N = 128  # keys at a time
@@ -33,7 +34,7 @@ def attention(
     *,
     causal: bool = True,
     scale: float | None = None,
-    document_ids: Tensor | None = None,
+    document_ids: Tensor | DocumentBounds | None = None,
     dropout: float = 0.0,
     dropout_seed: Tensor | None = None,
     head_offset: int = 0,
@@ -53,7 +54,7 @@ def refusal(
     *,
     causal: bool = True,
     scale: float | None = None,
-    document_ids: Tensor | None = None,
+    document_ids: Tensor | DocumentBounds | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> str | None:

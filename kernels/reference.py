@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from kernels.documents import DocumentBounds
 from kernels.philox import keep_mask
 
 
@@ -18,7 +19,7 @@ def attention(
     *,
     causal: bool = True,
     scale: float | None = None,
-    document_ids: Tensor | None = None,
+    document_ids: Tensor | DocumentBounds | None = None,
     dropout: float = 0.0,
     dropout_seed: Tensor | None = None,
     head_offset: int = 0,
@@ -29,7 +30,8 @@ def attention(
     q (batch, heads, length, head_dim); k and v (batch, key_value_heads, key_length, head_dim), heads a multiple of
     key_value_heads. ``causal`` aligns the last query with the last key (a KV cache), so a query sees nothing where
     length > key_length puts it before the first key; such rows are zero. ``document_ids`` (batch, key_length) confines
-    attention to equal ids; the queries are the last ``length`` positions. ``dropout_seed`` (batch,) int64 and
+    attention to equal ids; the queries are the last ``length`` positions. Layers that share ids should be given their
+    ``kernels.document_bounds`` instead, which each call computes anew from ids. ``dropout_seed`` (batch,) int64 and
     ``head_offset`` (this shard's first head) select the mask. ``deterministic`` asks a fused backward for a fixed
     summation order; this twin has one anyway.
     """
@@ -44,12 +46,20 @@ def attention(
     return _explicit_attention(q, k, v, mask, scale, dropout, dropout_seed, head_offset)
 
 
-def _visible(length: int, key_length: int, causal: bool, document_ids: Tensor | None, device: torch.device) -> Tensor:
+def _visible(
+    length: int,
+    key_length: int,
+    causal: bool,
+    document_ids: Tensor | DocumentBounds | None,
+    device: torch.device,
+) -> Tensor:
     """Boolean (1 or batch, 1, length, key_length): may this query attend to that key?"""
     query = torch.arange(key_length - length, key_length, device=device)[:, None]
     visible = torch.ones(1, 1, length, key_length, dtype=torch.bool, device=device)
     if causal:
         visible = visible & (query >= torch.arange(key_length, device=device))
+    if isinstance(document_ids, DocumentBounds):
+        document_ids = document_ids.positions[:, 0]  # a document is known by its first position
     if document_ids is not None:
         visible = visible & (document_ids[:, None, -length:, None] == document_ids[:, None, None, :])
     return visible

@@ -80,9 +80,17 @@ def _norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Ten
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, reduction: str = "mean", **_: Any
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    vocabulary_start: int = 0,
+    vocabulary: int | None = None,
+    group: Any = None,
+    reduction: str = "mean",
+    **_: Any,
 ) -> Tensor:
-    """A weight as wide as hidden, one int64 target for each of its rows."""
+    """A weight as wide as hidden, one int64 target for each of its rows, a vocabulary that the weight has rows for."""
     op = "linear_cross_entropy"
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'{op}: reduction is "{reduction}", expected "mean", "sum" or "none"')
@@ -93,7 +101,24 @@ def linear_cross_entropy(
     _require_floating_point(op, "hidden", hidden)
     _require(op, "weight", weight, hidden, (weight.shape[0], hidden.shape[-1]))
     _require(op, "targets", targets, hidden, tuple(hidden.shape[:-1]), torch.int64)
+    if weight.shape[0] == 0:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, expected at least one row")
+    if vocabulary_start < 0:
+        raise ValueError(f"{op}: vocabulary_start is {vocabulary_start}, expected the first row's index, at least 0")
+    if vocabulary is not None:
+        _require_rows_for(vocabulary, vocabulary_start, weight.shape[0], alone=group is None)
     return hidden
+
+
+def _require_rows_for(vocabulary: int, start: int, rows: int, alone: bool) -> None:
+    """Among the weight's rows if they are all there are; a rank of a group may hold a part of them, or padding only."""
+    op = "linear_cross_entropy"
+    if vocabulary < 1:
+        raise ValueError(f"{op}: vocabulary is {vocabulary}, expected at least 1")
+    if alone and vocabulary > start + rows:
+        raise ValueError(f"{op}: vocabulary is {vocabulary}, expected at most {start + rows}: weight has {rows} rows")
+    if alone and vocabulary <= start:
+        raise ValueError(f"{op}: vocabulary is {vocabulary}, expected more than vocabulary_start, which is {start}")
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import triton
 from torch import Tensor
 
 from kernels.compile_ahead import AheadOfTime
+from kernels.derivatives import refuse_second_order, register_gradient
 from kernels.launcher import launch
 from kernels.norm_kernels import (
     norm_backward,
@@ -29,6 +30,7 @@ from kernels.norm_kernels import (
     norm_row_averages,
 )
 
+_BOTH = "layer_norm or rms_norm"  # whose operators these are
 _WIDEST_TILE = 8192
 _CHUNK = 4096  # columns at a time in wider rows
 _SUM_CHUNK = 2048  # the same in their backward,
@@ -218,7 +220,8 @@ def _gradients(
     return dx, dx if ctx.has_residual else None, dweight, dbias if ctx.has_bias else None, None, None
 
 
-_forward.register_autograd(_gradients, setup_context=_save)
+register_gradient(_forward, _BOTH, _gradients, _save)
+refuse_second_order(_backward, _BOTH)
 
 
 # ----------------------------------------------------------------------------------------------------- public functions

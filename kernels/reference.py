@@ -79,7 +79,7 @@ def _explicit_attention(
     heads, length = q.shape[1:3]
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
     wide = torch.promote_types(q.dtype, torch.float32)  # scores of 16 bits would lose what softmax tells apart
-    scores = q.to(wide) @ k.to(wide).mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = q.to(wide) @ k.to(wide).mT * (max(q.shape[-1], 1) ** -0.5 if scale is None else scale)
     weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).masked_fill(~mask, 0.0)
     if dropout:
         if seed is None:
@@ -138,7 +138,9 @@ def linear_cross_entropy(
 
     hidden (..., hidden_size), weight (vocabulary, hidden_size), targets (...). ``reduction`` is mean (over targets that
     are not ``ignore_index``), sum or none (the shape of targets). ``z_loss`` adds z_loss * logsumexp^2 (PaLM, sec. 5).
-    Rows of the weight from ``vocabulary`` on are padding: no probability, no gradient.
+    Rows of the weight from ``vocabulary`` on are padding: no probability, no gradient. Where every target is ignored,
+    gradients and the loss are 0, the mean too: Liger-Kernel's choice. torch and flash-attn return a mean of NaN (with
+    gradients of 0), which makes a trainer skip the whole step for one micro-batch that has no targets.
     With a ``group``, weight holds this rank's rows of the vocabulary, the first being ``vocabulary_start``; every rank
     of the group must call it with the same hidden and targets, and each receives the whole loss and, in backward, the
     whole gradient of hidden.
@@ -160,7 +162,7 @@ def linear_cross_entropy(
         losses = losses + z_loss * logits.logsumexp(dim=-1).square() * counted
     if reduction == "none":
         return losses.view(targets.shape)
-    return losses.sum() if reduction == "sum" else losses.sum() / counted.sum()
+    return losses.sum() if reduction == "sum" else losses.sum() / counted.sum().clamp(min=1)
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:

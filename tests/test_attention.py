@@ -412,6 +412,17 @@ def test_nothing_to_attend_to(fused_device: str) -> None:
     assert kernels.launches() == {}
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("function", [kernels.attention, reference.attention])
+def test_heads_of_no_channels(fused_device: str, function: Any, dropout: float) -> None:
+    """As torch's SDPA: an empty result with empty gradients."""
+    q = torch.zeros(1, 2, 5, 0, device=fused_device, requires_grad=True)
+    out = function(q, q, q, dropout=dropout, dropout_seed=torch.tensor([1], device=fused_device))
+    out.sum().backward()
+    assert out.shape == q.grad.shape == (1, 2, 5, 0)
+    assert kernels.launches() == {}
+
+
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     length=st.integers(1, 40), extra=st.integers(-8, 20), group=st.sampled_from([1, 2]), head_dim=st.integers(1, 40),

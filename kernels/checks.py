@@ -58,12 +58,12 @@ def _require_documents(document_ids: Tensor | DocumentBounds, q: Tensor, batch: 
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, residual: Tensor | None = None, **_: Any) -> Tensor:
-    """Parameters as wide as x's rows, a residual like x."""
+    """Parameters as wide as x's rows, a residual like x; beside an x of 16 bits, both may be fp32."""
     return _norm("layer_norm", x, weight, bias, residual)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, residual: Tensor | None = None, **_: Any) -> Tensor:
-    """A weight as wide as x's rows, a residual like x."""
+    """A weight as wide as x's rows, a residual like x; beside an x of 16 bits, both may be fp32."""
     return _norm("rms_norm", x, weight, None, residual)
 
 
@@ -71,12 +71,17 @@ def _norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Ten
     if x.dim() == 0:
         raise ValueError(f"{op}: x has shape (), expected (..., width)")
     _require_floating_point(op, "x", x)
-    _require(op, "weight", weight, x, (x.shape[-1],))
+    _require(op, "weight", weight, x, (x.shape[-1],), _own_or_fp32(weight, x))
     if bias is not None:
-        _require(op, "bias", bias, x, (x.shape[-1],))
+        _require(op, "bias", bias, x, (x.shape[-1],), weight.dtype)
     if residual is not None:
-        _require(op, "residual", residual, x, tuple(x.shape))
+        _require(op, "residual", residual, x, tuple(x.shape), _own_or_fp32(residual, x))
     return x
+
+
+def _own_or_fp32(tensor: Tensor, x: Tensor) -> torch.dtype:
+    """The dtype that a tensor beside x must have: fp32 where it has that and x has 16 bits, else x's."""
+    return torch.float32 if tensor.dtype == torch.float32 and x.dtype.itemsize == 2 else x.dtype
 
 
 def linear_cross_entropy(

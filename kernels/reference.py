@@ -94,21 +94,27 @@ def _explicit_attention(
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float = 1e-5, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Layer normalisation of the last dimension (Ba et al. 2016); with a residual, of x + residual, returning both."""
-    if residual is None:
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
-    total = x + residual
-    return F.layer_norm(total, weight.shape, weight, bias, eps), total
+    """Layer normalisation of the last dimension (Ba et al. 2016); with a residual, of x + residual, returning both.
+
+    Beside an x of 16 bits, parameters (both) and the residual may be fp32, as autocast and a residual stream in fp32
+    make them. The result has the dtype of x, the sum that of the residual (as in flash-attn's layer_norm_fn), under
+    autocast, too; gradients have the dtypes of their inputs.
+    """
+    total = x if residual is None else x + residual
+    wide = torch.promote_types(total.dtype, weight.dtype)
+    shift = None if bias is None else bias.to(wide)
+    y = F.layer_norm(total.to(wide), weight.shape, weight.to(wide), shift, eps).to(x.dtype)
+    return y if residual is None else (y, total)
 
 
 def rms_norm(
     x: Tensor, weight: Tensor, *, eps: float = 1e-5, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Root-mean-square normalisation (Zhang and Sennrich 2019); with a residual, of x + residual, returning both."""
-    if residual is None:
-        return F.rms_norm(x, weight.shape, weight, eps)
-    total = x + residual
-    return F.rms_norm(total, weight.shape, weight, eps), total
+    """Root-mean-square normalisation (Zhang and Sennrich 2019); residual, dtypes and results as of ``layer_norm``."""
+    total = x if residual is None else x + residual
+    wide = torch.promote_types(total.dtype, weight.dtype)
+    y = F.rms_norm(total.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
+    return y if residual is None else (y, total)
 
 
 def dropout(x: Tensor, probability: float, *, seed: Tensor, position_offset: int = 0) -> Tensor:

@@ -5,11 +5,14 @@ implementation a call would run and why, ``launches`` counts the Triton function
 ``MEGAGPT_KERNELS=triton|torch|interpret`` forces the choice.
 """
 
+import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kernels.dispatch import explain as explain
+    from kernels.documents import DocumentBounds as DocumentBounds
+    from kernels.documents import document_bounds as document_bounds
     from kernels.launcher import launches as launches
     from kernels.reference import attention as attention
     from kernels.reference import bias_gelu as bias_gelu
@@ -35,15 +38,24 @@ _OPERATIONS = (
     "rotary",
     "swiglu",
 )
-__all__ = [*_OPERATIONS, "explain", "launches"]
+_BESIDE_THEM = {  # what else is public -> the module that has it
+    "DocumentBounds": "kernels.documents",
+    "document_bounds": "kernels.documents",
+    "explain": "kernels.dispatch",
+    "launches": "kernels.launcher",
+}
+__all__ = [*_OPERATIONS, *_BESIDE_THEM]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'kernels' has no attribute {name!r}")
-    from kernels.dispatch import explain, operation
-    from kernels.launcher import launches
+    if name in _BESIDE_THEM:
+        found = getattr(importlib.import_module(_BESIDE_THEM[name]), name)
+    else:
+        from kernels.dispatch import operation
 
+        found = operation(name)
     # Found at once from now on: this function takes longer than a small launch.
-    globals()[name] = {"explain": explain, "launches": launches}.get(name) or operation(name)
-    return globals()[name]
+    globals()[name] = found
+    return found

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.compile_ahead import AheadOfTime
+from kernels.derivatives import refuse_second_order, register_gradient
 from kernels.launcher import launch
 from kernels.rounding import narrow
 from kernels.tiles import IN_INTERPRETER
@@ -154,8 +155,10 @@ def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-_bias_gelu.register_autograd(lambda ctx, dy: _bias_gelu_backward(dy, *ctx.saved_tensors), setup_context=_save_inputs)
-_swiglu.register_autograd(lambda ctx, dy: _swiglu_backward(dy, *ctx.saved_tensors), setup_context=_save_inputs)
+register_gradient(_bias_gelu, "bias_gelu", lambda ctx, dy: _bias_gelu_backward(dy, *ctx.saved_tensors), _save_inputs)
+register_gradient(_swiglu, "swiglu", lambda ctx, dy: _swiglu_backward(dy, *ctx.saved_tensors), _save_inputs)
+refuse_second_order(_bias_gelu_backward, "bias_gelu")
+refuse_second_order(_swiglu_backward, "swiglu")
 
 
 # ---------------------------------------------------------------------------------------------------- public functions

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.documents import DocumentBounds
+
 
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
-    document_ids: Tensor | None = None,
+    document_ids: Tensor | DocumentBounds | None = None,
     dropout: float = 0.0,
     dropout_seed: Tensor | None = None,
     **options: Any,
@@ -38,7 +40,7 @@ def attention(
             raise ValueError("attention: dropout needs dropout_seed, one int64 for each sample of the batch")
         _require("attention", "dropout_seed", dropout_seed, q, (batch,), torch.int64)
     if document_ids is not None:
-        _require("attention", "document_ids", document_ids, q, (batch, key_length), document_ids.dtype)
+        _require_documents(document_ids, q, batch, key_length)
         if length > key_length:
             raise ValueError(
                 f"attention: q has length {length}, expected at most k's {key_length} with document_ids: "
@@ -47,13 +49,21 @@ def attention(
     return q
 
 
+def _require_documents(document_ids: Tensor | DocumentBounds, q: Tensor, batch: int, key_length: int) -> None:
+    if isinstance(document_ids, DocumentBounds):
+        name, positions = "document_ids.positions", document_ids.positions
+        _require("attention", name, positions, q, (batch, 2, key_length), torch.int32)
+    else:
+        _require("attention", "document_ids", document_ids, q, (batch, key_length), document_ids.dtype)
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, residual: Tensor | None = None, **_: Any) -> Tensor:
-    """Parameters as wide as x's rows, a residual like x."""
+    """Parameters as wide as x's rows, a residual like x; beside an x of 16 bits, both may be fp32."""
     return _norm("layer_norm", x, weight, bias, residual)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, residual: Tensor | None = None, **_: Any) -> Tensor:
-    """A weight as wide as x's rows, a residual like x."""
+    """A weight as wide as x's rows, a residual like x; beside an x of 16 bits, both may be fp32."""
     return _norm("rms_norm", x, weight, None, residual)
 
 
@@ -61,18 +71,31 @@ def _norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Ten
     if x.dim() == 0:
         raise ValueError(f"{op}: x has shape (), expected (..., width)")
     _require_floating_point(op, "x", x)
-    _require(op, "weight", weight, x, (x.shape[-1],))
+    _require(op, "weight", weight, x, (x.shape[-1],), _own_or_fp32(weight, x))
     if bias is not None:
-        _require(op, "bias", bias, x, (x.shape[-1],))
+        _require(op, "bias", bias, x, (x.shape[-1],), weight.dtype)
     if residual is not None:
-        _require(op, "residual", residual, x, tuple(x.shape))
+        _require(op, "residual", residual, x, tuple(x.shape), _own_or_fp32(residual, x))
     return x
 
 
+def _own_or_fp32(tensor: Tensor, x: Tensor) -> torch.dtype:
+    """The dtype that a tensor beside x must have: fp32 where it has that and x has 16 bits, else x's."""
+    return torch.float32 if tensor.dtype == torch.float32 and x.dtype.itemsize == 2 else x.dtype
+
+
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, reduction: str = "mean", **_: Any
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    vocabulary_start: int = 0,
+    vocabulary: int | None = None,
+    group: Any = None,
+    reduction: str = "mean",
+    **_: Any,
 ) -> Tensor:
-    """A weight as wide as hidden, one int64 target for each of its rows."""
+    """A weight as wide as hidden, one int64 target for each of its rows, a vocabulary that the weight has rows for."""
     op = "linear_cross_entropy"
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'{op}: reduction is "{reduction}", expected "mean", "sum" or "none"')
@@ -83,7 +106,24 @@ def linear_cross_entropy(
     _require_floating_point(op, "hidden", hidden)
     _require(op, "weight", weight, hidden, (weight.shape[0], hidden.shape[-1]))
     _require(op, "targets", targets, hidden, tuple(hidden.shape[:-1]), torch.int64)
+    if weight.shape[0] == 0:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, expected at least one row")
+    if vocabulary_start < 0:
+        raise ValueError(f"{op}: vocabulary_start is {vocabulary_start}, expected the first row's index, at least 0")
+    if vocabulary is not None:
+        _require_rows_for(vocabulary, vocabulary_start, weight.shape[0], alone=group is None)
     return hidden
+
+
+def _require_rows_for(vocabulary: int, start: int, rows: int, alone: bool) -> None:
+    """Among the weight's rows if they are all there are; a rank of a group may hold a part of them, or padding only."""
+    op = "linear_cross_entropy"
+    if vocabulary < 1:
+        raise ValueError(f"{op}: vocabulary is {vocabulary}, expected at least 1")
+    if alone and vocabulary > start + rows:
+        raise ValueError(f"{op}: vocabulary is {vocabulary}, expected at most {start + rows}: weight has {rows} rows")
+    if alone and vocabulary <= start:
+        raise ValueError(f"{op}: vocabulary is {vocabulary}, expected more than vocabulary_start, which is {start}")
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:

@@ -3,10 +3,14 @@
 For a chunk: logits = hidden @ weight.T; three numbers a row (maximum, sum of exponentials, the target's logit); the
 loss; and at once, in place, the gradient of the logits, (softmax * (1 + 2 z lse) - one_hot), from which the gradients
 of hidden and weight follow by two more products. That spares backward a second pass over the logits: the products are
-those of plain autograd, three in all. Gradients wait, unscaled, for the gradient of the loss, which fp16 needs (its
-loss scale arrives only then); the weight's is summed over the chunks in fp32. Idea: Liger-Kernel's fused linear
-cross-entropy (Hsu et al. 2024, arXiv:2410.10989). With ``reduction="none"`` each row's gradient has its own factor,
-unknown until backward, which therefore computes the logits again.
+those of plain autograd, three in all. The weight's gradient is summed over the chunks in fp32. Idea: Liger-Kernel's
+fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989). With ``reduction="none"`` each row's gradient has its
+own factor, unknown until backward, which therefore computes the logits again.
+
+Gradients wait for the gradient of the loss. Those of a mean over n targets would underflow in fp16, whose loss scale
+arrives only then, without the factor 1/n, and with it. So 1/n is split into a number in [1, 2), which the gradient of
+the logits takes before it is rounded, and a power of two, which scales the waiting gradients: an exact product, if the
+gradient of the loss is a power of two, as 1 and fp16's loss scale are. Any other rounds 16-bit gradients once more.
 
 Everything here is plain torch; ``kernels.cross_entropy`` adds the two functions of a chunk in Triton. In a vocabulary-
 parallel group each rank holds some rows of the weight; a chunk costs one all-gather of three numbers a row.
@@ -25,6 +29,7 @@ from torch.distributed import ProcessGroup
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import costs
+from kernels.derivatives import refuse_second_order, register_gradient
 
 CHUNK_BYTES = 256 * 2**20  # of logits: long enough for full-speed products, a tenth of what 8k rows of GPT-2 would take
 LEAST_CHUNK_ROWS = 128
@@ -93,21 +98,26 @@ def _forward(
     columns: int,
     group: str,
     implementation: str,
+    mean: bool,
     hidden_gradient: bool,
     weight_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(sum of losses, losses (rows,), normaliser (rows, 2), gradients of the sum for hidden and weight if asked).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, losses (rows,), normaliser (rows, 2), factor, gradients of hidden and weight without it, if asked for).
 
+    The loss is the mean or the sum; times ``factor``, a power of two, the gradients are those of the loss.
     Columns of the logits from ``columns`` on are padding.
     hidden (rows, hidden_size), targets (rows,). The gradient of weight is fp32; one not asked for is empty.
     """
-    loss_sum, losses, normaliser, dhidden, dweight = _forward_outputs(
-        hidden, weight, targets, ignore_index, z_loss, vocabulary_start, columns, group, implementation,
+    loss, losses, normaliser, factor, dhidden, dweight = _forward_outputs(
+        hidden, weight, targets, ignore_index, z_loss, vocabulary_start, columns, group, implementation, mean,
         hidden_gradient, weight_gradient,
     )  # fmt: skip
     functions = ROW_FUNCTIONS[implementation]
     counted = targets != ignore_index
-    scales = counted.to(losses.dtype)
+    divisor = counted.sum().clamp(min=1).to(losses.dtype) if mean else torch.ones_like(factor)
+    fraction, exponent = divisor.reciprocal().frexp()  # the fraction is in [0.5, 1)
+    torch.ldexp(torch.ones_like(factor), exponent - 1, out=factor)
+    scales = counted * (2 * fraction)
     targets = targets - vocabulary_start
     dweight.zero_()
     for rows in _chunks(hidden, weight, group):
@@ -116,15 +126,15 @@ def _forward(
         log_total = total.log()
         torch.stack((maximum, log_total), dim=1, out=normaliser[rows])
         # A target that no rank holds has logit -inf: the loss is infinite, not quietly wrong.
-        loss = (maximum - target_logit) + log_total + z_loss * (maximum + log_total).square()
-        losses[rows] = loss.where(counted[rows], 0.0)
+        row_losses = (maximum - target_logit) + log_total + z_loss * (maximum + log_total).square()
+        losses[rows] = row_losses.where(counted[rows], 0.0)
         if not (hidden_gradient or weight_gradient):
             continue
         functions.gradient(logits, targets[rows], normaliser[rows], scales[rows], z_loss)
         _add_products(logits, hidden[rows], weight, dhidden[rows], dweight)
     _sum_over_group(dhidden, group)
-    torch.sum(losses, dim=0, out=loss_sum)
-    return loss_sum, losses, normaliser, dhidden, dweight
+    torch.div(losses.sum(), divisor, out=loss)
+    return loss, losses, normaliser, factor, dhidden, dweight
 
 
 @_forward.register_fake
@@ -138,15 +148,17 @@ def _forward_outputs(
     columns: int,
     group: str,
     implementation: str,
+    mean: bool,
     hidden_gradient: bool,
     weight_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(hidden.dtype, torch.float32)
     losses = hidden.new_empty(hidden.shape[0], dtype=wide)
     return (
         losses.new_empty(()),
         losses,
         losses.new_empty(hidden.shape[0], 2),
+        losses.new_empty(()),
         torch.empty_like(hidden) if hidden_gradient else hidden.new_empty(0),
         torch.empty_like(weight, dtype=wide) if weight_gradient else losses.new_empty(0),
     )
@@ -240,25 +252,25 @@ def _sum_over_group(tensor: Tensor, group: str) -> None:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, targets, *options, hidden_gradient, weight_gradient = inputs
-    _, _, normaliser, dhidden, dweight = output
+    hidden, weight, targets, *options, _, hidden_gradient, weight_gradient = inputs
+    _, _, normaliser, factor, dhidden, dweight = output
     ctx.set_materialize_grads(False)
     ctx.weight_dtype, ctx.options = weight.dtype, options
     ctx.wanted = hidden_gradient, weight_gradient
     if any(ctx.wanted):
-        ctx.save_for_backward(dhidden, dweight)
+        ctx.save_for_backward(factor, dhidden, dweight)
     else:
         # The weight itself, not a view of it: ZeRO-3 frees a gathered parameter by its identity.
         ctx.save_for_backward(hidden, weight, targets, normaliser)
 
 
-def _gradients(ctx: Any, dsum: Tensor | None, dlosses: Tensor | None, *unused: Tensor | None) -> tuple[Any, ...]:
-    nothing = (None,) * (1 + len(ctx.options) + 2)
-    if any(ctx.wanted) and dsum is not None:
-        dhidden, dweight = ctx.saved_tensors
+def _gradients(ctx: Any, dloss: Tensor | None, dlosses: Tensor | None, *unused: Tensor | None) -> tuple[Any, ...]:
+    nothing = (None,) * (1 + len(ctx.options) + 3)
+    if any(ctx.wanted) and dloss is not None:
+        factor, dhidden, dweight = ctx.saved_tensors
         return (
-            _scaled(dhidden, dsum, dhidden.dtype) if ctx.wanted[0] else None,
-            _scaled(dweight, dsum, ctx.weight_dtype) if ctx.wanted[1] else None,
+            _scaled(dhidden, dloss, factor, dhidden.dtype) if ctx.wanted[0] else None,
+            _scaled(dweight, dloss, factor, ctx.weight_dtype) if ctx.wanted[1] else None,
             *nothing,
         )
     if not any(ctx.wanted) and dlosses is not None:
@@ -267,12 +279,20 @@ def _gradients(ctx: Any, dsum: Tensor | None, dlosses: Tensor | None, *unused: T
     return None, None, *nothing
 
 
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * factor in ``dtype``, without a second copy in the wider one."""
-    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+@torch.library.custom_op("megagpt::linear_cross_entropy_scale", mutates_args=())
+def _scaled(gradient: Tensor, dloss: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * dloss * factor in ``dtype``, without a second copy in the wider one."""
+    return torch.mul(gradient, dloss * factor, out=torch.empty_like(gradient, dtype=dtype))
 
 
-_forward.register_autograd(_gradients, setup_context=_save)
+@_scaled.register_fake
+def _scaled_output(gradient: Tensor, dloss: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(gradient, dtype=dtype)
+
+
+register_gradient(_forward, "linear_cross_entropy", _gradients, _save)
+refuse_second_order(_backward, "linear_cross_entropy")
+refuse_second_order(_scaled, "linear_cross_entropy")
 
 
 @register_flop_formula(torch.ops.megagpt.linear_cross_entropy)
@@ -312,15 +332,12 @@ def linear_cross_entropy(
     if group is not None:
         _GROUPS[name] = group
     columns = weight.shape[0] if vocabulary is None else min(max(vocabulary - vocabulary_start, 0), weight.shape[0])
-    counted = targets != ignore_index
     now = torch.is_grad_enabled() and reduction != "none"
-    total, losses, *_ = _forward(
+    loss, losses, *_ = _forward(
         hidden.flatten(0, -2), weight, targets.flatten(), ignore_index, z_loss, vocabulary_start, columns, name,
-        implementation, now and hidden.requires_grad, now and weight.requires_grad,
+        implementation, reduction == "mean", now and hidden.requires_grad, now and weight.requires_grad,
     )  # fmt: skip
-    if reduction == "none":
-        return losses.view(targets.shape)
-    return total if reduction == "sum" else total / counted.sum()
+    return losses.view(targets.shape) if reduction == "none" else loss
 
 
 def _at_least_fp32(tensor: Tensor) -> Tensor:

@@ -67,27 +67,55 @@ def attention(
     return Cost(flops, itemsize * (2 * queries + keys_and_values) + statistics)
 
 
-def layer_norm(rows: int, columns: int, *, residual: bool = False, itemsize: int, backward: bool = False) -> Cost:
+def layer_norm(
+    rows: int,
+    columns: int,
+    *,
+    residual: bool = False,
+    itemsize: int,
+    backward: bool = False,
+    parameter_itemsize: int | None = None,
+    residual_itemsize: int | None = None,
+) -> Cost:
     """Read x, write y; backward reads dy and x, writes dx. A residual adds a read, and forward a write, of x's size.
+
+    Parameters and residual may be wider than x, as may then be their sum and its gradient; backward reads the sum in
+    place of x, and writes one more gradient of the residual's size.
 
     A floor for all widths: what our backward moves is this up to 12,288 columns. Beyond, it reads dy and x twice, once
     for the averages over rows and once for the rest: 5 times x's size instead of 3, so at most 3/5 of a copy's rate.
     """
-    return _norm(rows, columns, residual, itemsize, backward, parameters=2, statistics=2)
+    itemsizes = (itemsize, parameter_itemsize or itemsize, (residual_itemsize or itemsize) if residual else 0)
+    return _norm(rows, columns, itemsizes, backward, parameters=2, statistics=2)
 
 
-def rms_norm(rows: int, columns: int, *, residual: bool = False, itemsize: int, backward: bool = False) -> Cost:
+def rms_norm(
+    rows: int,
+    columns: int,
+    *,
+    residual: bool = False,
+    itemsize: int,
+    backward: bool = False,
+    parameter_itemsize: int | None = None,
+    residual_itemsize: int | None = None,
+) -> Cost:
     """As layer_norm, with neither mean nor bias."""
-    return _norm(rows, columns, residual, itemsize, backward, parameters=1, statistics=1)
+    itemsizes = (itemsize, parameter_itemsize or itemsize, (residual_itemsize or itemsize) if residual else 0)
+    return _norm(rows, columns, itemsizes, backward, parameters=1, statistics=1)
 
 
 def _norm(
-    rows: int, columns: int, residual: bool, itemsize: int, backward: bool, parameters: int, statistics: int
+    rows: int, columns: int, itemsizes: tuple[int, int, int], backward: bool, parameters: int, statistics: int
 ) -> Cost:
-    passes = (4 if residual else 3) if backward else (4 if residual else 2)
+    """Itemsizes are of x, parameters and residual, the last 0 without a residual."""
+    own, parameter, residual = itemsizes
+    if backward:  # dy and dx; what was normalised; the sum's gradient; the residual's, where it is not dx itself
+        row = 2 * own + (residual or own) + residual + (residual if residual != own else 0)
+    else:  # x and y; the residual and the sum
+        row = 2 * own + 2 * residual
     # Backward reads the weight and writes a gradient for every parameter.
     parameter_passes = 1 + parameters if backward else parameters
-    return Cost(0, itemsize * columns * (passes * rows + parameter_passes) + 4 * statistics * rows)
+    return Cost(0, columns * (row * rows + parameter * parameter_passes) + 4 * statistics * rows)
 
 
 def linear_cross_entropy(

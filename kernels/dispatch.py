@@ -10,6 +10,7 @@ device, dtype and the environment are judged here. Modules never bear an operati
 import functools
 import importlib
 import importlib.util
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterable
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kernels import checks, reference
+from kernels.derivatives import refuse_tangents
 from kernels.launcher import INTERPRETED
 
 log = logging.getLogger(__name__)
@@ -123,9 +125,10 @@ _ANNOUNCED: set[Choice] = set()
 def operation(op: str) -> Callable[..., Any]:
     """The public function ``kernels.<op>``: the twin's signature, the table's choice.
 
-    Imports what may run on this machine: torch.compile, which may trace the first call, cannot trace an import.
+    Imports what may run on this machine, for every operation: torch.compile, which may trace the first call, cannot
+    trace an import, and does not see one that another operation's first use makes in the middle of its trace.
     """
-    for row in TABLE[op]:
+    for row in itertools.chain(*TABLE.values()):
         if not row.fused or (_TRITON_INSTALLED and (torch.version.cuda or INTERPRETED)):
             _module(row.module)
 
@@ -133,8 +136,12 @@ def operation(op: str) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         choice = choose(op, *args, **kwargs)
         _announce(choice)
+        if choice.row is not _TORCH:
+            refuse_tangents(op, *args, *kwargs.values())
         return getattr(_module(choice.row.module), op)(*args, **kwargs)
 
+    # Not the twin's, which functools.wraps took: pickle looks a function up by its module and name.
+    run.__module__ = "kernels"
     return run
 
 

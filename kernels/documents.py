@@ -1,39 +1,32 @@
 """Packed sequences: where the documents of a batch begin and end."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
-
-_SHARED = WeakTensorKeyDictionary()  # ids -> ((their version, the stream of the work), bounds)
 
 
-def shared_bounds(document_ids: Tensor) -> Tensor:
-    """``document_bounds``, computed once for all layers that are given the same tensor of ids.
+class DocumentBounds(NamedTuple):
+    """Where documents begin and end, as ``document_bounds`` computes it; attention takes it in place of document ids.
 
-    Not where other values may be there when the work is done: under torch.compile, which drops repetitions by itself,
-    and in a CUDA graph, whose inputs are overwritten between replays.
+    ``positions`` (batch, 2, length) int32: the first and the last position of each position's document. A named tuple,
+    so that compilers, pipeline schedules and module hooks reach the tensor; its batch dimension may be split.
     """
-    if torch.compiler.is_compiling() or document_ids.is_inference():  # whose changes are not counted
-        return document_bounds(document_ids)
-    stream = 0
-    if document_ids.is_cuda:
-        if torch.cuda.is_current_stream_capturing():
-            return document_bounds(document_ids)
-        stream = torch.cuda.current_stream(document_ids.device).cuda_stream
-    state = (document_ids._version, stream)
-    known = _SHARED.get(document_ids)
-    if known is None or known[0] != state:
-        known = _SHARED[document_ids] = (state, document_bounds(document_ids))
-    bounds: Tensor = known[1]
-    return bounds
+
+    positions: Tensor
 
 
-def document_bounds(document_ids: Tensor) -> Tensor:
-    """The first and the last position of each position's document: (batch, length) -> (batch, 2, length), int32.
+def document_bounds(document_ids: Tensor | DocumentBounds) -> DocumentBounds:
+    """Return the bounds of the documents that ``document_ids`` (batch, length) tell apart, for every layer to share.
 
     Documents need not be runs of neighbours. A document is known by its first position, and blocks of keys outside the
-    bounds of a block of queries are never visited.
+    bounds of a block of queries are never visited. Bounds are returned as they are. Raises ValueError for ids of
+    another shape.
     """
+    if isinstance(document_ids, DocumentBounds):
+        return document_ids
+    if document_ids.dim() != 2:
+        raise ValueError(f"document_bounds: document_ids has shape {tuple(document_ids.shape)}, need (batch, length)")
     # A stable sort brings a document together, its first position at the head and its last one at the tail.
     ordered, order = document_ids.sort(dim=1, stable=True)
     index = torch.arange(ordered.shape[1], device=ordered.device).expand_as(order)
@@ -41,4 +34,5 @@ def document_bounds(document_ids: Tensor) -> Tensor:
     heads = torch.where(changes, index, 0).cummax(dim=1).values
     tails = torch.where(changes.roll(-1, dims=1), index, index[:, -1:]).flip(1).cummin(dim=1).values.flip(1)
     ends = order[:, None].expand(-1, 2, -1).gather(2, torch.stack((heads, tails), dim=1))
-    return torch.empty_like(ends).scatter_(2, order[:, None].expand_as(ends), ends).to(torch.int32)
+    positions = torch.empty_like(ends).scatter_(2, order[:, None].expand_as(ends), ends)
+    return DocumentBounds(positions.to(torch.int32))

@@ -21,7 +21,8 @@ from kernels.attention_backward import (
 )
 from kernels.attention_forward import attention_forward
 from kernels.attention_tiles import MAXIMUM_HEAD_DIM, Tiles, padded, tiles_for
-from kernels.documents import shared_bounds
+from kernels.derivatives import refuse_second_order, register_gradient
+from kernels.documents import DocumentBounds, document_bounds
 from kernels.launcher import launch
 
 _ROWS_PER_DELTA_BLOCK = 64
@@ -34,7 +35,7 @@ def attention(
     *,
     causal: bool = True,
     scale: float | None = None,
-    document_ids: Tensor | None = None,
+    document_ids: Tensor | DocumentBounds | None = None,
     dropout: float = 0.0,
     dropout_seed: Tensor | None = None,
     head_offset: int = 0,
@@ -46,9 +47,9 @@ def attention(
     merging the heads afterwards is free. With ``deterministic``, or torch's deterministic algorithms, repeated backward
     passes give the same bits, for seven matrix products a score instead of five.
     """
-    documents = None if document_ids is None else shared_bounds(document_ids)
+    documents = None if document_ids is None else document_bounds(document_ids).positions.contiguous()
     seed = None if not dropout or dropout_seed is None else dropout_seed.contiguous()
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     out, _ = _forward(q, k, v, documents, seed, scale, causal, dropout, head_offset, deterministic)
     return out
@@ -236,7 +237,8 @@ def _differentiate(ctx: Any, out_gradient: Tensor | None, _: Tensor | None) -> t
     return (*gradients, *(None for _ in range(7)))
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+register_gradient(_forward, "attention", _differentiate, _save)
+refuse_second_order(backward, "attention")
 
 
 def _flops(q: tuple[int, ...], k: tuple[int, ...], causal: bool, backward: bool) -> int:

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.compile_ahead import AheadOfTime
+from kernels.derivatives import register_gradient
 from kernels.launcher import launch
 from kernels.rounding import narrow
 from kernels.tiles import IN_INTERPRETER
@@ -72,7 +73,7 @@ def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
     return _dropout(dy, ctx.probability, seed, ctx.position_offset), None, None, None
 
 
-_dropout.register_autograd(_gradient, setup_context=_save)
+register_gradient(_dropout, "dropout", _gradient, _save)
 
 
 def dropout(x: Tensor, probability: float, *, seed: Tensor, position_offset: int = 0) -> Tensor:

@@ -17,6 +17,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from kernels import costs, fused_attention, self_check
 from kernels.attention_forward_hopper import CONSUMERS, ROWS, attention_forward_hopper
 from kernels.compile_ahead import AheadOfTime
+from kernels.derivatives import register_gradient
+from kernels.documents import DocumentBounds
 from kernels.launcher import launch
 
 _BLOCK_N = 128  # keys at a time
@@ -33,7 +35,7 @@ def attention(
     *,
     causal: bool = True,
     scale: float | None = None,
-    document_ids: Tensor | None = None,
+    document_ids: Tensor | DocumentBounds | None = None,
     dropout: float = 0.0,
     dropout_seed: Tensor | None = None,
     head_offset: int = 0,
@@ -53,7 +55,7 @@ def refusal(
     *,
     causal: bool = True,
     scale: float | None = None,
-    document_ids: Tensor | None = None,
+    document_ids: Tensor | DocumentBounds | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> str | None:
@@ -138,7 +140,7 @@ def _differentiate(ctx: Any, out_gradient: Tensor | None, _: Tensor | None) -> t
     return (*fused_attention.backward(out_gradient, *ctx.saved_tensors, *portable), None, None, None)
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+register_gradient(_forward, "attention", _differentiate, _save)
 
 
 @register_flop_formula(torch.ops.megagpt.attention_forward_hopper)

@@ -1,7 +1,7 @@
 """The Triton functions of layer and root-mean-square normalisation; ``kernels.norms`` launches them.
 
-Inputs are contiguous rows; statistics and sums are fp32. CENTRED tells layer norm from RMS norm, and pointers that a
-flag switches off may be anything.
+Inputs are contiguous rows, each of a dtype of its own; statistics and sums are fp32. CENTRED tells layer norm from RMS
+norm, and pointers that a flag switches off may be anything.
 """
 # mypy: disable-error-code="no-untyped-def, assignment"
 
@@ -18,12 +18,12 @@ def _load(pointer, offsets, mask):
 
 
 @triton.jit
-def _load_total(x, residual, offsets, mask, RESIDUAL: tl.constexpr):
+def _load_total(x, residual, total, offsets, mask, RESIDUAL: tl.constexpr):
     """x, or x + residual rounded as it is stored: backward reads the stored sum, so both see the same numbers."""
     value = _load(x, offsets, mask)
     if RESIDUAL:
         value += _load(residual, offsets, mask)
-        value = narrow(value, x.dtype.element_ty, IN_INTERPRETER).to(tl.float32)
+        value = narrow(value, total.dtype.element_ty, IN_INTERPRETER).to(tl.float32)
     return value
 
 
@@ -38,7 +38,7 @@ def norm_forward(
     inside = column < columns
     mask = (row < rows)[:, None] & inside[None, :]
     offsets = row[:, None] * columns + column[None, :]
-    value = _load_total(x, residual, offsets, mask, RESIDUAL)
+    value = _load_total(x, residual, total, offsets, mask, RESIDUAL)
     if RESIDUAL:
         tl.store(total + offsets, narrow(value, total.dtype.element_ty, IN_INTERPRETER), mask=mask)
     if CENTRED:
@@ -67,7 +67,7 @@ def norm_forward_wide(
     for start in tl.range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         mask = column < columns
-        value = _load_total(x, residual, column, mask, RESIDUAL)
+        value = _load_total(x, residual, total, column, mask, RESIDUAL)
         if CENTRED:
             # Chan, Golub and LeVeque 1983: merging chunks keeps the precision that E[x^2] - E[x]^2 would lose.
             count = tl.minimum(columns - start, BLOCK).to(tl.float32)
@@ -85,7 +85,7 @@ def norm_forward_wide(
     for start in tl.range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         mask = column < columns
-        value = _load_total(x, residual, column, mask, RESIDUAL)
+        value = _load_total(x, residual, total, column, mask, RESIDUAL)
         if RESIDUAL:
             tl.store(total + row * columns + column, narrow(value, total.dtype.element_ty, IN_INTERPRETER), mask=mask)
         value = (value - average) * scale * _load(weight, column, mask)
@@ -96,11 +96,14 @@ def norm_forward_wide(
 
 @triton.jit
 def norm_backward(
-    dy, dtotal, x, weight, mean, rstd, dx, dweight, dbias, rows, columns, rows_per_program,
-    CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
+    dy, dtotal, x, weight, mean, rstd, dx, dresidual, dweight, dbias, rows, columns, rows_per_program,
+    CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, WIDER: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A run of rows for each program, ROWS at a time; its share of dweight and dbias stays in registers to the end."""
+    """A run of rows for each program, ROWS at a time; its share of dweight and dbias stays in registers to the end.
+
+    WIDER: the residual's dtype is not that of the other summand, so the same gradient is stored in both.
+    """
     program = tl.program_id(0).to(tl.int64)
     first = program * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
@@ -130,6 +133,8 @@ def norm_backward(
         if RESIDUAL:
             result += _load(dtotal, offsets, mask)
         tl.store(dx + offsets, narrow(result, dx.dtype.element_ty, IN_INTERPRETER), mask=mask)
+        if WIDER:
+            tl.store(dresidual + offsets, result, mask=mask)
     tl.store(dweight + program * columns + column, tl.sum(weight_sum, axis=0), mask=inside)
     if BIAS:
         tl.store(dbias + program * columns + column, tl.sum(bias_sum, axis=0), mask=inside)
@@ -137,8 +142,8 @@ def norm_backward(
 
 @triton.jit
 def norm_backward_wide(
-    dy, dtotal, x, weight, mean, rstd, averages, dx, dweight, dbias, rows, columns, rows_per_program,
-    CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, AVERAGED: tl.constexpr,
+    dy, dtotal, x, weight, mean, rstd, averages, dx, dresidual, dweight, dbias, rows, columns, rows_per_program,
+    CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, WIDER: tl.constexpr, BIAS: tl.constexpr, AVERAGED: tl.constexpr,
     CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """As norm_backward for CHUNKS * BLOCK columns of each row, a row at a time, its numbers loaded twice.
@@ -187,6 +192,8 @@ def norm_backward_wide(
             if RESIDUAL:
                 result += _load(dtotal, row * columns + column, mask)
             tl.store(dx + row * columns + column, narrow(result, dx.dtype.element_ty, IN_INTERPRETER), mask=mask)
+            if WIDER:
+                tl.store(dresidual + row * columns + column, result, mask=mask)
         weight_sums = new_weight_sums
         bias_sums = new_bias_sums
     for chunk in tl.static_range(CHUNKS):

@@ -10,6 +10,9 @@ With z = (x - mean) * rstd and g = dy * weight, averages over a row (Ba et al. 2
     dx = rstd * (g - mean(g) - z * mean(g * z))       dweight = sum over rows of dy * z       dbias = sum of dy
 The sums over rows are fp32 partial sums, one row of them for each program, added up by a second reduction in a fixed
 order: no atomics, so repeated runs give the same bits.
+
+Beside activations of 16 bits, parameters may be fp32, and so may the residual stream (what autocast makes): y has the
+dtype of x, the sum that of the residual, and every gradient that of its input.
 """
 
 from dataclasses import dataclass
@@ -20,6 +23,7 @@ import triton
 from torch import Tensor
 
 from kernels.compile_ahead import AheadOfTime
+from kernels.derivatives import refuse_second_order, register_gradient
 from kernels.launcher import launch
 from kernels.norm_kernels import (
     norm_backward,
@@ -29,10 +33,15 @@ from kernels.norm_kernels import (
     norm_row_averages,
 )
 
+_BOTH = "layer_norm or rms_norm"  # whose operators these are
 _WIDEST_TILE = 8192
 _CHUNK = 4096  # columns at a time in wider rows
 _SUM_CHUNK = 2048  # the same in their backward,
 _WIDEST_SUMS = 6 * _SUM_CHUNK  # whose sums of so many columns take 96 of the 255 registers of each of 256 threads
+# Beside 16 bits, fp32 takes registers that backward does not have at either width. There these are less: the first with
+# any fp32, the second with sums in fp32, of which backward stores two gradients.
+_WIDEST_TILE_MIXED = _WIDEST_TILE // 2
+_WIDEST_SUMS_WIDER = _WIDEST_SUMS - _SUM_CHUNK
 
 
 # ------------------------------------------------------------------------------------------------------------ launches
@@ -75,7 +84,7 @@ def _forward(
     y, total, mean, rstd = _forward_outputs(x, residual, weight, bias, eps, centred)
     columns = x.shape[-1]
     rows = rstd.numel()
-    if rows == 0:
+    if x.numel() == 0:
         return y, total, mean, rstd
     tile = _tile(columns)
     x, weight = x.contiguous(), weight.contiguous()
@@ -103,7 +112,7 @@ def _forward_outputs(
     statistics = x.new_empty(x.shape[:-1], dtype=torch.float32)
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
-        x.new_empty(0) if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format),
+        x.new_empty(0) if residual is None else torch.empty_like(residual, memory_format=torch.contiguous_format),
         torch.empty_like(statistics) if centred else statistics.new_empty(0),
         statistics,
     )
@@ -111,35 +120,64 @@ def _forward_outputs(
 
 @torch.library.custom_op("megagpt::norm_backward", mutates_args=())
 def _backward(
-    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of (x, weight, bias), the last empty without a bias; x is what the forward normalised."""
-    dx, dweight, dbias = _backward_outputs(dy, dtotal, x, weight, mean, rstd, bias)
-    if rstd.numel() == 0:
-        return dx, dweight.zero_(), dbias.zero_()
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    bias: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of what the forward normalised, x, in ``dtype`` and in its own, of weight and of bias.
+
+    The second is empty where the dtypes are the same, the last without a bias.
+    """
+    dx, dresidual, dweight, dbias = _backward_outputs(dy, dtotal, x, weight, mean, rstd, bias, dtype)
+    if x.numel() == 0:
+        return dx, dresidual, dweight.zero_(), dbias.zero_()
     x, dy, weight = x.contiguous(), dy.contiguous(), weight.contiguous()
     dtotal = None if dtotal is None else dtotal.contiguous()
-    run = _backward_wide if _tile(x.shape[-1]).wide else _backward_narrow
-    partial_sums = run(dy, dtotal, x, weight, mean, rstd, dx, bias)
+    run = _backward_wide if _is_wide(x.shape[-1], mixed={x.dtype, weight.dtype} != {dtype}) else _backward_narrow
+    partial_sums = run(dy, dtotal, x, weight, mean, rstd, dx, dresidual, bias)
     sums = partial_sums.sum(dim=1)
     dweight.copy_(sums[0])
     if bias:
         dbias.copy_(sums[1])
-    return dx, dweight, dbias
+    return dx, dresidual, dweight, dbias
 
 
 @_backward.register_fake
 def _backward_outputs(
-    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return dx, torch.empty_like(weight), torch.empty_like(weight) if bias else weight.new_empty(0)
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    bias: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    own = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dx, dresidual = (own, x.new_empty(0)) if dtype == x.dtype else (torch.empty_like(own, dtype=dtype), own)
+    return dx, dresidual, torch.empty_like(weight), torch.empty_like(weight) if bias else weight.new_empty(0)
 
 
 def _backward_narrow(
-    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, dx: Tensor, bias: bool
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dx: Tensor,
+    dresidual: Tensor,
+    bias: bool,
 ) -> Tensor:
-    """Fills dx; returns partial sums (1 + bias, programs, columns) of the parameters' gradients."""
+    """Fills dx, and dresidual unless it is empty.
+
+    Returns partial sums (1 + bias, programs, columns) of the parameters' gradients.
+    """
     rows, columns = rstd.numel(), x.shape[-1]
     tile = _tile(columns)
     programs = min(_programs(x.device), triton.cdiv(rows, tile.rows))
@@ -149,10 +187,11 @@ def _backward_narrow(
         norm_backward,
         (programs,),
         x,
-        *(dy, dy if dtotal is None else dtotal, x, weight, mean, rstd, dx, partial_sums[0], partial_sums[-1]),
-        *(rows, columns, rows_per_program),
+        *(dy, dy if dtotal is None else dtotal, x, weight, mean, rstd),
+        *(dx, dresidual, partial_sums[0], partial_sums[-1], rows, columns, rows_per_program),
         CENTRED=mean.numel() > 0,
         RESIDUAL=dtotal is not None,
+        WIDER=dresidual.numel() > 0,
         BIAS=bias,
         ROWS=tile.rows,
         BLOCK=tile.block,
@@ -163,11 +202,22 @@ def _backward_narrow(
 
 
 def _backward_wide(
-    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, dx: Tensor, bias: bool
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dx: Tensor,
+    dresidual: Tensor,
+    bias: bool,
 ) -> Tensor:
-    """Fills dx; returns partial sums (1 + bias, programs, columns) of the parameters' gradients."""
+    """Fills dx, and dresidual unless it is empty.
+
+    Returns partial sums (1 + bias, programs, columns) of the parameters' gradients.
+    """
     rows, columns = rstd.numel(), x.shape[-1]
-    parts, chunks = _parts(columns)
+    parts, chunks = _parts(columns, wider=dresidual.numel() > 0)
     flags: dict[str, Any] = {"CENTRED": mean.numel() > 0, "BLOCK": _SUM_CHUNK, "num_warps": 8}
     averages = rstd.new_empty(2, rows) if parts > 1 else rstd
     if parts > 1:
@@ -178,9 +228,10 @@ def _backward_wide(
         norm_backward_wide,
         (programs, parts),
         x,
-        *(dy, dy if dtotal is None else dtotal, x, weight, mean, rstd, averages, dx, partial_sums[0], partial_sums[-1]),
-        *(rows, columns, triton.cdiv(rows, programs)),
+        *(dy, dy if dtotal is None else dtotal, x, weight, mean, rstd, averages),
+        *(dx, dresidual, partial_sums[0], partial_sums[-1], rows, columns, triton.cdiv(rows, programs)),
         RESIDUAL=dtotal is not None,
+        WIDER=dresidual.numel() > 0,
         BIAS=bias,
         AVERAGED=parts > 1,
         CHUNKS=chunks,
@@ -189,10 +240,15 @@ def _backward_wide(
     return partial_sums
 
 
-def _parts(columns: int) -> tuple[int, int]:
+def _is_wide(columns: int, mixed: bool) -> bool:
+    """Must the backward walk a row in chunks?"""
+    return columns > (_WIDEST_TILE_MIXED if mixed else _WIDEST_TILE)
+
+
+def _parts(columns: int, wider: bool) -> tuple[int, int]:
     """Into how many parts the backward cuts the columns of a wide row, and how many chunks a part has."""
     chunks = triton.cdiv(columns, _SUM_CHUNK)
-    parts = triton.cdiv(columns, _WIDEST_SUMS)
+    parts = triton.cdiv(columns, _WIDEST_SUMS_WIDER if wider else _WIDEST_SUMS)
     return parts, triton.cdiv(chunks, parts)
 
 
@@ -203,7 +259,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     x, residual, weight, bias, _, _ = inputs
     _, total, mean, rstd = output
     ctx.set_materialize_grads(False)
-    ctx.has_residual, ctx.has_bias = residual is not None, bias is not None
+    ctx.has_residual, ctx.has_bias, ctx.dtype = residual is not None, bias is not None, x.dtype
     # The weight itself, not a view of it: ZeRO-3 frees a gathered parameter by its identity.
     ctx.save_for_backward(x if residual is None else total, weight, mean, rstd)
 
@@ -213,12 +269,16 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     x, weight, mean, rstd = ctx.saved_tensors
     if dy is None:
-        dy = torch.zeros_like(x)
-    dx, dweight, dbias = _backward(dy, dtotal if ctx.has_residual else None, x, weight, mean, rstd, ctx.has_bias)
-    return dx, dx if ctx.has_residual else None, dweight, dbias if ctx.has_bias else None, None, None
+        dy = torch.zeros_like(x, dtype=ctx.dtype)
+    dtotal = dtotal if ctx.has_residual else None
+    dx, dresidual, dweight, dbias = _backward(dy, dtotal, x, weight, mean, rstd, ctx.has_bias, ctx.dtype)
+    if ctx.dtype == x.dtype:
+        dresidual = dx
+    return dx, dresidual if ctx.has_residual else None, dweight, dbias if ctx.has_bias else None, None, None
 
 
-_forward.register_autograd(_gradients, setup_context=_save)
+register_gradient(_forward, _BOTH, _gradients, _save)
+refuse_second_order(_backward, _BOTH)
 
 
 # ----------------------------------------------------------------------------------------------------- public functions
@@ -254,7 +314,7 @@ def _normalise(
 
 
 _TYPES: dict[str, Any] = {
-    **dict.fromkeys(("x", "residual", "weight", "bias", "y", "total", "dy", "dtotal", "dx"), "*bf16"),
+    **dict.fromkeys(("x", "residual", "weight", "bias", "y", "total", "dy", "dtotal", "dx", "dresidual"), "*bf16"),
     **dict.fromkeys(("mean", "rstd", "averages", "dweight", "dbias"), "*fp32"),
     "rows": "i32",
     "columns": "i32:16",
@@ -263,19 +323,26 @@ _TYPES: dict[str, Any] = {
 }
 
 
-def _shipped(columns: int, centred: bool, residual: bool, dtype: str = "bf16") -> list[AheadOfTime]:
-    """Forward and backward at one width, as this module would launch them."""
+def _shipped(
+    columns: int, centred: bool, residual: bool, dtype: str = "bf16", mixed: bool = False
+) -> list[AheadOfTime]:
+    """Forward and backward at one width, as this module would launch them; ``mixed``: parameters and sums in fp32."""
     tile = _tile(columns)
     types = {name: f"*{dtype}" if type_ == "*bf16" else type_ for name, type_ in _TYPES.items()}
+    if mixed:
+        types |= dict.fromkeys(("weight", "bias", "residual", "total", "dtotal", "dresidual"), "*fp32")
     name = "layer_norm" if centred else "rms_norm"
-    name += ("_residual" if residual else "") + ("" if dtype == "bf16" else f"_{dtype}") + f"_{columns}"
-    flags = {"CENTRED": centred, "RESIDUAL": residual, "BIAS": centred, "STAGES": tile.stages}
+    name += ("_residual" if residual else "") + ("" if dtype == "bf16" else f"_{dtype}") + ("_mixed" if mixed else "")
+    name += f"_{columns}"
+    flags = {"CENTRED": centred, "RESIDUAL": residual, "WIDER": mixed, "BIAS": centred, "STAGES": tile.stages}
     shape = {"ROWS": tile.rows, "BLOCK": tile.block}
     forward = norm_forward_wide if tile.wide else norm_forward
     entries = [AheadOfTime(f"{name}_forward", forward, types, flags | shape, tile.warps)]
-    if not tile.wide:
+    if mixed:
+        types = types | {"x": "*fp32"}  # backward reads the sum
+    if not _is_wide(columns, mixed):
         return [*entries, AheadOfTime(f"{name}_backward", norm_backward, types, flags | shape, tile.warps)]
-    parts, chunks = _parts(columns)
+    parts, chunks = _parts(columns, mixed)
     flags |= {"BLOCK": _SUM_CHUNK, "CHUNKS": chunks, "AVERAGED": parts > 1}
     entries.append(AheadOfTime(f"{name}_backward", norm_backward_wide, types, flags, 8))
     if parts > 1:
@@ -292,6 +359,7 @@ AHEAD_OF_TIME: list[AheadOfTime] = [
     *_shipped(768, centred=False, residual=False),
     *_shipped(4096, centred=False, residual=True),
     *_shipped(8192, centred=False, residual=True),
+    *(entry for columns in (4096, 8192, 12288) for entry in _shipped(columns, centred=True, residual=True, mixed=True)),
     *(entry for dtype in ("fp16", "fp32") for entry in _shipped(768, centred=True, residual=False, dtype=dtype)),
     *(entry for dtype in ("fp16", "fp32") for entry in _shipped(8192, centred=True, residual=True, dtype=dtype)),
 ]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from kernels.documents import DocumentBounds
 from kernels.philox import keep_mask
 
 
@@ -18,7 +19,7 @@ def attention(
     *,
     causal: bool = True,
     scale: float | None = None,
-    document_ids: Tensor | None = None,
+    document_ids: Tensor | DocumentBounds | None = None,
     dropout: float = 0.0,
     dropout_seed: Tensor | None = None,
     head_offset: int = 0,
@@ -29,7 +30,8 @@ def attention(
     q (batch, heads, length, head_dim); k and v (batch, key_value_heads, key_length, head_dim), heads a multiple of
     key_value_heads. ``causal`` aligns the last query with the last key (a KV cache), so a query sees nothing where
     length > key_length puts it before the first key; such rows are zero. ``document_ids`` (batch, key_length) confines
-    attention to equal ids; the queries are the last ``length`` positions. ``dropout_seed`` (batch,) int64 and
+    attention to equal ids; the queries are the last ``length`` positions. Layers that share ids should be given their
+    ``kernels.document_bounds`` instead, which each call computes anew from ids. ``dropout_seed`` (batch,) int64 and
     ``head_offset`` (this shard's first head) select the mask. ``deterministic`` asks a fused backward for a fixed
     summation order; this twin has one anyway.
     """
@@ -44,12 +46,20 @@ def attention(
     return _explicit_attention(q, k, v, mask, scale, dropout, dropout_seed, head_offset)
 
 
-def visible(length: int, key_length: int, causal: bool, document_ids: Tensor | None, device: torch.device) -> Tensor:
+def visible(
+    length: int,
+    key_length: int,
+    causal: bool,
+    document_ids: Tensor | DocumentBounds | None,
+    device: torch.device,
+) -> Tensor:
     """Boolean (1 or batch, 1, length, key_length): may this query attend to that key?"""
     query = torch.arange(key_length - length, key_length, device=device)[:, None]
     visible = torch.ones(1, 1, length, key_length, dtype=torch.bool, device=device)
     if causal:
         visible = visible & (query >= torch.arange(key_length, device=device))
+    if isinstance(document_ids, DocumentBounds):
+        document_ids = document_ids.positions[:, 0]  # a document is known by its first position
     if document_ids is not None:
         visible = visible & (document_ids[:, None, -length:, None] == document_ids[:, None, None, :])
     return visible
@@ -69,7 +79,7 @@ def _explicit_attention(
     heads, length = q.shape[1:3]
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
     wide = torch.promote_types(q.dtype, torch.float32)  # scores of 16 bits would lose what softmax tells apart
-    scores = q.to(wide) @ k.to(wide).mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = q.to(wide) @ k.to(wide).mT * (max(q.shape[-1], 1) ** -0.5 if scale is None else scale)
     weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).masked_fill(~mask, 0.0)
     if dropout:
         if seed is None:
@@ -84,21 +94,27 @@ def _explicit_attention(
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float = 1e-5, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Layer normalisation of the last dimension (Ba et al. 2016); with a residual, of x + residual, returning both."""
-    if residual is None:
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
-    total = x + residual
-    return F.layer_norm(total, weight.shape, weight, bias, eps), total
+    """Layer normalisation of the last dimension (Ba et al. 2016); with a residual, of x + residual, returning both.
+
+    Beside an x of 16 bits, parameters (both) and the residual may be fp32, as autocast and a residual stream in fp32
+    make them. The result has the dtype of x, the sum that of the residual (as in flash-attn's layer_norm_fn), under
+    autocast, too; gradients have the dtypes of their inputs.
+    """
+    total = x if residual is None else x + residual
+    wide = torch.promote_types(total.dtype, weight.dtype)
+    shift = None if bias is None else bias.to(wide)
+    y = F.layer_norm(total.to(wide), weight.shape, weight.to(wide), shift, eps).to(x.dtype)
+    return y if residual is None else (y, total)
 
 
 def rms_norm(
     x: Tensor, weight: Tensor, *, eps: float = 1e-5, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Root-mean-square normalisation (Zhang and Sennrich 2019); with a residual, of x + residual, returning both."""
-    if residual is None:
-        return F.rms_norm(x, weight.shape, weight, eps)
-    total = x + residual
-    return F.rms_norm(total, weight.shape, weight, eps), total
+    """Root-mean-square normalisation (Zhang and Sennrich 2019); residual, dtypes and results as of ``layer_norm``."""
+    total = x if residual is None else x + residual
+    wide = torch.promote_types(total.dtype, weight.dtype)
+    y = F.rms_norm(total.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
+    return y if residual is None else (y, total)
 
 
 def dropout(x: Tensor, probability: float, *, seed: Tensor, position_offset: int = 0) -> Tensor:
@@ -128,7 +144,9 @@ def linear_cross_entropy(
 
     hidden (..., hidden_size), weight (vocabulary, hidden_size), targets (...). ``reduction`` is mean (over targets that
     are not ``ignore_index``), sum or none (the shape of targets). ``z_loss`` adds z_loss * logsumexp^2 (PaLM, sec. 5).
-    Rows of the weight from ``vocabulary`` on are padding: no probability, no gradient.
+    Rows of the weight from ``vocabulary`` on are padding: no probability, no gradient. Where every target is ignored,
+    gradients and the loss are 0, the mean too: Liger-Kernel's choice. torch and flash-attn return a mean of NaN (with
+    gradients of 0), which makes a trainer skip the whole step for one micro-batch that has no targets.
     With a ``group``, weight holds this rank's rows of the vocabulary, the first being ``vocabulary_start``; every rank
     of the group must call it with the same hidden and targets, and each receives the whole loss and, in backward, the
     whole gradient of hidden.
@@ -150,7 +168,7 @@ def linear_cross_entropy(
         losses = losses + z_loss * logits.logsumexp(dim=-1).square() * counted
     if reduction == "none":
         return losses.view(targets.shape)
-    return losses.sum() if reduction == "sum" else losses.sum() / counted.sum()
+    return losses.sum() if reduction == "sum" else losses.sum() / counted.sum().clamp(min=1)
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:

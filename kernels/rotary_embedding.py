@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.compile_ahead import AheadOfTime
+from kernels.derivatives import register_gradient
 from kernels.launcher import launch
 from kernels.rounding import narrow
 from kernels.tiles import IN_INTERPRETER, head_start
@@ -81,7 +82,7 @@ def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
     return _rotary(dy, *ctx.saved_tensors, not ctx.backward), None, None, None
 
 
-_rotary.register_autograd(_gradient, setup_context=_save)
+register_gradient(_rotary, "rotary", _gradient, _save)
 
 
 def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+import kernels
 from kernels.philox import fold_seed
 from megagpt.config import ResolvedConfig
 from megagpt.dataset import SampleStream
@@ -33,7 +34,9 @@ class BatchLoader:
         seeds = None
         if self.seed is not None and step is not None:
             seeds = fold_seed(self.seed, step, torch.from_numpy(batch.sample_ids)).to(self.device)
-        documents = None if batch.document_ids is None else self._to_device(torch.from_numpy(batch.document_ids))
+        documents = None
+        if batch.document_ids is not None:
+            documents = kernels.document_bounds(self._to_device(torch.from_numpy(batch.document_ids)))
         return MicroBatch(
             self._to_device(torch.from_numpy(batch.tokens)),
             self._to_device(torch.from_numpy(batch.targets)),

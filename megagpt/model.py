@@ -28,11 +28,11 @@ TIED_WEIGHT = "embedding.tokens.weight"  # what the head multiplies with where e
 class Context:
     """What every block needs beside the hidden states.
 
-    document_ids (batch, key_length) confines attention to one document; dropout_seed (batch,) makes the masks of a
-    sample and is None in evaluation; cache holds the keys and values of earlier positions while generating.
+    documents confine attention to one document; dropout_seed (batch,) makes the masks of a sample and is None in
+    evaluation; cache holds the keys and values of earlier positions while generating.
     """
 
-    document_ids: Tensor | None = None
+    documents: kernels.DocumentBounds | None = None
     dropout_seed: Tensor | None = None
     cache: "KeyValueCache | None" = None
 
@@ -140,7 +140,7 @@ class Attention(nn.Module):
             q,
             k,
             v,
-            document_ids=context.document_ids,
+            document_ids=context.documents,
             dropout=dropout,
             dropout_seed=seed,
             head_offset=self.head_offset,
@@ -264,16 +264,18 @@ class GPT(nn.Module):
         inputs: Tensor,
         targets: Tensor | None = None,
         *,
-        document_ids: Tensor | None = None,
+        document_ids: Tensor | kernels.DocumentBounds | None = None,
         dropout_seed: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """The mean loss (a scalar) where targets (batch, length) are given, else logits (batch, length, vocabulary).
 
         ``inputs`` are tokens (batch, length), or the hidden states that the layers before these return; without the
-        head, hidden states are returned too.
+        head, hidden states are returned too. ``document_ids`` (batch, key_length) confine attention to equal ids; their
+        ``kernels.document_bounds`` are computed here, once for all layers, unless they are given in their place.
         """
-        context = Context(document_ids, dropout_seed, cache)
+        documents = None if document_ids is None else kernels.document_bounds(document_ids)
+        context = Context(documents, dropout_seed, cache)
         x = inputs if self.embedding is None else self.embedding(inputs, context)
         for block in self.blocks.values():
             x = block(x, context)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels import document_bounds
 from megagpt import pipeline, plain, yardstick
 from megagpt.agreement import require_agreement
 from megagpt.compat import Piece
@@ -111,7 +112,7 @@ def micro_batches(engine: Engine, step: int) -> list[MicroBatch]:
         MicroBatch(
             tokens[cut].to(engine.device),
             targets[cut].to(engine.device),
-            document_ids=None if documents is None else documents[cut].to(engine.device),
+            documents=None if documents is None else document_bounds(documents[cut].to(engine.device)),
             dropout_seed=None if seeds is None else seeds[cut].to(engine.device),
         )
         for cut in cuts

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 
+from kernels.documents import DocumentBounds
 from megagpt import compat
 from megagpt.engine import Engine, compute_dtype
 from megagpt.model import TIED_WEIGHT, KeyValueCache
@@ -19,18 +20,18 @@ from megagpt.model import TIED_WEIGHT, KeyValueCache
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward's input on the device: tokens and targets (batch, length), ids of packed documents (batch, length)
-    or None, and a dropout seed for each sample (batch,) or None."""
+    """One forward's input on the device: tokens and targets (batch, length), the bounds of packed documents or None,
+    computed once for every layer, stage and recomputation, and a dropout seed for each sample (batch,) or None."""
 
     tokens: Tensor
     targets: Tensor
-    document_ids: Tensor | None = None
+    documents: DocumentBounds | None = None
     dropout_seed: Tensor | None = None
 
     @property
-    def context(self) -> dict[str, Tensor]:
+    def context(self) -> dict[str, Any]:
         """What every block needs beside the hidden states."""
-        optional = {"document_ids": self.document_ids, "dropout_seed": self.dropout_seed}
+        optional = {"document_ids": self.documents, "dropout_seed": self.dropout_seed}
         return {name: value for name, value in optional.items() if value is not None}
 
 
@@ -180,10 +181,7 @@ class Pipeline:
         self.engine.begin_trace()
         stages = self.engine.stages
         losses: list[Tensor] = []
-        context = {
-            name: torch.cat([micro_batch.context[name] for micro_batch in micro_batches])
-            for name in micro_batches[0].context
-        }
+        context = _joined_context(micro_batches)
         inputs = (torch.cat([m.tokens for m in micro_batches]),) if stages[0] == 0 else ()
         if stages[-1] == self.engine.num_stages - 1:
             targets = torch.cat([m.targets for m in micro_batches])
@@ -201,6 +199,17 @@ class Pipeline:
         self.backwards[chunk] += 1
         counted = self.backwards[chunk : chunk + 1] if compat.ends_by_chunk(deepspeed) else self.backwards
         deepspeed.set_gradient_accumulation_boundary(min(counted) == self.micro_batches)
+
+
+def _joined_context(micro_batches: Sequence[MicroBatch]) -> dict[str, Any]:
+    """The context of several micro-batches as one, which a schedule splits along the batch."""
+    context: dict[str, Any] = {}
+    if micro_batches[0].documents is not None:
+        bounds = [m.documents.positions for m in micro_batches if m.documents is not None]
+        context["document_ids"] = DocumentBounds(torch.cat(bounds))
+    if micro_batches[0].dropout_seed is not None:
+        context["dropout_seed"] = torch.cat([m.dropout_seed for m in micro_batches if m.dropout_seed is not None])
+    return context
 
 
 def _add_tied_gradients(engine: Engine) -> None:

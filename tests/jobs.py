@@ -62,17 +62,31 @@ def train(config: dict[str, Any], steps: int, evaluate: bool = False) -> dict[st
         results = train_steps(engine, range(steps - 1))
         if evaluate:
             pipeline.evaluate(engine, micro_batches(engine, steps))
-        with counted(engine.mesh) as traffic, recorded_passes() as passes:
+        with counted(engine.mesh) as traffic, recorded_passes() as passes, counted_document_bounds() as bounds:
             results += train_steps(engine, range(steps - 1, steps))
         return {
             "results": results,
             "traffic": traffic,
             "passes": passes,
+            "document_bounds": len(bounds),
             "state": held_state(engine),
             "evidence": evidence(engine),
         }
     finally:
         destroy(engine)
+
+
+@contextmanager
+def counted_document_bounds() -> Iterator[list[torch.Size]]:
+    """The shape of the ids of each computation of document bounds, which is the one sort of a step."""
+    shapes, sort = [], torch.Tensor.sort
+
+    def sorting(ids: torch.Tensor, **options: Any) -> Any:
+        shapes.append(ids.shape)
+        return sort(ids, **options)
+
+    with patch.object(torch.Tensor, "sort", sorting):
+        yield shapes
 
 
 @contextmanager

@@ -13,14 +13,15 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def outputs_and_gradients(
-    function: Callable[..., Any], tensors: dict[str, Tensor], dtype: torch.dtype, **options: Any
+    function: Callable[..., Any], tensors: dict[str, Tensor], dtype: torch.dtype | None, **options: Any
 ) -> dict[str, Tensor]:
     """What the function returns, and the gradient of every floating-point argument, from random output gradients.
 
-    The numbers are the same whatever the dtype: they are rounded to the dtype of ``tensors`` first.
+    The numbers are the same whatever the dtype, None being that of each tensor: they are rounded to the dtype of the
+    first of ``tensors`` first.
     """
     arguments = {
-        name: tensor.detach().to(dtype).requires_grad_() if tensor.is_floating_point() else tensor
+        name: tensor.detach().to(dtype or tensor.dtype).requires_grad_() if tensor.is_floating_point() else tensor
         for name, tensor in tensors.items()
     }
     result = function(**arguments, **options)
@@ -53,16 +54,18 @@ def assert_as_accurate_as_torch(
     what is known of an operation's sums, by the name of the result.
     """
     dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    mixed = len({tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}) > 1
     twin = getattr(reference, op)
-    fused = outputs_and_gradients(ours or getattr(kernels, op), tensors, dtype, **options)
-    theirs = outputs_and_gradients(twin, tensors, dtype, **options)
+    fused = outputs_and_gradients(ours or getattr(kernels, op), tensors, None, **options)
+    theirs = outputs_and_gradients(twin, tensors, None, **options)
     exact = outputs_and_gradients(twin, tensors, torch.float64, **options)
     for name, truth in exact.items():
         assert fused[name].dtype == theirs[name].dtype, name
         assert fused[name].shape == theirs[name].shape, name
+        own = fused[name].dtype if mixed else dtype
         error, allowed = largest_error(fused[name], truth), 2 * largest_error(theirs[name], truth)
-        shifted = (truth.to(dtype) + 0.3 - 0.3).double() - truth
-        allowed += torch.finfo(dtype).eps * largest_error(truth, torch.zeros_like(truth))
+        shifted = (truth.to(own) + 0.3 - 0.3).double() - truth
+        allowed += torch.finfo(own).eps * largest_error(truth, torch.zeros_like(truth))
         allowed += 2 * (shifted.abs().max().item() if shifted.numel() else 0.0)
         allowed += (rounding or {}).get(name, 0.0)
         assert error <= allowed, f"{op}: {name}: error {error:.3g}, torch's allows {allowed:.3g}"

@@ -7,11 +7,18 @@ import pytest
 from torch import Tensor
 
 import kernels
+from kernels import DocumentBounds
 
 
 def moved(arguments: Mapping[str, Any], device: str) -> dict[str, Any]:
     """Tensors to the device, unless they are elsewhere on purpose."""
-    return {name: x.to(device) if isinstance(x, Tensor) and not x.is_meta else x for name, x in arguments.items()}
+
+    def move(x: Any) -> Any:
+        if isinstance(x, DocumentBounds):
+            return DocumentBounds(move(x.positions))
+        return x.to(device) if isinstance(x, Tensor) and not x.is_meta else x
+
+    return {name: move(x) for name, x in arguments.items()}
 
 
 def refused(op: str, message: str, arguments: Mapping[str, Any]) -> None:

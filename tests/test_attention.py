@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from kernels import costs, documents, fused_attention, reference, self_check
+from kernels import costs, fused_attention, reference, self_check
 from kernels.launcher import reset_launches
 from kernels.philox import keep_mask
 from tests.attention_rounding import attention_rounding
@@ -155,7 +155,7 @@ def test_documents(fused_device: str, layout: str, length: int, causal: bool, de
 
 
 def test_document_bounds() -> None:
-    bounds = documents.document_bounds(torch.tensor([[4, 4, 9, 4, 7], [1, 1, 1, 1, 1]]))
+    bounds = kernels.document_bounds(torch.tensor([[4, 4, 9, 4, 7], [1, 1, 1, 1, 1]])).positions
     assert bounds.dtype == torch.int32
     assert bounds[0].tolist() == [[0, 0, 2, 0, 4], [3, 3, 2, 3, 4]]
     assert bounds[1].tolist() == [[0] * 5, [4] * 5]
@@ -168,20 +168,42 @@ def test_document_bounds_of_any_ids(length: int) -> None:
     index = torch.arange(length)
     first = torch.where(same, index, length).amin(dim=2) if length else ids
     last = torch.where(same, index, -1).amax(dim=2) if length else ids
-    assert torch.equal(documents.document_bounds(ids), torch.stack((first, last), dim=1).int())
+    assert torch.equal(kernels.document_bounds(ids).positions, torch.stack((first, last), dim=1).int())
 
 
-def test_layers_share_the_bounds_of_their_documents_until_these_change(fused_device: str) -> None:
-    ids = torch.tensor([[0, 0, 1, 1]], device=fused_device)
-    first = documents.shared_bounds(ids)
-    assert documents.shared_bounds(ids) is first
-    assert torch.equal(documents.shared_bounds(ids.clone()), first)
-    ids[0, 1] = 1
-    changed = documents.shared_bounds(ids)
-    assert torch.equal(changed, documents.document_bounds(ids))
-    assert not torch.equal(changed, first)
-    with torch.inference_mode():
-        assert torch.equal(documents.shared_bounds(torch.tensor([[0, 0, 1, 1]], device=fused_device)), first)
+@pytest.mark.parametrize("length", [40, 9])
+@pytest.mark.parametrize("layout", DOCUMENTS)
+def test_bounds_stand_for_their_ids(fused_device: str, layout: str, length: int) -> None:
+    """To the bit, of any strides, and in the twin, too."""
+    tensors = case(fused_device, length, 40, batch=2, heads=1)
+    ids = torch.tensor(DOCUMENTS[layout], device=fused_device)
+    bounds = kernels.document_bounds(ids)
+    assert kernels.document_bounds(bounds) is bounds
+    strided = kernels.DocumentBounds(bounds.positions.mT.contiguous().mT)
+    for function in (kernels.attention, reference.attention):
+        expected = outputs_and_gradients(function, tensors, torch.float32, document_ids=ids)
+        for form in (bounds, strided):
+            results = outputs_and_gradients(function, tensors, torch.float32, document_ids=form)
+            assert all(torch.equal(results[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_ids_whose_memory_changes_unseen_are_read_again(fused_device: str, compiled: bool) -> None:
+    """A buffer that batch after batch is received into: torch's version counter does not see who writes there."""
+    q = case(fused_device, 20, heads=1)["q"]
+
+    def attend(ids: Tensor) -> Tensor:
+        return kernels.attention(q, q, q, document_ids=ids)
+
+    if compiled:
+        attend = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    ids = torch.zeros(1, 20, dtype=torch.int64, device=fused_device)
+    for cut in (10, 5):
+        ids.data.copy_(torch.arange(20) >= cut)
+        assert ids._version == 0
+        with torch.no_grad():
+            alone = reference.attention(*(q[:, :, cut:],) * 3)
+        torch.testing.assert_close(attend(ids)[:, :, cut:], alone)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -390,6 +412,17 @@ def test_nothing_to_attend_to(fused_device: str) -> None:
     assert kernels.launches() == {}
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("function", [kernels.attention, reference.attention])
+def test_heads_of_no_channels(fused_device: str, function: Any, dropout: float) -> None:
+    """As torch's SDPA: an empty result with empty gradients."""
+    q = torch.zeros(1, 2, 5, 0, device=fused_device, requires_grad=True)
+    out = function(q, q, q, dropout=dropout, dropout_seed=torch.tensor([1], device=fused_device))
+    out.sum().backward()
+    assert out.shape == q.grad.shape == (1, 2, 5, 0)
+    assert kernels.launches() == {}
+
+
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     length=st.integers(1, 40), extra=st.integers(-8, 20), group=st.sampled_from([1, 2]), head_dim=st.integers(1, 40),
@@ -421,6 +454,12 @@ BAD_INPUT = {
     },
     "q has dtype torch.int64, expected floating-point numbers": {"q": torch.zeros(1, 2, 20, 16, dtype=torch.int64)},
     "document_ids has shape .1, 7., expected .1, 20.": {"document_ids": torch.zeros(1, 7, dtype=torch.int64)},
+    "document_ids.positions has shape .1, 2, 7., expected .1, 2, 20.": {
+        "document_ids": kernels.DocumentBounds(torch.zeros(1, 2, 7, dtype=torch.int32))
+    },
+    "document_ids.positions has dtype torch.int64, expected torch.int32": {
+        "document_ids": kernels.DocumentBounds(torch.zeros(1, 2, 20, dtype=torch.int64))
+    },
     "document_ids is on meta, expected": {"document_ids": torch.zeros(1, 20, dtype=torch.int64, device="meta")},
     "q has length 21, expected at most k's 20 with document_ids": {
         "q": torch.zeros(1, 2, 21, 16),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import kernels
 from megagpt.batches import BatchLoader
 from megagpt.config import ResolvedConfig, RunConfig
 from megagpt.dataset import SampleStream
@@ -74,7 +75,8 @@ def test_without_dropout_or_without_a_step_there_are_no_seeds(data: Path) -> Non
 
 
 def test_packed_documents_are_told_apart_where_that_is_asked_for(data: Path) -> None:
-    assert load(stream_of(data), 1, 12)[0][0].document_ids is None
+    assert load(stream_of(data), 1, 12)[0][0].documents is None
     stream = stream_of(data, document_mask=True)
-    ids = torch.cat([m.document_ids for m in load(stream, 1, 4)[0]])
-    assert torch.equal(ids, torch.from_numpy(stream.batch(range(24, 24 + BATCH)).document_ids))
+    bounds = torch.cat([m.documents.positions for m in load(stream, 1, 4)[0]])
+    ids = torch.from_numpy(stream.batch(range(24, 24 + BATCH)).document_ids)
+    assert torch.equal(bounds, kernels.document_bounds(ids).positions)

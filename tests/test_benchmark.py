@@ -318,6 +318,19 @@ def test_norm_bytes_are_each_tensor_once() -> None:
         assert cost.flops == 0
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_norm_costs_count_the_bytes_of_each_dtype(backward: bool) -> None:
+    """x and y in 16 bits, parameters, residual, sum and their gradients in fp32: counted tensor by tensor."""
+    rows, columns = 5, 7
+    narrow, wide = 2 * rows * columns, 4 * rows * columns
+    # Forward: x, residual -> y, sum. Backward: dy, sum, its gradient -> dx, the residual's gradient.
+    tensors = 2 * narrow + (3 if backward else 2) * wide
+    parameters = (3 if backward else 2) * 4 * columns
+    itemsizes = {"itemsize": 2, "parameter_itemsize": 4, "residual_itemsize": 4}
+    cost = costs.layer_norm(rows, columns, residual=True, backward=backward, **itemsizes)
+    assert cost.bytes == tensors + parameters + 2 * 4 * rows
+
+
 def test_costs_add() -> None:
     assert Cost(1, 2) + Cost(3, 4) == Cost(4, 6)
 

@@ -1,7 +1,12 @@
 """The table that chooses implementations: every row reachable, every choice explained, every force obeyed."""
 
+import functools
+import multiprocessing
+import pickle
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,6 +146,40 @@ def test_an_unknown_operation_is_an_attribute_error() -> None:
         kernels.atention  # noqa: B018
 
 
+@pytest.mark.parametrize("name", kernels.__all__)
+def test_every_public_name_is_pickled_by_reference(name: str) -> None:
+    found = getattr(kernels, name)
+    assert pickle.loads(pickle.dumps(found)) is found  # noqa: S301
+    assert pickle.loads(pickle.dumps(functools.partial(found, 1))).func is found  # noqa: S301
+
+
+class Activation(torch.nn.Module):
+    """A module that holds an operation, as a user's may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.function = functools.partial(kernels.rms_norm, eps=1e-6)
+        self.weight = torch.nn.Parameter(torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x, self.weight)
+
+
+def test_a_saved_module_computes_in_a_spawned_process(tmp_path: Path) -> None:
+    x = torch.randn(2, 8)
+    torch.save((Activation(), x), tmp_path / "module.pt")
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as processes:
+        y = processes.submit(_load_and_call, tmp_path / "module.pt").result(timeout=120)
+        sent = processes.submit(kernels.rms_norm, x, torch.ones(8), eps=1e-6).result(timeout=120)
+    assert y == sent.tolist() == kernels.rms_norm(x, torch.ones(8), eps=1e-6).tolist()
+
+
+def _load_and_call(path: Path) -> list[list[float]]:
+    module, x = torch.load(path, weights_only=False)
+    y: torch.Tensor = module(x).detach()
+    return y.tolist()
+
+
 def test_importing_kernels_imports_neither_torch_nor_triton() -> None:
     done = run_python("import kernels, kernels.costs, sys; print(sorted({'torch', 'triton'} & set(sys.modules)))")
     assert done.stdout.strip() == "[]", done.stderr
@@ -160,18 +199,17 @@ COLD = """
 import torch, kernels
 
 x, weight, head, target = torch.ones(2, 8), torch.ones(8), torch.ones(5, 8), torch.tensor([1, 2])
-for call in (
-    lambda: kernels.rms_norm(x, weight),
-    lambda: kernels.attention(*[torch.ones(1, 1, 4, 16)] * 3),
-    lambda: kernels.linear_cross_entropy(x, head, target),
-):
-    torch.compile(call, backend="eager", fullgraph=True)()
+def model():
+    kernels.rms_norm(x, weight)
+    kernels.attention(*[torch.ones(1, 1, 4, 16)] * 3)
+    return kernels.linear_cross_entropy(x, head, target)
+torch.compile(model, backend="eager", fullgraph=True)()
 print(sorted(kernels.launches()))
 """
 
 
 def test_torch_compile_may_be_the_first_to_use_an_operation() -> None:
-    """In a fresh process: it cannot trace the imports that a first call used to make."""
+    """In a fresh process, several operations in one graph: it cannot trace the imports that a first use makes."""
     done = run_python(COLD, MEGAGPT_KERNELS="interpret")
     assert done.stdout.strip() == "['attention_forward', 'cross_entropy_statistics', 'norm_forward']", done.stderr
 

@@ -126,6 +126,7 @@ def test_documents_are_masked_on_every_mesh(four_ranks: RankPool, stage: int, pa
     ranks = four_ranks.run("tests.jobs:train", config=config, steps=STEPS)
     reference = plain.train(config, STEPS)
     assert reference.norms[0] != pytest.approx(unmasked.norms[0], rel=1e-3), "the mask hides nothing"
+    assert all(rank["document_bounds"] == 4 for rank in ranks), "bounds are computed once a micro-batch"
     assert_equal_training(ranks, reference, 8, tolerance=2e-5)
 
 

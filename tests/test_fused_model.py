@@ -30,6 +30,25 @@ def loss_and_gradients(model: GPT, device: str) -> dict[str, Tensor]:
     return {"loss": loss.detach(), **dict(zip(names, gradients, strict=True))}
 
 
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("given", ["ids", "bounds"])
+def test_document_bounds_are_computed_once_for_all_layers(
+    given: str, recompute: str, fused_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a forward and backward, not by each layer, nor when a layer is computed again; never where they are given."""
+    config = GPT2.model_copy(update={"num_layers": 3})
+    model = initialise_(GPT(config, recompute=recompute), seed=0).to(fused_device)
+    tokens = torch.zeros(2, 20, dtype=torch.int64, device=fused_device)
+    documents = torch.tensor([[0] * 9 + [1] * 11, [0] * 20], device=fused_device)
+    if given == "bounds":
+        documents = kernels.document_bounds(documents)
+    sorts, sort = [], Tensor.sort
+    monkeypatch.setattr(Tensor, "sort", lambda *args, **kwargs: sorts.append(1) or sort(*args, **kwargs))
+    model(tokens, tokens, document_ids=documents).backward()
+    assert kernels.launches()["attention_forward"] == 3 * (2 if recompute == "full" else 1)
+    assert len(sorts) == (given == "ids")
+
+
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_a_model_is_the_same_on_triton_and_on_torch(
     config: ModelConfig, fused_device: str, monkeypatch: pytest.MonkeyPatch

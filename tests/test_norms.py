@@ -29,6 +29,11 @@ def case(op: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, resid
     return tensors
 
 
+def in_fp32(tensors: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
+    """The same arguments, those of these names in fp32, with numbers that 16 bits do not hold."""
+    return tensors | {name: tensors[name].float() * 1.001 for name in names if name in tensors}
+
+
 @pytest.fixture
 def narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of more than 64 columns count as wide, and of more than 128 as too wide for sums in registers."""
@@ -36,6 +41,8 @@ def narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norms, "_CHUNK", 32)
     monkeypatch.setattr(norms, "_SUM_CHUNK", 64)
     monkeypatch.setattr(norms, "_WIDEST_SUMS", 128)
+    monkeypatch.setattr(norms, "_WIDEST_TILE_MIXED", 48)
+    monkeypatch.setattr(norms, "_WIDEST_SUMS_WIDER", 64)
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -58,6 +65,43 @@ def test_accuracy_of_wide_rows(fused_device: str, op: str, columns: int, dtype: 
     assert kernels.launches() == {"norm_forward_wide": 1, "norm_backward_wide": 1, **averages}
 
 
+MIXED = {"parameters": ("weight", "bias"), "residual": ("residual",), "both": ("weight", "bias", "residual")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("columns", [5, 60, 129])
+@pytest.mark.parametrize("wide", MIXED)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.usefixtures("narrow_tiles")
+def test_fp32_beside_activations_of_16_bits(
+    fused_device: str, op: str, wide: str, columns: int, dtype: torch.dtype
+) -> None:
+    """y like x, the sum like the residual, gradients like their inputs, all as accurate as their own dtypes allow."""
+    tensors = in_fp32(case(op, (7, columns), dtype, fused_device, residual=True), *MIXED[wide])
+    assert_as_accurate_as_torch(op, tensors)
+    results = outputs_and_gradients(getattr(kernels, op), tensors, None)
+    assert results["output 0"].dtype == dtype
+    assert results["output 1"].dtype == tensors["residual"].dtype
+    assert all(results[f"gradient of {name}"].dtype == x.dtype for name, x in tensors.items())
+    backward = "norm_backward" if columns <= 48 else "norm_backward_wide"
+    assert kernels.launches()[backward] == 2
+    plain = case(op, (7, columns), dtype, fused_device)
+    assert_as_accurate_as_torch(op, in_fp32(plain, "weight", "bias"))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_autocast_changes_no_dtype(fused_device: str, op: str) -> None:
+    """Nor a bit, in the twin as in the kernels; torch's own norms would return fp32 under it on a GPU."""
+    tensors = in_fp32(case(op, (3, 24), torch.bfloat16, fused_device, residual=True), *MIXED["both"])
+    for function in (getattr(kernels, op), getattr(kernels.reference, op)):
+        expected = function(**tensors)
+        with torch.autocast(fused_device, torch.bfloat16):
+            results = function(**tensors)
+        for value, wanted in zip(results, expected, strict=True):
+            assert value.dtype == wanted.dtype
+            assert torch.equal(value, wanted)
+
+
 @pytest.mark.parametrize("columns", [8193, 12_288, 16_384, 65_536, 65_537])
 @pytest.mark.parametrize("op", OPS)
 def test_the_widest_rows(fused_device: str, op: str, columns: int) -> None:
@@ -67,13 +111,14 @@ def test_the_widest_rows(fused_device: str, op: str, columns: int) -> None:
     assert kernels.launches()["norm_backward_wide"] == 1
 
 
+@pytest.mark.parametrize("wider", [False, True])
 @pytest.mark.parametrize("columns", [1, 8193, 12_288, 12_289, 30_000, 65_536, 100_000])
-def test_the_parts_of_a_wide_row_cover_it(columns: int) -> None:
+def test_the_parts_of_a_wide_row_cover_it(columns: int, wider: bool) -> None:
     """And each part's sums fit into registers."""
-    parts, chunks = norms._parts(columns)
+    parts, chunks = norms._parts(columns, wider)
     covered = parts * chunks * norms._SUM_CHUNK
     assert columns <= covered < columns + parts * norms._SUM_CHUNK
-    assert chunks * norms._SUM_CHUNK <= norms._WIDEST_SUMS
+    assert chunks * norms._SUM_CHUNK <= (norms._WIDEST_SUMS_WIDER if wider else norms._WIDEST_SUMS)
 
 
 def test_layer_norm_without_a_bias(fused_device: str) -> None:
@@ -169,6 +214,10 @@ def test_no_rows(fused_device: str, op: str) -> None:
     result = outputs_and_gradients(getattr(kernels, op), tensors, torch.float32)
     assert result["output 0"].shape == (0, 16)
     assert not result["gradient of weight"].any()
+    tensors = case(op, (3, 0), torch.float32, fused_device)
+    result = outputs_and_gradients(getattr(kernels, op), tensors, torch.float32)
+    assert result["output 0"].shape == result["gradient of x"].shape == (3, 0)
+    assert kernels.launches() == {}
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -223,6 +272,8 @@ def test_any_shape(fused_device: str, op: str, rows: int, columns: int, dtype: t
     [
         ({"weight": torch.ones(7)}, r"weight has shape \(7,\), expected \(8,\)"),
         ({"bias": torch.ones(8).half()}, "bias has dtype torch.float16, expected torch.float32"),
+        ({"weight": torch.ones(8).half()}, "weight has dtype torch.float16, expected torch.float32"),
+        ({"residual": torch.ones(2, 8).half()}, "residual has dtype torch.float16, expected torch.float32"),
         ({"weight": torch.ones(8, device="meta")}, "weight is on meta, expected c"),
         ({"residual": torch.ones(3, 8)}, r"residual has shape \(3, 8\), expected \(2, 8\)"),
         ({"x": torch.tensor(1.0)}, r"x has shape \(\), expected \(..., width\)"),

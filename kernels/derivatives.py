@@ -1,0 +1,54 @@
+"""Which derivatives fused operators have: gradients in reverse mode, once. What else is asked of them is an error.
+
+torch's custom operators drop forward-mode tangents without a word, so that ``torch.func.jvp`` would return zeros. The
+twins in ``kernels.reference`` are plain torch, which differentiates them in every way that it knows.
+"""
+
+from collections.abc import Callable
+from typing import Any, Never
+
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.library import CustomOpDef
+
+
+def refuse_tangents(op: str, *values: Any) -> None:
+    """Raise NotImplementedError where a tensor has a forward-mode tangent."""
+    if forward_ad._current_level < 0:
+        return
+    if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in values):
+        raise NotImplementedError(
+            f"kernels.{op}: no forward-mode derivative (found an input with a tangent, as torch.func.jvp, jacfwd and "
+            f"forward_ad.make_dual give it); use reverse mode, or {_plain(op)}"
+        )
+
+
+def register_gradient(
+    operator: CustomOpDef, op: str, backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> None:
+    """Register the gradient of an operator of ``kernels.<op>``, for incoming gradients without tangents."""
+
+    def without_tangents(ctx: Any, *gradients: Tensor | None) -> Any:
+        refuse_tangents(op, *gradients)
+        return backward(ctx, *gradients)
+
+    operator.register_autograd(without_tangents, setup_context=setup_context)
+
+
+def refuse_second_order(operator: CustomOpDef, op: str) -> None:
+    """Make differentiating this operator, which computes the gradient of ``kernels.<op>``, a NotImplementedError."""
+
+    def refuse(ctx: Any, *gradients: Tensor | None) -> Never:
+        raise NotImplementedError(
+            f"kernels.{op}: no second derivative (its gradient was differentiated, as create_graph=True asks for); "
+            f"use {_plain(op)}"
+        )
+
+    operator.register_autograd(refuse)
+
+
+def _plain(op: str) -> str:
+    """What to type for any derivative."""
+    if op == "attention":  # torch's fused SDPA has gradients only, too
+        return "kernels.reference.attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+    return f"kernels.reference.{op}"

@@ -17,6 +17,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from kernels import costs, fused_attention, self_check
 from kernels.attention_forward_hopper import CONSUMERS, ROWS, attention_forward_hopper
 from kernels.compile_ahead import AheadOfTime
+from kernels.exact_attention import variant_of
 from kernels.launcher import launch
 
 _BLOCK_N = 128  # keys at a time
@@ -75,9 +76,9 @@ def refusal(
     return next((reason for name, x in (("q", q), ("k", k), ("v", v)) if (reason := _layout_refusal(name, x))), None)
 
 
-def fault(op: str, q: Tensor, *args: Any, **kwargs: Any) -> str | None:
+def fault(op: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> str | None:
     """What this kernel, or the backward it relies on, computes wrongly on this GPU. The first call checks both."""
-    return fused_attention.fault(op, q) or self_check.verdict(__name__, q.device, q.dtype, q.shape[-1])
+    return self_check.verdict(__name__, q.device, q.dtype, variant_of(q, k, v, **options))
 
 
 def _layout_refusal(name: str, x: Tensor) -> str | None:

@@ -34,7 +34,7 @@ class Variant(NamedTuple):
     aligned: bool = True
     causal: bool = True
     documents: bool = False
-    dropout: bool = False
+    dropout: bool | int = False
     deterministic: bool = False
     gradients: bool = True
 
@@ -64,28 +64,36 @@ def variant_of(
     dropout: float = 0.0,
     deterministic: bool = False,
     **_: Any,
-) -> Variant:
-    """Return the variant that a call of ``kernels.attention`` runs."""
+) -> tuple[Any, ...]:
+    """Return the variant that a call of ``kernels.attention`` runs: a ``Variant``, as a tuple torch.compile can trace."""
     # A single query without gradients is a step of generation. Longer ones may be computed again with gradients inside
     # a backward (reentrant checkpointing), where nothing can be checked.
     wants_gradients = torch.is_grad_enabled() or (q.shape[2] > 1 and not torch.is_inference_mode_enabled())
-    return Variant(
-        head_dim=int(q.shape[3]),
-        length=_class(q.shape[2]),
-        key_length=_class(k.shape[2]),
-        group=_class(q.shape[1] // k.shape[1]),
-        aligned=all(x.stride(3) == 1 and all(x.stride(i) % 16 == 0 for i in range(3)) for x in (q, k, v)),
-        causal=causal,
-        documents=document_ids is not None,
-        dropout=dropout > 0,
-        deterministic=wants_gradients and (deterministic or torch.are_deterministic_algorithms_enabled()),
-        gradients=wants_gradients,
+    aligned = all(x.stride(3) == 1 and all(x.stride(i) % 16 == 0 for i in range(3)) for x in (q, k, v))
+    return (
+        _constant(q.shape[3]),
+        _class(q.shape[2]),
+        _class(k.shape[2]),
+        _class(q.shape[1] // k.shape[1]),
+        aligned,
+        causal,
+        document_ids is not None,
+        1 if dropout > 0 else 0,  # a branch, since torch.compile may hold a symbol for the number
+        wants_gradients and (deterministic or torch.are_deterministic_algorithms_enabled()),
+        wants_gradients,
     )
 
 
 def _class(size: int) -> int:
     """How Triton specialises an integer argument."""
     return 1 if size == 1 else 16 if size % 16 == 0 else 0
+
+
+def _constant(head_dim: int) -> int:
+    """Return the number itself; torch.compile, to which it may be a symbol, reads it bit by bit as a constant."""
+    if not torch.compiler.is_compiling():
+        return head_dim
+    return sum(1 << bit for bit in range(9) if head_dim // 2**bit % 2 == 1)  # at most 256 get here
 
 
 class ExactCase(NamedTuple):

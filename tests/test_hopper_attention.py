@@ -5,6 +5,7 @@ kernels.compile_ahead compiles it.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -217,9 +218,9 @@ def test_the_interpreter_finds_mistakes(mistake: str, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("names", [CAUSAL_BF16, pytest.param(SHIPPED, marks=pytest.mark.slow)], ids=["some", "all"])
-def test_what_the_compiler_makes_of_it(names: list[str]) -> None:
+def test_what_the_compiler_makes_of_it(names: list[str], tmp_path: Path) -> None:
     """No spills, no product that waits for another, and softmax runs while products do, on tiles that TMA brought."""
-    rows = compiled("--names", *names)
+    rows = compiled("--ptx", str(tmp_path), "--names", *names)
     assert len(rows) == len(names)
     for row in rows:
         assert row["spill_bytes"] == 0, row
@@ -232,6 +233,58 @@ def test_what_the_compiler_makes_of_it(names: list[str]) -> None:
         assert row["overlapped_exponentials"] >= 2 * 2 * exponentials, row
         assert row["tma"] >= 6, row  # q twice, k, v and the result of each consumer
         assert row["shared_bytes"] <= 227 * 1024, row
+        ptx = (tmp_path / f"{row['name']}.ptx").read_text()
+        assert_barriers_are_seen_by_all(ptx)
+        assert_results_are_seen_by_tma(ptx)
+        assert_registers_suffice(ptx)
+
+
+def instructions(ptx: str, *names: str) -> list[str]:
+    """Those that begin with one of the names, in the order of the listing."""
+    return re.findall(rf"^\s*(?:@!?%p\d+\s+)?({'|'.join(names)})", ptx, re.MULTILINE)
+
+
+def assert_barriers_are_seen_by_all(ptx: str) -> None:
+    """They are made, a fence shows them to TMA, and all warps meet, before anything is copied or waited for."""
+    names = (
+        r"mbarrier\.init",
+        r"fence\.proxy\.async",
+        r"bar\.sync|barrier\.sync",
+        r"mbarrier\.try_wait|cp\.async\.bulk",
+    )
+    order = [next(i for i, name in enumerate(names) if re.match(name, x)) for x in instructions(ptx, *names)]
+    first_use = order.index(3)
+    assert order.count(0) == order[:first_use].count(0) > 0
+    made = max(i for i, kind in enumerate(order) if kind == 0)
+    fenced = order.index(1, made)
+    assert order.index(2, fenced) < first_use
+
+
+def assert_results_are_seen_by_tma(ptx: str) -> None:
+    """Of each consumer: written to shared memory, a fence, all of its warps meet, a copy, and that is waited for."""
+    names = (
+        r"stmatrix",
+        r"fence\.proxy\.async",
+        r"bar\.sync|barrier\.sync",
+        r"cp\.async\.bulk\.tensor\S*\.global\.shared",
+    )
+    names += (r"cp\.async\.bulk\.wait_group",)
+    order = "".join(
+        str(next(i for i, name in enumerate(names) if re.match(name, x))) for x in instructions(ptx, *names)
+    )
+    assert len(re.findall(r"0+2*12*34", order)) == 2, order
+
+
+def assert_registers_suffice(ptx: str) -> None:
+    """Three warp groups have what they begin with, shared out anew: while they work, and before (triton's own)."""
+    at_first = re.search(r"^\.maxnreg (\d+)", ptx, re.MULTILINE)
+    assert at_first is not None
+    had = 3 * int(at_first[1])
+    asked = {int(count) for count in re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", ptx)}
+    assert had * 128 <= 65536
+    assert 240 + 240 + 24 == had
+    idle, main = sorted(asked - {24, 240})
+    assert main + 2 * idle <= had
 
 
 def test_it_is_for_hopper_alone() -> None:

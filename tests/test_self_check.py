@@ -249,7 +249,7 @@ def test_a_variant_is_what_triton_compiles() -> None:
     assert variant_of(q, k[:, :1], k[:, :1], causal=False) == Variant(80, key_length=0, group=0, causal=False)
     assert variant_of(q, q, q, dropout=0.1, deterministic=True) == Variant(80, dropout=True, deterministic=True)
     assert variant_of(q, q, q, document_ids=torch.zeros(1, 48)) == Variant(80, documents=True)
-    assert not variant_of(q[..., :24:2], q[..., :12], q[..., :12]).aligned
+    assert not Variant(*variant_of(q[..., :24:2], q[..., :12], q[..., :12])).aligned
     with torch.no_grad():
         assert variant_of(q[:, :, :1], q, q, deterministic=True) == Variant(80, length=1, gradients=False)
         assert variant_of(q, q, q) == Variant(80)  # may be computed again with gradients, inside backward

@@ -65,7 +65,7 @@ def variant_of(
     deterministic: bool = False,
     **_: Any,
 ) -> tuple[Any, ...]:
-    """Return the variant that a call of ``kernels.attention`` runs: a ``Variant``, as a tuple torch.compile can trace."""
+    """Return the ``Variant`` that a call of ``kernels.attention`` runs, as a tuple, which torch.compile can trace."""
     # A single query without gradients is a step of generation. Longer ones may be computed again with gradients inside
     # a backward (reentrant checkpointing), where nothing can be checked.
     wants_gradients = torch.is_grad_enabled() or (q.shape[2] > 1 and not torch.is_inference_mode_enabled())

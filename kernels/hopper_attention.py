@@ -1,7 +1,7 @@
 """Attention on Hopper: a forward in Gluon where it applies, the portable backward from the same log-sum-exp.
 
-The kernel is in attention_forward_hopper.py. It runs on compute capability 9.0 alone, after both it and the portable
-kernels have passed the self-check there; MEGAGPT_HOPPER=0 leaves everything to the portable ones.
+The kernel is in attention_forward_hopper.py. It runs on compute capability 9.0 alone, after it and the
+portable backward have passed the self-check there; MEGAGPT_HOPPER=0 leaves everything to the portable ones.
 """
 
 import functools

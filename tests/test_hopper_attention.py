@@ -282,7 +282,7 @@ def assert_registers_suffice(ptx: str) -> None:
     had = 3 * int(at_first[1])
     asked = {int(count) for count in re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", ptx)}
     assert had * 128 <= 65536
-    assert 240 + 240 + 24 == had
+    assert had == 240 + 240 + 24
     idle, main = sorted(asked - {24, 240})
     assert main + 2 * idle <= had
 

@@ -144,8 +144,8 @@ def exact_case(variant: Variant, device: torch.device) -> ExactCase:
         options["document_ids"] = documents.of(position)[None].to(device)
     if variant.dropout:
         options |= {"dropout": DROPOUT, "dropout_seed": torch.tensor([2**40 + 5], device=device)}
-    tensors = (x.to(device, torch.float64) for x in (q, k, v, out_gradient))
-    return ExactCase(*tensors, options, 1 / span)
+    q, k, v, out_gradient = (x.to(device, torch.float64) for x in (q, k, v, out_gradient))
+    return ExactCase(q, k, v, out_gradient, options, 1 / span)
 
 
 class _Documents:

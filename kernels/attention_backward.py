@@ -23,7 +23,7 @@ from kernels.rounding import narrow
 from kernels.tiles import IN_INTERPRETER, head_start, keep_tile, load_tile, product, tile_offsets
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads"])
 def attention_backward_delta(
     out, out_gradient, delta, out_strides, gradient_strides, heads, length,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -51,7 +51,7 @@ def attention_backward_delta(
     tl.store(delta + tl.cast(plane, tl.int64) * length + rows, total, mask=rows < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "head_offset"])
 def attention_backward_keys(
     q, k, v, out_gradient, log_sum_exp, delta, dq, dk, dv, documents, seeds,
     q_strides, k_strides, v_strides, gradient_strides, dq_strides, dk_strides, dv_strides,
@@ -184,7 +184,7 @@ def _accumulate(
     return key_gradient, value_gradient
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "head_offset"])
 def attention_backward_queries(
     q, k, v, out_gradient, log_sum_exp, delta, dq, documents, seeds,
     q_strides, k_strides, v_strides, gradient_strides, dq_strides,

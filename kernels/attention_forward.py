@@ -14,7 +14,7 @@ from kernels.rounding import narrow
 from kernels.tiles import IN_INTERPRETER, head_start, keep_tile, load_tile, product, tile_offsets
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "head_offset"])
 def attention_forward(
     q, k, v, out, log_sum_exp, documents, seeds,
     q_strides, k_strides, v_strides, out_strides,

@@ -26,6 +26,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from kernels.launcher import INTERPRETED
 from kernels.machine_code import disassemble, in_flight
+from kernels.proxy_fence import missing_fences
 
 MODULES = (
     "kernels.attention_ahead",
@@ -73,12 +74,13 @@ class Compiled:
     narrow_loads: int
     wgmma: int  # matrix products of a warp group (Hopper)
     tma: int  # copies of a tile by the tensor memory accelerator
+    missing_fences: int  # see kernels.proxy_fence
     overwritten_operands: int  # see kernels.machine_code
     overlapped_exponentials: int
 
 
-def compile_for(entry: AheadOfTime, capability: int = 90) -> Compiled:
-    """Compile for a compute capability (90 is sm_90)."""
+def compile_for(entry: AheadOfTime, capability: int = 90, ptx_directory: Path | None = None) -> Compiled:
+    """Compile for a compute capability (90 is sm_90), and write the PTX to a file of the entry's name if asked to."""
     target = GPUTarget("cuda", capability, 32)
     options = {"num_warps": entry.num_warps, "num_stages": entry.num_stages}
     log = io.StringIO()
@@ -86,6 +88,8 @@ def compile_for(entry: AheadOfTime, capability: int = 90) -> Compiled:
         triton.knobs.nvidia.dump_ptxas_log = True
         triton.knobs.compilation.always_compile = True  # a cached kernel comes without the assembler's messages
         kernel = triton.compile(_source(entry), target=target, options=options)
+    if ptx_directory is not None:
+        Path(ptx_directory, f"{entry.name}.ptx").write_text(kernel.asm["ptx"])
     return _read(log.getvalue(), kernel.asm["ptx"], _machine_code(kernel.asm["cubin"]), kernel.metadata.shared)
 
 
@@ -151,6 +155,7 @@ def _read(log: str, ptx: str, machine_code: str, shared_bytes: int) -> Compiled:
         narrow_loads=widths[False],
         wgmma=ptx.count("wgmma.mma_async"),
         tma=ptx.count("cp.async.bulk.tensor"),
+        missing_fences=len(missing_fences(ptx)),
         **asdict(in_flight(machine_code)),
     )
 
@@ -161,6 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--capability", type=int, nargs="+", default=[90], help="compute capabilities, e.g. 80 90 100")
     parser.add_argument("--names", nargs="+", help="only these configurations")
     parser.add_argument("--write", type=Path, metavar="TABLE", help="write the table here, keeping rows not compiled")
+    parser.add_argument("--ptx", type=Path, metavar="DIRECTORY", help="write the PTX of each here")
     options = parser.parse_args(arguments)
     if INTERPRETED:
         parser.error("TRITON_INTERPRET is set; run in a process without it")
@@ -173,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
         for entry in shipped():
             if entry.capability not in (None, capability) or entry.name not in (options.names or known):
                 continue
-            row = asdict(compile_for(entry, capability))
+            row = asdict(compile_for(entry, capability, options.ptx))
             print(json.dumps({"name": entry.name, "capability": capability, **row}), flush=True)
             table.setdefault(triton.__version__, {}).setdefault(f"sm_{capability}", {})[entry.name] = row
     if options.write:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kernels import checks, reference
+from kernels.assembler import assembler
 from kernels.derivatives import refuse_tangents
 from kernels.launcher import INTERPRETED
 
@@ -72,9 +73,14 @@ class Choice:
     op: str
     row: Row
     refusals: tuple[tuple[str, str], ...]  # (implementation, reason)
+    gpu: torch.device | tuple[int, int] | None = None  # that kernels are compiled for, or its compute capability
 
     def __str__(self) -> str:
-        return f"{self.op}: {self.row.implementation} ({_joined(self.refusals) or 'first in the table'})"
+        """Name the assembler, too, where one is used: wrong results may be its fault."""
+        line = f"{self.op}: {self.row.implementation} ({_joined(self.refusals) or 'first in the table'})"
+        if self.gpu is None or not self.row.fused:
+            return line
+        return f"{line}, {assembler(_capability(self.gpu) if isinstance(self.gpu, torch.device) else self.gpu)}"
 
 
 def _joined(refusals: Iterable[tuple[str, str]]) -> str:
@@ -105,7 +111,7 @@ def choose(op: str, *args: Any, capability: tuple[int, int] | None = None, **kwa
     for row in TABLE[op]:
         reason = row_refusal(row, op, like, *args, capability=capability, **kwargs)
         if reason is None:
-            return Choice(op, row, tuple(refusals))
+            return Choice(op, row, tuple(refusals), capability or (like.device if like.is_cuda else None))
         refusals.append((row.implementation, reason))
     raise ValueError(f"kernels.{op}: no implementation for {VARIABLE}={mode()}: {_joined(refusals)}")
 
@@ -113,6 +119,7 @@ def choose(op: str, *args: Any, capability: tuple[int, int] | None = None, **kwa
 def explain(op: str, *args: Any, capability: tuple[int, int] | None = None, **kwargs: Any) -> str:
     """One line saying which implementation of ``op`` runs on these arguments, and why the others do not.
 
+    Where Triton compiles it for a GPU, the line names the ptxas that assembles it.
     ``capability``, e.g. (9, 0), asks for a GPU that is not here.
     """
     return str(choose(op, *args, capability=capability, **kwargs))

@@ -23,6 +23,7 @@ from kernels.attention_forward import attention_forward
 from kernels.attention_tiles import MAXIMUM_HEAD_DIM, Tiles, padded, tiles_for
 from kernels.derivatives import refuse_second_order, register_gradient
 from kernels.documents import DocumentBounds, document_bounds
+from kernels.exact_attention import variant_of
 from kernels.launcher import launch
 
 _ROWS_PER_DELTA_BLOCK = 64
@@ -64,9 +65,9 @@ def refusal(op: str, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = N
     return None
 
 
-def fault(op: str, q: Tensor, *args: Any, **kwargs: Any) -> str | None:
-    """What these kernels compute wrongly on this GPU; None where they are right. The first call checks."""
-    return self_check.verdict(__name__, q.device, q.dtype, max(64, padded(q.shape[-1])))
+def fault(op: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> str | None:
+    """What these kernels compute wrongly on this GPU; None where they are right. The first call of a kind checks."""
+    return self_check.verdict(__name__, q.device, q.dtype, variant_of(q, k, v, **options))
 
 
 def empty_heads_last(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """Attention on Hopper: a forward in Gluon where it applies, the portable backward from the same log-sum-exp.
 
-The kernel is in attention_forward_hopper.py. It runs on compute capability 9.0 alone, after both it and the portable
-kernels have passed the self-check there; MEGAGPT_HOPPER=0 leaves everything to the portable ones.
+The kernel is in attention_forward_hopper.py. It runs on compute capability 9.0 alone, after it and the
+portable backward have passed the self-check there; MEGAGPT_HOPPER=0 leaves everything to the portable ones.
 """
 
 import functools
@@ -19,6 +19,7 @@ from kernels.attention_forward_hopper import CONSUMERS, ROWS, attention_forward_
 from kernels.compile_ahead import AheadOfTime
 from kernels.derivatives import register_gradient
 from kernels.documents import DocumentBounds
+from kernels.exact_attention import variant_of
 from kernels.launcher import launch
 
 _BLOCK_N = 128  # keys at a time
@@ -77,9 +78,9 @@ def refusal(
     return next((reason for name, x in (("q", q), ("k", k), ("v", v)) if (reason := _layout_refusal(name, x))), None)
 
 
-def fault(op: str, q: Tensor, *args: Any, **kwargs: Any) -> str | None:
+def fault(op: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> str | None:
     """What this kernel, or the backward it relies on, computes wrongly on this GPU. The first call checks both."""
-    return fused_attention.fault(op, q) or self_check.verdict(__name__, q.device, q.dtype, q.shape[-1])
+    return self_check.verdict(__name__, q.device, q.dtype, variant_of(q, k, v, **options))
 
 
 def _layout_refusal(name: str, x: Tensor) -> str | None:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from kernels import costs, fused_attention, reference, self_check
+from kernels import costs, fused_attention, reference
 from kernels.launcher import reset_launches
 from kernels.philox import keep_mask
 from tests.attention_rounding import attention_rounding
@@ -361,43 +361,6 @@ def test_selecting_one_key_is_exact(fused_device: str, dtype: torch.dtype) -> No
     assert torch.equal(out, v)
     gradient = torch.arange(40.0, device=fused_device).to(dtype).expand_as(out)
     assert torch.equal(torch.autograd.grad(out, v, gradient)[0], gradient)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_self_check_passes(fused_device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    if fused_device == "cpu":
-        monkeypatch.setattr(self_check, "_LENGTH", 64)
-    device = torch.device(fused_device)
-    assert (
-        self_check.disagreement(fused_attention.attention, device, dtype, 16 if fused_device == "cpu" else 128) is None
-    )
-
-
-MISTAKES = {
-    "one element off by one": lambda x: x + torch.eye(*x.shape[2:]),
-    "nothing there": lambda x: x * 0,
-    "the wrong sign": torch.neg,
-    "one head the other's": lambda x: x.flip(1),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-@pytest.mark.parametrize("wrong", ["output", "gradient of q", "gradient of k", "gradient of v"])
-def test_the_self_check_names_what_is_wrong(wrong: str, mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No result may be wrong in any of these ways: there was a check for which the gradient of k was always 0."""
-    monkeypatch.setattr(self_check, "_LENGTH", 256)
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, *, deterministic: bool, **options: Any) -> Tensor:
-        spoilt = {"gradient of q": q, "gradient of k": k, "gradient of v": v}
-        if wrong in spoilt:
-            spoilt[wrong].register_hook(MISTAKES[mistake])
-        out = reference.attention(q, k, v, **options)
-        return MISTAKES[mistake](out) if wrong == "output" else out
-
-    found = self_check.disagreement(attention, torch.device("cpu"), torch.float32, 64)
-    assert found is not None
-    assert found.startswith(f"self-check: {wrong} is wrong for ")
-    assert found.endswith(" (see triton-lang/triton#11781)")
 
 
 def test_nothing_to_attend_to(fused_device: str) -> None:

@@ -34,7 +34,9 @@ MUST_BE_CLEAN = (
 ROWS_ALONE = ("attention_forward_64_bf16", "attention_forward_128_bf16", "rms_norm_residual_4096_forward")
 ELSEWHERE = ("attention_forward_64_bf16", "attention_backward_keys_64_bf16", "layer_norm_768_backward")
 CAPABILITIES = (80, 90, 100)
-WORSE_WHEN_LARGER = ("registers", "spill_bytes", "serialised_wgmma", "narrow_loads", "overwritten_operands")
+WORSE_WHEN_LARGER = (
+    "registers", "spill_bytes", "serialised_wgmma", "narrow_loads", "overwritten_operands", "missing_fences",
+)  # fmt: skip
 WORSE_WHEN_SMALLER = ("wide_loads",)
 
 
@@ -70,6 +72,7 @@ def test_what_matters_most_is_clean_on_hopper() -> None:
         assert row["spill_bytes"] == 0, row
         assert row["serialised_wgmma"] == 0, row
         assert row["overwritten_operands"] == 0, row
+        assert row["missing_fences"] == 0, row
         assert row["wide_loads"] > 0, row
         assert row["narrow_loads"] == 0 or row["name"] not in ROWS_ALONE, row
         assert (row["wgmma"] > 0) == row["name"].startswith("attention"), row

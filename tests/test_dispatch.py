@@ -13,6 +13,7 @@ import torch
 
 import kernels
 from kernels import dispatch, launcher, reference
+from kernels.assembler import assembler
 
 
 @pytest.fixture
@@ -70,9 +71,16 @@ def test_an_unknown_value_names_the_known_ones(q: torch.Tensor, monkeypatch: pyt
         kernels.attention(q, q, q)
 
 
+def by(capability: tuple[int, int]) -> str:
+    """What follows in a line about such a GPU."""
+    return f", {assembler(capability)}"
+
+
 def test_what_gpus_that_are_not_here_would_run(q: torch.Tensor) -> None:
     x, weight = torch.randn(3, 16), torch.ones(16)
-    assert kernels.explain("rms_norm", x, weight, capability=(8, 0)) == "rms_norm: triton (first in the table)"
+    assert kernels.explain("rms_norm", x, weight, capability=(8, 0)) == (
+        f"rms_norm: triton (first in the table){by((8, 0))}"
+    )
     assert kernels.explain("rms_norm", x, weight, capability=(7, 5)) == (
         "rms_norm: torch (triton: compute capability 7.5 is below 8.0)"
     )
@@ -90,12 +98,12 @@ def halves() -> torch.Tensor:
 
 def test_hopper_runs_its_own_attention(halves: torch.Tensor) -> None:
     assert kernels.explain("attention", halves, halves, halves, capability=(9, 0)) == (
-        "attention: hopper (first in the table)"
+        f"attention: hopper (first in the table){by((9, 0))}"
     )
     for capability in ((8, 0), (8, 9), (10, 0), (12, 0)):
         line = kernels.explain("attention", halves, halves, halves, capability=capability)
         name = ".".join(map(str, capability))
-        assert line == f"attention: triton (hopper: compute capability {name} is not 9.0)"
+        assert line == f"attention: triton (hopper: compute capability {name} is not 9.0){by(capability)}"
 
 
 LEFT_TO_TRITON = {
@@ -118,13 +126,14 @@ LEFT_TO_TRITON = {
 @pytest.mark.parametrize("reason", LEFT_TO_TRITON)
 def test_what_the_hopper_kernel_cannot_do_is_left_to_the_portable_one(reason: str, halves: torch.Tensor) -> None:
     arguments = {"q": halves, "k": halves, "v": halves} | LEFT_TO_TRITON[reason]
-    assert kernels.explain("attention", **arguments, capability=(9, 0)) == f"attention: triton (hopper: {reason})"
+    line = kernels.explain("attention", **arguments, capability=(9, 0))
+    assert line == f"attention: triton (hopper: {reason}){by((9, 0))}"
 
 
 def test_the_hopper_kernel_can_be_switched_off(halves: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEGAGPT_HOPPER", "0")
     line = kernels.explain("attention", halves, halves, halves, capability=(9, 0))
-    assert line == "attention: triton (hopper: MEGAGPT_HOPPER=0)"
+    assert line == f"attention: triton (hopper: MEGAGPT_HOPPER=0){by((9, 0))}"
     monkeypatch.setenv("MEGAGPT_HOPPER", "off")
     with pytest.raises(ValueError, match="MEGAGPT_HOPPER=off: unknown value; set it to 0 or 1, or unset it"):
         kernels.attention(halves, halves, halves)
@@ -192,7 +201,7 @@ def test_dtype_is_that_of_the_numbers_whatever_comes_first() -> None:
         "weight": torch.ones(5, 8),
     }
     line = kernels.explain("linear_cross_entropy", **arguments, capability=(9, 0))
-    assert line == "linear_cross_entropy: triton (first in the table)"
+    assert line == f"linear_cross_entropy: triton (first in the table){by((9, 0))}"
 
 
 COLD = """

@@ -5,6 +5,7 @@ kernels.compile_ahead compiles it.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -19,7 +20,16 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from kernels import attention_forward_hopper, costs, fused_attention, hopper_attention, reference, self_check
+from kernels import (
+    attention_forward_hopper,
+    costs,
+    exact_attention,
+    fused_attention,
+    hopper_attention,
+    reference,
+    self_check,
+)
+from kernels.exact_attention import Variant
 from kernels.launcher import INTERPRETED, reset_launches
 from tests import gluon_interpreter
 from tests.attention_rounding import attention_rounding
@@ -128,10 +138,30 @@ def test_the_portable_backward_takes_its_log_sum_exp(causal: bool) -> None:
 
 @needs_the_interpreters
 @pytest.mark.usefixtures("interpreted")
-def test_the_self_check_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(self_check, "_LENGTH", 64)
-    attention, device = hopper_attention.attention, torch.device("cpu")
-    assert self_check.disagreement(attention, device, torch.bfloat16, 64) is None
+@pytest.mark.parametrize("variant", [Variant(64), Variant(64, length=0, key_length=0, group=0, causal=False)], ids=str)
+def test_the_self_check_passes(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact_attention, "LENGTH", 256)  # two tiles of keys
+    assert self_check.disagreement(hopper_attention.attention, torch.device("cpu"), torch.bfloat16, variant) is None
+
+
+@needs_the_interpreters
+def test_the_self_check_finds_a_faulty_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The portable one, which this kernel's forward relies on: no check of the portable forward is needed for that."""
+    interpret(monkeypatch, SOURCE, True)
+    monkeypatch.setattr(exact_attention, "LENGTH", 64)
+    monkeypatch.setattr(self_check, "_VERDICTS", {})
+    right = fused_attention.backward
+
+    def wrong(*arguments: Any) -> tuple[Tensor, ...]:
+        dq, dk, dv = right(*arguments)
+        return dq, dk + torch.eye(*dk.shape[2:]).to(dk), dv
+
+    monkeypatch.setattr(fused_attention, "backward", wrong)
+    q = case(20)["q"].requires_grad_()
+    assert hopper_attention.fault("attention", q, q, q) == "self-check: gradient of k is wrong for " + (
+        "head_dim 64, lengths that are no multiples of 16"
+    )
+    assert [module for module, *_ in self_check._VERDICTS] == ["kernels.hopper_attention"]
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -188,9 +218,9 @@ def test_the_interpreter_finds_mistakes(mistake: str, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("names", [CAUSAL_BF16, pytest.param(SHIPPED, marks=pytest.mark.slow)], ids=["some", "all"])
-def test_what_the_compiler_makes_of_it(names: list[str]) -> None:
+def test_what_the_compiler_makes_of_it(names: list[str], tmp_path: Path) -> None:
     """No spills, no product that waits for another, and softmax runs while products do, on tiles that TMA brought."""
-    rows = compiled("--names", *names)
+    rows = compiled("--ptx", str(tmp_path), "--names", *names)
     assert len(rows) == len(names)
     for row in rows:
         assert row["spill_bytes"] == 0, row
@@ -203,6 +233,58 @@ def test_what_the_compiler_makes_of_it(names: list[str]) -> None:
         assert row["overlapped_exponentials"] >= 2 * 2 * exponentials, row
         assert row["tma"] >= 6, row  # q twice, k, v and the result of each consumer
         assert row["shared_bytes"] <= 227 * 1024, row
+        ptx = (tmp_path / f"{row['name']}.ptx").read_text()
+        assert_barriers_are_seen_by_all(ptx)
+        assert_results_are_seen_by_tma(ptx)
+        assert_registers_suffice(ptx)
+
+
+def instructions(ptx: str, *names: str) -> list[str]:
+    """Those that begin with one of the names, in the order of the listing."""
+    return re.findall(rf"^\s*(?:@!?%p\d+\s+)?({'|'.join(names)})", ptx, re.MULTILINE)
+
+
+def assert_barriers_are_seen_by_all(ptx: str) -> None:
+    """They are made, a fence shows them to TMA, and all warps meet, before anything is copied or waited for."""
+    names = (
+        r"mbarrier\.init",
+        r"fence\.proxy\.async",
+        r"bar\.sync|barrier\.sync",
+        r"mbarrier\.try_wait|cp\.async\.bulk",
+    )
+    order = [next(i for i, name in enumerate(names) if re.match(name, x)) for x in instructions(ptx, *names)]
+    first_use = order.index(3)
+    assert order.count(0) == order[:first_use].count(0) > 0
+    made = max(i for i, kind in enumerate(order) if kind == 0)
+    fenced = order.index(1, made)
+    assert order.index(2, fenced) < first_use
+
+
+def assert_results_are_seen_by_tma(ptx: str) -> None:
+    """Of each consumer: written to shared memory, a fence, all of its warps meet, a copy, and that is waited for."""
+    names = (
+        r"stmatrix",
+        r"fence\.proxy\.async",
+        r"bar\.sync|barrier\.sync",
+        r"cp\.async\.bulk\.tensor\S*\.global\.shared",
+    )
+    names += (r"cp\.async\.bulk\.wait_group",)
+    order = "".join(
+        str(next(i for i, name in enumerate(names) if re.match(name, x))) for x in instructions(ptx, *names)
+    )
+    assert len(re.findall(r"0+2*12*34", order)) == 2, order
+
+
+def assert_registers_suffice(ptx: str) -> None:
+    """Three warp groups have what they begin with, shared out anew: while they work, and before (triton's own)."""
+    at_first = re.search(r"^\.maxnreg (\d+)", ptx, re.MULTILINE)
+    assert at_first is not None
+    had = 3 * int(at_first[1])
+    asked = {int(count) for count in re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", ptx)}
+    assert had * 128 <= 65536
+    assert had == 240 + 240 + 24
+    idle, main = sorted(asked - {24, 240})
+    assert main + 2 * idle <= had
 
 
 def test_it_is_for_hopper_alone() -> None:
@@ -252,12 +334,12 @@ def test_a_fault_is_asked_for_once_and_logged(
 
     monkeypatch.setattr(hopper_attention, "attention", broken)
     monkeypatch.setattr(self_check, "_VERDICTS", {})
-    key = ("kernels.hopper_attention", torch.device("cpu"), torch.bfloat16, 64)
+    key = ("kernels.hopper_attention", torch.device("cpu"), torch.bfloat16, Variant(64, documents=True))
     for _ in range(2):
         assert self_check.verdict(*key) == "self-check: RuntimeError: no such instruction"
     assert len(calls) == 1
     assert [record.getMessage() for record in caplog.records] == [
-        "kernels.hopper_attention is not used on cpu for torch.bfloat16, head_dim 64: "
+        "kernels.hopper_attention is not used on cpu for torch.bfloat16, head_dim 64, documents: "
         "self-check: RuntimeError: no such instruction"
     ]
 
@@ -266,13 +348,13 @@ def caught_in(surroundings: AbstractContextManager[Any], monkeypatch: pytest.Mon
     """The verdict on a right kernel, if first asked for in these surroundings."""
 
     def right(q: Tensor, k: Tensor, v: Tensor, *, deterministic: bool, **options: Any) -> Tensor:
-        return self_check._plain(q, k, v, **options)
+        return reference.attention(q, k, v, **options)
 
-    monkeypatch.setattr(self_check, "_LENGTH", 64)
+    monkeypatch.setattr(exact_attention, "LENGTH", 64)
     monkeypatch.setattr(self_check, "_VERDICTS", {})
     monkeypatch.setattr(hopper_attention, "attention", right)
     with surroundings:
-        return self_check.verdict("kernels.hopper_attention", torch.device("cpu"), torch.float32, 64)
+        return self_check.verdict("kernels.hopper_attention", torch.device("cpu"), torch.float32, Variant(64))
 
 
 @contextmanager
@@ -320,15 +402,15 @@ def test_a_verdict_counts_no_flops(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_want_of_memory_is_no_verdict(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Nor is a captured CUDA graph, or a backward whose thread the check would wait for: they are asked again."""
     with pytest.MonkeyPatch.context() as full:
-        full.setattr(self_check, "_results", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+        full.setattr(self_check, "answers", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
         assert caught_in(nullcontext(), full) == "self-check: no memory for it now"
     with pytest.MonkeyPatch.context() as capturing:
         capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        found = self_check.verdict("kernels.hopper_attention", torch.device("cuda"), torch.bfloat16, 64)
+        found = self_check.verdict("kernels.hopper_attention", torch.device("cuda"), torch.bfloat16, Variant(64))
         assert found == "self-check: impossible while a CUDA graph is captured; call it once before"
     monkeypatch.setattr(self_check, "_VERDICTS", {})
     x, found = torch.ones(1, requires_grad=True), []
-    key = ("kernels.hopper_attention", torch.device("cpu"), torch.bfloat16, 64)
+    key = ("kernels.hopper_attention", torch.device("cpu"), torch.bfloat16, Variant(64))
     x.register_hook(lambda gradient: found.append(self_check.verdict(*key)))
     (2 * x).backward()
     assert found == ["self-check: impossible inside backward; call it once before"]
@@ -336,28 +418,20 @@ def test_a_want_of_memory_is_no_verdict(monkeypatch: pytest.MonkeyPatch, caplog:
     assert caught_in(nullcontext(), monkeypatch) is None
 
 
-def test_a_faulty_backward_is_its_fault_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    q = torch.zeros(1, 1, 4, 64).half()
-    verdicts = {"kernels.fused_attention": "wrong", "kernels.hopper_attention": None}
-    monkeypatch.setattr(self_check, "verdict", lambda module, *key: verdicts[module])
-    assert hopper_attention.fault("attention", q, q, q) == "wrong"
-    verdicts |= {"kernels.fused_attention": None}
-    assert hopper_attention.fault("attention", q, q, q) is None
-
-
 def test_torch_compile_asks_for_the_verdict_while_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(self_check, "disagreement", lambda *key: asked.append(1))
+    """Once for each variant, whatever sizes it traces."""
+    asked: list[Variant] = []
+    monkeypatch.setattr(self_check, "disagreement", lambda *key: asked.append(key[-1]))
     monkeypatch.setattr(self_check, "_VERDICTS", {})
 
-    def run(x: Tensor) -> Tensor:
-        return x * 2 if fused_attention.fault("attention", x) is None else x
+    def run(x: Tensor, documents: Tensor) -> Tensor:
+        return x * 2 if fused_attention.fault("attention", x, x, x, document_ids=documents) is None else x
 
-    x = torch.ones(1, 1, 2, 16)
-    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(x), 2 * x)
-    assert torch.equal(compiled(x), 2 * x)
-    assert asked == [1]
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=True)
+    for length in (32, 48, 33):
+        x = torch.ones(1, 2, length, 16)
+        assert torch.equal(compiled(x, torch.zeros(1, length)), 2 * x)
+    assert asked == [Variant(16, documents=True), Variant(16, 0, 0, documents=True)]
 
 
 # ------------------------------------------------------------------------------------------------------------- on a GPU
@@ -373,7 +447,7 @@ def test_on_hopper(length: int, key_length: int, head_dim: int, dtype: torch.dty
     tensors = case(
         length, key_length, batch=2, heads=4, key_heads=2, head_dim=head_dim, dtype=dtype, device="cuda"
     )  # fmt: skip
-    assert kernels.explain("attention", **tensors, causal=causal) == "attention: hopper (first in the table)"
+    assert kernels.explain("attention", **tensors, causal=causal).startswith("attention: hopper (first in the table)")
     reset_launches()
     rounding = attention_rounding(tensors, causal=causal)
     assert_as_accurate_as_torch("attention", tensors, rounding=rounding, causal=causal)

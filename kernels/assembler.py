@@ -1,0 +1,89 @@
+"""Which ptxas turns triton's PTX into machine code, and whether reports say that it miscompiles attention.
+
+Triton takes the program that TRITON_PTXAS_PATH names (TRITON_PTXAS_BLACKWELL_PATH for compute capability 10.0 and
+above), and silently its own where that one does not run.
+"""
+
+import functools
+import importlib.util
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+# triton-lang/triton#11781 names 13.3 as the first with the fix; one reporter found 13.1.80 right, too.
+_MENDED = (13, 3)
+_PACKAGE = "nvidia-cuda-nvcc"
+_TIMEOUT_S = 30
+
+
+@dataclass(frozen=True)
+class Assembler:
+    """One ptxas: its version, e.g. "12.8.93", or None where it cannot be read, and how triton came to use it."""
+
+    version: str | None
+    origin: str
+    variable: str  # that names another one
+
+    def __str__(self) -> str:
+        return f"ptxas {self.version or 'of unknown version'} ({self.origin})"
+
+    def reported_wrong(self) -> bool:
+        """Tell whether this version, as far as it is known, is reported to miscompile products from registers."""
+        return self.version is None or tuple(int(part) for part in self.version.split(".")[:2]) < _MENDED
+
+    def advice(self) -> str:
+        """Say what to type after a wrong result on compute capability 9.0."""
+        if not self.reported_wrong():
+            return "this ptxas is not known to be wrong: please report it"
+        first = ".".join(map(str, _MENDED))
+        path = _installed()
+        install = "" if path else f"pip install '{_PACKAGE}>={first}'; "
+        return (
+            f"ptxas before {first} is reported to miscompile such products (triton-lang/triton#11781); "
+            f"{install}export {self.variable}={path or '<site-packages>/nvidia/cu13/bin/ptxas'}"
+        )
+
+
+def assembler(capability: tuple[int, int]) -> Assembler:
+    """Return the ptxas that triton uses for GPUs of this compute capability. Never raises."""
+    name = "ptxas_blackwell" if capability[0] >= 10 else "ptxas"
+    variable = f"TRITON_{name.upper()}_PATH"
+    try:
+        import triton
+
+        used = str(getattr(triton.knobs.nvidia, name).path)
+    except Exception as error:  # whatever a broken installation raises: only a name is wanted here
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return Assembler(None, f"triton cannot use it: {reason}", variable)
+    wanted = os.environ.get(variable)
+    if wanted is None or used == wanted:
+        return Assembler(_version(used), f"{variable}={wanted}" if wanted else "triton's own", variable)
+    return Assembler(_version(used), f"triton's own, as {variable}={wanted} does not run", variable)
+
+
+@functools.cache
+def _version(path: str) -> str | None:
+    """What the program says of itself, e.g. "Cuda compilation tools, release 12.8, V12.8.93"."""
+    try:
+        said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.search(r"\bV(\d+\.\d+[\d.]*)", said.stdout) or re.search(r"release (\d+\.\d+)", said.stdout)
+    return found[1] if found else None
+
+
+@functools.cache
+def _installed() -> str | None:
+    """Path of the ptxas of the package nvidia-cuda-nvcc, if that is here and new enough."""
+    try:
+        found = importlib.util.find_spec("nvidia.cu13")
+    except ImportError:
+        return None
+    for directory in (found.submodule_search_locations or ()) if found else ():
+        path = Path(directory, "bin", "ptxas")
+        version = _version(str(path))
+        if version is not None and not Assembler(version, "", "").reported_wrong():
+            return str(path)
+    return None

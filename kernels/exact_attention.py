@@ -1,0 +1,224 @@
+"""Attention inputs whose results are exact in 16 bits, for every variant that Triton compiles.
+
+A query gives equal weight to a power of two of keys and none to the others, so weights are exact, too. The keys are a
+node of the binary tree over positions: all whose index begins with the same bits. Queries choose nodes of all sizes,
+from one key to all of them, so that products run over many blocks of keys with operands that are not zero. Every score
+gradient that is not zero is an integer over a power of two, of few bits.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+LENGTH = 1024  # several blocks of queries, and more blocks of keys than any ring of tiles holds; a power of two
+DROPOUT = 0.5  # what remains is doubled, which is exact
+_SCALE = 64.0  # the least advantage of a chosen key, 2, times this leaves exp2 nothing of the others
+_CHANNELS = 16  # of an output gradient that are not zero: their sums have few bits
+# With dropout, outputs are fractions, and score gradients have the bits of both.
+_CHANNELS_BESIDE_DROPOUT, _LEVELS_BESIDE_DROPOUT = 1, 6
+
+
+class Variant(NamedTuple):
+    """What attention is compiled for: calls that are alike in all of it run the same machine code.
+
+    Lengths and the group are classes that Triton tells apart: 1, 16 (a multiple of 16) or 0 (any other). ``aligned``
+    is true where rows are whole multiples of 16 elements apart and channels adjacent. ``gradients`` is false where
+    only the forward will run.
+    """
+
+    head_dim: int
+    length: int = 16
+    key_length: int = 16
+    group: int = 1
+    aligned: bool = True
+    causal: bool = True
+    documents: bool = False
+    dropout: bool | int = False
+    deterministic: bool = False
+    gradients: bool = True
+
+    def __str__(self) -> str:
+        """Name what is not as in most calls."""
+        flags = {
+            "not causal": not self.causal,
+            "documents": self.documents,
+            "dropout": self.dropout,
+            "deterministic": self.deterministic,
+            "grouped heads": self.group != 1,
+            "one query": self.length == 1,
+            "lengths that are no multiples of 16": 0 in (self.length, self.key_length),
+            "unaligned rows": not self.aligned,
+            "forward only": not self.gradients,
+        }
+        return ", ".join([f"head_dim {self.head_dim}", *(name for name, on in flags.items() if on)])
+
+
+def variant_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    document_ids: Tensor | None = None,
+    dropout: float = 0.0,
+    deterministic: bool = False,
+    **_: Any,
+) -> tuple[Any, ...]:
+    """Return the ``Variant`` that a call of ``kernels.attention`` runs, as a tuple, which torch.compile can trace."""
+    # A single query without gradients is a step of generation. Longer ones may be computed again with gradients inside
+    # a backward (reentrant checkpointing), where nothing can be checked.
+    wants_gradients = torch.is_grad_enabled() or (q.shape[2] > 1 and not torch.is_inference_mode_enabled())
+    aligned = all(x.stride(3) == 1 and all(x.stride(i) % 16 == 0 for i in range(3)) for x in (q, k, v))
+    return (
+        _constant(q.shape[3]),
+        _class(q.shape[2]),
+        _class(k.shape[2]),
+        _class(q.shape[1] // k.shape[1]),
+        aligned,
+        causal,
+        document_ids is not None,
+        1 if dropout > 0 else 0,  # a branch, since torch.compile may hold a symbol for the number
+        wants_gradients and (deterministic or torch.are_deterministic_algorithms_enabled()),
+        wants_gradients,
+    )
+
+
+def _class(size: int) -> int:
+    """How Triton specialises an integer argument."""
+    return 1 if size == 1 else 16 if size % 16 == 0 else 0
+
+
+def _constant(head_dim: int) -> int:
+    """Return the number itself; torch.compile, to which it may be a symbol, reads it bit by bit as a constant."""
+    if not torch.compiler.is_compiling():
+        return head_dim
+    return sum(1 << bit for bit in range(9) if head_dim // 2**bit % 2 == 1)  # at most 256 get here
+
+
+class ExactCase(NamedTuple):
+    """Integers in fp64, (1, heads, length, head_dim) each, and the options of the call."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out_gradient: Tensor
+    options: dict[str, Any]
+    unit: float  # every exact result is a multiple of it
+
+
+def exact_case(variant: Variant, device: torch.device) -> ExactCase:
+    """Draw the inputs, the same ones every time.
+
+    A head of n channels tells 2^(n - 1) keys apart: below 11 there are fewer keys, below 4 next to none.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def integers(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high + 1, shape, generator=generator, device="cpu")
+
+    head_dim = variant.head_dim
+    span = min(LENGTH, 1 << (head_dim - 1))  # as many keys as codes of head_dim - 1 bits tell apart
+    key_length = span if variant.key_length == 16 or span <= 16 else span - 5
+    length = {1: 1, 16: max(1, key_length - key_length % 16), 0: key_length // 2 + 1}[variant.length]
+    group = {1: 1, 16: 16, 0: 3}[variant.group]
+    key_heads = 16 if length == 1 else 1 if group == 16 else 2  # each query is one case
+    heads = group * key_heads
+
+    position = torch.arange(key_length, device="cpu")
+    query = position[key_length - length :]
+    documents = _Documents(span, key_length) if variant.documents else None
+    level, node = _choose(variant, query, key_length, span, documents, integers(0, 2**40, 3, heads, length))
+    q, k = _codes(level, node, position, span, head_dim, key_heads, integers)
+
+    v = integers(-1, 1, 1, key_heads, key_length, head_dim)
+    if not variant.dropout:  # neighbours average 1, and with them every node of more than one key
+        odd = v[:, :, 1::2]
+        odd.copy_(2 - v[:, :, : 2 * odd.shape[2] : 2])
+    channels = _CHANNELS_BESIDE_DROPOUT if variant.dropout else _CHANNELS
+    chosen = torch.rand(1, heads, length, head_dim, generator=generator, device="cpu").argsort(-1) < channels
+    out_gradient = (2 * integers(0, 1, 1, heads, length, head_dim) - 1) * chosen
+
+    options: dict[str, Any] = {"causal": variant.causal, "scale": _SCALE}
+    if documents is not None:
+        options["document_ids"] = documents.of(position)[None].to(device)
+    if variant.dropout:
+        options |= {"dropout": DROPOUT, "dropout_seed": torch.tensor([2**40 + 5], device=device)}
+    q, k, v, out_gradient = (x.to(device, torch.float64) for x in (q, k, v, out_gradient))
+    return ExactCase(q, k, v, out_gradient, options, 1 / span)
+
+
+class _Documents:
+    """Regions of a quarter of the keys, each with two documents that take turns by two positions."""
+
+    def __init__(self, span: int, key_length: int) -> None:
+        self.width, self.key_length = max(4, span // 4), key_length
+        self.offset = self.width // 5 * 2  # regions begin beside the blocks of keys
+
+    def of(self, position: Tensor) -> Tensor:
+        return (position + self.offset) // self.width * 2 + (position >> 1) % 2
+
+    def bounds(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """First and last position of the region."""
+        start = (position + self.offset) // self.width * self.width - self.offset
+        return start.clamp(min=0), (start + self.width - 1).clamp(max=self.key_length - 1)
+
+
+def _choose(
+    variant: Variant, query: Tensor, key_length: int, span: int, documents: _Documents | None, random: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return level and index of the node of each query (heads, length): its keys are index * 2^level and on.
+
+    All of them are visible, or, where two documents take turns, every other pair, which is half of them. One node in
+    four is the last that is visible, and one in four lies half beyond what is visible, so that a mask is needed.
+    """
+    levels = span.bit_length() - 1
+    if variant.dropout:
+        levels = min(levels, _LEVELS_BESIDE_DROPOUT)
+    start, end = torch.zeros_like(query), torch.full_like(query, key_length - 1)
+    if documents is not None:
+        start, end = documents.bounds(query)
+    if variant.causal:
+        end = query
+    wanted = random[0] % (levels + 1)
+    level, node = torch.zeros_like(wanted), query.expand_as(wanted)
+    for size in range(levels + 1):
+        if documents is not None and size < 2:  # the query's own key
+            continue
+        first, last = -(-start >> size), ((end + 1) >> size) - 1
+        fits = (last >= first) & (wanted >= size)
+        level = torch.where(fits, size, level)
+        drawn = torch.where(random[2] % 4 == 0, last, first + random[1] % (last - first + 1).clamp(min=1))
+        node = torch.where(fits, drawn, node)
+    half = ((end + 1) & -(end + 1)).double().log2().long()  # 2^half visible keys up to the end are half a node
+    beginning = end + 1 - (1 << half)
+    fits = (half < span.bit_length() - 1) & (half <= levels) & (beginning >= start)
+    if documents is not None:
+        fits &= half >= 2
+    fits = fits & (random[2] % 4 == 1)
+    return torch.where(fits, half + 1, level), torch.where(fits, beginning >> (half + 1), node)
+
+
+def _codes(
+    level: Tensor, node: Tensor, position: Tensor, span: int, head_dim: int, key_heads: int, integers: Any
+) -> tuple[Tensor, Tensor]:
+    """Return q and k, whose product is 0 for the keys of a node and at most -2 for all others.
+
+    A key bears the bits of its position as signs and a 1; a query the leading bits of its node, and minus their
+    number. In every other channel one of the two is random and the other zero.
+    """
+    heads, length = level.shape
+    bits = span.bit_length() - 1
+    columns = integers(0, 2**40, head_dim).argsort()
+    code, bias, rest = columns[:bits], columns[bits], columns[bits + 1 :]
+    q = torch.zeros(1, heads, length, head_dim, dtype=torch.int64, device="cpu")
+    k = torch.zeros(1, key_heads, len(position), head_dim, dtype=torch.int64, device="cpu")
+    shift = torch.arange(bits, device="cpu")
+    k[..., code] = 2 * (position[:, None] >> shift & 1) - 1
+    k[..., bias] = 1
+    beginning = node << level
+    q[0, :, :, code] = torch.where(shift >= level[..., None], 2 * (beginning[..., None] >> shift & 1) - 1, 0)
+    q[..., bias] = level - bits
+    q[..., rest[::2]] = integers(-1, 1, 1, heads, length, len(rest[::2]))
+    k[..., rest[1::2]] = integers(-1, 1, 1, key_heads, len(position), len(rest[1::2]))
+    return q, k

@@ -46,11 +46,11 @@ test-all: setup $(TEST_OPS_BUILT) ## every test that this machine can run: slow 
 
 setup-torch-2.11: $(TORCH_2_11)/.ops_built ## a second environment: torch 2.11, triton 3.6.0 (3 GB to download)
 
-# The kernels' tests, and of the others those marked both_stacks: each way to train, once.
+# Of the matrix and the memory's tests those marked both_stacks, which train each way once; everything of the others.
 test-torch-2.11: setup-torch-2.11 ## the kernels and each way to train, on torch 2.11 with triton 3.6.0
 	env PATH="$(CURDIR)/$(TORCH_2_11)/bin:$$PATH" $(PYTEST) -m "$(ANYWHERE)" \
 	-k "both_stacks or not (test_matrix or test_memory)" \
-	$(KERNEL_TESTS) tests/test_internals.py tests/test_matrix.py tests/test_memory.py
+	$(KERNEL_TESTS) tests/test_internals.py tests/test_matrix.py tests/test_memory.py tests/test_wheels.py
 
 check: $(INSTALLED) ## lint, format, types, and that imports run downward only
 	ruff check

@@ -10,8 +10,10 @@ OPS_BUILT := .venv/.ops_built
 TEST_OPS_BUILT := .venv/.test_ops_built
 ANYWHERE := not slow and not gpu and not root
 
-# The oldest Triton that the kernels run on, laid over the environment; its interpreter breaks on numpy 2.4.
-OLDEST_TRITON := .venv/triton-3.6.0
+# The second stack that is supported, which GPU images carry; Triton 3.6.0's interpreter breaks on numpy 2.4.
+TORCH_2_11 := .venv/torch-2.11
+TORCH_2_11_PINS := torch==2.11.0 triton==3.6.0 numpy==2.3.5
+PYTHON_2_11 ?= $(shell python3.12 -c '' 2>/dev/null && echo python3.12 || echo $(PYTHON))
 KERNEL_TESTS = $(shell grep --files-with-matches -e fused_device -e kernels.compile_ahead tests/test_*.py)
 
 # Two tests at a time, a file on one worker, one thread each: ranks of their own wait for each other most of the time.
@@ -21,10 +23,10 @@ PYTEST := OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile --
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-root test-all test-oldest-triton check bench clean
+.PHONY: help setup train test test-root test-all setup-torch-2.11 test-torch-2.11 check bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(INSTALLED) $(OPS_BUILT) ## .venv with everything in it, and DeepSpeed's ops compiled
 
@@ -42,8 +44,13 @@ test-root: setup $(TEST_OPS_BUILT) ## the tests that need root: two hosts, joine
 test-all: setup $(TEST_OPS_BUILT) ## every test that this machine can run: slow ones, on the GPU, as root
 	$(PYTEST)
 
-test-oldest-triton: $(OLDEST_TRITON) ## the kernels' tests on Triton 3.6, the oldest that they run on
-	PYTHONPATH=$(OLDEST_TRITON) $(PYTEST) -m "$(ANYWHERE)" $(KERNEL_TESTS)
+setup-torch-2.11: $(TORCH_2_11)/.ops_built ## a second environment: torch 2.11, triton 3.6.0 (3 GB to download)
+
+# Of the matrix and the memory's tests those marked both_stacks, which train each way once; everything of the others.
+test-torch-2.11: setup-torch-2.11 ## the kernels and each way to train, on torch 2.11 with triton 3.6.0
+	env PATH="$(CURDIR)/$(TORCH_2_11)/bin:$$PATH" $(PYTEST) -m "$(ANYWHERE)" \
+	-k "both_stacks or not (test_matrix or test_memory)" \
+	$(KERNEL_TESTS) tests/test_internals.py tests/test_matrix.py tests/test_memory.py tests/test_wheels.py
 
 check: $(INSTALLED) ## lint, format, types, and that imports run downward only
 	ruff check
@@ -76,7 +83,16 @@ $(TEST_OPS_BUILT): $(OPS_BUILT)
 	.venv/bin/python launch/build_ops.py --deepspeed_config ds_configs/gpt3_13b_zero3_offload_nvme.json
 	@touch $@
 
-$(OLDEST_TRITON): $(INSTALLED)
-	rm -rf $@
-	.venv/bin/python -m pip install --disable-pip-version-check --no-deps --target $@ triton==3.6.0 numpy==2.3.5
+# The requirements with three other pins. PyPI's torch is a CUDA build; it also runs on a CPU.
+$(TORCH_2_11)/.installed: requirements.txt
+	@$(PYTHON_2_11) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
+	{ echo '$(PYTHON_2_11) is not 3.11 or 3.12; name another: make $(or $(MAKECMDGOALS),setup-torch-2.11) PYTHON_2_11=python3.12'; exit 2; }
+	$(PYTHON_2_11) -m venv $(TORCH_2_11)
+	sed -E $(foreach pin,$(TORCH_2_11_PINS),-e 's/^$(firstword $(subst ==, ,$(pin)))==[0-9.]+/$(pin)/') requirements.txt \
+	> $(TORCH_2_11)/requirements.txt
+	$(TORCH_2_11)/bin/python -m pip install --disable-pip-version-check --requirement $(TORCH_2_11)/requirements.txt
+	@touch $@
+
+$(TORCH_2_11)/.ops_built: $(TORCH_2_11)/.installed launch/build_ops.py
+	env PATH="$(CURDIR)/$(TORCH_2_11)/bin:$$PATH" python launch/build_ops.py
 	@touch $@

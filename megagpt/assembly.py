@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from megagpt import device
+from megagpt import device, internals
 from megagpt import run_directory as directories
 from megagpt.agreement import require_agreement
 from megagpt.batches import BatchLoader
@@ -15,19 +15,19 @@ from megagpt.engine import (
     Engine,
     build_engine,
     build_mesh,
-    collective_timeout,
     compute_dtype,
     join_ranks,
     training_device,
 )
 from megagpt.generate import open_tokenizer
+from megagpt.launchers import adopt_launch
 from megagpt.manifest import Split
 from megagpt.monitor import Monitor
 from megagpt.resume import resume
 from megagpt.resume_proof import NEXT_STEP, NextStep
 from megagpt.run_data import require_same_data, resolve_here
 from megagpt.stages import cut, describe
-from megagpt.together import together
+from megagpt.together import everyones, together
 from megagpt.train import Run
 from megagpt.utils import human_count
 from megagpt.watch import Pulse
@@ -40,7 +40,7 @@ def assemble(config: RunConfig, streams: dict[Split, SampleStream], directory: P
     pulse.beat("joining the other ranks")
     native = device.multiplies_bf16_natively(training_device())
     resolved = resolve_here(config, streams["train"].vocabulary, bf16_native=native)
-    join_ranks(collective_timeout(resolved))
+    join_ranks(resolved)
     require_agreement(resolved, streams["train"])
     pulse.beat("building the engine")
     mesh = build_mesh(resolved)
@@ -68,7 +68,15 @@ def assemble(config: RunConfig, streams: dict[Split, SampleStream], directory: P
     )
     if found:
         run.monitor.event("resume", step=run.state.step, **found)
+    for message in _unknown_internals(resolved):
+        run.monitor.event("warning", step=run.state.step, message=message)
     return run
+
+
+def _unknown_internals(config: ResolvedConfig) -> list[str]:
+    """Return what each host runs at its own risk (MEGAGPT_ALLOW_UNKNOWN=1); every rank must call it."""
+    here = internals.check(internals.parts_used(config, adopt_launch().launcher))
+    return sorted({message for message in everyones(here) if message is not None})
 
 
 def _resume(run: Run) -> dict[str, object] | None:

@@ -2,7 +2,8 @@
 
 The rest of the project sees ``Bucket``: a run of optimizer state that this rank holds, whatever the ZeRO stage and
 wherever it lies (device, host memory, NVMe). Paths below are relative to the ``deepspeed`` package; ``internals.py``
-checks at the start that those files are the ones meant.
+checks at the start that those files are the ones meant. Lines of torch's files are those of 2.13; where 2.11 differs, a
+comment says so.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -221,12 +222,12 @@ class EngineStage(PipelineStage):
         self.engine, self.chunk, self.before_backward = engine, chunk, before_backward
         self.awaited: list[tuple[nn.Module, Any]] | None = None  # by module: inputs whose gradients end its backward
 
-    # torch allocates what a stage receives for every micro-batch of a step beforehand (stage.py:2243, 2314): of a large
+    # torch allocates what a stage receives for every micro-batch of a step beforehand (stage.py:2204, 2286): of a large
     # model tens of GiB. Here placeholders on the meta device stand there but from the receipt to the use.
 
-    def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
+    def _prepare_forward_infra(self, *arguments: Any, **options: Any) -> Any:
         with self._placeholders():
-            super()._setup_forward_recv_info(num_microbatches, has_backward)
+            return super()._prepare_forward_infra(*arguments, **options)
 
     def _create_grad_recv_info(self, act_send_info: dict[int, Any]) -> tuple[Any, ...]:
         with self._placeholders():
@@ -266,11 +267,14 @@ class EngineStage(PipelineStage):
 
     def _hold(self, received: tuple[Any, ...]) -> None:
         for info in received:
-            if info.buffer is not None:
+            if getattr(info, "buffer", None) is not None:  # torch 2.11's entry for an input of the model has none
                 info.buffer = torch.empty_like(info.buffer, device=self.device, requires_grad=False)
 
     def _retrieve_recv_activations(self, fwd_chunk_id: int) -> tuple[Tensor, ...]:
-        return self._let_go(self.args_recv_info[fwd_chunk_id], super()._retrieve_recv_activations(fwd_chunk_id))
+        activations = super()._retrieve_recv_activations(fwd_chunk_id)
+        for activation in activations:  # torch 2.11 asks for gradients when it allocates, and the placeholder for none
+            activation.requires_grad_(self.has_backward and torch.is_grad_enabled())
+        return self._let_go(self.args_recv_info[fwd_chunk_id], activations)
 
     def _retrieve_recv_grads(self, bwd_chunk_id: int) -> tuple[Tensor | None, ...]:
         return self._let_go(self.grad_recv_info[bwd_chunk_id], super()._retrieve_recv_grads(bwd_chunk_id))

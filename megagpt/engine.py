@@ -99,17 +99,22 @@ def collective_timeout(config: ResolvedConfig) -> timedelta:
     return max(COLLECTIVE_TIMEOUT, timedelta(seconds=config.megagpt.monitor.stall_timeout_s + WATCH_SPEAKS_S))
 
 
-def join_ranks(timeout: timedelta = COLLECTIVE_TIMEOUT) -> None:
-    """Join the other ranks, as a launcher's environment says; alone where there is no launcher."""
-    adopt_launch()
+def join_ranks(config: ResolvedConfig | None = None) -> None:
+    """Join the other ranks, as a launcher's environment says; alone where there is no launcher.
+
+    Raise UserError where DeepSpeed's or torch's internals are unknown; `build_engine` checks those that only some
+    configurations use where `config` is None.
+    """
+    launch = adopt_launch()
     set_cuda_defaults()
     ops.use_private_extensions()
-    internals.check()
+    if (unknown := internals.check(internals.parts_used(config, launch.launcher))) is not None:
+        log.log(logging.INFO if launch.rank else logging.WARNING, unknown)
     compat.suppress_shared_memory_collectives()
     compat.silence_cpu_adam()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     share_cores()
-    deepspeed.init_distributed(timeout=timeout)
+    deepspeed.init_distributed(timeout=COLLECTIVE_TIMEOUT if config is None else collective_timeout(config))
 
 
 def share_cores() -> None:
@@ -203,6 +208,7 @@ def build_engine(config: ResolvedConfig, mesh: Mesh) -> Engine:
     Peak memory is this rank's shard plus one parameter. Raises UserError where an op that the configuration needs
     cannot be built.
     """
+    internals.check(internals.parts_used(config, adopt_launch().launcher))
     needed = ops.needed_ops(config, get_accelerator().device_name())
     ops.require_tools(needed)
     ops.build([op for op in needed if not ops.missing_tools(op)])

@@ -61,7 +61,8 @@ def _start(arguments: argparse.Namespace) -> int:
     if arguments.resume and endings.last_checkpoint(directory) is None:
         raise UserError(f"{directory}: nothing to resume; leave out --resume to start it")
     streams = open_data(config, directory)
-    internals.check()  # one host's DeepSpeed may differ: its ranks say so before the others wait for them
+    # The DeepSpeed of one host may differ: its ranks say so before the others wait for them.
+    internals.check(internals.parts_used(config, launch.launcher))
     _require_ops(config)
     with _gathered(directory):
         _announce_device()

@@ -25,6 +25,10 @@ from megagpt import boxes
 from megagpt.boxes import Box
 from megagpt.model import GPT, Attention, Dropout, Embedding, Head, Linear, Norm, Table
 
+# torch 2.11 has only the older names, which torch 2.13 deprecates.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 SPLIT_DIMENSION = {"column": 0, "row": 1, "vocabulary": 0}  # of the weight
 
 
@@ -72,14 +76,14 @@ class TensorAxis:
     def from_all(self, own: Tensor) -> Tensor:
         """(ranks, ...) of every rank's tensor."""
         everywhere = own.new_empty(self.size * own.shape[0], *own.shape[1:])
-        dist.all_gather_single(everywhere, own.contiguous(), group=self.group)
+        all_gather_single(everywhere, own.contiguous(), group=self.group)
         return everywhere.unflatten(0, (self.size, -1))
 
     def scatter_sum(self, partial: Tensor, async_op: bool = False) -> tuple[Tensor, Any]:
         """This rank's positions of the sum over the ranks, and what to wait for."""
         by_rank = partial.unflatten(1, (self.size, -1)).movedim(1, 0).flatten(0, 1).contiguous()
         own = by_rank.new_empty(partial.shape[0], *by_rank.shape[1:])
-        return own, dist.reduce_scatter_single(own, by_rank, group=self.group, async_op=async_op)
+        return own, reduce_scatter_single(own, by_rank, group=self.group, async_op=async_op)
 
 
 class _Sum(torch.autograd.Function):

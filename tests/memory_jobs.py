@@ -94,7 +94,8 @@ def pipeline_buffers(engine: Engine) -> Iterator[Tensor]:
     for schedule in engine.schedules.values():
         for stage in schedule.stages:
             for received in (*stage.args_recv_info.values(), *stage.grad_recv_info.values()):
-                yield from (info.buffer for info in received if info is not None and is_real(info.buffer))
+                buffers = (getattr(info, "buffer", None) for info in received)
+                yield from (buffer for buffer in buffers if is_real(buffer))
 
 
 def is_real(buffer: Tensor | None) -> bool:

@@ -81,6 +81,17 @@ SELECTED = (  # printed by `python -m tests.matrix`
     Row(3, "nvme", "nvme", "none", "sequence", 2, "per_step", "llama", True, 2, "bf16"),
 )
 ALL_AXES = Row(3, "cpu", "cpu", "1f1b", "sequence", 2, "per_step", "gpt2", True, 2, "fp32")  # on eight ranks
+ONE_PROCESS = tuple(
+    Row(stage, *places, "none", "none", 1, "per_micro_batch", "gpt2", True, 2, "fp32")
+    for stage, *places in ((0, "none", "none"), (1, "none", "none"), (3, "none", "none"), (3, "cpu", "cpu"))
+)
+BOTH_STACKS = {  # `make test-torch-2.11` trains these, too: one process, two tensor ranks, two stages of each schedule
+    *ONE_PROCESS,
+    Row(0, "none", "none", "none", "sequence", 1, "per_micro_batch", "gpt2", True, 2, "fp32"),
+    Row(1, "cpu", "none", "interleaved", "sequence", 1, "per_step", "gpt2", True, 6, "fp32"),
+    Row(2, "none", "none", "1f1b", "none", 1, "per_step", "gpt2", True, 2, "bf16"),
+    Row(3, "none", "cpu", "gpipe", "none", 2, "per_micro_batch", "gpt2", False, 6, "bf16"),
+}
 Cell = tuple[int, str, str, str]  # ZeRO stage, where optimizer and parameters lie, schedule
 
 
@@ -113,13 +124,18 @@ CELLS = [cell for cell in itertools.product(*AXES[:4]) if is_ever_legal(cell)]
 def test_in_the_selection_every_two_levels_meet_that_legally_can() -> None:
     """With replicas and without, in runs of few ranks."""
     legal = legal_rows(MOST_RANKS)
-    assert set(SELECTED) <= set(legal)
+    assert set(SELECTED) | BOTH_STACKS <= set(legal)
+    assert set(SELECTED) | set(ONE_PROCESS) >= BOTH_STACKS, "the others would not be trained"
     assert {row[:4] for row in legal} == set(CELLS)
     assert sum(len(rows_of(cell)) for cell in CELLS) == 1746, "docs/parallelism.md has this number"
     assert set().union(*map(pairs, legal)) == set().union(*map(pairs, SELECTED))
 
 
-@pytest.mark.parametrize("row", [*SELECTED, ALL_AXES], ids=str)
+def marked(row: Row) -> Any:
+    return pytest.param(row, marks=pytest.mark.both_stacks) if row in BOTH_STACKS else row
+
+
+@pytest.mark.parametrize("row", [*map(marked, [*ONE_PROCESS, *SELECTED]), ALL_AXES], ids=str)
 def test_a_row_equals_one_plain_process(request: pytest.FixtureRequest, tmp_path: Path, row: Row) -> None:
     train_and_check([row], request, tmp_path)
 

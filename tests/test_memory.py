@@ -133,6 +133,7 @@ def test_small_parameters_stay_whole(two_ranks: RankPool) -> None:
     check(two_ranks, config)
 
 
+@pytest.mark.both_stacks  # what torch allocates to receive into, and who frees it, differs between 2.11 and 2.13
 def test_interleaved_stages_without_tied_embeddings(two_ranks: RankPool) -> None:
     config = run_on((2, 1, 1), 3)
     config["megagpt"]["parallel"] |= {"schedule": "interleaved", "virtual_stages": 2}

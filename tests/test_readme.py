@@ -111,7 +111,7 @@ def test_modules_that_are_run_exist() -> None:
 
 
 def test_make_targets_exist() -> None:
-    targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9.-]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     named = {word for command in commands() if command[0] == "make" for word in command[1:2]}
     assert {"train", "test"} <= named <= targets
 

@@ -59,13 +59,13 @@ def assembler(capability: tuple[int, int]) -> Assembler:
         return Assembler(None, f"triton cannot use it: {reason}", variable)
     wanted = os.environ.get(variable)
     if wanted is None or used == wanted:
-        return Assembler(_version(used), f"{variable}={wanted}" if wanted else "triton's own", variable)
-    return Assembler(_version(used), f"triton's own, as {variable}={wanted} does not run", variable)
+        return Assembler(version_of(used), f"{variable}={wanted}" if wanted else "triton's own", variable)
+    return Assembler(version_of(used), f"triton's own, as {variable}={wanted} does not run", variable)
 
 
 @functools.cache
-def _version(path: str) -> str | None:
-    """What the program says of itself, e.g. "Cuda compilation tools, release 12.8, V12.8.93"."""
+def version_of(path: str) -> str | None:
+    """Run ``path --version`` and return the version, e.g. "12.8.93"; None where it cannot be run or tells none."""
     try:
         said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except (OSError, subprocess.SubprocessError):
@@ -83,7 +83,7 @@ def _installed() -> str | None:
         return None
     for directory in (found.submodule_search_locations or ()) if found else ():
         path = Path(directory, "bin", "ptxas")
-        version = _version(str(path))
+        version = version_of(str(path))
         if version is not None and not Assembler(version, "", "").reported_wrong():
             return str(path)
     return None

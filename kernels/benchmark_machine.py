@@ -3,9 +3,10 @@
 import importlib.util
 import platform
 import subprocess
-from typing import Any
 
 import torch
+
+from kernels.assembler import assembler
 
 
 def device_name() -> str:
@@ -24,7 +25,7 @@ def versions() -> str:
         found.append(f"triton {triton.__version__}")
     if torch.cuda.is_available():
         found += [f"CUDA {torch.version.cuda}", f"cuDNN {torch.backends.cudnn.version()}", f"driver {driver()}"]
-        found.append(f"ptxas {_assembler()}")
+        found.append(f"ptxas {assembler(torch.cuda.get_device_capability()).version or 'unknown'}")
     return ", ".join(found)
 
 
@@ -34,15 +35,4 @@ def driver() -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
-def _assembler() -> str:
-    """The one that triton calls, TRITON_PTXAS_PATH included."""
-    try:
-        import triton
-
-        tool: Any = triton.knobs.nvidia.ptxas
-        return str(tool.version)
-    except Exception:  # not worth losing a measurement for
         return "unknown"

@@ -53,7 +53,7 @@ def test_one_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_whose_version_cannot_be_read(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = program(tmp_path / "ptxas", text)
     monkeypatch.setenv("TRITON_PTXAS_PATH", path)
-    assert assemblers._version(path) is None
+    assert assemblers.version_of(path) is None
     assert str(assembler((9, 0))).startswith("ptxas ")  # triton's own, or none that triton can use
     unknown = Assembler(None, f"TRITON_PTXAS_PATH={path}", "TRITON_PTXAS_PATH")
     assert str(unknown) == f"ptxas of unknown version (TRITON_PTXAS_PATH={path})"

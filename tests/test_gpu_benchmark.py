@@ -245,7 +245,7 @@ def test_an_unknown_ptxas_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv(assembler.VARIABLE, str(broken))
     first, second, *_ = parts.self_checks()
-    assert first.refusal == f"unknown ptxas: TRITON_PTXAS_PATH, {broken}: tells no version"
+    assert first.refusal == f"unknown ptxas: TRITON_PTXAS_PATH, {broken}: cannot be run, or tells no version"
     assert not second.refusal
     assert second.environment[assembler.VARIABLE].endswith("backends/nvidia/bin/ptxas")
     assert first.cache != second.cache

@@ -1,13 +1,12 @@
 """Which ptxas there are on this machine. No torch, no triton."""
 
-import functools
 import importlib.util
 import os
-import re
 import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+
+from kernels.assembler import version_of
 
 VARIABLE = "TRITON_PTXAS_PATH"
 
@@ -63,14 +62,8 @@ def _elsewhere() -> list[tuple[str, str]]:
     return found + ([("the CUDA toolkit", toolkit)] if Path(toolkit).is_file() else [])
 
 
-@functools.cache
 def _asked(source: str, path: str) -> Assembler:
-    """Run ``PATH --version``."""
-    try:
-        told = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        return Assembler(source, path, problem=f"{source}, {path}: cannot be run ({error})")
-    version = re.search(r"V(\d+\.\d+\.\d+)", told)
+    version = version_of(path)
     if version is None:
-        return Assembler(source, path, problem=f"{source}, {path}: tells no version")
-    return Assembler(source, path, version.group(1))
+        return Assembler(source, path, problem=f"{source}, {path}: cannot be run, or tells no version")
+    return Assembler(source, path, version)

@@ -14,7 +14,7 @@ ANYWHERE := not slow and not gpu and not root
 TORCH_2_11 := .venv/torch-2.11
 TORCH_2_11_PINS := torch==2.11.0 triton==3.6.0 numpy==2.3.5
 PYTHON_2_11 ?= $(shell python3.12 -c '' 2>/dev/null && echo python3.12 || echo $(PYTHON))
-KERNEL_TESTS = $(shell grep --files-with-matches -e fused_device -e kernels.compile_ahead tests/test_*.py)
+KERNEL_TESTS := tests/kernels tests/model/test_fused_model.py
 
 # Two tests at a time, a file on one worker, one thread each: ranks of their own wait for each other most of the time.
 PYTEST := OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
@@ -50,7 +50,7 @@ setup-torch-2.11: $(TORCH_2_11)/.ops_built ## a second environment: torch 2.11, 
 test-torch-2.11: setup-torch-2.11 ## the kernels and each way to train, on torch 2.11 with triton 3.6.0
 	env PATH="$(CURDIR)/$(TORCH_2_11)/bin:$$PATH" $(PYTEST) -m "$(ANYWHERE)" \
 	-k "both_stacks or not (test_matrix or test_memory)" \
-	$(KERNEL_TESTS) tests/test_internals.py tests/test_matrix.py tests/test_memory.py tests/test_wheels.py
+	$(KERNEL_TESTS) tests/parallel/test_internals.py tests/equality/test_matrix.py tests/planning/test_memory.py tests/benchmarks/test_wheels.py
 
 check: $(INSTALLED) ## lint, format, types, and that imports run downward only
 	ruff check

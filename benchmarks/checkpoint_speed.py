@@ -53,7 +53,7 @@ class Rank:
     def __init__(self) -> None:
         import torch.distributed as dist
 
-        from megagpt.engine import build_engine, build_mesh
+        from megagpt.parallel.engine import build_engine, build_mesh
 
         config = resolve(dist.get_world_size())
         self.engine = build_engine(config, build_mesh(config))
@@ -62,7 +62,7 @@ class Rank:
 
     def step(self) -> float:
         """Train a step; its seconds."""
-        from megagpt.pipeline import train_step
+        from megagpt.parallel.pipeline import train_step
 
         every = next(self.data)
         return self.timed(lambda: train_step(self.engine, every[: self.engine.config.gradient_accumulation_steps]))
@@ -79,7 +79,7 @@ class Rank:
 
     def saver(self, directory: Path, *, asynchronous: bool) -> Any:
         """Ours."""
-        from megagpt.checkpoint import Saver
+        from megagpt.checkpoint.saver import Saver
 
         saver = Saver(self.engine, directory, "")
         saver.settings = saver.settings.model_copy(update={"asynchronous": asynchronous})
@@ -87,7 +87,7 @@ class Rank:
 
     def shard(self) -> dict[str, Any]:
         """This rank's flat tensors, as a plain script would save them."""
-        from megagpt.checkpoint_writer import live
+        from megagpt.checkpoint.writer import live
 
         return {
             f"{index}/{kind}": flat for index, flats in enumerate(live(self.engine)) for kind, flat in flats.items()
@@ -105,8 +105,8 @@ class Rank:
         """Save and load once each; seconds go to ``times``."""
         import torch
 
-        from megagpt.checkpoint_format import TrainState
-        from megagpt.resume import resume
+        from megagpt.checkpoint.format import TrainState
+        from megagpt.checkpoint.resume import resume
 
         shard = directory / f"shard_{self.engine.mesh.rank}.pt"
         engine = self.engine.deepspeed
@@ -141,7 +141,7 @@ class Rank:
 
     def measure_background(self, directory: Path, times: Times) -> None:
         """A save while training goes on: how long the loop stands still, and what the steps meanwhile cost."""
-        from megagpt.checkpoint_format import TrainState
+        from megagpt.checkpoint.format import TrainState
 
         saver = self.saver(directory, asynchronous=True)
         take, copies_s = saver._snapshot.take, []
@@ -195,7 +195,7 @@ def emptied(rank: Rank, directory: Path) -> Path:
 
 def measure(world_size: int, rounds: int, directory: Path) -> list[dict[str, Any]]:
     """Rows of the table for so many ranks."""
-    from megagpt.local_ranks import start
+    from megagpt.parity.local_ranks import start
 
     times, size = start(world_size, serve, directory, rounds)
     median = {name: statistics.median(values) for name, values in times.items()}

@@ -63,7 +63,7 @@ def batches(config: Any) -> Iterator[list[Any]]:
     """Micro-batches without end."""
     import torch
 
-    from megagpt.pipeline import MicroBatch
+    from megagpt.parallel.pipeline import MicroBatch
 
     model = config.megagpt.model
     generator = torch.Generator().manual_seed(0)
@@ -99,8 +99,8 @@ def plain_step(config: Any) -> Callable[[list[Any]], None]:
 
 def trainer_step(config: Any) -> Callable[[list[Any]], None]:
     """The same through the trainer."""
-    from megagpt.engine import build_engine, build_mesh, join_ranks
-    from megagpt.pipeline import train_step
+    from megagpt.parallel.engine import build_engine, build_mesh, join_ranks
+    from megagpt.parallel.pipeline import train_step
 
     join_ranks()
     engine = build_engine(config, build_mesh(config))

@@ -47,8 +47,8 @@ def exact_gradients(config: Any) -> dict[str, Any]:
     """The gradients of the global batch's mean loss in fp64, from the bf16 weights."""
     import torch
 
-    from megagpt import plain
     from megagpt.model import GPT, initialise_
+    from megagpt.parity import plain
 
     shape = config.megagpt.model
     model = initialise_(GPT(shape), config.megagpt.training.seed).to(torch.bfloat16).double()
@@ -65,10 +65,11 @@ def relative_error(micro_batches: int, way: tuple[str, str | None, int]) -> floa
     import torch.distributed as dist
     from deepspeed.utils import safe_get_full_grad
 
-    from megagpt import parity, pipeline
     from megagpt.config import RunConfig
-    from megagpt.engine import build_engine, build_mesh
-    from megagpt.legality import World, require_legal
+    from megagpt.parallel import pipeline
+    from megagpt.parallel.engine import build_engine, build_mesh
+    from megagpt.parity import compare as parity
+    from megagpt.planning.legality import World, require_legal
 
     run = RunConfig.from_json(json.dumps(configuration(micro_batches, *way)))
     world = World(RANKS, vocabulary=None, bf16_native=True)
@@ -96,7 +97,7 @@ def measure() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    from megagpt import local_ranks
+    from megagpt.parity import local_ranks
 
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     write_table("gradient_accumulation", "benchmarks.gradient_accumulation", local_ranks.start(RANKS, measure))

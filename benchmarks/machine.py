@@ -30,7 +30,7 @@ def provenance(module: str) -> str:
     """One line: date, machine, versions, command. DeepSpeed and a GPU are named where there are any."""
     import torch
 
-    from kernels.benchmark_machine import device_name, versions
+    from kernels.bench.machine import device_name, versions
 
     arguments = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
     command = shlex.join(["python", "-m", module, *arguments])

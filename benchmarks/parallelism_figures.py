@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from megagpt.config import RunConfig
-from megagpt.layout import Layout
-from megagpt.placement import Placement, hosts_of
-from megagpt.schedules import actions, bubble, timeline
-from megagpt.stages import describe
+from megagpt.planning.layout import Layout
+from megagpt.planning.placement import Placement, hosts_of
+from megagpt.planning.schedules import actions, bubble, timeline
+from megagpt.planning.stages import describe
 
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 MESH = {"pipeline": 2, "tensor": 2}

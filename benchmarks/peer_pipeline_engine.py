@@ -49,8 +49,9 @@ def configuration(shape: dict[str, Any], world_size: int) -> dict[str, Any]:
 
 def trainer(config: Any) -> tuple[Any, Step]:
     """The trainer's engine and its step."""
-    from megagpt import parity, pipeline
-    from megagpt.engine import build_engine, build_mesh
+    from megagpt.parallel import pipeline
+    from megagpt.parallel.engine import build_engine, build_mesh
+    from megagpt.parity import compare as parity
 
     engine = build_engine(config, build_mesh(config))
     return engine, lambda number: pipeline.train_step(engine, parity.micro_batches(engine, number)).loss
@@ -62,9 +63,9 @@ def peer(engine: Any) -> tuple[Any, Step]:
     from deepspeed.pipe import PipelineModule
     from torch import Tensor, nn
 
-    from megagpt import parity
-    from megagpt.engine import deepspeed_config, parameter_groups, stage_layers
     from megagpt.model import GPT, Context, Head, initialise_
+    from megagpt.parallel.engine import deepspeed_config, parameter_groups, stage_layers
+    from megagpt.parity import compare as parity
 
     class Layer(nn.Module):
         """An embedding or block as a function of one tensor."""
@@ -186,7 +187,7 @@ def measure(shape: str, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    from megagpt import local_ranks
+    from megagpt.parity import local_ranks
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)

@@ -75,7 +75,7 @@ def slow_down(chunks: list[Any], delay_s: float) -> None:
 @contextmanager
 def stopwatch() -> Iterator[list[float]]:
     """Yields the seconds of every forward and backward of this rank's stages, as they come."""
-    from megagpt.compat import EngineStage
+    from megagpt.parallel.compat import EngineStage
 
     busy_s: list[float] = []
 
@@ -100,9 +100,10 @@ def measure(ranks: int, schedule: str, micro_batches: int, delay_s: float, steps
     import torch
     import torch.distributed as dist
 
-    from megagpt import parity, pipeline
     from megagpt.config import RunConfig
-    from megagpt.engine import build_engine, build_mesh
+    from megagpt.parallel import pipeline
+    from megagpt.parallel.engine import build_engine, build_mesh
+    from megagpt.parity import compare as parity
 
     text = json.dumps(configuration(ranks, schedule, micro_batches))
     config = RunConfig.from_json(text).resolved(world_size=ranks, vocabulary=None, bf16_native=False)
@@ -144,7 +145,7 @@ def measure_all(delay_s: float, steps: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    from megagpt import local_ranks
+    from megagpt.parity import local_ranks
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--delay_ms", type=float, default=20.0, help="of a block, forward")

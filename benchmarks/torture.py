@@ -27,14 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import write_table
-from megagpt.checkpoint_format import WEIGHT
-from megagpt.checkpoint_reader import open_checkpoint
-from megagpt.compat import MOMENTS
+from megagpt.checkpoint.format import WEIGHT
+from megagpt.checkpoint.reader import open_checkpoint
+from megagpt.cluster.launch_command import NODE_LAUNCHER
+from megagpt.cluster.processes import all_processes
 from megagpt.download_data import Request, prepare
-from megagpt.launch_command import NODE_LAUNCHER
-from megagpt.metrics import read_metrics
-from megagpt.processes import all_processes
-from megagpt.supervise import newest_checkpoint
+from megagpt.monitoring.metrics import read_metrics
+from megagpt.parallel.compat import MOMENTS
+from megagpt.run.supervise import newest_checkpoint
 
 ROOT = Path(__file__).parent.parent
 RESTARTS = 1000
@@ -86,7 +86,7 @@ def undisturbed(directory: Path, stage: int) -> Path:
 def prepare_data(directory: Path) -> None:
     """This package's own sources, as bytes."""
     text = directory / "sources.txt"
-    text.write_text("\n".join(path.read_text() for path in sorted((ROOT / "megagpt").glob("*.py"))))
+    text.write_text("\n".join(path.read_text() for path in sorted((ROOT / "megagpt").rglob("*.py"))))
     prepare(Request(str(text), directory / "data", tokenizer="bytes"), report=lambda line: None)
 
 

@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run what the command line asks for; returns an exit code, 1 where one of our own kernels is wrong or fails."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
-    from kernels import benchmark_run  # torch: only once the command line is known to be right
+    from kernels.bench import run as benchmark_run  # torch: only once the command line is known to be right
 
     command = " ".join(["python -m kernels.benchmark", *arguments])
     return benchmark_run.run(

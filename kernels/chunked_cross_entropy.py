@@ -12,7 +12,7 @@ arrives only then, without the factor 1/n, and with it. So 1/n is split into a n
 the logits takes before it is rounded, and a power of two, which scales the waiting gradients: an exact product, if the
 gradient of the loss is a power of two, as 1 and fp16's loss scale are. Any other rounds 16-bit gradients once more.
 
-Everything here is plain torch; ``kernels.cross_entropy`` adds the two functions of a chunk in Triton. In a vocabulary-
+Everything here is plain torch; ``kernels.fused.cross_entropy`` adds the two functions of a chunk in Triton. In a vocabulary-
 parallel group each rank holds some rows of the weight; a chunk costs one all-gather of three numbers a row.
 """
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from kernels import checks, reference
-from kernels.assembler import assembler
 from kernels.derivatives import refuse_tangents
 from kernels.launcher import INTERPRETED
+from kernels.verification.assembler import assembler
 
 log = logging.getLogger(__name__)
 
@@ -48,21 +48,21 @@ class Row:
     switch: str | None = None
 
 
-_HOPPER = Row("hopper", "kernels.hopper_attention", capability=(9, 0), switch="MEGAGPT_HOPPER")
+_HOPPER = Row("hopper", "kernels.hopper.attention", capability=(9, 0), switch="MEGAGPT_HOPPER")
 _TORCH = Row("torch", "kernels.reference", fused=False)
 
 TABLE: dict[str, tuple[Row, ...]] = {
-    "attention": (_HOPPER, Row("triton", "kernels.fused_attention"), _TORCH),
-    "layer_norm": (Row("triton", "kernels.norms"), _TORCH),
-    "rms_norm": (Row("triton", "kernels.norms"), _TORCH),
+    "attention": (_HOPPER, Row("triton", "kernels.fused.attention"), _TORCH),
+    "layer_norm": (Row("triton", "kernels.fused.norms"), _TORCH),
+    "rms_norm": (Row("triton", "kernels.fused.norms"), _TORCH),
     "linear_cross_entropy": (
-        Row("triton", "kernels.cross_entropy"),
+        Row("triton", "kernels.fused.cross_entropy"),
         Row("torch", "kernels.chunked_cross_entropy", fused=False),
     ),
-    "bias_gelu": (Row("triton", "kernels.activations"), _TORCH),
-    "swiglu": (Row("triton", "kernels.activations"), _TORCH),
-    "rotary": (Row("triton", "kernels.rotary_embedding"), _TORCH),
-    "dropout": (Row("triton", "kernels.fused_dropout"), _TORCH),
+    "bias_gelu": (Row("triton", "kernels.fused.activations"), _TORCH),
+    "swiglu": (Row("triton", "kernels.fused.activations"), _TORCH),
+    "rotary": (Row("triton", "kernels.fused.rotary"), _TORCH),
+    "dropout": (Row("triton", "kernels.fused.dropout"), _TORCH),
 }
 
 

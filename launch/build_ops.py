@@ -18,12 +18,12 @@ def main() -> None:
     from megagpt.config import load_config  # after the arguments, so that --help answers at once
 
     config = load_config(arguments.deepspeed_config)
-    from megagpt.device import announce_to_deepspeed
+    from megagpt.parallel.device import announce_to_deepspeed
 
     announce_to_deepspeed()
     from deepspeed.accelerator import get_accelerator  # after the configuration, so that its errors do too
 
-    from megagpt import ops
+    from megagpt.parallel import ops
 
     ops.use_private_extensions()
     for op in ops.needed_ops(config, get_accelerator().device_name()):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from megagpt.arguments import whole_number
+from megagpt.common.arguments import whole_number
 from megagpt.utils import run_command
 
 
@@ -16,9 +16,9 @@ def main() -> None:
     arguments = parse_arguments()
     import torch  # after the arguments, so that --help and a wrong value answer at once
 
-    from megagpt.evaluate import evaluate, model_loss, open_validation
-    from megagpt.stored_model import load_model
-    from megagpt.tokenizer import load_tokenizer
+    from megagpt.data.tokenizer import load_tokenizer
+    from megagpt.inference.evaluate import evaluate, model_loss, open_validation
+    from megagpt.inference.stored_model import load_model
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model, config, step = load_model(arguments.run_dir, step=arguments.step, device=device)

@@ -7,13 +7,15 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from megagpt.arguments import whole_number
+from megagpt.common.arguments import whole_number
 from megagpt.utils import human_bytes, human_count, run_command
 
 
 def main() -> None:
     arguments = parse_arguments()
-    from megagpt.export import export  # after the arguments, so that --help and a wrong value answer at once
+    from megagpt.huggingface.export import (
+        export,  # after the arguments, so that --help and a wrong value answer at once
+    )
 
     written = export(
         arguments.run_dir,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from megagpt.arguments import non_negative, probability, whole_number
+from megagpt.common.arguments import non_negative, probability, whole_number
 from megagpt.utils import run_command
 
 
@@ -15,8 +15,8 @@ def main() -> None:
     arguments = parse_arguments()
     import torch  # after the arguments, so that --help and a wrong value answer at once
 
-    from megagpt.generate import generate, open_tokenizer
-    from megagpt.stored_model import load_model
+    from megagpt.inference.generate import generate, open_tokenizer
+    from megagpt.inference.stored_model import load_model
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model, config, _ = load_model(arguments.run_dir, step=arguments.step, device=device)

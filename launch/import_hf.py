@@ -15,10 +15,10 @@ def main() -> None:
     from megagpt.config import load_config
 
     config = load_config(arguments.deepspeed_config, arguments.set)
-    from megagpt.device import announce_to_deepspeed
+    from megagpt.parallel.device import announce_to_deepspeed
 
     announce_to_deepspeed()
-    from megagpt.import_hf import import_model  # it imports DeepSpeed
+    from megagpt.huggingface.importing import import_model  # it imports DeepSpeed
 
     made = import_model(arguments.model, config, arguments.run_dir)
     print(f"{arguments.run_dir}: step 0, {human_count(made.parameters)} parameters of {made.architecture}")

@@ -8,12 +8,12 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from megagpt.arguments import non_negative, whole_number
+from megagpt.cluster.hosts import read_hostfile
+from megagpt.cluster.launch_command import hostfile_of_launcher
+from megagpt.cluster.launchers import Launch, adopt_launch, signs_of_launcher
+from megagpt.common.arguments import non_negative, whole_number
 from megagpt.config import load_config
-from megagpt.hosts import read_hostfile
-from megagpt.launch_command import hostfile_of_launcher
-from megagpt.launchers import Launch, adopt_launch, signs_of_launcher
-from megagpt.parity_plan import Request, plan, require_devices, require_launched
+from megagpt.parity.cases import Request, plan, require_devices, require_launched
 from megagpt.utils import run_command
 
 
@@ -39,11 +39,12 @@ def together(request: Request, asked: int | None, signs: list[str], launch: Laun
     """Compare on this rank of a launcher's."""
     require_launched(request, asked, signs, launch.world_size)
     plan(request, launch.world_size)  # what is impossible is said before the ranks wait for each other
-    from megagpt.device import announce_to_deepspeed
+    from megagpt.parallel.device import announce_to_deepspeed
 
     announce_to_deepspeed()
-    from megagpt import local_ranks, parity
-    from megagpt.rendezvous import gathered_ranks
+    from megagpt.cluster.rendezvous import gathered_ranks
+    from megagpt.parity import compare as parity
+    from megagpt.parity import local_ranks
 
     with gathered_ranks():  # or who is missing
         return int(not local_ranks.joined(parity.run, request))
@@ -51,15 +52,15 @@ def together(request: Request, asked: int | None, signs: list[str], launch: Laun
 
 def here(request: Request, asked: int | None) -> int:
     """Compare on ranks started on this machine."""
-    from megagpt import local_ranks
-    from megagpt.device import announce_to_deepspeed
+    from megagpt.parallel.device import announce_to_deepspeed
+    from megagpt.parity import local_ranks
 
     request = replace(request, gpus=local_ranks.gpus_here())
     ranks = asked or request.gpus or local_ranks.CPU_RANKS
     require_devices(request, ranks)
     plan(request, ranks)  # what is impossible is said before any rank starts
     announce_to_deepspeed()
-    from megagpt import parity
+    from megagpt.parity import compare as parity
 
     return int(not local_ranks.start(ranks, parity.run, request))
 

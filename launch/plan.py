@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from megagpt.arguments import non_negative, positive, probability, whole_number
+from megagpt.common.arguments import non_negative, positive, probability, whole_number
 from megagpt.utils import ExitCode, abandon, run_command
 
 RATES = {
@@ -23,11 +23,11 @@ RATES = {
 
 def main() -> int:
     arguments = parse_arguments()
-    from megagpt.accelerators import find
-    from megagpt.hosts import read_hostfile
-    from megagpt.placement import hosts_of
-    from megagpt.plan import Limits, as_json, assume, make_plan
-    from megagpt.plan_report import text
+    from megagpt.cluster.hosts import read_hostfile
+    from megagpt.planning.cost.accelerators import find
+    from megagpt.planning.placement import hosts_of
+    from megagpt.planning.plan import Limits, as_json, assume, make_plan
+    from megagpt.planning.report import text
 
     device = find(arguments.device)
     assert device is not None  # argparse knows the choices
@@ -56,8 +56,8 @@ def stated_world_size(arguments: argparse.Namespace) -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    from megagpt.accelerators import ACCELERATORS
-    from megagpt.plan import EFFICIENCY, HOST_MEMORY_GIB, RESERVE_GIB
+    from megagpt.planning.cost.accelerators import ACCELERATORS
+    from megagpt.planning.plan import EFFICIENCY, HOST_MEMORY_GIB, RESERVE_GIB
 
     parser = argparse.ArgumentParser(
         description="Whether a configuration is legal and fits, where every rank would be, how fast a step would be at "

@@ -12,10 +12,10 @@ from megagpt.utils import ExitCode, run_command
 
 def main() -> int:
     arguments = parse_arguments()
-    from megagpt import preflight  # after the arguments, so that --help answers at once
+    from megagpt.cluster.hosts import read_hostfile
     from megagpt.config import load_config
-    from megagpt.hosts import read_hostfile
-    from megagpt.link import describe, measure
+    from megagpt.preflight import checks as preflight  # after the arguments, so that --help answers at once
+    from megagpt.preflight.link import describe, measure
 
     config = load_config(arguments.deepspeed_config, arguments.set)
     hosts = read_hostfile(arguments.hostfile) if arguments.hostfile else []

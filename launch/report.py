@@ -12,7 +12,7 @@ from megagpt.utils import run_command
 
 def main() -> None:
     arguments = parse_arguments()
-    from megagpt.report import write_report  # after the arguments, so that --help answers at once
+    from megagpt.monitoring.report import write_report  # after the arguments, so that --help answers at once
 
     print(write_report(arguments.run_dir))
 

@@ -12,7 +12,7 @@ from megagpt.utils import run_command
 
 def main() -> int:
     arguments = parse_arguments()
-    from megagpt.supervise import supervise  # after the arguments, so that --help answers at once
+    from megagpt.run.supervise import supervise  # after the arguments, so that --help answers at once
 
     return supervise(arguments.command, arguments.restarts)
 

@@ -12,7 +12,7 @@ from megagpt.utils import end_process, run_command
 
 def main() -> int:
     arguments = parse_arguments()
-    from megagpt.startup import main as start
+    from megagpt.run.startup import main as start
 
     return start(arguments)
 

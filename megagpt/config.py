@@ -13,9 +13,9 @@ from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from megagpt import config_json
-from megagpt.config_arithmetic import BatchSizes, nearest_multiples, round_up, solve_batch
-from megagpt.config_deepspeed import (
+from megagpt.schema import json_reader as config_json
+from megagpt.schema.arithmetic import BatchSizes, nearest_multiples, round_up, solve_batch
+from megagpt.schema.deepspeed import (
     AioConfig,
     Bf16Config,
     DataTypesConfig,
@@ -29,11 +29,11 @@ from megagpt.config_deepspeed import (
     WarmupLR,
     ZeroConfig,
 )
-from megagpt.config_errors import ConfigError, KeyPath, Problem, dotted, problems_in, shown
-from megagpt.config_fields import Section, execution, identity, refuse, section
-from megagpt.config_megagpt import MegagptConfig, MegagptSection, ParallelConfig
-from megagpt.config_model import ModelConfig
-from megagpt.config_refused import REFUSED
+from megagpt.schema.errors import ConfigError, KeyPath, Problem, dotted, problems_in, shown
+from megagpt.schema.fields import Section, execution, identity, refuse, section
+from megagpt.schema.megagpt import MegagptConfig, MegagptSection, ParallelConfig
+from megagpt.schema.model import ModelConfig
+from megagpt.schema.refused import REFUSED
 
 __all__ = ["ConfigError", "ModelConfig", "ResolvedConfig", "RunConfig", "identity_differences", "load_config"]
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megagpt.integrity import check, verify
-from megagpt.manifest import OFFSET_DTYPE, Manifest, Shard, Split, read_manifest, remedy
-from megagpt.sample_order import Blend, permute
+from megagpt.data.integrity import check, verify
+from megagpt.data.manifest import OFFSET_DTYPE, Manifest, Shard, Split, read_manifest, remedy
+from megagpt.data.sample_order import Blend, permute
 from megagpt.utils import UserError
 
 __all__ = ["Batch", "Dataset", "Manifest", "Sample", "SampleStream", "TokenStream", "open_dataset", "verify"]

@@ -18,8 +18,13 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from megagpt.corpora import Source, open_source
-from megagpt.dataset_writer import (
+from megagpt.data.corpora import Source, open_source
+from megagpt.data.encoding_pool import batches, encoder
+from megagpt.data.integrity import check, record_file
+from megagpt.data.manifest import MANIFEST_FILE, Manifest, Split, TokenizerRecord, read_manifest
+from megagpt.data.tokenizer import TOKENIZER_FILE, build_tokenizer, load_tokenizer, parse_tokenizer_name, save_tokenizer
+from megagpt.data.validation_split import FRACTION_OF_MANY, assign_splits
+from megagpt.data.writer import (
     PROGRESS_FILE,
     SPLITS,
     DatasetWriter,
@@ -29,12 +34,7 @@ from megagpt.dataset_writer import (
     read_progress,
     require_space,
 )
-from megagpt.encoding_pool import batches, encoder
-from megagpt.integrity import check, record_file
-from megagpt.manifest import MANIFEST_FILE, Manifest, Split, TokenizerRecord, read_manifest
-from megagpt.tokenizer import TOKENIZER_FILE, build_tokenizer, load_tokenizer, parse_tokenizer_name, save_tokenizer
 from megagpt.utils import MIB, UserError, human_count
-from megagpt.validation_split import FRACTION_OF_MANY, assign_splits
 
 if TYPE_CHECKING:
     import tiktoken

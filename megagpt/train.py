@@ -12,25 +12,25 @@ import tiktoken
 import torch
 import torch.distributed as dist
 
-from megagpt import pipeline
-from megagpt.batches import BatchLoader
-from megagpt.checkpoint import Saved, Saver
-from megagpt.checkpoint_format import TrainState, step_directory
+from megagpt.checkpoint.execution import conditions
+from megagpt.checkpoint.format import TrainState, step_directory
+from megagpt.checkpoint.resume import resume
+from megagpt.checkpoint.resume_proof import NextStep, compare
+from megagpt.checkpoint.saver import Saved, Saver
 from megagpt.config import ResolvedConfig
-from megagpt.device import peak_memory
-from megagpt.engine import Engine
-from megagpt.execution import conditions
-from megagpt.flops import model_flops_utilisation
-from megagpt.generate import generate
-from megagpt.guard import Guard, StoppedByGuardError, Verdict
-from megagpt.monitor import Monitor, StepRecord
-from megagpt.replicas import find_drift
-from megagpt.resume import resume
-from megagpt.resume_proof import NextStep, compare
-from megagpt.signals import Wish, Wishes
-from megagpt.stragglers import StragglerWatch
+from megagpt.health.guard import Guard, StoppedByGuardError, Verdict
+from megagpt.health.replicas import find_drift
+from megagpt.health.stragglers import StragglerWatch
+from megagpt.health.watch import Pulse
+from megagpt.inference.generate import generate
+from megagpt.monitoring.monitor import Monitor, StepRecord
+from megagpt.parallel import pipeline
+from megagpt.parallel.batches import BatchLoader
+from megagpt.parallel.device import peak_memory
+from megagpt.parallel.engine import Engine
+from megagpt.planning.cost.flops import model_flops_utilisation
+from megagpt.rundir.signals import Wish, Wishes
 from megagpt.utils import UserError
-from megagpt.watch import Pulse
 
 log = logging.getLogger(__name__)
 

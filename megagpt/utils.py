@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
+REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULT_FILE_MODE = 0o644
 
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 if TYPE_CHECKING:
-    from tests.processes import Start
+    from tests.support.processes import Start
 
 HAS_GPU = torch.cuda.is_available()
 PROCESSES = {"pools", "compiled_ops"}  # fixtures of tests that wait for processes of their own
@@ -40,7 +40,9 @@ def fused_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     from kernels.launcher import reset_launches
 
     monkeypatch.setenv("MEGAGPT_KERNELS", "triton" if HAS_GPU else "interpret")
-    monkeypatch.setenv("MEGAGPT_HOPPER", "0")  # the portable kernels; tests/test_hopper_attention.py has the other
+    monkeypatch.setenv(
+        "MEGAGPT_HOPPER", "0"
+    )  # the portable kernels; tests/kernels/test_hopper_attention.py has the other
     reset_launches()
     return str(request.param)
 
@@ -86,7 +88,7 @@ def nvme(compiled_ops: None) -> None:
 
 def build_ops(*ops: str) -> None:
     """In a process of its own, as DeepSpeed's import changes what the kernels' tests see."""
-    code = f"from megagpt import ops; ops.use_private_extensions(); ops.build({list(ops)})"
+    code = f"from megagpt.parallel import ops; ops.use_private_extensions(); ops.build({list(ops)})"
     environment = os.environ | {"DS_ACCELERATOR": "cpu"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -121,7 +123,7 @@ def two_ranks(pools: _Pools) -> RankPool:
 @pytest.fixture
 def start(compiled_ops: None) -> "Iterator[Start]":
     """Starts training commands that do not outlive the test."""
-    from tests.processes import starter  # what training needs: the kernels' tests run where it is not installed
+    from tests.support.processes import starter  # what training needs: the kernels' tests run where it is not installed
 
     with starter() as start_one:
         yield start_one

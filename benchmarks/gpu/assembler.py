@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernels.assembler import version_of
+from kernels.verification.assembler import version_of
 
 VARIABLE = "TRITON_PTXAS_PATH"
 

@@ -10,10 +10,10 @@ import torch
 from benchmarks.gpu import assembler, machine, small
 from benchmarks.gpu.case import NotRun
 from benchmarks.gpu.child import Context
-from kernels.benchmark_run import DTYPES
-from kernels.benchmark_timing import copy_ceiling_gb_per_s, gemm_ceiling_tflops
+from kernels.bench.run import DTYPES
+from kernels.bench.timing import copy_ceiling_gb_per_s, gemm_ceiling_tflops
 from kernels.costs import OPERATIONS
-from megagpt.accelerators import find
+from megagpt.planning.cost.accelerators import find
 
 
 def environment(context: Context) -> None:

@@ -12,8 +12,8 @@ from benchmarks.gpu import small
 from benchmarks.gpu.case import NotRun
 from benchmarks.gpu.child import Context
 from kernels import reference
-from kernels.benchmark_run import DTYPES
-from kernels.benchmark_timing import step
+from kernels.bench.run import DTYPES
+from kernels.bench.timing import step
 from kernels.costs import OPERATIONS
 
 ROUNDS = 5

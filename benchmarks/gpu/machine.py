@@ -88,7 +88,7 @@ def _ask_torch() -> Machine:
     versions = {"torch": torch.__version__, "triton": _version("triton"), "deepspeed": _version("deepspeed")}
     if not torch.cuda.is_available():
         return Machine("none", "no GPU", versions=versions, lack="no GPU")
-    from kernels.benchmark_machine import driver
+    from kernels.bench.machine import driver
 
     versions |= {"CUDA": str(torch.version.cuda), "cuDNN": str(torch.backends.cudnn.version()), "driver": driver()}
     free, _ = torch.cuda.mem_get_info()

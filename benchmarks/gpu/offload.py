@@ -10,9 +10,9 @@ from benchmarks.gpu.case import NotRun
 from benchmarks.gpu.child import Context
 from benchmarks.gpu.machine import GIB, free_host_gib
 from megagpt.config import ResolvedConfig
-from megagpt.layout import Layout
-from megagpt.memory import rank_memory
-from megagpt.plan import RESERVE_GIB
+from megagpt.planning.cost.memory import rank_memory
+from megagpt.planning.layout import Layout
+from megagpt.planning.plan import RESERVE_GIB
 
 PINNED_ROUNDING = 2.0  # torch rounds page-locked memory up to powers of two: at most twice as much
 LEFT_TO_HOST_GIB = 6.0  # Python, libraries, one parameter on its way, page cache

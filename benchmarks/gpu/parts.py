@@ -83,9 +83,9 @@ def self_checks() -> list[Case]:
 def tests(cores: int) -> list[Case]:
     """The kernels' tests file by file, the tools' view of a small case of each operation, the large tensors last."""
 
-    def file(name: str, workers: int = max(1, cores - 4), **rest: Any) -> Case:
+    def file(name: str, folder: str = "kernels", workers: int = max(1, cores - 4), **rest: Any) -> Case:
         needs: dict[str, Any] = FUSED | {"packages": ("triton", "pytest", "hypothesis")} | rest
-        arguments = {"file": f"tests/{name}.py", "workers": workers}
+        arguments = {"file": f"tests/{folder}/{name}.py", "workers": workers}
         return Case("tests", name, f"{MODULE}.suite:run_tests", arguments, **{"expected_s": 60, "limit_s": 540} | needs)
 
     training: dict[str, Any] = {"packages": ("triton", "pytest", "hypothesis", "deepspeed", "pydantic")}
@@ -96,7 +96,7 @@ def tests(cores: int) -> list[Case]:
     ]
     return [
         *(file(name) for name in KERNEL_TESTS),
-        *(file(name, **training) for name in MODEL_TESTS),
+        *(file(name, "model", **training) for name in MODEL_TESTS),
         *sanitized,
         file(LARGE_TESTS, workers=1, device_gib=60),
     ]

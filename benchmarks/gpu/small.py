@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 import kernels
-from kernels.benchmark_cases import Case, Sizes, cases
-from kernels.benchmark_timing import errors, step
+from kernels.bench.cases import Case, Sizes, cases
+from kernels.bench.timing import errors, step
 
 SIZES = Sizes(lengths=(200,), head_dims=(64,), widths=(768,), tokens=200, vocabulary=1000, attention_width=128)
 ALLOWED = 2.0  # times the error of torch's own

@@ -5,16 +5,16 @@ from typing import Any
 
 from benchmarks.gpu.case import NOT_RUN, RIGHT, WRONG
 from benchmarks.gpu.child import Context
-from kernels import benchmark_run
-from kernels.benchmark_cases import GPU_SIZES, Case, Sizes, cases
-from kernels.benchmark_report import Row
+from kernels.bench import run as benchmark_run
+from kernels.bench.cases import GPU_SIZES, Case, Sizes, cases
+from kernels.bench.report import Row
 
 
 def measure(
     context: Context, op: str, modes: list[str], dtype: str = "bf16", providers: list[str] | None = None, **sizes: Any
 ) -> None:
     """Rows of one operation: modes fwd, bwd, both; ``providers`` as in ``python -m kernels.benchmark``; ``sizes`` are
-    fields of ``kernels.benchmark_cases.Sizes`` that differ from those of a GPU."""
+    fields of ``kernels.bench.cases.Sizes`` that differ from those of a GPU."""
     chosen = asdict(GPU_SIZES) | {name: tuple(x) if isinstance(x, list) else x for name, x in sizes.items()}
     this = benchmark_run.this_machine(dtype)
     this.only = tuple(providers or ())

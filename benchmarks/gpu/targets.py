@@ -48,7 +48,7 @@ TARGETS = (
 
 def compare(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One line for each target and shape that anyone was measured in; a row has the fields of
-    kernels.benchmark_report.Row. A target without a measurement has one line, not run."""
+    kernels.bench.report.Row. A target without a measurement has one line, not run."""
     found = {(row["op"], row["mode"], _without_version(row["provider"]), row["shape"]): row for row in rows}
     lines = []
     for target in TARGETS:

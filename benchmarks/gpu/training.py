@@ -19,11 +19,11 @@ from benchmarks.gpu.child import Context
 from benchmarks.gpu.machine import GIB
 from kernels.launcher import launches
 from megagpt.config import ResolvedConfig, RunConfig
-from megagpt.device import announce_to_deepspeed, peak_flops
-from megagpt.flops import model_flops_utilisation
-from megagpt.layout import Layout
-from megagpt.memory import rank_memory
-from megagpt.plan import RESERVE_GIB
+from megagpt.parallel.device import announce_to_deepspeed, peak_flops
+from megagpt.planning.cost.flops import model_flops_utilisation
+from megagpt.planning.cost.memory import rank_memory
+from megagpt.planning.layout import Layout
+from megagpt.planning.plan import RESERVE_GIB
 
 announce_to_deepspeed()  # before anything imports it
 
@@ -98,8 +98,8 @@ def run_steps(step: Callable[[int], float], count: int) -> Steps:
 
 def trainer(config: ResolvedConfig) -> tuple[Any, Callable[[int], float], Callable[[], float]]:
     """(engine, a step, the mean loss of a batch) of the trainer; alone, or as a rank that has joined already."""
-    from megagpt.engine import build_engine, build_mesh, join_ranks
-    from megagpt.pipeline import MicroBatch, evaluate, train_step
+    from megagpt.parallel.engine import build_engine, build_mesh, join_ranks
+    from megagpt.parallel.pipeline import MicroBatch, evaluate, train_step
 
     if not torch.distributed.is_initialized():
         join_ranks()
@@ -147,7 +147,7 @@ def plain(context: Context, steps: int, backend: str = "inductor", **settings: A
     Right where the loss falls, and the compiled model's is the eager one's.
     """
     from megagpt.model import GPT, initialise_
-    from megagpt.plain import adam, computing_in
+    from megagpt.parity.plain import adam, computing_in
 
     config = configuration(**settings)
     dtype = torch.bfloat16 if config.bf16.enabled else torch.float32

@@ -1,0 +1,121 @@
+"""Block sizes of the attention kernels, and the configurations compiled ahead of time."""
+
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.launcher import INTERPRETED
+
+MAXIMUM_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Queries (BLOCK_M) and keys (BLOCK_N) at a time, warps, and how many loads ahead the pipeline runs."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, int]:
+        """As keyword arguments of a launch."""
+        return asdict(self)
+
+
+_Table = dict[str, dict[int, Tiles]]  # by pass, then by padded head dimension
+
+
+def _but(table: _Table, **changes: dict[int, Tiles]) -> _Table:
+    """The table with some of its rows changed."""
+    return table | {phase: table[phase] | rows for phase, rows in changes.items()}
+
+
+# All were chosen by compiling: no spills, no serialised products, two programs a multiprocessor where registers allow
+# it. tests/kernels/compiled_kernels.json has the figures.
+_HOPPER: _Table = {
+    "forward": {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 128, 8, 2), 256: Tiles(64, 64, 8, 2)},
+    "backward_keys": {64: Tiles(64, 128, 8, 2), 128: Tiles(32, 128, 8, 2), 256: Tiles(64, 32, 8, 1)},
+    "backward_queries": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 8, 2)},
+}
+# Compute capability 8.0 holds the operands of products in registers, too.
+_AMPERE = _but(
+    _HOPPER,
+    forward={128: Tiles(128, 64, 8, 2)},
+    backward_keys={64: Tiles(32, 128, 8, 2), 128: Tiles(32, 64, 8, 2), 256: Tiles(16, 32, 8, 2)},
+    backward_queries={128: Tiles(128, 32, 8, 2)},
+)
+_BLACKWELL = _but(_HOPPER, backward_keys={256: Tiles(32, 32, 8, 1)})
+_LARGE = {8: _AMPERE, 9: _HOPPER, 10: _BLACKWELL}  # by the major number of the compute capability
+# The extra masks of documents take registers.
+_BESIDE_DOCUMENTS: dict[str, dict[int, Tiles]] = {
+    "forward": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 3)},
+    "backward_keys": {128: Tiles(64, 32, 8, 2)},
+}
+_DOCUMENTS = {
+    8: _but(_AMPERE, forward={64: Tiles(128, 64, 8, 3), 128: Tiles(64, 64, 8, 2)}),
+    9: _but(_HOPPER, **_BESIDE_DOCUMENTS),
+    10: _but(_BLACKWELL, **_BESIDE_DOCUMENTS),
+}
+# Dropout's random numbers need registers; and GPUs with less than 160 KiB of shared memory a multiprocessor (compute
+# capability 8.6, 8.9, 12.x) hold only small blocks.
+_SMALL: _Table = {
+    "forward": {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 8, 2), 256: Tiles(64, 32, 8, 1)},
+    "backward_keys": {64: Tiles(32, 64, 8, 2), 128: Tiles(32, 32, 8, 1), 256: Tiles(32, 16, 8, 1)},
+    "backward_queries": {64: Tiles(64, 32, 8, 1), 128: Tiles(64, 32, 8, 1), 256: Tiles(32, 32, 8, 1)},
+}
+# With documents as well, loads ahead make ptxas serialise Hopper's products.
+_SMALL_DOCUMENTS = _but(
+    _SMALL,
+    forward={64: Tiles(64, 32, 4, 1), 128: Tiles(64, 32, 8, 1)},
+    backward_keys={64: Tiles(32, 64, 8, 1)},
+)
+# fp32 products run on the ordinary cores, with both operands in registers.
+_FP32: _Table = {
+    "forward": {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 32, 8, 1), 256: Tiles(16, 32, 8, 1)},
+    "backward_keys": {64: Tiles(32, 32, 8, 1), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
+    "backward_queries": {64: Tiles(32, 16, 8, 1), 128: Tiles(32, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
+}
+_SMALL_SHARED_MEMORY_BYTES = 160 * 1024
+_INTERPRETED = {
+    "forward": Tiles(32, 16, 4, 1),
+    "backward_keys": Tiles(16, 32, 4, 1),
+    "backward_queries": Tiles(32, 16, 4, 1),
+}
+
+
+def padded(head_dim: int) -> int:
+    """The power of two that holds a head; matrix products need at least 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def tiles_for(phase: str, q: Tensor, *, dropout: bool, documents: bool) -> Tiles:
+    """The configuration of one pass (forward, backward_keys, backward_queries) for queries like ``q``."""
+    if INTERPRETED:
+        return _INTERPRETED[phase]
+    generation, shared_memory_bytes = _gpu(q.device)
+    small = dropout or shared_memory_bytes < _SMALL_SHARED_MEMORY_BYTES
+    return choose_tiles(
+        phase, q.shape[-1], generation=generation, fp32=q.dtype == torch.float32, small=small, documents=documents
+    )
+
+
+def choose_tiles(phase: str, head_dim: int, *, generation: int, fp32: bool, small: bool, documents: bool) -> Tiles:
+    """The row of the tables above; ``generation`` is the major number of the compute capability."""
+    if fp32:
+        table = _FP32
+    elif small:
+        table = _SMALL_DOCUMENTS if documents else _SMALL
+    else:
+        table = (_DOCUMENTS if documents else _LARGE)[min(generation, max(_LARGE))]
+    return table[phase][max(64, padded(head_dim))]
+
+
+@cache
+def _gpu(device: torch.device) -> tuple[int, int]:
+    """The major number of the compute capability, and the shared memory that one program may have, in bytes."""
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub does not list the shared memory
+    return int(properties.major), int(properties.shared_memory_per_block_optin)

@@ -1,0 +1,229 @@
+"""The Triton functions of layer and root-mean-square normalisation; ``kernels.fused.norms`` launches them.
+
+Inputs are contiguous rows, each of a dtype of its own; statistics and sums are fp32. CENTRED tells layer norm from RMS
+norm, and pointers that a flag switches off may be anything.
+"""
+# mypy: disable-error-code="no-untyped-def, assignment"
+
+import triton
+import triton.language as tl
+
+from kernels.fused.rounding import narrow
+from kernels.fused.tiles import IN_INTERPRETER
+
+
+@triton.jit
+def _load(pointer, offsets, mask):
+    return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_total(x, residual, total, offsets, mask, RESIDUAL: tl.constexpr):
+    """x, or x + residual rounded as it is stored: backward reads the stored sum, so both see the same numbers."""
+    value = _load(x, offsets, mask)
+    if RESIDUAL:
+        value += _load(residual, offsets, mask)
+        value = narrow(value, total.dtype.element_ty, IN_INTERPRETER).to(tl.float32)
+    return value
+
+
+@triton.jit
+def norm_forward(
+    x, residual, weight, bias, y, total, mean, rstd, rows, columns, eps,
+    CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows for each program, a whole row (columns <= BLOCK) in registers."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    mask = (row < rows)[:, None] & inside[None, :]
+    offsets = row[:, None] * columns + column[None, :]
+    value = _load_total(x, residual, total, offsets, mask, RESIDUAL)
+    if RESIDUAL:
+        tl.store(total + offsets, narrow(value, total.dtype.element_ty, IN_INTERPRETER), mask=mask)
+    if CENTRED:
+        average = tl.sum(value, axis=1) / columns
+        value = tl.where(mask, value - average[:, None], 0.0)
+        tl.store(mean + row, average, mask=row < rows)
+    scale = tl.rsqrt(tl.sum(value * value, axis=1) / columns + eps)
+    tl.store(rstd + row, scale, mask=row < rows)
+    value *= scale[:, None] * _load(weight, column, inside)[None, :]
+    if BIAS:
+        value += _load(bias, column, inside)[None, :]
+    tl.store(y + offsets, narrow(value, y.dtype.element_ty, IN_INTERPRETER), mask=mask)
+
+
+@triton.jit
+def norm_forward_wide(
+    x, residual, weight, bias, y, total, mean, rstd, columns, eps,
+    CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row for each program, in chunks of BLOCK columns: statistics first, then the result."""
+    row = tl.program_id(0).to(tl.int64)
+    x += row * columns
+    residual += row * columns
+    average = 0.0
+    squares = 0.0  # sum of squared distances from the average so far
+    for start in tl.range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        mask = column < columns
+        value = _load_total(x, residual, total, column, mask, RESIDUAL)
+        if CENTRED:
+            # Chan, Golub and LeVeque 1983: merging chunks keeps the precision that E[x^2] - E[x]^2 would lose.
+            count = tl.minimum(columns - start, BLOCK).to(tl.float32)
+            seen = (start + count).to(tl.float32)
+            chunk_average = tl.sum(value, axis=0) / count
+            value = tl.where(mask, value - chunk_average, 0.0)
+            shift = chunk_average - average
+            average += shift * (count / seen)
+            squares += shift * shift * (start * (count / seen))
+        squares += tl.sum(value * value, axis=0)
+    scale = tl.rsqrt(squares / columns + eps)
+    tl.store(rstd + row, scale)
+    if CENTRED:
+        tl.store(mean + row, average)
+    for start in tl.range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        mask = column < columns
+        value = _load_total(x, residual, total, column, mask, RESIDUAL)
+        if RESIDUAL:
+            tl.store(total + row * columns + column, narrow(value, total.dtype.element_ty, IN_INTERPRETER), mask=mask)
+        value = (value - average) * scale * _load(weight, column, mask)
+        if BIAS:
+            value += _load(bias, column, mask)
+        tl.store(y + row * columns + column, narrow(value, y.dtype.element_ty, IN_INTERPRETER), mask=mask)
+
+
+@triton.jit
+def norm_backward(
+    dy, dtotal, x, weight, mean, rstd, dx, dresidual, dweight, dbias, rows, columns, rows_per_program,
+    CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, WIDER: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A run of rows for each program, ROWS at a time; its share of dweight and dbias stays in registers to the end.
+
+    WIDER: the residual's dtype is not that of the other summand, so the same gradient is stored in both.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    first = program * rows_per_program
+    last = tl.minimum(first + rows_per_program, rows)
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    gain = _load(weight, column, inside)[None, :]
+    weight_sum = tl.zeros((ROWS, BLOCK), tl.float32)
+    bias_sum = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in tl.range(first, last, ROWS, num_stages=STAGES):
+        row = start + tl.arange(0, ROWS)
+        mask = (row < last)[:, None] & inside[None, :]
+        offsets = row[:, None] * columns + column[None, :]
+        gradient = _load(dy, offsets, mask)
+        value = _load(x, offsets, mask)
+        scale = tl.load(rstd + row, mask=row < last, other=0.0)[:, None]
+        if CENTRED:
+            value -= tl.load(mean + row, mask=row < last, other=0.0)[:, None]
+        normalised = tl.where(mask, value * scale, 0.0)
+        weight_sum += gradient * normalised
+        if BIAS:
+            bias_sum += gradient
+        gradient *= gain
+        result = gradient - normalised * (tl.sum(gradient * normalised, axis=1) / columns)[:, None]
+        if CENTRED:
+            result -= (tl.sum(gradient, axis=1) / columns)[:, None]
+        result *= scale
+        if RESIDUAL:
+            result += _load(dtotal, offsets, mask)
+        tl.store(dx + offsets, narrow(result, dx.dtype.element_ty, IN_INTERPRETER), mask=mask)
+        if WIDER:
+            tl.store(dresidual + offsets, result, mask=mask)
+    tl.store(dweight + program * columns + column, tl.sum(weight_sum, axis=0), mask=inside)
+    if BIAS:
+        tl.store(dbias + program * columns + column, tl.sum(bias_sum, axis=0), mask=inside)
+
+
+@triton.jit
+def norm_backward_wide(
+    dy, dtotal, x, weight, mean, rstd, averages, dx, dresidual, dweight, dbias, rows, columns, rows_per_program,
+    CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, WIDER: tl.constexpr, BIAS: tl.constexpr, AVERAGED: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As norm_backward for CHUNKS * BLOCK columns of each row, a row at a time, its numbers loaded twice.
+
+    The second time they come from the cache. Where the columns are all of the row, the first time gives its averages;
+    else ``averages`` (2, rows) has them, from norm_row_averages.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    first = program * rows_per_program
+    start = tl.program_id(1) * (CHUNKS * BLOCK)
+    weight_sums = ()
+    bias_sums = ()
+    for _ in tl.static_range(CHUNKS):
+        weight_sums += (tl.zeros((BLOCK,), tl.float32),)
+        bias_sums += (tl.zeros((BLOCK,), tl.float32),)
+    # Hoisting the weights out of the loop would take the registers that the sums need (triton 3.6 spilled).
+    for row in tl.range(first, tl.minimum(first + rows_per_program, rows), disable_licm=True):
+        scale = tl.load(rstd + row)
+        centre = 0.0
+        if CENTRED:
+            centre = tl.load(mean + row)
+        if AVERAGED:
+            along_mean = tl.load(averages + row)
+            plain_mean = tl.load(averages + rows + row)
+        else:
+            along = tl.zeros((BLOCK,), tl.float32)
+            plain = tl.zeros((BLOCK,), tl.float32)
+            for chunk in tl.static_range(CHUNKS):
+                column = chunk * BLOCK + tl.arange(0, BLOCK)
+                along, plain = _add_chunk(dy, x, weight, row * columns, column, columns, centre, along, plain)
+            along_mean = tl.sum(along, axis=0) * scale / columns
+            plain_mean = tl.sum(plain, axis=0) / columns
+        new_weight_sums = ()
+        new_bias_sums = ()
+        for chunk in tl.static_range(CHUNKS):
+            column = start + chunk * BLOCK + tl.arange(0, BLOCK)
+            mask = column < columns
+            gradient = _load(dy, row * columns + column, mask)
+            normalised = tl.where(mask, (_load(x, row * columns + column, mask) - centre) * scale, 0.0)
+            new_weight_sums += (weight_sums[chunk] + gradient * normalised,)
+            new_bias_sums += (bias_sums[chunk] + gradient,)
+            result = gradient * _load(weight, column, mask) - normalised * along_mean
+            if CENTRED:
+                result -= plain_mean
+            result *= scale
+            if RESIDUAL:
+                result += _load(dtotal, row * columns + column, mask)
+            tl.store(dx + row * columns + column, narrow(result, dx.dtype.element_ty, IN_INTERPRETER), mask=mask)
+            if WIDER:
+                tl.store(dresidual + row * columns + column, result, mask=mask)
+        weight_sums = new_weight_sums
+        bias_sums = new_bias_sums
+    for chunk in tl.static_range(CHUNKS):
+        column = start + chunk * BLOCK + tl.arange(0, BLOCK)
+        tl.store(dweight + program * columns + column, weight_sums[chunk], mask=column < columns)
+        if BIAS:
+            tl.store(dbias + program * columns + column, bias_sums[chunk], mask=column < columns)
+
+
+@triton.jit
+def norm_row_averages(
+    dy, x, weight, mean, rstd, averages, rows, columns, CENTRED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
+):
+    """The averages over each row that its dx takes: of g * z, and of g; one row for each program."""
+    row = tl.program_id(0).to(tl.int64)
+    centre = 0.0
+    if CENTRED:
+        centre = tl.load(mean + row)
+    along = tl.zeros((BLOCK,), tl.float32)
+    plain = tl.zeros((BLOCK,), tl.float32)
+    for start in tl.range(0, columns, BLOCK, num_stages=STAGES):
+        column = start + tl.arange(0, BLOCK)
+        along, plain = _add_chunk(dy, x, weight, row * columns, column, columns, centre, along, plain)
+    tl.store(averages + row, tl.sum(along, axis=0) * tl.load(rstd + row) / columns)
+    tl.store(averages + rows + row, tl.sum(plain, axis=0) / columns)
+
+
+@triton.jit
+def _add_chunk(dy, x, weight, offset, column, columns, centre, along, plain):
+    """One chunk's part of the sums of g * (x - mean) and of g."""
+    mask = column < columns
+    gradient = _load(dy, offset + column, mask) * _load(weight, column, mask)
+    return along + gradient * (_load(x, offset + column, mask) - centre), plain + gradient

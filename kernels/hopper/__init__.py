@@ -1,0 +1,1 @@
+"""Attention for compute capability 9.0, written in Gluon."""

@@ -1,0 +1,242 @@
+"""Resuming a distributed run on whatever mesh: all ranks choose one checkpoint, each reads only what it needs of it."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megagpt.checkpoint import directory as directories
+from megagpt.checkpoint.collective import Fault, attempt, from_rank0, together
+from megagpt.checkpoint.format import (
+    MANIFEST,
+    DamagedCheckpointError,
+    Manifest,
+    StoredFile,
+    TrainState,
+    complete_steps,
+    read_manifest,
+    require_no_other_files,
+    step_directory,
+    verify_file,
+)
+from megagpt.checkpoint.reader import Reader
+from megagpt.checkpoint.writer import kinds, parameter_shapes
+from megagpt.common.background import in_threads
+from megagpt.config import identity_differences
+from megagpt.parallel import compat
+from megagpt.parallel.engine import Engine
+from megagpt.utils import UserError
+
+SLACK = 1.02  # files of one rank differ a little from those of another; that is no reason to exchange them
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What was loaded: from where, and what is wrong with newer checkpoints, which were set aside.
+
+    ``steps_found`` are all that the run had, newest first; ``bytes_read`` counts tensors, on this rank.
+    """
+
+    directory: Path
+    manifest: Manifest
+    passed_over: list[str]
+    steps_found: list[int]
+    bytes_read: int
+
+    @property
+    def state(self) -> TrainState:
+        """Where the run stands."""
+        return self.manifest.state
+
+    def describe(self, *, provable: bool) -> str:
+        """For the screen: what was found, what was passed over and why, and what comes next."""
+        found = ", ".join(map(str, reversed(self.steps_found)))
+        skipped = [f"  passed over {fault}; kept as {directories.DAMAGED}step_..." for fault in self.passed_over]
+        written_by = ", ".join(f"{key} {value}" for key, value in self.manifest.topology.items())
+        proof = "will show that it goes on as before" if provable else "cannot be compared: none was made before"
+        return "\n".join(
+            [
+                f"checkpoints of steps {found} in {self.directory.parent}",
+                *skipped,
+                f"resuming at step {self.state.step}, sample {self.state.cursor}, written by {written_by}; "
+                f"step {self.state.step + 1} {proof}",
+            ]
+        )
+
+
+def resume(engine: Engine, run_directory: Path) -> Resumed | None:
+    """Load the newest checkpoint that every rank finds sound; every rank must call it.
+
+    None where the run has no checkpoint yet. Raises UserError where it has some and none is sound (a run never
+    silently starts again from zero), and where the newest sound one is of another run or of another format.
+    """
+    checkpoints = run_directory / "checkpoints"
+    steps = from_rank0(partial(complete_steps, checkpoints))
+    together(partial(_require_shared, engine, checkpoints, steps))
+    faults: list[str] = []
+    for position, step in enumerate(steps):
+        directory = step_directory(checkpoints, step)
+        loaded = _load(engine, directory)
+        if not isinstance(loaded, Fault):
+            _adopt(engine, loaded.manifest)
+            together(partial(_set_aside, engine, checkpoints, steps[:position]))
+            return Resumed(directory, loaded.manifest, faults, steps, loaded.bytes_read)
+        faults.append(loaded.reason)
+    if faults:
+        listed = "\n  ".join(faults)
+        raise UserError(
+            f"{run_directory}: every checkpoint is damaged:\n  {listed}\n"
+            f"restore one from a backup, or start afresh in another directory with --run_dir"
+        )
+    return None
+
+
+def _require_shared(engine: Engine, checkpoints: Path, steps: list[int]) -> None:
+    """A checkpoint that lies on another host's disk is neither damaged nor absent; raises UserError."""
+    if steps:
+        directories.require_visible(step_directory(checkpoints, steps[0]), engine.mesh.name)
+    elif others := complete_steps(checkpoints):
+        raise UserError(
+            f"{engine.mesh.name} sees checkpoints of steps {others} in {checkpoints}, rank 0 sees none: the run "
+            f"directory must lie on a disk that all hosts share"
+        )
+
+
+def _load(engine: Engine, directory: Path) -> Reader | Fault:
+    """Verify one checkpoint and fill the buckets from it, on all ranks or on none; the fault where it is damaged.
+
+    Raises UserError where it could not be read: it may be sound, and is neither passed over nor set aside.
+    """
+    reader = _unless_undamaged(attempt(partial(_verified, engine, directory)))
+    if isinstance(reader, Fault):
+        return reader
+    together(partial(_require_same_run, engine, reader))
+    return _unless_undamaged(attempt(partial(_fill_buckets, engine, reader)))
+
+
+def _unless_undamaged(found: Reader | Fault) -> Reader | Fault:
+    """Another fault than damage ends the run."""
+    if isinstance(found, Fault) and not found.damage:
+        raise UserError(found.reason)
+    return found
+
+
+@contextmanager
+def _from_disk(directory: Path) -> Iterator[None]:
+    """A disk that does not answer says nothing of what lies on it; raises UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be read: {error}; start again when its disk answers") from error
+
+
+def _set_aside(engine: Engine, checkpoints: Path, damaged_steps: list[int]) -> None:
+    if engine.mesh.rank == 0:
+        directories.set_aside(checkpoints, damaged_steps)
+
+
+def _verified(engine: Engine, directory: Path) -> Reader:
+    """A reader, once this rank's share of the files has its hashes: the ranks together hash each file once."""
+    with _from_disk(directory):
+        manifest = read_manifest(directory)
+        require_no_other_files(directory, manifest)
+        share = hashing_shares(manifest.files, engine.mesh.world_size)[engine.mesh.rank]
+        in_threads(lambda name: verify_file(directory, name, manifest.files[name]), share)
+        return Reader(directory, manifest)
+
+
+def hashing_shares(files: Mapping[str, StoredFile], ranks: int) -> list[list[str]]:
+    """The files that each rank hashes, about as many bytes each.
+
+    A rank first takes those that a rank of its number wrote, which it will read too if the mesh is the same; what one
+    has too much of, the largest first, goes to whoever has least.
+    """
+    fair = SLACK * sum(file.bytes for file in files.values()) / ranks
+    shares: list[list[str]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    too_much = []
+    for name in sorted(files):
+        rank = _writer(name) % ranks
+        if loads[rank] + files[name].bytes > fair:
+            too_much.append(name)
+        else:
+            shares[rank].append(name)
+            loads[rank] += files[name].bytes
+    for name in sorted(too_much, key=lambda name: -files[name].bytes):
+        rank = loads.index(min(loads))
+        shares[rank].append(name)
+        loads[rank] += files[name].bytes
+    return shares
+
+
+def _writer(file: str) -> int:
+    """The rank in a name like rank_00003_000.safetensors."""
+    return int(file.split("_")[1])
+
+
+def _require_same_run(engine: Engine, reader: Reader) -> None:
+    """A checkpoint copied from another run may be sound, and even fit."""
+    differences = identity_differences(_as_read(reader.manifest.identity), _as_read(engine.config.identity()))
+    if differences:
+        listed = "\n  ".join(differences)
+        raise UserError(
+            f"{reader.directory}: saved by another run:\n  {listed}\nremove it, or choose another --run_dir"
+        )
+
+
+def _as_read(identity: dict[str, Any]) -> dict[str, Any]:
+    """As it comes back from a file: JSON makes lists of tuples."""
+    as_read: dict[str, Any] = json.loads(json.dumps(identity))
+    return as_read
+
+
+def _fill_buckets(engine: Engine, reader: Reader) -> Reader:
+    """Give this rank's buckets what the checkpoint holds; no collective call, so that a rank may fail alone."""
+    with _from_disk(reader.directory):
+        return _filled_buckets(engine, reader)
+
+
+def _filled_buckets(engine: Engine, reader: Reader) -> Reader:
+    _require_shapes(engine, reader.manifest, reader.directory)
+    for bucket in engine.buckets():
+        with bucket.resident(True) as (master, optimizer_state):
+            for moment in compat.MOMENTS:
+                if moment not in optimizer_state:
+                    optimizer_state[moment] = torch.zeros_like(master)
+            for kind, flat in kinds(master, optimizer_state).items():
+                for piece in bucket.pieces:
+                    place = flat[piece.offset : piece.offset + piece.numel]
+                    run = place if place.device.type == "cpu" else torch.empty(place.numel())
+                    reader.read_into(run, kind, piece.name, engine.boxes[piece.name], piece.start)
+                    if run is not place:
+                        place.copy_(run)
+            compat.set_adam_step(engine.deepspeed, optimizer_state, reader.manifest.state.applied_steps)
+    return reader
+
+
+def _require_shapes(engine: Engine, manifest: Manifest, directory: Path) -> None:
+    """Pieces are read by their place in a flattened parameter: of another shape they would be read without a word."""
+    expected, stored = parameter_shapes(engine), {n: tensor.shape for n, tensor in manifest.tensors.items()}
+    for name in sorted(expected.keys() | stored.keys()):
+        if expected.get(name) != stored.get(name):
+            raise DamagedCheckpointError(
+                f"{directory.name}/{MANIFEST}: {name} has shape {stored.get(name)}, the model's is {expected.get(name)}"
+            )
+
+
+def _adopt(engine: Engine, manifest: Manifest) -> None:
+    """After the buckets: the model's parameters, learning rates and counters; every rank must call it."""
+    compat.publish_master_weights(engine.deepspeed)
+    compat.replay_bias_correction(engine.deepspeed, manifest.state.applied_steps)
+    if engine.deepspeed.lr_scheduler:
+        engine.deepspeed.lr_scheduler.load_state_dict(manifest.scheduler)
+    groups = compat.base_optimizer(engine.deepspeed).param_groups
+    for group, learning_rate in zip(groups, manifest.learning_rates, strict=True):
+        group["lr"] = learning_rate
+    compat.set_loss_scaler_state(engine.deepspeed, manifest.loss_scaler)
+    compat.set_counters(engine.deepspeed, steps=manifest.state.step, skipped=manifest.state.skipped_steps)

@@ -1,0 +1,218 @@
+"""How this process was started, and which of how many ranks it therefore is.
+
+Each launcher has variables of its own; torch and DeepSpeed read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+MASTER_PORT (and we LOCAL_SIZE, the ranks of this host). `adopt_launch` derives these, or says what keeps it from that:
+a process that does not know its rank would train alone, beside others that do the same.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megagpt.cluster.hosts import Host, problems_between
+from megagpt.cluster.launch_command import hosts_of_launcher
+from megagpt.cluster.slurm import hosts_of_step
+from megagpt.utils import UserError
+
+OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+OF_A_START = OF_A_RANK[:3]  # users export the other two beforehand
+# Chosen from the job's number, so that every rank finds the same one and jobs on one host different ones; below the
+# ports that the system itself gives away (from 32768).
+SLURM_PORTS = range(10_000, 30_000)
+# What MPI's starters tell a process of the number of its peers.
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This rank among all ranks; None and an empty ``hosts`` (else in the order of the ranks) are what nobody said."""
+
+    launcher: str
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int | None = None
+    num_hosts: int | None = None
+    hosts: tuple[Host, ...] = ()
+
+    def host_of(self, rank: int) -> str | None:
+        """The name of the host that runs a rank, where the launcher says it."""
+        names = [host.name for host in self.hosts for _ in range(host.slots)]
+        return names[rank] if len(names) == self.world_size else None
+
+
+def signs_of_launcher(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """The variables that say that a launcher has started this process; to be asked before `adopt_launch` sets some."""
+    return [name for name in (*OF_A_START, "SLURM_STEP_NUM_TASKS") if environment.get(name)]
+
+
+def adopt_launch(environment: MutableMapping[str, str] = os.environ) -> Launch:
+    """What the launcher's variables say, set under the names that torch reads; without a launcher, one rank alone.
+
+    Raises UserError where they say half, contradict themselves, or spread the ranks unevenly over the hosts.
+    """
+    if environment.get("SLURM_STEP_NUM_TASKS") and not environment.get("RANK"):
+        _set(environment, _of_slurm(environment))
+    elif not any(environment.get(name) for name in OF_A_START):
+        _require_alone(environment)
+        _set(environment, _of_one_process())
+    launch = _of_variables(environment)
+    problems = [*_problems(launch)]
+    if problems:
+        raise UserError("\n".join(problems))
+    if launch.local_size is not None:
+        environment["LOCAL_SIZE"] = str(launch.local_size)
+    return launch
+
+
+def _of_variables(environment: Mapping[str, str]) -> Launch:
+    """The launch that a complete set of variables describes."""
+    missing = [name for name in OF_A_RANK if not environment.get(name)]
+    if missing:
+        given = [name for name in OF_A_RANK if environment.get(name)]
+        raise UserError(
+            f"environment: {', '.join(given)} set and {', '.join(missing)} missing: "
+            f"unset all of them, or let a launcher set them: {_starts()}"
+        )
+    _whole(environment, "MASTER_PORT")
+    size = next((name for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE") if environment.get(name)), None)
+    launcher = _launcher(environment)
+    return Launch(
+        launcher=launcher,
+        rank=_whole(environment, "RANK"),
+        world_size=_whole(environment, "WORLD_SIZE"),
+        local_rank=_whole(environment, "LOCAL_RANK"),
+        local_size=_whole(environment, size) if size else None,
+        hosts=tuple(_hosts(launcher, environment)),
+        num_hosts=_number_of_hosts(environment),
+    )
+
+
+def _hosts(launcher: str, environment: Mapping[str, str]) -> list[Host]:
+    if launcher == "deepspeed":
+        return hosts_of_launcher()
+    return hosts_of_step(environment) if launcher == "srun python" else []
+
+
+def _number_of_hosts(environment: Mapping[str, str]) -> int | None:
+    """As DeepSpeed, torchrun or Slurm says it."""
+    names = ("CROSS_SIZE", "GROUP_WORLD_SIZE", "SLURM_STEP_NUM_NODES")
+    return next((_whole(environment, name) for name in names if environment.get(name)), None)
+
+
+def _launcher(environment: Mapping[str, str]) -> str:
+    """What a user types before `launch/train.py`."""
+    if "CROSS_RANK" in environment:
+        return "deepspeed"
+    if "TORCHELASTIC_RUN_ID" in environment:
+        return "torchrun"
+    return "srun python" if environment.get("SLURM_STEP_NUM_TASKS") else "python"
+
+
+def _problems(launch: Launch) -> Iterator[str]:
+    """What is wrong with the numbers of a launch."""
+    if not 0 <= launch.rank < launch.world_size:
+        yield f"environment: RANK={launch.rank} is not among the {launch.world_size} ranks of WORLD_SIZE"
+    if launch.local_size is not None and not 0 <= launch.local_rank < launch.local_size:
+        yield f"environment: LOCAL_RANK={launch.local_rank} is not among the {launch.local_size} ranks of this host"
+    uneven = problems_between([*launch.hosts], launch.launcher)
+    yield from uneven
+    if uneven or launch.local_size is None or launch.num_hosts is None:
+        return
+    if launch.local_size * launch.num_hosts != launch.world_size:
+        yield (
+            f"{launch.launcher}: {launch.local_size} ranks on host {socket.gethostname()}, {launch.world_size} on "
+            f"{launch.num_hosts} hosts: give every host the same number"
+        )
+
+
+def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of a task that srun started."""
+    names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID")
+    if missing := [name for name in (*names, "SLURM_JOB_ID") if not environment.get(name)]:
+        raise UserError(
+            f"environment: SLURM_STEP_NUM_TASKS set and {', '.join(missing)} missing: start with {_starts()}"
+        )
+    hosts = hosts_of_step(environment)
+    node, rank = _whole(environment, "SLURM_NODEID"), _whole(environment, "SLURM_PROCID")
+    if node >= len(hosts):
+        raise UserError(f"environment: SLURM_NODEID={node} is not among the hosts of SLURM_STEP_NODELIST")
+    if rank != sum(host.slots for host in hosts[:node]) + _whole(environment, "SLURM_LOCALID"):
+        raise UserError("srun: ranks are dealt to the hosts in turns, neighbours belong together: --distribution=block")
+    _require_visible_devices(environment, hosts[node].slots)
+    job = _whole(environment, "SLURM_JOB_ID") + _whole(environment, "SLURM_STEP_ID", "0")
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "LOCAL_SIZE": str(hosts[node].slots),
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or hosts[0].name,
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(SLURM_PORTS[job % len(SLURM_PORTS)]),
+    }
+
+
+def _require_visible_devices(environment: Mapping[str, str], tasks_here: int) -> None:
+    """A rank takes the GPU of its own local number: `--gpus-per-task` would show it that of another number only."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    if visible and len(visible.split(",")) < tasks_here:
+        raise UserError(
+            f"srun: {tasks_here} tasks on this host, and this one sees only CUDA_VISIBLE_DEVICES={visible}: every rank "
+            f"has to see the GPUs of all: --gpus-per-node={tasks_here} in place of --gpus-per-task, or --gpu-bind=none"
+        )
+
+
+def _require_alone(environment: Mapping[str, str]) -> None:
+    """Refuse to train alone where a scheduler has started, or granted, more processes than this one."""
+    for name in MPI_SIZES:
+        if (size := environment.get(name, "1")) != "1":
+            raise UserError(
+                f"environment: {name}={size} and no RANK: each process would train alone; start with {_starts()}"
+            )
+    if environment.get("SLURM_JOB_ID") and (tasks := environment.get("SLURM_NTASKS", "1")) != "1":
+        raise UserError(
+            f"Slurm granted {tasks} tasks and this is the only process: start all with srun python {_script()}, "
+            f"or this one only, on purpose, with SLURM_NTASKS=1 python {_script()}"
+        )
+
+
+def _starts() -> str:
+    """How to start this command by each launcher."""
+    script = _script()
+    return f"deepspeed {script}, torchrun --nproc-per-node N {script}, or srun python {script}"
+
+
+def _script() -> str:
+    """What was typed after `python`, where it is one of our commands."""
+    script = Path(sys.argv[0])
+    return str(script) if script.parent.name == "launch" else "launch/train.py"
+
+
+def _of_one_process() -> dict[str, str]:
+    """The variables of a world of one rank on this machine, with a port that nobody uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
+    return {**rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def _set(environment: MutableMapping[str, str], values: Mapping[str, str]) -> None:
+    """Set variables; one that has another value, from a job script perhaps, is an error rather than overwritten."""
+    for name in OF_A_START:
+        if environment.get(name, values[name]) not in ("", values[name]):
+            raise UserError(
+                f"environment: {name}={environment[name]}, and the launcher says {values[name]}: unset {name}"
+            )
+    environment.update(values)
+
+
+def _whole(environment: Mapping[str, str], name: str, default: str = "") -> int:
+    text = environment.get(name) or default
+    if not text.isdecimal():
+        raise UserError(f"environment: {name}={text!a} is no whole number; start with {_starts()}")
+    return int(text)

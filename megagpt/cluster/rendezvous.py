@@ -1,0 +1,219 @@
+"""The ranks find each other, or say who is missing.
+
+torch waits for all ranks for as long as for a collective, half an hour, and then does not know which did not come.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+
+import deepspeed  # noqa: F401  # takes seconds on a cold disk: they pass before the ranks have come, not after
+import torch.distributed as dist
+
+from megagpt.cluster.launch_command import COMMAND_VARIABLE, command_of_launcher, hosts_without_session
+from megagpt.cluster.launchers import Launch, adopt_launch
+from megagpt.cluster.processes import listener
+from megagpt.common.text import redacted, without_control_characters
+from megagpt.utils import TransientError, UserError, human_duration
+
+TIMEOUT_VARIABLE = "MEGAGPT_JOIN_TIMEOUT_S"
+TIMEOUT_S = 300  # the slowest start: torch from a cold network disk, the embedded corpus prepared on one of the hosts
+NOTICE_S = 10.0
+PAUSE_S = 0.5
+HEARING_S = 3.0
+COMMAND_WIDTH = 120
+COMMAND, COMPLETE, VERDICT, HEARD = "command", "complete", "verdict", "heard"
+PREFLIGHT = "python launch/preflight.py --hostfile hosts"
+PORT_REMEDY = "end what uses it, or choose another: deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT"
+
+
+@contextmanager
+def gathered_ranks(of_rank_0: Callable[[], AbstractContextManager[object]] = nullcontext) -> Iterator[None]:
+    """A context that is entered once every rank has come and rank 0 has entered ``of_rank_0``.
+
+    Where that raises UserError, all ranks do. The process group is to be made inside. Every rank must call it. Raises
+    UserError, naming the ranks that are missing and their hosts, after MEGAGPT_JOIN_TIMEOUT_S (300), or as soon as the
+    ssh session to a host is seen to end. What one rank alone can see, the command that was typed, all know afterwards.
+    """
+    launch = adopt_launch()
+    if launch.world_size == 1:
+        with of_rank_0():
+            yield
+        return
+    store = _gather(launch)  # which rank 0 serves for as long as this function lives
+    if launch.rank == 0:
+        with _announced(of_rank_0, store, launch):
+            yield
+    else:
+        _await_verdict(store)
+        yield
+
+
+@contextmanager
+def _announced(
+    context: Callable[[], AbstractContextManager[object]], store: dist.Store, launch: Launch
+) -> Iterator[None]:
+    """Rank 0's context, entered; the others hear how that went."""
+    try:
+        entered = context()
+    except UserError as error:
+        store.set(VERDICT, str(error))
+        _await_hearers(store, launch)
+        raise
+    with entered:
+        store.set(VERDICT, "")
+        yield
+
+
+def _await_hearers(store: dist.Store, launch: Launch) -> None:
+    """Serve the store until every other rank has read the verdict; one that has died is not waited for."""
+    end = time.monotonic() + HEARING_S
+    while store.add(HEARD, 0) < launch.world_size - 1 and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def _await_verdict(store: dist.Store) -> None:
+    """Go on as rank 0 does, or end as it does."""
+    with _rank_0_may_end():
+        store.wait([VERDICT], timedelta(seconds=TIMEOUT_S))
+        refusal = store.get(VERDICT).decode()
+        store.add(HEARD, 1)
+        if refusal:
+            raise UserError(refusal)
+
+
+def _gather(launch: Launch) -> dist.Store:
+    end = time.monotonic() + _timeout_s()
+    store = _open_store(launch, end)
+    with _rank_0_may_end():
+        _tell(store, launch)
+        _await_others(store, launch, end)
+        _hear(store)
+    return store
+
+
+@contextmanager
+def _rank_0_may_end() -> Iterator[None]:
+    """Give the loss of the store that rank 0 serves its reason."""
+    try:
+        yield
+    except dist.DistNetworkError as error:
+        raise TransientError("rank 0 has ended while the ranks gathered; it has said why") from error
+
+
+def _timeout_s() -> int:
+    text = os.environ.get(TIMEOUT_VARIABLE, str(TIMEOUT_S))
+    if not text.isdecimal() or int(text) == 0:
+        raise UserError(f"environment: {TIMEOUT_VARIABLE}={text!a} is no whole number of seconds, such as 300")
+    return int(text)
+
+
+def _open_store(launch: Launch, end: float) -> dist.Store:
+    """The store at MASTER_ADDR:MASTER_PORT, which rank 0 serves, or torchrun's own process does."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serves = launch.rank == 0 and not agent_serves
+    if not serves:
+        _await_server(launch, address, port, end)
+    try:
+        store = dist.TCPStore(
+            address,
+            port,
+            launch.world_size,
+            is_master=serves,
+            timeout=_until(end),
+            wait_for_workers=False,
+            multi_tenant=True,  # torch's own store comes to the same port, once all are here
+        )
+    except dist.DistNetworkError as error:
+        raise UserError(
+            f"port {port} of host {socket.gethostname()} is in use{_user_of(port)}; {PORT_REMEDY}"
+        ) from error
+    return dist.PrefixStore(f"megagpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _user_of(port: int) -> str:
+    """` by process 4711 (python launch/train.py; to end it: kill 4711)`, where that can be seen."""
+    user = listener(port)
+    if user is None:
+        return ""
+    command = without_control_characters(redacted(shlex.join(user.words)))
+    return f" by process {user.number} ({textwrap.shorten(command, COMMAND_WIDTH)}; to end it: kill {user.number})"
+
+
+def _await_server(launch: Launch, address: str, port: int, end: float) -> None:
+    """Wait until somebody listens: torch's store would try as long, and write a warning each time."""
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=max(PAUSE_S, end - time.monotonic())).close()
+            return
+        except OSError as error:
+            if time.monotonic() >= end:
+                raise TransientError(
+                    f"{_name(launch, 0)} did not answer at {address}:{port} within {human_duration(_timeout_s())} "
+                    f"({error}): is its host up, did it end with an error, does a firewall stand between? "
+                    f"To check all hosts: {PREFLIGHT}"
+                ) from error
+        time.sleep(PAUSE_S)
+
+
+def _tell(store: dist.Store, launch: Launch) -> None:
+    """Say that this rank is here, and what it can see; the last to come says that all are."""
+    if (command := command_of_launcher()) is not None:
+        store.set(COMMAND, shlex.join(command))
+    store.set(_key(launch.rank), "here")
+    if store.add("arrived", 1) == launch.world_size:
+        store.set(COMPLETE, "")
+
+
+def _await_others(store: dist.Store, launch: Launch, end: float) -> None:
+    """Wait for the last rank; rank 0 says after a while whom it waits for."""
+    notice_at = time.monotonic() + NOTICE_S if launch.rank == 0 else end
+    while not store.check([COMPLETE]):  # its `wait` would write a warning at each time-out
+        time.sleep(PAUSE_S)
+        if lost := hosts_without_session():
+            raise TransientError(
+                f"the ssh session to {', '.join(lost)} has ended, {_missing(store, launch)} will not come: "
+                f"see above what was said there, or check all hosts: {PREFLIGHT}"
+            )
+        if time.monotonic() >= end:
+            raise TransientError(
+                f"{_missing(store, launch)} did not join within {human_duration(_timeout_s())}: "
+                f"look there for an error, or check all hosts: {PREFLIGHT}"
+            )
+        if time.monotonic() >= notice_at:
+            notice_at = end
+            left = human_duration(end - time.monotonic())
+            waiting = f"waiting for {_missing(store, launch)}; {left} left ({TIMEOUT_VARIABLE} allows more)"
+            print(waiting, file=sys.stderr, flush=True)
+
+
+def _missing(store: dist.Store, launch: Launch) -> str:
+    return ", ".join(_name(launch, rank) for rank in range(launch.world_size) if not store.check([_key(rank)]))
+
+
+def _hear(store: dist.Store) -> None:
+    """Learn the command that was typed, where any rank could see it."""
+    if store.check([COMMAND]):
+        os.environ[COMMAND_VARIABLE] = store.get(COMMAND).decode()
+
+
+def _until(end: float) -> timedelta:
+    return timedelta(seconds=max(0.1, end - time.monotonic()))
+
+
+def _key(rank: int) -> str:
+    return f"rank/{rank}"
+
+
+def _name(launch: Launch, rank: int) -> str:
+    host = launch.host_of(rank)
+    return f"rank {rank} (host {host})" if host else f"rank {rank}"

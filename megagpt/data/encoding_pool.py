@@ -1,0 +1,117 @@
+"""Tokenising in worker processes: batches in order, a bounded number of them in flight."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from megagpt.data.corpora import Piece
+from megagpt.data.manifest import Split
+from megagpt.data.tokenizer import load_tokenizer, replace_surrogates
+from megagpt.utils import MIB
+
+if TYPE_CHECKING:
+    import tiktoken
+
+BATCH_CHARACTERS = MIB  # about 50 ms of work for one core
+BATCH_PIECES = 4096  # however short the documents are
+
+
+class EncodedPiece(NamedTuple):
+    split: Split
+    starts_document: bool
+    tokens: np.ndarray  # uint32; the end-of-document token last where the document ends here; none for an empty text
+
+
+Batch = list[tuple[Split, Piece]]
+Encode = Callable[[Iterable[Batch]], Iterator[list[EncodedPiece]]]
+
+_encoding: tiktoken.Encoding | None = None  # of a worker process
+
+
+def batches(pieces: Iterable[tuple[Split, Piece]]) -> Iterator[Batch]:
+    """Runs of pieces of about a megabyte of text."""
+    batch: Batch = []
+    characters = 0
+    for split, piece in pieces:
+        batch.append((split, piece))
+        characters += len(piece.text)
+        if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_PIECES:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def encode_batch(encoding: tiktoken.Encoding, batch: Batch) -> list[EncodedPiece]:
+    """Token ids of each piece. A special token's name in a text is text: no document can end another."""
+    end = np.array([encoding.eot_token], np.uint32)
+    encoded = []
+    for split, piece in batch:
+        tokens = encoding.encode_to_numpy(replace_surrogates(piece.text), disallowed_special=())
+        encoded.append(
+            EncodedPiece(split, piece.starts, np.append(tokens, end) if piece.ends and len(tokens) else tokens)
+        )
+    return encoded
+
+
+@contextmanager
+def encoder(workers: int, tokenizer_directory: Path) -> Iterator[Encode]:
+    """A function from batches to their tokens, in order; one worker is this process itself."""
+    if workers == 1:
+        yield partial(map, partial(encode_batch, load_tokenizer(tokenizer_directory)))
+        return
+    # Spawned, not forked: the parent may hold threads of datasets and pyarrow.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(tokenizer_directory,))
+    try:
+        yield partial(_in_order, pool, 2 * workers)
+    except BrokenProcessPool:
+        raise RuntimeError(
+            "a tokenising worker process died, often for want of memory; the same command again continues, "
+            "with fewer --workers if it happens again"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _in_order(pool: ProcessPoolExecutor, in_flight: int, batches: Iterable[Batch]) -> Iterator[list[EncodedPiece]]:
+    """`pool.map`, but reading ahead only `in_flight` batches: a corpus is larger than memory."""
+    futures: deque[Future[list[EncodedPiece]]] = deque()
+    for batch in batches:
+        futures.append(pool.submit(_encode_in_worker, batch))
+        if len(futures) >= in_flight:
+            yield futures.popleft().result()
+    while futures:
+        yield futures.popleft().result()
+
+
+def _start_worker(tokenizer_directory: Path) -> None:
+    global _encoding
+    _encoding = load_tokenizer(tokenizer_directory)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent leaves its workers waiting for work for ever; end with it instead."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def _encode_in_worker(batch: Batch) -> list[EncodedPiece]:
+    assert _encoding is not None
+    return encode_batch(_encoding, batch)

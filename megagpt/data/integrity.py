@@ -1,0 +1,195 @@
+"""Is a dataset still what its manifest says? By sizes and probes before every run, by everything on demand.
+
+A probe is the digest of one block of 64 KiB. Sizes and probes find a truncated, replaced or otherwise rewritten file in
+well under two seconds at any size of data; `verify(directory, full=True)` finds a single changed bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from megagpt.data.manifest import OFFSET_DTYPE, FileRecord, Manifest, Shard, read_manifest, remedy
+from megagpt.utils import KIB, MIB, UserError
+
+PROBE_BYTES = 64 * KIB
+PROBES_PER_FILE = 16  # files up to 1 MiB are read whole; of larger ones, 16 blocks from the first to the last
+SCAN_TOKENS = 4 * MIB
+
+
+def record_file(path: Path) -> FileRecord:
+    """What the manifest keeps of a finished file."""
+    return FileRecord(file=path.name, bytes=path.stat().st_size, sha256=sha256_of(path), probes=tuple(probes_of(path)))
+
+
+def check(directory: Path, manifest: Manifest) -> None:
+    """Compare the files with the manifest by size, largest token and probes; one UserError with every difference."""
+    directory = Path(directory)
+    problems = _file_problems(directory, manifest.tokenizer)
+    for shard in _all_shards(manifest):
+        problems += _shard_problems(directory, shard, manifest) or (
+            _file_problems(directory, shard, partial(_id_problem, manifest)) + _file_problems(directory, shard.offsets)
+        )
+    _raise(directory, problems)
+
+
+def verify(directory: Path, *, full: bool = False) -> Manifest:
+    """Check a dataset as a run does; with `full`, hash every file and look at every token and offset too."""
+    manifest = read_manifest(directory)
+    check(directory, manifest)
+    if full:
+        problems = _hash_problems(Path(directory), manifest.tokenizer)
+        for shard in _all_shards(manifest):
+            problems += _hash_problems(Path(directory), shard) + _hash_problems(Path(directory), shard.offsets)
+            problems += _token_problems(Path(directory), shard, manifest)
+            problems += _offset_problems(Path(directory), shard)
+        _raise(Path(directory), problems)
+    return manifest
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def probes_of(path: Path) -> list[str]:
+    """Digests of up to 16 blocks of 64 KiB, evenly spaced from the file's first byte to its last."""
+    return [_digest(block) for _, block in _probed_blocks(path)]
+
+
+def largest_token(path: Path, dtype: np.dtype) -> int:
+    return max((int(block.max()) for _, block in _token_blocks(path, dtype)), default=0)
+
+
+def _probed_blocks(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(offset, content) of each block that is probed."""
+    with path.open("rb") as file:
+        for offset in _probe_offsets(path.stat().st_size):
+            file.seek(offset)
+            yield offset, file.read(PROBE_BYTES)
+
+
+def _digest(block: bytes) -> str:
+    return hashlib.sha256(block).hexdigest()[:16]
+
+
+def _probe_offsets(size: int) -> list[int]:
+    if size <= PROBES_PER_FILE * PROBE_BYTES:
+        return list(range(0, size, PROBE_BYTES))
+    return [probe * (size - PROBE_BYTES) // (PROBES_PER_FILE - 1) for probe in range(PROBES_PER_FILE)]
+
+
+def _token_blocks(path: Path, dtype: np.dtype) -> Iterator[tuple[int, np.ndarray]]:
+    """(index of the first token, tokens) block by block; plain reads, so that a shrinking file is no SIGBUS."""
+    first = 0
+    with path.open("rb") as file:
+        while data := file.read(SCAN_TOKENS * dtype.itemsize):
+            block = np.frombuffer(data, dtype)
+            yield first, block
+            first += len(block)
+
+
+def _all_shards(manifest: Manifest) -> list[Shard]:
+    return [shard for shards in manifest.splits.values() for shard in shards]
+
+
+def _shard_problems(directory: Path, shard: Shard, manifest: Manifest) -> list[str]:
+    """What the manifest's own numbers rule out, before any block is read."""
+    path, item_bytes = directory / shard.file, manifest.token_dtype.itemsize
+    if shard.bytes != shard.tokens * item_bytes:
+        found = shard.bytes / shard.tokens
+        return [
+            f"{path}: {found:g} bytes a token found, {manifest.dtype} has {item_bytes}: wrong dtype in the manifest"
+        ]
+    if shard.offsets.bytes != shard.documents * OFFSET_DTYPE.itemsize:
+        expected = shard.documents * OFFSET_DTYPE.itemsize
+        return [
+            f"{path.with_suffix('.offsets')}: {shard.offsets.bytes} bytes found, {expected} expected (uint64 offsets)"
+        ]
+    if shard.max_token >= manifest.vocabulary:
+        return [f"{path}: token id {shard.max_token} found, ids below the vocabulary of {manifest.vocabulary} expected"]
+    return []
+
+
+def _file_problems(
+    directory: Path, record: FileRecord, inspect: Callable[[int, bytes], str | None] = lambda offset, block: None
+) -> list[str]:
+    """The first thing wrong with a file; ``inspect`` says what is wrong with a probed block, if it can tell."""
+    path = directory / record.file
+    try:
+        size = path.stat().st_size
+        if size != record.bytes:
+            return [f"{path}: {_size_problem(size, record.bytes)}"]
+        for (offset, block), expected in zip(_probed_blocks(path), record.probes, strict=False):
+            if problem := inspect(offset, block) or _probe_problem(offset, block, expected):
+                return [f"{path}: {problem}"]
+    except OSError as error:
+        return [f"{path}: cannot be read ({error.strerror}), {record.bytes} bytes expected"]
+    return []
+
+
+def _probe_problem(offset: int, block: bytes, expected: str) -> str | None:
+    if (digest := _digest(block)) == expected:
+        return None
+    return f"changed since preparation at byte {offset} or soon after: {digest} found, {expected} expected"
+
+
+def _id_problem(manifest: Manifest, offset: int, block: bytes) -> str | None:
+    """The first token id of a block at a byte offset that the vocabulary does not have."""
+    dtype = manifest.token_dtype
+    skipped = -offset % dtype.itemsize  # a probe may begin within a token
+    tokens = np.frombuffer(block, dtype, count=(len(block) - skipped) // dtype.itemsize, offset=skipped)
+    wrong = np.flatnonzero(tokens >= manifest.vocabulary)
+    if not len(wrong):
+        return None
+    first = int(wrong[0])
+    place = offset + skipped + first * dtype.itemsize
+    return f"token id {tokens[first]} found at byte {place}, ids below {manifest.vocabulary} expected"
+
+
+def _size_problem(found: int, expected: int) -> str:
+    if found == 0:
+        return f"empty, {expected} bytes expected"
+    if found == 2 * expected or 2 * found == expected:
+        return (
+            f"{found} bytes found, {expected} expected: the other dtype (uint16 and uint32 differ by a factor of two)?"
+        )
+    cause = "truncated" if found < expected else "something was appended"
+    return f"{found} bytes found, {expected} expected ({cause} at byte {min(found, expected)})"
+
+
+def _hash_problems(directory: Path, record: FileRecord) -> list[str]:
+    found = sha256_of(directory / record.file)
+    if found == record.sha256:
+        return []
+    return [f"{directory / record.file}: sha256 {found} found, {record.sha256} expected: changed since preparation"]
+
+
+def _token_problems(directory: Path, shard: Shard, manifest: Manifest) -> list[str]:
+    path, dtype = directory / shard.file, manifest.token_dtype
+    for first, block in _token_blocks(path, dtype):
+        if problem := _id_problem(manifest, first * dtype.itemsize, block.tobytes()):
+            return [f"{path}: {problem}"]
+    return []
+
+
+def _offset_problems(directory: Path, shard: Shard) -> list[str]:
+    path = directory / shard.offsets.file
+    offsets = np.fromfile(path, OFFSET_DTYPE).astype(np.int64)
+    wrong = np.flatnonzero((np.diff(offsets, prepend=-1) <= 0) | (offsets >= shard.tokens))
+    if not len(wrong):
+        return []
+    place = int(wrong[0])
+    return [
+        f"{path}: offset {offsets[place]} at byte {place * OFFSET_DTYPE.itemsize}, "
+        f"increasing offsets below {shard.tokens} expected"
+    ]
+
+
+def _raise(directory: Path, problems: list[str]) -> None:
+    if problems:
+        raise UserError("\n".join((*problems, remedy(directory))))

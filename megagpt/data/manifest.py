@@ -1,0 +1,138 @@
+"""A dataset's manifest: what the directory holds.
+
+`manifest.json` is written last, so a directory that has one is complete. It names each file with its size, its sha256
+and the digests of a few blocks of it (probes: megagpt/data/integrity.py). File names follow a closed pattern, so no manifest
+reaches outside its directory, and nothing in it names code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from megagpt.utils import UserError, human_count
+
+MANIFEST_FILE = "manifest.json"
+OFFSET_DTYPE = np.dtype("<u8")
+
+Split = Literal["train", "val"]
+FileName = Annotated[str, Field(pattern=r"^((train|val)-\d{5}\.(bin|offsets)|tokenizer\.json)$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class FileRecord(_Record):
+    """One file as it was when the dataset was prepared."""
+
+    file: FileName
+    bytes: Count
+    sha256: Sha256
+    probes: tuple[str, ...] = Field(strict=False)  # JSON has lists only
+
+
+class Shard(FileRecord):
+    """One `.bin` of tokens, and the `.offsets` beside it: where in it each document begins."""
+
+    tokens: Annotated[int, Field(ge=1)]
+    documents: Count  # that begin in this shard
+    max_token: Count
+    offsets: FileRecord
+
+
+class TokenizerRecord(FileRecord):
+    name: str
+
+
+class Manifest(_Record):
+    """What a dataset directory holds; `vocabulary` counts ids, `source` says where the text is from."""
+
+    format_version: Literal[1]
+    dtype: Literal["uint16", "uint32"]
+    vocabulary: Annotated[int, Field(ge=1, le=2**32)]
+    end_of_document: Count
+    documents: Count
+    tokenizer: TokenizerRecord
+    splits: dict[Split, Annotated[tuple[Shard, ...], Field(strict=False)]]
+    source: dict[str, JsonValue]
+
+    @model_validator(mode="after")
+    def _vocabulary_fits_dtype(self) -> Self:
+        if self.vocabulary > 2**16 and self.dtype == "uint16":
+            raise ValueError(f"a vocabulary of {self.vocabulary} does not fit into uint16")
+        return self
+
+    @property
+    def token_dtype(self) -> np.dtype:
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the contents (tokens, documents, tokenizer), whatever the directory is called."""
+        contents = self.model_dump(mode="json", exclude={"source"})
+        return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+    def shards(self, split: Split) -> tuple[Shard, ...]:
+        return self.splits.get(split, ())
+
+    def tokens(self, split: Split) -> int:
+        return sum(shard.tokens for shard in self.shards(split))
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2) + "\n"
+
+    def summary(self) -> str:
+        """`8.1M training and 430k validation tokens of 453 documents, vocabulary 4096`."""
+        train, val = human_count(self.tokens("train")), human_count(self.tokens("val"))
+        return (
+            f"{train} training and {val} validation tokens of {self.documents} documents, vocabulary {self.vocabulary}"
+        )
+
+
+def dtype_for(vocabulary: int) -> Literal["uint16", "uint32"]:
+    """The narrower type that holds every id below `vocabulary`."""
+    return "uint16" if vocabulary <= 2**16 else "uint32"
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Parse and check `directory/manifest.json`; UserError where it is missing or is not one of ours."""
+    path = Path(directory) / MANIFEST_FILE
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(_missing(Path(directory))) from None
+    except NotADirectoryError:
+        raise UserError(f"{directory}: a file; a dataset is a directory made by launch/download_data.py") from None
+    except ValidationError as error:
+        lines = (f"{path}: {'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
+        raise UserError("\n".join((*lines, remedy(Path(directory))))) from None
+
+
+def staging_directory(directory: Path) -> Path:
+    """Where a dataset lies until it is complete."""
+    return directory.with_name(f"{directory.name}.partial")
+
+
+def remedy(directory: Path) -> str:
+    """The last line of an error about a damaged dataset."""
+    return (
+        f"{directory}: restore it from a copy, or prepare it again: "
+        f"python launch/download_data.py --dataset ... --output {directory} --force"
+    )
+
+
+def _missing(directory: Path) -> str:
+    command = f"python launch/download_data.py --dataset stdlib --output {directory}"
+    if staging_directory(directory).is_dir():
+        return f"{directory}: its preparation has not finished; the same command again continues it: {command}"
+    if directory.is_dir():
+        return f"{directory}: not a dataset, it has no {MANIFEST_FILE}; name another directory, or make one: {command}"
+    return f"{directory}: no dataset here; prepare one: {command} (--help lists other sources)"

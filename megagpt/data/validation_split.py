@@ -1,0 +1,66 @@
+"""Which documents are held out for validation: decided by position alone, so an interrupted preparation agrees."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from fractions import Fraction
+
+from megagpt.data.corpora import Piece, Source
+from megagpt.data.manifest import Split
+
+FEW_DOCUMENTS = 20
+FRACTION_OF_MANY, FRACTION_OF_FEW = 0.01, 0.1
+
+
+def assign_splits(source: Source, fraction: float | None, skip: int = 0) -> Iterator[tuple[Split, Piece]]:
+    """Each piece with its split, but the first `skip`.
+
+    From twenty documents on, whole documents are held out at even distances, beginning with the first: `fraction` of
+    them (0.01 unless given). Fewer documents are one long text whose end is held out: `fraction` of its characters
+    (0.1 unless given).
+    """
+    characters = characters_of_few(source)
+    if characters is None:
+        return _every_nth(source, FRACTION_OF_MANY if fraction is None else fraction, skip)
+    held_out = FRACTION_OF_FEW if fraction is None else fraction
+    return itertools.islice(_head_and_tail(source, round(characters * (1 - held_out))), skip, None)
+
+
+def characters_of_few(source: Source) -> int | None:
+    """The length of a source of fewer than twenty documents; None for a larger one, of which only those are read."""
+    characters = 0
+    for piece in source.pieces():
+        if piece.document >= FEW_DOCUMENTS - 1:
+            return None
+        characters += len(piece.text)
+    return characters
+
+
+def _every_nth(source: Source, fraction: float, skip: int) -> Iterator[tuple[Split, Piece]]:
+    exact = Fraction(str(fraction))
+    for piece in source.pieces(skip):
+        held_out_before, held_out_after = math.ceil(piece.document * exact), math.ceil((piece.document + 1) * exact)
+        yield ("val" if held_out_after > held_out_before else "train"), piece
+
+
+def _head_and_tail(source: Source, cut: int) -> Iterator[tuple[Split, Piece]]:
+    """Characters up to the first line break from `cut` on, then the rest; the document between them becomes two."""
+    position, first_held_out = 0, True
+    for piece in source.pieces():
+        head, tail = _cut_at_line(piece.text, cut - position)
+        if head:
+            yield "train", replace(piece, text=head, ends=piece.ends and not tail)
+        if tail:
+            yield "val", replace(piece, text=tail, starts=piece.starts or first_held_out)
+            first_held_out = False
+        position += len(piece.text)
+
+
+def _cut_at_line(text: str, place: int) -> tuple[str, str]:
+    if place <= 0 or place >= len(text):
+        return (text, "") if place > 0 else ("", text)
+    line_end = text.find("\n", place) + 1 or place
+    return text[:line_end], text[line_end:]

@@ -1,0 +1,285 @@
+"""Writing a dataset: plain appends, commit points to continue from, the manifest last, one rename to publish.
+
+Everything happens in `NAME.partial` beside the destination. `progress.json` there says how far each file is good; after
+a kill the files are cut back to that and the writing goes on. Readers see the directory only once it is complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+
+from megagpt.data.integrity import largest_token, record_file
+from megagpt.data.manifest import (
+    MANIFEST_FILE,
+    OFFSET_DTYPE,
+    Manifest,
+    Shard,
+    Split,
+    TokenizerRecord,
+    dtype_for,
+    staging_directory,
+)
+from megagpt.utils import MIB, UserError, human_bytes, sync_directory, write_atomically
+
+PROGRESS_FILE = "progress.json"
+RESERVE_BYTES = 16 * MIB  # left free on the disk, for the manifest and for whoever shares it
+SPLITS: tuple[Split, ...] = ("train", "val")
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class ShardProgress(BaseModel):
+    """How much of one shard is safely on the disk."""
+
+    tokens: int = 0
+    documents: int = 0
+
+
+class Progress(BaseModel):
+    """What an interrupted preparation continues from; `request` is what was asked for, compared before continuing."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    request: dict[str, JsonValue]
+    pieces: int = 0  # of the source that are in the files
+    splits: dict[Split, list[ShardProgress]] = {"train": [], "val": []}
+
+    def tokens(self, split: Split) -> int:
+        return sum(shard.tokens for shard in self.splits[split])
+
+    def save(self, staging: Path) -> None:
+        with explain_full_disk(staging, 0):
+            write_atomically(staging / PROGRESS_FILE, self.model_dump_json(indent=2) + "\n")
+
+
+def read_progress(staging: Path) -> Progress | None:
+    """The commit point in a staging directory, None where there is none yet."""
+    path = staging / PROGRESS_FILE
+    if not path.exists():
+        return None
+    try:
+        return Progress.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise UserError(f"{path}: damaged ({error.error_count()} errors); start again with --force") from None
+
+
+class SplitWriter:
+    """Appends one split's tokens and document offsets, shard by shard, from where `shards` says it stopped."""
+
+    def __init__(
+        self, staging: Path, split: Split, dtype: np.dtype, shard_tokens: int, shards: list[ShardProgress]
+    ) -> None:
+        self._staging, self._split, self._dtype, self._shard_tokens = staging, split, dtype, shard_tokens
+        self.shards = shards
+        self._files: tuple[BinaryIO, BinaryIO] | None = None
+        _remove_shards_from(staging, split, len(shards))
+        if shards:
+            self._open_last()
+
+    def write(self, tokens: np.ndarray, *, starts_document: bool) -> None:
+        """Append `tokens`; a shard is closed once it is full, so documents and pieces stay whole in it."""
+        if not self.shards or self.shards[-1].tokens >= self._shard_tokens:
+            self.sync()
+            self.close()
+            self.shards.append(ShardProgress())
+            self._open_last()
+        assert self._files is not None
+        shard, (tokens_file, offsets_file) = self.shards[-1], self._files
+        if starts_document:
+            _write_all(offsets_file, np.array(shard.tokens, OFFSET_DTYPE).tobytes())
+            shard.documents += 1
+        _write_all(tokens_file, tokens.astype(self._dtype, casting="same_kind").tobytes())
+        shard.tokens += len(tokens)
+
+    def sync(self) -> None:
+        for file in self._files or ():
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        for file in self._files or ():
+            file.close()
+        self._files = None
+
+    def _open_last(self) -> None:
+        """Open the last shard's files cut back to the commit point: what lies beyond it may be torn."""
+        shard, stem = self.shards[-1], f"{self._split}-{len(self.shards) - 1:05d}"
+        self._files = (
+            _open_at(self._staging / f"{stem}.bin", shard.tokens * self._dtype.itemsize),
+            _open_at(self._staging / f"{stem}.offsets", shard.documents * OFFSET_DTYPE.itemsize),
+        )
+
+
+def _open_at(path: Path, size: int) -> BinaryIO:
+    file = path.open("ab", buffering=0)  # unbuffered: after a full disk there is nothing left to flush on closing
+    if os.fstat(file.fileno()).st_size < size:
+        file.close()
+        raise UserError(f"{path}: shorter than the {size} bytes that were committed; start again with --force")
+    os.truncate(file.fileno(), size)
+    return file
+
+
+def _remove_shards_from(staging: Path, split: Split, count: int) -> None:
+    for path in staging.glob(f"{split}-*"):
+        if path.stem >= f"{split}-{count:05d}":
+            path.unlink()
+
+
+def _write_all(file: BinaryIO, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+class DatasetWriter:
+    """Writes both splits into a staging directory and commits them together."""
+
+    def __init__(self, staging: Path, progress: Progress, *, vocabulary: int, shard_tokens: int) -> None:
+        self._staging, self._vocabulary, self.progress = staging, vocabulary, progress
+        dtype = np.dtype(dtype_for(vocabulary)).newbyteorder("<")
+        self._splits = {s: SplitWriter(staging, s, dtype, shard_tokens, progress.splits[s]) for s in SPLITS}
+
+    def write(self, split: Split, tokens: np.ndarray, *, starts_document: bool) -> None:
+        """Append part of a document or all of it; UserError, with need and have, where the disk is full."""
+        if tokens.max(initial=0) >= self._vocabulary:  # a cast to uint16 would make 70000 4464 without a word
+            raise ValueError(f"token id {tokens.max()} in a vocabulary of {self._vocabulary}")
+        with explain_full_disk(self._staging, tokens.nbytes):
+            self._splits[split].write(tokens, starts_document=starts_document)
+
+    def commit(self, pieces: int) -> None:
+        """Make everything written so far, from the source's first `pieces`, survive a kill or a power cut."""
+        with explain_full_disk(self._staging, 0):
+            for split in self._splits.values():
+                split.sync()
+        self.progress.pieces = pieces
+        self.progress.save(self._staging)
+
+    def close(self) -> None:
+        for split in self._splits.values():
+            split.close()
+
+    def finish(self, *, tokenizer: TokenizerRecord, end_of_document: int, source: dict[str, JsonValue]) -> Manifest:
+        """Hash the files and write the manifest; the staging directory is then a complete dataset."""
+        self.close()
+        splits = {split: self._sealed_shards(split) for split in SPLITS}
+        manifest = Manifest(
+            format_version=1,
+            dtype=dtype_for(self._vocabulary),
+            vocabulary=self._vocabulary,
+            end_of_document=end_of_document,
+            documents=sum(shard.documents for shards in splits.values() for shard in shards),
+            tokenizer=tokenizer,
+            splits=splits,
+            source=source,
+        )
+        with explain_full_disk(self._staging, 0):
+            write_atomically(self._staging / MANIFEST_FILE, manifest.to_json())
+        return manifest
+
+    def _sealed_shards(self, split: Split) -> tuple[Shard, ...]:
+        dtype = np.dtype(dtype_for(self._vocabulary)).newbyteorder("<")
+        return tuple(
+            _sealed_shard(self._staging / f"{split}-{number:05d}.bin", shard, dtype)
+            for number, shard in enumerate(self.progress.splits[split])
+        )
+
+
+def _sealed_shard(path: Path, shard: ShardProgress, dtype: np.dtype) -> Shard:
+    return Shard(
+        **record_file(path).model_dump(),
+        tokens=shard.tokens,
+        documents=shard.documents,
+        max_token=largest_token(path, dtype),
+        offsets=record_file(path.with_suffix(".offsets")),
+    )
+
+
+@contextmanager
+def explain_full_disk(directory: Path, need_bytes: int) -> Iterator[None]:
+    """Refuse to write `need_bytes` that would not fit, and turn a full disk into a UserError with need and have."""
+    require_space(directory, need_bytes)
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        raise _disk_full(directory, need_bytes, error.strerror or "disk full") from error
+
+
+def require_space(directory: Path, need_bytes: int) -> None:
+    if shutil.disk_usage(directory).free < need_bytes + RESERVE_BYTES:
+        raise _disk_full(directory, need_bytes, "disk nearly full")
+
+
+def _disk_full(directory: Path, need_bytes: int, reason: str) -> UserError:
+    need, have = human_bytes(need_bytes + RESERVE_BYTES), human_bytes(shutil.disk_usage(directory).free)
+    return UserError(
+        f"{directory}: {reason}: need {need} more at least, have {have}. Free some space and give the same command "
+        "again: it continues from the last commit point"
+    )
+
+
+@contextmanager
+def exclusive_staging(directory: Path) -> Iterator[Path]:
+    """The staging directory of `directory`, made if need be and locked against other processes of this host.
+
+    Waits while another process holds it. The lock is on the directory itself and dies with its holder, so there is
+    nothing stale to clean up; a holder that published has renamed the directory away, and the next one makes another.
+    """
+    staging = staging_directory(directory)
+    while True:
+        try:
+            staging.mkdir(parents=True, exist_ok=True)
+            lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
+        except (FileExistsError, FileNotFoundError):  # another process published or removed it at this moment
+            if staging.exists() and not staging.is_dir():
+                raise
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if _is_open_as(lock, staging):
+                try:
+                    yield staging
+                finally:
+                    _remove_if_empty(lock, staging)
+                return
+        finally:
+            os.close(lock)
+
+
+def _is_open_as(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _remove_if_empty(lock: int, staging: Path) -> None:
+    """Leave no empty directory behind; after publishing, the name may be another process's already."""
+    if _is_open_as(lock, staging) and not any(staging.iterdir()):
+        staging.rmdir()
+
+
+def publish(staging: Path, directory: Path) -> None:
+    """Rename a complete staging directory to its destination; a dataset that was there is removed after the rename."""
+    manifest = Manifest.model_validate_json((staging / MANIFEST_FILE).read_bytes())
+    shards = [shard for shards in manifest.splits.values() for shard in shards]
+    known = {MANIFEST_FILE, manifest.tokenizer.file, *(s.file for s in shards), *(s.offsets.file for s in shards)}
+    for path in staging.iterdir():
+        if path.name not in known:
+            path.unlink()
+    replaced = directory.with_name(f"{directory.name}.replaced-{os.getpid()}")
+    if directory.exists():
+        directory.rename(replaced)
+    staging.rename(directory)
+    sync_directory(directory.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)

@@ -1,0 +1,117 @@
+"""Watches over a run's numbers: steps that could not be applied, losses that jump."""
+
+import math
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Self
+
+from megagpt.checkpoint.format import GuardMemory
+from megagpt.config import ResolvedConfig
+from megagpt.parallel.pipeline import StepResult
+
+MOST_SKIPS_IN_A_ROW = 5  # one bad batch is survived; a run that has diverged never recovers
+MOST_REWINDS = 3  # of one process; a spike that comes back each time is not the data's fault
+WINDOW_STEPS = 50
+SPIKE_DEVIATIONS = 6.0
+DEVIATIONS_PER_MAD = 1.4826  # a normal distribution's standard deviation over its median absolute deviation
+LEAST_SPIKE = 0.5  # nats above the median; smaller jumps are noise whatever the deviation
+
+
+class StoppedByGuardError(Exception):
+    """The run must not go on; the message says why and what to try."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to report of a step; ``fatal`` where the run has to end after that, ``rewind`` where it has to go back."""
+
+    message: str
+    fatal: bool = False
+    rewind: bool = False
+
+
+@dataclass
+class Guard:
+    """One step's verdict at a time, alike on every rank, as its losses are.
+
+    ``on_nonfinite`` skip | stop, ``on_spike`` warn | ignore | skip | rewind, as configured.
+    """
+
+    on_nonfinite: str
+    on_spike: str
+    most_skips_in_a_row: int = MOST_SKIPS_IN_A_ROW
+    skips_in_a_row: int = 0
+    rewinds: int = 0
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW_STEPS))
+
+    @classmethod
+    def of(cls, config: ResolvedConfig) -> Self:
+        """The guard of a run; a dynamic loss scale that starts high halves once a step until it fits.
+
+        DeepSpeed's loss scaler first lets ``hysteresis`` overflows go by.
+        """
+        fp16, settings = config.fp16, config.megagpt.training
+        scale_falls = fp16.initial_scale_power + fp16.hysteresis if fp16.enabled and fp16.loss_scale == 0 else 0
+        return cls(settings.on_nonfinite, settings.on_spike, max(MOST_SKIPS_IN_A_ROW, scale_falls))
+
+    def remember(self, memory: GuardMemory) -> None:
+        """Go on from what the guard of another process knew, or this one's at an earlier step."""
+        self.recent = deque(memory.recent_losses, maxlen=WINDOW_STEPS)
+        self.skips_in_a_row = memory.skips_in_a_row
+
+    @property
+    def memory(self) -> GuardMemory:
+        """What its next verdict depends on."""
+        return GuardMemory(tuple(self.recent), self.skips_in_a_row)
+
+    def refuses(self, loss: float) -> bool:
+        """Whether the update that such a loss leads to must not be made."""
+        return self.on_spike in ("skip", "rewind") and self._is_spike(loss)
+
+    def judge(self, step: int, result: StepResult) -> Verdict | None:
+        """None where there is nothing to say. A loss that was refused does not enter the recent ones."""
+        if not result.applied:
+            return self._refused(step, result.loss) if self.refuses(result.loss) else self._skipped(step, result)
+        self.skips_in_a_row = 0
+        spike = self.on_spike == "warn" and self._is_spike(result.loss)
+        warning = Verdict(self._jump(step, result.loss)) if spike else None
+        if math.isfinite(result.loss):
+            self.recent.append(result.loss)
+        return warning
+
+    def _skipped(self, step: int, result: StepResult) -> Verdict:
+        self.skips_in_a_row += 1
+        wrong = "a gradient" if math.isfinite(result.loss) else "the loss"
+        what = f"step {step}: {wrong} is not finite (loss {result.loss}); weights unchanged"
+        if self.on_nonfinite == "stop":
+            return Verdict(f"{what}; megagpt.training.on_nonfinite is stop", fatal=True)
+        if self.skips_in_a_row >= self.most_skips_in_a_row:
+            in_a_row = f"{self.skips_in_a_row} steps in a row"
+            return Verdict(f"{what}; {in_a_row}: lower optimizer.params.lr, or look at the data", fatal=True)
+        return Verdict(what)
+
+    def _refused(self, step: int, loss: float) -> Verdict:
+        self.skips_in_a_row += 1
+        what = f"{self._jump(step, loss)}; weights unchanged"
+        if self.on_spike == "rewind":
+            self.rewinds += 1
+            if self.rewinds > MOST_REWINDS:
+                return Verdict(f"{what}; rewound {MOST_REWINDS} times already: lower optimizer.params.lr", fatal=True)
+            return Verdict(what, rewind=True)
+        if self.skips_in_a_row >= self.most_skips_in_a_row:
+            in_a_row = f"{self.skips_in_a_row} steps in a row"
+            return Verdict(f"{what}; {in_a_row}: set megagpt.training.on_spike to warn if it is right", fatal=True)
+        return Verdict(what)
+
+    def _is_spike(self, loss: float) -> bool:
+        """Median and median deviation, unlike mean and standard deviation, do not follow a spike that was let pass."""
+        if len(self.recent) < WINDOW_STEPS or not math.isfinite(loss):
+            return False
+        median = statistics.median(self.recent)
+        deviation = DEVIATIONS_PER_MAD * statistics.median(abs(value - median) for value in self.recent)
+        return loss >= median + max(SPIKE_DEVIATIONS * deviation, LEAST_SPIKE)
+
+    def _jump(self, step: int, loss: float) -> str:
+        median = statistics.median(self.recent)
+        return f"step {step}: loss {loss:.3f} jumped from a median of {median:.3f} over {len(self.recent)} steps"

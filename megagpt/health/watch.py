@@ -1,0 +1,250 @@
+"""Ends a run that hangs, and says where: a thread on every rank that works although the main thread waits for ever.
+
+The loop says what it begins; the thread writes it down now and then, with the main thread's stack, in a file of its own
+that the other ranks can read when this rank cannot speak any more:
+
+    runs/NAME/logs/watch/rank_00001.json      who, which step, doing what, in which module or collective, stack
+    runs/NAME/logs/watch/alarm                made by the first rank whose step has not ended in time
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from megagpt.health.flight_recorder import GroupState, group_states
+from megagpt.utils import REPOSITORY, ExitCode
+
+log = logging.getLogger(__name__)
+
+COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
+OWN = str(REPOSITORY / "megagpt")
+MODULE_CALLS = ("forward", "_call_impl")
+MOST_FRAMES = 40
+LISTS = ("members", "peers")  # of a GroupState, tuples here and lists in JSON
+START_S = 900.0  # a stage of the start may take minutes without a sign: an op that is compiled, a checkpoint to be read
+
+
+@dataclass
+class Pulse:
+    """What the main thread is doing; the loop beats it, the watch reads it."""
+
+    step: int = 0
+    doing: str = "starting"
+    since_s: float = 0.0
+
+    def beat(self, doing: str, step: int | None = None) -> None:
+        """Begin something else."""
+        self.step, self.doing, self.since_s = self.step if step is None else step, doing, time.monotonic()
+
+
+@dataclass(frozen=True)
+class RankState:
+    """Where a rank is, as it says itself. ``silent_s`` is how long ago it said so, where it does not answer now."""
+
+    rank: int
+    name: str
+    step: int
+    doing: str
+    for_s: float
+    module: str | None
+    collective: str | None
+    place: str
+    stack: tuple[str, ...]
+    final: bool = False
+    silent_s: float | None = None
+    groups: tuple[GroupState, ...] = ()  # at the end, where torch records its operations
+
+    @property
+    def whereabouts(self) -> tuple[Any, ...]:
+        """Equal for ranks that are at the same point."""
+        return self.step, self.doing, self.module, self.collective, self.place, self.silent_s is None
+
+
+class Watch:
+    """The thread of one rank, at work while it is entered.
+
+    When a step outlasts ``timeout_s``, or a stage of the start that and ``START_S``, one rank calls
+    ``report(states of all ranks, the seconds)`` and every rank then ends itself with exit code 1.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        pulse: Pulse,
+        *,
+        rank: int,
+        world_size: int,
+        timeout_s: float,
+        report: Callable[[list[RankState], float], None],
+    ) -> None:
+        self.directory, self.pulse = directory / "logs" / "watch", pulse
+        self.rank, self.world_size, self.timeout_s, self.report = rank, world_size, timeout_s, report
+        self.name, self.module_names = f"rank {rank}", dict[int, str]()
+        self.tick_s = min(1.0, max(0.1, timeout_s / 50))  # seen a tick late, reported a patience later: within 5 s
+        self.write_every_s = min(30.0, max(self.tick_s, timeout_s / 20))
+        self._main_thread = threading.main_thread().ident or 0
+        self._closing = threading.Event()
+
+    def __enter__(self) -> Self:
+        if self.timeout_s:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self.pulse.beat("starting")
+            self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+            self._thread.start()
+            threading.Thread(target=self._insist, name="watch of the clock", daemon=True).start()
+        return self
+
+    def know(self, name: str, module_names: Mapping[int, str]) -> None:
+        """Once there is an engine: what this rank is called, and the names of modules by their ids."""
+        self.name, self.module_names = name, dict(module_names)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.set()
+        if self.timeout_s:
+            self._thread.join()
+
+    def _run(self) -> None:
+        ticked_s = written_s = 0.0
+        while not self._closing.wait(self.tick_s):
+            now_s = time.monotonic()
+            if ticked_s and now_s - ticked_s > 5 + 5 * self.tick_s:
+                self.pulse.since_s = now_s  # the whole process was stopped, and nobody has missed it
+            ticked_s = now_s
+            if now_s - self.pulse.since_s > self.limit_s or self._alarm.exists():
+                self._end_the_run()
+            if now_s - written_s > self.write_every_s:
+                written_s = now_s
+                self._write(self._own_state())
+
+    def _insist(self) -> None:
+        """End this rank where its watch cannot: the disk that all hosts share may have gone with the network, and
+        whoever writes or looks there waits for ever."""
+        overdue_s = 0.0
+        while not self._closing.wait(self.tick_s):
+            overdue = time.monotonic() - self.pulse.since_s > self.limit_s
+            overdue_s = overdue_s + self.tick_s if overdue else 0.0
+            if overdue_s > 4 * self._patience_s:
+                os._exit(ExitCode.FAILED)
+
+    @property
+    def limit_s(self) -> float:
+        """How long the present step, or the present stage of the start, may last."""
+        return self.timeout_s if self.pulse.step else max(self.timeout_s, START_S)
+
+    @property
+    def _alarm(self) -> Path:
+        return self.directory / "alarm"
+
+    def _end_the_run(self) -> None:
+        """Say where this rank is; the one that raised the alarm waits for the others to do so, and reports."""
+        self._write(replace(self._own_state(), final=True, groups=group_states()))
+        try:
+            with self._alarm.open("x") as file:
+                file.write(f"rank {self.rank}\n")
+        except FileExistsError:
+            self._wait_until(self._reported.exists)
+        except OSError as error:
+            log.warning("no alarm: %s", error)
+        else:
+            self._wait_until(lambda: all(state.final for state in self._states()))
+            self.report(self._states(), self.limit_s)
+            self._reported.touch()
+        os._exit(ExitCode.FAILED)
+
+    @property
+    def _patience_s(self) -> float:
+        return 2 + self.tick_s
+
+    @property
+    def _reported(self) -> Path:
+        return self.directory / "reported"
+
+    def _wait_until(self, condition: Callable[[], bool]) -> None:
+        """A moment at most: the rank that is waited for may be the one that hangs."""
+        end = time.monotonic() + self._patience_s
+        while time.monotonic() < end and not condition():
+            time.sleep(self.tick_s / 4)
+
+    def _states(self) -> list[RankState]:
+        """What every rank has written last; those that do not answer are marked."""
+        now = self._file(self.rank).stat().st_mtime  # by the clock of the disk that all share
+        return [self._state(rank, now) for rank in range(self.world_size)]
+
+    def _state(self, rank: int, now: float) -> RankState:
+        path = self._file(rank)
+        try:
+            found = json.loads(path.read_text())
+            groups = tuple(GroupState(**group | {k: tuple(group[k]) for k in LISTS}) for group in found["groups"])
+            state = RankState(**found | {"stack": tuple(found["stack"]), "groups": groups})
+            return state if state.final else replace(state, silent_s=max(0.0, now - path.stat().st_mtime))
+        except (OSError, ValueError, TypeError, KeyError):
+            return RankState(rank, f"rank {rank}", 0, "unknown", 0.0, None, None, "it has left no word", ())
+
+    def _file(self, rank: int) -> Path:
+        return self.directory / f"rank_{rank:05d}.json"
+
+    def _write(self, state: RankState) -> None:
+        aside = self._file(self.rank).with_suffix(".partial")
+        try:
+            aside.write_text(json.dumps(asdict(state), indent=1))
+            aside.replace(self._file(self.rank))
+        except OSError as error:  # a full disk
+            log.warning("%s: %s", aside, error)
+
+    def _own_state(self) -> RankState:
+        frames = frames_of(sys._current_frames().get(self._main_thread))
+        return RankState(
+            rank=self.rank,
+            name=self.name,
+            step=self.pulse.step,
+            doing=self.pulse.doing,
+            for_s=round(time.monotonic() - self.pulse.since_s, 1),
+            module=innermost_module(frames, self.module_names),
+            collective=innermost_collective(frames),
+            place=next((shown(frame) for frame in frames if frame.f_code.co_filename.startswith(OWN)), "unknown"),
+            stack=tuple(shown(frame) for frame in frames[:MOST_FRAMES]),
+        )
+
+
+def frames_of(frame: FrameType | None) -> list[FrameType]:
+    """The stack, innermost first."""
+    frames = []
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    return frames
+
+
+def innermost_collective(frames: list[FrameType]) -> str | None:
+    """The function of torch.distributed that waits; whoever else waits for one to end goes by its own name."""
+    called = [frame for frame in frames if frame.f_code.co_filename.endswith(COLLECTIVES)]
+    public = [frame.f_code.co_name for frame in called if not frame.f_code.co_name.startswith("_")]
+    if public:
+        return public[-1]
+    waiting = frames[0].f_code.co_name == "_timed_wait" if frames else False
+    return f"wait of {frames[1].f_code.co_name}" if waiting and len(frames) > 1 else None
+
+
+def innermost_module(frames: list[FrameType], names: Mapping[int, str]) -> str | None:
+    """The module whose forward pass is under way."""
+    for frame in frames:
+        if frame.f_code.co_name in MODULE_CALLS and (name := names.get(id(frame.f_locals.get("self")))):
+            return name
+    return None
+
+
+def shown(frame: FrameType) -> str:
+    """`megagpt/train.py:70 train`"""
+    return f"{'/'.join(Path(frame.f_code.co_filename).parts[-2:])}:{frame.f_lineno} {frame.f_code.co_name}"

@@ -1,0 +1,272 @@
+"""Published architectures that a model of ours can be, as Hugging Face stores them: one table, read in both directions.
+
+`keys` of an architecture relate its config.json to `megagpt.model`, `modules` its tensors to ours. transformers is not
+needed: what its models compute is known here, and tested (tests/model/test_model_parity.py, tests/huggingface/test_export.py).
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megagpt.config import ModelConfig
+from megagpt.model import GPT, NORM_EPSILON, ROTARY_BASE
+
+WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+
+
+class Relation(NamedTuple):
+    """``join`` makes a tensor of ours from theirs, ``split`` theirs from ours; alike for weights and biases."""
+
+    join: Callable[[Sequence[Tensor], ModelConfig], Tensor]
+    split: Callable[[Tensor, ModelConfig], Sequence[Tensor]]
+
+
+def _grouped(projections: Sequence[Tensor], model: ModelConfig) -> Tensor:
+    """Rows of q, k and v in our order: the queries of a key-value group, then its k, then its v."""
+    per_group = [rows.unflatten(0, (model.num_kv_heads, -1)) for rows in projections]
+    return torch.cat(per_group, dim=1).flatten(0, 1)
+
+
+def _ungrouped(fused: Tensor, model: ModelConfig) -> list[Tensor]:
+    """The way back: q, k and v."""
+    queries = model.num_heads // model.num_kv_heads * model.head_size
+    per_group = fused.unflatten(0, (model.num_kv_heads, -1)).split([queries, model.head_size, model.head_size], dim=1)
+    return [rows.flatten(0, 1) for rows in per_group]
+
+
+def _padded(rows: Tensor, model: ModelConfig) -> Tensor:
+    """With the rows that pad our vocabulary: zero, as they are never learnt."""
+    return F.pad(rows, (0, 0, 0, model.vocab_size - model.vocabulary))
+
+
+SAME = Relation(lambda theirs, _: theirs[0], lambda ours, _: [ours])
+ROWS_OF_TOKENS = Relation(
+    lambda theirs, model: _padded(theirs[0], model), lambda ours, model: [ours[: model.vocabulary]]
+)
+QUERY_KEY_VALUE = Relation(_grouped, _ungrouped)
+# The gate and the value of SwiGLU alternate, row by row.
+GATE_AND_VALUE = Relation(
+    lambda theirs, _: torch.stack(tuple(theirs), dim=1).flatten(0, 1),
+    lambda ours, _: ours.unflatten(0, (-1, 2)).unbind(1),
+)
+# GPT-2's projections are stored (inputs, outputs); a bias has one dimension, which stays.
+TURNED = Relation(lambda theirs, _: theirs[0].movedim(-1, 0), lambda ours, _: [ours.movedim(0, -1)])
+TURNED_QUERY_KEY_VALUE = Relation(
+    lambda theirs, model: _grouped(theirs[0].movedim(-1, 0).chunk(3), model),
+    lambda ours, model: [torch.cat(_ungrouped(ours, model)).movedim(0, -1)],
+)
+
+
+class Key(NamedTuple):
+    """A key of their config.json that holds ``ours``, an attribute of ModelConfig; ``default`` where it is absent.
+
+    Without a default it must be there; None is what follows from the others, in theirs as in ours.
+    """
+
+    theirs: str
+    ours: str
+    default: Any = ...
+
+
+class Fixed(NamedTuple):
+    """A key of their config.json with the values that compute what our model does, of which the first is written.
+
+    ``default`` is transformers', where the key is absent.
+    """
+
+    theirs: str
+    values: tuple[Any, ...]
+    default: Any
+
+
+class Part(NamedTuple):
+    """One tensor of ours, and the names and shapes of those that it becomes.
+
+    ``stored`` is false for a bias that we have none of, where theirs is zero.
+    """
+
+    name: str
+    shape: torch.Size
+    stored: bool
+    relation: Relation
+    theirs: Mapping[str, torch.Size]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One class of transformers.
+
+    ``needs`` are the values that our keys must have; ``biased`` are endings of our names whose biases it has whatever
+    our ``bias`` says (zero, where we have none); ``ignored`` are keys that change no result.
+    """
+
+    name: str
+    model_type: str
+    prefix: str  # of all names but the head's; files of the model without its head leave it out
+    needs: Mapping[str, str]
+    keys: tuple[Key, ...]
+    fixed: tuple[Fixed, ...]
+    modules: Mapping[str, tuple[Sequence[str], Relation]]
+    biased: tuple[str, ...] = ()
+    grouped_heads: bool = True
+    ignored: tuple[str, ...] = ()
+    buffers: str = r"(?!)"  # tensors of files that are no parameters
+
+    def misfits(self, model: ModelConfig) -> list[str]:
+        """What it needs, and what the model has instead; empty where it can hold the model."""
+        found = [
+            f"{key} {wanted} (not {getattr(model, key)})"
+            for key, wanted in self.needs.items()
+            if getattr(model, key) != wanted
+        ]
+        if not self.grouped_heads and model.num_kv_heads != model.num_heads:
+            found.append(f"num_kv_heads {model.num_heads} (not {model.num_kv_heads})")
+        return found
+
+    def config(self, model: ModelConfig) -> dict[str, Any]:
+        """Its config.json for a model that fits."""
+        written = {"architectures": [self.name], "model_type": self.model_type}
+        fixed = {key.theirs: key.values[0] for key in self.fixed}
+        return written | fixed | {key.theirs: getattr(model, key.ours) for key in self.keys}
+
+    def parts(self, model: ModelConfig) -> Iterator[Part]:
+        """All that it stores of a model, in the order of the model."""
+        ours = set(_shapes(model))
+        for name, shape in _shapes(model.model_copy(update={"bias": True})).items():
+            if name in ours or name.endswith(self.biased):
+                names, relation = self._their_names(name)
+                theirs = relation.split(torch.empty(shape, device="meta"), model)
+                shapes = {their: tensor.shape for their, tensor in zip(names, theirs, strict=True)}
+                yield Part(name, shape, name in ours, relation, shapes)
+
+    def _their_names(self, name: str) -> tuple[list[str], Relation]:
+        module, _, kind = name.rpartition(".")
+        layer = re.match(r"blocks\.(\d+)\.", module)
+        paths, relation = self.modules[re.sub(r"^blocks\.\d+\.", "blocks.*.", module)]
+        return [f"{path}.{kind}".replace("*", layer[1] if layer else "") for path in paths], relation
+
+
+def _shapes(model: ModelConfig) -> dict[str, torch.Size]:
+    """Our parameters, a tied head's weight as the embedding's only."""
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in GPT(model).named_parameters()}
+
+
+_ROTARY_KEYS = (
+    Key("vocab_size", "vocabulary"),
+    Key("hidden_size", "hidden_size"),
+    Key("intermediate_size", "mlp_size"),
+    Key("num_hidden_layers", "num_layers"),
+    Key("num_attention_heads", "num_heads"),
+    Key("head_dim", "head_size", None),
+    Key("max_position_embeddings", "sequence_length"),
+    Key("initializer_range", "init_std"),
+    Key("attention_dropout", "dropout"),
+)
+_ROTARY_BASE = Fixed("rope_theta", (ROTARY_BASE,), 10_000.0)
+_ROTARY_MODULES: dict[str, tuple[Sequence[str], Relation]] = {
+    "embedding.tokens": (["model.embed_tokens"], ROWS_OF_TOKENS),
+    "blocks.*.attention_norm": (["model.layers.*.input_layernorm"], SAME),
+    "blocks.*.attention.qkv": ([f"model.layers.*.self_attn.{which}_proj" for which in "qkv"], QUERY_KEY_VALUE),
+    "blocks.*.attention.output": (["model.layers.*.self_attn.o_proj"], SAME),
+    "blocks.*.mlp_norm": (["model.layers.*.post_attention_layernorm"], SAME),
+    "head.norm": (["model.norm"], SAME),
+    "head": (["lm_head"], ROWS_OF_TOKENS),
+}
+
+GPT2 = Architecture(
+    name="GPT2LMHeadModel",
+    model_type="gpt2",
+    prefix="transformer.",
+    needs={"position": "learned", "norm": "layernorm", "activation": "gelu"},
+    keys=(
+        Key("vocab_size", "vocabulary"),
+        Key("n_positions", "sequence_length"),
+        Key("n_embd", "hidden_size"),
+        Key("n_layer", "num_layers"),
+        Key("n_head", "num_heads"),
+        Key("n_inner", "mlp_size", None),
+        Key("initializer_range", "init_std"),
+        Key("attn_pdrop", "dropout"),
+        Key("embd_pdrop", "dropout"),
+        Key("resid_pdrop", "dropout"),
+        Key("tie_word_embeddings", "tie_embeddings", True),
+    ),
+    fixed=(
+        Fixed("activation_function", ("gelu_new", "gelu_pytorch_tanh"), "gelu_new"),
+        Fixed("layer_norm_epsilon", (NORM_EPSILON,), 1e-5),
+        Fixed("scale_attn_weights", (True,), True),
+        Fixed("scale_attn_by_inverse_layer_idx", (False,), False),
+        Fixed("reorder_and_upcast_attn", (False, True), False),  # the same attention in another order
+        Fixed("add_cross_attention", (False,), False),
+    ),
+    modules={
+        "embedding.tokens": (["transformer.wte"], ROWS_OF_TOKENS),
+        "embedding.positions": (["transformer.wpe"], SAME),
+        "blocks.*.attention_norm": (["transformer.h.*.ln_1"], SAME),
+        "blocks.*.attention.qkv": (["transformer.h.*.attn.c_attn"], TURNED_QUERY_KEY_VALUE),
+        "blocks.*.attention.output": (["transformer.h.*.attn.c_proj"], TURNED),
+        "blocks.*.mlp_norm": (["transformer.h.*.ln_2"], SAME),
+        "blocks.*.mlp.up": (["transformer.h.*.mlp.c_fc"], TURNED),
+        "blocks.*.mlp.down": (["transformer.h.*.mlp.c_proj"], TURNED),
+        "head.norm": (["transformer.ln_f"], SAME),
+        "head": (["lm_head"], ROWS_OF_TOKENS),
+    },
+    biased=(".bias",),
+    grouped_heads=False,
+    ignored=("n_ctx", "task_specific_params", "predict_special_tokens", "output_past"),  # of old files
+    buffers=r"(.*\.)?attn\.(bias|masked_bias)",
+)
+LLAMA = Architecture(
+    name="LlamaForCausalLM",
+    model_type="llama",
+    prefix="model.",
+    needs={"position": "rotary", "norm": "rmsnorm", "activation": "swiglu"},
+    keys=(
+        *_ROTARY_KEYS,
+        Key("num_key_value_heads", "num_kv_heads", None),
+        Key("attention_bias", "bias", False),
+        Key("mlp_bias", "bias", False),
+        Key("tie_word_embeddings", "tie_embeddings", False),
+    ),
+    fixed=(Fixed("hidden_act", ("silu",), "silu"), Fixed("rms_norm_eps", (NORM_EPSILON,), 1e-6), _ROTARY_BASE),
+    modules=_ROTARY_MODULES
+    | {
+        "blocks.*.mlp.up": (["model.layers.*.mlp.gate_proj", "model.layers.*.mlp.up_proj"], GATE_AND_VALUE),
+        "blocks.*.mlp.down": (["model.layers.*.mlp.down_proj"], SAME),
+    },
+    ignored=("pretraining_tp",),
+    buffers=r".*\.rotary_emb\.inv_freq",
+)
+STARCODER2 = Architecture(
+    name="Starcoder2ForCausalLM",
+    model_type="starcoder2",
+    prefix="model.",
+    needs={"position": "rotary", "norm": "layernorm", "activation": "gelu"},
+    keys=(
+        *_ROTARY_KEYS,
+        Key("num_key_value_heads", "num_kv_heads"),
+        Key("embedding_dropout", "dropout"),
+        Key("residual_dropout", "dropout"),
+        Key("use_bias", "bias", True),
+        Key("tie_word_embeddings", "tie_embeddings", True),
+    ),
+    fixed=(
+        Fixed("hidden_act", ("gelu_pytorch_tanh", "gelu_new"), "gelu_pytorch_tanh"),
+        Fixed("norm_epsilon", (NORM_EPSILON,), 1e-5),
+        Fixed("sliding_window", (None,), None),
+        _ROTARY_BASE,
+    ),
+    modules=_ROTARY_MODULES
+    | {
+        "blocks.*.mlp.up": (["model.layers.*.mlp.c_fc"], SAME),
+        "blocks.*.mlp.down": (["model.layers.*.mlp.c_proj"], SAME),
+    },
+    biased=("norm.bias",),
+)
+ARCHITECTURES = (GPT2, LLAMA, STARCODER2)

@@ -1,0 +1,174 @@
+"""A published model as the beginning of a run: its weights are the checkpoint of step 0, from which training goes on.
+
+runs/NAME/config.json                 the run, resolved, as training writes it
+          imported.json               what to train it with: the configuration that was given, with this model in it
+          checkpoints/step_00000000   the weights; Adam's moments are zero, as nothing was learnt yet
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megagpt.checkpoint.directory import name_latest
+from megagpt.checkpoint.execution import VERSIONS
+from megagpt.checkpoint.format import MANIFEST, WEIGHT, Manifest, Slice, StoredTensor, TrainState, step_directory
+from megagpt.checkpoint.writer import Flats, PlannedFile, files_of, write_files
+from megagpt.config import ConfigError, ModelConfig, ResolvedConfig, RunConfig
+from megagpt.huggingface.architectures import Part
+from megagpt.huggingface.published_model import PublishedModel
+from megagpt.huggingface.whole_directory import whole_directory
+from megagpt.parallel.compat import MOMENTS, Piece
+from megagpt.parallel.rectangles import whole
+from megagpt.planning.legality import World, require_legal
+from megagpt.rundir.data import open_stream, prepare_vocabulary
+from megagpt.rundir.directory import record
+from megagpt.schema.deepspeed import WarmupCosineLR
+from megagpt.utils import MIB, sync_directory, write_atomically
+
+IMPORTED = "imported.json"
+SPARE_BYTES = 64 * MIB  # manifest and headers, beside the tensors
+GROUPS = 2  # of parameters, with and without weight decay: engine.py
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was read and written; ``given_way`` are the lines of the configuration that the model replaced."""
+
+    architecture: str
+    parameters: int
+    configuration: Path
+    given_way: list[str]
+    tokenizer_compared: bool
+
+
+def import_model(source: Path, written: RunConfig, run_directory: Path) -> Imported:
+    """Make a run directory from a model in ``source``; ``written`` says all about the run but the model.
+
+    Raises UserError where the model has something that ours has not, where its tokenizer is not that of the data, and
+    where the run directory exists.
+    """
+    published = PublishedModel(source)
+    config = published.run_config(written)
+    resolved = _resolved(config)
+    model = resolved.megagpt.model
+    tokenizer_compared = published.require_tokenizer(Path(config.megagpt.data.sources[0].path))
+    published.require_tensors(model)
+    size = len((WEIGHT, *MOMENTS)) * 4 * model.num_parameters
+    with whole_directory(run_directory, option="--run_dir", room_bytes=size + SPARE_BYTES) as staging:
+        _write_checkpoint(staging / "checkpoints", published, resolved)
+        write_atomically(staging / IMPORTED, json.dumps(_document(config), indent=2, ensure_ascii=False) + "\n")
+        record(staging, resolved)
+    return Imported(
+        architecture=published.architecture.name,
+        parameters=model.num_parameters,
+        configuration=run_directory / IMPORTED,
+        given_way=list(_given_way(written, config)),
+        tokenizer_compared=tokenizer_compared,
+    )
+
+
+def _resolved(config: RunConfig) -> ResolvedConfig:
+    """The run on as many ranks as it states, or as few as can hold it: its identity is the same on any number."""
+    if config.train_batch_size is None:
+        raise ConfigError(
+            ["train_batch_size: needed, so that it does not depend on the number of ranks; --set train_batch_size=N"]
+        )
+    world = World(_ranks(config), prepare_vocabulary(config))
+    require_legal(config, world=world)
+    return world.resolve(config)
+
+
+def _ranks(config: RunConfig) -> int | None:
+    micro, accumulated = config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
+    if config.megagpt.parallel.world_size or not (micro and accumulated and config.train_batch_size):
+        return config.megagpt.parallel.world_size
+    return config.train_batch_size // (micro * accumulated) * config.megagpt.parallel.model_parallel_size
+
+
+def _document(config: RunConfig) -> dict[str, Any]:
+    """What was written, without the schema, which lies where the file lay."""
+    return {key: value for key, value in config.as_written().items() if key != "$schema"}
+
+
+def _given_way(written: RunConfig, config: RunConfig) -> Iterator[str]:
+    before, after = written.identity(), config.identity()
+    for key, value in after.items():
+        if before[key] not in (None, value):
+            yield f"{key} {value} (not {before[key]})"
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoint
+
+
+def _write_checkpoint(checkpoints: Path, published: PublishedModel, config: ResolvedConfig) -> None:
+    """The checkpoint of step 0, layer by layer; where it fails, whoever called removes the whole directory."""
+    directory = step_directory(checkpoints, 0)
+    directory.mkdir(parents=True)
+    parts = list(published.architecture.parts(config.megagpt.model))
+    layers = _by_layer(parts)
+    plan = files_of(0, (_pieces(layer) for layer in layers))
+    state = (_flats(layer, published, config.megagpt.model) for layer in layers)
+    files = write_files(directory, plan, state)
+    manifest = replace(_manifest(published, config, parts, plan), files=files)
+    write_atomically(directory / MANIFEST, manifest.to_json())
+    sync_directory(checkpoints)
+    name_latest(directory)
+
+
+def _by_layer(parts: list[Part]) -> list[list[Part]]:
+    """What is in memory together: a block, the embedding, the head."""
+    layers: dict[str, list[Part]] = {}
+    for part in parts:
+        layers.setdefault(".".join(part.name.split(".")[:2]), []).append(part)
+    return list(layers.values())
+
+
+def _pieces(layer: list[Part]) -> list[Piece]:
+    """Those that we store, one behind the other."""
+    pieces, offset = [], 0
+    for part in layer:
+        if part.stored:
+            pieces.append(Piece(part.name, 0, part.shape.numel(), offset, owned=True))
+            offset += part.shape.numel()
+    return pieces
+
+
+def _flats(layer: list[Part], published: PublishedModel, model: ModelConfig) -> Flats:
+    """The weights of a layer, and moments that take no memory."""
+    ours = [published.ours(part, model) for part in layer]
+    weights = torch.cat([tensor.flatten() for tensor in ours if tensor is not None])
+    return {WEIGHT: weights, **{moment: torch.zeros(1).expand(weights.numel()) for moment in MOMENTS}}
+
+
+def _manifest(
+    published: PublishedModel, config: ResolvedConfig, parts: list[Part], plan: list[list[PlannedFile]]
+) -> Manifest:
+    """As a run would have written it before its first step."""
+    boxes = {part.name: whole(part.shape) for part in parts}
+    slices: dict[str, list[Slice]] = {part.name: [] for part in parts if part.stored}
+    for file in (file for files in plan for file in files):
+        for name, piece in file.slices(boxes):
+            slices[name].append(piece)
+    return Manifest(
+        state=TrainState(),
+        identity=config.identity(),
+        data_fingerprint=open_stream(config, "train").fingerprint,
+        topology={"import_hf": published.architecture.name},
+        scheduler={"last_batch_iteration": -1} if config.scheduler else {},
+        learning_rates=[_first_learning_rate(config)] * GROUPS,
+        loss_scaler={},
+        tensors={p.name: StoredTensor(tuple(p.shape), tuple(slices[p.name])) for p in parts if p.stored},
+        files={},
+        versions=VERSIONS,
+    )
+
+
+def _first_learning_rate(config: ResolvedConfig) -> float:
+    """That of the first step, as DeepSpeed's schedules set it when they are made (runtime/lr_schedules.py:743, 888)."""
+    if config.scheduler is None:
+        return config.optimizer.params.lr
+    return 0.0 if isinstance(config.scheduler, WarmupCosineLR) else config.scheduler.params.warmup_min_lr

@@ -1,0 +1,291 @@
+"""A model as Hugging Face stores it, read: its config.json in terms of `megagpt.model`, its tensors under our names.
+
+Whatever in it changes what is computed is either ours too or refused, all of it at once. safetensors and JSON are all
+that is read; nothing is executed.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megagpt.checkpoint.format import DamagedCheckpointError
+from megagpt.checkpoint.reader import require_small_header
+from megagpt.config import ConfigError, ModelConfig, RunConfig
+from megagpt.data.tokenizer import TOKENIZER_FILE
+from megagpt.huggingface.architectures import ARCHITECTURES, CONFIG, INDEX, WEIGHTS, Architecture, Part
+from megagpt.schema.errors import shown
+from megagpt.schema.model import ModelSection
+from megagpt.utils import UserError, human_count
+
+OF_TRAINING = ("dropout", "init_std")  # no result of a trained model depends on them: they stay what the run says
+DERIVED = ("mlp_size", "head_size")  # of our other keys
+FORMATS = ("F64", "F32", "BF16", "F16")
+CHANGES_NO_RESULT = re.compile(
+    "architectures|model_type|transformers_version|(torch_)?dtype|(bos|eos|pad|sep)_token_id|use_cache|(_)?name_or_path|"
+    "output_attentions|output_hidden_states|return_dict|id2label|label2id|gradient_checkpointing|summary_.*"
+)
+
+
+class PublishedModel:
+    """A directory with config.json and safetensors. Raises UserError where it has none, or no architecture of ours."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._config = read_json(directory / CONFIG)
+        self.architecture = self._architecture()
+
+    def _architecture(self) -> Architecture:
+        named = self._config.get("architectures") or [a.name for a in ARCHITECTURES if a.model_type == self._model_type]
+        for architecture in ARCHITECTURES:
+            if named == [architecture.name]:
+                return architecture
+        known = ", ".join(architecture.name for architecture in ARCHITECTURES)
+        raise UserError(f"{self.directory / CONFIG}: architectures {named or self._model_type}: megagpt has {known}")
+
+    @property
+    def _model_type(self) -> Any:
+        return self._config.get("model_type")
+
+    def run_config(self, written: RunConfig) -> RunConfig:
+        """What was written with this model in it. Raises ConfigError with all that the model has and ours has not."""
+        problems = list(self._unlike_ours())
+        found = self._values(problems)
+        if not problems:
+            keys = {"preset": None, "vocab_size": found.get("vocabulary"), **self.architecture.needs, **found}
+            if not self.architecture.grouped_heads:
+                keys["num_kv_heads"] = found["num_heads"]
+            try:
+                changed = written.changed([f"megagpt.model.{key}={json.dumps(value)}" for key, value in keys.items()])
+                problems += self._not_derived(changed.megagpt.model)
+                problems += self._too_large(changed.megagpt.model)
+            except ConfigError as error:  # its values are no model of ours, or no model at all
+                problems += map(self._with_their_key, error.errors)
+        if problems:
+            raise ConfigError(f"{self.directory / CONFIG}: {problem}" for problem in problems)
+        return changed
+
+    @cached_property
+    def _flat(self) -> dict[str, Any]:
+        """config.json with the rotary section's keys beside the others, and without what says nothing."""
+        flat = {k: v for k, v in self._config.items() if v is not None and not CHANGES_NO_RESULT.fullmatch(k)}
+        for section in ("rope_parameters", "rope_scaling"):  # transformers 5, 4
+            if not isinstance(flat.get(section, {}), dict):
+                continue  # it stays, as a key that megagpt has nothing like
+            for key, value in flat.pop(section, {}).items():
+                if key == "rope_theta":
+                    flat[key] = value
+                elif (key, value) not in (("rope_type", "default"), ("type", "default")):
+                    flat[f"{section}.{key}"] = value
+        return flat
+
+    def _unlike_ours(self) -> Iterator[str]:
+        """Values that compute something else, and keys that are not known to compute nothing."""
+        fixed = {key.theirs: key for key in self.architecture.fixed}
+        known = {key.theirs for key in self.architecture.keys} | {*self.architecture.ignored}
+        for key in fixed.values():
+            value = self._flat.get(key.theirs, key.default)
+            if value not in key.values:
+                yield f"{key.theirs} {shown(value)}: megagpt has {json.dumps(key.values[0])} only"
+        for name, value in self._flat.items():
+            if name not in fixed and name not in known and value is not False:
+                yield f"{name} {shown(value)}: megagpt has nothing like it"
+
+    def _values(self, problems: list[str]) -> dict[str, Any]:
+        """Our keys with the values that they get, None being theirs to derive; what is missing or torn is noted."""
+        found: dict[str, Any] = {}
+        for key in self.architecture.keys:
+            if key.ours in OF_TRAINING + DERIVED or self._may_differ(key.ours):
+                continue
+            value = self._flat.get(key.theirs, key.default)
+            if value is ...:
+                problems.append(f"{key.theirs}: missing; download it again")
+            elif found.get(key.ours, value) != value:
+                problems.append(f"{key.theirs} {shown(value)}: megagpt has one {key.ours} for all layers")
+            elif isinstance(value, int) and value > self._stored_bytes:  # nothing is to be computed with such a number
+                problems.append(f"{key.theirs} {shown(value)}: its tensor files have {self._stored_bytes} bytes only")
+            found[key.ours] = value
+        return found
+
+    def _may_differ(self, ours: str) -> bool:
+        """Rotary positions have no table: a run may be shorter than what the model was trained for."""
+        return ours == "sequence_length" and self.architecture.needs["position"] == "rotary"
+
+    def _not_derived(self, model: ModelSection) -> Iterator[str]:
+        for key in self.architecture.keys:
+            value, ours = self._flat.get(key.theirs), getattr(model, key.ours)
+            if key.ours in DERIVED and value not in (None, ours):
+                yield f"{key.theirs} {shown(value)}: megagpt's is {ours} at hidden_size {model.hidden_size}"
+            if self._may_differ(key.ours) and isinstance(value, int) and ours > value:
+                yield f"{key.theirs} {value}: shorter than the run's sequences; --set megagpt.model.{key.ours}={value}"
+
+    def _too_large(self, model: ModelSection) -> Iterator[str]:
+        """Whatever a file says of its size, no more is made of it than its tensors could fill."""
+        parameters = ModelConfig.model_validate(model.model_dump()).num_parameters
+        if parameters > self._stored_bytes:
+            yield f"{human_count(parameters)} parameters: its tensor files have {self._stored_bytes} bytes only"
+
+    def _with_their_key(self, error: str) -> str:
+        """What is wrong with a key of ours, after the key of config.json that it comes from."""
+        line = error.removeprefix("--set: ")
+        theirs = {f"megagpt.model.{key.ours}": key.theirs for key in self.architecture.keys}
+        key = line.partition(":")[0]
+        return f"{theirs[key]}: {line}" if key in theirs else line
+
+    def require_tensors(self, model: ModelConfig) -> None:
+        """Raise UserError where tensors are missing, left over, or of other shapes or formats than the model's."""
+        expected = {
+            name: tuple(shape) for part in self.architecture.parts(model) for name, shape in part.theirs.items()
+        }
+        known = {self._name(name): name for name in expected}
+        problems = [f"{name}: missing" for name in expected if self._name(name) not in self._places]
+        for name in self._places:
+            if name not in known:
+                ignored = re.fullmatch(self.architecture.buffers, name) or self._is_tied_copy(name)
+                problems += [] if ignored else [f"{name}: megagpt has no such tensor"]
+                continue
+            stored = self._stored(name)
+            shape, kind = tuple(stored.get_shape()), stored.get_dtype()
+            if shape != expected[known[name]] or kind not in FORMATS:
+                wanted = f"{expected[known[name]]} in {', '.join(FORMATS)}"
+                problems.append(f"{name}: {kind} of shape {shape}, the model's is {wanted}")
+        if problems:
+            listed = "\n".join(f"  {problem}" for problem in problems[:10])
+            more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+            raise UserError(f"{self.directory}: its tensors are not those of its config.json:\n{listed}{more}")
+
+    def _is_tied_copy(self, name: str) -> bool:
+        """Files may hold the head's weight a second time where it is the embedding's."""
+        (embedding,) = self.architecture.modules["embedding.tokens"][0]
+        embedding = self._name(f"{embedding}.weight")
+        if name != "lm_head.weight" or embedding not in self._places:
+            return False
+        copy, tied = self._tensor(name), self._tensor(embedding)
+        return copy.dtype == tied.dtype and torch.equal(copy, tied)
+
+    def ours(self, part: Part, model: ModelConfig) -> Tensor | None:
+        """A tensor under our name, fp32; None for a bias that we have none of. Raises UserError if it is spoilt."""
+        theirs = [self._tensor(self._name(name)).float() for name in part.theirs]
+        if not all(tensor.isfinite().all() for tensor in theirs):
+            raise UserError(f"{self.directory}: {', '.join(part.theirs)}: not finite; take another copy of the model")
+        if part.stored:
+            return part.relation.join(theirs, model).contiguous()
+        if any(tensor.any() for tensor in theirs):
+            named = ", ".join(part.theirs)
+            raise UserError(f"{self.directory}: {named}: not zero, so biases are needed; --set megagpt.model.bias=true")
+        return None
+
+    def _name(self, name: str) -> str:
+        """As it is called here: files of a model without its head leave the prefix out."""
+        short = name.removeprefix(self.architecture.prefix)
+        return name if name in self._places or short not in self._places else short
+
+    @cached_property
+    def _places(self) -> dict[str, str]:
+        """The file of each tensor."""
+        if (self.directory / INDEX).is_file():
+            places = read_json(self.directory / INDEX).get("weight_map")
+            if not isinstance(places, dict) or not all(map(is_file_name, places.values())):
+                raise UserError(
+                    f"{self.directory / INDEX}: its weight_map names other things than files; download it again"
+                )
+            return places
+        if not (self.directory / WEIGHTS).is_file():
+            raise UserError(
+                f"{self.directory / WEIGHTS}: not found; where the weights are in another format, such as pickle, save "
+                "them again with transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+            )
+        return dict.fromkeys(self._open(WEIGHTS).keys(), WEIGHTS)
+
+    @cached_property
+    def _stored_bytes(self) -> int:
+        """Of all its files together."""
+        files = dict.fromkeys(self._places.values())
+        return sum((self.directory / file).stat().st_size for file in files if self._open(file))
+
+    def _tensor(self, name: str) -> Tensor:
+        return torch.as_tensor(self._stored(name)[...])
+
+    def _stored(self, tensor: str) -> Any:
+        """Its shape, its format and what of it is asked for."""
+        file = self._places[tensor]
+        try:
+            return self._open(file).get_slice(tensor)
+        except SafetensorError as error:
+            raise UserError(
+                f"{self.directory / INDEX}: weight_map: {tensor} is not in {file} ({error}); download both again"
+            ) from error
+
+    def _open(self, file: str) -> Any:
+        if file not in self._opened:
+            try:
+                require_small_header(self.directory, file)
+                self._opened[file] = safe_open(str(self.directory / file), framework="pt")
+            except (SafetensorError, DamagedCheckpointError, OSError) as error:
+                raise UserError(f"{self.directory / file}: cannot be read ({error}); download it again") from error
+        return self._opened[file]
+
+    @cached_property
+    def _opened(self) -> dict[str, Any]:
+        return {}
+
+    def require_tokenizer(self, data: Path) -> bool:
+        """Raise UserError where the data's tokenizer has ids that are not the model's; false if it has no tokenizer."""
+        if not (self.directory / TOKENIZER_FILE).is_file():
+            return False
+        theirs, ours = token_ids(self.directory / TOKENIZER_FILE), token_ids(data / TOKENIZER_FILE)
+        for token, number in ours.items():
+            if theirs.get(token) != number:
+                raise UserError(
+                    f"{data}: its tokenizer is not that of {self.directory}: {token!r} is {number} here, "
+                    f"{theirs.get(token, 'unknown')} there; prepare the data with the model's tokenizer"
+                )
+        return True
+
+
+def is_file_name(value: Any) -> bool:
+    """Of a safetensors file in the same directory."""
+    return isinstance(value, str) and re.fullmatch(r"[\w-][\w.-]*\.safetensors", value) is not None
+
+
+def token_ids(path: Path) -> dict[str, int]:
+    """The ids of a tokenizer.json, added tokens among them."""
+    content = read_json(path)
+    try:
+        added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+        return {**content["model"]["vocab"], **added}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: no vocabulary of tokens and ids in it ({type(error).__name__}: {error}); download it again"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises UserError."""
+    try:
+        content = json.loads(path.read_bytes(), parse_constant=_finite, parse_float=_finite)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); give the directory of a model, "
+            "such as hf download NAME --local-dir DIR makes"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object; download it again")
+    return content
+
+
+def _finite(number: str) -> float:
+    """JSON has neither NaN nor Infinity, and no float is beyond its range; raises ValueError."""
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is not finite")
+    return value

@@ -1,0 +1,117 @@
+"""A directory that is there whole or not at all: filled under another name, which it changes in one move."""
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from megagpt.checkpoint.directory import commit, staging_directory
+from megagpt.utils import UserError, human_bytes
+
+OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # nothing that is read answers so
+
+
+@contextmanager
+def whole_directory(final: Path, *, option: str, room_bytes: int, replace: bool = False) -> Iterator[Path]:
+    """The directory to fill, which becomes ``final`` when the block ends; where it fails, nothing is left of it.
+
+    What a killed command left is removed by the next one for the same directory. Raises UserError where ``final`` is
+    there and not empty, unless it is to be replaced, where another process fills it, and where the disk has too little
+    room. ``option`` is what named the directory on the command line.
+    """
+    final = final.resolve()
+    try:
+        if final.exists() and not (final.is_dir() and (replace or not any(final.iterdir()))):
+            raise UserError(f"{final}: exists already; choose another {option}")
+        staging = staging_directory(final)
+        missing = [parent for parent in final.parents if not parent.exists()]  # the innermost first
+        try:
+            staging.mkdir(parents=True, exist_ok=True)
+            with _locked(staging, final, option):
+                try:
+                    _empty(staging)
+                    _require_room(final.parent, room_bytes, option)
+                    yield staging
+                    commit(staging, final)
+                except BaseException:
+                    shutil.rmtree(staging, ignore_errors=True)
+                    raise
+        except BaseException:
+            _remove_if_empty(missing)
+            raise
+    except OSError as error:
+        if not _is_of_the_output(error, final):
+            raise UserError(
+                f"{error.filename or final}: {error.strerror}; {final} was left as it was: look at the disk of what "
+                "was to be read"
+            ) from error
+        raise UserError(
+            f"{error.filename or final}: {error.strerror}; {final} was left as it was: make room, or choose another "
+            f"{option}"
+        ) from error
+
+
+@contextmanager
+def _locked(staging: Path, final: Path, option: str) -> Iterator[None]:
+    """The system lets go of the lock when the process ends, however it ends."""
+    descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _lock(descriptor, final, option)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, final: Path, option: str) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"{final}: another process is writing it; wait for it, or choose another {option}") from error
+
+
+def _is_of_the_output(error: OSError, final: Path) -> bool:
+    """By its kind, or by the file: what is read may be on the same disk; an error in the middle of it names none."""
+    if error.errno in OF_A_DISK or error.filename is None:
+        return error.errno in OF_A_DISK
+    path, above = Path(str(error.filename)), (final, *final.parents)
+    return path in above or any(top in (path, *path.parents) for top in (final, staging_directory(final)))
+
+
+def _remove_if_empty(directories: Iterable[Path]) -> None:
+    for directory in directories:
+        with suppress(OSError):
+            directory.rmdir()
+
+
+def _empty(staging: Path) -> None:
+    for path in staging.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            with suppress(FileNotFoundError):
+                path.unlink()
+
+
+def _require_room(parent: Path, room_bytes: int, option: str) -> None:
+    free = shutil.disk_usage(parent).free
+    if room_bytes > free:
+        raise UserError(
+            f"{parent}: {human_bytes(room_bytes)} are needed, the disk has {human_bytes(free)}; make room, or choose "
+            f"another {option}"
+        )
+
+
+@contextmanager
+def flushed(path: Path) -> Iterator[BinaryIO]:
+    """A new file, on the disk when the block ends; an OSError names it."""
+    try:
+        with path.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or str(path)) from error

@@ -1,0 +1,116 @@
+"""How well a model predicts held-out text: loss, perplexity and bits per byte over a validation split."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+from torch import Tensor
+
+from megagpt.dataset import Batch, SampleStream
+from megagpt.model import GPT
+from megagpt.schema.megagpt import MegagptConfig
+from megagpt.utils import UserError
+
+Loss = Callable[[Batch], Tensor]  # the mean loss over the batch's targets, in nats a token
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The mean loss in nats a token, over so many tokens that stand for so many bytes of text."""
+
+    loss: float
+    tokens: int
+    text_bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        """Among how many equally likely tokens a reader would be as unsure; infinite past the range of floats."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits to code a byte of the text with this model: comparable between tokenizers, unlike the other two.
+
+        The end of a document costs its bits and counts no bytes.
+        """
+        return self.loss * self.tokens / (math.log(2) * self.text_bytes)
+
+    def as_json(self) -> dict[str, float | int | None]:
+        """For a line of JSON, which knows no infinity."""
+        perplexity = self.perplexity if math.isfinite(self.perplexity) else None
+        return {**asdict(self), "perplexity": perplexity, "bits_per_byte": self.bits_per_byte}
+
+    def __str__(self) -> str:
+        return (
+            f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}, {self.bits_per_byte:.4f} bits per byte "
+            f"({self.tokens:,} tokens, {self.text_bytes:,} bytes)"
+        )
+
+
+@torch.no_grad()
+def evaluate(
+    loss: Loss, stream: SampleStream, encoding: tiktoken.Encoding, *, batch_size: int, batches: int | None = None
+) -> Evaluation:
+    """Evaluate on one epoch of ``stream``, or on its first ``batches``; the same samples in the same order every time.
+
+    Every token counts the same, also in a last batch that is not full.
+    """
+    bytes_of_token = token_bytes(encoding)
+    nats, tokens, text_bytes = 0.0, 0, 0
+    for batch in islice(epoch(stream, batch_size), batches):
+        nats += loss(batch).item() * batch.targets.size
+        tokens += batch.targets.size
+        text_bytes += int(bytes_of_token[batch.targets].sum())
+    return Evaluation(nats / tokens, tokens, text_bytes)
+
+
+def open_validation(config: MegagptConfig) -> list[tuple[Path, SampleStream]]:
+    """The validation split of each dataset of a run, in order. UserError where the model has no row for its tokens."""
+    streams = []
+    for source in config.data.sources:
+        directory = Path(source.path)
+        stream = SampleStream.open(
+            [(directory, 1.0)],
+            split="val",
+            sequence_length=config.model.sequence_length,
+            seed=config.data.seed,
+            document_mask=config.data.document_mask,
+        )
+        if stream.vocabulary > config.model.vocab_size:
+            raise UserError(
+                f"{directory}: its vocabulary is {stream.vocabulary}, the model's {config.model.vocab_size}: it was "
+                "prepared anew since the run; prepare it again with the tokenizer of the run"
+            )
+        streams.append((directory, stream))
+    return streams
+
+
+def epoch(stream: SampleStream, batch_size: int) -> Iterator[Batch]:
+    """Every sample of a stream once, in order; the last batch takes what is left."""
+    for start in range(0, stream.samples_per_epoch, batch_size):
+        yield stream.batch(range(start, min(start + batch_size, stream.samples_per_epoch)))
+
+
+def model_loss(model: GPT, device: torch.device) -> Loss:
+    """The loss of a whole model that lives on ``device``."""
+
+    def loss(batch: Batch) -> Tensor:
+        tokens, targets = (torch.from_numpy(array).to(device) for array in (batch.tokens, batch.targets))
+        if batch.document_ids is None:
+            return model(tokens, targets)
+        return model(tokens, targets, document_ids=torch.from_numpy(batch.document_ids).to(device))
+
+    return loss
+
+
+def token_bytes(encoding: tiktoken.Encoding) -> np.ndarray:
+    """How many bytes of text each id stands for (n_vocab,); special tokens, and ids that mean nothing, for none."""
+    lengths = np.zeros(encoding.n_vocab, np.int64)
+    for value in encoding.token_byte_values():
+        lengths[encoding.encode_single_token(value)] = len(value)
+    return lengths

@@ -1,0 +1,218 @@
+"""What a run shows while it trains: a live table on a terminal, one plain line a logged step elsewhere."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import textwrap
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Protocol, TextIO
+
+from megagpt.common.text import without_control_characters
+from megagpt.monitoring.metrics import Line, StepRecord
+from megagpt.utils import abandoned_on_failure, human_count, human_duration
+
+if TYPE_CHECKING:  # rich takes 0.1 s to import and only a terminal needs it
+    from rich.console import RenderableType
+    from rich.panel import Panel
+    from rich.table import Table
+
+ETA_WINDOW_RECORDS = 50  # the median of these step times: an evaluation or a save in between does not move it
+REFRESH_INTERVAL_S = 0.1
+UNKNOWN = "n/a"
+
+
+class Progress:
+    """What is known of a run at this moment; both screens are views of it."""
+
+    def __init__(self, *, title: str, total_steps: int, start_step: int) -> None:
+        self.title = title
+        self.total_steps = total_steps
+        self.step = start_step
+        self.record: StepRecord | None = None
+        self.validation: tuple[int, float] | None = None
+        self.sample = ""
+        self._step_times_s: deque[float] = deque(maxlen=ETA_WINDOW_RECORDS)
+
+    def update(self, line: Line) -> None:
+        """Take in a step record or an event."""
+        event = line.get("event")
+        if event is None:
+            self.record = StepRecord.from_line(line)
+            self.step = self.record.step
+            self._step_times_s.append(self.record.step_time_s)
+        elif event == "rewind":
+            self.step = line["step"]
+        elif event == "eval":
+            val_loss = line.get("val_loss")
+            self.validation = (line["step"], math.nan if val_loss is None else val_loss)
+        elif event == "sample":
+            self.sample = line["prompt"] + line["text"]
+
+    @property
+    def eta(self) -> str:
+        """The time left at the median speed of the last records."""
+        if not self._step_times_s:
+            return UNKNOWN
+        return human_duration(statistics.median(self._step_times_s) * max(self.total_steps - self.step, 0))
+
+
+class Screen(Protocol):
+    """The outlet to the user's eyes; any method may raise OSError where the terminal or the pipe has gone."""
+
+    name: str
+    retried: bool
+
+    def write(self, line: Line) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_screen(progress: Progress, stream: TextIO) -> Screen:
+    """The live table where `stream` is a terminal that can move its cursor, plain lines anywhere else."""
+    if stream.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+        return LiveScreen(progress, stream)
+    return PlainScreen(progress, stream)
+
+
+class PlainScreen:
+    """One line a logged step: for files, pipes and the logs of a cluster."""
+
+    name = "screen"
+    retried = False
+
+    def __init__(self, progress: Progress, stream: TextIO) -> None:
+        self._progress = progress
+        self._stream = stream
+
+    def write(self, line: Line) -> None:
+        self._progress.update(line)
+        text = event_text(line) if "event" in line else self._step_text(StepRecord.from_line(line))
+        # One write: ranks share the pipe, and a line in two pieces may be cut by another's.
+        with abandoned_on_failure(self._stream):
+            self._stream.write(without_control_characters(text) + "\n")
+            self._stream.flush()
+
+    def _step_text(self, record: StepRecord) -> str:
+        return (
+            f"step {record.step}/{self._progress.total_steps}  loss {record.loss:.4f}  "
+            f"{human_count(record.tokens_per_s)} tokens/s  MFU {format_mfu(record.mfu)}  ETA {self._progress.eta}"
+        )
+
+    def close(self) -> None:
+        with abandoned_on_failure(self._stream):
+            self._stream.flush()
+
+
+class LiveScreen:
+    """A table that is redrawn in place; events scroll by above it.
+
+    Redrawn from the training thread, at most every `REFRESH_INTERVAL_S`: rich's own thread would wake up between
+    kernel launches, and would hold locks across a fork of data workers.
+    """
+
+    name = "screen"
+    retried = False
+
+    def __init__(self, progress: Progress, stream: TextIO) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self._progress = progress
+        self._stream = stream
+        self._console = Console(file=stream, highlight=False)
+        self._live = Live(progress_panel(progress), console=self._console, auto_refresh=False)
+        self._drawn_at_s = 0.0
+        with abandoned_on_failure(stream):
+            self._live.start(refresh=True)
+
+    def write(self, line: Line) -> None:
+        self._progress.update(line)
+        with abandoned_on_failure(self._stream):
+            self._show(line)
+
+    def _show(self, line: Line) -> None:
+        if "event" in line:
+            self._console.print(without_control_characters(event_text(line)), markup=False, emoji=False)
+        now_s = time.monotonic()
+        if now_s - self._drawn_at_s >= REFRESH_INTERVAL_S:
+            self._drawn_at_s = now_s
+            self._live.update(progress_panel(self._progress), refresh=True)
+
+    def close(self) -> None:
+        """Leave the last state of the table on the terminal and give the cursor back."""
+        with abandoned_on_failure(self._stream):
+            self._live.update(progress_panel(self._progress))
+            self._live.stop()
+
+
+def event_text(line: Line) -> str:
+    """An event as a person reads it: `step 100  eval  val_loss 2.4134`; a sample's text is indented below."""
+    heading = f"step {line['step']}  {line['event']}"
+    if line["event"] == "sample":
+        return f"{heading}  {line['prompt']!r}\n" + textwrap.indent(line["prompt"] + line["text"], "    ")
+    details = (f"{key} {_short(value)}" for key, value in line.items() if key not in ("event", "step"))
+    return "  ".join([heading, *details])
+
+
+def _short(value: object) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def progress_panel(progress: Progress) -> Panel:
+    """The live table: a bar, the numbers in two columns, the newest sample."""
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.text import Text
+
+    sample = Text(without_control_characters(" ".join(progress.sample.split())), no_wrap=True, overflow="ellipsis")
+    parts: list[RenderableType] = [_progress_bar(progress), Text(""), _numbers(progress)]
+    if progress.sample:
+        parts += [Text(""), Text.assemble(("sample  ", "dim"), sample, no_wrap=True, overflow="ellipsis")]
+    return Panel(Group(*parts), title=Text(progress.title, "bold"), title_align="left", border_style="dim")
+
+
+def _progress_bar(progress: Progress) -> Table:
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    row = Table.grid(padding=(0, 2), expand=True)
+    row.add_column(no_wrap=True)
+    row.add_column(ratio=1)
+    row.add_column(no_wrap=True, justify="right")
+    bar = ProgressBar(total=progress.total_steps, completed=progress.step)
+    row.add_row(f"step {progress.step}/{progress.total_steps}", bar, f"ETA {progress.eta}")
+    return row
+
+
+def _numbers(progress: Progress) -> Table:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2), expand=True)
+    for style, ratio in (("dim", 2), ("bold", 3), ("dim", 2), ("", 3)):
+        table.add_column(style=style, ratio=ratio, no_wrap=True)
+    for row in _rows(progress):
+        table.add_row(*row)
+    return table
+
+
+def _rows(progress: Progress) -> list[tuple[str, str, str, str]]:
+    """Label and value twice a row: what the run achieves on the left, what it spends on the right."""
+    record = progress.record
+    if record is None:
+        return [("loss", UNKNOWN, "tokens/s", UNKNOWN)]
+    validation = UNKNOWN if progress.validation is None else "{1:.4f} at step {0}".format(*progress.validation)
+    rate = f"{human_count(record.tokens_per_s)} ({human_count(record.tokens_per_s_per_device)} a device)"
+    return [
+        ("loss", f"{record.loss:.4f}", "tokens/s", rate),
+        ("val loss", validation, "MFU", format_mfu(record.mfu)),
+        ("learning rate", f"{record.learning_rate:.2e}", "memory", f"{record.memory_gib:.2f} GiB"),
+        ("grad norm", f"{record.grad_norm:.3f}", "skipped steps", str(record.skipped_steps)),
+    ]
+
+
+def format_mfu(mfu: float | None) -> str:
+    """Model FLOPs utilisation in percent."""
+    return UNKNOWN if mfu is None else f"{100 * mfu:.1f} %"

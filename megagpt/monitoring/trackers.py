@@ -1,0 +1,153 @@
+"""wandb and tensorboard, switched on by DeepSpeed's own config sections.
+
+DeepSpeed's own monitors are not used: they live on its rank 0, which holds no loss under pipeline parallelism.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import netrc
+import os
+import secrets
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from megagpt.monitoring.metrics import Line
+from megagpt.utils import write_atomically
+
+if TYPE_CHECKING:
+    from megagpt.config import RunConfig
+
+logger = logging.getLogger(__name__)
+
+WANDB_DEFAULT_URL = "https://api.wandb.ai"
+CONNECT_TIMEOUT_S = 3.0
+WANDB_TIMEOUT_S = 30  # to open a run and to upload its tail; wandb itself waits 90 s, and without end
+
+
+def scalars(line: Line) -> dict[str, float]:
+    """The numbers of a line under the names they have in the trackers: `train/loss`, `eval/val_loss`."""
+    group = line.get("event", "train")
+    return {
+        f"{group}/{key}": value
+        for key, value in line.items()
+        if key != "step" and isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+class WandbTracker:
+    """The outlet to wandb, one run there a run directory: a resumed run continues its curves.
+
+    It goes offline by itself, with one warning, where there is no key or no network.
+    """
+
+    name = "wandb"
+    retried = False
+
+    def __init__(self, config: RunConfig, run_directory: Path) -> None:
+        import wandb
+
+        offline_reason = why_offline()
+        settings = wandb.Settings(
+            silent=True,  # its banners would tear the live table
+            console="off",  # it would swallow the table's control characters
+            save_code=False,
+            disable_git=True,  # wandb stores the diff of a dirty tree, and so whatever secret lies in it
+            init_timeout=WANDB_TIMEOUT_S,
+            finish_timeout=WANDB_TIMEOUT_S,
+        )
+        self._run = wandb.init(
+            project=config.wandb.project,
+            group=config.wandb.group,
+            entity=config.wandb.team,
+            name=run_directory.resolve().name,
+            id=_run_id(run_directory),
+            resume="allow",
+            dir=str(run_directory),
+            config=json.loads(config.to_json()),
+            mode="offline" if offline_reason else None,
+            settings=settings,
+        )
+        # Steps as an ordinary metric: wandb's own counter refuses the steps that a resumed run makes again.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+        if offline_reason:
+            logger.warning(
+                "wandb is offline: %s; upload later with: wandb sync %s", offline_reason, self._sync_directory()
+            )
+
+    def _sync_directory(self) -> Path:
+        return Path(self._run.dir).parent
+
+    def write(self, line: Line) -> None:
+        self._run.log({"step": line["step"], **scalars(line)})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorboardTracker:
+    """The outlet to an event file in `output_path/job_name`; the default path is the run directory."""
+
+    name = "tensorboard"
+    retried = False
+
+    def __init__(self, config: RunConfig, run_directory: Path, *, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        section = config.tensorboard
+        root = Path(section.output_path) if section.output_path else run_directory
+        # Steps after the checkpoint that a resume starts from are made again: hide their first version.
+        purge_step = start_step + 1 if start_step else None
+        self._writer = SummaryWriter(log_dir=str(root / section.job_name), purge_step=purge_step)
+
+    def write(self, line: Line) -> None:
+        for name, value in scalars(line).items():
+            self._writer.add_scalar(name, value, line["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def why_offline() -> str | None:
+    """The reason to write wandb's files without uploading, or None; WANDB_MODE, where set, decides for itself."""
+    if os.environ.get("WANDB_MODE"):
+        return None
+    url = urlsplit(os.environ.get("WANDB_BASE_URL", WANDB_DEFAULT_URL))
+    if not _has_wandb_login(url.hostname or ""):
+        return "no API key (WANDB_API_KEY, or wandb login)"
+    if not _reachable(url.hostname or "", url.port or (80 if url.scheme == "http" else 443)):
+        return f"{url.hostname} cannot be reached"
+    return None
+
+
+def _has_wandb_login(host: str) -> bool:
+    """True where wandb would find a key: in the environment, or in the netrc file that `wandb login` writes."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _reachable(host: str, port: int) -> bool:
+    """True where `host` takes a connection; behind a proxy only the proxy can tell, so wandb may try."""
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")):
+        return True
+    try:
+        socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def _run_id(run_directory: Path) -> str:
+    """The identity of this run directory in wandb, drawn once and kept, so that a resume continues the same curves."""
+    path = run_directory / "wandb" / "run_id.txt"
+    if not path.exists():
+        write_atomically(path, secrets.token_hex(8))
+    return path.read_text().strip()

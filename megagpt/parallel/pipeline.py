@@ -1,0 +1,274 @@
+"""One optimizer step, whatever the ZeRO stage and however many pipeline stages: forward and backward, guard, update."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
+
+from kernels.documents import DocumentBounds
+from megagpt.model import TIED_WEIGHT, KeyValueCache
+from megagpt.parallel import compat
+from megagpt.parallel.engine import Engine, compute_dtype
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward's input on the device: tokens and targets (batch, length), the bounds of packed documents or None,
+    computed once for every layer, stage and recomputation, and a dropout seed for each sample (batch,) or None."""
+
+    tokens: Tensor
+    targets: Tensor
+    documents: DocumentBounds | None = None
+    dropout_seed: Tensor | None = None
+
+    @property
+    def context(self) -> dict[str, Any]:
+        """What every block needs beside the hidden states."""
+        optional = {"document_ids": self.documents, "dropout_seed": self.dropout_seed}
+        return {name: value for name, value in optional.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, equal on every rank.
+
+    ``loss`` is the mean over the global batch, ``grad_norm`` the norm before clipping. ``applied`` is false where the
+    loss or a gradient was not finite or the loss was refused: weights and moments are as before.
+    """
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    applied: bool
+
+
+def train_step(
+    engine: Engine, micro_batches: Sequence[MicroBatch], refuses: Callable[[float], bool] = lambda loss: False
+) -> StepResult:
+    """Train on one global batch, of which ``micro_batches`` is this data replica's part; every rank must call it.
+
+    A loss that is not finite (its gradients may be), or that ``refuses`` is true of, which is asked on every rank,
+    causes no update.
+    """
+    learning_rate = compat.base_optimizer(engine.deepspeed).param_groups[0]["lr"]
+    loss = mean_loss(engine, accumulate(engine, micro_batches))
+    if not math.isfinite(loss) or refuses(loss):
+        compat.refuse_step(engine.deepspeed)
+        return StepResult(loss, math.nan, learning_rate, applied=False)
+    norm, applied = _update_replicated(engine) if engine.stage == 0 else _update_partitioned(engine)
+    return StepResult(loss, norm, learning_rate, applied)
+
+
+def accumulate(engine: Engine, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+    """Forward and backward of every micro-batch: reduced gradients, everything but the update done.
+
+    Returns the losses of the micro-batches, on the ranks that hold the head.
+    """
+    per_step = engine.config.megagpt.parallel.gradient_reduction == "per_step" and engine.stage > 0
+    with engine.deepspeed.coalesce_grad_reduction() if per_step else nullcontext():
+        if engine.num_stages > 1:
+            losses = _pipeline(engine, len(micro_batches)).train(micro_batches)
+        else:
+            losses = _one_after_another(engine, micro_batches, count_micro_steps=not per_step)
+    if per_step or engine.num_stages > 1:
+        engine.deepspeed.set_gradient_accumulation_boundary(True)
+    return losses
+
+
+def _one_after_another(engine: Engine, micro_batches: Sequence[MicroBatch], count_micro_steps: bool) -> list[Tensor]:
+    losses = []
+    for index, micro_batch in enumerate(micro_batches):
+        loss = engine.deepspeed(micro_batch.tokens, targets=micro_batch.targets, **micro_batch.context)
+        engine.deepspeed.backward(loss)
+        losses.append(loss.detach())
+        if count_micro_steps and index + 1 < len(micro_batches):
+            engine.deepspeed.step()  # short of the boundary it only counts micro-steps
+    return losses
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, micro_batches: Sequence[MicroBatch]) -> float:
+    """The mean loss over a global batch without training on it; every rank must call it."""
+    engine.deepspeed.eval()
+    if engine.num_stages > 1:
+        losses = _pipeline(engine, len(micro_batches)).evaluate(micro_batches)
+    else:
+        losses = [engine.deepspeed(m.tokens, targets=m.targets, **m.context) for m in micro_batches]
+    engine.deepspeed.train()
+    return mean_loss(engine, losses)
+
+
+def mean_loss(engine: Engine, losses: Sequence[Tensor]) -> float:
+    """The mean over micro-batches and replicas, equal on all ranks; ranks without the head bring no losses."""
+    total = torch.stack(list(losses)).double().mean() if losses else torch.zeros((), dtype=torch.float64)
+    total = total.to(engine.device)
+    dist.all_reduce(total, group=engine.mesh.pipeline_group)
+    dist.all_reduce(total, group=engine.mesh.data_group)
+    return float(total) / engine.mesh.data_size
+
+
+def _pipeline(engine: Engine, micro_batches: int) -> "Pipeline":
+    """The engine's schedule for so many micro-batches, made when first needed."""
+    if micro_batches not in engine.schedules:
+        engine.schedules[micro_batches] = Pipeline(engine, micro_batches)
+    return engine.schedules[micro_batches]
+
+
+class Pipeline:
+    """torch's schedule over this rank's stages, driving the DeepSpeed engine."""
+
+    def __init__(self, engine: Engine, micro_batches: int) -> None:
+        self.engine, self.micro_batches = engine, micro_batches
+        self.backwards = [0] * len(engine.stages)  # of each chunk in this step
+        place = {"num_stages": engine.num_stages, "device": engine.device, "group": engine.mesh.pipeline_group}
+        self.stages = [
+            compat.EngineStage(
+                engine.deepspeed,
+                chunk,
+                self._before_backward,
+                engine.neighbour_groups,
+                stage_index=stage,
+                **place,
+                **self._shapes(stage),
+            )
+            for chunk, stage in enumerate(engine.stages)
+        ]
+        self.schedule = self._schedule()
+
+    def _schedule(self) -> PipelineScheduleSingle | PipelineScheduleMulti:
+        kind = self.engine.config.megagpt.parallel.schedule
+        # The model's last stage returns the loss itself, and the engine scales gradients.
+        options: dict[str, Any] = {"loss_fn": lambda loss, _: loss, "scale_grads": False}
+        if kind == "interleaved":
+            return ScheduleInterleaved1F1B([*self.stages], self.micro_batches, **options)
+        # With fewer micro-batches than stages 1F1B has no steady state: it is GPipe, and torch's refuses.
+        single = ScheduleGPipe if kind == "gpipe" or self.micro_batches < self.engine.num_stages else Schedule1F1B
+        return single(self.stages[0], self.micro_batches, **options)
+
+    def _shapes(self, stage: int) -> dict[str, Tensor]:
+        """Examples of what a stage receives and returns, so that nothing has to be tried out."""
+        config = self.engine.config
+        model, batch = config.megagpt.model, config.train_micro_batch_size_per_gpu
+        tokens = torch.empty(batch, model.sequence_length, dtype=torch.int64, device="meta")
+        parallel = config.megagpt.parallel
+        positions = model.sequence_length // (parallel.tensor if parallel.sequence else 1)
+        hidden = torch.empty(batch, positions, model.hidden_size, dtype=compute_dtype(config), device="meta")
+        hidden.requires_grad_()
+        loss = torch.empty((), device="meta", requires_grad=True)
+        last = self.engine.num_stages - 1
+        return {"input_args": tokens if stage == 0 else hidden, "output_args": loss if stage == last else hidden}
+
+    def train(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Forward and backward of every micro-batch; the losses where the head is, else nothing."""
+        self.backwards = [0] * len(self.stages)
+        losses = self._run(self.schedule.step, micro_batches)
+        _add_tied_gradients(self.engine)
+        return losses
+
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Forward of every micro-batch; the losses where the head is, else nothing."""
+        return self._run(self.schedule.eval, micro_batches)
+
+    def _run(self, run: Any, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Each rank passes what its own stages need; the schedule cuts it into micro-batches again."""
+        self.engine.begin_trace()
+        stages = self.engine.stages
+        losses: list[Tensor] = []
+        context = _joined_context(micro_batches)
+        inputs = (torch.cat([m.tokens for m in micro_batches]),) if stages[0] == 0 else ()
+        if stages[-1] == self.engine.num_stages - 1:
+            targets = torch.cat([m.targets for m in micro_batches])
+            run(*inputs, target=targets, targets=targets, losses=losses, return_outputs=False, **context)
+        else:
+            run(*inputs, return_outputs=False, **context)
+        return [loss.detach() for loss in losses]
+
+    def _before_backward(self, chunk: int) -> None:
+        """Per step, the reduction is put off until all are done; per micro-batch, each must be told what it is."""
+        if self.engine.config.megagpt.parallel.gradient_reduction == "per_step":
+            return
+        deepspeed = self.engine.deepspeed
+        compat.begin_backward(deepspeed, earlier=self.backwards[chunk])
+        self.backwards[chunk] += 1
+        counted = self.backwards[chunk : chunk + 1] if compat.ends_by_chunk(deepspeed) else self.backwards
+        deepspeed.set_gradient_accumulation_boundary(min(counted) == self.micro_batches)
+
+
+def _joined_context(micro_batches: Sequence[MicroBatch]) -> dict[str, Any]:
+    """The context of several micro-batches as one, which a schedule splits along the batch."""
+    context: dict[str, Any] = {}
+    if micro_batches[0].documents is not None:
+        bounds = [m.documents.positions for m in micro_batches if m.documents is not None]
+        context["document_ids"] = DocumentBounds(torch.cat(bounds))
+    if micro_batches[0].dropout_seed is not None:
+        context["dropout_seed"] = torch.cat([m.dropout_seed for m in micro_batches if m.dropout_seed is not None])
+    return context
+
+
+def _add_tied_gradients(engine: Engine) -> None:
+    """First and last stage hold a copy of the tied weight each: both see the sum of their gradients."""
+    if engine.tied_group is None:
+        return
+    weight = next(parameter for parameter, name in engine.names.items() if name == TIED_WEIGHT)
+    if engine.config.megagpt.parallel.gradient_reduction == "per_step":
+        dist.all_reduce(weight.grad, group=engine.tied_group)
+    else:
+        compat.sum_reduced_gradients(engine.deepspeed, weight, engine.tied_group)
+
+
+@torch.no_grad()
+def logits(engine: Engine, tokens: Tensor, cache: KeyValueCache) -> Tensor:
+    """The last position's logits (batch, 1, vocabulary) in fp32, equal on every rank, all of which must call it.
+
+    Stage after stage computes and broadcasts its output within the replica; rounding may differ between devices, and
+    all must draw the same token, so rank 0's logits count.
+    """
+    axis = engine.tensor_axis
+    with axis.whole_sequences() if axis is not None else nullcontext():
+        x = _last_logits(engine, tokens, cache)
+    dist.broadcast(x, src=0)
+    return x
+
+
+def _last_logits(engine: Engine, tokens: Tensor, cache: KeyValueCache) -> Tensor:
+    position, x = cache.length, tokens.to(engine.device)
+    model = engine.config.megagpt.model
+    for stage in range(engine.num_stages):
+        last = stage == engine.num_stages - 1
+        if stage in engine.stages:
+            x = engine.chunks[engine.stages.index(stage)](x, cache=cache)
+            x = x[:, -1:].float().contiguous() if last else x
+        elif engine.num_stages > 1:
+            shape = (tokens.shape[0], 1, model.vocab_size) if last else (*tokens.shape, model.hidden_size)
+            x = torch.empty(shape, dtype=torch.float32 if last else compute_dtype(engine.config), device=engine.device)
+        if engine.num_stages > 1:
+            dist.broadcast(x, src=engine.mesh.rank_of_stage(stage), group=engine.mesh.pipeline_group)
+        cache.length = position
+    cache.length = position + tokens.shape[1]
+    return x
+
+
+def _update_partitioned(engine: Engine) -> tuple[float, bool]:
+    """ZeRO 1 to 3 find a gradient that is not finite on any rank by themselves, and skip."""
+    engine.deepspeed.step()
+    return float(engine.deepspeed.get_global_grad_norm()), engine.deepspeed.was_step_applied()
+
+
+def _update_replicated(engine: Engine) -> tuple[float, bool]:
+    """ZeRO 0 neither reports the norm nor looks whether it is finite."""
+    gradients = [p.grad for p in engine.names if p.grad is not None and compat.is_counted(p)]
+    norm = torch.nn.utils.get_total_norm(gradients).square()
+    dist.all_reduce(norm, group=engine.mesh.tensor_group)
+    norm = norm.sqrt()
+    if not torch.isfinite(norm):
+        compat.abandon_step(engine.deepspeed)
+        return float(norm), False
+    engine.deepspeed.step()
+    return float(norm), True

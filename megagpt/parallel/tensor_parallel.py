@@ -1,0 +1,279 @@
+"""Tensor parallelism (Shoeybi et al. 2019, arXiv 1909.08053): the layers that ranks share, put in from outside.
+
+The model publishes which of its layers may be shared and how; ``share`` replaces those by the layers here:
+
+    column      a rank has some rows of the weight, so some of the outputs; gradients of the input are summed
+    row         a rank has some columns, so a part of every output, summed; the bias is added once, after the sum
+    vocabulary  a rank has the rows of some tokens, of the embedding or of the head, whose logits no rank has whole
+
+Between a row and the next column layer all ranks hold the same hidden states, (batch, length, hidden_size). With
+``sequence`` (Korthikanti et al. 2022, arXiv 2205.05198) each holds its part of the length there: norms, residuals and
+dropout cost a share of the memory, and each sum becomes a reduce-scatter before them and an all-gather behind.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+from megagpt.model import GPT, Attention, Dropout, Embedding, Head, Linear, Norm, Table
+from megagpt.parallel import rectangles as boxes
+from megagpt.parallel.rectangles import Box
+
+# torch 2.11 has only the older names, which torch 2.13 deprecates.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+SPLIT_DIMENSION = {"column": 0, "row": 1, "vocabulary": 0}  # of the weight
+
+
+class TensorAxis:
+    """The ranks that share each layer, and this one's place among them.
+
+    ``sequence``: hidden states between the shared layers are cut along the length.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, sequence: bool) -> None:
+        self.group, self.sequence = group, sequence
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    @contextmanager
+    def whole_sequences(self) -> Iterator[None]:
+        """Every rank holds all positions meanwhile: one new token cannot be cut."""
+        before, self.sequence = self.sequence, False
+        try:
+            yield
+        finally:
+            self.sequence = before
+
+    def sum(self, partial: Tensor) -> Tensor:
+        """The sum over the ranks, of which this one gets its part of the length, or everything."""
+        return _ScatterSum.apply(partial, self) if self.sequence else _Sum.apply(partial, self)
+
+    def all_positions(self, x: Tensor) -> Tensor:
+        """x along the whole length, where what follows already sums the gradient over the ranks."""
+        return _AllPositions.apply(x, self) if self.sequence else x
+
+    def sum_gradient(self, gradient: Tensor) -> Tensor:
+        """For a parameter that each rank has whole and sees part of the positions with."""
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient, group=self.group)
+        return gradient
+
+    def part(self, x: Tensor) -> Tensor:
+        """This rank's positions of x (batch, length, ...)."""
+        return x.chunk(self.size, dim=1)[self.rank].contiguous()
+
+    def gather(self, part: Tensor) -> Tensor:
+        """All positions from each rank's (batch, length / ranks, ...)."""
+        return self.from_all(part).movedim(0, 1).flatten(1, 2)  # without a copy where the batch is 1
+
+    def from_all(self, own: Tensor) -> Tensor:
+        """(ranks, ...) of every rank's tensor."""
+        everywhere = own.new_empty(self.size * own.shape[0], *own.shape[1:])
+        all_gather_single(everywhere, own.contiguous(), group=self.group)
+        return everywhere.unflatten(0, (self.size, -1))
+
+    def scatter_sum(self, partial: Tensor, async_op: bool = False) -> tuple[Tensor, Any]:
+        """This rank's positions of the sum over the ranks, and what to wait for."""
+        by_rank = partial.unflatten(1, (self.size, -1)).movedim(1, 0).flatten(0, 1).contiguous()
+        own = by_rank.new_empty(partial.shape[0], *by_rank.shape[1:])
+        return own, reduce_scatter_single(own, by_rank, group=self.group, async_op=async_op)
+
+
+class _Sum(torch.autograd.Function):
+    """All ranks' sum, in place: nothing before it needs its own output. Its gradient is every addend's."""
+
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, axis: TensorAxis) -> Tensor:
+        ctx.mark_dirty(partial)
+        dist.all_reduce(partial, group=axis.group)
+        return partial
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class _ScatterSum(torch.autograd.Function):
+    """This rank's positions of the sum; backward, all positions' gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, axis: TensorAxis) -> Tensor:
+        ctx.axis = axis
+        return axis.scatter_sum(partial)[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.axis.gather(gradient), None
+
+
+class _AllPositions(torch.autograd.Function):
+    """All positions from each rank's; backward, its part of a gradient that every rank has whole."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: TensorAxis) -> Tensor:
+        ctx.axis = axis
+        return axis.gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.axis.part(gradient), None
+
+
+class _ColumnProduct(torch.autograd.Function):
+    """x W^T + b for this rank's rows of W. The sum of x's gradient travels while W's is computed.
+
+    Backward gathers x's positions again rather than keep them. The weight is saved as the parameter itself: ZeRO-3
+    frees a gathered parameter by its identity.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: TensorAxis) -> Tensor:
+        ctx.axis, ctx.sequence, ctx.has_bias = axis, axis.sequence, bias is not None
+        ctx.save_for_backward(x, weight)
+        return F.linear(axis.gather(x) if axis.sequence else x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        axis = ctx.axis
+        x_gradient = gradient @ weight
+        if ctx.sequence:
+            x = axis.gather(x)
+            x_gradient, sum_done = axis.scatter_sum(x_gradient, async_op=True)
+        else:
+            sum_done = dist.all_reduce(x_gradient, group=axis.group, async_op=True)
+        rows = gradient.flatten(0, -2)
+        weight_gradient = rows.T @ x.flatten(0, -2)
+        bias_gradient = rows.sum(0) if ctx.has_bias else None
+        sum_done.wait()
+        return x_gradient, weight_gradient, bias_gradient, None
+
+
+class ColumnLinear(nn.Module):
+    """This rank's outputs of a linear layer."""
+
+    def __init__(self, linear: Linear, axis: TensorAxis) -> None:
+        super().__init__()
+        self.weight, self.bias, self.axis = linear.weight, linear.bias, axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _ColumnProduct.apply(x, self.weight, self.bias, self.axis)
+
+
+class RowLinear(nn.Module):
+    """A linear layer over inputs of which each rank has some; every rank gets all outputs."""
+
+    def __init__(self, linear: Linear, axis: TensorAxis) -> None:
+        super().__init__()
+        self.weight, self.bias, self.axis = linear.weight, linear.bias, axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.axis.sum(F.linear(x, self.weight))
+        return y if self.bias is None else y + self.bias
+
+
+class VocabularyTable(nn.Module):
+    """Rows of an embedding looked up where they are; zeros from the other ranks."""
+
+    def __init__(self, table: Table, axis: TensorAxis) -> None:
+        super().__init__()
+        self.weight, self.axis = table.weight, axis
+
+    def forward(self, index: Tensor) -> Tensor:
+        rows = self.weight.shape[0]
+        own = index - self.axis.rank * rows
+        elsewhere = (own < 0) | (own >= rows)
+        found = F.embedding(own.masked_fill(elsewhere, 0), self.weight)
+        return self.axis.sum(found.masked_fill(elsewhere[..., None], 0.0))
+
+
+class PartTable(nn.Module):
+    """The learned positions of this rank's part of the sequence."""
+
+    def __init__(self, table: Table, axis: TensorAxis) -> None:
+        super().__init__()
+        self.weight, self.axis = table.weight, axis
+
+    def forward(self, index: Tensor) -> Tensor:
+        own = index.chunk(self.axis.size)[self.axis.rank] if self.axis.sequence else index
+        return F.embedding(own, self.weight)
+
+
+class VocabularyHead(nn.Module):
+    """The last norm, then the loss from every rank's own logits; without targets the logits of all, for generation."""
+
+    def __init__(self, head: Head, axis: TensorAxis) -> None:
+        super().__init__()
+        self.norm, self.weight, self.vocabulary, self.axis = head.norm, head.weight, head.vocabulary, axis
+
+    def forward(self, x: Tensor, targets: Tensor | None) -> Tensor:
+        x = self.axis.all_positions(self.norm(x))
+        if targets is None:
+            return self.axis.from_all(F.linear(x, self.weight)).movedim(0, -2).flatten(-2)
+        return kernels.linear_cross_entropy(
+            x,
+            self.weight,
+            targets,
+            vocabulary=self.vocabulary,
+            vocabulary_start=self.axis.rank * self.weight.shape[0],
+            group=self.axis.group,
+        )
+
+
+REPLACEMENTS: dict[tuple[type[nn.Module], str], type[nn.Module]] = {
+    (Linear, "column"): ColumnLinear,
+    (Linear, "row"): RowLinear,
+    (Table, "vocabulary"): VocabularyTable,
+    (Head, "vocabulary"): VocabularyHead,
+}
+
+
+def split_dimensions(model: GPT) -> dict[nn.Parameter, int]:
+    """The dimension that is cut of each parameter that ranks share; of the others each has a copy."""
+    split: dict[nn.Parameter, int] = {}
+    for path, role in model.tensor_plan().items():
+        layer: Any = model.get_submodule(path)
+        split[layer.weight] = SPLIT_DIMENSION[role]
+        if role == "column" and layer.bias is not None:
+            split[layer.bias] = 0
+    return split
+
+
+def box(shape: torch.Size, dimension: int | None, axis: TensorAxis | None) -> Box:
+    """What this rank has of a parameter with this logical shape."""
+    if dimension is None or axis is None:
+        return boxes.whole(tuple(shape))
+    return boxes.shard(tuple(shape), dimension, axis.rank, axis.size)
+
+
+def share(model: GPT, axis: TensorAxis) -> None:
+    """Put the layers above in place of those that the model's plan names; they take over its parameters."""
+    for path, role in model.tensor_plan().items():
+        parent, _, name = path.rpartition(".")
+        serial = model.get_submodule(path)
+        setattr(model.get_submodule(parent), name, REPLACEMENTS[type(serial), role](serial, axis))
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.head_offset = axis.rank * (model.config.num_heads // axis.size)
+        elif isinstance(module, Dropout) and axis.sequence:
+            module.sequence_part = axis.rank
+        elif isinstance(module, Embedding) and isinstance(module.positions, Table):
+            module.positions = PartTable(module.positions, axis)
+
+
+def sum_partial_gradients(model: GPT, axis: TensorAxis) -> None:
+    """Sum the gradients of what every rank has whole but uses on its own positions only, before ZeRO sees them."""
+    for module in model.modules():
+        if isinstance(module, Norm | PartTable):
+            partial = list(module.parameters(recurse=False))
+        else:
+            partial = [module.bias] if isinstance(module, RowLinear) and module.bias is not None else []
+        for parameter in partial:
+            parameter.register_hook(axis.sum_gradient)

@@ -1,0 +1,151 @@
+"""What `launch/parity.py` was asked to compare, and what of that these ranks can train. No torch: known at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from megagpt.config import ResolvedConfig, RunConfig, unexpected_world
+from megagpt.parity.small_run import further_keys, left_out_key, resolved, small_document
+from megagpt.parity.strategies import Strategy, own_strategy, strategies
+from megagpt.planning.rules import refusals
+from megagpt.utils import UserError
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks for: the configuration, the name of its file, and how to compare.
+
+    ``tolerance`` in fp32: of a loss or norm, relative; in bf16: times what a plain process strays; None: the usual.
+    ``gpus``: those of this machine, where it starts the ranks; 0: on its CPU, as many as wanted; None: a launcher does.
+    """
+
+    file: RunConfig
+    source: str
+    steps: int = 3
+    precision: Precision = "fp32"
+    tolerance: float | None = None
+    nvme_path: str | None = None
+    own_only: bool = False
+    gpus: int | None = None
+
+    @property
+    def stated_ranks(self) -> int | None:
+        """The number of ranks that the file says it is for."""
+        return self.file.megagpt.parallel.world_size
+
+    def on_ranks(self, ranks: int) -> str:
+        """What to type for another number of ranks."""
+        launched = f"deepspeed --hostfile hosts launch/parity.py --deepspeed_config {self.source} --ranks {ranks}"
+        if self.gpus is not None and (self.gpus == 0 or ranks <= self.gpus):
+            return f"--ranks {ranks}, or with so many slots in the hostfile {launched}"
+        return f"with so many slots in the hostfile {launched}"
+
+    @property
+    def disk(self) -> str | None:
+        """Where offload to NVMe goes: as asked for, else as the file says."""
+        zero = self.file.zero_optimization
+        sections = (zero.offload_optimizer, zero.offload_param)
+        return self.nvme_path or next((part.nvme_path for part in sections if part and part.nvme_path), None)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The number of ranks; the strategies to train on them, the file's own first, each with its configuration; how many
+    more do not compose; and why the file's own is left out, empty where it is not."""
+
+    ranks: int
+    legal: list[tuple[Strategy, ResolvedConfig]]
+    refused: int
+    left_out: str
+
+
+def require_devices(request: Request, ranks: int) -> None:
+    """A rank takes a GPU of its own, where this machine has any; raises UserError."""
+    if request.gpus and ranks > request.gpus:
+        raise UserError(
+            f"--ranks {ranks}: this machine has {request.gpus} GPUs, one a rank: --ranks {request.gpus}, or "
+            f"{request.on_ranks(ranks)}; on the CPU: CUDA_VISIBLE_DEVICES= python launch/parity.py --ranks {ranks}"
+        )
+
+
+def require_launched(request: Request, asked: int | None, signs: list[str], world_size: int) -> None:
+    """A launcher's ranks are as many as --ranks or, without it, the file says: else a host may be missing.
+
+    ``signs``: the variables by which a launcher speaks. A number that the file's own mesh does not divide is not
+    expected. Raises UserError.
+    """
+    if asked not in (None, world_size):
+        raise UserError(
+            f"--ranks {asked}: a launcher has started {world_size} ({', '.join(signs)}): leave --ranks out, or start "
+            f"{asked} by it; to start them on this machine without it: unset {' '.join(signs)}"
+        )
+    parallel = request.file.megagpt.parallel
+    if asked or (request.stated_ranks or 0) % parallel.model_parallel_size:
+        return
+    if (unexpected := unexpected_world(parallel, world_size)) is not None:
+        raise UserError(f"{unexpected.line(request.source)}, or compare on these all the same: --ranks {world_size}")
+
+
+def plan(request: Request, world_size: int) -> Plan:
+    """What to train on so many ranks. Raises UserError where the file's own is all that is wanted, and impossible."""
+    own = own_strategy(request.file)
+    left_out = _other_ranks_needed(request, own, world_size)
+    tried = [] if left_out else [own]
+    if not request.own_only:
+        tried += strategies(world_size, request.disk is not None, request.file.megagpt.model)
+    found = _described(request, tried, world_size) if tried else []
+    legal = [(strategy, config) for strategy, config in found if not refusals(config)]
+    if not left_out and not (legal and legal[0][0].file):
+        left_out = _refused(request, found[0][1], world_size)
+    if request.own_only and left_out:
+        raise UserError(left_out)
+    return Plan(world_size, legal, len(tried) - len(legal), left_out)
+
+
+def remarks_on_own(request: Request, planned: Plan) -> list[str]:
+    """What is to be known of the file's own strategy, the first, beyond the columns of the table."""
+    strategy, config = planned.legal[0]
+    remarks = ["with " + ", ".join(keys)] if (keys := further_keys(strategy, config)) else []
+    if (key := left_out_key(strategy, config)) is not None:
+        remarks.append(f"without its {key}, which cuts the small model's stages into different numbers of tiles")
+    if request.stated_ranks not in (None, planned.ranks):
+        remarks.append(f"it states {request.stated_ranks} ranks")
+    if request.file.bf16.enabled is True and request.precision == "fp32":
+        remarks.append("it computes in bf16: try --precision bf16, too")
+    if request.file.fp16.enabled:
+        remarks.append("it computes in fp16: that is not compared")
+    return remarks
+
+
+def _described(request: Request, tried: list[Strategy], world_size: int) -> list[tuple[Strategy, ResolvedConfig]]:
+    document = small_document(request.file, tried, world_size, request.steps, request.precision)
+    return [(strategy, resolved(document, strategy, world_size, request.disk)) for strategy in tried]
+
+
+def _other_ranks_needed(request: Request, own: Strategy, world_size: int) -> str:
+    """What to type where these ranks are no whole number of the file's replicas; else nothing."""
+    replica, stated = own.tensor * own.pipeline, request.stated_ranks
+    if world_size % replica == 0:
+        return ""
+    only_one = stated == replica or replica <= (request.gpus or 0) < 2 * replica
+    ranks = replica if only_one else 2 * replica  # with a single replica, ZeRO would have nothing to cut
+    says = f" (it states {stated})" if stated else ""
+    return (
+        f"{request.source}: tensor {own.tensor} x pipeline {own.pipeline} needs a multiple of {replica} ranks{says}, "
+        f"and here are {world_size}: its own strategy is left out. To try it: {request.on_ranks(ranks)}"
+    )
+
+
+def _refused(request: Request, config: ResolvedConfig, world_size: int) -> str:
+    """Why the small run is refused, and whether it would not be in the other precision."""
+    other: Precision = "fp32" if request.precision == "bf16" else "bf16"
+    own = own_strategy(request.file)
+    ((_, otherwise),) = _described(replace(request, precision=other), [own], world_size)
+    remedy = f"--precision {other}"
+    if refusals(otherwise):
+        remedy = f"python launch/plan.py --deepspeed_config {request.source} (what would be legal)"
+    why = refusals(config)[0].line(config)
+    return f"{request.source}: {why}: its own strategy is left out. To try it: {remedy}"

@@ -1,0 +1,223 @@
+"""The same few steps, from one seed, under every strategy that these ranks can host, against one plain process.
+
+Each strategy is a whole engine: mesh, ZeRO stage, offload, schedule. The file's own comes first.
+"""
+
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kernels import document_bounds
+from megagpt.config import ResolvedConfig
+from megagpt.health.agreement import require_agreement
+from megagpt.parallel import pipeline
+from megagpt.parallel.compat import Piece
+from megagpt.parallel.engine import Engine, build_engine, build_mesh, training_device
+from megagpt.parallel.pipeline import MicroBatch
+from megagpt.parity import plain
+from megagpt.parity import tolerance as yardstick
+from megagpt.parity.cases import Plan, Request, plan, remarks_on_own
+from megagpt.parity.plain import WEIGHT, PlainRun, document_ids, dropout_seeds, global_batch
+from megagpt.parity.tolerance import Straying
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One plain process in fp32, how far it strays in bf16 where that is compared, and how far a strategy may."""
+
+    exact: PlainRun
+    rounding: Straying | None
+    tolerance: float
+    limit: Straying
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How far a strategy strays, and the largest share of the weights on any rank."""
+
+    straying: Straying
+    held: float
+
+
+def run(request: Request) -> bool:
+    """Compare and print; every rank must call it. Whether all strategies equal the plain process."""
+    logging.captureWarnings(True)
+    logging.disable(logging.WARNING)  # each strategy would say again what Adam it has
+    require_agreement(request.file)
+    planned = plan(request, dist.get_world_size())
+    reference = _reference(request, planned.legal[0][1])
+    _say(_heading(request, planned))
+    if reference.rounding is not None:
+        _say(_line(PLAIN_IN_BF16, Outcome(reference.rounding, held=1.0)))
+    wrong = 0
+    for index, (strategy, config) in enumerate(planned.legal):
+        if title := _title(request, planned, index):
+            _say(title)
+        outcome = _compare(config, reference.exact, request)
+        equal = outcome.straying.within(reference.limit)
+        _say(_line(_aligned(strategy.words(), STRATEGY.values()), outcome) + ("" if equal else "  DIFFERS"))
+        wrong += not equal
+    _say(_verdict(request, planned, reference, wrong))
+    return wrong == 0
+
+
+def _reference(request: Request, config: ResolvedConfig) -> Reference:
+    """Train the plain process, in bf16 too where that is to be compared."""
+    exact = plain.train(config, request.steps, training_device())
+    usual = {"fp32": yardstick.FP32_TOLERANCE, "bf16": yardstick.BF16_TOLERANCE}
+    tolerance = usual[request.precision] if request.tolerance is None else request.tolerance
+    if request.precision == "fp32":
+        return Reference(exact, None, tolerance, yardstick.limit_in_fp32(tolerance))
+    rounded = plain.train(config, request.steps, training_device(), torch.bfloat16)
+    rounding = yardstick.straying(rounded.losses, rounded.norms, rounded.state[WEIGHT], exact)
+    return Reference(
+        exact, rounding, tolerance, yardstick.limit_in_bf16(rounding, exact, config.tokens_per_step, tolerance)
+    )
+
+
+def _compare(config: ResolvedConfig, exact: PlainRun, request: Request) -> Outcome:
+    """Train under a strategy; how far it strays, the same answer on each rank."""
+    engine = build_engine(config, build_mesh(config))
+    try:
+        results = [pipeline.train_step(engine, micro_batches(engine, step)) for step in range(request.steps)]
+        largest, squares, elements = _compare_weights(engine, exact)
+    finally:
+        engine.close()
+    loss = yardstick.largest_difference([result.loss for result in results], exact.losses)
+    norm = yardstick.largest_difference([result.grad_norm for result in results], exact.norms)
+    held = elements / config.megagpt.model.num_parameters
+    worst = torch.tensor([loss, norm, largest, held], device=engine.device).nan_to_num(nan=math.inf)
+    total = torch.tensor(squares, dtype=torch.float64, device=engine.device)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    dist.all_reduce(total)
+    loss, norm, largest, held = worst.tolist()
+    weights = largest if request.precision == "fp32" else yardstick.share_of_changes(float(total), exact)
+    return Outcome(Straying(loss, norm, weights), held)
+
+
+def micro_batches(engine: Engine, step: int) -> list[MicroBatch]:
+    """This replica's part of a step's global batch, cut as BatchLoader cuts it."""
+    config, mesh = engine.config, engine.mesh
+    model, size = config.megagpt.model, config.train_micro_batch_size_per_gpu
+    samples, length = config.train_batch_size, model.sequence_length
+    tokens, targets = global_batch(step, samples, length, model.vocabulary)
+    documents = document_ids(step, samples, length) if config.megagpt.data.document_mask else None
+    seeds = dropout_seeds(step, samples) if model.dropout else None
+    starts = [(index * mesh.data_size + mesh.data_rank) * size for index in range(config.gradient_accumulation_steps)]
+    cuts = [slice(start, start + size) for start in starts]
+    return [
+        MicroBatch(
+            tokens[cut].to(engine.device),
+            targets[cut].to(engine.device),
+            documents=None if documents is None else document_bounds(documents[cut].to(engine.device)),
+            dropout_seed=None if seeds is None else seeds[cut].to(engine.device),
+        )
+        for cut in cuts
+    ]
+
+
+def _compare_weights(engine: Engine, exact: PlainRun) -> tuple[float, float, int]:
+    """Of the weights that this rank saves: the largest difference, as a share of the largest change of its whole
+    parameter, and the squares of all differences; and how many elements it holds."""
+    shares, squares, elements = [0.0], 0.0, 0
+    for bucket in engine.buckets():
+        elements += sum(piece.numel for piece in bucket.pieces)
+        with bucket.resident(False) as (master, _):
+            for piece in bucket.owned_pieces:
+                values = master.view(-1)[piece.offset : piece.offset + piece.numel].float().cpu()
+                expected = _expected(engine, exact, piece)
+                squares += yardstick.squared_distance(values, expected)
+                change = float((exact.state[WEIGHT][piece.name] - exact.start[piece.name]).abs().max())
+                off = (values - expected).abs()[_meaningful(engine, piece)]
+                if off.numel() and change:
+                    shares.append(float(off.max()) / change)
+    return float(torch.tensor(shares).max()), squares, elements  # which is not a number where one of them is not
+
+
+def _expected(engine: Engine, exact: PlainRun, piece: Piece) -> Tensor:
+    """What the plain process has where this rank has a piece."""
+    whole = exact.state[WEIGHT][piece.name].view(engine.logical_shape(piece.name))
+    share = whole[tuple(slice(*span) for span in engine.boxes[piece.name])]
+    return share.flatten()[piece.start : piece.start + piece.numel]
+
+
+def _meaningful(engine: Engine, piece: Piece) -> Tensor:
+    """False at a key's bias, unless keys are rotated: it moves all scores of a query alike, so that its gradient is
+    rounding noise, which Adam blows up."""
+    model = engine.config.megagpt.model
+    if not piece.name.endswith("qkv.bias") or model.position == "rotary":
+        return torch.ones(piece.numel, dtype=torch.bool)
+    first = engine.boxes[piece.name][0][0] + piece.start
+    heads = torch.arange(first, first + piece.numel) // model.head_size
+    queries = model.num_heads // model.num_kv_heads  # which lie before their key and their value
+    return heads % (queries + 2) != queries
+
+
+STRATEGY = {"pipeline": 8, "tensor": 6, "ZeRO": 4, "optimizer": 9, "parameters": 10, "other": 36}  # columns, widths
+NUMBERS = {"loss": 8, "norm": 8, "weights": 8, "held": 5}
+PLAIN_IN_BF16 = "one plain process in bf16"
+
+
+def _heading(request: Request, planned: Plan) -> str:
+    config = planned.legal[0][1]
+    left_out = f"{planned.left_out}\n\n" if planned.left_out else ""
+    strategies = "1 strategy" if len(planned.legal) == 1 else f"{len(planned.legal)} strategies"
+    ranks = f"{planned.ranks} ranks ({training_device().type})"
+    return (
+        f"{left_out}{strategies} on {ranks}, "
+        f"{request.steps} steps of {config.train_batch_size} samples of a GPT of "
+        f"{config.megagpt.model.num_parameters:,} parameters in {request.precision}, with dropout;\n"
+        "differences from one plain PyTorch process in fp32, and the largest share of the weights' fp32 copies that "
+        f"any rank holds\n\n{_beside(_aligned(STRATEGY, STRATEGY.values()), NUMBERS)}"
+    )
+
+
+def _title(request: Request, planned: Plan, index: int) -> str:
+    """What stands above the first row, the file's own, and above the second, where the others begin."""
+    strategy, _ = planned.legal[index]
+    if strategy.file is None:
+        return "others that these ranks can host" if index == 1 and not planned.left_out else ""
+    return "; ".join([f"as in {request.source}", *remarks_on_own(request, planned)])
+
+
+def _line(strategy: str, outcome: Outcome) -> str:
+    straying = outcome.straying
+    numbers = [f"{value:.1e}" for value in (straying.loss, straying.norm, straying.weights)]
+    return _beside(strategy, [*numbers, f"{outcome.held:.0%}"])
+
+
+def _beside(strategy: str, numbers: Iterable[str]) -> str:
+    """The columns of numbers, beside what belongs to the first ones."""
+    width = sum(STRATEGY.values()) + 2 * len(STRATEGY) - 2
+    return f"{strategy:{width}}  {_aligned(numbers, NUMBERS.values())}".rstrip()
+
+
+def _aligned(words: Iterable[str], widths: Iterable[int]) -> str:
+    return "  ".join(word.ljust(width) for word, width in zip(words, widths, strict=True))
+
+
+def _verdict(request: Request, planned: Plan, reference: Reference, wrong: int) -> str:
+    count, limit = len(planned.legal), reference.limit
+    if request.precision == "fp32":
+        allowed = f"losses and norms within {limit.loss:g}, weights within {limit.weights:g} of their largest change"
+    else:
+        allowed = (
+            f"{reference.tolerance:g} times as far from fp32 as it strays in bf16, or as one rounding: losses within "
+            f"{limit.loss:.1e}, norms within {limit.norm:.1e}, weights within {limit.weights:.1e} of all their change"
+        )
+    more = [f"{planned.refused} more do not compose and would be refused before launch"] if planned.refused else []
+    more += [f"what {request.source} asks for was left out, see above"] if planned.left_out else []
+    if request.stated_ranks not in (None, planned.ranks):
+        more.append(f"{request.source} states {request.stated_ranks} ranks, and these were {planned.ranks}")
+    equal = f"{count - wrong} of {count} strategies equal one plain process ({allowed})"
+    return "\n" + "; ".join([equal, *more])
+
+
+def _say(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(text, flush=True)

@@ -1,0 +1,179 @@
+"""A run of the file's kind, so small that it trains in a moment, and cut as a strategy says. No torch.
+
+Every mechanism still acts: there is a head and a block for each rank, and, where NVMe is tried, as much as DeepSpeed
+needs to swap at all. Sizes that the file states for its own model become smaller with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import count
+from math import lcm
+from typing import Any
+
+from megagpt.config import ModelConfig, ResolvedConfig, RunConfig
+from megagpt.parity.strategies import Strategy
+from megagpt.planning.cost.model_states import FP32_BYTES, LEAST_SWAPPED_BYTES, PERSISTENCE_THRESHOLD, tile_counts
+from megagpt.planning.layout import Layout
+from megagpt.schema.arithmetic import round_up
+from megagpt.schema.errors import shown
+from megagpt.schema.model import ModelSection
+
+SAMPLES_PER_RANK, LEARNING_RATE, DROPOUT = 2, 1e-3, 0.1
+EPSILON = 1e-6  # of Adam: well above the rounding of a gradient, which 1e-8 is not, and well below most gradients
+GROUPS, WIDTH, LENGTH, ROWS = 8, 64, 16, 256  # at least; WIDTH is shared by the groups of query and key-value heads
+LEAST_TILE = LEAST_SWAPPED_BYTES // FP32_BYTES  # elements of a rank's optimizer tile that goes to NVMe
+LEAST_PIECE = LEAST_SWAPPED_BYTES // 2  # and of a parameter's piece, which does so in bf16 only
+ROOM = 1.25  # stages are not quite equal
+TILE = "sub_group_size"  # of the optimizer, which has to have as many on each stage
+SIZES = (  # keys of zero_optimization that count elements of a model
+    "reduce_bucket_size",
+    "allgather_bucket_size",
+    TILE,
+    "stage3_prefetch_bucket_size",
+    "stage3_model_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+)
+OFFLOAD = ("offload_optimizer", "offload_param")
+
+
+def small_document(
+    file: RunConfig, tried: Sequence[Strategy], world_size: int, steps: int, precision: str
+) -> dict[str, Any]:
+    """The file's kind of model and optimizer, small, and the same for all strategies that are tried."""
+    adam = file.optimizer.params
+    own = {"betas": list(adam.betas), "weight_decay": adam.weight_decay}
+    return {
+        "train_batch_size": SAMPLES_PER_RANK * world_size,
+        "optimizer": {"type": "AdamW", "params": {"lr": LEARNING_RATE, "eps": EPSILON, **own}},
+        "gradient_clipping": file.gradient_clipping,
+        "bf16": {"enabled": precision == "bf16"},
+        "megagpt": {
+            "model": _small_model(file.megagpt.model, tried, world_size, precision),
+            "data": {"document_mask": file.megagpt.data.document_mask},
+            "training": {"total_steps": steps, "seed": file.megagpt.training.seed},
+        },
+    }
+
+
+def _small_model(kind: ModelSection, tried: Sequence[Strategy], world_size: int, precision: str) -> dict[str, Any]:
+    """What every tensor axis divides, with a block for each stage. For an optimizer on NVMe, blocks are so wide that
+    each rank has a tile to swap; for parameters there, the table of tokens is so long that its pieces are swapped."""
+    tensor = lcm(*(strategy.tensor for strategy in tried))
+    groups = round_up(GROUPS, tensor)
+    heads = groups * (1 if kind.num_kv_heads == kind.num_heads else 2)
+    shape = {key: getattr(kind, key) for key in ("position", "norm", "activation", "bias", "tie_embeddings")}
+    shape |= {
+        "num_layers": max(2, *(strategy.num_stages for strategy in tried)),
+        "num_heads": heads,
+        "num_kv_heads": groups,
+        "sequence_length": round_up(LENGTH, tensor),
+        "dropout": DROPOUT,
+    }
+    swapped = ROOM * LEAST_TILE * world_size if any(strategy.optimizer == "nvme" for strategy in tried) else 0
+    for head_size in count(max(4, WIDTH // groups // 2 * 2), 2):  # even, for rotary positions
+        model = ModelConfig(**shape, hidden_size=heads * head_size, vocab_size=ROWS)
+        if model.mlp_size % tensor == 0 and model.num_layers * model.block_matmul_parameters >= swapped:
+            break
+    rows = ROWS
+    if precision == "bf16" and any(strategy.parameters == "nvme" for strategy in tried):
+        rows = LEAST_PIECE * world_size // model.hidden_size + 1
+    rows = round_up(rows, lcm(128, tensor))
+    return shape | {"hidden_size": model.hidden_size, "vocab_size": rows, "vocabulary": rows - 6}
+
+
+def resolved(document: dict[str, Any], strategy: Strategy, world_size: int, nvme_path: str | None) -> ResolvedConfig:
+    """The small run under a strategy; ConfigError where that cannot even be described."""
+    own = document | {
+        "train_micro_batch_size_per_gpu": strategy.tensor,  # so that a rank of a pipeline of p sees 2 p of them
+        "megagpt": document["megagpt"] | {"parallel": strategy.parallel},
+    }
+    model = ModelConfig(**document["megagpt"]["model"])
+    zero: dict[str, Any] = {"stage": strategy.stage}
+    if strategy.file is not None:
+        zero = _own_zero(strategy.file, model)
+        _take_over(own, strategy.file)
+    elif strategy.stage == 3:
+        zero["stage3_param_persistence_threshold"] = 0  # small parameters too are cut
+    _place(zero, strategy, nvme_path, pieces=world_size // strategy.pipeline, model=model)
+    config = _resolved(own, zero, world_size)
+    if TILE in zero and strategy.pipeline > 1 and len(set(tile_counts(Layout.of(config)))) > 1:
+        del zero[TILE]  # the small stages are cut otherwise than the large ones
+        config = _resolved(own, zero, world_size)
+    return config
+
+
+def _resolved(document: dict[str, Any], zero: dict[str, Any], world_size: int) -> ResolvedConfig:
+    text = json.dumps(document | {"zero_optimization": zero})
+    return RunConfig.from_json(text).resolved(world_size=world_size, vocabulary=None, bf16_native=False)
+
+
+def _own_zero(file: RunConfig, model: ModelConfig) -> dict[str, Any]:
+    """The file's own section. Buckets, tiles and bounds hold the same part of the model as in the large one, and
+    parameters stay whole below the same multiple of its width: norms and biases do, matrices do not."""
+    large = file.megagpt.model
+    zero = file.zero_optimization.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    part = (model.num_layers * model.hidden_size**2) / (large.num_layers * large.hidden_size**2)
+    for key in zero.keys() & set(SIZES):
+        zero[key] = _part_of(zero[key], part)
+    if TILE in zero and file.zero_optimization.optimizer_device == "nvme":
+        zero[TILE] = max(zero[TILE], LEAST_TILE)
+    if zero.get("stage") == 3:
+        threshold = zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
+        zero["stage3_param_persistence_threshold"] = _part_of(threshold, model.hidden_size / large.hidden_size)
+    if "max_in_cpu" in (offload := zero.get("offload_param", {})):
+        offload["max_in_cpu"] = _part_of(offload["max_in_cpu"], part)
+    return zero
+
+
+def _part_of(size: int, part: float) -> int:
+    return max(1, round(size * part)) if size else 0
+
+
+def _take_over(own: dict[str, Any], file: RunConfig) -> None:
+    """What else the file says of how its step is executed."""
+    own["megagpt"] |= {"training": own["megagpt"]["training"] | {"recompute": file.megagpt.training.recompute}}
+    own["optimizer"] = own["optimizer"] | {
+        "params": own["optimizer"]["params"] | {"torch_adam": file.optimizer.params.torch_adam}
+    }
+    if file.aio is not None:
+        least = {"block_size": min(file.aio.block_size, LEAST_SWAPPED_BYTES)}  # DeepSpeed swaps nothing smaller
+        own["aio"] = file.aio.model_dump() | least
+    if own["bf16"]["enabled"] and file.bf16.enabled:  # formats of the file's 16-bit run, of no use to another
+        for key in ("data_types", "communication_data_type"):
+            if value := file.model_dump(mode="json", exclude_none=True).get(key):
+                own[key] = value
+
+
+def _place(zero: dict[str, Any], strategy: Strategy, nvme_path: str | None, *, pieces: int, model: ModelConfig) -> None:
+    """Say where optimizer and parameters lie; on NVMe, in buffers of the small model's size."""
+    for section, place in zip(OFFLOAD, (strategy.optimizer, strategy.parameters), strict=True):
+        if place == "none":
+            continue
+        keys = zero.setdefault(section, {})
+        keys["device"] = place
+        if place == "nvme":
+            keys["nvme_path"] = nvme_path or keys.get("nvme_path")
+            if section == "offload_param":
+                largest = model.hidden_size * max(model.vocab_size, 2 * model.mlp_size)
+                keys |= {"buffer_size": -(-largest // pieces), "max_in_cpu": keys.get("max_in_cpu", 0)}
+
+
+def left_out_key(strategy: Strategy, config: ResolvedConfig) -> str | None:
+    """The key of the file's own `zero_optimization` that the small run could not take over."""
+    assert strategy.file is not None
+    stated = strategy.file.zero_optimization.sub_group_size is not None
+    return TILE if stated and config.zero_optimization.sub_group_size is None else None
+
+
+def further_keys(strategy: Strategy, config: ResolvedConfig) -> list[str]:
+    """What the file's own strategy has beyond the columns of the table, as the small run has it."""
+    assert strategy.file is not None
+    zero = config.zero_optimization
+    given = strategy.file.zero_optimization.model_fields_set - {"stage", *OFFLOAD}
+    keys = {key: getattr(zero, key) for key in type(zero).model_fields if key in given}
+    keys |= {"recompute": config.megagpt.training.recompute, "grad_accum_dtype": config.data_types.grad_accum_dtype}
+    stated = {key: value for key, value in keys.items() if value not in (None, "none")}
+    return [f"{key} {value if isinstance(value, str) else shown(value)}" for key, value in stated.items()]

@@ -1,0 +1,159 @@
+"""Other ways to run the same step on the same ranks: the neighbours of a layout, and those of them that fit.
+
+A neighbour has the same model, world and global batch; it differs in the mesh, in ZeRO and offload, in recomputation or
+in the micro-batch. One change is tried before two, and of those that fit the fastest by estimate come first.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
+
+from megagpt.config import ResolvedConfig, RunConfig
+from megagpt.planning.cost.memory import RankMemory, rank_memory
+from megagpt.planning.cost.performance import Assumptions, estimate
+from megagpt.planning.layout import Layout
+from megagpt.schema.deepspeed import ZERO_KEY_STAGES, OffloadOptimizerConfig, OffloadParamConfig
+
+Change = Callable[[Layout], Layout | None]
+Fits = Callable[[RankMemory], bool]
+ENOUGH = 3
+Device = Literal["none", "cpu"]
+DEVICES: tuple[Device, ...] = ("none", "cpu")
+
+
+def alternatives(layout: Layout, assumed: Assumptions, fits: Fits, legal: Callable[[Layout], bool]) -> list[Layout]:
+    """The fastest few neighbours that fit and are legal; empty where no two changes are enough."""
+    axes = [_meshes(layout, assumed), _states(), _recomputes(), _micro_batches(layout)]
+    one = [(change,) for axis in axes for change in axis]
+    two = [pair for first, second in itertools.combinations(axes, 2) for pair in itertools.product(first, second)]
+    for changes in (one, two):
+        found = [other for other in _changed(layout, changes) if _fits_somewhere(other, fits)]
+        found.sort(key=lambda other: estimate(other, assumed, simulated=False).step_s)
+        checked = (other for other in found if legal(other) and _fits_everywhere(other, fits))
+        if best := list(itertools.islice(checked, ENOUGH)):
+            return best
+    return []
+
+
+def _changed(layout: Layout, changes: Iterable[tuple[Change, ...]]) -> Iterator[Layout]:
+    """The layouts that these changes make, each once, without the impossible ones."""
+    seen = {layout}
+    for combination in changes:
+        other: Layout | None = layout
+        for change in combination:
+            other = change(other) if other is not None else None
+        if other is not None and other not in seen:
+            seen.add(other)
+            yield other
+
+
+def _fits_everywhere(layout: Layout, fits: Fits) -> bool:
+    return all(fits(rank_memory(layout, rank)) for rank in range(layout.pipeline))
+
+
+def _fits_somewhere(layout: Layout, fits: Fits) -> bool:
+    """A quick look at the ranks that hold most: the first two and the last."""
+    ranks = {0, min(1, layout.pipeline - 1), layout.pipeline - 1}
+    return all(fits(rank_memory(layout, rank, data_ranks=1)) for rank in ranks)
+
+
+def _meshes(layout: Layout, assumed: Assumptions) -> list[Change]:
+    """Other tensor and pipeline axes; what the data axis gains, accumulation loses."""
+    sizes = itertools.product(_divisors(layout.world_size), repeat=2)
+    return [
+        partial(_to_mesh, tensor, pipeline)
+        for tensor, pipeline in sizes
+        if layout.model.num_kv_heads % tensor == 0
+        and tensor <= assumed.ranks_per_host
+        and layout.world_size % (tensor * pipeline) == 0
+        and pipeline <= layout.model.num_layers
+    ]
+
+
+def _to_mesh(tensor: int, pipeline: int, layout: Layout) -> Layout | None:
+    data = layout.world_size // (tensor * pipeline)
+    samples = layout.micro_batch * layout.micro_batches * layout.data
+    if samples % (data * layout.micro_batch):
+        return None
+    virtual = layout.virtual_stages if 1 < pipeline <= layout.model.num_layers // layout.virtual_stages else 1
+    schedule = "1f1b" if virtual == 1 and layout.parallel.schedule == "interleaved" else layout.parallel.schedule
+    changed = layout.with_parallel(
+        tensor=tensor,
+        pipeline=pipeline,
+        virtual_stages=virtual,
+        schedule="1f1b" if pipeline == 1 else schedule,
+        sequence=layout.parallel.sequence and tensor > 1,
+        gradient_reduction="per_step" if pipeline > 1 else "per_micro_batch",
+    )
+    return replace(changed, data=data, micro_batches=samples // (data * layout.micro_batch))
+
+
+def _states() -> list[Change]:
+    """Other ZeRO stages, with the optimizer on the device or in host memory, and from ZeRO 3 the parameters too."""
+    choices = itertools.product((1, 2, 3), DEVICES, DEVICES)
+    return [partial(_to_states, *choice) for choice in choices if choice[0] == 3 or choice[2] == "none"]
+
+
+def _to_states(stage: int, optimizer: Device, parameters: Device, layout: Layout) -> Layout:
+    changes: dict[str, Any] = {key: None for key, stages in ZERO_KEY_STAGES.items() if stage not in stages}
+    if optimizer != layout.zero.optimizer_device:
+        changes["offload_optimizer"] = OffloadOptimizerConfig(device=optimizer)
+    if parameters != layout.zero.parameter_device:
+        changes["offload_param"] = OffloadParamConfig(device=parameters)
+    return layout.with_zero(stage=stage, **changes)
+
+
+def _recomputes() -> list[Change]:
+    return [partial(_to_recompute, kind) for kind in ("none", "selective", "full")]
+
+
+def _to_recompute(kind: str, layout: Layout) -> Layout:
+    return replace(layout, recompute=kind)
+
+
+def _micro_batches(layout: Layout) -> list[Change]:
+    """Smaller micro-batches, and more of them."""
+    return [partial(_to_micro_batch, layout.micro_batch // size) for size in _divisors(layout.micro_batch)[:-1]]
+
+
+def _to_micro_batch(parts: int, layout: Layout) -> Layout:
+    return replace(layout, micro_batch=layout.micro_batch // parts, micro_batches=layout.micro_batches * parts)
+
+
+def _divisors(number: int) -> list[int]:
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+def set_items(written: RunConfig, resolved: ResolvedConfig, layout: Layout) -> list[str]:
+    """The `--set` items that turn a configuration into one with this layout."""
+    now, parallel, zero = Layout.of(resolved), layout.parallel, layout.zero
+    items = {
+        f"megagpt.parallel.{key}": getattr(parallel, key)
+        for key in ("tensor", "pipeline", "schedule", "virtual_stages", "sequence", "gradient_reduction")
+        if getattr(parallel, key) != getattr(now.parallel, key)
+    }
+    if "gradient_reduction" not in written.megagpt.parallel.model_fields_set:
+        items.pop("megagpt.parallel.gradient_reduction", None)  # the default follows the pipeline
+    if layout.recompute != now.recompute:
+        items["megagpt.training.recompute"] = layout.recompute
+    if layout.micro_batch != now.micro_batch or written.train_micro_batch_size_per_gpu is None:
+        items["train_micro_batch_size_per_gpu"] = layout.micro_batch
+    if written.train_batch_size is None:
+        items["train_batch_size"] = resolved.train_batch_size
+    if written.gradient_accumulation_steps not in (None, layout.micro_batches):
+        items["gradient_accumulation_steps"] = layout.micro_batches
+    for key in type(zero).model_fields:
+        if getattr(zero, key) != getattr(now.zero, key):
+            items[f"zero_optimization.{key}"] = _offload(getattr(zero, key)) if "offload" in key else getattr(zero, key)
+    if written.aio is not None and "nvme" not in (zero.optimizer_device, zero.parameter_device):
+        items["aio"] = None
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in items.items()]
+
+
+def _offload(section: OffloadOptimizerConfig | OffloadParamConfig | None) -> dict[str, str]:
+    return {"device": section.device if section is not None else "none"}

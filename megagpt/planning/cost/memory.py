@@ -1,0 +1,82 @@
+"""The memory of one rank, line by line, and its peak: model states plus what a step needs while it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+from megagpt.planning.cost.model_states import Bytes, ModelStates, model_states, shard_of
+from megagpt.planning.cost.working_memory import WorkingMemory, working_memory
+from megagpt.planning.layout import Layout
+
+GRADIENT_LINES = ("accumulating_gradients", "reduced_gradients")
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """What a rank of one pipeline rank holds. Its step has three phases, and the largest is the peak."""
+
+    layout: Layout
+    pipeline_rank: int
+    states: ModelStates
+    working: WorkingMemory
+
+    @property
+    def resident(self) -> Bytes:
+        """All through the run: states without gradients, buffers of torch's pipelining, ZeRO 3's reduce bucket."""
+        held = [getattr(self.states, name) for name in _names(self.states) if name not in GRADIENT_LINES]
+        bucket = self.working.reduce_buffers if self.layout.zero.stage == 3 else 0
+        return sum(held, Bytes(device=self.working.pipeline_buffers + bucket))
+
+    @property
+    def phases(self) -> dict[str, Bytes]:
+        """What each phase of a step adds to `resident`."""
+        states, work = self.states, self.working
+        passes = work.activations + work.head + work.recomputation + work.gathered_parameters
+        buffers = work.reduce_buffers if self.layout.zero.stage < 3 else 0
+        reduction = buffers + work.reduce_copies
+        if not self.layout.reduces_per_step:
+            passes += reduction if self.layout.zero.stage >= 2 else buffers
+        return {
+            "forward and backward": states.accumulating_gradients + Bytes(device=passes),
+            "reduction": states.accumulating_gradients + Bytes(device=reduction),
+            "update": states.reduced_gradients + Bytes(device=work.update),
+        }
+
+    @property
+    def peak(self) -> Bytes:
+        """The most in device memory, the most in host memory, the most on NVMe."""
+        sums = [self.resident + phase for phase in self.phases.values()]
+        return Bytes(max(s.device for s in sums), max(s.host for s in sums), max(s.nvme for s in sums))
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase with the most in device memory."""
+        return max(self.phases, key=lambda name: self.phases[name].device)
+
+    def lines(self) -> Iterator[tuple[str, Bytes]]:
+        """Every line by its name, states first."""
+        for name in _names(self.states):
+            yield name.replace("_", " "), getattr(self.states, name)
+        for name in _names(self.working):
+            yield name.replace("_", " "), Bytes(device=getattr(self.working, name))
+
+
+def rank_memory(layout: Layout, pipeline_rank: int, *, data_ranks: int | None = None) -> RankMemory:
+    """Of the data rank with the most, or of the first few; tensor ranks are alike.
+
+    Data ranks differ where ZeRO 1 and 2 keep a gradient whole of which a partition has only a part.
+    """
+    shard = shard_of(layout, pipeline_rank)
+    looked_at = min(data_ranks or layout.data, layout.data if layout.zero.stage in (1, 2) else 1)
+    states = max((model_states(layout, pipeline_rank, rank) for rank in range(looked_at)), key=_gradients)
+    return RankMemory(layout, pipeline_rank, states, working_memory(layout, pipeline_rank, shard))
+
+
+def _gradients(states: ModelStates) -> float:
+    held = (states.accumulating_gradients, states.reduced_gradients)
+    return max(bytes_.device + bytes_.host for bytes_ in held)
+
+
+def _names(lines: ModelStates | WorkingMemory) -> list[str]:
+    return [field.name for field in fields(lines)]

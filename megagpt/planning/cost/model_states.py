@@ -1,0 +1,364 @@
+"""Parameters, gradients, master weights and Adam's moments: the bytes a rank holds of each, and where.
+
+The ZeRO paper's 16 bytes a parameter (Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1: 2 weights, 2 gradients,
+12 optimizer) as DeepSpeed 0.19.8 really allocates them, with its padding and copies. In the formulas: n are the
+elements of a rank's stages on its tensor shard, D the ranks on the data axis, e the bytes of an element (2 in 16 bit, 4
+in fp32), a those of an accumulated gradient. `tests/planning/test_memory.py` counts the live tensors. Line numbers refer to
+DeepSpeed's `runtime/`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from megagpt.planning.layout import Layout
+from megagpt.planning.parameters import Parameter, group_elements, parameters_of_rank
+from megagpt.schema.arithmetic import round_up
+from megagpt.utils import MIB
+
+FP32_BYTES = 4
+PERSISTENCE_THRESHOLD = 100_000  # elements; defaults of zero/config.py and zero/offload_config.py
+SUB_GROUP_SIZE = MAX_LIVE_PARAMETERS = MAX_REUSE_DISTANCE = 1_000_000_000
+OPTIMIZER_BUFFER_COUNT, PARAMETER_BUFFER_COUNT, PARAMETER_BUFFER_SIZE = 4, 5, 100_000_000
+MAX_IN_CPU = 1_000_000_000
+LEAST_SWAPPED_BYTES = MIB  # smaller pieces stay in host memory (swap_tensor/utils.py:14)
+ALIGNMENT = 2  # elements: partitions of 16-bit numbers begin at multiples of 4 bytes (stage_1_and_2.py:403)
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes of one rank in device memory, in host memory and on NVMe; they add."""
+
+    device: float = 0
+    host: float = 0
+    nvme: float = 0
+
+    def __add__(self, other: Bytes) -> Bytes:
+        return Bytes(self.device + other.device, self.host + other.host, self.nvme + other.nvme)
+
+
+def reuse_distance(layout: Layout) -> int:
+    """Elements within which ZeRO 3 keeps a parameter whole for its next use: none with parameters on NVMe (compat.py,
+    `read_when_needed`)."""
+    given = layout.zero.stage3_max_reuse_distance
+    if layout.zero.parameter_device == "nvme":
+        return 0
+    return MAX_REUSE_DISTANCE if given is None else given
+
+
+def placed(size: float, place: str) -> Bytes:
+    """`size` bytes at `none` (the device), `cpu` or `nvme`, as the configuration names places."""
+    return Bytes(size if place == "none" else 0, size if place == "cpu" else 0, size if place == "nvme" else 0)
+
+
+@dataclass(frozen=True)
+class ModelStates:
+    """One line a kind of state. Gradients have two: `accumulating` from the first backward of a step to the reduction,
+    `reduced` from there to the update; never both."""
+
+    parameters: Bytes
+    persistent_parameters: Bytes
+    accumulating_gradients: Bytes
+    reduced_gradients: Bytes
+    master_weights: Bytes
+    moments: Bytes
+    offload_buffers: Bytes
+    snapshot: Bytes
+
+
+def model_states(layout: Layout, pipeline_rank: int, data_rank: int = 0) -> ModelStates:
+    """What one rank holds; equal on all tensor ranks, and but for ZeRO 1 and 2's gradients on all data ranks."""
+    shard = shard_of(layout, pipeline_rank, data_rank)
+    return ModelStates(
+        parameters=parameters(shard),
+        persistent_parameters=persistent_parameters(shard),
+        accumulating_gradients=accumulating_gradients(shard),
+        reduced_gradients=reduced_gradients(shard),
+        master_weights=master_weights(shard),
+        moments=moments(shard),
+        offload_buffers=offload_buffers(shard),
+        snapshot=snapshot(shard),
+    )
+
+
+def shard_of(layout: Layout, pipeline_rank: int, data_rank: int = 0) -> Shard:
+    """The elements of a rank's stages."""
+    return Shard(layout, pipeline_rank, tuple(parameters_of_rank(layout, pipeline_rank)), data_rank)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The elements that the formulas are made of, for one rank."""
+
+    layout: Layout
+    pipeline_rank: int
+    parameters: tuple[Parameter, ...]
+    data_rank: int
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage."""
+        return self.layout.zero.stage
+
+    @cached_property
+    def elements(self) -> int:
+        """n: the elements of the rank's stages on its tensor shard."""
+        return sum(parameter.numel for parameter in self.parameters)
+
+    @cached_property
+    def group_partitions(self) -> list[int]:
+        """Of ZeRO 1 and 2: each optimizer group is one flat buffer, filled up to a multiple of 2 D and cut in D."""
+        unit = ALIGNMENT * self.layout.data
+        return [round_up(numel, unit) // self.layout.data for numel in group_elements(self.parameters)]
+
+    @property
+    def padded(self) -> int:
+        """Of ZeRO 1 and 2: the elements of the flat buffers."""
+        return self.layout.data * sum(self.group_partitions)
+
+    @cached_property
+    def partitions(self) -> list[int]:
+        """Of ZeRO 3: every parameter is cut by itself into D pieces of ceil(numel / D) elements."""
+        return [-(-parameter.numel // self.layout.data) for parameter in self.parameters]
+
+    @cached_property
+    def partition(self) -> int:
+        """Elements whose master weights and moments this rank keeps."""
+        if self.stage == 0:
+            return self.elements
+        return sum(self.partitions) if self.stage == 3 else self.padded // self.layout.data
+
+    @cached_property
+    def touched(self) -> int:
+        """Of ZeRO 1 and 2: the elements of all parameters of which some lie in this rank's partitions: it keeps their
+        gradients whole."""
+        return sum(self._touched(decayed) for decayed in (True, False))
+
+    @cached_property
+    def padding(self) -> int:
+        """Of ZeRO 1 and 2: elements of this rank's partitions that stand for nothing."""
+        empty = 0
+        for numel, size in zip(group_elements(self.parameters), self.group_partitions, strict=True):
+            empty += min(size, max(0, (self.data_rank + 1) * size - numel))
+        return empty
+
+    @cached_property
+    def tiles(self) -> list[int]:
+        """Of ZeRO 3: partitioned elements of each sub-group, the unit in which the optimizer works (stage3.py:1210)."""
+        limit = self.layout.zero.sub_group_size or SUB_GROUP_SIZE
+        tiles: list[int] = []
+        for decayed in (True, False):
+            members = zip(self.parameters, self.partitions, strict=True)
+            tiles += _tiles([numel for parameter, numel in members if parameter.decayed == decayed], limit)
+        return tiles
+
+    @cached_property
+    def persistent(self) -> int:
+        """Of ZeRO 3: elements of parameters so small that they stay whole, D x ceil(numel / D) of each as they are
+        gathered (zero/parameter_offload.py:317)."""
+        zero, total = self.layout.zero, 0
+        threshold = _given(zero.stage3_param_persistence_threshold, PERSISTENCE_THRESHOLD)
+        bound = _given(zero.stage3_model_persistence_threshold, sys.maxsize)
+        gathered = 0
+        for parameter, partition in zip(self.parameters, self.partitions, strict=True):
+            if parameter.numel <= threshold and parameter.numel + total <= bound:
+                total += parameter.numel
+                gathered += self.layout.data * partition
+        return gathered
+
+    @property
+    def accumulates_compactly(self) -> bool:
+        """Of ZeRO 1 and 2: fp32 accumulation beside a 16-bit model has one flat partition (stage_1_and_2.py:1259)."""
+        return self.layout.accumulation_bytes != self.layout.element_bytes
+
+    def _touched(self, decayed: bool) -> int:
+        group = [parameter.numel for parameter in self.parameters if parameter.decayed == decayed]
+        size = self.group_partitions[0 if decayed else 1]
+        first, last, start, total = self.data_rank * size, (self.data_rank + 1) * size, 0, 0
+        for numel in group:
+            if start < last and start + numel > first:
+                total += numel
+            start += numel
+        return total
+
+
+def tile_counts(layout: Layout) -> list[int]:
+    """Optimizer tiles of each pipeline rank at ZeRO 3; elsewhere nothing is cut into tiles by size."""
+    if layout.zero.stage < 3:
+        return []
+    return [len(shard_of(layout, rank).tiles) for rank in range(layout.pipeline)]
+
+
+def fewest_elements_of_one_tile(layout: Layout) -> int:
+    """The smallest `sub_group_size` that leaves each pipeline rank's shard in one piece a group."""
+    return max(sum(shard_of(layout, rank).partitions) for rank in range(layout.pipeline))
+
+
+def _tiles(partitions: Sequence[int], limit: int) -> list[int]:
+    tiles, current = [], 0
+    for index, numel in enumerate(partitions):
+        current += numel
+        if current >= limit or index == len(partitions) - 1:
+            tiles.append(current)
+            current = 0
+    return tiles
+
+
+def _given(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def parameters(shard: Shard) -> Bytes:
+    """ZeRO 0: e n; 1, 2: e round_up(n, 2 D) a group; 3: e sum(ceil(numel / D)), on the device, in host memory, or on
+    NVMe but for `max_in_cpu` elements and for pieces below 1 MiB, which stay in host memory."""
+    size = shard.layout.element_bytes
+    if shard.stage < 3:
+        return Bytes(device=size * (shard.elements if shard.stage == 0 else shard.padded))
+    place = shard.layout.zero.parameter_device
+    if place != "nvme":
+        return placed(size * shard.partition, place)
+    small = sum(numel for numel in shard.partitions if size * numel < LEAST_SWAPPED_BYTES)
+    assert shard.layout.zero.offload_param is not None
+    kept = max(small, min(shard.partition, _given(shard.layout.zero.offload_param.max_in_cpu, MAX_IN_CPU)))
+    return Bytes(host=size * kept, nvme=size * (shard.partition - kept))
+
+
+def persistent_parameters(shard: Shard) -> Bytes:
+    """ZeRO 3: e times the elements of parameters of at most `stage3_param_persistence_threshold`, whole on the device
+    beside their partitions, unless those are the whole and there."""
+    alone = shard.layout.data == 1 and shard.layout.zero.parameter_device == "none"
+    return Bytes(device=shard.layout.element_bytes * shard.persistent if shard.stage == 3 and not alone else 0)
+
+
+def accumulating_gradients(shard: Shard) -> Bytes:
+    """Until the reduction. ZeRO 0, 1, and any with `per_step`: e n, whole. ZeRO 2: e times the parameters that this
+    rank has a part of, or an fp32 partition; ZeRO 3 has its partition a sum(ceil(numel / D)) at all times.
+
+    Offload of the optimizer moves the partitions of ZeRO 2 and 3 to host memory.
+    """
+    layout = shard.layout
+    share = _gradient_partition(shard)
+    if shard.stage <= 1 or layout.reduces_per_step:
+        local = layout.accumulation_bytes if shard.stage == 1 else layout.element_bytes
+        return Bytes(device=local * shard.elements) + (share if shard.stage == 3 else Bytes())
+    if shard.stage == 2 and not shard.accumulates_compactly:
+        more = layout.micro_batches > 1 or layout.zero.optimizer_device == "none"
+        return placed(layout.element_bytes * shard.touched if more else 0, layout.zero.optimizer_device)
+    return share
+
+
+def reduced_gradients(shard: Shard) -> Bytes:
+    """From the reduction to the update. ZeRO 0: e n; 1, 2: e times the parameters that this rank has a part of, and its
+    padding, or an fp32 partition; 3: the partition. Offload at ZeRO 1 and 2 has them in fp32 buffers: see there."""
+    layout = shard.layout
+    if shard.stage == 0:
+        return Bytes(device=layout.element_bytes * shard.elements)
+    if shard.stage == 3 or shard.accumulates_compactly:
+        return _gradient_partition(shard)
+    if layout.zero.optimizer_device != "none":
+        left = layout.micro_batches > 1 and shard.stage == 2 and not layout.reduces_per_step
+        return Bytes(host=layout.element_bytes * shard.touched if left else 0)
+    return Bytes(device=layout.element_bytes * (shard.touched + shard.padding))
+
+
+def _gradient_partition(shard: Shard) -> Bytes:
+    """a times the elements that this rank updates; of ZeRO 3 in host memory where the optimizer is offloaded."""
+    size = shard.layout.accumulation_bytes * shard.partition
+    in_host = shard.stage == 3 and shard.layout.zero.optimizer_device != "none"
+    return Bytes(host=size) if in_host else Bytes(device=size)
+
+
+def master_weights(shard: Shard) -> Bytes:
+    """4 bytes an element that this rank updates, in fp32 runs too; none at ZeRO 0, where the parameters are their own
+    masters. NVMe takes tiles of 1 MiB and more."""
+    return Bytes() if shard.stage == 0 else _optimizer_bytes(shard, FP32_BYTES)
+
+
+def moments(shard: Shard) -> Bytes:
+    """Adam's two: 8 bytes an element that this rank updates, where the master weights are."""
+    return _optimizer_bytes(shard, 2 * FP32_BYTES)
+
+
+def _optimizer_bytes(shard: Shard, size: int) -> Bytes:
+    place = shard.layout.zero.optimizer_device
+    if place != "nvme":
+        return placed(size * shard.partition, place)
+    swapped = sum(tile for tile in shard.tiles if _is_swapped(tile))
+    return Bytes(host=size * (shard.partition - swapped), nvme=size * swapped)
+
+
+def offload_buffers(shard: Shard) -> Bytes:
+    """What offloading needs beside the states themselves: fp32 gradients for the CPU's Adam, copies in the model's
+    type, buffers of disk I/O."""
+    zero = shard.layout.zero
+    total = Bytes()
+    if zero.optimizer_device != "none":
+        total += _fp32_gradients(shard)
+        total += _nvme_optimizer_buffers(shard) if zero.optimizer_device == "nvme" else _zero12_buffers(shard)
+    if zero.offload_param is not None and zero.parameter_device == "nvme":
+        count = _given(zero.offload_param.buffer_count, PARAMETER_BUFFER_COUNT)
+        size = _given(zero.offload_param.buffer_size, PARAMETER_BUFFER_SIZE)
+        total += Bytes(host=shard.layout.element_bytes * count * size)
+    return total
+
+
+def _fp32_gradients(shard: Shard) -> Bytes:
+    """4 bytes an element that this rank updates; on NVMe, of a tile that is there, the pieces of 1 MiB and more."""
+    total = FP32_BYTES * shard.partition
+    if shard.layout.zero.optimizer_device != "nvme" or not any(map(_is_swapped, shard.tiles)):
+        return Bytes(host=total)
+    swapped = sum(FP32_BYTES * numel for numel in shard.partitions if _is_swapped(numel))
+    return Bytes(host=total - swapped, nvme=swapped)
+
+
+def _is_swapped(numel: int) -> bool:
+    return FP32_BYTES * numel >= LEAST_SWAPPED_BYTES
+
+
+def _zero12_buffers(shard: Shard) -> Bytes:
+    """ZeRO 1 and 2: e times the partition for the way back, and e times the largest parameter, on both sides of the bus
+    (stage_1_and_2.py:540, 657)."""
+    if shard.stage == 3:
+        return Bytes()
+    size = shard.layout.element_bytes
+    largest = size * max(parameter.numel for parameter in shard.parameters)
+    return Bytes(device=largest, host=largest + size * shard.partition)
+
+
+def _nvme_optimizer_buffers(shard: Shard) -> Bytes:
+    """`buffer_count` times 4 bytes times the largest tile, page-locked (swap_tensor/optimizer_utils.py:184)."""
+    assert shard.layout.zero.offload_optimizer is not None
+    count = _given(shard.layout.zero.offload_optimizer.buffer_count, OPTIMIZER_BUFFER_COUNT)
+    return Bytes(host=FP32_BYTES * count * max(shard.tiles))
+
+
+def snapshot(shard: Shard, *, on_gpu: bool = True) -> Bytes:
+    """What a save in the background copies to host memory and keeps (checkpoint/writer.py): master weights and two
+    moments, 4 bytes an element each.
+
+    What is copied from a GPU is pinned, a block for each run of elements: see `pinned_block`.
+    """
+    if not shard.layout.saves_in_background:
+        return Bytes()
+    pinned = on_gpu and shard.layout.zero.optimizer_device == "none"
+    sizes = [FP32_BYTES * numel for numel in _saved_runs(shard)]
+    return Bytes(host=3 * sum(pinned_block(size) if pinned else size for size in sizes))
+
+
+def _saved_runs(shard: Shard) -> Sequence[int]:
+    """Elements of each flat run of optimizer state (compat.py, `buckets`); of ZeRO 0 the parameters in turns."""
+    if shard.stage == 3:
+        return shard.tiles
+    if shard.stage > 0:
+        return shard.group_partitions
+    in_groups = sorted(shard.parameters, key=lambda parameter: not parameter.decayed)
+    return [parameter.numel for parameter in in_groups[shard.data_rank :: shard.layout.data]]
+
+
+def pinned_block(size: int) -> int:
+    """Bytes that torch pins for a tensor of `size` bytes: the next power of two (aten/src/ATen/core/
+    CachingHostAllocator.h, `PowerOf2Ceil`; pytorch issues 95823 and 150517)."""
+    return 1 << (size - 1).bit_length() if size else 0

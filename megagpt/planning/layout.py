@@ -1,0 +1,130 @@
+"""What a run puts where, as plain numbers: all that memory and speed depend on, without a device or a rank.
+
+A value that the planner may vary by `dataclasses.replace`, thousands of times a second, where a configuration is
+checked as a whole each time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from megagpt.config import ModelConfig, ResolvedConfig
+from megagpt.planning.stages import cut
+from megagpt.schema.deepspeed import ZeroConfig
+from megagpt.schema.megagpt import ParallelConfig
+
+BYTES_OF_TYPE = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The model, its mesh, one step's batch, and what ZeRO does with it.
+
+    `micro_batch` counts sequences, `micro_batches` forward-backward passes of a step on one rank; `element_bytes` is
+    the size of a parameter in the model's type, `accumulation_bytes` of a gradient as it accumulates.
+    """
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    zero: ZeroConfig
+    data: int
+    micro_batch: int
+    micro_batches: int
+    recompute: str
+    element_bytes: int
+    accumulation_bytes: int
+    saves_in_background: bool = False
+
+    @classmethod
+    def of(cls, config: ResolvedConfig) -> Layout:
+        """The layout of a run whose ranks are known."""
+        element_type = "fp16" if config.fp16.enabled else "bf16" if config.bf16.enabled else "fp32"
+        return cls(
+            model=config.megagpt.model,
+            parallel=config.megagpt.parallel,
+            zero=config.zero_optimization,
+            data=config.data_parallel_size,
+            micro_batch=config.train_micro_batch_size_per_gpu,
+            micro_batches=config.gradient_accumulation_steps,
+            recompute=config.megagpt.training.recompute,
+            element_bytes=BYTES_OF_TYPE[element_type],
+            accumulation_bytes=BYTES_OF_TYPE[config.data_types.grad_accum_dtype or element_type],
+            saves_in_background=config.megagpt.checkpoint.asynchronous,
+        )
+
+    @property
+    def pipeline(self) -> int:
+        """Ranks on the pipeline axis."""
+        return self.parallel.pipeline
+
+    @property
+    def tensor(self) -> int:
+        """Ranks on the tensor axis."""
+        return self.parallel.tensor
+
+    @property
+    def virtual_stages(self) -> int:
+        """Stages of one pipeline rank."""
+        return self.parallel.virtual_stages
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.pipeline * self.data * self.tensor
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages over all ranks."""
+        return self.pipeline * self.virtual_stages
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one micro-batch on one rank."""
+        return self.micro_batch * self.model.sequence_length
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step, over all ranks."""
+        return self.tokens * self.micro_batches * self.data
+
+    @property
+    def reduces_per_step(self) -> bool:
+        """Gradients cross the data axis once a step, whole until then; ZeRO 0 reduces in its own way."""
+        return self.parallel.gradient_reduction == "per_step" and self.zero.stage > 0
+
+    @property
+    def schedule(self) -> str:
+        """The schedule that really runs: torch's 1F1B needs as many micro-batches as stages, and with fewer has no
+        steady state, so that it is GPipe (pipeline.py)."""
+        few = self.micro_batches < self.num_stages
+        return "gpipe" if self.parallel.schedule == "1f1b" and few else self.parallel.schedule
+
+    @property
+    def stages(self) -> list[range]:
+        """The layers of every stage, 0 being the embedding and num_layers + 1 the head."""
+        return _cut(self.model, self.num_stages)
+
+    def stages_of(self, pipeline_rank: int) -> range:
+        """The stages that a pipeline rank holds."""
+        return range(pipeline_rank, self.num_stages, self.pipeline)
+
+    def with_parallel(self, **changes: Any) -> Layout:
+        """The same with other values in `megagpt.parallel`."""
+        return replace(self, parallel=self.parallel.model_copy(update=changes))
+
+    def with_zero(self, **changes: Any) -> Layout:
+        """The same with other values in `zero_optimization`."""
+        return replace(self, zero=self.zero.model_copy(update=changes))
+
+
+@cache
+def _cut(model: ModelConfig, num_stages: int) -> list[range]:
+    return cut(model, num_stages)
+
+
+def model_layers(model: ModelConfig, layers: range) -> tuple[int, bool, bool]:
+    """(blocks, whether the embedding is among these layers, whether the head is)."""
+    embedding, head = 0 in layers, model.num_layers + 1 in layers
+    return len(layers) - embedding - head, embedding, head

@@ -1,0 +1,161 @@
+"""Is a run legal where it is to run, and if not, which is the nearest one that is? No torch.
+
+`planning/rules.py` knows what is refused and what helps against each refusal. That may break something else: another row, a
+batch that no longer divides. So what is printed as legal has passed the whole check again, in the same world.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megagpt.config import ConfigError, ResolvedConfig, RunConfig, unexpected_world
+from megagpt.planning.rules import Rule, refusals
+from megagpt.schema.arithmetic import nearest_first
+
+ANY_VOCABULARY = 0  # tokens, while the data are not prepared: whatever they turn out to have, the rest can be judged
+MOST_TRIED = 500  # configurations looked at for a legal one, a millisecond each
+
+Items = tuple[str, ...]  # of `--set`
+
+
+@dataclass(frozen=True)
+class World:
+    """What a file does not say: how many ranks there are (None: as many as make one replica), how many tokens the data
+    have (None: as many as the model; ANY_VOCABULARY: not known), and whether the device multiplies bf16 matrices in
+    hardware (None: not known)."""
+
+    ranks: int | None
+    vocabulary: int | None
+    bf16_native: bool | None = None
+
+    def resolve(self, written: RunConfig) -> ResolvedConfig:
+        """The run in this world; where the device is not known, on one where it is legal. Raises ConfigError."""
+        if self.bf16_native is None:
+            without, with_bf16 = (replace(self, bf16_native=native).resolve(written) for native in (False, True))
+            legal_with_bf16_alone = self.refusals(without, written) and not self.refusals(with_bf16, written)
+            return with_bf16 if legal_with_bf16_alone else without
+        return written.resolved(
+            world_size=self.ranks or written.megagpt.parallel.model_parallel_size,
+            vocabulary=self.vocabulary if self.vocabulary != ANY_VOCABULARY else self._stand_in(written),
+            bf16_native=self.bf16_native,
+        )
+
+    def refusals(self, config: RunConfig, written: RunConfig) -> list[Rule]:
+        """The rows that refuse what was written and resolved here, without those that the data may yet acquit."""
+        return refusals(config, rows_known=self.vocabulary != ANY_VOCABULARY or self._stand_in(written) is None)
+
+    @staticmethod
+    def _stand_in(written: RunConfig) -> int | None:
+        """Tokens to go on with until the data are prepared; None where the configuration itself says how many."""
+        return None if written.megagpt.model.vocab_size or written.megagpt.model.vocabulary else 1
+
+
+def require_legal(written: RunConfig, source: str = "", world: World | None = None) -> None:
+    """Raise ConfigError with all that is wrong; `source` (the file) stands before each line."""
+    if lines := problems(written, world):
+        prefix = f"{source}: " if source else ""
+        raise ConfigError(prefix + line for line in lines)
+
+
+def problems(written: RunConfig, world: World | None = None) -> list[str]:
+    """A line for each row that refuses and each number that does not divide, and the nearest legal run behind the last;
+    empty for a legal one."""
+    verdict = judge(written, world)
+    lines = [rule.line(verdict.config) for rule in verdict.refused] + verdict.impossible
+    if not lines or (found := nearest_legal(written, world)) is None:
+        return lines
+    offer = f"nearest legal: --set {' '.join(found)}"
+    return [f"{lines[0]}; {offer}"] if len(lines) == 1 else [*lines, offer]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The rows that refuse a configuration, resolved as far as it can be, and why it could not be.
+
+    Where other ranks started than it states, it is resolved on those that it states: what else is wrong shows, too.
+    """
+
+    config: RunConfig
+    refused: list[Rule]
+    impossible: list[str]
+
+
+def judge(written: RunConfig, world: World | None) -> Verdict:
+    """The whole check that a run passes before it starts."""
+    if world is None:
+        return Verdict(written, refusals(written), [])
+    parallel = written.megagpt.parallel
+    if world.ranks and (unexpected := unexpected_world(parallel, world.ranks)):
+        as_stated = judge(written, replace(world, ranks=parallel.world_size))
+        return replace(as_stated, impossible=[*as_stated.impossible, unexpected.line("")])
+    try:
+        config = world.resolve(written)
+    except ConfigError as error:
+        return Verdict(written, refusals(written), error.errors)
+    return Verdict(config, world.refusals(config, written), [])
+
+
+def nearest_legal(written: RunConfig, world: World | None) -> Items | None:
+    """The `--set` items of a legal run, found by the fewest remedies; None where none was found."""
+    queue: deque[Items] = deque([()])
+    seen: set[Items] = {()}
+    tried = 0
+    while queue and tried < MOST_TRIED:
+        items, tried = queue.popleft(), tried + 1
+        try:
+            changed = written.changed(items)
+        except ConfigError:
+            continue
+        verdict = judge(changed, world)
+        if not verdict.refused and not verdict.impossible:
+            return items
+        for remedy in _remedies(changed, verdict, world):
+            more = _with(items, tuple(remedy.split()))
+            if more not in seen:
+                seen.add(more)
+                queue.append(more)
+    return None
+
+
+def _remedies(written: RunConfig, verdict: Verdict, world: World | None) -> Iterator[str]:
+    """Of the first row that refuses; else the ranks that there are; where only numbers do not divide, smaller axes of
+    the mesh, or other ways to cut the batch, then other batches."""
+    if verdict.refused:
+        yield from verdict.refused[0].remedies_for(verdict.config)
+        return
+    parallel = written.megagpt.parallel
+    replica = parallel.model_parallel_size
+    ranks = replica if world is None or world.ranks is None else world.ranks
+    if parallel.world_size not in (None, ranks):
+        yield f"megagpt.parallel.world_size={ranks}"
+        return
+    if ranks % replica:
+        for axis, size in (("tensor", parallel.tensor), ("pipeline", parallel.pipeline)):
+            yield from (f"megagpt.parallel.{axis}={fewer}" for fewer in range(size - 1, 0, -1))
+        return
+    yield from _other_batches(written, ranks // replica)
+
+
+def _other_batches(written: RunConfig, replicas: int) -> Iterator[str]:
+    """As many steps of accumulation as it takes; smaller micro-batches; the batches next to the one that does not
+    divide, of which micro-batches, where they are stated, take any number of steps."""
+    micro_batch, steps = written.train_micro_batch_size_per_gpu, written.gradient_accumulation_steps
+    any_steps = "gradient_accumulation_steps=null"
+    if steps is not None:
+        yield any_steps
+    for fewer in range((micro_batch or 1) - 1, 0, -1):
+        if micro_batch and micro_batch % fewer == 0:
+            yield f"train_micro_batch_size_per_gpu={fewer}"
+    if written.train_batch_size is not None:
+        unit = replicas * (micro_batch or steps or 1)
+        below = written.train_batch_size // unit * unit
+        for batch in nearest_first(written.train_batch_size, among=[max(below, unit), below + unit]):
+            yield f"train_batch_size={batch} {any_steps}" if micro_batch and steps else f"train_batch_size={batch}"
+
+
+def _with(items: Items, more: Items) -> Items:
+    """Later items stand instead of earlier ones of the same key."""
+    by_key = {item.partition("=")[0]: item for item in (*items, *more)}
+    return tuple(by_key.values())

@@ -1,0 +1,92 @@
+"""The parameters of a pipeline stage, each with its elements on one tensor shard, in the order of `model.parameters()`.
+
+Tensor parallelism cuts attention by whole key-value groups and the MLP by its hidden channels (Shoeybi et al. 2019,
+arXiv 1909.08053, section 3), the embedding and the head by rows of the vocabulary. Norms, positions and the biases
+behind an output that all ranks add up are whole everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import NamedTuple
+
+from megagpt.config import ModelConfig
+from megagpt.planning.layout import Layout
+
+
+class Parameter(NamedTuple):
+    """One parameter of a stage: its global name, its elements on one tensor shard, and whether weight decay applies."""
+
+    name: str
+    numel: int
+    decayed: bool
+
+
+def parameters_of_rank(layout: Layout, pipeline_rank: int) -> list[Parameter]:
+    """All parameters that a rank of this pipeline rank takes part in, over its virtual stages."""
+    stages = [layout.stages[stage] for stage in layout.stages_of(pipeline_rank)]
+    return [parameter for layers in stages for parameter in _stage(layout.model, layers, layout.tensor)]
+
+
+def group_elements(parameters: Iterable[Parameter]) -> tuple[int, int]:
+    """Elements with and without weight decay: the two groups of the optimizer (engine.py)."""
+    sizes = [0, 0]
+    for parameter in parameters:
+        sizes[0 if parameter.decayed else 1] += parameter.numel
+    return sizes[0], sizes[1]
+
+
+@cache
+def _stage(model: ModelConfig, layers: range, tensor: int) -> tuple[Parameter, ...]:
+    """The parameters of a contiguous run of layers, a tied head's only where the embedding is elsewhere."""
+    found: list[Parameter] = []
+    for layer in layers:
+        if layer == 0:
+            found += _embedding(model, tensor)
+        elif layer <= model.num_layers:
+            found += _block(model, f"blocks.{layer - 1}", tensor)
+        else:
+            tied_here = model.tie_embeddings and 0 in layers
+            found += _head(model, tensor, with_weight=not tied_here)
+    return tuple(found)
+
+
+def _embedding(model: ModelConfig, tensor: int) -> Iterator[Parameter]:
+    yield Parameter("embedding.tokens.weight", model.vocab_size * model.hidden_size // tensor, True)
+    if model.position == "learned":
+        yield Parameter("embedding.positions.weight", model.sequence_length * model.hidden_size, True)
+
+
+def _block(model: ModelConfig, block: str, tensor: int) -> Iterator[Parameter]:
+    """Norm, attention, norm, MLP. A matrix that is cut by columns has a bias that nobody shares."""
+    width = model.hidden_size
+    qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_size
+    up = model.mlp_size * (2 if model.activation == "swiglu" else 1)
+    yield from _norm(model, f"{block}.attention_norm")
+    yield from _linear(model, f"{block}.attention.qkv", width, qkv, shards=tensor, bias_shards=tensor)
+    yield from _linear(model, f"{block}.attention.output", width, width, shards=tensor, bias_shards=1)
+    yield from _norm(model, f"{block}.mlp_norm")
+    yield from _linear(model, f"{block}.mlp.up", width, up, shards=tensor, bias_shards=tensor)
+    yield from _linear(model, f"{block}.mlp.down", model.mlp_size, width, shards=tensor, bias_shards=1)
+
+
+def _head(model: ModelConfig, tensor: int, *, with_weight: bool) -> Iterator[Parameter]:
+    if with_weight:
+        name = "embedding.tokens.weight" if model.tie_embeddings else "head.weight"
+        yield Parameter(name, model.vocab_size * model.hidden_size // tensor, True)
+    yield from _norm(model, "head.norm")
+
+
+def _norm(model: ModelConfig, name: str) -> Iterator[Parameter]:
+    yield Parameter(f"{name}.weight", model.hidden_size, False)
+    if model.norm == "layernorm" and model.bias:
+        yield Parameter(f"{name}.bias", model.hidden_size, False)
+
+
+def _linear(
+    model: ModelConfig, name: str, inputs: int, outputs: int, *, shards: int, bias_shards: int
+) -> Iterator[Parameter]:
+    yield Parameter(f"{name}.weight", inputs * outputs // shards, True)
+    if model.bias:
+        yield Parameter(f"{name}.bias", outputs // bias_shards, False)

@@ -1,0 +1,57 @@
+"""Which rank is which, and on which host: the mesh as `distributed.py` lays it out, before any process exists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megagpt.cluster.hosts import Host
+from megagpt.planning.layout import Layout
+
+
+class Place(NamedTuple):
+    """One rank: where it runs, and where it is on the axes."""
+
+    rank: int
+    host: str
+    slot: int
+    pipeline: int
+    data: int
+    tensor: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Every rank's place, in the order of ranks; hosts are filled one after another, tensor is the innermost axis."""
+
+    places: tuple[Place, ...]
+
+    @classmethod
+    def of(cls, layout: Layout, hosts: Sequence[Host]) -> Placement:
+        """The hosts' slots together must be the layout's ranks."""
+        slots = [(host.name, slot) for host in hosts for slot in range(host.slots)]
+        places = []
+        for rank, (host, slot) in enumerate(slots):
+            replica, tensor = divmod(rank, layout.tensor)
+            pipeline, data = divmod(replica, layout.data)
+            places.append(Place(rank, host, slot, pipeline, data, tensor))
+        return cls(tuple(places))
+
+    def of_pipeline_rank(self, pipeline_rank: int) -> list[Place]:
+        """The ranks that hold the same stages."""
+        return [place for place in self.places if place.pipeline == pipeline_rank]
+
+    def split_tensor_groups(self) -> list[list[Place]]:
+        """Tensor groups whose ranks are on more than one host: every layer then waits for the network."""
+        groups: dict[tuple[int, int], list[Place]] = {}
+        for place in self.places:
+            groups.setdefault((place.pipeline, place.data), []).append(place)
+        return [group for group in groups.values() if len({place.host for place in group}) > 1]
+
+
+def hosts_of(ranks: int, ranks_per_host: int) -> list[Host]:
+    """Hosts without names for so many ranks; the last may have fewer slots."""
+    whole, rest = divmod(ranks, ranks_per_host)
+    hosts = [Host(f"host-{index + 1}", ranks_per_host) for index in range(whole)]
+    return hosts + ([Host(f"host-{whole + 1}", rest)] if rest else [])

@@ -1,0 +1,227 @@
+"""What a configuration would do on given hosts: is it legal, who holds what, does it fit, how fast, what would fit.
+
+No torch and no device: everything follows from the configuration, the hosts and the assumptions that the plan prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from megagpt.cluster.hosts import Host, world_size
+from megagpt.config import ConfigError, ResolvedConfig, RunConfig, load_config
+from megagpt.planning.alternatives import alternatives, set_items
+from megagpt.planning.cost.accelerators import Accelerator
+from megagpt.planning.cost.communication import Communication, communication
+from megagpt.planning.cost.memory import RankMemory, rank_memory
+from megagpt.planning.cost.model_states import shard_of
+from megagpt.planning.cost.performance import Assumptions, Estimate, estimate
+from megagpt.planning.layout import Layout
+from megagpt.planning.legality import World, judge, problems
+from megagpt.planning.placement import Placement
+from megagpt.planning.rules import can_be_cut
+from megagpt.utils import GIB, UserError
+
+LINK_SHARE = 0.7  # of a link's speed on its data sheet, what collectives reach
+EFFICIENCY = 0.5  # of a device's peak, what large 16-bit products and attention reach together
+NETWORK_GB_PER_S = 40.0  # one 400 Gbit/s adapter a device
+HOST_MEMORY_GB_PER_S, NVME_GB_PER_S = 200.0, 10.0
+HOST_MEMORY_GIB, RESERVE_GIB = 1024.0, 6.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What there is: memory of a device and of a host in GiB, and how much of the device is not ours to fill (the CUDA
+    context, NCCL's buffers, fragments of the allocator)."""
+
+    device_gib: float
+    host_gib: float = HOST_MEMORY_GIB
+    reserve_gib: float = RESERVE_GIB
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A layout that fits, and how to ask for it."""
+
+    items: list[str]
+    estimate: Estimate
+    peak_gib: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answers. `refusals` are the lines of planning/rules.py; `memory` and `sent` have an entry a pipeline rank."""
+
+    source: str
+    config: ResolvedConfig
+    refusals: list[str]
+    layout: Layout
+    placement: Placement
+    memory: list[RankMemory]
+    sent: list[Communication]
+    estimate: Estimate
+    limits: Limits
+    assumed: Assumptions
+    alternatives: list[Alternative] = field(default_factory=list)
+
+    @property
+    def fits_device(self) -> bool:
+        """Every rank's peak leaves the reserve free."""
+        return all(fits_device(rank, self.limits) for rank in self.memory)
+
+    @property
+    def fits_host(self) -> bool:
+        """Every host has the memory that its ranks keep there."""
+        return self.host_gib <= self.limits.host_gib
+
+    @property
+    def host_gib(self) -> float:
+        """The most that the ranks of one host keep in its memory."""
+        by_host: dict[str, float] = {}
+        for place in self.placement.places:
+            by_host[place.host] = by_host.get(place.host, 0) + self.memory[place.pipeline].peak.host / GIB
+        return max(by_host.values())
+
+    @property
+    def good(self) -> bool:
+        """Legal, and it fits."""
+        return not self.refusals and self.fits_device and self.fits_host
+
+
+def fits_device(memory: RankMemory, limits: Limits) -> bool:
+    """Whether a rank's peak leaves the reserve free."""
+    return memory.peak.device / GIB <= limits.device_gib - limits.reserve_gib
+
+
+def assume(device: Accelerator, ranks_per_host: int, **given: Any) -> Assumptions:
+    """Rates of a device's data sheet, lowered to what programs reach; whatever is given and not None stands instead."""
+    assumed = Assumptions(
+        peak_tflops=device.peak_tflops,
+        efficiency=EFFICIENCY,
+        link_gb_per_s=LINK_SHARE * device.link_gb_per_s,
+        network_gb_per_s=NETWORK_GB_PER_S,
+        host_gb_per_s=LINK_SHARE * device.host_gb_per_s,
+        host_memory_gb_per_s=HOST_MEMORY_GB_PER_S,
+        nvme_gb_per_s=NVME_GB_PER_S,
+        device_memory_gb_per_s=LINK_SHARE * device.memory_gb_per_s,
+        ranks_per_host=ranks_per_host,
+    )
+    return replace(assumed, **{name: value for name, value in given.items() if value is not None})
+
+
+def make_plan(path: str, overrides: Sequence[str], hosts: Sequence[Host], limits: Limits, assumed: Assumptions) -> Plan:
+    """Plan a configuration file on these hosts; raises ConfigError where it is no configuration for so many ranks."""
+    written = load_config(path, overrides)
+    world = world_of(written, world_size(list(hosts)))
+    verdict, refused = judge(written, world), problems(written, world)
+    config = verdict.config
+    if verdict.impossible or not isinstance(config, ResolvedConfig) or not can_be_cut(config):
+        raise ConfigError(f"{path}: {line}" for line in refused)
+    plan = _plan(path, config, refused, hosts, limits, assumed)
+    return plan if plan.good else replace(plan, alternatives=_alternatives(plan, path, overrides, written, world))
+
+
+def world_of(written: RunConfig, ranks: int) -> World:
+    """GPUs that compute in bf16; the vocabulary is the configuration's or its preset's, else that of the data."""
+    return World(ranks, _vocabulary_here(written), bf16_native=True)
+
+
+def _vocabulary_here(written: RunConfig) -> int | None:
+    """Of the prepared data, which are looked at only where nothing else tells it: that costs the import of numpy."""
+    model = written.megagpt.model
+    if model.vocab_size or model.vocabulary or model.published_vocabulary:
+        return None
+    from megagpt.data.manifest import read_manifest
+
+    try:
+        return max(read_manifest(Path(source.path)).vocabulary for source in written.megagpt.data.sources)
+    except UserError:
+        return None
+
+
+def _plan(
+    path: str,
+    config: ResolvedConfig,
+    refused: list[str],
+    hosts: Sequence[Host],
+    limits: Limits,
+    assumed: Assumptions,
+) -> Plan:
+    layout = Layout.of(config)
+    ranks = range(layout.pipeline)
+    return Plan(
+        source=path,
+        config=config,
+        refusals=refused,
+        layout=layout,
+        placement=Placement.of(layout, hosts),
+        memory=[rank_memory(layout, rank) for rank in ranks],
+        sent=[communication(layout, rank, shard_of(layout, rank)) for rank in ranks],
+        estimate=estimate(layout, assumed),
+        limits=limits,
+        assumed=assumed,
+    )
+
+
+def _alternatives(
+    plan: Plan, path: str, overrides: Sequence[str], written: RunConfig, world: World
+) -> list[Alternative]:
+    """Neighbours that fit; each is read again from the file with its `--set` items, so that what is printed works."""
+    limits = plan.limits
+
+    def items_of(layout: Layout) -> list[str]:
+        return set_items(written, plan.config, layout)
+
+    def legal(layout: Layout) -> bool:
+        try:
+            verdict = judge(load_config(path, [*overrides, *items_of(layout)]), world)
+        except ConfigError:
+            return False
+        if verdict.refused or verdict.impossible:
+            return False
+        assert isinstance(verdict.config, ResolvedConfig)  # nothing was impossible
+        return Layout.of(verdict.config) == layout
+
+    def fits(memory: RankMemory) -> bool:
+        in_host = memory.peak.host / GIB * plan.assumed.ranks_per_host
+        return fits_device(memory, limits) and in_host <= limits.host_gib
+
+    found = alternatives(plan.layout, plan.assumed, fits, legal)
+    return [_alternative(layout, items_of(layout), plan.assumed) for layout in found]
+
+
+def _alternative(layout: Layout, items: list[str], assumed: Assumptions) -> Alternative:
+    peak = max(rank_memory(layout, rank).peak.device for rank in range(layout.pipeline))
+    return Alternative(items, estimate(layout, assumed), peak / GIB)
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan for machines: bytes and seconds, hosts and ranks, nothing rounded."""
+    return {
+        "legal": not plan.refusals,
+        "fits": plan.fits_device and plan.fits_host,
+        "refusals": plan.refusals,
+        "mesh": {"pipeline": plan.layout.pipeline, "data": plan.layout.data, "tensor": plan.layout.tensor},
+        "places": [place._asdict() for place in plan.placement.places],
+        "split_tensor_groups": [[place.rank for place in group] for group in plan.placement.split_tensor_groups()],
+        "memory": [
+            {
+                "pipeline_rank": memory.pipeline_rank,
+                "peak_bytes": vars(memory.peak),
+                "peak_phase": memory.peak_phase,
+                "bytes": {name: vars(size) for name, size in memory.lines()},
+            }
+            for memory in plan.memory
+        ],
+        "host_gib": plan.host_gib,
+        "limits": vars(plan.limits),
+        "bytes_sent_per_step": [vars(sent) for sent in plan.sent],
+        "estimate": vars(plan.estimate),
+        "assumptions": vars(plan.assumed),
+        "alternatives": [
+            {"set": other.items, "peak_gib": other.peak_gib, "estimate": vars(other.estimate)}
+            for other in plan.alternatives
+        ],
+    }

@@ -1,0 +1,164 @@
+"""A plan as text for a terminal."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+
+from megagpt.planning.cost.memory import RankMemory
+from megagpt.planning.cost.model_states import Bytes
+from megagpt.planning.placement import Place
+from megagpt.planning.plan import Alternative, Plan
+from megagpt.planning.schedules import bubble_formula
+from megagpt.planning.stages import describe
+from megagpt.utils import GIB, human_count
+
+FEW_RANKS = 16  # shown one by one
+SHOWN_STAGES = 8  # of memory, one column each; of more, the first, the last and the fullest
+
+
+def text(plan: Plan) -> str:
+    """Everything, the verdict first, and where it is no, what to type instead at the end."""
+    parts = [_verdict(plan), *_refusals(plan), _mesh(plan), _stages(plan), _memory(plan), _speed(plan)]
+    return "\n\n".join([*parts, _assumptions(plan)] + ([] if plan.good else [_alternatives(plan.alternatives)]))
+
+
+def _verdict(plan: Plan) -> str:
+    layout, room = plan.layout, plan.limits.device_gib - plan.limits.reserve_gib
+    legal = "refused" if plan.refusals else "legal"
+    fits = "it fits" if plan.fits_device and plan.fits_host else "IT DOES NOT FIT"
+    used = f"{_fullest(plan.memory).peak.device / GIB:.1f} of {room:.1f} GiB a device"
+    used += f", {plan.host_gib:.1f} of {plan.limits.host_gib:.0f} GiB a host" if plan.host_gib else ""
+    mesh = f"pipeline {layout.pipeline} x data {layout.data} x tensor {layout.tensor}; ZeRO {layout.zero.stage}"
+    batch = f"{layout.micro_batch} x {layout.micro_batches} micro-batches x {layout.data} replicas"
+    return (
+        f"{plan.source}: {legal}; {fits}: {used}\n"
+        f"{human_count(layout.model.num_parameters)} parameters on {layout.world_size} ranks: {mesh}\n"
+        f"batch {plan.config.train_batch_size} = {batch}; recomputation {layout.recompute}"
+    )
+
+
+def _refusals(plan: Plan) -> Iterator[str]:
+    if plan.refusals:
+        yield "\n".join(["refused:", *(f"  {line}" for line in plan.refusals)])
+
+
+def _mesh(plan: Plan) -> str:
+    """Each rank where there are few, else the hosts of each pipeline rank."""
+    places = plan.placement.places
+    if len(places) <= FEW_RANKS:
+        rows = [[f"{p.rank}", p.host, f"{p.slot}", f"{p.pipeline}", f"{p.data}", f"{p.tensor}"] for p in places]
+        lines = table(["rank", "host", "slot", "pipeline", "data", "tensor"], rows)
+    else:
+        lines = [_run_of_ranks(plan.placement.of_pipeline_rank(rank), rank) for rank in range(plan.layout.pipeline)]
+    split = plan.placement.split_tensor_groups()
+    if split:
+        hosts = " and ".join(dict.fromkeys(place.host for place in split[0]))
+        lines.append(
+            f"warning: {len(split)} tensor groups cross hosts, such as ranks {split[0][0].rank}-{split[0][-1].rank} on "
+            f"{hosts}: every layer waits for the network; use a tensor axis that divides the slots of a host"
+        )
+    return "\n".join(["mesh:", *(f"  {line}" for line in lines)])
+
+
+def _run_of_ranks(places: Sequence[Place], pipeline_rank: int) -> str:
+    first, last = places[0], places[-1]
+    where = f"{first.host} slot {first.slot} to {last.host} slot {last.slot}"
+    return f"pipeline {pipeline_rank}: ranks {first.rank}-{last.rank}, {where}"
+
+
+def _stages(plan: Plan) -> str:
+    """What each stage holds, and its shares of arithmetic and parameters."""
+    layout = plan.layout
+    lines = [
+        f"stage {stage} on pipeline {stage % layout.pipeline}: {describe(layout.model, layers)}"
+        for stage, layers in enumerate(layout.stages)
+    ]
+    if len(lines) > FEW_RANKS:
+        lines = [*lines[:3], f"... {len(lines) - 6} more ...", *lines[-3:]]
+    return "\n".join(["stages, with their shares:", *(f"  {line}" for line in lines)])
+
+
+def _memory(plan: Plan) -> str:
+    """GiB of a rank by line, a column a pipeline rank; a line that is zero everywhere is left out."""
+    shown = _shown(plan.memory)
+    columns = [[*memory.lines(), ("peak", memory.peak)] for memory in shown]
+    rows = [
+        [columns[0][line][0], *(_gib(column[line][1]) for column in columns)]
+        for line in range(len(columns[0]))
+        if any(vars(column[line][1]) != vars(Bytes()) for column in columns)
+    ]
+    rows.append(["peak is in", *(memory.peak_phase for memory in shown)])
+    head = ["GiB of a rank", *(f"pipeline {memory.pipeline_rank}" for memory in shown)]
+    fullest = _fullest(plan.memory)
+    note = f"most: pipeline rank {fullest.pipeline_rank}; +H in host memory, +N on NVMe"
+    return "\n".join([f"memory ({note}):", *(f"  {line}" for line in table(head, rows))])
+
+
+def _shown(memory: Sequence[RankMemory]) -> list[RankMemory]:
+    if len(memory) <= SHOWN_STAGES:
+        return list(memory)
+    return [memory[rank] for rank in sorted({0, _fullest(memory).pipeline_rank, len(memory) - 1})]
+
+
+def _fullest(memory: Sequence[RankMemory]) -> RankMemory:
+    return max(memory, key=lambda rank: rank.peak.device)
+
+
+def _gib(size: Bytes) -> str:
+    parts = [f"{size.device / GIB:.2f}"] if size.device or not (size.host or size.nvme) else []
+    parts += [f"{size.host / GIB:.2f} H"] if size.host else []
+    parts += [f"{size.nvme / GIB:.2f} N"] if size.nvme else []
+    return " + ".join(parts)
+
+
+def _speed(plan: Plan) -> str:
+    layout, result = plan.layout, plan.estimate
+    sent = max(plan.sent, key=lambda of_rank: sum(vars(of_rank).values()))
+    axes = {
+        "data, parameters": sent.gathers,
+        "data, gradients": sent.reductions,
+        "tensor": sent.tensor,
+        "pipeline": sent.pipeline,
+    }
+    volume = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in axes.items())
+    idle = bubble_formula(layout.pipeline, layout.virtual_stages, layout.micro_batches)
+    device_rate = human_count(result.tokens_per_s / layout.world_size)
+    parts = f"passes {result.passes_s:.2f} + reduction {result.reduction_s:.2f} + update {result.update_s:.2f}"
+    return (
+        "speed (an estimate, no measurement):\n"
+        f"  step {result.step_s:.2f} s = {parts}\n"
+        f"  {human_count(result.tokens_per_s)} tokens/s, {device_rate} a device, MFU {result.mfu:.0%}\n"
+        f"  bubble {result.bubble:.1%} of the passes ({idle:.1%} with equal stages)\n"
+        f"  GB sent by a rank in a step: {volume}"
+    )
+
+
+def _assumptions(plan: Plan) -> str:
+    words = [f"{name} {value:g}" for name, value in vars(plan.assumed).items()]
+    limits = [f"{name} {value:g}" for name, value in vars(plan.limits).items()]
+    return f"assumed (see --help):\n  {', '.join(words)}\n  {', '.join(limits)}"
+
+
+def _alternatives(found: Sequence[Alternative]) -> str:
+    if not found:
+        return (
+            "nothing that is legal and fits is two changes or fewer away: use more ranks, or a smaller model or batch"
+        )
+    lines = [
+        f"  --set {shlex.join(other.items)}\n"
+        f"      {other.peak_gib:.1f} GiB a device, step {other.estimate.step_s:.2f} s, MFU {other.estimate.mfu:.0%}"
+        for other in found
+    ]
+    return "\n".join(["legal and fits, with the same ranks and batch, fastest first:", *lines])
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with columns as wide as their widest entry, the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        return "  ".join(cells).rstrip()
+
+    return [line(head), *(line(row) for row in rows)]

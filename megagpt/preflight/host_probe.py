@@ -1,0 +1,151 @@
+"""What one host has: its software, code, memory, disks and devices. Standard library only.
+
+`preflight/checks.py` sends this very file to the Python of each host, through ssh's standard input, with a call of `answer`
+at its end: so it works on hosts that lack the code, and nothing that it is asked appears on a command line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = ("torch", "deepspeed", "triton", "numpy", "safetensors", "pydantic")
+SOURCES = ("megagpt", "kernels")
+
+
+def answer(request: dict[str, Any]) -> None:
+    """Do one task and print its result as the only line on standard output, where libraries print too."""
+    with os.fdopen(os.dup(1), "w") as out:
+        os.dup2(2, 1)
+        result = TASKS[request.pop("task")](**request)
+        print(json.dumps(result), file=out)
+
+
+def facts(
+    directory: str, run_directory: str, disks: list[str], variables: dict[str, str], ops: dict[str, list[str]]
+) -> dict[str, Any]:
+    """Everything that a run in `directory` depends on; ``ops`` are those that it needs, by type of device."""
+    os.environ.update(variables)
+    found = {
+        "name": socket.gethostname(),
+        "machine": _machine(),
+        "clock_s": time.time(),
+        "directory": Path(directory).is_dir(),
+        "software": {"Python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
+        "memory_bytes": _available_memory(),
+        "shared_memory_bytes": _free("/dev/shm"),
+        "place": _place(run_directory),
+        "disks": {path: _place(path) for path in disks},
+    }
+    if not found["directory"]:
+        return found
+    os.chdir(directory)
+    sys.path.insert(0, directory)
+    return found | {"code": code_fingerprint([Path(directory, name) for name in SOURCES]), **_devices(ops)}
+
+
+def code_fingerprint(directories: Sequence[Path]) -> str:
+    """SHA-256 over the names and contents of the Python files in some directories, wherever those lie."""
+    digest = hashlib.sha256()
+    for directory in directories:
+        for path in sorted(directory.rglob("*.py")):
+            content = path.read_bytes()
+            digest.update(f"{path.relative_to(directory.parent)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def leave_mark(path: str) -> bool:
+    """Write a small file, to be looked for from the other hosts."""
+    Path(path).touch()
+    return True
+
+
+def see_mark(path: str) -> bool:
+    """Whether the file of another host is here too. Listing the directory makes NFS look again."""
+    return Path(path).name in os.listdir(Path(path).parent)
+
+
+def wipe_mark(path: str) -> bool:
+    """Take the file away."""
+    Path(path).unlink(missing_ok=True)
+    return True
+
+
+TASKS: dict[str, Callable[..., Any]] = {
+    "facts": facts,
+    "leave_mark": leave_mark,
+    "see_mark": see_mark,
+    "wipe_mark": wipe_mark,
+}
+
+
+def _machine() -> str:
+    """What tells this machine from another: two names may mean one."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return platform.node()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _available_memory() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _free(path: str) -> int | None:
+    try:
+        return shutil.disk_usage(path).free
+    except OSError:
+        return None
+
+
+def _place(path: str) -> dict[str, Any]:
+    """The nearest directory that exists, whether it can be written, and its free space."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    return {"path": str(place), "writable": os.access(place, os.W_OK | os.X_OK), "free_bytes": _free(str(place))}
+
+
+def _state_of(op: str) -> str:
+    from megagpt.parallel import ops
+
+    return ops.missing_tools(op) or ("built" if ops.is_built(op) else "not yet")
+
+
+def _devices(needed: dict[str, list[str]]) -> dict[str, Any]:
+    """The devices that torch sees, and for each op whether it is compiled, can be, or why not."""
+    try:
+        import torch
+
+        from megagpt.parallel import ops
+        from megagpt.parallel.device import announce_to_deepspeed
+
+        count = torch.cuda.device_count()
+        names = [torch.cuda.get_device_name(index) for index in range(count)]
+        announce_to_deepspeed()
+        ops.use_private_extensions()
+        states = {op: _state_of(op) for op in needed["cuda" if count else "cpu"]}
+    except Exception as error:  # whatever keeps torch or the code from being imported is the finding
+        return {"failure": f"{type(error).__name__}: {error}"}
+    return {"devices": names, "ops": states}

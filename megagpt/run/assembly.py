@@ -1,0 +1,134 @@
+"""A run put together on its ranks: engine, data, newest checkpoint, monitor."""
+
+import logging
+from pathlib import Path
+
+from megagpt.checkpoint.collective import everyones, together
+from megagpt.checkpoint.directory import collect_leftovers
+from megagpt.checkpoint.format import DamagedCheckpointError, OtherFormatError
+from megagpt.checkpoint.resume import resume
+from megagpt.checkpoint.resume_proof import NEXT_STEP, NextStep
+from megagpt.cluster.launchers import adopt_launch
+from megagpt.config import ResolvedConfig, RunConfig
+from megagpt.data.manifest import Split
+from megagpt.dataset import SampleStream
+from megagpt.health.agreement import require_agreement
+from megagpt.health.watch import Pulse
+from megagpt.inference.generate import open_tokenizer
+from megagpt.monitoring.monitor import Monitor
+from megagpt.parallel import device, internals
+from megagpt.parallel.batches import BatchLoader
+from megagpt.parallel.engine import Engine, build_engine, build_mesh, compute_dtype, join_ranks, training_device
+from megagpt.planning.stages import cut, describe
+from megagpt.rundir import directory as directories
+from megagpt.rundir.data import require_same_data, resolve_here
+from megagpt.train import Run
+from megagpt.utils import human_count
+
+log = logging.getLogger(__name__)
+
+
+def assemble(config: RunConfig, streams: dict[Split, SampleStream], directory: Path, pulse: Pulse) -> Run:
+    """Bring up the ranks, the engine and the newest checkpoint; every rank does the same, and says where it is."""
+    pulse.beat("joining the other ranks")
+    native = device.multiplies_bf16_natively(training_device())
+    resolved = resolve_here(config, streams["train"].vocabulary, bf16_native=native)
+    join_ranks(resolved)
+    require_agreement(resolved, streams["train"])
+    pulse.beat("building the engine")
+    mesh = build_mesh(resolved)
+    engine = build_engine(resolved, mesh)
+    _announce(engine, directory, device.describe(training_device()))
+    run = Run(
+        config=resolved,
+        engine=engine,
+        training=BatchLoader(streams["train"], resolved, mesh, training_device()),
+        validation=BatchLoader(streams["val"], resolved, mesh, training_device()),
+        encoding=open_tokenizer(resolved.megagpt),
+        directory=directory,
+        peak_flops=device.peak_flops(training_device(), compute_dtype(resolved)),
+        pulse=pulse,
+    )
+    pulse.beat("loading the checkpoint")
+    found = _resume(run)
+    together(lambda: directories.record(directory, resolved) if mesh.rank == 0 else None)
+    run.monitor = Monitor.open(
+        resolved,
+        directory,
+        total_steps=resolved.megagpt.training.total_steps,
+        start_step=run.state.step,
+        is_writer=mesh.rank == 0,
+    )
+    if found:
+        run.monitor.event("resume", step=run.state.step, **found)
+    for message in _unknown_internals(resolved):
+        run.monitor.event("warning", step=run.state.step, message=message)
+    return run
+
+
+def _unknown_internals(config: ResolvedConfig) -> list[str]:
+    """Return what each host runs at its own risk (MEGAGPT_ALLOW_UNKNOWN=1); every rank must call it."""
+    here = internals.check(internals.parts_used(config, adopt_launch().launcher))
+    return sorted({message for message in everyones(here) if message is not None})
+
+
+def _resume(run: Run) -> dict[str, object] | None:
+    """Load the newest sound checkpoint into the run; what it was, for the record."""
+    if run.engine.mesh.rank == 0:
+        for name in collect_leftovers(run.saver.checkpoints):
+            log.warning("removed %s, left by a save that was interrupted", name)
+    resumed = resume(run.engine, run.directory)
+    if resumed is None:
+        return None
+    run.state = resumed.state
+    run.saver.goes_on_from(run.state)
+    if run.engine.mesh.rank == 0:
+        run.unproven = _next_step(resumed.directory)
+        print(resumed.describe(provable=run.unproven is not None), flush=True)
+    require_same_data(run.directory, run.state.step, resumed.manifest.data_fingerprint, run.training.stream)
+    return {"written_by": resumed.manifest.topology, "passed_over": resumed.passed_over}
+
+
+def _next_step(checkpoint: Path) -> NextStep | None:
+    """The record of the step that followed a checkpoint; a damaged one gives way to what that step gives now.
+
+    One of another format stays, and says nothing to this version.
+    """
+    try:
+        return NextStep.read(checkpoint)
+    except DamagedCheckpointError as error:
+        log.warning("%s", error)
+        (checkpoint / NEXT_STEP).unlink(missing_ok=True)
+    except OtherFormatError as error:
+        log.warning("%s", error)
+    return None
+
+
+def _announce(engine: Engine, directory: Path, hardware: str) -> None:
+    """One paragraph on the screen before the first step: what trains, how, where."""
+    if engine.mesh.rank != 0:
+        return
+    config, zero = engine.config, engine.config.zero_optimization
+    model = config.megagpt.model
+    optimizer_on, parameters_on = (
+        "the device" if place == "none" else place for place in (zero.optimizer_device, zero.parameter_device)
+    )
+    print(
+        f"{directory}: {human_count(model.num_parameters)} parameters "
+        f"({model.num_layers} layers, width {model.hidden_size}, {model.num_heads} heads, "
+        f"{model.vocab_size} tokens, length {model.sequence_length})\n"
+        f"{engine.mesh.world_size} x {hardware}; ZeRO {zero.stage}, optimizer on {optimizer_on}, "
+        f"parameters on {parameters_on}; batch {config.train_batch_size} = "
+        f"{config.train_micro_batch_size_per_gpu} x {config.gradient_accumulation_steps} micro-batches x "
+        f"{engine.mesh.data_size} replicas",
+        flush=True,
+    )
+    if engine.num_stages > 1:
+        print(f"pipeline, {config.megagpt.parallel.schedule}: {_describe_stages(config)}", flush=True)
+
+
+def _describe_stages(config: ResolvedConfig) -> str:
+    """What each pipeline stage holds, and its shares of work and parameters."""
+    model, parallel = config.megagpt.model, config.megagpt.parallel
+    stages = cut(model, parallel.pipeline * parallel.virtual_stages)
+    return "; ".join(f"stage {index}: {describe(model, layers)}" for index, layers in enumerate(stages))

@@ -1,0 +1,189 @@
+"""From a run's last moment to an exit code: what the screen shows, and what is left on record for who started it."""
+
+import contextlib
+import logging
+import os
+import shlex
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megagpt.cluster.launch_command import COMMAND_VARIABLE, command_of_launcher
+from megagpt.cluster.launchers import OF_A_RANK, adopt_launch
+from megagpt.common.text import redacted
+from megagpt.health.watch import RankState, Watch
+from megagpt.rundir import end_record
+from megagpt.rundir.end_record import EndRecord
+from megagpt.rundir.signals import STOP_FILE, Wish
+from megagpt.utils import ExitCode, human_count
+
+if TYPE_CHECKING:
+    from megagpt.train import Run
+
+log = logging.getLogger(__name__)
+
+
+def forget(directory: Path) -> None:
+    """A run that begins has not ended: the page and the record of an earlier end give way."""
+    shutil.rmtree(directory / "logs" / "watch", ignore_errors=True)
+    _crash_file(directory).unlink(missing_ok=True)
+    end_record.clear(directory)
+
+
+def acquaint(watch: Watch, run: "Run") -> None:
+    """Tell the watch over this rank what the rank and its modules are called."""
+    modules = (item for chunk in run.engine.chunks for item in chunk.named_modules())
+    watch.know(run.engine.mesh.name, {id(module): name for name, module in modules if name})
+
+
+def report_hang(states: list[RankState], timeout_s: float, run: "Run | None", directory: Path) -> None:
+    """One rank's word for all, while every main thread hangs."""
+    from megagpt.health.hang_page import hang_page, verdict
+
+    last, step = last_checkpoint(directory), run.state.step if run else None
+    page = hang_page(
+        states,
+        timeout_s=timeout_s,
+        last_checkpoint=last,
+        resume_command=resume_command() if last else None,
+        stacks=directory / "logs" / "watch",
+    )
+    _record(EndRecord(end_record.HUNG, ExitCode.FAILED, step, _rank(), verdict(states)), directory)
+    _publish(page, directory)
+
+
+def farewell(run: "Run", first_step: int, wish: Wish) -> ExitCode:
+    """The end of a run that was done, or saved because of a wish; every rank must call it."""
+    import torch.distributed as dist
+
+    code = ExitCode.PREEMPTED_AND_SAVED if wish.ends_the_run else ExitCode.DONE
+    if run.engine.mesh.rank == 0:
+        (run.directory / STOP_FILE).unlink(missing_ok=True)
+        reason, detail = (end_record.PREEMPTED, wish.name) if wish.ends_the_run else (end_record.DONE, "")
+        _record(EndRecord(reason, code, run.state.step, rank=0, detail=detail), run.directory)
+        print(_saved(run, wish) if wish.ends_the_run else _outcome(run, first_step), flush=True)
+    dist.destroy_process_group()
+    return code
+
+
+def _saved(run: "Run", wish: Wish) -> str:
+    return f"{wish.name}: saved step {run.state.step} and ended; to go on: {resume_command()}"
+
+
+def _outcome(run: "Run", first_step: int) -> str:
+    """What was done, and what the user can type next."""
+    total_steps = run.config.megagpt.training.total_steps
+    if first_step >= total_steps:
+        more = f"--set megagpt.training.total_steps={2 * first_step}"
+        done = f"already done: {run.directory} is at step {first_step} of {total_steps}; to train on: {more}"
+    else:
+        tokens = human_count(run.state.tokens)
+        done = f"done: step {run.state.step}, {tokens} tokens; samples in {run.directory}/samples.txt"
+    return f'{done}\nnext: python launch/generate.py --run_dir {run.directory} --prompt "import os"'
+
+
+def end_at_once(heard: signal.Signals, run: "Run | None", directory: Path) -> None:
+    """End this process in the middle of anything, from whichever thread; it does not return.
+
+    Before the first step all that there is lies on the disk. Later a save may be torn: the checkpoint before it counts.
+    """
+    code = ExitCode.PREEMPTED_AND_SAVED if run is None else ExitCode.FAILED
+    step, last = run.state.step if run else None, last_checkpoint(directory)
+    try:
+        _record(EndRecord(end_record.ENDED_AT_ONCE, code, step, _rank(), heard.name), directory)
+        _show(f"{heard.name}: ended at once; last checkpoint: {last or 'none'}")
+    finally:
+        os._exit(code)
+
+
+def crash(error: BaseException, run: "Run | None", directory: Path) -> ExitCode:
+    """Show and record an end that nobody wanted; the exit code."""
+    from megagpt.health.guard import StoppedByGuardError
+
+    guard = isinstance(error, StoppedByGuardError)
+    code = ExitCode.STOPPED_BY_GUARD if guard else ExitCode.FAILED
+    reason, step = end_record.STOPPED if guard else end_record.FAILED, run.state.step if run else None
+    detail = redacted(f"{type(error).__name__}: {error}")
+    _record(EndRecord(reason, code, step, _rank(), detail), directory)
+    _show_crash(error, run, directory)
+    return code
+
+
+def _record(record: EndRecord, directory: Path) -> None:
+    """Unless another rank, which ended earlier, has said why the run ends."""
+    try:
+        if EndRecord.read(directory) is None:
+            record.write(directory)
+    except OSError as full:
+        log.info("no end record: %s", full)
+
+
+def _show_crash(error: BaseException, run: "Run | None", directory: Path) -> None:
+    """The page of the rank that failed first; the others, which only lost a peer, write to their logs."""
+    from megagpt.monitoring.monitor import crash_page
+    from megagpt.monitoring.rank_log import rank_log_path
+
+    log.info("the run ended early", exc_info=error)  # for the log only: the screen gets the page
+    last = last_checkpoint(directory)
+    page = crash_page(
+        error,
+        rank_name=run.engine.mesh.name if run else f"rank {_rank()}",
+        last_step=run.state.step if run else None,
+        last_checkpoint=last,
+        resume_command=resume_command() if last else None,
+        log_path=rank_log_path(directory, _rank()),
+    )
+    _publish(page, directory)
+
+
+def _publish(page: str, directory: Path) -> None:
+    """Show the page of the rank that ended first, and keep it; what later ones have to say follows from that end."""
+    try:
+        with _crash_file(directory).open("x") as file:
+            file.write(page)
+    except FileExistsError:
+        return
+    except OSError as full:
+        log.info("the page is on the screen only: %s", full)
+    _show(page)
+
+
+def _show(text: str) -> None:
+    """On the screen, where there is still one: a terminal that was closed must not change how the run ends."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _crash_file(directory: Path) -> Path:
+    return directory / "logs" / "crash.txt"
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def last_checkpoint(directory: Path) -> Path | None:
+    """The newest one that was committed, damaged or not."""
+    from megagpt.checkpoint.format import complete_steps, step_directory
+
+    checkpoints = directory / "checkpoints"
+    return next((step_directory(checkpoints, step) for step in complete_steps(checkpoints)), None)
+
+
+def resume_command() -> str:
+    """What was typed; where no rank could see that, this rank's command without what the launcher added, and with the
+    variables that made it a rank where no launcher set them."""
+    if (command := command_of_launcher()) is not None:
+        return shlex.join(command)
+    if COMMAND_VARIABLE in os.environ:
+        return os.environ[COMMAND_VARIABLE]
+    launch = adopt_launch()
+    hostfile = " --hostfile HOSTFILE" if launch.launcher == "deepspeed" and len(launch.hosts) > 1 else ""
+    started = [word for word in sys.argv if not word.startswith("--local_rank")]
+    again = f"{launch.launcher}{hostfile} {shlex.join(started)}"
+    if launch.launcher != "python" or launch.world_size == 1:
+        return again
+    place = " ".join(f"{name}={shlex.quote(os.environ[name])}" for name in OF_A_RANK)
+    return f"{place} {again}  # and so every other rank, with its own RANK and LOCAL_RANK"

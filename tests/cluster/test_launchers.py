@@ -1,0 +1,224 @@
+"""Which rank a process is, from the variables of each launcher; and that half of them is an error, never a guess."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megagpt.cluster import launchers
+from megagpt.cluster.hosts import Host
+from megagpt.cluster.launchers import OF_A_RANK, SLURM_PORTS, Launch, adopt_launch
+from megagpt.cluster.slurm import expand_hosts, expand_tasks
+from megagpt.utils import UserError
+
+DEEPSPEED = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_SIZE": "2",
+    "CROSS_RANK": "1",
+    "CROSS_SIZE": "2",
+    "MASTER_ADDR": "192.0.2.1",
+    "MASTER_PORT": "29500",
+}
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "GROUP_RANK": "1",
+    "GROUP_WORLD_SIZE": "2",
+    "TORCHELASTIC_RUN_ID": "none",
+    "MASTER_ADDR": "host-a",
+    "MASTER_PORT": "29400",
+}
+BY_HAND = {name: DEEPSPEED[name] for name in OF_A_RANK}
+
+
+def slurm(rank: int = 3, **changes: str) -> dict[str, str]:
+    """What srun sets for a task of `srun --nodes 2 --ntasks-per-node 2`."""
+    return {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_STEP_ID": "2",
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_STEP_NODELIST": "gpu[09-10]",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank % 2),
+        "SLURM_NODEID": str(rank // 2),
+        "SLURM_NTASKS": "4",
+        "PMI_SIZE": "4",
+    } | changes
+
+
+def refusal(environment: dict[str, str]) -> str:
+    before = dict(environment)
+    with pytest.raises(UserError) as error:
+        adopt_launch(environment)
+    assert {name: environment.get(name) for name in before} == before
+    return str(error.value)
+
+
+def test_without_a_launcher_a_process_is_the_only_rank() -> None:
+    environment: dict[str, str] = {"PATH": "/bin", "MASTER_ADDR": "left-over"}
+    assert adopt_launch(environment) == Launch("python", 0, 1, 0, local_size=1)
+    assert environment["MASTER_ADDR"] == "127.0.0.1"
+    assert {*OF_A_RANK, "LOCAL_SIZE"} <= {*environment}
+    assert adopt_launch(environment) == Launch("python", 0, 1, 0, local_size=1)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        (DEEPSPEED, Launch("deepspeed", 3, 4, 1, 2, 2)),
+        (TORCHRUN, Launch("torchrun", 3, 4, 1, 2, 2)),
+        (BY_HAND, Launch("python", 3, 4, 1)),
+        (slurm() | TORCHRUN, Launch("torchrun", 3, 4, 1, 2, 2)),
+    ],
+    ids=["deepspeed", "torchrun", "by hand", "torchrun by srun"],
+)
+def test_launchers_that_set_torchs_names_are_believed(environment: dict[str, str], expected: Launch) -> None:
+    environment = dict(environment)
+    before = dict(environment)
+    assert adopt_launch(environment) == expected
+    assert environment == before | ({"LOCAL_SIZE": "2"} if expected.local_size else {})
+
+
+def test_tasks_of_srun_find_their_ranks_and_one_another() -> None:
+    environments = [slurm(rank) for rank in range(4)]
+    launches = [adopt_launch(environment) for environment in environments]
+    hosts = (Host("gpu09", 2), Host("gpu10", 2))
+    assert launches == [Launch("srun python", rank, 4, rank % 2, 2, 2, hosts) for rank in range(4)]
+    assert [launches[0].host_of(rank) for rank in range(4)] == ["gpu09", "gpu09", "gpu10", "gpu10"]
+    meetings = {(environment["MASTER_ADDR"], int(environment["MASTER_PORT"])) for environment in environments}
+    assert len(meetings) == 1
+    address, port = meetings.pop()
+    assert address == "gpu09"
+    assert port in SLURM_PORTS
+    assert adopt_launch(environments[3]) == launches[3]
+
+
+def test_jobs_on_one_host_meet_at_different_ports() -> None:
+    environments = [slurm(SLURM_JOB_ID=str(4711 + job)) for job in range(10)]
+    for environment in environments:
+        adopt_launch(environment)
+    assert len({environment["MASTER_PORT"] for environment in environments}) == 10
+
+
+def test_a_meeting_place_of_the_job_script_is_kept() -> None:
+    environment = slurm(MASTER_ADDR="gpu09-ib", MASTER_PORT="6000")
+    adopt_launch(environment)
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("gpu09-ib", "6000")
+
+
+@pytest.mark.parametrize("missing", OF_A_RANK)
+def test_half_of_the_variables_is_no_start(missing: str) -> None:
+    said = refusal({name: value for name, value in BY_HAND.items() if name != missing})
+    assert f"and {missing} missing: unset all of them, or let a launcher set them: deepspeed launch/train.py" in said
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        (BY_HAND | {"RANK": "4"}, "RANK=4 is not among the 4 ranks"),
+        (BY_HAND | {"RANK": "-1"}, "RANK='-1' is no whole number"),
+        (BY_HAND | {"WORLD_SIZE": "four"}, "WORLD_SIZE='four' is no whole number"),
+        (BY_HAND | {"MASTER_PORT": "http"}, "MASTER_PORT='http' is no whole number"),
+        (DEEPSPEED | {"LOCAL_RANK": "2"}, "LOCAL_RANK=2 is not among the 2 ranks of this host"),
+        (DEEPSPEED | {"WORLD_SIZE": "5"}, "5 on 2 hosts: give every host the same number"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "3"}, "3 ranks on host .*, 4 on 2 hosts: give every host the same number"),
+        (slurm(SLURM_STEP_TASKS_PER_NODE="2,1"), "gpu10 has 1 slots and most hosts have 2; give every host the same"),
+        (slurm(1, SLURM_LOCALID="0", SLURM_NODEID="1"), "dealt to the hosts in turns.*--distribution=block"),
+        (slurm(SLURM_STEP_NODELIST="gpu[09-11]"), "are 3 hosts and SLURM_STEP_TASKS_PER_NODE=2.x2. are 2"),
+        (slurm(SLURM_NODEID="2"), "SLURM_NODEID=2 is not among the hosts"),
+        (slurm(CUDA_VISIBLE_DEVICES="1"), "--gpus-per-node=2 in place of --gpus-per-task, or --gpu-bind=none"),
+        (slurm(WORLD_SIZE="8"), "WORLD_SIZE=8, and the launcher says 4: unset WORLD_SIZE"),
+        (slurm(SLURM_PROCID=""), "SLURM_PROCID missing: start with"),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}, "granted 8 tasks and this is the only .*: start all with srun"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2 and no RANK: each process would train alone"),
+    ],
+)
+def test_variables_that_make_no_sense_are_named(environment: dict[str, str], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        adopt_launch(dict(environment))
+
+
+def test_uneven_hosts_of_deepspeed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its launcher starts them, and numbers the local ranks of the second host from the middle."""
+    monkeypatch.setattr(
+        launchers, "hosts_of_launcher", lambda: [Host("host-a", 2), Host("host-b", 2), Host("host-c", 1)]
+    )
+    assert refusal(DEEPSPEED | {"WORLD_SIZE": "5", "CROSS_SIZE": "3"}) == (
+        "deepspeed: host-c has 1 slots and most hosts have 2; give every host the same number"
+    )
+
+
+@pytest.mark.parametrize(
+    ("nodes", "hosts"),
+    [
+        ("login1", ["login1"]),
+        ("gpu[01-03]", ["gpu01", "gpu02", "gpu03"]),
+        (
+            "gpu[1,8-11],x,rack[1-2]node[07-08]",
+            ["gpu1", "gpu8", "gpu9", "gpu10", "gpu11", "x", "rack1node07", "rack1node08", "rack2node07", "rack2node08"],
+        ),
+        ("a.cluster.example,b-2", ["a.cluster.example", "b-2"]),
+    ],
+)
+def test_lists_of_hosts(nodes: str, hosts: list[str]) -> None:
+    assert expand_hosts(nodes) == hosts
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        "",
+        "gpu[1-2",
+        "gpu]1[",
+        "gpu[]",
+        "gpu[1-]",
+        "gpu[a-b]",
+        "gpu[3-1]",
+        "gpu[1-999999999]",
+        "a[1-90000]b[1-90000]",
+        "-oX=y",
+        "a,,b",
+        "a;b",
+    ],
+)
+def test_damaged_lists_of_hosts_are_refused(nodes: str) -> None:
+    with pytest.raises(UserError, match="is no list of hosts"):
+        expand_hosts(nodes)
+
+
+@given(st.text("gpu0123456789-,[]", max_size=12))
+def test_any_text_is_a_list_of_hosts_or_refused(nodes: str) -> None:
+    try:
+        hosts = expand_hosts(nodes)
+    except UserError:
+        return
+    assert all(host and host[0].isalnum() and not {*host} & {*"[],"} for host in hosts)
+
+
+@pytest.mark.parametrize(("tasks", "counts"), [("4", [4]), ("2(x3),1", [2, 2, 2, 1]), ("1,2", [1, 2])])
+def test_lists_of_tasks(tasks: str, counts: list[int]) -> None:
+    assert expand_tasks(tasks) == counts
+
+
+@pytest.mark.parametrize("tasks", ["", "x", "2(x)", "2(x3", "2(x9999999999)", "2,"])
+def test_damaged_lists_of_tasks_are_refused(tasks: str) -> None:
+    with pytest.raises(UserError, match="is no list of numbers of tasks"):
+        expand_tasks(tasks)
+
+
+def test_the_process_itself_is_what_is_adopted_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in BY_HAND.items():
+        monkeypatch.setenv(name, value)
+    for name in ("CROSS_RANK", "TORCHELASTIC_RUN_ID", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    expected: dict[str, Any] = {"rank": 3, "world_size": 4}
+    assert {name: getattr(adopt_launch(), name) for name in expected} == expected

@@ -1,0 +1,167 @@
+"""The stored tokenizer: one file, the same ids through tiktoken and through Hugging Face tokenizers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiktoken_ext.openai_public
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megagpt.data import tokenizer
+from megagpt.utils import UserError
+
+CORPUS = [
+    Path(tokenizer.__file__).read_text(),
+    "naïve café, Ελληνικά, 日本語のテキスト, العربية, 한국어 🙂🙂👩‍👩‍👧 e\u0301 it's we'll they've " * 20,
+    "aaa aaaa aaaaaaa 0000000 --------- \t\t\n\n\n    \r\n " * 40,
+]
+PIECES = [
+    "def f(x):\n\treturn x",
+    "  \n\n\t ",
+    "it's",
+    "🙂👩‍👩‍👧",
+    "aaaaaaa",
+    "日本語",
+    "12345",
+    " ",
+    "\r\n",
+    "\u00a0",
+    "é",
+    "--",
+    "<|endoftext|>",
+]
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_tokenizer(tokenizer.train_byte_level_bpe(CORPUS, 600), directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def both(stored):
+    return tokenizer.load_tokenizer(stored), tokenizers.Tokenizer.from_file(str(stored / "tokenizer.json"))
+
+
+def ids_without_special_tokens(hugging_face: tokenizers.Tokenizer, text: str) -> list[int]:
+    hugging_face.encode_special_tokens = True  # reads "<|endoftext|>" in a text as text, as encode_ordinary does
+    return hugging_face.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("text", CORPUS + PIECES)
+def test_ids_equal_those_of_hugging_face(both, text):
+    encoding, hugging_face = both
+    ids = encoding.encode_ordinary(text)
+    assert ids == ids_without_special_tokens(hugging_face, text)
+    assert encoding.decode(ids) == text
+
+
+@settings(deadline=None)
+@given(text=st.lists(st.sampled_from(PIECES) | st.text(max_size=20), max_size=12).map("".join))
+def test_ids_equal_those_of_hugging_face_on_any_text(both, text):
+    encoding, hugging_face = both
+    assert encoding.encode_ordinary(text) == ids_without_special_tokens(hugging_face, text)
+    assert encoding.decode(encoding.encode_ordinary(text)) == text
+
+
+@pytest.fixture(scope="module")
+def periodic(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("periodic")
+    corpus = ["aabab" * 9 + "a" * 11, "abaaabb" * 7, "b" * 13]
+    tokenizer.save_tokenizer(tokenizer.train_byte_level_bpe(corpus, 290), directory)
+    return tokenizer.load_tokenizer(directory), tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+
+
+@settings(deadline=None)
+@given(text=st.text(alphabet="ab", max_size=60))
+def test_ids_equal_on_periodic_text(periodic, text):
+    """Runs of one letter are where another order among equal merges would show."""
+    encoding, hugging_face = periodic
+    assert encoding.encode_ordinary(text) == ids_without_special_tokens(hugging_face, text)
+
+
+def test_training_is_deterministic_across_processes():
+    """Another process has other hash seeds; the fingerprint of a prepared corpus must not depend on them."""
+    code = (
+        "from megagpt.data import tokenizer; import hashlib;"
+        "e = tokenizer.train_byte_level_bpe([open(tokenizer.__file__).read()], 500);"
+        "print(hashlib.sha256(repr(sorted(e._mergeable_ranks.items())).encode()).hexdigest())"
+    )
+    outputs = {subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout for _ in range(2)}
+    assert len(outputs) == 1
+
+
+def test_end_of_document_is_the_last_id_and_never_comes_from_text(both):
+    encoding, _ = both
+    assert encoding.eot_token == encoding.n_vocab - 1
+    assert encoding.eot_token not in encoding.encode_ordinary("a<|endoftext|>b")
+
+
+def test_bytes_are_their_own_ids(tmp_path):
+    tokenizer.save_tokenizer(tokenizer.build_tokenizer("bytes", list), tmp_path)
+    encoding = tokenizer.load_tokenizer(tmp_path)
+    text = "héllo\n\nwörld 🙂"
+    assert encoding.encode_ordinary(text) == list(text.encode())
+    assert (encoding.eot_token, encoding.n_vocab) == (256, 257)
+
+
+def test_a_small_corpus_gives_a_smaller_vocabulary():
+    encoding = tokenizer.train_byte_level_bpe(["abab"], 8192)
+    assert encoding.n_vocab < 300
+    assert encoding.eot_token == encoding.n_vocab - 1
+
+
+@pytest.mark.parametrize("name", ["cl100k_base", "o200k_base"])
+def test_published_encodings_are_stored_and_read_back(name, tmp_path, monkeypatch, both):
+    """tiktoken's own pattern and special tokens with a small merge table: the real one needs the network."""
+    ranks = both[0]._mergeable_ranks
+    monkeypatch.setattr(tiktoken_ext.openai_public, "load_tiktoken_bpe", lambda *_, **__: ranks)
+    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
+    published = tokenizer.fetch_published(name)
+    tokenizer.save_tokenizer(published, tmp_path)
+    loaded = tokenizer.load_tokenizer(tmp_path)
+    hugging_face = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert (loaded.n_vocab, loaded.eot_token) == (published.n_vocab, published.eot_token)
+    for text in CORPUS + PIECES:
+        assert loaded.encode_ordinary(text) == published.encode_ordinary(text)
+        assert loaded.encode_ordinary(text) == ids_without_special_tokens(hugging_face, text)
+
+
+def test_unreachable_network_says_what_to_type(monkeypatch):
+    def refuse(*_, **__):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("tiktoken.get_encoding", refuse)
+    with pytest.raises(UserError, match=r"gpt2.*no route to host.*TIKTOKEN_CACHE_DIR.*bpe:8192"):
+        tokenizer.fetch_published("gpt2")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("gtp2", 'did you mean "gpt2"'), ("bpe:100", "at least 257"), ("bpe:", "unknown"), ("../x", "unknown")],
+)
+def test_bad_names_are_refused(name, message):
+    with pytest.raises(UserError, match=message):
+        tokenizer.parse_tokenizer_name(name)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\x80\x04.", b'{"added_tokens": []}'])
+def test_a_damaged_file_is_refused(content, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"tokenizer\.json.*--force"):
+        tokenizer.load_tokenizer(tmp_path)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no tokenizer here"):
+        tokenizer.load_tokenizer(tmp_path)
+
+
+def test_lone_surrogates_are_replaced():
+    assert tokenizer.replace_surrogates("a\ud800b🙂") == "a\ufffdb🙂"

@@ -1,0 +1,1 @@
+"""The definition of done: every strategy trains as one plain PyTorch process does."""

@@ -1,0 +1,188 @@
+"""Evaluation: every token once and alike, against sums done by hand; the commands evaluate and generate on a run."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megagpt.data.tokenizer import build_tokenizer
+from megagpt.dataset import Batch
+from megagpt.inference.evaluate import Evaluation, evaluate, model_loss, open_validation, token_bytes
+from megagpt.inference.generate import generate
+from megagpt.rundir.directory import read_config
+from megagpt.utils import UserError
+from tests import REPOSITORY
+from tests.support.trained_run import SEQUENCE_LENGTH, trained_model, write_dataset, write_run
+
+BYTES = build_tokenizer("bytes", list)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+@pytest.fixture(scope="module")
+def run_directory(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "small", data, steps=(10, 20))
+
+
+class SevenSamples:
+    """Seven samples of five random bytes each, the last of every sample being the end of a document."""
+
+    samples_per_epoch = 7
+
+    def batch(self, indices: Iterable[int]) -> Batch:
+        tokens = np.stack([np.random.default_rng(index).integers(0, 256, 6) for index in indices])
+        tokens[:, -1] = BYTES.eot_token
+        return Batch(tokens[:, :-1], tokens[:, 1:], None, np.array(list(indices)))
+
+
+def loss_of_ids(batch: Batch) -> Tensor:
+    """A loss that is larger for larger ids, so that a sample counted twice or never shows."""
+    return torch.from_numpy(batch.targets).double().mean()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+def test_every_token_counts_once_whatever_the_batch_size(batch_size):
+    result = evaluate(loss_of_ids, SevenSamples(), BYTES, batch_size=batch_size)
+    targets = SevenSamples().batch(range(7)).targets
+    assert result.loss == pytest.approx(targets.mean())
+    assert (result.tokens, result.text_bytes) == (35, 28)
+
+
+def test_a_number_of_batches_takes_the_first_ones():
+    result = evaluate(loss_of_ids, SevenSamples(), BYTES, batch_size=2, batches=2)
+    assert result.loss == pytest.approx(SevenSamples().batch(range(4)).targets.mean())
+    assert result.tokens == 20
+
+
+def test_perplexity_and_bits_of_a_model_that_knows_nothing():
+    uniform = Evaluation(loss=math.log(256), tokens=1000, text_bytes=2000)
+    assert uniform.perplexity == pytest.approx(256)
+    assert uniform.bits_per_byte == pytest.approx(8 * 1000 / 2000)
+    assert "perplexity 256.00, 4.0000 bits per byte (1,000 tokens, 2,000 bytes)" in str(uniform)
+
+
+def test_a_perplexity_past_the_range_of_floats_is_infinite_and_null_in_json():
+    diverged = Evaluation(loss=1e4, tokens=1, text_bytes=1)
+    assert diverged.perplexity == math.inf
+    assert diverged.as_json()["perplexity"] is None
+
+
+def test_tokens_stand_for_the_bytes_of_their_text():
+    encoding = build_tokenizer("bpe:300", lambda: ["the cat and the hat " * 5])
+    lengths = token_bytes(encoding)
+    assert lengths[encoding.eot_token] == 0
+    text = "the hat, né"
+    assert lengths[encoding.encode_ordinary(text)].sum() == len(text.encode())
+
+
+def test_the_loss_of_a_run_equals_one_sum_over_its_validation_split(run_directory):
+    config = read_config(run_directory)
+    model = trained_model(config, 10)
+    ((_, stream),) = open_validation(config.megagpt)
+    batch = stream.batch(range(stream.samples_per_epoch))
+    with torch.no_grad():
+        logits = model(torch.from_numpy(batch.tokens)).double().flatten(0, 1)
+    logits = logits[:, : config.megagpt.model.vocabulary]  # what pads it is no class
+    expected = F.cross_entropy(logits, torch.from_numpy(batch.targets).flatten())
+    result = evaluate(model_loss(model, torch.device("cpu")), stream, BYTES, batch_size=3)
+    assert result.loss == pytest.approx(expected.item(), rel=1e-6)
+    assert result.tokens == stream.samples_per_epoch * SEQUENCE_LENGTH
+
+
+def test_a_dataset_that_outgrew_the_model_is_refused(run_directory):
+    config = read_config(run_directory).megagpt
+    small = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 256})})
+    with pytest.raises(UserError, match=r"its vocabulary is 257, the model's 256"):
+        open_validation(small)
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+def command(name: str, *arguments: object, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Run launch/NAME.py from another directory than the repository's."""
+    line = [sys.executable, *python, str(REPOSITORY / "launch" / f"{name}.py"), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(line, capture_output=True, text=True, cwd=REPOSITORY.parent, env=environment, check=False)
+
+
+def test_generate_writes_each_prompt_with_its_continuation(run_directory):
+    settings = {"max_new_tokens": 12, "temperature": 0.7, "top_k": 50, "top_p": 0.95, "seed": 3}
+    options = [part for name, value in settings.items() for part in (f"--{name}", value)]
+    result = command("generate", "--run_dir", run_directory, "--prompt", "The", "--prompt", "日本", *options)
+    assert result.returncode == 0, result.stderr
+    config = read_config(run_directory)
+    model = trained_model(config, 20)
+    texts = generate(
+        lambda tokens, cache: model(tokens, cache=cache),
+        BYTES,
+        ["The", "日本"],
+        sequence_length=SEQUENCE_LENGTH,
+        **settings,
+    )
+    assert result.stdout.endswith(f"The{texts[0]}\n\n日本{texts[1]}\n\n")
+
+
+def test_evaluate_prints_a_sentence_and_a_line_of_json(run_directory, data):
+    result = command("evaluate", "--run_dir", run_directory, "--step", 10, "--batch_size", 2, "--batches", 3)
+    assert result.returncode == 0, result.stderr
+    config = read_config(run_directory)
+    ((_, stream),) = open_validation(config.megagpt)
+    loss = model_loss(trained_model(config, 10), torch.device("cpu"))
+    expected = evaluate(loss, stream, BYTES, batch_size=2, batches=3)
+    line = json.loads(result.stdout.splitlines()[-1])
+    assert line == {"step": 10, "data": str(data), **{k: pytest.approx(v) for k, v in expected.as_json().items()}}
+    assert f"step 10, {data}: loss {expected.loss:.4f}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("generate", ["--run_dir", "nowhere"], "nowhere/config.json: cannot be read"),
+        ("evaluate", ["--run_dir", "{run}", "--step", "15"], "no checkpoint of step 15; it has steps 10, 20"),
+    ],
+)
+def test_what_cannot_be_read_costs_one_line_and_exit_code_2(run_directory, name, options, reason):
+    prompt = ["--prompt", "a"] if name == "generate" else []
+    result = command(name, *prompt, *(option.format(run=run_directory) for option in options))
+    assert result.returncode == 2
+    assert reason in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--temperature", "-1"], "argument --temperature: -1 is below 0"),
+        (["--temperature", "nan"], "argument --temperature: nan is not a finite number"),
+        (["--temperature", "warm"], "argument --temperature: 'warm' is not a number"),
+        (["--top_p", "0"], "argument --top_p: 0 is not above 0 and at most 1"),
+        (["--top_k", "0"], "argument --top_k: 0 is below 1"),
+        (["--max_new_tokens", "1.5"], "argument --max_new_tokens: '1.5' is not a whole number"),
+    ],
+)
+def test_generate_refuses_settings_out_of_range(options, reason):
+    result = command("generate", "--run_dir", "any", "--prompt", "a", *options)
+    assert result.returncode == 2
+    assert reason in result.stderr
+
+
+@pytest.mark.parametrize("name", ["generate", "evaluate"])
+def test_help_needs_no_torch(name):
+    result = command(name, "--help", python=("-X", "importtime"))
+    assert result.returncode == 0
+    assert "--run_dir" in result.stdout
+    assert "megagpt.common.arguments" in result.stderr
+    assert "torch" not in result.stderr

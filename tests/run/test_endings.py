@@ -1,0 +1,108 @@
+"""How a run ends: the exit code, and the page that is shown whatever the disk does."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from megagpt import train as loop
+from megagpt.checkpoint.format import TrainState
+from megagpt.common.text import MASK
+from megagpt.run import assembly, endings, startup
+from megagpt.rundir.signals import Wishes
+from megagpt.utils import ExitCode, UserError, abandon
+from tests.support.monitoring import CANARY, config
+
+
+@pytest.fixture(autouse=True)
+def environment_of_its_own() -> Iterator[None]:
+    """A run puts into the environment which rank it is."""
+    with patch.dict(os.environ):
+        yield
+
+
+@pytest.fixture
+def end_of_run(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], int]:
+    """The exit code of a run that stands at step 40, where its disk is full as it saves."""
+
+    def save(run: Any) -> None:
+        raise UserError("the disk is full: free some space")
+
+    run = SimpleNamespace(
+        state=TrainState(step=40), monitor=nullcontext(), engine=SimpleNamespace(mesh=SimpleNamespace(name="rank 0"))
+    )
+    monkeypatch.setattr(startup, "_open_log", lambda directory: None)
+    monkeypatch.setattr(assembly, "assemble", lambda *_: run)
+    monkeypatch.setattr(startup, "Watch", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(endings, "acquaint", lambda *_: None)
+    monkeypatch.setattr(loop, "train", save)
+    return lambda directory: startup._run_to_its_end(config(), {}, directory, Wishes())
+
+
+def test_a_save_that_fails_in_the_middle_ends_in_a_crash_page(
+    end_of_run: Callable[[Path], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "logs").mkdir()
+    assert end_of_run(tmp_path) == ExitCode.FAILED
+    page = capsys.readouterr().err
+    assert "the disk is full: free some space" in page
+    assert "last step         40" in page
+    assert (tmp_path / "logs" / "crash.txt").read_text() in page
+
+
+def test_a_crash_page_that_cannot_be_written_is_still_shown(
+    end_of_run: Callable[[Path], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert end_of_run(tmp_path / "nowhere") == ExitCode.FAILED
+    assert "the disk is full: free some space" in capsys.readouterr().err
+
+
+def test_a_terminal_that_has_gone_changes_no_exit_code(
+    end_of_run: Callable[[Path], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "logs").mkdir()
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1) as gone:
+        monkeypatch.setattr(sys, "stderr", gone)
+        with pytest.raises(BrokenPipeError):
+            print("anybody there?", file=gone, flush=True)
+        assert end_of_run(tmp_path) == ExitCode.FAILED
+        abandon(gone)  # what it still holds, before it is closed
+    assert "the disk is full: free some space" in (tmp_path / "logs" / "crash.txt").read_text()
+
+
+def test_a_secret_in_an_error_reaches_neither_record_nor_page(
+    end_of_run: Callable[[Path], int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(run: Any) -> None:
+        raise ConnectionError(f"https://user:{CANARY}@host refused")
+
+    monkeypatch.setattr(loop, "train", fail)
+    monkeypatch.setenv("WANDB_API_KEY", CANARY)
+    (tmp_path / "logs").mkdir()
+    assert end_of_run(tmp_path) == ExitCode.FAILED
+    kept = [(tmp_path / name).read_text() for name in ("end.json", "logs/crash.txt")]
+    for text in (*kept, capsys.readouterr().err):
+        assert f"https://user:{MASK}@host refused" in text
+        assert CANARY not in text
+
+
+def test_bad_input_before_the_first_step_is_no_crash(
+    end_of_run: Callable[[Path], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise UserError("every checkpoint is damaged")
+
+    monkeypatch.setattr(assembly, "assemble", refuse)
+    with pytest.raises(UserError, match="every checkpoint is damaged"):
+        end_of_run(tmp_path)

@@ -1,0 +1,105 @@
+"""Which run a directory belongs to: the same one may go on under any execution, another is refused with its keys."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megagpt.config import ResolvedConfig, RunConfig
+from megagpt.rundir import directory as run_directory
+from megagpt.utils import UserError
+from tests.support.configurations import tiny
+
+
+def resolved(world_size: int = 1, **changes: Any) -> ResolvedConfig:
+    """The tiny configuration with dotted keys changed: ``megagpt__model__num_layers=3``."""
+    config = tiny()
+    for path, value in changes.items():
+        *sections, key = path.split("__")
+        place = config
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = value
+    return RunConfig.from_json(json.dumps(config)).resolved(world_size=world_size, vocabulary=128, bf16_native=False)
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Path:
+    run_directory.record(tmp_path / "run", resolved())
+    return tmp_path / "run"
+
+
+def test_a_new_directory_belongs_to_nobody(tmp_path: Path) -> None:
+    run_directory.check(tmp_path / "run", resolved())
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_recorded_is_read_back(recorded: Path) -> None:
+    assert run_directory.read_config(recorded) == resolved()
+
+
+@pytest.mark.parametrize(
+    "execution",
+    [
+        {"world_size": 2, "zero_optimization__stage": 3},
+        {"train_micro_batch_size_per_gpu": 4},
+        {"megagpt__training__total_steps": 400},
+        {"megagpt__monitor__log_interval_steps": 1},
+        {"bf16__enabled": True, "zero_optimization__stage": 1},
+    ],
+    ids=str,
+)
+def test_a_run_goes_on_under_any_execution(recorded: Path, execution: dict[str, Any]) -> None:
+    run_directory.check(recorded, resolved(**execution))
+
+
+def test_another_run_is_refused_with_every_key_that_differs(recorded: Path) -> None:
+    other = resolved(megagpt__model__num_layers=3, optimizer__params__lr=2e-3, train_batch_size=16)
+    before = (recorded / "config.json").read_text()
+    with pytest.raises(UserError) as refused:
+        run_directory.check(recorded, other)
+    for key in ("megagpt.model.num_layers", "optimizer.params.lr", "train_batch_size"):
+        assert key in str(refused.value)
+    assert str(refused.value).endswith("choose another --run_dir, or take back these differences")
+    assert (recorded / "config.json").read_text() == before
+
+
+def test_checkpoints_without_their_configuration_are_not_adopted(recorded: Path) -> None:
+    (recorded / "config.json").unlink()
+    (recorded / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"config.json: missing beside checkpoints; restore it, or choose another"):
+        run_directory.check(recorded, resolved())
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"megagpt": 3}', "\0\0"])
+def test_a_damaged_configuration_names_its_file(recorded: Path, content: str) -> None:
+    (recorded / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"run/config.json: "):
+        run_directory.check(recorded, resolved())
+
+
+def test_a_file_in_the_place_of_a_directory_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(UserError, match=r"cannot be read \(Not a directory\); choose another --run_dir"):
+        run_directory.check(tmp_path / "run", resolved())
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_a_directory_that_cannot_be_looked_into_is_named(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, **_: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(UserError, match=r"cannot be read \(Permission denied\); choose another --run_dir"):
+        run_directory.check(recorded, resolved())
+
+
+def test_a_second_run_is_kept_out_for_as_long_as_the_first_lasts(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    with run_directory.lock(directory):
+        with pytest.raises(UserError, match=rf"process {os.getpid()} on .* \(kill {os.getpid()}\), or choose another"):
+            run_directory.lock(directory)
+        assert [path.name for path in directory.iterdir()] == [run_directory.LOCK_FILE]
+    run_directory.lock(directory).close()

@@ -1,0 +1,1 @@
+"""What tests share: real ranks, configurations, the equality matrix, commands in processes."""

@@ -1,0 +1,1 @@
+"""What the ranks of a pool do for the tests; ``pool.run('tests.support.jobs.FILE:FUNCTION')``."""

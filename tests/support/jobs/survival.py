@@ -1,0 +1,88 @@
+"""What ranks do in the tests of signals, guards, drift and hangs: whole runs that something happens to."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megagpt import train as loop
+from megagpt.health.guard import StoppedByGuardError
+from megagpt.health.stragglers import StragglerWatch
+from megagpt.parallel import timeouts as waits
+from megagpt.run import faults as sabotage
+from megagpt.rundir.signals import Wish
+from megagpt.train import Run
+from tests.support.configurations import Config
+from tests.support.jobs.checkpoint import started
+from tests.support.jobs.training import held_state
+
+
+def train_with_wishes(
+    config: Config, directory: Path, rank: int, wishes: dict[int, Wish], during: str = "training"
+) -> dict[str, Any]:
+    """Train while one rank is told something in the middle of some steps, or of the ``validation`` after them."""
+    with started(config, directory) as run:
+        if run.engine.mesh.rank == rank:
+            wish_while_loading(run, wishes, during)
+        wish = loop.train(run)
+        return {"wish": wish, "state": run.state, "at_end": held_state(run.engine)}
+
+
+def wish_while_loading(run: Run, wishes: dict[int, Wish], during: str) -> None:
+    """As a signal would: between the loading of a step's samples, or of a validation's, and its end."""
+    loader = getattr(run, during)
+    load = loader.load
+
+    def load_and_wish(first: int, step: int | None = None) -> Any:
+        if (now := step or run.state.step) in wishes:
+            run.wishes.add(wishes[now])
+        return load(first, step)
+
+    loader.load = load_and_wish
+
+
+class RecordedClock:
+    """Stands for a GPU's stream: it goes on by what the test says, while the host takes no time."""
+
+    every = 1
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def mark(self) -> float:
+        return self.now_s
+
+    def between_s(self, earlier: float, later: float) -> float:
+        return later - earlier
+
+    def advance(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+def named_by_a_device(work_s: list[float], steps: int, by_host: bool) -> list[list[tuple[int, float]]]:
+    """Who is named after each step, where each rank's stream works so long and then waits for the slowest."""
+    clock, rank, world_size = RecordedClock(), dist.get_rank(), dist.get_world_size()
+    mesh: Any = SimpleNamespace(device_mesh=SimpleNamespace(mesh=torch.arange(world_size).view(1, world_size, 1)))
+    watch = StragglerWatch(mesh, torch.device("cpu"), waits.HostClock() if by_host else clock)
+    wait_on_device = waits.timed(clock.advance)
+    named = []
+    for _ in range(steps):
+        watch.begin_step()
+        clock.advance(work_s[rank])
+        wait_on_device(max(work_s) - work_s[rank])
+        named.append(watch.end_step())
+    return named
+
+
+def train_sabotaged(config: Config, directory: Path, faults: str) -> dict[str, Any]:
+    """Train under faults (see ``megagpt.run.faults``) to the end, or to where a guard stops."""
+    with started(config, directory) as run:
+        sabotage.sabotage(run, sabotage.parse(faults))
+        outcome: dict[str, Any] = {}
+        try:
+            loop.train(run)
+        except StoppedByGuardError as error:
+            outcome["stopped"] = str(error)
+        return outcome | {"state": run.state, "at_end": held_state(run.engine)}

@@ -1,0 +1,1 @@
+"""What the tests of the kernels share: the rule of accuracy, refusals, a Gluon interpreter."""

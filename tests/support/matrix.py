@@ -1,0 +1,168 @@
+"""The equality matrix: its axes, which of its combinations are legal, and a pairwise selection of them.
+
+``python -m tests.support.matrix`` prints the selection that ``tests/equality/test_matrix.py`` trains in ``make test``.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megagpt.config import ConfigError, ResolvedConfig, RunConfig
+from megagpt.planning.rules import refusals
+from tests.support.configurations import Config, tiny, with_zero
+
+STEPS = 3
+SAMPLES, LENGTH, WIDTH = 2, 16, 32  # of a micro-batch, of a sample, of the residual stream
+TOKENS = 120  # of the vocabulary; the embedding has 128 rows, of which eight are padding
+MOST_RANKS = 4  # of a row in `make test`
+SWAPPED_BYTES = 4096  # of the smallest tensor that goes to the disk; DeepSpeed's own limit is 1 MiB
+
+
+class Row(NamedTuple):
+    """One combination."""
+
+    stage: int
+    optimizer: str
+    parameters: str
+    pipeline: str
+    tensor: str
+    data: int
+    reduction: str
+    kind: str
+    tied: bool
+    micro_batches: int
+    precision: str
+
+    @property
+    def ranks(self) -> int:
+        return self.stages * self.shards * self.data
+
+    @property
+    def stages(self) -> int:
+        """Ranks of the pipeline axis."""
+        return 1 if self.pipeline == "none" else 2
+
+    @property
+    def shards(self) -> int:
+        """Ranks of the tensor axis."""
+        return 1 if self.tensor == "none" else 2
+
+    def __str__(self) -> str:
+        return (
+            f"ZeRO {self.stage} {self.optimizer}/{self.parameters}, {self.pipeline} x {self.tensor} x {self.data}, "
+            f"{self.reduction}, {self.kind} {'tied' if self.tied else 'untied'}, {self.micro_batches}, {self.precision}"
+        )
+
+
+AXES = Row(
+    stage=(0, 1, 2, 3),
+    optimizer=("none", "cpu", "nvme"),
+    parameters=("none", "cpu", "nvme"),
+    pipeline=("none", "1f1b", "gpipe", "interleaved"),  # of two ranks, interleaved: of two stages on each
+    tensor=("none", "layers", "sequence"),  # of two ranks, sequence: the norms are shared, too
+    data=(1, 2),
+    reduction=("per_step", "per_micro_batch"),
+    kind=("gpt2", "llama"),
+    tied=(True, False),
+    micro_batches=(1, 2, 6),  # of a rank and step: fewer than stages, as many, more
+    precision=("fp32", "bf16"),
+)
+
+KINDS = {
+    "gpt2": {"dropout": 0.1},
+    "llama": {"activation": "swiglu", "norm": "rmsnorm", "position": "rotary", "num_kv_heads": 2, "bias": False},
+}
+
+
+def document(row: Row, swap_directory: Path = Path("swap")) -> Config:
+    """The run of a row, as a file would describe it. Blocks do not divide evenly among stages."""
+    shape = {"vocabulary": TOKENS, "num_layers": 5 if row.pipeline == "interleaved" else 3, "tie_embeddings": row.tied}
+    batch = SAMPLES * row.micro_batches * row.data
+    if row.parameters == "nvme":
+        shape["hidden_size"] = 2 * WIDTH  # so that a quarter of a matrix in bf16 is swapped
+    config = tiny(batch=batch, micro=SAMPLES, steps=STEPS, **shape, **KINDS[row.kind])
+    config = with_zero(config, row.stage, row.optimizer, row.parameters)
+    config["bf16"] = {"enabled": row.precision == "bf16"}
+    parallel: dict[str, Any] = {"pipeline": row.stages, "tensor": row.shards, "gradient_reduction": row.reduction}
+    if row.pipeline != "none":
+        parallel |= {"schedule": row.pipeline, "virtual_stages": 2 if row.pipeline == "interleaved" else 1}
+    config["megagpt"]["parallel"] = parallel | {"sequence": row.tensor == "sequence"}
+    zero = config["zero_optimization"]
+    for section in ("offload_optimizer", "offload_param"):
+        if zero.get(section, {}).get("device") == "nvme":
+            zero[section]["nvme_path"] = str(swap_directory)
+            config["aio"] = {"block_size": SWAPPED_BYTES}
+            if section == "offload_param":
+                zero[section] |= {"max_in_cpu": 0, "buffer_size": 200_000}
+    return config
+
+
+def resolved(config: Config, ranks: int) -> ResolvedConfig:
+    """The run on so many ranks; ConfigError where it cannot be."""
+    written = RunConfig.from_json(json.dumps(config))
+    return written.resolved(world_size=ranks, vocabulary=None, bf16_native=True)
+
+
+@cache
+def is_legal(row: Row) -> bool:
+    """Whether the planner lets it start."""
+    if row.kind != AXES.kind[0]:
+        return is_legal(row._replace(kind=AXES.kind[0]))  # two ranks divide the heads and widths of all kinds
+    try:
+        return not refusals(resolved(document(row), row.ranks))
+    except ConfigError:
+        return False
+
+
+def all_rows() -> Iterator[Row]:
+    """Every combination, legal or not."""
+    return (Row(*levels) for levels in itertools.product(*AXES))
+
+
+Meeting = tuple[tuple[str, Any], ...]  # levels of some axes, each with the axis' name
+
+
+def meetings(row: Row, axes: int) -> set[Meeting]:
+    """Every so many levels that meet in a row."""
+    return set(itertools.combinations(row._asdict().items(), axes))
+
+
+def triples(row: Row) -> set[Meeting]:
+    """Every three levels that meet in a row."""
+    return meetings(row, 3)
+
+
+def pairs(row: Row) -> set[Meeting]:
+    """Every two levels that meet in a row, and every two beside replicas: without them, ZeRO has nothing to cut."""
+    return meetings(row, 2) | {meeting for meeting in triples(row) if ("data", 2) in meeting}
+
+
+def selection(rows: Iterable[Row], met: Callable[[Row], set[Meeting]]) -> list[Row]:
+    """Few of the rows, in which everything is met that is met in any of them: the greedy choice of pairwise testing.
+
+    The next is the one that meets most of what none has met yet; of equals, the one of fewest ranks.
+    """
+    missing = {row: met(row) for row in sorted(rows, key=lambda row: row.ranks)}
+    chosen = []
+    while missing:
+        best = max(missing, key=lambda row: len(missing[row]))
+        chosen.append(best)
+        covered = missing.pop(best)
+        missing = {row: left for row, of_row in missing.items() if (left := of_row - covered)}
+    return chosen
+
+
+def legal_rows(most_ranks: int) -> list[Row]:
+    """Those that the planner lets start, on so many ranks or fewer."""
+    return [row for row in all_rows() if row.ranks <= most_ranks and is_legal(row)]
+
+
+if __name__ == "__main__":
+    legal = legal_rows(most_ranks=8)
+    total, few = len(list(all_rows())), len(selection(legal, triples))
+    print(f"    # {len(legal):,} of {total:,} are legal; in {few} of them meet every three levels")
+    for row in sorted(selection(legal_rows(MOST_RANKS), pairs)):
+        print(f"    Row{tuple(row)},")

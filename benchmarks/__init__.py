@@ -1,1 +1,3 @@
-"""Measurements that the documentation quotes: each script prints its table and writes it to benchmarks/results/."""
+"""Measurements that the documentation quotes: each script prints its table and writes it to
+benchmarks/results/.
+"""

@@ -1,14 +1,16 @@
-"""How fast a training state is saved and loaded: ours, torch.save and DeepSpeed's own, of the same state in one run.
+"""How fast a training state is saved and loaded: ours, torch.save and DeepSpeed's own, of the same
+state in one run.
 
     python -m benchmarks.checkpoint_speed --directory /path/on/the/disk
 
-The state is fp32 weights and both Adam moments, 12 bytes a parameter, under ZeRO 1; GB/s are of those bytes whoever
-writes more. The contenders take turns in the same processes and every file is flushed before the next one begins, so
-that a noisy machine slows all of them alike; numbers are medians. Ours flushes files to the disk and hashes them as it
-saves, and verifies the hashes as it loads; the others' time with a flush is given beside theirs. Loads find the files
-in the page cache. ``save_cpu_s`` and ``load_cpu_s`` are seconds of a processor that rank 0 took: other work on the
-machine hardly changes them, and the first is what a save in the background takes from the steps meanwhile where the
-ranks fill every core.
+The state is fp32 weights and both Adam moments, 12 bytes a parameter, under ZeRO 1; GB/s are of
+those bytes whoever writes more. The contenders take turns in the same processes and every file is
+flushed before the next one begins, so that a noisy machine slows all of them alike; numbers are
+medians. Ours flushes files to the disk and hashes them as it saves, and verifies the hashes as it
+loads; the others' time with a flush is given beside theirs. Loads find the files in the page cache.
+``save_cpu_s`` and ``load_cpu_s`` are seconds of a processor that rank 0 took: other work on the
+machine hardly changes them, and the first is what a save in the background takes from the steps
+meanwhile where the ranks fill every core.
 """
 
 import argparse
@@ -25,8 +27,19 @@ from typing import Any
 from benchmarks.engine_overhead import batches
 from benchmarks.machine import write_table
 
-SHAPE = {"num_layers": 11, "hidden_size": 768, "num_heads": 12, "vocab_size": 8192, "sequence_length": 128}
-OURS, BACKGROUND, TORCH, DEEPSPEED = "megagpt", "megagpt, in the background", "torch.save", "DeepSpeed"
+SHAPE = {
+    "num_layers": 11,
+    "hidden_size": 768,
+    "num_heads": 12,
+    "vocab_size": 8192,
+    "sequence_length": 128,
+}
+OURS, BACKGROUND, TORCH, DEEPSPEED = (
+    "megagpt",
+    "megagpt, in the background",
+    "torch.save",
+    "DeepSpeed",
+)
 Times = dict[str, list[float]]
 
 
@@ -42,9 +55,15 @@ def resolve(world_size: int) -> Any:
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
         "bf16": {"enabled": False},
         "zero_optimization": {"stage": 1},
-        "megagpt": {"model": SHAPE, "training": {"total_steps": 1_000_000}, "checkpoint": {"asynchronous": True}},
+        "megagpt": {
+            "model": SHAPE,
+            "training": {"total_steps": 1_000_000},
+            "checkpoint": {"asynchronous": True},
+        },
     }
-    return RunConfig.from_json(json.dumps(document)).resolved(world_size=world_size, vocabulary=None, bf16_native=False)
+    return RunConfig.from_json(json.dumps(document)).resolved(
+        world_size=world_size, vocabulary=None, bf16_native=False
+    )
 
 
 class Rank:
@@ -65,7 +84,9 @@ class Rank:
         from megagpt.parallel.pipeline import train_step
 
         every = next(self.data)
-        return self.timed(lambda: train_step(self.engine, every[: self.engine.config.gradient_accumulation_steps]))
+        return self.timed(
+            lambda: train_step(self.engine, every[: self.engine.config.gradient_accumulation_steps])
+        )
 
     def timed(self, work: Callable[[], Any]) -> float:
         """Seconds from the moment when all ranks begin to that when all are done."""
@@ -90,7 +111,9 @@ class Rank:
         from megagpt.checkpoint.writer import live
 
         return {
-            f"{index}/{kind}": flat for index, flats in enumerate(live(self.engine)) for kind, flat in flats.items()
+            f"{index}/{kind}": flat
+            for index, flats in enumerate(live(self.engine))
+            for kind, flat in flats.items()
         }
 
     def load_shard(self, path: Path) -> None:
@@ -126,7 +149,9 @@ class Rank:
         saved_s = self.timed(save)
         times[f"{contender}: save, processor"].append(time.process_time() - begun)
         times[f"{contender}: save"].append(saved_s)
-        times[f"{contender}: save and flush"].append(saved_s + self.timed(lambda: self.flush(directory)))
+        times[f"{contender}: save and flush"].append(
+            saved_s + self.timed(lambda: self.flush(directory))
+        )
         begun = time.process_time()
         times[f"{contender}: load"].append(self.timed(load))
         times[f"{contender}: load, processor"].append(time.process_time() - begun)
@@ -140,7 +165,9 @@ class Rank:
                         os.fsync(file.fileno())
 
     def measure_background(self, directory: Path, times: Times) -> None:
-        """A save while training goes on: how long the loop stands still, and what the steps meanwhile cost."""
+        """A save while training goes on: how long the loop stands still, and what the steps
+        meanwhile cost.
+        """
         from megagpt.checkpoint.format import TrainState
 
         saver = self.saver(directory, asynchronous=True)
@@ -200,7 +227,14 @@ def measure(world_size: int, rounds: int, directory: Path) -> list[dict[str, Any
     times, size = start(world_size, serve, directory, rounds)
     median = {name: statistics.median(values) for name, values in times.items()}
     rows = [
-        row(world_size, contender, size, median, median[f"{contender}: save and flush"], median[f"{contender}: load"])
+        row(
+            world_size,
+            contender,
+            size,
+            median,
+            median[f"{contender}: save and flush"],
+            median[f"{contender}: load"],
+        )
         for contender in (OURS, TORCH, DEEPSPEED)
     ]
     background = row(world_size, BACKGROUND, size, median, median[f"{BACKGROUND}: save"], None) | {
@@ -213,7 +247,12 @@ def measure(world_size: int, rounds: int, directory: Path) -> list[dict[str, Any
 
 
 def row(
-    world_size: int, contender: str, size: int, median: dict[str, float], flushed_s: float, load_s: float | None
+    world_size: int,
+    contender: str,
+    size: int,
+    median: dict[str, float],
+    flushed_s: float,
+    load_s: float | None,
 ) -> dict[str, Any]:
     """One contender's line; empty where it has no such number."""
 
@@ -242,7 +281,9 @@ def row(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="a disk with 3 GB free")
+    parser.add_argument(
+        "--directory", type=Path, default=Path(tempfile.gettempdir()), help="a disk with 3 GB free"
+    )
     arguments = parser.parse_args()
     directory = arguments.directory / "checkpoint_speed"
     rows = [row for ranks in (1, 2) for row in measure(ranks, arguments.rounds, directory)]

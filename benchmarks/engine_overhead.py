@@ -1,9 +1,11 @@
-"""What DeepSpeed's engine costs: tokens/s of the trainer against a plain PyTorch loop with the same model, one process.
+"""What DeepSpeed's engine costs: tokens/s of the trainer against a plain PyTorch loop with the same
+model, one process.
 
     python -m benchmarks.engine_overhead
 
-Every contender lives in a process of its own and they take turns, a few steps each, so that a noisy machine slows all
-of them alike; a ratio is the median over the rounds. Data are random tokens, fp32, clipping and weight decay on.
+Every contender lives in a process of its own and they take turns, a few steps each, so that a noisy
+machine slows all of them alike; a ratio is the median over the rounds. Data are random tokens,
+fp32, clipping and weight decay on.
 """
 
 import argparse
@@ -31,8 +33,20 @@ CONTENDERS = {
     },
 }
 SHAPES = {
-    "10M": {"num_layers": 6, "hidden_size": 320, "num_heads": 5, "vocab_size": 8192, "sequence_length": 256},
-    "25M": {"num_layers": 8, "hidden_size": 448, "num_heads": 7, "vocab_size": 8192, "sequence_length": 256},
+    "10M": {
+        "num_layers": 6,
+        "hidden_size": 320,
+        "num_heads": 5,
+        "vocab_size": 8192,
+        "sequence_length": 256,
+    },
+    "25M": {
+        "num_layers": 8,
+        "hidden_size": 448,
+        "num_heads": 7,
+        "vocab_size": 8192,
+        "sequence_length": 256,
+    },
 }
 BATCH, MICRO_BATCH = 8, 4
 
@@ -145,15 +159,18 @@ def measure(shape: str, rounds: int, steps: int) -> list[dict[str, Any]]:
         process.join()
     plain = times_s["plain PyTorch loop"]
     tokens = BATCH * SHAPES[shape]["sequence_length"]
-    return [
-        {
-            "parameters": shape,
-            "contender": name,
-            "tokens_per_s": round(tokens / statistics.median(of)),
-            "ratio_to_plain": f"{statistics.median(p / t for p, t in zip(plain, of, strict=True)):.3f}",
-        }
-        for name, of in times_s.items()
-    ]
+    rows = []
+    for name, of in times_s.items():
+        ratio = statistics.median(p / t for p, t in zip(plain, of, strict=True))
+        rows.append(
+            {
+                "parameters": shape,
+                "contender": name,
+                "tokens_per_s": round(tokens / statistics.median(of)),
+                "ratio_to_plain": f"{ratio:.3f}",
+            }
+        )
+    return rows
 
 
 def main() -> None:

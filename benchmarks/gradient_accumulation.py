@@ -1,10 +1,11 @@
-"""How exact a step's gradient is in bf16 when its micro-batches are added up in bf16, and when in fp32.
+"""How exact a step's gradient is in bf16 when its micro-batches are added up in bf16, and when in
+fp32.
 
     python -m benchmarks.gradient_accumulation
 
-The error is the norm of the difference from the gradient that one plain process computes in fp64 with the same weights,
-as a share of that gradient's norm. Two pipeline ranks, ZeRO 2, untied, or ZeRO 3, tied; the model is tiny, as a CPU
-multiplies slowly in bf16.
+The error is the norm of the difference from the gradient that one plain process computes in fp64
+with the same weights, as a share of that gradient's norm. Two pipeline ranks, ZeRO 2, untied, or
+ZeRO 3, tied; the model is tiny, as a CPU multiplies slowly in bf16.
 """
 
 import argparse
@@ -23,10 +24,18 @@ WAYS = {  # gradient_reduction, grad_accum_dtype, ZeRO stage; tied at 3
     "tied_bf16_per_step": ("per_step", None, 3),
     "tied_fp32_per_micro_batch": ("per_micro_batch", "fp32", 3),
 }
-SHAPE = {"num_layers": 4, "hidden_size": 64, "num_heads": 4, "vocab_size": 256, "sequence_length": 32}
+SHAPE = {
+    "num_layers": 4,
+    "hidden_size": 64,
+    "num_heads": 4,
+    "vocab_size": 256,
+    "sequence_length": 32,
+}
 
 
-def configuration(micro_batches: int, reduction: str, accumulate_in: str | None, stage: int) -> dict[str, Any]:
+def configuration(
+    micro_batches: int, reduction: str, accumulate_in: str | None, stage: int
+) -> dict[str, Any]:
     """A step of so many micro-batches."""
     return {
         "train_batch_size": micro_batches,
@@ -91,7 +100,8 @@ def measure() -> list[dict[str, Any]]:
     """The rows of the table; every rank must call it."""
     logging.disable(logging.WARNING)
     return [
-        {"micro_batches": count} | {name: f"{relative_error(count, way):.2e}" for name, way in WAYS.items()}
+        {"micro_batches": count}
+        | {name: f"{relative_error(count, way):.2e}" for name, way in WAYS.items()}
         for count in MICRO_BATCHES
     ]
 
@@ -100,7 +110,11 @@ def main() -> None:
     from megagpt.parity import local_ranks
 
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    write_table("gradient_accumulation", "benchmarks.gradient_accumulation", local_ranks.start(RANKS, measure))
+    write_table(
+        "gradient_accumulation",
+        "benchmarks.gradient_accumulation",
+        local_ranks.start(RANKS, measure),
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Does the trainer learn as well as a reference GPT? Byte-level, the same text, the same samples in the same order.
+"""Does the trainer learn as well as a reference GPT? Byte-level, the same text, the same samples in
+the same order.
 
     python -m benchmarks.learning_curve TEXT.txt
 
-The reference is transformers' GPT2LMHeadModel in a plain PyTorch loop with torch's AdamW: another model code, another
-initialisation (its own), another Adam. The trainer runs ZeRO-3 with CPU offload through its command.
-Both curves and the validation losses go to benchmarks/results/learning_curve.csv and .png.
+The reference is transformers' GPT2LMHeadModel in a plain PyTorch loop with torch's AdamW: another
+model code, another initialisation (its own), another Adam. The trainer runs ZeRO-3 with CPU offload
+through its command. Both curves and the validation losses go to
+benchmarks/results/learning_curve.csv and .png.
 """
 
 import argparse
@@ -32,7 +34,10 @@ def configuration(data: Path) -> dict[str, Any]:
             "type": "AdamW",
             "params": {"lr": LEARNING_RATE, "betas": list(BETAS), "weight_decay": WEIGHT_DECAY},
         },
-        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": WARMUP_STEPS, "warmup_type": "linear"}},
+        "scheduler": {
+            "type": "WarmupLR",
+            "params": {"warmup_num_steps": WARMUP_STEPS, "warmup_type": "linear"},
+        },
         "gradient_clipping": 1.0,
         "zero_optimization": {
             "stage": 3,
@@ -43,7 +48,11 @@ def configuration(data: Path) -> dict[str, Any]:
         "megagpt": {
             "model": MODEL,
             "data": {"path": str(data)},
-            "training": {"total_steps": STEPS, "eval_interval_steps": 50, "eval_batches": EVAL_BATCHES},
+            "training": {
+                "total_steps": STEPS,
+                "eval_interval_steps": 50,
+                "eval_batches": EVAL_BATCHES,
+            },
             "checkpoint": {"interval_steps": 0},
             "monitor": {"log_interval_steps": 10},
         },
@@ -55,7 +64,14 @@ def trainer_curve(data: Path, directory: Path) -> tuple[dict[int, float], dict[i
     config = directory / "config.json"
     config.write_text(json.dumps(configuration(data)))
     run = directory / "run"
-    command = [sys.executable, str(ROOT / "launch/train.py"), "--deepspeed_config", str(config), "--run_dir", str(run)]
+    command = [
+        sys.executable,
+        str(ROOT / "launch/train.py"),
+        "--deepspeed_config",
+        str(config),
+        "--run_dir",
+        str(run),
+    ]
     subprocess.run(command, check=True)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     train = {line["step"]: line["loss"] for line in lines if "event" not in line}
@@ -70,7 +86,9 @@ def reference_curve(data: Path) -> tuple[dict[int, float], dict[int, float]]:
     from megagpt.dataset import SampleStream
 
     streams = {
-        split: SampleStream.open([(data, 1.0)], split=split, sequence_length=LENGTH, seed=0, document_mask=False)
+        split: SampleStream.open(
+            [(data, 1.0)], split=split, sequence_length=LENGTH, seed=0, document_mask=False
+        )
         for split in ("train", "val")
     }
     vocabulary = math.ceil(streams["train"].vocabulary / 128) * 128
@@ -96,7 +114,9 @@ def reference_curve(data: Path) -> tuple[dict[int, float], dict[int, float]]:
     def loss_of(split: str, index: int) -> torch.Tensor:
         batch = streams[split].batch(range(index * BATCH, (index + 1) * BATCH))
         logits = model(torch.from_numpy(batch.tokens)).logits
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(batch.targets).flatten())
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), torch.from_numpy(batch.targets).flatten()
+        )
 
     train, validation = {}, {}
     for step in range(1, STEPS + 1):
@@ -111,7 +131,10 @@ def reference_curve(data: Path) -> tuple[dict[int, float], dict[int, float]]:
             train[step] = loss.item()
         if step % 50 == 0:
             with torch.no_grad():
-                validation[step] = sum(loss_of("val", index).item() for index in range(EVAL_BATCHES)) / EVAL_BATCHES
+                validation[step] = (
+                    sum(loss_of("val", index).item() for index in range(EVAL_BATCHES))
+                    / EVAL_BATCHES
+                )
     return train, validation
 
 
@@ -125,8 +148,14 @@ def plot(curves: dict[str, tuple[dict[int, float], dict[int, float]]]) -> Path:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for color, (name, (train, validation)) in zip(("C0", "C1"), curves.items(), strict=True):
         axes.plot([*train], [*train.values()], color=color, alpha=0.5, label=f"{name}, training")
-        axes.plot([*validation], [*validation.values()], "o-", color=color, label=f"{name}, validation")
-    axes.set(xlabel="step", ylabel="loss (nats per byte)", title="Byte-level GPT, 0.8M parameters, the same samples")
+        axes.plot(
+            [*validation], [*validation.values()], "o-", color=color, label=f"{name}, validation"
+        )
+    axes.set(
+        xlabel="step",
+        ylabel="loss (nats per byte)",
+        title="Byte-level GPT, 0.8M parameters, the same samples",
+    )
     axes.legend()
     path = RESULTS / "learning_curve.png"
     figure.savefig(path, dpi=120)

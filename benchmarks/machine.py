@@ -22,12 +22,18 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    name = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
     return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
 def provenance(module: str) -> str:
-    """One line: date, machine, versions, command. DeepSpeed and a GPU are named where there are any."""
+    """One line: date, machine, versions, command.
+
+    DeepSpeed and a GPU are named where there are any.
+    """
     import torch
 
     from kernels.bench.machine import device_name, versions
@@ -60,5 +66,9 @@ def write_table(name: str, module: str, rows: Sequence[dict[str, Any]]) -> Path:
 
 def markdown(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table."""
-    lines = [columns, ["---"] * len(columns), *([str(row[column]) for column in columns] for row in rows)]
+    lines = [
+        columns,
+        ["---"] * len(columns),
+        *([str(row[column]) for column in columns] for row in rows),
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

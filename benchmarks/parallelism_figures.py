@@ -44,14 +44,28 @@ def draw_mesh() -> None:
     figure, axes = pyplot.subplots(figsize=(8.2, 4.2))
     for place in Placement.of(layout, hosts_of(RANKS, SLOTS)).places:
         x, y = column(place.data, place.tensor), row(place.pipeline)
-        axes.add_patch(FancyBboxPatch((x, y), 1.4, 0.8, boxstyle="round,pad=0.05", fc="#eef3f8", ec=COLOURS[0]))
+        axes.add_patch(
+            FancyBboxPatch((x, y), 1.4, 0.8, boxstyle="round,pad=0.05", fc="#eef3f8", ec=COLOURS[0])
+        )
         axes.text(x + 0.7, y + 0.55, f"rank {place.rank}", ha="center", va="center", weight="bold")
-        axes.text(x + 0.7, y + 0.22, f"{place.host}, slot {place.slot}", ha="center", va="center", fontsize=8)
+        axes.text(
+            x + 0.7,
+            y + 0.22,
+            f"{place.host}, slot {place.slot}",
+            ha="center",
+            va="center",
+            fontsize=8,
+        )
     for stage, layers in enumerate(layout.stages):
         held = describe(layout.model, layers).partition(" (")[0].replace(", ", ",\n")
         axes.text(-0.3, row(stage) + 0.4, f"pipeline {stage}\n{held}", ha="right", va="center")
         for data in range(2):
-            arrow(axes, (column(data, 0) + 1.45, row(stage) + 0.4), (column(data, 1) - 0.05, row(stage) + 0.4), TENSOR)
+            arrow(
+                axes,
+                (column(data, 0) + 1.45, row(stage) + 0.4),
+                (column(data, 1) - 0.05, row(stage) + 0.4),
+                TENSOR,
+            )
         for tensor, below in ((0, 0.25), (1, 0.45)):
             level = row(stage) - below
             arrow(axes, (column(0, tensor) + 0.7, level), (column(1, tensor) + 0.7, level), DATA)
@@ -84,7 +98,9 @@ def row(pipeline: int) -> float:
 
 
 def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str) -> None:
-    axes.annotate("", end, start, arrowprops={"arrowstyle": "<->", "color": colour, "linewidth": 1.8})
+    axes.annotate(
+        "", end, start, arrowprops={"arrowstyle": "<->", "color": colour, "linewidth": 1.8}
+    )
 
 
 def example_layout() -> Layout:
@@ -93,7 +109,11 @@ def example_layout() -> Layout:
         "train_batch_size": 8,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
         "zero_optimization": {"stage": 3},
-        "megagpt": {"model": {"preset": "gpt2-124m"}, "parallel": MESH, "training": {"total_steps": 1}},
+        "megagpt": {
+            "model": {"preset": "gpt2-124m"},
+            "parallel": MESH,
+            "training": {"total_steps": 1},
+        },
     }
     run = RunConfig.from_json(json.dumps(document))
     return Layout.of(run.resolved(world_size=RANKS, vocabulary=None, bf16_native=False))
@@ -127,7 +147,11 @@ def draw_schedules() -> None:
         axes.tick_params(length=0)
         for side in axes.spines.values():
             side.set_visible(False)
-    rows[-1].set(xlim=(0, 33.5), xticks=[], xlabel="time; dark: forward, light: backward; numbers: micro-batches")
+    rows[-1].set(
+        xlim=(0, 33.5),
+        xticks=[],
+        xlabel="time; dark: forward, light: backward; numbers: micro-batches",
+    )
     figure.tight_layout()
     save(figure, "schedules.svg")
 

@@ -1,11 +1,12 @@
-"""The trainer's pipeline beside DeepSpeed's own PipelineEngine: the same model, data and cut, ZeRO 1 in fp32, 1F1B.
+"""The trainer's pipeline beside DeepSpeed's own PipelineEngine: the same model, data and cut, ZeRO
+1 in fp32, 1F1B.
 
     python -m benchmarks.peer_pipeline_engine
 
-Both engines live in the same ranks and take turns, a step each, so that a busy machine slows both alike; a ratio is the
-median over the turns, below 1 where the trainer is faster. Every loss must be equal, or the script fails. DeepSpeed's
-engine runs on a CPU over gloo as it is; it is only told where to cut, or it would count the embedding's parameters as
-work.
+Both engines live in the same ranks and take turns, a step each, so that a busy machine slows both
+alike; a ratio is the median over the turns, below 1 where the trainer is faster. Every loss must be
+equal, or the script fails. DeepSpeed's engine runs on a CPU over gloo as it is; it is only told
+where to cut, or it would count the embedding's parameters as work.
 """
 
 import argparse
@@ -22,8 +23,20 @@ from typing import Any
 from benchmarks.machine import write_table
 
 SHAPES = {
-    "1M": {"num_layers": 6, "hidden_size": 96, "num_heads": 4, "vocab_size": 1024, "sequence_length": 64},
-    "10M": {"num_layers": 6, "hidden_size": 320, "num_heads": 5, "vocab_size": 8192, "sequence_length": 256},
+    "1M": {
+        "num_layers": 6,
+        "hidden_size": 96,
+        "num_heads": 4,
+        "vocab_size": 1024,
+        "sequence_length": 64,
+    },
+    "10M": {
+        "num_layers": 6,
+        "hidden_size": 320,
+        "num_heads": 5,
+        "vocab_size": 8192,
+        "sequence_length": 256,
+    },
 }
 MICRO_BATCHES, PIPELINE = 8, 2
 TOLERANCE = 1e-5  # of a loss; the same sums in another order
@@ -54,11 +67,16 @@ def trainer(config: Any) -> tuple[Any, Step]:
     from megagpt.parity import compare as parity
 
     engine = build_engine(config, build_mesh(config))
-    return engine, lambda number: pipeline.train_step(engine, parity.micro_batches(engine, number)).loss
+    return (
+        engine,
+        lambda number: pipeline.train_step(engine, parity.micro_batches(engine, number)).loss,
+    )
 
 
 def peer(engine: Any) -> tuple[Any, Step]:
-    """A PipelineEngine and its step over the same layers, cut as the trainer's engine has cut them."""
+    """A PipelineEngine and its step over the same layers, cut as the trainer's engine has cut
+    them.
+    """
     import deepspeed
     from deepspeed.pipe import PipelineModule
     from torch import Tensor, nn
@@ -78,7 +96,9 @@ def peer(engine: Any) -> tuple[Any, Step]:
             return self.layer(x, Context())
 
     class Last(nn.Module):
-        """PipelineEngine computes the loss outside the layers, from what the last returns; the head is both."""
+        """PipelineEngine computes the loss outside the layers, from what the last returns; the
+        head is both.
+        """
 
         def __init__(self, head: Head) -> None:
             super().__init__()
@@ -106,7 +126,9 @@ def peer(engine: Any) -> tuple[Any, Step]:
     with redirect_stdout(StringIO()):
         module = CutAsOurs(layers, num_stages=mesh.pipeline_size, loss_fn=last.loss)
     theirs, *_ = deepspeed.initialize(
-        model=module, model_parameters=parameter_groups(module, names), config=deepspeed_config(config, "cpu")
+        model=module,
+        model_parameters=parameter_groups(module, names),
+        config=deepspeed_config(config, "cpu"),
     )
 
     def step(number: int) -> float:
@@ -138,12 +160,16 @@ def resolve(shape: dict[str, Any]) -> Any:
 
     world_size = dist.get_world_size()
     text = json.dumps(configuration(shape, world_size))
-    return RunConfig.from_json(text).resolved(world_size=world_size, vocabulary=None, bf16_native=False)
+    return RunConfig.from_json(text).resolved(
+        world_size=world_size, vocabulary=None, bf16_native=False
+    )
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A step's loss, the seconds until all ranks had made it, and the processor's seconds of all of them."""
+    """A step's loss, the seconds until all ranks had made it, and the processor's seconds of all
+    of them.
+    """
 
     loss: float
     time_s: float
@@ -171,18 +197,22 @@ def measure(shape: str, rounds: int) -> dict[str, Any]:
     turns = [(take_turn(ours, number), take_turn(theirs, number)) for number in range(rounds + 2)]
     for number, (own, peers) in enumerate(turns):
         if abs(own.loss - peers.loss) > TOLERANCE * peers.loss:
-            raise ValueError(f"step {number}: the trainer's loss is {own.loss}, PipelineEngine's {peers.loss}")
+            raise ValueError(
+                f"step {number}: the trainer's loss is {own.loss}, PipelineEngine's {peers.loss}"
+            )
     engine.deepspeed.destroy()
     other.destroy()
     turns = turns[2:]  # the first two warm up
     own_s, other_s = ([turn.time_s for turn in of] for of in zip(*turns, strict=True))
+    time_ratio = statistics.median(own.time_s / peers.time_s for own, peers in turns)
+    processor_ratio = statistics.median(own.processor_s / peers.processor_s for own, peers in turns)
     return {
         "parameters": shape,
         "mesh": f"pipeline {engine.mesh.pipeline_size} x data {engine.mesh.data_size}",
         "megagpt_step_s": f"{statistics.median(own_s):.3f}",
         "pipeline_engine_step_s": f"{statistics.median(other_s):.3f}",
-        "step_time_ratio": f"{statistics.median(own.time_s / peers.time_s for own, peers in turns):.3f}",
-        "processor_time_ratio": f"{statistics.median(own.processor_s / peers.processor_s for own, peers in turns):.3f}",
+        "step_time_ratio": f"{time_ratio:.3f}",
+        "processor_time_ratio": f"{processor_ratio:.3f}",
     }
 
 
@@ -192,8 +222,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
     arguments = parser.parse_args()
-    jobs = [(ranks, measure, shape, arguments.rounds) for ranks in (PIPELINE, 2 * PIPELINE) for shape in SHAPES]
-    write_table("peer_pipeline_engine", "benchmarks.peer_pipeline_engine", [local_ranks.start(*job) for job in jobs])
+    jobs = [
+        (ranks, measure, shape, arguments.rounds)
+        for ranks in (PIPELINE, 2 * PIPELINE)
+        for shape in SHAPES
+    ]
+    write_table(
+        "peer_pipeline_engine",
+        "benchmarks.peer_pipeline_engine",
+        [local_ranks.start(*job) for job in jobs],
+    )
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     python -m benchmarks.pipeline_bubble
 
-A real engine and its real pipeline, in which each block also sleeps, forward and twice as long backward: what passes
-for compute is then the same everywhere and needs no core, so a busy machine does not matter. A rank is idle while it is
-in no stage's forward or backward; that includes messages, reduction and the optimizer. Medians over steps of the mean
-over ranks.
+A real engine and its real pipeline, in which each block also sleeps, forward and twice as long
+backward: what passes for compute is then the same everywhere and needs no core, so a busy machine
+does not matter. A rank is idle while it is in no stage's forward or backward; that includes
+messages, reduction and the optimizer. Medians over steps of the mean over ranks.
 """
 
 import argparse
@@ -40,7 +40,11 @@ def configuration(ranks: int, schedule: str, micro_batches: int) -> dict[str, An
                 "num_heads": 4,
                 "sequence_length": 16,
             },
-            "parallel": {"pipeline": ranks, "schedule": schedule, "virtual_stages": SCHEDULES[schedule]},
+            "parallel": {
+                "pipeline": ranks,
+                "schedule": schedule,
+                "virtual_stages": SCHEDULES[schedule],
+            },
             "training": {"total_steps": 1_000_000},
         },
     }
@@ -90,12 +94,16 @@ def stopwatch() -> Iterator[list[float]]:
         return call
 
     methods = ("forward_maybe_with_nosync", "backward_maybe_with_nosync")
-    forward, backward = (patch.object(EngineStage, name, timed(getattr(EngineStage, name))) for name in methods)
+    forward, backward = (
+        patch.object(EngineStage, name, timed(getattr(EngineStage, name))) for name in methods
+    )
     with forward, backward:
         yield busy_s
 
 
-def measure(ranks: int, schedule: str, micro_batches: int, delay_s: float, steps: int) -> dict[str, Any]:
+def measure(
+    ranks: int, schedule: str, micro_batches: int, delay_s: float, steps: int
+) -> dict[str, Any]:
     """A row of the table; every rank must call it."""
     import torch
     import torch.distributed as dist
@@ -106,7 +114,9 @@ def measure(ranks: int, schedule: str, micro_batches: int, delay_s: float, steps
     from megagpt.parity import compare as parity
 
     text = json.dumps(configuration(ranks, schedule, micro_batches))
-    config = RunConfig.from_json(text).resolved(world_size=ranks, vocabulary=None, bf16_native=False)
+    config = RunConfig.from_json(text).resolved(
+        world_size=ranks, vocabulary=None, bf16_native=False
+    )
     engine = build_engine(config, build_mesh(config))
     slow_down(engine.chunks, delay_s)
     idle, times_s = [], []
@@ -141,7 +151,11 @@ def measure_all(delay_s: float, steps: int) -> list[dict[str, Any]]:
 
     logging.disable(logging.WARNING)  # each engine would say again what Adam it has
     ranks = dist.get_world_size()
-    return [measure(ranks, schedule, of, delay_s, steps) for of in CASES[ranks] for schedule in SCHEDULES]
+    return [
+        measure(ranks, schedule, of, delay_s, steps)
+        for of in CASES[ranks]
+        for schedule in SCHEDULES
+    ]
 
 
 def main() -> None:
@@ -152,7 +166,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     arguments = parser.parse_args()
     job = (measure_all, arguments.delay_ms / 1000, arguments.steps)
-    write_table("pipeline_bubble", "benchmarks.pipeline_bubble", [r for n in CASES for r in local_ranks.start(n, *job)])
+    write_table(
+        "pipeline_bubble",
+        "benchmarks.pipeline_bubble",
+        [r for n in CASES for r in local_ranks.start(n, *job)],
+    )
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     python -m benchmarks.torture --minutes 10
 
-A small run on DeepSpeed's launcher, under ``launch/supervise.py``, whose ranks (and now and then their launcher) get
-kill -9 at random moments: starting, training, saving. When it is done, weights and moments of its last checkpoint are
-compared bit for bit with those of the same run left alone; then the next round begins, under the next ZeRO stage and
-way of saving, until the time is up.
+A small run on DeepSpeed's launcher, under ``launch/supervise.py``, whose ranks (and now and then
+their launcher) get kill -9 at random moments: starting, training, saving. When it is done, weights
+and moments of its last checkpoint are compared bit for bit with those of the same run left alone;
+then the next round begins, under the next ZeRO stage and way of saving, until the time is up.
 Writes benchmarks/results/torture.csv.
 """
 
@@ -39,8 +39,14 @@ from megagpt.run.supervise import newest_checkpoint
 ROOT = Path(__file__).parent.parent
 RESTARTS = 1000
 LAUNCHERS_SHARE = 0.1  # of the kills; the rest are ranks'
-EXECUTIONS = ((1, False), (3, True), (1, True), (3, False))  # ZeRO stage, whether saves go on in the background
-AT_ANY_MOMENT = 0.2  # of the kills, while the run starts as likely as not; the others come once it has saved again
+EXECUTIONS = (
+    (1, False),
+    (3, True),
+    (1, True),
+    (3, False),
+)  # ZeRO stage, whether saves go on in the background
+# of the kills, while the run starts as likely as not; the others come once it has saved again
+AT_ANY_MOMENT = 0.2
 
 
 def main() -> None:
@@ -52,7 +58,9 @@ def main() -> None:
         sys.exit("a tortured run ended elsewhere than the undisturbed one")
 
 
-def torture(arguments: argparse.Namespace, executions: Sequence[tuple[int, bool]] = EXECUTIONS) -> list[dict[str, Any]]:
+def torture(
+    arguments: argparse.Namespace, executions: Sequence[tuple[int, bool]] = EXECUTIONS
+) -> list[dict[str, Any]]:
     """One row a round, which take the executions in turn."""
     rows: list[dict[str, Any]] = []
     killer = Killer(random.Random(arguments.seed), arguments.mean_s)
@@ -66,12 +74,20 @@ def torture(arguments: argparse.Namespace, executions: Sequence[tuple[int, bool]
         end_s = time.monotonic() + 60 * arguments.minutes
         for stage, asynchronous in cycle(executions):
             run = directory / f"round_{len(rows) + 1}"
-            configuration = write_configuration(directory, arguments, stage, asynchronous=asynchronous)
+            configuration = write_configuration(
+                directory, arguments, stage, asynchronous=asynchronous
+            )
             with supervised(configuration, run, arguments.ranks) as process:
                 kills = killer.haunt(process, run, end_s)
                 require_done(process)
-            execution = {"zero_stage": stage, "saves": "in the background" if asynchronous else "at once"}
-            rows.append(execution | result(run, kills, bit_equal=same_state(undisturbed(directory, stage), run)))
+            execution = {
+                "zero_stage": stage,
+                "saves": "in the background" if asynchronous else "at once",
+            }
+            rows.append(
+                execution
+                | result(run, kills, bit_equal=same_state(undisturbed(directory, stage), run))
+            )
             print(rows[-1], flush=True)
             if time.monotonic() > end_s:
                 break
@@ -79,18 +95,24 @@ def torture(arguments: argparse.Namespace, executions: Sequence[tuple[int, bool]
 
 
 def undisturbed(directory: Path, stage: int) -> Path:
-    """The run that is left alone: how a run saves must not change where it ends, its ZeRO stage may, by rounding."""
+    """The run that is left alone: how a run saves must not change where it ends, its ZeRO stage
+    may, by rounding.
+    """
     return directory / f"undisturbed_{stage}"
 
 
 def prepare_data(directory: Path) -> None:
     """This package's own sources, as bytes."""
     text = directory / "sources.txt"
-    text.write_text("\n".join(path.read_text() for path in sorted((ROOT / "megagpt").rglob("*.py"))))
+    text.write_text(
+        "\n".join(path.read_text() for path in sorted((ROOT / "megagpt").rglob("*.py")))
+    )
     prepare(Request(str(text), directory / "data", tokenizer="bytes"), report=lambda line: None)
 
 
-def write_configuration(directory: Path, arguments: argparse.Namespace, stage: int, *, asynchronous: bool) -> Path:
+def write_configuration(
+    directory: Path, arguments: argparse.Namespace, stage: int, *, asynchronous: bool
+) -> Path:
     """A small GPT; a checkpoint every ten steps."""
     config = {
         "train_batch_size": 4 * arguments.ranks,
@@ -98,11 +120,24 @@ def write_configuration(directory: Path, arguments: argparse.Namespace, stage: i
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
         "gradient_clipping": 0.5,
         "bf16": {"enabled": False},
-        "zero_optimization": {"stage": stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})},
+        "zero_optimization": {
+            "stage": stage,
+            **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}),
+        },
         "megagpt": {
-            "model": {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "sequence_length": 64, "dropout": 0.1},
+            "model": {
+                "num_layers": 2,
+                "hidden_size": 64,
+                "num_heads": 4,
+                "sequence_length": 64,
+                "dropout": 0.1,
+            },
             "data": {"path": str(directory / "data")},
-            "training": {"total_steps": arguments.steps, "eval_interval_steps": 50, "eval_batches": 1},
+            "training": {
+                "total_steps": arguments.steps,
+                "eval_interval_steps": 50,
+                "eval_batches": 1,
+            },
             "checkpoint": {"interval_steps": 10, "keep": 2, "asynchronous": asynchronous},
             "monitor": {"log_interval_steps": 1},
         },
@@ -120,7 +155,14 @@ def supervised(configuration: Path, run: Path, ranks: int) -> Iterator[subproces
     command += ["--deepspeed_config", str(configuration), "--run_dir", str(run)]
     search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "launch/supervise.py"), "--restarts", str(RESTARTS), "--", *command],
+        [
+            sys.executable,
+            str(ROOT / "launch/supervise.py"),
+            "--restarts",
+            str(RESTARTS),
+            "--",
+            *command,
+        ],
         env=os.environ | {"PATH": search, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
     )
@@ -148,7 +190,8 @@ def require_done(process: subprocess.Popen[bytes]) -> None:
 class Killer:
     """Sends kill -9 to what a supervised command started, some ``mean_s`` after it has saved again.
 
-    Two kills in a row that leave no time for a checkpoint would make the supervisor give up, as it should.
+    Two kills in a row that leave no time for a checkpoint would make the supervisor give up, as it
+    should.
     """
 
     def __init__(self, chance: random.Random, mean_s: float) -> None:
@@ -182,7 +225,9 @@ def victims(supervisor: int) -> tuple[list[int], list[int]]:
     ranks, launchers = [], []
     with contextlib.suppress(OSError):  # some process has just ended
         groups = {member.number for member in all_processes() if member.parent == supervisor}
-        for process in (member for member in all_processes() if os.getpgid(member.number) in groups):
+        for process in (
+            member for member in all_processes() if os.getpgid(member.number) in groups
+        ):
             if NODE_LAUNCHER in process.words:
                 launchers.append(process.number)
             elif any(word.startswith("--local_rank") for word in process.words):
@@ -217,9 +262,13 @@ def result(run: Path, kills: int, *, bit_equal: bool) -> dict[str, Any]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=10, help="how long to torture [10]")
-    parser.add_argument("--mean_s", type=float, default=5.0, help="mean time from new progress to a kill [5]")
+    parser.add_argument(
+        "--mean_s", type=float, default=5.0, help="mean time from new progress to a kill [5]"
+    )
     parser.add_argument("--steps", type=int, default=500, help="steps of a round [500]")
     parser.add_argument("--ranks", type=int, default=2, help="ranks of a run [2]")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and victims [0]")

@@ -2,8 +2,9 @@
 
     python -m benchmarks.wheels DIR
 
-The image has Python, torch, triton and numpy. The wheels have the versions that are installed here, for the Python and
-machine of the image; DeepSpeed's is built without ops. The last line printed is the command to type on the image.
+The image has Python, torch, triton and numpy. The wheels have the versions that are installed here,
+for the Python and machine of the image; DeepSpeed's is built without ops. The last line printed is
+the command to type on the image.
 """
 
 import argparse
@@ -23,16 +24,26 @@ from packaging.utils import canonicalize_name
 
 from megagpt.utils import UserError, run_command
 
-TRAINING = ("deepspeed", "pydantic", "rich", "safetensors", "tiktoken")  # what megagpt and kernels import in a run
+TRAINING = (
+    "deepspeed",
+    "pydantic",
+    "rich",
+    "safetensors",
+    "tiktoken",
+)  # what megagpt and kernels import in a run
 PROVIDED = frozenset({"torch", "triton", "numpy"})  # by the image, with what these require
 LIMIT_MB = 15.0
-# Wheels of newer Linux (glibc 2.28) down to the oldest; pip itself adds the older names of 2.17 and below.
+# Wheels of newer Linux (glibc 2.28) down to the oldest; pip itself adds the older names of 2.17 and
+# below.
 GLIBC = ("2_34", "2_31", "2_28", "2_24", "2_17")
 
 
 @dataclass(frozen=True)
 class Target:
-    """The image: its Python as `3.12`, its machine as `x86_64`. Linux with glibc 2.34 or newer, CPython."""
+    """The image: its Python as `3.12`, its machine as `x86_64`.
+
+    Linux with glibc 2.34 or newer, CPython.
+    """
 
     python: str = "3.12"
     machine: str = "x86_64"
@@ -50,7 +61,12 @@ class Target:
         """What tells pip to take wheels for it."""
         platforms = [f"--platform=manylinux_{glibc}_{self.machine}" for glibc in GLIBC]
         platforms.append(f"--platform=manylinux2014_{self.machine}")
-        return [f"--python-version={self.python}", "--implementation=cp", "--only-binary=:all:", *platforms]
+        return [
+            f"--python-version={self.python}",
+            "--implementation=cp",
+            "--only-binary=:all:",
+            *platforms,
+        ]
 
 
 def main() -> None:
@@ -60,16 +76,20 @@ def main() -> None:
     wheels = collect(arguments.directory, roots, Target(arguments.python, arguments.machine))
     for wheel in sorted(wheels, key=size_mb, reverse=True):
         print(f"{size_mb(wheel):6.2f} MB  {wheel.name}")
-    print(f"{sum(map(size_mb, wheels)):6.2f} MB  in {len(wheels)} wheels (limit {LIMIT_MB:g} MB); on the image type:")
+    print(
+        f"{sum(map(size_mb, wheels)):6.2f} MB  in {len(wheels)} wheels (limit {LIMIT_MB:g} MB); "
+        f"on the image type:"
+    )
     pins = " ".join(f"{name}=={version(name)}" for name in roots)
     print(f"pip install --no-index --find-links {arguments.directory} {pins}")
 
 
 def collect(directory: Path, roots: Sequence[str], target: Target) -> list[Path]:
-    """Put the wheels of the roots, and of all that these require, into a directory; return their paths.
+    """Put the wheels of the roots, and of all that these require, into a directory; return their
+    paths.
 
-    Raise UserError where pip fails, where they are larger than the limit (the directory is then as before), or where
-    the directory cannot be written.
+    Raise UserError where pip fails, where they are larger than the limit (the directory is then as
+    before), or where the directory cannot be written.
     """
     pins = [f"{name}=={version(name)}" for name in closure(roots, target.environment)]
     try:
@@ -82,7 +102,9 @@ def collect(directory: Path, roots: Sequence[str], target: Target) -> list[Path]
             require_small(wheels)
             return [wheel.rename(directory / wheel.name) for wheel in wheels]
     except OSError as error:
-        raise UserError(f"{directory}: cannot be written ({error.strerror}); name another directory") from error
+        raise UserError(
+            f"{directory}: cannot be written ({error.strerror}); name another directory"
+        ) from error
 
 
 def closure(
@@ -94,7 +116,8 @@ def closure(
 ) -> list[str]:
     """Return the sorted names of the roots and of all that they require, without what is provided.
 
-    ``requires`` gives a distribution's requirements (`Requires-Dist`); None reads them from what is installed here.
+    ``requires`` gives a distribution's requirements (`Requires-Dist`); None reads them from what is
+    installed here.
     """
     requires = requires or required_here
     waiting = [Requirement(root) for root in roots]
@@ -107,7 +130,9 @@ def closure(
         seen.add((name, extras))
         for further in map(Requirement, requires(name)):
             marker = further.marker
-            if marker is None or any(marker.evaluate({**environment, "extra": extra}) for extra in {"", *extras}):
+            if marker is None or any(
+                marker.evaluate({**environment, "extra": extra}) for extra in {"", *extras}
+            ):
                 waiting.append(further)
     return sorted({name for name, _ in seen})
 
@@ -119,20 +144,29 @@ def required_here(name: str) -> list[str]:
 
 
 def version(name: str) -> str:
-    """Return the version that is installed here, which the tests ran with. Raise UserError where there is none."""
+    """Return the version that is installed here, which the tests ran with.
+
+    Raise UserError where there is none.
+    """
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
-        message = f"{name}: not installed here, so that no version of it is known to work; pip install {name}"
+        message = (
+            f"{name}: not installed here, so that no version of it is known to work; pip "
+            f"install {name}"
+        )
         raise UserError(message) from None
 
 
 def build_without_ops(pins: Sequence[str], directory: Path) -> None:
-    """Build wheels for any Python and machine from source: ops are compiled where they run, when they are needed.
+    """Build wheels for any Python and machine from source: ops are compiled where they run, when
+    they are needed.
 
     pip's cache may hold a wheel that was built with ops.
     """
-    without = {name: value for name, value in os.environ.items() if not name.startswith("DS_BUILD_")}
+    without = {
+        name: value for name, value in os.environ.items() if not name.startswith("DS_BUILD_")
+    }
     for pin in pins:
         pip(
             "wheel",
@@ -142,15 +176,25 @@ def build_without_ops(pins: Sequence[str], directory: Path) -> None:
             pin,
             environment=without | {"DS_BUILD_OPS": "0"},
         )
-    if bound := [wheel.name for wheel in directory.glob("*.whl") if not wheel.name.endswith("-none-any.whl")]:
+    if bound := [
+        wheel.name for wheel in directory.glob("*.whl") if not wheel.name.endswith("-none-any.whl")
+    ]:
         raise UserError(
-            f"{bound[0]}: built for this machine, expected py3-none-any; report the output of {pins[0]}'s build"
+            f"{bound[0]}: built for this machine, expected py3-none-any; report the output of "
+            f"{pins[0]}'s build"
         )
 
 
 def download(pins: Sequence[str], directory: Path, target: Target) -> None:
     """Download wheels for the target."""
-    pip("download", "--no-deps", f"--dest={directory}", *target.options, *pins, environment=dict(os.environ))
+    pip(
+        "download",
+        "--no-deps",
+        f"--dest={directory}",
+        *target.options,
+        *pins,
+        environment=dict(os.environ),
+    )
 
 
 def pip(*arguments: str, environment: dict[str, str]) -> None:
@@ -158,18 +202,27 @@ def pip(*arguments: str, environment: dict[str, str]) -> None:
     command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        errors = re.findall(r"^ERROR: (.*)$", done.stderr, re.MULTILINE) or done.stderr.strip().splitlines()[-1:]
+        errors = (
+            re.findall(r"^ERROR: (.*)$", done.stderr, re.MULTILINE)
+            or done.stderr.strip().splitlines()[-1:]
+        )
         said = "; ".join(errors[-2:]) or f"exit code {done.returncode}"
-        raise UserError(f"pip {arguments[0]}: {said}; check the network, --python and --machine, then type this again")
+        raise UserError(
+            f"pip {arguments[0]}: {said}; check the network, --python and --machine, then type "
+            f"this again"
+        )
 
 
 def require_small(wheels: Sequence[Path]) -> None:
     """Raise UserError where the wheels together are larger than the limit."""
     total = sum(map(size_mb, wheels))
     if total > LIMIT_MB:
-        largest = ", ".join(f"{wheel.name} {size_mb(wheel):.1f} MB" for wheel in sorted(wheels, key=size_mb)[:-4:-1])
+        largest = ", ".join(
+            f"{wheel.name} {size_mb(wheel):.1f} MB" for wheel in sorted(wheels, key=size_mb)[:-4:-1]
+        )
         raise UserError(
-            f"{total:.1f} MB of wheels, limit {LIMIT_MB:g} MB (largest: {largest}); ask for less with --also"
+            f"{total:.1f} MB of wheels, limit {LIMIT_MB:g} MB (largest: {largest}); ask for less "
+            f"with --also"
         )
 
 
@@ -180,11 +233,19 @@ def size_mb(path: Path) -> float:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.wheels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.wheels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("directory", type=Path, metavar="DIR", help="where the wheels go; made where it is missing")
-    parser.add_argument("--python", type=python_version, default="3.12", metavar="X.Y", help="of the image [3.12]")
-    parser.add_argument("--machine", default="x86_64", choices=["x86_64", "aarch64"], help="of the image [x86_64]")
+    parser.add_argument(
+        "directory", type=Path, metavar="DIR", help="where the wheels go; made where it is missing"
+    )
+    parser.add_argument(
+        "--python", type=python_version, default="3.12", metavar="X.Y", help="of the image [3.12]"
+    )
+    parser.add_argument(
+        "--machine", default="x86_64", choices=["x86_64", "aarch64"], help="of the image [x86_64]"
+    )
     parser.add_argument(
         "--also",
         nargs="+",
@@ -198,7 +259,9 @@ def parse_arguments() -> argparse.Namespace:
 def python_version(text: str) -> str:
     """A type for Python versions from 3.11 up."""
     if not re.fullmatch(r"3\.\d+", text) or int(text.partition(".")[2]) < 11:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a Python version from 3.11 up, such as 3.12")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a Python version from 3.11 up, such as 3.12"
+        )
     return text
 
 

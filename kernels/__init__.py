@@ -1,8 +1,8 @@
 """Fused operations for GPT training, each with a plain-torch twin of the same signature.
 
-``import kernels`` is cheap: torch and triton are imported when an operation is first used. ``explain`` says which
-implementation a call would run and why, ``launches`` counts the Triton functions that ran, and the variable
-``MEGAGPT_KERNELS=triton|torch|interpret`` forces the choice.
+``import kernels`` is cheap: torch and triton are imported when an operation is first used.
+``explain`` says which implementation a call would run and why, ``launches`` counts the Triton
+functions that ran, and the variable ``MEGAGPT_KERNELS=triton|torch|interpret`` forces the choice.
 """
 
 import importlib

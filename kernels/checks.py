@@ -1,7 +1,9 @@
-"""What every operation demands of its arguments, whichever implementation runs: said before anything is launched.
+"""What every operation demands of its arguments, whichever implementation runs: said before
+anything is launched.
 
-One function for each operation, of its signature. It raises ValueError, naming the argument, what was found and what
-was expected, and returns the tensor whose device and dtype are those of the call.
+One function for each operation, of its signature. It raises ValueError, naming the argument, what
+was found and what was expected, and returns the tensor whose device and dtype are those of the
+call.
 """
 
 from typing import Any
@@ -22,10 +24,15 @@ def attention(
     dropout_seed: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """Four dimensions, heads that divide, a seed where there is dropout, documents no longer than the keys."""
+    """Four dimensions, heads that divide, a seed where there is dropout, documents no longer
+    than the keys.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
-            raise ValueError(f"attention: {name} has shape {tuple(x.shape)}, expected (batch, heads, length, head_dim)")
+            raise ValueError(
+                f"attention: {name} has shape {tuple(x.shape)}, expected (batch, heads, length, "
+                f"head_dim)"
+            )
     _require_floating_point("attention", "q", q)
     batch, heads, length, head_dim = q.shape
     key_heads, key_length = k.shape[1:3]
@@ -34,31 +41,43 @@ def attention(
     if key_heads == 0 or heads % key_heads:
         raise ValueError(f"attention: q has {heads} heads, expected a multiple of k's {key_heads}")
     if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"attention: dropout is {dropout}, expected a probability of at least 0 and below 1")
+        raise ValueError(
+            f"attention: dropout is {dropout}, expected a probability of at least 0 and below 1"
+        )
     if dropout:
         if dropout_seed is None:
-            raise ValueError("attention: dropout needs dropout_seed, one int64 for each sample of the batch")
+            raise ValueError(
+                "attention: dropout needs dropout_seed, one int64 for each sample of the batch"
+            )
         _require("attention", "dropout_seed", dropout_seed, q, (batch,), torch.int64)
     if document_ids is not None:
         _require_documents(document_ids, q, batch, key_length)
         if length > key_length:
             raise ValueError(
-                f"attention: q has length {length}, expected at most k's {key_length} with document_ids: "
-                "the queries are the last of the keys' positions"
+                f"attention: q has length {length}, expected at most k's {key_length} with "
+                "document_ids: the queries are the last of the keys' positions"
             )
     return q
 
 
-def _require_documents(document_ids: Tensor | DocumentBounds, q: Tensor, batch: int, key_length: int) -> None:
+def _require_documents(
+    document_ids: Tensor | DocumentBounds, q: Tensor, batch: int, key_length: int
+) -> None:
     if isinstance(document_ids, DocumentBounds):
         name, positions = "document_ids.positions", document_ids.positions
         _require("attention", name, positions, q, (batch, 2, key_length), torch.int32)
     else:
-        _require("attention", "document_ids", document_ids, q, (batch, key_length), document_ids.dtype)
+        _require(
+            "attention", "document_ids", document_ids, q, (batch, key_length), document_ids.dtype
+        )
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, residual: Tensor | None = None, **_: Any) -> Tensor:
-    """Parameters as wide as x's rows, a residual like x; beside an x of 16 bits, both may be fp32."""
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, residual: Tensor | None = None, **_: Any
+) -> Tensor:
+    """Parameters as wide as x's rows, a residual like x; beside an x of 16 bits, both may be
+    fp32.
+    """
     return _norm("layer_norm", x, weight, bias, residual)
 
 
@@ -67,7 +86,9 @@ def rms_norm(x: Tensor, weight: Tensor, *, residual: Tensor | None = None, **_: 
     return _norm("rms_norm", x, weight, None, residual)
 
 
-def _norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+def _norm(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
     if x.dim() == 0:
         raise ValueError(f"{op}: x has shape (), expected (..., width)")
     _require_floating_point(op, "x", x)
@@ -80,7 +101,9 @@ def _norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Ten
 
 
 def _own_or_fp32(tensor: Tensor, x: Tensor) -> torch.dtype:
-    """The dtype that a tensor beside x must have: fp32 where it has that and x has 16 bits, else x's."""
+    """The dtype that a tensor beside x must have: fp32 where it has that and x has 16 bits, else
+    x's.
+    """
     return torch.float32 if tensor.dtype == torch.float32 and x.dtype.itemsize == 2 else x.dtype
 
 
@@ -95,35 +118,53 @@ def linear_cross_entropy(
     reduction: str = "mean",
     **_: Any,
 ) -> Tensor:
-    """A weight as wide as hidden, one int64 target for each of its rows, a vocabulary that the weight has rows for."""
+    """A weight as wide as hidden, one int64 target for each of its rows, a vocabulary that the
+    weight has rows for.
+    """
     op = "linear_cross_entropy"
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'{op}: reduction is "{reduction}", expected "mean", "sum" or "none"')
     if hidden.dim() < 2:
-        raise ValueError(f"{op}: hidden has shape {tuple(hidden.shape)}, expected (..., hidden_size)")
+        raise ValueError(
+            f"{op}: hidden has shape {tuple(hidden.shape)}, expected (..., hidden_size)"
+        )
     if weight.dim() != 2:
-        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, expected (vocabulary, {hidden.shape[-1]})")
+        raise ValueError(
+            f"{op}: weight has shape {tuple(weight.shape)}, expected (vocabulary, "
+            f"{hidden.shape[-1]})"
+        )
     _require_floating_point(op, "hidden", hidden)
     _require(op, "weight", weight, hidden, (weight.shape[0], hidden.shape[-1]))
     _require(op, "targets", targets, hidden, tuple(hidden.shape[:-1]), torch.int64)
     if weight.shape[0] == 0:
         raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, expected at least one row")
     if vocabulary_start < 0:
-        raise ValueError(f"{op}: vocabulary_start is {vocabulary_start}, expected the first row's index, at least 0")
+        raise ValueError(
+            f"{op}: vocabulary_start is {vocabulary_start}, expected the first row's index, at "
+            f"least 0"
+        )
     if vocabulary is not None:
         _require_rows_for(vocabulary, vocabulary_start, weight.shape[0], alone=group is None)
     return hidden
 
 
 def _require_rows_for(vocabulary: int, start: int, rows: int, alone: bool) -> None:
-    """Among the weight's rows if they are all there are; a rank of a group may hold a part of them, or padding only."""
+    """Among the weight's rows if they are all there are; a rank of a group may hold a part of
+    them, or padding only.
+    """
     op = "linear_cross_entropy"
     if vocabulary < 1:
         raise ValueError(f"{op}: vocabulary is {vocabulary}, expected at least 1")
     if alone and vocabulary > start + rows:
-        raise ValueError(f"{op}: vocabulary is {vocabulary}, expected at most {start + rows}: weight has {rows} rows")
+        raise ValueError(
+            f"{op}: vocabulary is {vocabulary}, expected at most {start + rows}: weight has "
+            f"{rows} rows"
+        )
     if alone and vocabulary <= start:
-        raise ValueError(f"{op}: vocabulary is {vocabulary}, expected more than vocabulary_start, which is {start}")
+        raise ValueError(
+            f"{op}: vocabulary is {vocabulary}, expected more than vocabulary_start, which is "
+            f"{start}"
+        )
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
@@ -139,7 +180,8 @@ def swiglu(x: Tensor) -> Tensor:
     """An even number of channels."""
     if x.dim() == 0 or x.shape[-1] % 2:
         raise ValueError(
-            f"swiglu: x has shape {tuple(x.shape)}, expected an even number of channels (gate, value pairs)"
+            f"swiglu: x has shape {tuple(x.shape)}, expected an even number of channels (gate, "
+            f"value pairs)"
         )
     _require_floating_point("swiglu", "x", x)
     return x
@@ -149,7 +191,8 @@ def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """An even head dimension, tables in fp32 of half as many columns."""
     if x.dim() != 4 or x.shape[-1] % 2:
         raise ValueError(
-            f"rotary: x has shape {tuple(x.shape)}, expected (batch, heads, length, head_dim) with an even head_dim"
+            f"rotary: x has shape {tuple(x.shape)}, expected (batch, heads, length, head_dim) "
+            f"with an even head_dim"
         )
     _require_floating_point("rotary", "x", x)
     for name, table in (("cosine", cosine), ("sine", sine)):
@@ -160,7 +203,9 @@ def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 def dropout(x: Tensor, probability: float, *, seed: Tensor, **_: Any) -> Tensor:
     """Three dimensions, and a seed for each sample."""
     if x.dim() != 3:
-        raise ValueError(f"dropout: x has shape {tuple(x.shape)}, expected (batch, length, channels)")
+        raise ValueError(
+            f"dropout: x has shape {tuple(x.shape)}, expected (batch, length, channels)"
+        )
     _require_floating_point("dropout", "x", x)
     if not 0.0 <= probability < 1.0:
         raise ValueError(f"dropout: probability is {probability}, expected 0 <= probability < 1")
@@ -170,16 +215,25 @@ def dropout(x: Tensor, probability: float, *, seed: Tensor, **_: Any) -> Tensor:
 
 def _require_floating_point(op: str, name: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point():
-        raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, expected floating-point numbers; convert it")
+        raise ValueError(
+            f"{op}: {name} has dtype {tensor.dtype}, expected floating-point numbers; convert it"
+        )
 
 
 def _require(
-    op: str, name: str, tensor: Tensor, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
+    op: str,
+    name: str,
+    tensor: Tensor,
+    like: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype | None = None,
 ) -> None:
     """The device of ``like``, its dtype unless another one is given, and exactly this shape."""
     dtype = dtype or like.dtype
     if tensor.device != like.device:
-        raise ValueError(f"{op}: {name} is on {tensor.device}, expected {like.device}; move it there")
+        raise ValueError(
+            f"{op}: {name} is on {tensor.device}, expected {like.device}; move it there"
+        )
     if tensor.dtype != dtype:
         raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, expected {dtype}; convert it")
     if tuple(tensor.shape) != shape:

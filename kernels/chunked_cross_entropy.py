@@ -1,19 +1,23 @@
-"""The language-model head and its loss, a chunk of rows at a time, so that the full logits never exist.
+"""The language-model head and its loss, a chunk of rows at a time, so that the full logits never
+exist.
 
-For a chunk: logits = hidden @ weight.T; three numbers a row (maximum, sum of exponentials, the target's logit); the
-loss; and at once, in place, the gradient of the logits, (softmax * (1 + 2 z lse) - one_hot), from which the gradients
-of hidden and weight follow by two more products. That spares backward a second pass over the logits: the products are
-those of plain autograd, three in all. The weight's gradient is summed over the chunks in fp32. Idea: Liger-Kernel's
-fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989). With ``reduction="none"`` each row's gradient has its
-own factor, unknown until backward, which therefore computes the logits again.
+For a chunk: logits = hidden @ weight.T; three numbers a row (maximum, sum of exponentials, the
+target's logit); the loss; and at once, in place, the gradient of the logits, (softmax * (1 + 2 z
+lse) - one_hot), from which the gradients of hidden and weight follow by two more products. That
+spares backward a second pass over the logits: the products are those of plain autograd, three in
+all. The weight's gradient is summed over the chunks in fp32. Idea: Liger-Kernel's fused linear
+cross-entropy (Hsu et al. 2024, arXiv:2410.10989). With ``reduction="none"`` each row's gradient has
+its own factor, unknown until backward, which therefore computes the logits again.
 
-Gradients wait for the gradient of the loss. Those of a mean over n targets would underflow in fp16, whose loss scale
-arrives only then, without the factor 1/n, and with it. So 1/n is split into a number in [1, 2), which the gradient of
-the logits takes before it is rounded, and a power of two, which scales the waiting gradients: an exact product, if the
-gradient of the loss is a power of two, as 1 and fp16's loss scale are. Any other rounds 16-bit gradients once more.
+Gradients wait for the gradient of the loss. Those of a mean over n targets would underflow in fp16,
+whose loss scale arrives only then, without the factor 1/n, and with it. So 1/n is split into a
+number in [1, 2), which the gradient of the logits takes before it is rounded, and a power of two,
+which scales the waiting gradients: an exact product, if the gradient of the loss is a power of two,
+as 1 and fp16's loss scale are. Any other rounds 16-bit gradients once more.
 
-Everything here is plain torch; ``kernels.fused.cross_entropy`` adds the two functions of a chunk in Triton. In a vocabulary-
-parallel group each rank holds some rows of the weight; a chunk costs one all-gather of three numbers a row.
+Everything here is plain torch; ``kernels.fused.cross_entropy`` adds the two functions of a chunk in
+Triton. In a vocabulary- parallel group each rank holds some rows of the weight; a chunk costs one
+all-gather of three numbers a row.
 """
 
 import functools
@@ -31,19 +35,24 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels import costs
 from kernels.derivatives import refuse_second_order, register_gradient
 
-CHUNK_BYTES = 256 * 2**20  # of logits: long enough for full-speed products, a tenth of what 8k rows of GPT-2 would take
+CHUNK_BYTES = (
+    256 * 2**20
+)  # of logits: long enough for full-speed products, a tenth of what 8k rows of GPT-2 would take
 LEAST_CHUNK_ROWS = 128
-GROUP_CHUNK_ROWS = 2048  # ranks of a group meet once a chunk, so they must agree whatever their share of the vocabulary
+# ranks of a group meet once a chunk, so they must agree whatever their share of the vocabulary
+GROUP_CHUNK_ROWS = 2048
 
 
 @dataclass(frozen=True)
 class RowFunctions:
-    """What is computed from one chunk of logits (rows, vocabulary); targets outside 0 .. vocabulary-1 are elsewhere.
+    """What is computed from one chunk of logits (rows, vocabulary); targets outside 0 ..
+    vocabulary-1 are elsewhere.
 
-    ``statistics(logits, targets)`` returns fp32 (3, rows): maximum, sum of exp(logit - maximum), and the logit of the
-    target or -inf. ``gradient(logits, targets, normaliser, scales, z_loss)`` overwrites the logits by their gradient
-    times ``scales`` (rows,), exactly zero where that is. ``normaliser`` (rows, 2) holds the maximum and the logarithm
-    of the sum: added up at once they would lose what distinguishes large logits.
+    ``statistics(logits, targets)`` returns fp32 (3, rows): maximum, sum of exp(logit - maximum),
+    and the logit of the target or -inf. ``gradient(logits, targets, normaliser, scales, z_loss)``
+    overwrites the logits by their gradient times ``scales`` (rows,), exactly zero where that is.
+    ``normaliser`` (rows, 2) holds the maximum and the logarithm of the sum: added up at once they
+    would lose what distinguishes large logits.
     """
 
     statistics: Callable[[Tensor, Tensor], Tensor]
@@ -59,7 +68,9 @@ def _torch_statistics(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.stack((maximum, total, logit))
 
 
-def _torch_gradient(logits: Tensor, targets: Tensor, normaliser: Tensor, scales: Tensor, z_loss: float) -> None:
+def _torch_gradient(
+    logits: Tensor, targets: Tensor, normaliser: Tensor, scales: Tensor, z_loss: float
+) -> None:
     maximum, log_total = normaliser.unbind(dim=1)
     gradient = (_at_least_fp32(logits) - maximum[:, None] - log_total[:, None]).exp_()
     gradient *= (scales * (1.0 + 2.0 * z_loss * (maximum + log_total)))[:, None]
@@ -72,11 +83,13 @@ ROW_FUNCTIONS = {"torch": RowFunctions(_torch_statistics, _torch_gradient)}
 _GROUPS: dict[str, ProcessGroup] = {}  # operators take a group by its name
 
 
-# ----------------------------------------------------------------------------------------------------------- operators
+# ---------------------------------------------------------------------------------------- operators
 
 
 def _in_its_own_dtype(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """Without autocast, which would convert the operands of some of an operator's products and not of others."""
+    """Without autocast, which would convert the operands of some of an operator's products and
+    not of others.
+    """
 
     @functools.wraps(operator)
     def run(first: Tensor, *others: Any) -> Any:
@@ -102,14 +115,16 @@ def _forward(
     hidden_gradient: bool,
     weight_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, losses (rows,), normaliser (rows, 2), factor, gradients of hidden and weight without it, if asked for).
+    """(loss, losses (rows,), normaliser (rows, 2), factor, gradients of hidden and weight without
+    it, if asked for).
 
-    The loss is the mean or the sum; times ``factor``, a power of two, the gradients are those of the loss.
-    Columns of the logits from ``columns`` on are padding.
-    hidden (rows, hidden_size), targets (rows,). The gradient of weight is fp32; one not asked for is empty.
+    The loss is the mean or the sum; times ``factor``, a power of two, the gradients are those of
+    the loss. Columns of the logits from ``columns`` on are padding. hidden (rows, hidden_size),
+    targets (rows,). The gradient of weight is fp32; one not asked for is empty.
     """
     loss, losses, normaliser, factor, dhidden, dweight = _forward_outputs(
-        hidden, weight, targets, ignore_index, z_loss, vocabulary_start, columns, group, implementation, mean,
+        hidden, weight, targets, ignore_index, z_loss, vocabulary_start, columns, group,
+        implementation, mean,
         hidden_gradient, weight_gradient,
     )  # fmt: skip
     functions = ROW_FUNCTIONS[implementation]
@@ -122,7 +137,9 @@ def _forward(
     dweight.zero_()
     for rows in _chunks(hidden, weight, group):
         logits = _logits(hidden[rows], weight, columns)
-        maximum, total, target_logit = _over_group(functions.statistics(logits, targets[rows]), group)
+        maximum, total, target_logit = _over_group(
+            functions.statistics(logits, targets[rows]), group
+        )
         log_total = total.log()
         torch.stack((maximum, log_total), dim=1, out=normaliser[rows])
         # A target that no rank holds has logit -inf: the loss is infinite, not quietly wrong.
@@ -179,13 +196,17 @@ def _backward(
     group: str,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden and weight where every row's loss has its own gradient: the logits are computed again."""
+    """Gradients of hidden and weight where every row's loss has its own gradient: the logits are
+    computed again.
+    """
     dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=normaliser.dtype)
     scales = row_gradients * (targets != ignore_index)
     targets = targets - vocabulary_start
     for rows in _chunks(hidden, weight, group):
         logits = _logits(hidden[rows], weight, columns)
-        ROW_FUNCTIONS[implementation].gradient(logits, targets[rows], normaliser[rows], scales[rows], z_loss)
+        ROW_FUNCTIONS[implementation].gradient(
+            logits, targets[rows], normaliser[rows], scales[rows], z_loss
+        )
         _add_products(logits, hidden[rows], weight, dhidden[rows], dweight)
     _sum_over_group(dhidden, group)
     return dhidden, dweight.to(weight.dtype)
@@ -220,8 +241,12 @@ def _chunks(hidden: Tensor, weight: Tensor, group: str) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, hidden.shape[0], rows)]
 
 
-def _add_products(dlogits: Tensor, hidden: Tensor, weight: Tensor, dhidden: Tensor, dweight: Tensor) -> None:
-    """dhidden = dlogits @ weight; dweight += dlogits.T @ hidden in the precision of dweight; empty ones are left."""
+def _add_products(
+    dlogits: Tensor, hidden: Tensor, weight: Tensor, dhidden: Tensor, dweight: Tensor
+) -> None:
+    """dhidden = dlogits @ weight; dweight += dlogits.T @ hidden in the precision of dweight;
+    empty ones are left.
+    """
     if dhidden.numel():
         torch.mm(dlogits, weight, out=dhidden)
     if not dweight.numel():
@@ -233,14 +258,18 @@ def _add_products(dlogits: Tensor, hidden: Tensor, weight: Tensor, dhidden: Tens
 
 
 def _over_group(statistics: Tensor, group: str) -> Tensor:
-    """Merge every rank's statistics of its own columns: log-sum-exp of log-sum-exps; one rank has the target."""
+    """Merge every rank's statistics of its own columns: log-sum-exp of log-sum-exps; one rank
+    has the target.
+    """
     if not group:
         return statistics
     everywhere = statistics.new_empty(dist.get_world_size(_GROUPS[group]), *statistics.shape)
     dist.all_gather(list(everywhere), statistics, group=_GROUPS[group])
     maxima, totals, logits = everywhere.unbind(dim=1)
     maximum = maxima.amax(dim=0)
-    return torch.stack((maximum, (totals * (maxima - maximum).exp()).sum(dim=0), logits.amax(dim=0)))
+    return torch.stack(
+        (maximum, (totals * (maxima - maximum).exp()).sum(dim=0), logits.amax(dim=0))
+    )
 
 
 def _sum_over_group(tensor: Tensor, group: str) -> None:
@@ -248,7 +277,7 @@ def _sum_over_group(tensor: Tensor, group: str) -> None:
         dist.all_reduce(tensor, group=_GROUPS[group])
 
 
-# ------------------------------------------------------------------------------------------------------------ autograd
+# ----------------------------------------------------------------------------------------- autograd
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -264,7 +293,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
         ctx.save_for_backward(hidden, weight, targets, normaliser)
 
 
-def _gradients(ctx: Any, dloss: Tensor | None, dlosses: Tensor | None, *unused: Tensor | None) -> tuple[Any, ...]:
+def _gradients(
+    ctx: Any, dloss: Tensor | None, dlosses: Tensor | None, *unused: Tensor | None
+) -> tuple[Any, ...]:
     nothing = (None,) * (1 + len(ctx.options) + 3)
     if any(ctx.wanted) and dloss is not None:
         factor, dhidden, dweight = ctx.saved_tensors
@@ -303,11 +334,13 @@ def _forward_flops(hidden: Any, weight: Any, *others: Any, **options: Any) -> in
 
 
 @register_flop_formula(torch.ops.megagpt.linear_cross_entropy_backward)
-def _backward_flops(row_gradients: Any, hidden: Any, weight: Any, *others: Any, **options: Any) -> int:
+def _backward_flops(
+    row_gradients: Any, hidden: Any, weight: Any, *others: Any, **options: Any
+) -> int:
     return 3 * int(costs.linear_cross_entropy(hidden[0], hidden[1], weight[0], itemsize=2).flops)
 
 
-# ----------------------------------------------------------------------------------------------------- public function
+# ---------------------------------------------------------------------------------- public function
 
 
 def linear_cross_entropy(
@@ -323,19 +356,27 @@ def linear_cross_entropy(
     reduction: str = "mean",
     implementation: str = "torch",
 ) -> Tensor:
-    """``kernels.reference.linear_cross_entropy`` in chunks, and over a vocabulary split between the ranks of a group.
+    """``kernels.reference.linear_cross_entropy`` in chunks, and over a vocabulary split between the
+    ranks of a group.
 
-    With a group every rank must call it with the same hidden and targets; each gets the whole loss and the whole
-    gradient of hidden (summed over the group in here), and the gradient of its own rows of the weight.
+    With a group every rank must call it with the same hidden and targets; each gets the whole loss
+    and the whole gradient of hidden (summed over the group in here), and the gradient of its own
+    rows of the weight.
     """
     name = "" if group is None else group.group_name
     if group is not None:
         _GROUPS[name] = group
-    columns = weight.shape[0] if vocabulary is None else min(max(vocabulary - vocabulary_start, 0), weight.shape[0])
+    columns = (
+        weight.shape[0]
+        if vocabulary is None
+        else min(max(vocabulary - vocabulary_start, 0), weight.shape[0])
+    )
     now = torch.is_grad_enabled() and reduction != "none"
     loss, losses, *_ = _forward(
-        hidden.flatten(0, -2), weight, targets.flatten(), ignore_index, z_loss, vocabulary_start, columns, name,
-        implementation, reduction == "mean", now and hidden.requires_grad, now and weight.requires_grad,
+        hidden.flatten(0, -2), weight, targets.flatten(), ignore_index, z_loss, vocabulary_start,
+        columns, name,
+        implementation, reduction == "mean", now and hidden.requires_grad,
+        now and weight.requires_grad,
     )  # fmt: skip
     return losses.view(targets.shape) if reduction == "none" else loss
 

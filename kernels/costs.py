@@ -1,8 +1,10 @@
-"""Arithmetic and memory traffic of every operation, declared once: for MFU, the benchmark and the report.
+"""Arithmetic and memory traffic of every operation, declared once: for MFU, the benchmark and the
+report.
 
-No torch. ``flops`` counts multiplications and additions of matrix products (2 for a multiply-add), as is usual; the
-element-wise work beside them is not counted. ``bytes`` is the floor: each input read once, each output written once.
-Costs are of the forward unless ``backward`` asks for the backward alone; a training step is the sum of both.
+No torch. ``flops`` counts multiplications and additions of matrix products (2 for a multiply-add),
+as is usual; the element-wise work beside them is not counted. ``bytes`` is the floor: each input
+read once, each output written once. Costs are of the forward unless ``backward`` asks for the
+backward alone; a training step is the sum of both.
 """
 
 from dataclasses import dataclass
@@ -49,10 +51,12 @@ def attention(
     itemsize: int,
     backward: bool = False,
 ) -> Cost:
-    """Two products over the visible scores forward, five backward (one of them recomputes the scores).
+    """Two products over the visible scores forward, five backward (one of them recomputes the
+    scores).
 
-    The convention of the FlashAttention papers: 4 * batch * heads * length * key_length * head_dim forward, 2.5 times
-    that backward, halved when causal (for equal lengths; a query that is last of many keys sees nearly all of them).
+    The convention of the FlashAttention papers: 4 * batch * heads * length * key_length * head_dim
+    forward, 2.5 times that backward, halved when causal (for equal lengths; a query that is last of
+    many keys sees nearly all of them).
     """
     key_length = length if key_length is None else key_length
     key_value_heads = heads if key_value_heads is None else key_value_heads
@@ -77,15 +81,22 @@ def layer_norm(
     parameter_itemsize: int | None = None,
     residual_itemsize: int | None = None,
 ) -> Cost:
-    """Read x, write y; backward reads dy and x, writes dx. A residual adds a read, and forward a write, of x's size.
+    """Read x, write y; backward reads dy and x, writes dx.
 
-    Parameters and residual may be wider than x, as may then be their sum and its gradient; backward reads the sum in
-    place of x, and writes one more gradient of the residual's size.
+    A residual adds a read, and forward a write, of x's size.
 
-    A floor for all widths: what our backward moves is this up to 12,288 columns. Beyond, it reads dy and x twice, once
-    for the averages over rows and once for the rest: 5 times x's size instead of 3, so at most 3/5 of a copy's rate.
+    Parameters and residual may be wider than x, as may then be their sum and its gradient; backward
+    reads the sum in place of x, and writes one more gradient of the residual's size.
+
+    A floor for all widths: what our backward moves is this up to 12,288 columns. Beyond, it reads
+    dy and x twice, once for the averages over rows and once for the rest: 5 times x's size instead
+    of 3, so at most 3/5 of a copy's rate.
     """
-    itemsizes = (itemsize, parameter_itemsize or itemsize, (residual_itemsize or itemsize) if residual else 0)
+    itemsizes = (
+        itemsize,
+        parameter_itemsize or itemsize,
+        (residual_itemsize or itemsize) if residual else 0,
+    )
     return _norm(rows, columns, itemsizes, backward, parameters=2, statistics=2)
 
 
@@ -100,16 +111,26 @@ def rms_norm(
     residual_itemsize: int | None = None,
 ) -> Cost:
     """As layer_norm, with neither mean nor bias."""
-    itemsizes = (itemsize, parameter_itemsize or itemsize, (residual_itemsize or itemsize) if residual else 0)
+    itemsizes = (
+        itemsize,
+        parameter_itemsize or itemsize,
+        (residual_itemsize or itemsize) if residual else 0,
+    )
     return _norm(rows, columns, itemsizes, backward, parameters=1, statistics=1)
 
 
 def _norm(
-    rows: int, columns: int, itemsizes: tuple[int, int, int], backward: bool, parameters: int, statistics: int
+    rows: int,
+    columns: int,
+    itemsizes: tuple[int, int, int],
+    backward: bool,
+    parameters: int,
+    statistics: int,
 ) -> Cost:
     """Itemsizes are of x, parameters and residual, the last 0 without a residual."""
     own, parameter, residual = itemsizes
-    if backward:  # dy and dx; what was normalised; the sum's gradient; the residual's, where it is not dx itself
+    # dy and dx; what was normalised; the sum's gradient; the residual's, where it is not dx itself
+    if backward:
         row = 2 * own + (residual or own) + residual + (residual if residual != own else 0)
     else:  # x and y; the residual and the sum
         row = 2 * own + 2 * residual
@@ -121,7 +142,10 @@ def _norm(
 def linear_cross_entropy(
     rows: int, hidden_size: int, vocabulary: int, *, itemsize: int, backward: bool = False
 ) -> Cost:
-    """One product forward, two backward. The floor moves hidden, weight and targets only: the logits are not needed."""
+    """One product forward, two backward.
+
+    The floor moves hidden, weight and targets only: the logits are not needed.
+    """
     flops = 2 * rows * hidden_size * vocabulary
     operands = itemsize * hidden_size * (rows + vocabulary)
     if backward:
@@ -140,7 +164,9 @@ def swiglu(rows: int, columns: int, *, itemsize: int, backward: bool = False) ->
 
 
 def rotary(rows: int, head_dim: int, length: int, *, itemsize: int, backward: bool = False) -> Cost:
-    """Rows of head_dim are read and written, and a table of cosines and sines (length, head_dim) in fp32 read once."""
+    """Rows of head_dim are read and written, and a table of cosines and sines (length, head_dim)
+    in fp32 read once.
+    """
     return Cost(0, itemsize * 2 * rows * head_dim + 4 * length * head_dim)
 
 

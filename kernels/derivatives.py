@@ -1,7 +1,10 @@
-"""Which derivatives fused operators have: gradients in reverse mode, once. What else is asked of them is an error.
+"""Which derivatives fused operators have: gradients in reverse mode, once.
 
-torch's custom operators drop forward-mode tangents without a word, so that ``torch.func.jvp`` would return zeros. The
-twins in ``kernels.reference`` are plain torch, which differentiates them in every way that it knows.
+What else is asked of them is an error.
+
+torch's custom operators drop forward-mode tangents without a word, so that ``torch.func.jvp`` would
+return zeros. The twins in ``kernels.reference`` are plain torch, which differentiates them in every
+way that it knows.
 """
 
 from collections.abc import Callable
@@ -18,15 +21,18 @@ def refuse_tangents(op: str, *values: Any) -> None:
         return
     if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in values):
         raise NotImplementedError(
-            f"kernels.{op}: no forward-mode derivative (found an input with a tangent, as torch.func.jvp, jacfwd and "
-            f"forward_ad.make_dual give it); use reverse mode, or {_plain(op)}"
+            f"kernels.{op}: no forward-mode derivative (found an input with a tangent, as "
+            "torch.func.jvp, jacfwd and forward_ad.make_dual give it); use reverse mode, or "
+            f"{_plain(op)}"
         )
 
 
 def register_gradient(
     operator: CustomOpDef, op: str, backward: Callable[..., Any], setup_context: Callable[..., None]
 ) -> None:
-    """Register the gradient of an operator of ``kernels.<op>``, for incoming gradients without tangents."""
+    """Register the gradient of an operator of ``kernels.<op>``, for incoming gradients without
+    tangents.
+    """
 
     def without_tangents(ctx: Any, *gradients: Tensor | None) -> Any:
         refuse_tangents(op, *gradients)
@@ -36,12 +42,14 @@ def register_gradient(
 
 
 def refuse_second_order(operator: CustomOpDef, op: str) -> None:
-    """Make differentiating this operator, which computes the gradient of ``kernels.<op>``, a NotImplementedError."""
+    """Make differentiating this operator, which computes the gradient of ``kernels.<op>``, a
+    NotImplementedError.
+    """
 
     def refuse(ctx: Any, *gradients: Tensor | None) -> Never:
         raise NotImplementedError(
-            f"kernels.{op}: no second derivative (its gradient was differentiated, as create_graph=True asks for); "
-            f"use {_plain(op)}"
+            f"kernels.{op}: no second derivative (its gradient was differentiated, as "
+            f"create_graph=True asks for); use {_plain(op)}"
         )
 
     operator.register_autograd(refuse)

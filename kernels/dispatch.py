@@ -1,10 +1,11 @@
 """Which implementation of an operation runs, and why: one table.
 
-Rows are tried in order; the first that does not refuse the call runs. A row refuses by returning the reason, so every
-choice can be explained. A module that holds fused operations publishes ``refusal(op, *args, **kwargs) -> str | None``
-for what it cannot do, and may publish ``fault``, of the same signature, for what it was seen to do wrong on this GPU;
-device, dtype and the environment are judged here. Modules never bear an operation's name, since importing
-``kernels.attention`` as a module would shadow the function.
+Rows are tried in order; the first that does not refuse the call runs. A row refuses by returning
+the reason, so every choice can be explained. A module that holds fused operations publishes
+``refusal(op, *args, **kwargs) -> str | None`` for what it cannot do, and may publish ``fault``, of
+the same signature, for what it was seen to do wrong on this GPU; device, dtype and the environment
+are judged here. Modules never bear an operation's name, since importing ``kernels.attention`` as a
+module would shadow the function.
 """
 
 import functools
@@ -34,11 +35,15 @@ _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@dataclass(frozen=True, eq=False)  # rows are told apart by identity, quickly: every call looks its choice up
+@dataclass(
+    frozen=True, eq=False
+)  # rows are told apart by identity, quickly: every call looks its choice up
 class Row:
-    """One implementation: its name, the module holding functions named like the operations, and what it is made of.
+    """One implementation: its name, the module holding functions named like the operations, and
+    what it is made of.
 
-    A row may be for one compute ``capability`` alone, and may have a ``switch``: a variable that turns it off with 0.
+    A row may be for one compute ``capability`` alone, and may have a ``switch``: a variable that
+    turns it off with 0.
     """
 
     implementation: str
@@ -73,18 +78,27 @@ class Choice:
     op: str
     row: Row
     refusals: tuple[tuple[str, str], ...]  # (implementation, reason)
-    gpu: torch.device | tuple[int, int] | None = None  # that kernels are compiled for, or its compute capability
+    gpu: torch.device | tuple[int, int] | None = (
+        None  # that kernels are compiled for, or its compute capability
+    )
 
     def __str__(self) -> str:
         """Name the assembler, too, where one is used: wrong results may be its fault."""
-        line = f"{self.op}: {self.row.implementation} ({_joined(self.refusals) or 'first in the table'})"
+        line = (
+            f"{self.op}: {self.row.implementation} "
+            f"({_joined(self.refusals) or 'first in the table'})"
+        )
         if self.gpu is None or not self.row.fused:
             return line
-        return f"{line}, {assembler(_capability(self.gpu) if isinstance(self.gpu, torch.device) else self.gpu)}"
+        gpu = self.gpu
+        capability = _capability(gpu) if isinstance(gpu, torch.device) else gpu
+        return f"{line}, {assembler(capability)}"
 
 
 def _joined(refusals: Iterable[tuple[str, str]]) -> str:
-    """``a: reason; b, c: another``: implementations refused for the same reason are named together."""
+    """``a: reason; b, c: another``: implementations refused for the same reason are named
+    together.
+    """
     by_reason: dict[str, list[str]] = {}
     for implementation, reason in refusals:
         by_reason.setdefault(reason, []).append(implementation)
@@ -92,32 +106,44 @@ def _joined(refusals: Iterable[tuple[str, str]]) -> str:
 
 
 def mode() -> str | None:
-    """The implementation forced by MEGAGPT_KERNELS, or None. Raises ValueError for an unknown value."""
+    """The implementation forced by MEGAGPT_KERNELS, or None.
+
+    Raises ValueError for an unknown value.
+    """
     forced = os.environ.get(VARIABLE) or None
     if forced is not None and forced not in _MODES:
-        raise ValueError(f"{VARIABLE}={forced}: unknown value; set it to {', '.join(_MODES)}, or unset it")
+        raise ValueError(
+            f"{VARIABLE}={forced}: unknown value; set it to {', '.join(_MODES)}, or unset it"
+        )
     return forced
 
 
 def choose(op: str, *args: Any, capability: tuple[int, int] | None = None, **kwargs: Any) -> Choice:
-    """The implementation that would run ``op`` on these arguments. Raises ValueError where a forced one cannot.
+    """The implementation that would run ``op`` on these arguments.
 
-    Raises it, too, for arguments that no implementation takes (``kernels.checks``). With a ``capability`` the question
-    is what a GPU of that compute capability would run, wherever the tensors are; what only running there can tell, the
-    self-check, is taken as passed.
+    Raises ValueError where a forced one cannot.
+
+    Raises it, too, for arguments that no implementation takes (``kernels.checks``). With a
+    ``capability`` the question is what a GPU of that compute capability would run, wherever the
+    tensors are; what only running there can tell, the self-check, is taken as passed.
     """
     like = getattr(checks, op)(*args, **kwargs)
     refusals: list[tuple[str, str]] = []
     for row in TABLE[op]:
         reason = row_refusal(row, op, like, *args, capability=capability, **kwargs)
         if reason is None:
-            return Choice(op, row, tuple(refusals), capability or (like.device if like.is_cuda else None))
+            return Choice(
+                op, row, tuple(refusals), capability or (like.device if like.is_cuda else None)
+            )
         refusals.append((row.implementation, reason))
-    raise ValueError(f"kernels.{op}: no implementation for {VARIABLE}={mode()}: {_joined(refusals)}")
+    raise ValueError(
+        f"kernels.{op}: no implementation for {VARIABLE}={mode()}: {_joined(refusals)}"
+    )
 
 
 def explain(op: str, *args: Any, capability: tuple[int, int] | None = None, **kwargs: Any) -> str:
-    """One line saying which implementation of ``op`` runs on these arguments, and why the others do not.
+    """One line saying which implementation of ``op`` runs on these arguments, and why the others do
+    not.
 
     Where Triton compiles it for a GPU, the line names the ptxas that assembles it.
     ``capability``, e.g. (9, 0), asks for a GPU that is not here.
@@ -132,8 +158,9 @@ _ANNOUNCED: set[Choice] = set()
 def operation(op: str) -> Callable[..., Any]:
     """The public function ``kernels.<op>``: the twin's signature, the table's choice.
 
-    Imports what may run on this machine, for every operation: torch.compile, which may trace the first call, cannot
-    trace an import, and does not see one that another operation's first use makes in the middle of its trace.
+    Imports what may run on this machine, for every operation: torch.compile, which may trace the
+    first call, cannot trace an import, and does not see one that another operation's first use
+    makes in the middle of its trace.
     """
     for row in itertools.chain(*TABLE.values()):
         if not row.fused or (_TRITON_INSTALLED and (torch.version.cuda or INTERPRETED)):
@@ -153,26 +180,43 @@ def operation(op: str) -> Callable[..., Any]:
 
 
 def _announce(choice: Choice) -> None:
-    """Log each choice when it is first made, so that a run's log says which kernels it trained on, and why."""
+    """Log each choice when it is first made, so that a run's log says which kernels it trained
+    on, and why.
+    """
     if not torch.compiler.is_compiling() and choice not in _ANNOUNCED:
         _ANNOUNCED.add(choice)
         log.info("%s", choice)
 
 
 def row_refusal(
-    row: Row, op: str, like: Tensor, *args: Any, capability: tuple[int, int] | None = None, **kwargs: Any
+    row: Row,
+    op: str,
+    like: Tensor,
+    *args: Any,
+    capability: tuple[int, int] | None = None,
+    **kwargs: Any,
 ) -> str | None:
-    """Why this row cannot run a call whose tensors are like ``like``; None when it can. The rest as in ``choose``."""
+    """Why this row cannot run a call whose tensors are like ``like``; None when it can.
+
+    The rest as in ``choose``.
+    """
     forced = mode()
     if not row.fused:
         return None if forced in (None, "torch") else f"{VARIABLE} asks for fused kernels"
-    reason = _environment_refusal(row, forced) or _device_refusal(row, like.device, forced, capability)
+    reason = _environment_refusal(row, forced) or _device_refusal(
+        row, like.device, forced, capability
+    )
     reason = reason or _dtype_refusal(like.dtype)
     if reason is not None:
         return reason
     module = _module(row.module)
     reason = module.refusal(op, *args, **kwargs)
-    if reason is None and capability is None and like.device.type == "cuda" and hasattr(module, "fault"):
+    if (
+        reason is None
+        and capability is None
+        and like.device.type == "cuda"
+        and hasattr(module, "fault")
+    ):
         reason = module.fault(op, *args, **kwargs)
     return None if reason is None else str(reason)
 
@@ -197,7 +241,11 @@ def _device_refusal(
     row: Row, device: torch.device, forced: str | None, capability: tuple[int, int] | None
 ) -> str | None:
     if forced == "interpret":
-        return None if device.type == "cpu" else f"the interpreter works on CPU tensors, not on {device.type}"
+        return (
+            None
+            if device.type == "cpu"
+            else f"the interpreter works on CPU tensors, not on {device.type}"
+        )
     if capability is None:
         if device.type != "cuda":
             return f"tensors on {device.type}, not on a GPU"
@@ -219,7 +267,9 @@ def _dtype_refusal(dtype: torch.dtype) -> str | None:
 
 
 def _module(name: str) -> Any:
-    """The module, imported once. torch.compile traces through a dictionary, but not through an import."""
+    """The module, imported once. torch.compile traces through a dictionary, but not through an
+    import.
+    """
     if name not in _LOADED:
         _LOADED[name] = importlib.import_module(name)
     return _LOADED[name]

@@ -7,32 +7,44 @@ from torch import Tensor
 
 
 class DocumentBounds(NamedTuple):
-    """Where documents begin and end, as ``document_bounds`` computes it; attention takes it in place of document ids.
+    """Where documents begin and end, as ``document_bounds`` computes it; attention takes it in
+    place of document ids.
 
-    ``positions`` (batch, 2, length) int32: the first and the last position of each position's document. A named tuple,
-    so that compilers, pipeline schedules and module hooks reach the tensor; its batch dimension may be split.
+    ``positions`` (batch, 2, length) int32: the first and the last position of each position's
+    document. A named tuple, so that compilers, pipeline schedules and module hooks reach the
+    tensor; its batch dimension may be split.
     """
 
     positions: Tensor
 
 
 def document_bounds(document_ids: Tensor | DocumentBounds) -> DocumentBounds:
-    """Return the bounds of the documents that ``document_ids`` (batch, length) tell apart, for every layer to share.
+    """Return the bounds of the documents that ``document_ids`` (batch, length) tell apart, for
+    every layer to share.
 
-    Documents need not be runs of neighbours. A document is known by its first position, and blocks of keys outside the
-    bounds of a block of queries are never visited. Bounds are returned as they are. Raises ValueError for ids of
-    another shape.
+    Documents need not be runs of neighbours. A document is known by its first position, and blocks
+    of keys outside the bounds of a block of queries are never visited. Bounds are returned as they
+    are. Raises ValueError for ids of another shape.
     """
     if isinstance(document_ids, DocumentBounds):
         return document_ids
     if document_ids.dim() != 2:
-        raise ValueError(f"document_bounds: document_ids has shape {tuple(document_ids.shape)}, need (batch, length)")
-    # A stable sort brings a document together, its first position at the head and its last one at the tail.
+        raise ValueError(
+            f"document_bounds: document_ids has shape {tuple(document_ids.shape)}, need (batch, "
+            f"length)"
+        )
+    # A stable sort brings a document together, its first position at the head and its last one at
+    # the tail.
     ordered, order = document_ids.sort(dim=1, stable=True)
     index = torch.arange(ordered.shape[1], device=ordered.device).expand_as(order)
     changes = ordered != ordered.roll(1, dims=1)
     heads = torch.where(changes, index, 0).cummax(dim=1).values
-    tails = torch.where(changes.roll(-1, dims=1), index, index[:, -1:]).flip(1).cummin(dim=1).values.flip(1)
+    tails = (
+        torch.where(changes.roll(-1, dims=1), index, index[:, -1:])
+        .flip(1)
+        .cummin(dim=1)
+        .values.flip(1)
+    )
     ends = order[:, None].expand(-1, 2, -1).gather(2, torch.stack((heads, tails), dim=1))
     positions = torch.empty_like(ends).scatter_(2, order[:, None].expand_as(ends), ends)
     return DocumentBounds(positions.to(torch.int32))

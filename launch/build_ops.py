@@ -1,4 +1,6 @@
-"""Compile the DeepSpeed ops that a configuration needs, once and visibly: python launch/build_ops.py"""
+"""Compile the DeepSpeed ops that a configuration needs, once and visibly: python
+launch/build_ops.py
+"""
 
 import sys
 from pathlib import Path
@@ -21,14 +23,18 @@ def main() -> None:
     from megagpt.parallel.device import announce_to_deepspeed
 
     announce_to_deepspeed()
-    from deepspeed.accelerator import get_accelerator  # after the configuration, so that its errors do too
+    from deepspeed.accelerator import (
+        get_accelerator,
+    )  # after the configuration, so that its errors do too
 
     from megagpt.parallel import ops
 
     ops.use_private_extensions()
     for op in ops.needed_ops(config, get_accelerator().device_name()):
         if reason := ops.missing_tools(op):
-            print(f"DeepSpeed's {op.removesuffix('Builder')} is left out: {reason}", file=sys.stderr)
+            print(
+                f"DeepSpeed's {op.removesuffix('Builder')} is left out: {reason}", file=sys.stderr
+            )
             print(LOST.get(op, LOST_ADAM), file=sys.stderr)
         else:
             ops.build([op])
@@ -36,10 +42,13 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Compile the DeepSpeed ops that a configuration needs, into the cache that its runs use. "
+        description="Compile the DeepSpeed ops that a configuration needs, into the cache that "
+        "its runs use. "
         "A run does so itself; this does it beforehand."
     )
-    parser.add_argument("--deepspeed_config", default="ds_configs/default.json", help="[ds_configs/default.json]")
+    parser.add_argument(
+        "--deepspeed_config", default="ds_configs/default.json", help="[ds_configs/default.json]"
+    )
     return parser.parse_args()
 
 

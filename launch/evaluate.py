@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Loss, perplexity and bits per byte on the validation split: python launch/evaluate.py --run_dir runs/NAME"""
+"""Loss, perplexity and bits per byte on the validation split: python launch/evaluate.py
+--run_dir runs/NAME
+"""
 
 import argparse
 import json
@@ -36,7 +38,8 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Loss, perplexity and bits per byte on the validation split of each dataset of a run: "
+        description="Loss, perplexity and bits per byte on the validation split of each dataset "
+        "of a run: "
         "a sentence on stderr, one JSON object a line on stdout."
     )
     add = parser.add_argument

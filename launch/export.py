@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""The trained model for Hugging Face transformers: python launch/export.py --run_dir runs/NAME --output DIR"""
+"""The trained model for Hugging Face transformers: python launch/export.py --run_dir runs/NAME
+--output DIR
+"""
 
 import argparse
 import sys
@@ -25,7 +27,8 @@ def main() -> None:
         overwrite=arguments.overwrite,
     )
     print(
-        f"{arguments.output}: step {written.step} as {written.architecture}, {human_count(written.parameters)} "
+        f"{arguments.output}: step {written.step} as {written.architecture}, "
+        f"{human_count(written.parameters)} "
         f"parameters in {arguments.dtype}, {human_bytes(written.bytes)}\n"
         f'next: transformers.AutoModelForCausalLM.from_pretrained("{arguments.output}")'
     )
@@ -33,14 +36,20 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Write the trained model of a run, with its tokenizer, as a directory that Hugging Face "
+        description="Write the trained model of a run, with its tokenizer, as a directory that "
+        "Hugging Face "
         "transformers loads: safetensors, without the rows that pad the vocabulary."
     )
     add = parser.add_argument
     add("--run_dir", type=Path, required=True, help="run directory, such as runs/NAME")
     add("--output", type=Path, required=True, help="directory to make")
     add("--step", type=whole_number(0), help="step of the checkpoint [the newest]")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="format of the weights [fp32]")
+    add(
+        "--dtype",
+        choices=("fp32", "bf16", "fp16"),
+        default="fp32",
+        help="format of the weights [fp32]",
+    )
     add("--overwrite", action="store_true", help="replace an earlier export in the directory")
     return parser.parse_args()
 

@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Continue prompts with a trained model: python launch/generate.py --run_dir runs/NAME --prompt "import os" """
+"""Continue prompts with a trained model: python launch/generate.py --run_dir runs/NAME --prompt
+"import os"
+"""
 
 import argparse
 import sys
@@ -42,11 +44,26 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Continue prompts with a trained model.")
     add = parser.add_argument
     add("--run_dir", type=Path, required=True, help="run directory, such as runs/NAME")
-    add("--prompt", action="append", required=True, help="text to continue; give it again for another")
+    add(
+        "--prompt",
+        action="append",
+        required=True,
+        help="text to continue; give it again for another",
+    )
     add("--max_new_tokens", type=whole_number(0), default=256, help="longest continuation [256]")
-    add("--temperature", type=non_negative, default=0.8, help="0: always the best token; 1: as trained [0.8]")
+    add(
+        "--temperature",
+        type=non_negative,
+        default=0.8,
+        help="0: always the best token; 1: as trained [0.8]",
+    )
     add("--top_k", type=whole_number(1), help="draw from the k best tokens [all]")
-    add("--top_p", type=probability, default=1.0, help="draw from the best tokens that sum to this probability [1]")
+    add(
+        "--top_p",
+        type=probability,
+        default=1.0,
+        help="draw from the best tokens that sum to this probability [1]",
+    )
     add("--seed", type=whole_number(0), default=0, help="another seed, another text [0]")
     add("--step", type=whole_number(0), help="step of the checkpoint [the newest]")
     return parser.parse_args()

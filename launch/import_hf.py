@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Go on from a published model: python launch/import_hf.py --model DIR --deepspeed_config F --run_dir runs/NAME"""
+"""Go on from a published model: python launch/import_hf.py --model DIR --deepspeed_config F
+--run_dir runs/NAME
+"""
 
 import argparse
 import sys
@@ -21,24 +23,46 @@ def main() -> None:
     from megagpt.huggingface.importing import import_model  # it imports DeepSpeed
 
     made = import_model(arguments.model, config, arguments.run_dir)
-    print(f"{arguments.run_dir}: step 0, {human_count(made.parameters)} parameters of {made.architecture}")
+    print(
+        f"{arguments.run_dir}: step 0, {human_count(made.parameters)} parameters of "
+        f"{made.architecture}"
+    )
     if made.given_way:
         print(f"replaced in {arguments.deepspeed_config}: {', '.join(made.given_way)}")
     if not made.tokenizer_compared:
-        print(f"{arguments.model} has no tokenizer.json: make sure that the data were prepared with its tokenizer")
-    print(f"next: deepspeed launch/train.py --deepspeed_config {made.configuration} --run_dir {arguments.run_dir}")
+        print(
+            f"{arguments.model} has no tokenizer.json: make sure that the data were prepared with "
+            f"its tokenizer"
+        )
+    print(
+        f"next: deepspeed launch/train.py --deepspeed_config {made.configuration} --run_dir "
+        f"{arguments.run_dir}"
+    )
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Make a run directory from a model that Hugging Face transformers saved (config.json and "
-        "safetensors): training goes on from its weights, with the data, optimizer and ranks of the configuration."
+        description="Make a run directory from a model that Hugging Face transformers saved "
+        "(config.json and "
+        "safetensors): training goes on from its weights, with the data, optimizer and ranks of "
+        "the configuration."
     )
     add = parser.add_argument
     add("--model", type=Path, required=True, help="directory of the model")
-    add("--deepspeed_config", required=True, help="the run's JSON file; its model gives way to this one")
+    add(
+        "--deepspeed_config",
+        required=True,
+        help="the run's JSON file; its model gives way to this one",
+    )
     add("--run_dir", type=Path, required=True, help="run directory to make, such as runs/NAME")
-    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys of the JSON file")
+    add(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override keys of the JSON file",
+    )
     return parser.parse_args()
 
 

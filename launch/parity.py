@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Does every strategy train alike? python launch/parity.py here, or under a launcher: deepspeed launch/parity.py"""
+"""Does every strategy train alike? python launch/parity.py here, or under a launcher: deepspeed
+launch/parity.py
+"""
 
 import argparse
 import sys
@@ -32,13 +34,19 @@ def main() -> int:
         arguments.nvme_path,
         arguments.own_only,
     )
-    return together(request, arguments.ranks, signs, launch) if signs else here(request, arguments.ranks)
+    return (
+        together(request, arguments.ranks, signs, launch)
+        if signs
+        else here(request, arguments.ranks)
+    )
 
 
 def together(request: Request, asked: int | None, signs: list[str], launch: Launch) -> int:
     """Compare on this rank of a launcher's."""
     require_launched(request, asked, signs, launch.world_size)
-    plan(request, launch.world_size)  # what is impossible is said before the ranks wait for each other
+    plan(
+        request, launch.world_size
+    )  # what is impossible is said before the ranks wait for each other
     from megagpt.parallel.device import announce_to_deepspeed
 
     announce_to_deepspeed()
@@ -69,17 +77,19 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="""\
-Train the same few steps of a small model under every strategy that is described below and that these ranks can host,
-and in one plain PyTorch process; print the differences, exit 1 beyond tolerance. Under a launcher, its ranks are used:
-as many as --ranks, or else the file's megagpt.parallel.world_size, says, so that a missing host is noticed.
+Train the same few steps of a small model under every strategy described below that these ranks
+can host, and in one plain PyTorch process. Print the differences; exit with code 1 beyond
+tolerance. Under a launcher its ranks are used; --ranks, or else the file's
+megagpt.parallel.world_size, says how many there must be, so that a missing host is noticed.
 
-The first row is what the file asks for: its mesh, schedule, ZeRO stage, offload and recomputation; sizes of its
-zero_optimization section are made as much smaller as the model is. Then come all meshes of tensor x pipeline x data
-(up to 16 ranks; beyond, a tensor axis of at most 8 or dividing the file's key-value heads, a pipeline of at most 8 or
-the file's number of blocks). Each is tried with every ZeRO stage and offload and, one at a time and without offload, at
-every ZeRO stage with the other schedules (gpipe, interleaved with virtual_stages 2), the other gradient_reduction, and
-sequence: some 45 strategies on 2 ranks, 95 on 4, 160 on 8, 245 on 16, at most 710 on 1,024, a few seconds each. NVMe
-adds up to a third.""",
+The first row is the file's own strategy: its mesh, schedule, ZeRO stage, offload and
+recomputation; the sizes in its zero_optimization section shrink as the model does. Then come all
+meshes of tensor x pipeline x data (up to 16 ranks; beyond, a tensor axis of at most 8 or dividing
+the file's key-value heads, a pipeline of at most 8 or the file's number of blocks). Each mesh is
+tried with every ZeRO stage and offload. At every ZeRO stage, without offload, one setting at a
+time is changed: the schedule (gpipe, interleaved with virtual_stages 2), gradient_reduction,
+sequence. That makes some 45 strategies on 2 ranks, 95 on 4, 160 on 8, 245 on 16 and at most 710
+on 1,024; each takes a few seconds. NVMe adds up to a third.""",
     )
     add = parser.add_argument
     add(
@@ -90,7 +100,8 @@ adds up to a third.""",
     add(
         "--ranks",
         type=whole_number(1),
-        help="processes to start on this machine [one a GPU; 4 without]; under a launcher, how many it has to have "
+        help="processes to start on this machine [one a GPU; 4 without]; under a launcher, how "
+        "many it has to have "
         "started [what the file states]",
     )
     add("--steps", type=whole_number(1), default=3, help="optimizer steps of each strategy [3]")
@@ -99,16 +110,24 @@ adds up to a third.""",
         "--precision",
         choices=("fp32", "bf16"),
         default="fp32",
-        help="compute in it; in bf16, compared with how far one plain process in bf16 strays from fp32 [fp32]",
+        help="compute in it; in bf16, compared with how far one plain process in bf16 strays from "
+        "fp32 [fp32]",
     )
     add(
         "--tolerance",
         type=non_negative,
-        help="in fp32: of losses and norms, relative; of weights 100 times that [1e-4]; in bf16: how many times as far "
+        help="in fp32: of losses and norms, relative; of weights 100 times that [1e-4]; in bf16: "
+        "how many times as far "
         "as the plain process in bf16 a strategy may stray [2]",
     )
-    add("--nvme_path", help="a directory on a fast local disk: offload to it is tried too [the file's, if it has one]")
-    add("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it; the environment has it too
+    add(
+        "--nvme_path",
+        help="a directory on a fast local disk: offload to it is tried too [the file's, if it has "
+        "one]",
+    )
+    add(
+        "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # DeepSpeed's launcher passes it; the environment has it too
     return parser.parse_args()
 
 

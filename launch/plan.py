@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Legal? fits? how fast? python launch/plan.py --deepspeed_config F --hostfile hosts; imports no torch."""
+"""Legal? fits? how fast? python launch/plan.py --deepspeed_config F --hostfile hosts; imports no
+torch.
+"""
 
 import argparse
 import json
@@ -32,8 +34,16 @@ def main() -> int:
     device = find(arguments.device)
     assert device is not None  # argparse knows the choices
     ranks = arguments.ranks or stated_world_size(arguments)
-    hosts = read_hostfile(arguments.hostfile) if arguments.hostfile else hosts_of(ranks, arguments.slots)
-    limits = Limits(arguments.device_memory_gib or device.memory_gib, arguments.host_memory_gib, arguments.reserve_gib)
+    hosts = (
+        read_hostfile(arguments.hostfile)
+        if arguments.hostfile
+        else hosts_of(ranks, arguments.slots)
+    )
+    limits = Limits(
+        arguments.device_memory_gib or device.memory_gib,
+        arguments.host_memory_gib,
+        arguments.reserve_gib,
+    )
     rates = {name: getattr(arguments, name) for name in ("efficiency", *RATES)}
     assumed = assume(device, max(host.slots for host in hosts), **rates)
     plan = make_plan(arguments.deepspeed_config, arguments.set, hosts, limits, assumed)
@@ -51,7 +61,10 @@ def stated_world_size(arguments: argparse.Namespace) -> int:
 
     stated = load_config(arguments.deepspeed_config, arguments.set).megagpt.parallel.world_size
     if stated is None and not arguments.hostfile:
-        raise UserError("how many ranks? give --hostfile hosts or --ranks 8 (the file states no parallel.world_size)")
+        raise UserError(
+            "how many ranks? give --hostfile hosts or --ranks 8 (the file states no "
+            "parallel.world_size)"
+        )
     return stated or 0
 
 
@@ -60,27 +73,71 @@ def parse_arguments() -> argparse.Namespace:
     from megagpt.planning.plan import EFFICIENCY, HOST_MEMORY_GIB, RESERVE_GIB
 
     parser = argparse.ArgumentParser(
-        description="Whether a configuration is legal and fits, where every rank would be, how fast a step would be at "
-        "the rates given or assumed, and what would fit instead. Exit code 0: legal and fits; 2: not.",
+        description="Whether a configuration is legal and fits, where every rank would be, how "
+        "fast a step would be at "
+        "the rates given or assumed, and what would fit instead. Exit code 0: legal and fits; 2: "
+        "not.",
     )
     add = parser.add_argument
-    add("--deepspeed_config", default="ds_configs/default.json", help="the run's JSON file [ds_configs/default.json]")
+    add(
+        "--deepspeed_config",
+        default="ds_configs/default.json",
+        help="the run's JSON file [ds_configs/default.json]",
+    )
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--hostfile", type=Path, help="hosts and their slots, as the launcher reads them")
-    where.add_argument("--ranks", type=whole_number(1), metavar="N", help="ranks [megagpt.parallel.world_size]")
-    add("--slots", type=whole_number(1), default=8, metavar="N", help="ranks of a host, without a hostfile [8]")
-    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys of the JSON file")
+    where.add_argument(
+        "--hostfile", type=Path, help="hosts and their slots, as the launcher reads them"
+    )
+    where.add_argument(
+        "--ranks", type=whole_number(1), metavar="N", help="ranks [megagpt.parallel.world_size]"
+    )
+    add(
+        "--slots",
+        type=whole_number(1),
+        default=8,
+        metavar="N",
+        help="ranks of a host, without a hostfile [8]",
+    )
+    add(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override keys of the JSON file",
+    )
     devices = [name.lower() for name in ACCELERATORS]
     add("--device", choices=devices, type=str.lower, default="h100", help="[h100]")
-    add("--device_memory_gib", type=positive, metavar="GIB", help="memory of a device [its data sheet's]")
+    add(
+        "--device_memory_gib",
+        type=positive,
+        metavar="GIB",
+        help="memory of a device [its data sheet's]",
+    )
     for name, default, what in (
         ("host_memory_gib", HOST_MEMORY_GIB, "memory of a host"),
         ("reserve_gib", RESERVE_GIB, "of a device, not ours: CUDA context, NCCL, fragments"),
     ):
-        add(f"--{name}", type=non_negative, default=default, metavar="GIB", help=f"{what} [{default:g}]")
-    add("--efficiency", type=probability, metavar="SHARE", help=f"of the peak that products reach [{EFFICIENCY}]")
+        add(
+            f"--{name}",
+            type=non_negative,
+            default=default,
+            metavar="GIB",
+            help=f"{what} [{default:g}]",
+        )
+    add(
+        "--efficiency",
+        type=probability,
+        metavar="SHARE",
+        help=f"of the peak that products reach [{EFFICIENCY}]",
+    )
     for name, what in RATES.items():
-        add(f"--{name}", type=positive, metavar="X", help=f"{what} [from the data sheet or assumed, and printed]")
+        add(
+            f"--{name}",
+            type=positive,
+            metavar="X",
+            help=f"{what} [from the data sheet or assumed, and printed]",
+        )
     add("--json", action="store_true", help="print the plan as one JSON object")
     return parser.parse_args()
 

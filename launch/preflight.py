@@ -14,7 +14,9 @@ def main() -> int:
     arguments = parse_arguments()
     from megagpt.cluster.hosts import read_hostfile
     from megagpt.config import load_config
-    from megagpt.preflight import checks as preflight  # after the arguments, so that --help answers at once
+    from megagpt.preflight import (
+        checks as preflight,
+    )  # after the arguments, so that --help answers at once
     from megagpt.preflight.link import describe, measure
 
     config = load_config(arguments.deepspeed_config, arguments.set)
@@ -22,7 +24,9 @@ def main() -> int:
     preflight.require_legal_on(hosts, config, arguments.deepspeed_config)
     directory = arguments.run_dir or Path("runs") / Path(arguments.deepspeed_config).stem
     reports = preflight.examine(hosts, config, directory)
-    print(preflight.table(reports), flush=True)  # before the problems, also where both go into one file
+    print(
+        preflight.table(reports), flush=True
+    )  # before the problems, also where both go into one file
     problems = [problem for report in reports for problem in report.problems]
     if arguments.bandwidth and not problems:
         print(describe(measure(hosts)))
@@ -35,15 +39,32 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Look at every host before a run: ssh, software, code, devices, memory, disks, clocks, the shared "
-        "run directory. Exit code 2 where a run would fail. Without --hostfile, look at this machine."
+        description="Look at every host before a run: ssh, software, code, devices, memory, "
+        "disks, clocks, the shared "
+        "run directory. Exit code 2 where a run would fail. Without --hostfile, look at this "
+        "machine."
     )
     add = parser.add_argument
     add("--hostfile", type=Path, help="as given to deepspeed")
-    add("--deepspeed_config", default="ds_configs/default.json", help="the run's JSON file [ds_configs/default.json]")
+    add(
+        "--deepspeed_config",
+        default="ds_configs/default.json",
+        help="the run's JSON file [ds_configs/default.json]",
+    )
     add("--run_dir", type=Path, help="the run's directory [runs/NAME-OF-THE-CONFIG]")
-    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys of the JSON file")
-    add("--bandwidth", action="store_true", help="measure latency and bandwidth between all ranks, too")
+    add(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override keys of the JSON file",
+    )
+    add(
+        "--bandwidth",
+        action="store_true",
+        help="measure latency and bandwidth between all ranks, too",
+    )
     return parser.parse_args()
 
 

@@ -12,17 +12,23 @@ from megagpt.utils import run_command
 
 def main() -> None:
     arguments = parse_arguments()
-    from megagpt.monitoring.report import write_report  # after the arguments, so that --help answers at once
+    from megagpt.monitoring.report import (
+        write_report,
+    )  # after the arguments, so that --help answers at once
 
     print(write_report(arguments.run_dir))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Write report.html into a run directory and print its path: loss, gradient norm, learning rate, "
-        "speed, memory, samples and events, in one file that needs no network. Works while the run goes on."
+        description="Write report.html into a run directory and print its path: loss, gradient "
+        "norm, learning rate, "
+        "speed, memory, samples and events, in one file that needs no network. Works while the "
+        "run goes on."
     )
-    parser.add_argument("--run_dir", type=Path, required=True, metavar="DIR", help="the run, runs/NAME")
+    parser.add_argument(
+        "--run_dir", type=Path, required=True, metavar="DIR", help="the run, runs/NAME"
+    )
     return parser.parse_args()
 
 

@@ -18,13 +18,28 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a GPT; a run directory with checkpoints is continued.")
+    parser = argparse.ArgumentParser(
+        description="Train a GPT; a run directory with checkpoints is continued."
+    )
     add = parser.add_argument
-    add("--deepspeed_config", default="ds_configs/default.json", help="the run's JSON file [ds_configs/default.json]")
+    add(
+        "--deepspeed_config",
+        default="ds_configs/default.json",
+        help="the run's JSON file [ds_configs/default.json]",
+    )
     add("--run_dir", type=Path, help="where everything it writes goes [runs/NAME-OF-THE-CONFIG]")
-    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys of the JSON file")
+    add(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override keys of the JSON file",
+    )
     add("--resume", action="store_true", help="insist that there is a checkpoint to continue from")
-    add("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it; the environment has it too
+    add(
+        "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # DeepSpeed's launcher passes it; the environment has it too
     return parser.parse_args()
 
 

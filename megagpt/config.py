@@ -1,7 +1,7 @@
 """One JSON file a run: read strictly, checked once, then trusted.
 
-`load_config` reads a file (a DeepSpeed config plus one `megagpt` object) and reports every error at once;
-`RunConfig.resolved` fills in what only the world and the data can say.
+`load_config` reads a file (a DeepSpeed config plus one `megagpt` object) and reports every error at
+once; `RunConfig.resolved` fills in what only the world and the data can say.
 """
 
 from __future__ import annotations
@@ -35,26 +35,52 @@ from megagpt.schema.megagpt import MegagptConfig, MegagptSection, ParallelConfig
 from megagpt.schema.model import ModelConfig
 from megagpt.schema.refused import REFUSED
 
-__all__ = ["ConfigError", "ModelConfig", "ResolvedConfig", "RunConfig", "identity_differences", "load_config"]
+__all__ = [
+    "ConfigError",
+    "ModelConfig",
+    "ResolvedConfig",
+    "RunConfig",
+    "identity_differences",
+    "load_config",
+]
 
-VOCABULARY_MULTIPLE = 128  # rows of the embedding: whole tiles for the matrix units, divisible by any tensor axis here
-NOT_FOR_DEEPSPEED = ("megagpt", "$schema", "wandb", "tensorboard")  # monitor.py drives the trackers, on the right rank
+# rows of the embedding: whole tiles for the matrix units, divisible by any tensor axis here
+VOCABULARY_MULTIPLE = 128
+NOT_FOR_DEEPSPEED = (
+    "megagpt",
+    "$schema",
+    "wandb",
+    "tensorboard",
+)  # monitor.py drives the trackers, on the right rank
 
 
 class RunConfig(Section):
-    """A run as its file describes it. Values that depend on the world or the data may still be absent or "auto"."""
+    """A run as its file describes it.
 
-    schema_file: str | None = Field(None, alias="$schema", description="JSON Schema for editors; ignored by the run")
-    train_batch_size: int | None = identity(None, "sequences of one optimizer step, over all ranks", ge=1)
-    train_micro_batch_size_per_gpu: int | None = execution(None, "sequences of one forward-backward, on one rank", ge=1)
-    gradient_accumulation_steps: int | None = execution(None, "micro-batches of one optimizer step", ge=1)
+    Values that depend on the world or the data may still be absent or "auto".
+    """
+
+    schema_file: str | None = Field(
+        None, alias="$schema", description="JSON Schema for editors; ignored by the run"
+    )
+    train_batch_size: int | None = identity(
+        None, "sequences of one optimizer step, over all ranks", ge=1
+    )
+    train_micro_batch_size_per_gpu: int | None = execution(
+        None, "sequences of one forward-backward, on one rank", ge=1
+    )
+    gradient_accumulation_steps: int | None = execution(
+        None, "micro-batches of one optimizer step", ge=1
+    )
     optimizer: OptimizerConfig = section(..., "optimizer")
     scheduler: SchedulerConfig | None = section(None, "learning-rate schedule; default: constant")
     gradient_clipping: float = identity(1.0, "largest gradient norm; 0: no clipping", ge=0)
     fp16: Fp16Config = section(Fp16Config(), "half precision")
     bf16: Bf16Config = section(Bf16Config(), "bfloat16")
     data_types: DataTypesConfig = section(DataTypesConfig(), "number formats")
-    communication_data_type: FloatType | None = execution(None, "format of reduced gradients; default: the model's")
+    communication_data_type: FloatType | None = execution(
+        None, "format of reduced gradients; default: the model's"
+    )
     zero_optimization: ZeroConfig = section(ZeroConfig(), "ZeRO and offload")
     aio: AioConfig | None = section(None, "disk I/O of the NVMe offload")
     wandb: WandbConfig = section(WandbConfig(), "Weights & Biases")
@@ -65,15 +91,26 @@ class RunConfig(Section):
     def _check_sections_together(self) -> Self:
         problems = []
         if self.train_batch_size is None and self.train_micro_batch_size_per_gpu is None:
-            problems.append(("train_batch_size", "required key is missing (or give train_micro_batch_size_per_gpu)"))
+            problems.append(
+                (
+                    "train_batch_size",
+                    "required key is missing (or give train_micro_batch_size_per_gpu)",
+                )
+            )
         if self.fp16.enabled and self.bf16.enabled:
             problems.append(
-                ("fp16.enabled", f"true beside bf16.enabled {shown(self.bf16.enabled)}; enable one of the two")
+                (
+                    "fp16.enabled",
+                    f"true beside bf16.enabled {shown(self.bf16.enabled)}; enable one of the two",
+                )
             )
         if isinstance(self.scheduler, WarmupLR | WarmupDecayLR):
             maximum, peak = self.scheduler.params.warmup_max_lr, self.optimizer.params.lr
             if maximum not in (None, peak):
-                message = f"{maximum} would replace optimizer.params.lr {peak}; make them equal, or remove it"
+                message = (
+                    f"{maximum} would replace optimizer.params.lr {peak}; make them equal, "
+                    f"or remove it"
+                )
                 problems.append(("scheduler.params.warmup_max_lr", message))
         if self.aio and "nvme" not in (
             self.zero_optimization.optimizer_device,
@@ -85,12 +122,16 @@ class RunConfig(Section):
 
     @classmethod
     def from_json(cls, text: str, source: str = "config.json") -> Self:
-        """Read what `to_json` wrote (or any configuration text), with all the checks of `load_config`."""
+        """Read what `to_json` wrote (or any configuration text), with all the checks of
+        `load_config`.
+        """
         document, problems = config_json.parse(text, source)
         return _validated(cls, document, problems, source, ())
 
     def to_json(self) -> str:
-        """Canonical text: one order of keys, defaults written out, so that equal runs have equal text."""
+        """Canonical text: one order of keys, defaults written out, so that equal runs have equal
+        text.
+        """
         return json.dumps(self._document(), indent=2, ensure_ascii=False) + "\n"
 
     def as_written(self) -> dict[str, Any]:
@@ -98,7 +139,9 @@ class RunConfig(Section):
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
 
     def changed(self, overrides: Sequence[str]) -> RunConfig:
-        """This configuration as its file would give it with `a.b=value` overrides on top; raises ConfigError."""
+        """This configuration as its file would give it with `a.b=value` overrides on top; raises
+        ConfigError.
+        """
         document = self.as_written()
         keys_set, errors = _override(document, overrides)
         if errors:
@@ -106,18 +149,27 @@ class RunConfig(Section):
         return _validated(RunConfig, document, [], "", keys_set)
 
     def deepspeed_dict(self) -> dict[str, Any]:
-        """What `deepspeed.initialize` gets: DeepSpeed's sections, nothing of ours, a fresh copy each time."""
-        return {key: value for key, value in self._document().items() if key not in NOT_FOR_DEEPSPEED}
+        """What `deepspeed.initialize` gets: DeepSpeed's sections, nothing of ours, a fresh copy
+        each time.
+        """
+        return {
+            key: value for key, value in self._document().items() if key not in NOT_FOR_DEEPSPEED
+        }
 
     def identity(self) -> dict[str, Any]:
-        """The keys that say what is trained, by dotted name; of a resolved run, they fix its result."""
+        """The keys that say what is trained, by dotted name; of a resolved run, they fix its
+        result.
+        """
         return dict(_leaves_of_role("identity", self))
 
-    def resolved(self, *, world_size: int, vocabulary: int | None, bf16_native: bool) -> ResolvedConfig:
+    def resolved(
+        self, *, world_size: int, vocabulary: int | None, bf16_native: bool
+    ) -> ResolvedConfig:
         """The run on `world_size` ranks with data of `vocabulary` tokens, with nothing left open.
 
-        `vocabulary` is None where the data are not at hand (planning). Raises ConfigError with every impossible value
-        and the nearest possible ones. `bf16_native`: the device multiplies bfloat16 matrices in hardware.
+        `vocabulary` is None where the data are not at hand (planning). Raises ConfigError with
+        every impossible value and the nearest possible ones. `bf16_native`: the device multiplies
+        bfloat16 matrices in hardware.
         """
         ranks = _data_parallel_size(self.megagpt.parallel, world_size)
         rows_and_tokens = _vocabulary(self, vocabulary)
@@ -132,10 +184,14 @@ class RunConfig(Section):
 
 
 class ResolvedConfig(RunConfig):
-    """A run with nothing left open: what the trainer works with and what runs/NAME/config.json holds."""
+    """A run with nothing left open: what the trainer works with and what runs/NAME/config.json
+    holds.
+    """
 
     train_batch_size: int = identity(..., "sequences of one optimizer step, over all ranks", ge=1)
-    train_micro_batch_size_per_gpu: int = execution(..., "sequences of one forward-backward, on one rank", ge=1)
+    train_micro_batch_size_per_gpu: int = execution(
+        ..., "sequences of one forward-backward, on one rank", ge=1
+    )
     gradient_accumulation_steps: int = execution(..., "micro-batches of one optimizer step", ge=1)
     megagpt: MegagptConfig = section(..., "everything that DeepSpeed has no key for")
 
@@ -147,19 +203,25 @@ class ResolvedConfig(RunConfig):
     @property
     def data_parallel_size(self) -> int:
         """Ranks that see different sequences; ZeRO partitions over them."""
-        return self.train_batch_size // (self.train_micro_batch_size_per_gpu * self.gradient_accumulation_steps)
+        return self.train_batch_size // (
+            self.train_micro_batch_size_per_gpu * self.gradient_accumulation_steps
+        )
 
 
 Config = TypeVar("Config", bound=RunConfig)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a configuration file with `a.b=value` overrides on top; raises ConfigError with ALL errors at once."""
+    """Read a configuration file with `a.b=value` overrides on top; raises ConfigError with ALL
+    errors at once.
+    """
     source = str(path)
     document, _ = config_json.parse(config_json.read_text(Path(path)), source)
     keys_set, errors = _override(document, overrides)
     try:
-        config = _validated(RunConfig, document, config_json.hidden_problems(document), source, keys_set)
+        config = _validated(
+            RunConfig, document, config_json.hidden_problems(document), source, keys_set
+        )
     except ConfigError as error:
         raise ConfigError(errors + error.errors) from error
     if errors:
@@ -167,8 +229,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
-def _override(document: dict[str, Any], overrides: Sequence[str]) -> tuple[list[KeyPath], list[str]]:
-    """Write the overrides into the document; `null` removes a key, where there can be such a one."""
+def _override(
+    document: dict[str, Any], overrides: Sequence[str]
+) -> tuple[list[KeyPath], list[str]]:
+    """Write the overrides into the document; `null` removes a key, where there can be such a
+    one.
+    """
     keys_set, errors = config_json.apply_overrides(document, overrides)
     for path in dict.fromkeys(keys_set):
         if config_json.is_null(document, path) and not _is_unknown(document, path):
@@ -180,31 +246,45 @@ def _is_unknown(document: dict[str, Any], path: KeyPath) -> bool:
     try:
         RunConfig.model_validate(document)
     except ValidationError as error:
-        return any(found["type"] == "extra_forbidden" and found["loc"][-1] == path[-1] for found in error.errors())
+        return any(
+            found["type"] == "extra_forbidden" and found["loc"][-1] == path[-1]
+            for found in error.errors()
+        )
     return False
 
 
 def identity_differences(recorded: Mapping[str, Any], requested: Mapping[str, Any]) -> list[str]:
-    """Compare two `identity()` results: `megagpt.model.num_layers: 12 in the run directory, 24 requested`."""
+    """Compare two `identity()` results: `megagpt.model.num_layers: 12 in the run directory, 24
+    requested`.
+    """
     keys = dict.fromkeys([*recorded, *requested])
     return [
-        f"{key}: {shown(recorded.get(key))} in the run directory, {shown(requested.get(key))} requested"
+        f"{key}: {shown(recorded.get(key))} in the run directory, {shown(requested.get(key))} "
+        f"requested"
         for key in keys
         if recorded.get(key) != requested.get(key)
     ]
 
 
 def _validated(
-    model: type[Config], document: dict[str, Any], hidden: list[Problem], source: str, keys_set: Sequence[KeyPath]
+    model: type[Config],
+    document: dict[str, Any],
+    hidden: list[Problem],
+    source: str,
+    keys_set: Sequence[KeyPath],
 ) -> Config:
-    """The checked configuration, or every problem of it; what the command line set is blamed on the command line."""
+    """The checked configuration, or every problem of it; what the command line set is blamed on
+    the command line.
+    """
     try:
         config = model.model_validate(document)
         problems = hidden
     except ValidationError as error:
         problems = hidden + problems_in(error, document, model, REFUSED)
     if problems:
-        unique = dict.fromkeys(problem.line(_blamed(problem, source, keys_set)) for problem in problems)
+        unique = dict.fromkeys(
+            problem.line(_blamed(problem, source, keys_set)) for problem in problems
+        )
         raise ConfigError(unique)
     return config
 
@@ -215,13 +295,16 @@ def _blamed(problem: Problem, source: str, keys_set: Sequence[KeyPath]) -> str:
 
 
 def unexpected_world(parallel: ParallelConfig, world_size: int) -> Problem | None:
-    """What is wrong where another number of ranks started than the run states; None where nothing is."""
+    """What is wrong where another number of ranks started than the run states; None where
+    nothing is.
+    """
     expected = parallel.world_size
     if expected is None or expected == world_size:
         return None
     hint = "bring back the missing hosts" if world_size < expected else f"start {expected} of them"
     return Problem(
-        ("megagpt", "parallel", "world_size"), f"the run expects {expected} ranks and {world_size} started: {hint}"
+        ("megagpt", "parallel", "world_size"),
+        f"the run expects {expected} ranks and {world_size} started: {hint}",
     )
 
 
@@ -232,8 +315,8 @@ def _data_parallel_size(parallel: ParallelConfig, world_size: int) -> int | Prob
     if world_size % replica:
         return Problem(
             ("megagpt", "parallel"),
-            f"{world_size} ranks cannot hold replicas of tensor {parallel.tensor} x pipeline {parallel.pipeline}: "
-            f"use {nearest_multiples(world_size, replica)} ranks",
+            f"{world_size} ranks cannot hold replicas of tensor {parallel.tensor} x pipeline "
+            f"{parallel.pipeline}: use {nearest_multiples(world_size, replica)} ranks",
         )
     return world_size // replica
 
@@ -249,7 +332,9 @@ def _batch_sizes(config: RunConfig, data_parallel_size: int) -> BatchSizes | Pro
 
 
 def _vocabulary(config: RunConfig, of_data: int | None) -> tuple[int, int] | Problem:
-    """(rows of the embedding, tokens that exist): the former padded, neither smaller than the data need."""
+    """(rows of the embedding, tokens that exist): the former padded, neither smaller than the
+    data need.
+    """
     model = config.megagpt.model
     wanted = model.vocab_size or of_data or model.vocabulary or model.published_vocabulary
     if wanted is None:
@@ -259,16 +344,22 @@ def _vocabulary(config: RunConfig, of_data: int | None) -> tuple[int, int] | Pro
     tokens = model.vocabulary or of_data or wanted
     for name, value in (("vocab_size", wanted), ("vocabulary", tokens)):
         if of_data is not None and value < of_data:
-            message = f"{value} is smaller than the data's vocabulary of {of_data}: use {of_data} or remove it"
+            message = (
+                f"{value} is smaller than the data's vocabulary of {of_data}: use {of_data} "
+                f"or remove it"
+            )
             return Problem(("megagpt", "model", name), message)
     if tokens > rows:
         return Problem(
-            ("megagpt", "model", "vocabulary"), f"{tokens} tokens do not fit into vocab_size {wanted}: remove one"
+            ("megagpt", "model", "vocabulary"),
+            f"{tokens} tokens do not fit into vocab_size {wanted}: remove one",
         )
     return rows, tokens
 
 
-def _resolve(config: RunConfig, batch: BatchSizes, vocabulary: tuple[int, int], bf16_native: bool) -> ResolvedConfig:
+def _resolve(
+    config: RunConfig, batch: BatchSizes, vocabulary: tuple[int, int], bf16_native: bool
+) -> ResolvedConfig:
     document = config._document()
     document.pop("$schema", None)  # it is relative to the file it stood in
     document["train_batch_size"] = batch.train_batch
@@ -284,7 +375,9 @@ def _resolve(config: RunConfig, batch: BatchSizes, vocabulary: tuple[int, int], 
 
 
 def _total_steps(config: RunConfig, batch: BatchSizes) -> int:
-    """The run's steps; a length in tokens is rounded up to whole steps, so that none of them is missing."""
+    """The run's steps; a length in tokens is rounded up to whole steps, so that none of them is
+    missing.
+    """
     training = config.megagpt.training
     if training.total_steps is not None:
         return training.total_steps
@@ -294,7 +387,9 @@ def _total_steps(config: RunConfig, batch: BatchSizes) -> int:
 
 
 def _resolve_scheduler(document: dict[str, Any], total_steps: int) -> None:
-    """Give the schedule its length and peak; DeepSpeed's WarmupDecayLR would else peak at 0.001, whatever lr says."""
+    """Give the schedule its length and peak; DeepSpeed's WarmupDecayLR would else peak at 0.001,
+    whatever lr says.
+    """
     if "scheduler" not in document:
         return
     params = document["scheduler"]["params"]
@@ -304,7 +399,10 @@ def _resolve_scheduler(document: dict[str, Any], total_steps: int) -> None:
         params["total_num_steps"] = total_steps
     length = params.get("total_num_steps")
     if length is not None and length < params["warmup_num_steps"]:
-        problem = f"{params['warmup_num_steps']} is longer than the schedule of {length} steps: use at most {length}"
+        problem = (
+            f"{params['warmup_num_steps']} is longer than the schedule of {length} steps: "
+            f"use at most {length}"
+        )
         raise ConfigError([f"scheduler.params.warmup_num_steps: {problem}"])
 
 
@@ -314,7 +412,10 @@ def _leaves_of_role(role: str, value: BaseModel, prefix: KeyPath = ()) -> list[t
         member = getattr(value, name)
         if isinstance(member, BaseModel):
             leaves += _leaves_of_role(role, member, (*prefix, name))
-        elif isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("role") == role:
+        elif (
+            isinstance(field.json_schema_extra, dict)
+            and field.json_schema_extra.get("role") == role
+        ):
             leaves.append((dotted((*prefix, name)), _as_json(member)))
     return leaves
 

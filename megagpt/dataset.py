@@ -1,7 +1,8 @@
 """Reading prepared tokens: memory-mapped streams, cut into samples visited in a reproducible order.
 
-A run reads a `SampleStream`: sample `index` is a pure function of (data, seed, index), the same on every rank and mesh,
-so the position in the data is one integer and resuming costs nothing. numpy only.
+A run reads a `SampleStream`: sample `index` is a pure function of (data, seed, index), the same on
+every rank and mesh, so the position in the data is one integer and resuming costs nothing. numpy
+only.
 """
 
 from __future__ import annotations
@@ -20,13 +21,26 @@ from megagpt.data.manifest import OFFSET_DTYPE, Manifest, Shard, Split, read_man
 from megagpt.data.sample_order import Blend, permute
 from megagpt.utils import UserError
 
-__all__ = ["Batch", "Dataset", "Manifest", "Sample", "SampleStream", "TokenStream", "open_dataset", "verify"]
+__all__ = [
+    "Batch",
+    "Dataset",
+    "Manifest",
+    "Sample",
+    "SampleStream",
+    "TokenStream",
+    "open_dataset",
+    "verify",
+]
 
 
 class TokenStream:
-    """The tokens of one split as one long sequence, whatever files they lie in, and where its documents begin."""
+    """The tokens of one split as one long sequence, whatever files they lie in, and where its
+    documents begin.
+    """
 
-    def __init__(self, directory: Path, shards: Sequence[Shard], dtype: np.dtype, vocabulary: int) -> None:
+    def __init__(
+        self, directory: Path, shards: Sequence[Shard], dtype: np.dtype, vocabulary: int
+    ) -> None:
         self._files, self._vocabulary = [directory / shard.file for shard in shards], vocabulary
         self._tokens = [np.memmap(file, dtype, mode="r") for file in self._files]
         self._offsets = [_open_offsets(directory / shard.offsets.file) for shard in shards]
@@ -40,7 +54,9 @@ class TokenStream:
         """Tokens [start, stop) as int64; UserError where one is not of the vocabulary."""
         pieces = [self._tokens[shard][low:high] for shard, low, high in self._pieces(start, stop)]
         tokens = np.concatenate(pieces, dtype=np.int64)
-        if tokens.max() >= self._vocabulary:  # a change between the probes; on a GPU it would be an assertion in CUDA
+        if (
+            tokens.max() >= self._vocabulary
+        ):  # a change between the probes; on a GPU it would be an assertion in CUDA
             raise UserError(self._id_problem(start + int(np.argmax(tokens >= self._vocabulary))))
         return tokens
 
@@ -49,18 +65,26 @@ class TokenStream:
         ((shard, low, _),) = self._pieces(place, place + 1)
         file, tokens = self._files[shard], self._tokens[shard]
         return (
-            f"{file}: token id {tokens[low]} found at byte {low * tokens.itemsize}, ids below {self._vocabulary} "
-            f"expected: changed since preparation\n{remedy(file.parent)}"
+            f"{file}: token id {tokens[low]} found at byte {low * tokens.itemsize}, ids below "
+            f"{self._vocabulary} expected: changed since preparation\n"
+            f"{remedy(file.parent)}"
         )
 
     def document_ids(self, start: int, stop: int) -> np.ndarray:
-        """The number, in the split, of the document that each token of [start, stop) belongs to, as int64."""
-        return np.concatenate([self._shard_document_ids(*piece) for piece in self._pieces(start, stop)])
+        """The number, in the split, of the document that each token of [start, stop) belongs to,
+        as int64.
+        """
+        return np.concatenate(
+            [self._shard_document_ids(*piece) for piece in self._pieces(start, stop)]
+        )
 
     def _shard_document_ids(self, shard: int, low: int, high: int) -> np.ndarray:
         offsets = self._offsets[shard]
-        # Scalars of the file's own type: with any other, searchsorted would convert the whole file first.
-        first, last = np.searchsorted(offsets, [OFFSET_DTYPE.type(low), OFFSET_DTYPE.type(high - 1)], side="right")
+        # Scalars of the file's own type: with any other, searchsorted would convert the whole file
+        # first.
+        first, last = np.searchsorted(
+            offsets, [OFFSET_DTYPE.type(low), OFFSET_DTYPE.type(high - 1)], side="right"
+        )
         begins = np.zeros(high - low, np.int64)
         begins[(offsets[first:last] - OFFSET_DTYPE.type(low)).astype(np.int64)] = 1
         return self._first_documents[shard] + first - 1 + np.cumsum(begins)
@@ -99,21 +123,29 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the contents, for checkpoints: equal for equal tokens and tokenizer, wherever they lie."""
+        """A hash of the contents, for checkpoints: equal for equal tokens and tokenizer,
+        wherever they lie.
+        """
         return self.manifest.fingerprint
 
     def split(self, name: Split) -> TokenStream:
         if not self.manifest.tokens(name):
             advice = "a --validation-fraction above 0" if name == "val" else "more text"
-            raise UserError(f"{self.directory}: no tokens in its {name} split; prepare it again with {advice}")
+            raise UserError(
+                f"{self.directory}: no tokens in its {name} split; prepare it again with {advice}"
+            )
         manifest = self.manifest
-        return TokenStream(self.directory, manifest.shards(name), manifest.token_dtype, manifest.vocabulary)
+        return TokenStream(
+            self.directory, manifest.shards(name), manifest.token_dtype, manifest.vocabulary
+        )
 
 
 def open_dataset(directory: Path) -> Dataset:
-    """Open a prepared dataset once its files agree with its manifest by size, dtype, largest token and probes.
+    """Open a prepared dataset once its files agree with its manifest by size, dtype, largest token
+    and probes.
 
-    Takes well under two seconds. UserError with file, offset, found and expected where they do not agree.
+    Takes well under two seconds. UserError with file, offset, found and expected where they do not
+    agree.
     """
     manifest = read_manifest(Path(directory))
     check(Path(directory), manifest)
@@ -122,7 +154,10 @@ def open_dataset(directory: Path) -> Dataset:
 
 @dataclass(frozen=True)
 class Sample:
-    """`tokens` and the token after each, `targets`: int64 [L]. `document_ids`: int32 [L], equal within a document."""
+    """`tokens` and the token after each, `targets`: int64 [L].
+
+    `document_ids`: int32 [L], equal within a document.
+    """
 
     tokens: np.ndarray
     targets: np.ndarray
@@ -143,9 +178,10 @@ class Batch:
 class SampleStream:
     """Endless samples of `sequence_length` tokens from one dataset or a weighted blend.
 
-    Samples are windows of L + 1 tokens that overlap by one: each token is a target once an epoch, and the rest of a
-    split that fills no window is left out. The training split is visited in a new order each epoch, the validation
-    split in its own. In a blend each dataset counts its own epochs. A sample's id is its index.
+    Samples are windows of L + 1 tokens that overlap by one: each token is a target once an epoch,
+    and the rest of a split that fills no window is left out. The training split is visited in a new
+    order each epoch, the validation split in its own. In a blend each dataset counts its own
+    epochs. A sample's id is its index.
     """
 
     def __init__(
@@ -174,17 +210,25 @@ class SampleStream:
         seed: int,
         document_mask: bool,
     ) -> SampleStream:
-        """Open (directory, weight) pairs; UserError for a bad dataset, weight, or differing tokenizers."""
+        """Open (directory, weight) pairs; UserError for a bad dataset, weight, or differing
+        tokenizers.
+        """
         blend = Blend([weight for _, weight in data])
         datasets = [open_dataset(directory) for directory, _ in data]
         for other in datasets[1:]:
             if other.manifest.tokenizer.sha256 != datasets[0].manifest.tokenizer.sha256:
                 raise UserError(
-                    f"{other.directory}: its tokenizer ({other.manifest.tokenizer.name}) is not that of "
-                    f"{datasets[0].directory} ({datasets[0].manifest.tokenizer.name}); prepare both with the same one"
+                    f"{other.directory}: its tokenizer ({other.manifest.tokenizer.name}) is not "
+                    f"that of {datasets[0].directory} ({datasets[0].manifest.tokenizer.name}); "
+                    "prepare both with the same one"
                 )
         return cls(
-            datasets, blend, split=split, sequence_length=sequence_length, seed=seed, document_mask=document_mask
+            datasets,
+            blend,
+            split=split,
+            sequence_length=sequence_length,
+            seed=seed,
+            document_mask=document_mask,
         )
 
     @property
@@ -193,19 +237,24 @@ class SampleStream:
 
     @property
     def samples_per_epoch(self) -> int:
-        """Windows in all the datasets together; each dataset of a blend begins its next epoch on its own."""
+        """Windows in all the datasets together; each dataset of a blend begins its next epoch on
+        its own.
+        """
         return sum(self._windows)
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the data and their shares: what a resumed run compares."""
         contents = [
-            [dataset.fingerprint, str(share)] for dataset, share in zip(self.datasets, self._blend.shares, strict=True)
+            [dataset.fingerprint, str(share)]
+            for dataset, share in zip(self.datasets, self._blend.shares, strict=True)
         ]
         return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
     def locate(self, index: int) -> tuple[Dataset, int]:
-        """The dataset of sample `index` and its first token there: for people who look at a sample on record."""
+        """The dataset of sample `index` and its first token there: for people who look at a
+        sample on record.
+        """
         number, window = self._window(index)
         return self.datasets[number], window * self.sequence_length
 
@@ -247,7 +296,8 @@ def _count_windows(dataset: Dataset, split: Split, sequence_length: int) -> int:
     windows = (tokens - 1) // sequence_length
     if windows < 1:
         raise UserError(
-            f"{dataset.directory}: its {split} split has {tokens} tokens, a sample takes {sequence_length + 1}; use a "
-            f"model.sequence_length of at most {max(tokens - 1, 0)}, or more data"
+            f"{dataset.directory}: its {split} split has {tokens} tokens, a sample takes "
+            f"{sequence_length + 1}; use a model.sequence_length of at most {max(tokens - 1, 0)}, "
+            "or more data"
         )
     return windows

@@ -1,7 +1,9 @@
-"""The mesh of ranks: which process is which pipeline stage, data replica and tensor shard, and the groups they form.
+"""The mesh of ranks: which process is which pipeline stage, data replica and tensor shard, and the
+groups they form.
 
-World = pipeline x data x tensor, tensor innermost, so that tensor-parallel ranks are neighbours on one host. The mesh
-is also what DeepSpeed calls an mpu (model-parallel unit); its model-parallel group is all that is not data parallel.
+World = pipeline x data x tensor, tensor innermost, so that tensor-parallel ranks are neighbours on
+one host. The mesh is also what DeepSpeed calls an mpu (model-parallel unit); its model-parallel
+group is all that is not data parallel.
 """
 
 import socket
@@ -22,7 +24,9 @@ class Mesh:
     def __init__(self, pipeline: int, data: int, tensor: int, device_type: str) -> None:
         sizes, names = (pipeline, data, tensor), ("pipeline", "data", "tensor")
         self.device_mesh: DeviceMesh = init_device_mesh(device_type, sizes, mesh_dim_names=names)
-        self.pipeline_rank, self.data_rank, self.tensor_rank = self.device_mesh.get_coordinate() or (0, 0, 0)
+        self.pipeline_rank, self.data_rank, self.tensor_rank = (
+            self.device_mesh.get_coordinate() or (0, 0, 0)
+        )
         self.pipeline_size, self.data_size, self.tensor_size = sizes
         self.data_group = self.device_mesh["data"].get_group()
         self.pipeline_group = self.device_mesh["pipeline"].get_group()
@@ -36,15 +40,23 @@ class Mesh:
         return [*{group.group_name: group for group in groups}.values()]
 
     def close(self) -> None:
-        """Give the groups back; every rank must call it. A gloo group keeps threads that poll as long as it lives."""
+        """Give the groups back; every rank must call it.
+
+        A gloo group keeps threads that poll as long as it lives.
+        """
         for group in self.groups:
             if group is not dist.group.WORLD:  # which an axis of all ranks may be
                 dist.destroy_process_group(group)
 
     def _model_group(self) -> dist.ProcessGroup:
-        """The pipeline x tensor ranks of one data replica; every rank takes part in making every group."""
+        """The pipeline x tensor ranks of one data replica; every rank takes part in making every
+        group.
+        """
         ranks = self.device_mesh.mesh
-        groups = {data: dist.new_group(ranks[:, data, :].flatten().tolist()) for data in range(self.data_size)}
+        groups = {
+            data: dist.new_group(ranks[:, data, :].flatten().tolist())
+            for data in range(self.data_size)
+        }
         return groups[self.data_rank]
 
     @property
@@ -58,12 +70,16 @@ class Mesh:
         return dist.get_world_size()
 
     def stages(self, virtual_stages: int) -> range:
-        """The stages that this rank holds: every pipeline_size-th, so that a micro-batch passes each rank in turn."""
+        """The stages that this rank holds: every pipeline_size-th, so that a micro-batch passes
+        each rank in turn.
+        """
         return range(self.pipeline_rank, self.pipeline_size * virtual_stages, self.pipeline_size)
 
     def rank_of_stage(self, stage: int) -> int:
         """The global rank that holds a stage of this data replica and tensor shard."""
-        return int(self.device_mesh.mesh[stage % self.pipeline_size, self.data_rank, self.tensor_rank])
+        return int(
+            self.device_mesh.mesh[stage % self.pipeline_size, self.data_rank, self.tensor_rank]
+        )
 
     @property
     def name(self) -> str:

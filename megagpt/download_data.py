@@ -1,6 +1,7 @@
 """Preparing a dataset: read documents, tokenise them in worker processes, write shards, publish.
 
-`python launch/download_data.py --help` is the command; `prepare_embedded_corpus` is what a run calls by itself.
+`python launch/download_data.py --help` is the command; `prepare_embedded_corpus` is what a run
+calls by itself.
 """
 
 from __future__ import annotations
@@ -22,7 +23,13 @@ from megagpt.data.corpora import Source, open_source
 from megagpt.data.encoding_pool import batches, encoder
 from megagpt.data.integrity import check, record_file
 from megagpt.data.manifest import MANIFEST_FILE, Manifest, Split, TokenizerRecord, read_manifest
-from megagpt.data.tokenizer import TOKENIZER_FILE, build_tokenizer, load_tokenizer, parse_tokenizer_name, save_tokenizer
+from megagpt.data.tokenizer import (
+    TOKENIZER_FILE,
+    build_tokenizer,
+    load_tokenizer,
+    parse_tokenizer_name,
+    save_tokenizer,
+)
 from megagpt.data.validation_split import FRACTION_OF_MANY, assign_splits
 from megagpt.data.writer import (
     PROGRESS_FILE,
@@ -41,7 +48,9 @@ if TYPE_CHECKING:
 
 COMMIT_TOKENS = 16 * MIB  # between commit points: what a kill can cost
 TRAINING_CHARACTERS = 64 * MIB  # of text that a BPE is trained on, from the corpus's beginning
-TYPICAL_BYTES_PER_TOKEN = 3.0  # of English and code in a BPE of some thousand tokens; for the first look at the disk
+TYPICAL_BYTES_PER_TOKEN = (
+    3.0  # of English and code in a BPE of some thousand tokens; for the first look at the disk
+)
 PLAIN_REPORT_INTERVAL_S = 10.0
 EMBEDDED_TOKENIZER, EMBEDDED_VALIDATION_FRACTION = "bpe:4096", 0.05
 
@@ -68,9 +77,13 @@ class Request:
         """UserError for a value that no preparation could use."""
         parse_tokenizer_name(self.tokenizer)
         if self.output.name in ("", ".."):
-            raise UserError(f"--output {self.output}: name a directory to make, for example data/NAME")
+            raise UserError(
+                f"--output {self.output}: name a directory to make, for example data/NAME"
+            )
         if self.validation_fraction is not None and not 0 <= self.validation_fraction < 1:
-            raise UserError(f"--validation-fraction {self.validation_fraction}: use a number from 0 to below 1")
+            raise UserError(
+                f"--validation-fraction {self.validation_fraction}: use a number from 0 to below 1"
+            )
         for option in ("max_tokens", "shard_tokens", "workers"):
             value = getattr(self, option)
             if value is not None and value < 1:
@@ -88,10 +101,11 @@ class Request:
 
 
 def prepare_embedded_corpus(directory: Path) -> None:
-    """Make the standard library's sources a dataset at `directory`, unless one is there; one line on the screen.
+    """Make the standard library's sources a dataset at `directory`, unless one is there; one line
+    on the screen.
 
-    Takes a few seconds on one core and no network. Any number of processes of one host may call it at once: one
-    prepares, the others wait for it.
+    Takes a few seconds on one core and no network. Any number of processes of one host may call it
+    at once: one prepares, the others wait for it.
     """
     if not (Path(directory) / MANIFEST_FILE).exists():
         prepare(
@@ -106,12 +120,16 @@ def prepare_embedded_corpus(directory: Path) -> None:
 
 
 def prepare(request: Request, report: Report = print) -> Manifest:
-    """Prepare the dataset, or continue to; a dataset that is there already and is the same is left as it is.
+    """Prepare the dataset, or continue to; a dataset that is there already and is the same is left
+    as it is.
 
-    UserError where another dataset, or anything else, is in the way: nothing is overwritten without `force`.
+    UserError where another dataset, or anything else, is in the way: nothing is overwritten without
+    `force`.
     """
     request.check()
-    source = open_source(request.dataset, config=request.config, split=request.split, column=request.column)
+    source = open_source(
+        request.dataset, config=request.config, split=request.split, column=request.column
+    )
     description, began = request.description(source), time.monotonic()
     with exclusive_staging(request.output) as staging:
         present = _present(request, description)
@@ -129,27 +147,35 @@ def prepare(request: Request, report: Report = print) -> Manifest:
 
 
 def _present(request: Request, description: dict[str, JsonValue]) -> Manifest | None:
-    """The dataset at the destination where it is the one asked for; None where the destination is free (or forced)."""
+    """The dataset at the destination where it is the one asked for; None where the destination
+    is free (or forced).
+    """
     output = request.output
     if not output.exists():
         return None
     if not (output / MANIFEST_FILE).exists():
-        raise UserError(f"{output}: in the way, and not a dataset (no {MANIFEST_FILE}); choose another --output")
+        raise UserError(
+            f"{output}: in the way, and not a dataset (no {MANIFEST_FILE}); choose another --output"
+        )
     if request.force:
         return None
     manifest = read_manifest(output)
     differing = [key for key, value in description.items() if manifest.source.get(key) != value]
     if differing:
         raise UserError(
-            f"{output}: already holds a dataset that differs in {', '.join(differing)}; choose another --output, or "
-            "replace it with --force"
+            f"{output}: already holds a dataset that differs in {', '.join(differing)}; choose "
+            "another --output, or replace it with --force"
         )
     check(output, manifest)
     return manifest
 
 
 def _prepare_staged(
-    request: Request, source: Source, description: dict[str, JsonValue], staging: Path, report: Report
+    request: Request,
+    source: Source,
+    description: dict[str, JsonValue],
+    staging: Path,
+    report: Report,
 ) -> Manifest:
     """Fill the staging directory from its last commit point, up to and including the manifest."""
     wanted: dict[str, JsonValue] = {"request": dict(description), "version": source.version}
@@ -157,22 +183,37 @@ def _prepare_staged(
     if (staging / MANIFEST_FILE).exists():
         return read_manifest(staging)
     if not (staging / TOKENIZER_FILE).exists():
-        save_tokenizer(build_tokenizer(request.tokenizer, lambda: _training_texts(source, request)), staging)
+        save_tokenizer(
+            build_tokenizer(request.tokenizer, lambda: _training_texts(source, request)), staging
+        )
     encoding = load_tokenizer(staging)
     _require_space_for(source, request, encoding, staging)
-    writer = DatasetWriter(staging, progress, vocabulary=encoding.n_vocab, shard_tokens=request.shard_tokens)
+    writer = DatasetWriter(
+        staging, progress, vocabulary=encoding.n_vocab, shard_tokens=request.shard_tokens
+    )
     try:
         _write_all(request, source, writer, staging, report)
     finally:
         writer.close()
     if not progress.tokens("train"):
-        raise UserError(f"--dataset {request.dataset}: no text found, so there is nothing to train on")
-    tokenizer = TokenizerRecord(**record_file(staging / TOKENIZER_FILE).model_dump(), name=request.tokenizer)
-    return writer.finish(tokenizer=tokenizer, end_of_document=encoding.eot_token, source=description)
+        raise UserError(
+            f"--dataset {request.dataset}: no text found, so there is nothing to train on"
+        )
+    tokenizer = TokenizerRecord(
+        **record_file(staging / TOKENIZER_FILE).model_dump(), name=request.tokenizer
+    )
+    return writer.finish(
+        tokenizer=tokenizer, end_of_document=encoding.eot_token, source=description
+    )
 
 
-def _progress(request: Request, wanted: dict[str, JsonValue], staging: Path, report: Report) -> Progress:
-    """Where to continue. Another request's leftovers are an error; with --force, they are removed."""
+def _progress(
+    request: Request, wanted: dict[str, JsonValue], staging: Path, report: Report
+) -> Progress:
+    """Where to continue.
+
+    Another request's leftovers are an error; with --force, they are removed.
+    """
     progress = None if request.force else read_progress(staging)
     if progress is None or (progress.request != wanted and not progress.pieces):
         _clear(staging)
@@ -180,7 +221,8 @@ def _progress(request: Request, wanted: dict[str, JsonValue], staging: Path, rep
         progress.save(staging)
     elif progress.request != wanted:
         raise UserError(
-            f"{staging}: holds the unfinished preparation of other data or with other options; --force discards it"
+            f"{staging}: holds the unfinished preparation of other data or with other options; "
+            f"--force discards it"
         )
     elif progress.pieces:
         done = human_count(sum(map(progress.tokens, SPLITS)))
@@ -199,12 +241,17 @@ def _discard_unless_committed(staging: Path) -> None:
 
 
 def _clear(staging: Path) -> None:
-    """Empty a staging directory of what a preparation writes; UserError where anything else lies there."""
-    names = rf"(train|val)-\d{{5}}\.(bin|offsets)|{TOKENIZER_FILE}|{PROGRESS_FILE}|{MANIFEST_FILE}|\..*\.partial"
+    """Empty a staging directory of what a preparation writes; UserError where anything else lies
+    there.
+    """
+    shards = r"(train|val)-\d{5}\.(bin|offsets)"
+    names = rf"{shards}|{TOKENIZER_FILE}|{PROGRESS_FILE}|{MANIFEST_FILE}|\..*\.partial"
     paths = list(staging.iterdir())
     foreign = [path.name for path in paths if not re.fullmatch(names, path.name)]
     if foreign:
-        raise UserError(f"{staging}: in the way, and no preparation wrote {foreign[0]} there; move it elsewhere")
+        raise UserError(
+            f"{staging}: in the way, and no preparation wrote {foreign[0]} there; move it elsewhere"
+        )
     for path in paths:
         path.unlink()
 
@@ -220,7 +267,9 @@ def _training_texts(source: Source, request: Request) -> Iterator[str]:
             return
 
 
-def _require_space_for(source: Source, request: Request, encoding: tiktoken.Encoding, staging: Path) -> None:
+def _require_space_for(
+    source: Source, request: Request, encoding: tiktoken.Encoding, staging: Path
+) -> None:
     """Refuse at once what clearly will not fit; the writer looks again before each write."""
     bytes_per_token = 1.0 if request.tokenizer == "bytes" else TYPICAL_BYTES_PER_TOKEN
     limits = [request.max_tokens, source.size_bytes and int(source.size_bytes / bytes_per_token)]
@@ -228,12 +277,21 @@ def _require_space_for(source: Source, request: Request, encoding: tiktoken.Enco
     require_space(staging, tokens * (2 if encoding.n_vocab <= 2**16 else 4))
 
 
-def _write_all(request: Request, source: Source, writer: DatasetWriter, staging: Path, report: Report) -> None:
-    """Tokenise everything after the commit point and append it, committing every 16 Mi tokens and at the end."""
+def _write_all(
+    request: Request, source: Source, writer: DatasetWriter, staging: Path, report: Report
+) -> None:
+    """Tokenise everything after the commit point and append it, committing every 16 Mi tokens
+    and at the end.
+    """
     pieces, uncommitted_tokens = writer.progress.pieces, 0
     upcoming = batches(assign_splits(source, request.validation_fraction, skip=pieces))
-    room = {split: limit - writer.progress.tokens(split) for split, limit in _limits(request).items()}
-    with encoder(request.workers, staging) as encode, _progress_bar(request.max_tokens, writer, report) as refresh:
+    room = {
+        split: limit - writer.progress.tokens(split) for split, limit in _limits(request).items()
+    }
+    with (
+        encoder(request.workers, staging) as encode,
+        _progress_bar(request.max_tokens, writer, report) as refresh,
+    ):
         for encoded in encode(upcoming):
             for split, starts_document, tokens in encoded:
                 kept = tokens[: max(room[split], 0)]
@@ -255,18 +313,29 @@ def _limits(request: Request) -> dict[Split, int]:
     """Tokens each split may have: --max-tokens shared out by the fraction held out."""
     if request.max_tokens is None:
         return {"train": sys.maxsize, "val": sys.maxsize}
-    fraction = FRACTION_OF_MANY if request.validation_fraction is None else request.validation_fraction
+    fraction = (
+        FRACTION_OF_MANY if request.validation_fraction is None else request.validation_fraction
+    )
     val = round(request.max_tokens * fraction)
     return {"train": request.max_tokens - val, "val": val}
 
 
 @contextmanager
-def _progress_bar(total_tokens: int | None, writer: DatasetWriter, report: Report) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal, else a line every ten seconds; the yielded function brings it up to date."""
+def _progress_bar(
+    total_tokens: int | None, writer: DatasetWriter, report: Report
+) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal, else a line every ten seconds; the yielded function brings it up to
+    date.
+    """
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     reported = time.monotonic()
     terminal = sys.stdout.isatty()
     with Bar(*columns, disable=not terminal, transient=True) as bar:
@@ -291,7 +360,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="launch/download_data.py",
-        description="Prepare a dataset: tokenise a corpus into a directory that a run reads (docs/data.md). "
+        description="Prepare a dataset: tokenise a corpus into a directory that a run reads "
+        "(docs/data.md). "
         "The same command after an interruption continues; nothing is overwritten without --force.",
     )
     add = parser.add_argument
@@ -299,29 +369,47 @@ def _parser() -> argparse.ArgumentParser:
         "--dataset",
         required=True,
         help="stdlib (the sources of Python's standard library), a Hugging Face dataset "
-        "such as HuggingFaceFW/fineweb-edu, or a path or quoted pattern of .txt, .jsonl, .jsonl.zst or .parquet files",
+        "such as HuggingFaceFW/fineweb-edu, or a path or quoted pattern of .txt, .jsonl, "
+        ".jsonl.zst or .parquet files",
     )
     add("--output", required=True, type=Path, help="the directory to make, for example data/NAME")
     add(
         "--tokenizer",
         default="bpe:8192",
-        help="gpt2, cl100k_base, o200k_base, bytes, or bpe:SIZE trained on this text (default: %(default)s)",
+        help="gpt2, cl100k_base, o200k_base, bytes, or bpe:SIZE trained on this text (default: "
+        "%(default)s)",
     )
     add("--config", help="a Hugging Face dataset's configuration, for example sample-10BT")
-    add("--split", default="train", help="a Hugging Face dataset's split to read (default: %(default)s)")
+    add(
+        "--split",
+        default="train",
+        help="a Hugging Face dataset's split to read (default: %(default)s)",
+    )
     add("--column", default="text", help="the column that holds the text (default: %(default)s)")
     add(
         "--validation-fraction",
         type=float,
-        help="of the documents to hold out (default: 0.01; of fewer than twenty documents, the last 0.1 of the text)",
+        help="of the documents to hold out (default: 0.01; of fewer than twenty documents, the "
+        "last 0.1 of the text)",
     )
-    add("--max-tokens", type=int, help="stop after so many tokens, training and validation together")
-    add("--shard-tokens", type=int, default=Request.shard_tokens, help="tokens a file (default: %(default)s)")
+    add(
+        "--max-tokens", type=int, help="stop after so many tokens, training and validation together"
+    )
+    add(
+        "--shard-tokens",
+        type=int,
+        default=Request.shard_tokens,
+        help="tokens a file (default: %(default)s)",
+    )
     add(
         "--workers",
         type=int,
         default=os.cpu_count() or 1,
         help="tokenising processes (default: one a core, %(default)s)",
     )
-    add("--force", action="store_true", help="replace a dataset at --output, or an unfinished one, by a new one")
+    add(
+        "--force",
+        action="store_true",
+        help="replace a dataset at --output, or an unfinished one, by a new one",
+    )
     return parser

@@ -40,7 +40,10 @@ SAMPLE_TEMPERATURE = 0.8
 
 @dataclass
 class Run:
-    """All that the loop works with. ``peak_flops`` is the device's, in FLOP/s; None where it is unknown."""
+    """All that the loop works with.
+
+    ``peak_flops`` is the device's, in FLOP/s; None where it is unknown.
+    """
 
     config: ResolvedConfig
     engine: Engine
@@ -66,7 +69,11 @@ def train(run: Run) -> Wish:
     Returns the wish that ended it early, once the run is saved, or ``Wish.NOTHING``.
     """
     settings = run.config.megagpt.training
-    guard, meter, stragglers = Guard.of(run.config), Meter(run), StragglerWatch(run.engine.mesh, run.engine.device)
+    guard, meter, stragglers = (
+        Guard.of(run.config),
+        Meter(run),
+        StragglerWatch(run.engine.mesh, run.engine.device),
+    )
     guard.remember(run.state.guard)
     while run.state.step < settings.total_steps:
         step = run.state.step + 1
@@ -91,7 +98,9 @@ def train(run: Run) -> Wish:
         if not wish.ends_the_run and (work := due_between_steps(run, wish)):
             for task in work:
                 meter.pause(partial(task, run))
-            wish = agreed_wish(run)  # it may have taken long, and who sent SIGTERM does not wait for another step
+            wish = agreed_wish(
+                run
+            )  # it may have taken long, and who sent SIGTERM does not wait for another step
             if wish is Wish.SAVE:
                 run.wishes.add(wish)  # when that step is done
         if wish.ends_the_run:
@@ -102,7 +111,9 @@ def train(run: Run) -> Wish:
 
 
 def due_between_steps(run: Run, wish: Wish) -> list[Callable[[Run], None]]:
-    """What is due after a step and is no training, in this order; alike on every rank, all of which must do it."""
+    """What is due after a step and is no training, in this order; alike on every rank, all of
+    which must do it.
+    """
     settings, step = run.config.megagpt.training, run.state.step
     intervals: list[tuple[int, Callable[[Run], None]]] = [
         (settings.drift_check_interval_steps, require_equal_replicas),
@@ -110,7 +121,11 @@ def due_between_steps(run: Run, wish: Wish) -> list[Callable[[Run], None]]:
         (settings.sample_interval_steps, write_samples),
         (1 if wish is Wish.SAVE else run.config.megagpt.checkpoint.interval_steps, save),
     ]
-    return [task for interval_steps, task in intervals if due(interval_steps, step, settings.total_steps)]
+    return [
+        task
+        for interval_steps, task in intervals
+        if due(interval_steps, step, settings.total_steps)
+    ]
 
 
 def due(interval_steps: int, step: int, last_step: int) -> bool:
@@ -119,7 +134,8 @@ def due(interval_steps: int, step: int, last_step: int) -> bool:
 
 
 def agreed_wish(run: Run) -> Wish:
-    """The greatest wish of any rank: a signal reaches ranks up to 30 s apart, and all must act at the same step.
+    """The greatest wish of any rank: a signal reaches ranks up to 30 s apart, and all must act at
+    the same step.
 
     To end is no wish any more after the last step.
     """
@@ -138,7 +154,10 @@ def leave(run: Run, wish: Wish) -> None:
 
 
 def advanced(state: TrainState, config: ResolvedConfig, result: pipeline.StepResult) -> TrainState:
-    """The state after a step. A skipped step consumes its samples too: the data's order stays that of the steps."""
+    """The state after a step.
+
+    A skipped step consumes its samples too: the data's order stays that of the steps.
+    """
     return replace(
         state,
         step=state.step + 1,
@@ -150,13 +169,16 @@ def advanced(state: TrainState, config: ResolvedConfig, result: pipeline.StepRes
 
 
 def report(run: Run, verdict: Verdict, *, applied: bool) -> None:
-    """Record what the guard says of a step; where it ends the run, save the weights, which that step left alone.
+    """Record what the guard says of a step; where it ends the run, save the weights, which that
+    step left alone.
 
     Every rank must call it. Raises StoppedByGuardError.
     """
     first = run.state.cursor - run.config.train_batch_size
     samples = {"first_sample": first, "last_sample": run.state.cursor - 1}
-    run.monitor.event("warning" if applied else "skip", step=run.state.step, message=verdict.message, **samples)
+    run.monitor.event(
+        "warning" if applied else "skip", step=run.state.step, message=verdict.message, **samples
+    )
     if not verdict.fatal:
         return
     try:
@@ -168,7 +190,8 @@ def report(run: Run, verdict: Verdict, *, applied: bool) -> None:
 
 
 def rewind(run: Run) -> bool:
-    """Go back to the newest checkpoint, but not to its samples: those read since are left out; every rank must call it.
+    """Go back to the newest checkpoint, but not to its samples: those read since are left out;
+    every rank must call it.
 
     False where there is no checkpoint yet.
     """
@@ -179,7 +202,9 @@ def rewind(run: Run) -> bool:
     state, passed_over = resumed.state, resumed.passed_over
     run.saver.goes_on_from(state)
     left_out = {"first_sample": state.cursor, "last_sample": run.state.cursor - 1}
-    run.monitor.event("rewind", step=state.step, from_step=run.state.step, passed_over=passed_over, **left_out)
+    run.monitor.event(
+        "rewind", step=state.step, from_step=run.state.step, passed_over=passed_over, **left_out
+    )
     run.state = replace(state, cursor=run.state.cursor)
     return True
 
@@ -189,7 +214,9 @@ def report_stragglers(run: Run, slow_ranks: list[tuple[int, float]]) -> None:
     for rank, ratio in slow_ranks:
         name = [run.engine.mesh.name]
         dist.broadcast_object_list(name, src=rank)
-        run.monitor.event("straggler", step=run.state.step, rank=rank, who=name[0], times_as_long=ratio)
+        run.monitor.event(
+            "straggler", step=run.state.step, rank=rank, who=name[0], times_as_long=ratio
+        )
 
 
 def require_equal_replicas(run: Run) -> None:
@@ -198,8 +225,9 @@ def require_equal_replicas(run: Run) -> None:
     if drift is not None:
         interval = run.config.megagpt.training.drift_check_interval_steps
         raise StoppedByGuardError(
-            f"step {run.state.step}: {drift}. Its memory or device is at fault. Replicas are compared every {interval} "
-            f"steps: checkpoints since the last time may be spoilt, remove them and start again without that device"
+            f"step {run.state.step}: {drift}. Its memory or device is at fault. Replicas are "
+            f"compared every {interval} steps: checkpoints since the last time may be spoilt, "
+            "remove them and start again without that device"
         )
 
 
@@ -210,12 +238,16 @@ def report_validation(run: Run) -> None:
 
 @torch.no_grad()
 def validate(run: Run) -> float:
-    """The mean loss over the first ``eval_batches`` global batches of the validation split; every rank must call it."""
+    """The mean loss over the first ``eval_batches`` global batches of the validation split;
+    every rank must call it.
+    """
     batches = validation_batches(run)
     total = 0.0
     for index in range(batches):
         run.pulse.beat("validating")
-        total += pipeline.evaluate(run.engine, run.validation.load(index * run.config.train_batch_size))
+        total += pipeline.evaluate(
+            run.engine, run.validation.load(index * run.config.train_batch_size)
+        )
     return total / batches
 
 
@@ -227,7 +259,9 @@ def validation_batches(run: Run) -> int:
 
 @torch.no_grad()
 def write_samples(run: Run) -> None:
-    """Continue each prompt; every rank must call it, as ZeRO-3 gathers parameters in each forward."""
+    """Continue each prompt; every rank must call it, as ZeRO-3 gathers parameters in each
+    forward.
+    """
     prompts = run.config.megagpt.training.sample_prompts
     run.pulse.beat("writing samples")
     try:
@@ -240,7 +274,9 @@ def write_samples(run: Run) -> None:
             temperature=SAMPLE_TEMPERATURE,
             seed=run.state.step,
         )
-    except ValueError as error:  # logits that are not finite: whether the run has to end is the guard's to say
+    except (
+        ValueError
+    ) as error:  # logits that are not finite: whether the run has to end is the guard's to say
         run.monitor.event("warning", step=run.state.step, message=f"no sample: {error}")
         return
     for prompt, text in zip(prompts, texts, strict=True):
@@ -248,7 +284,9 @@ def write_samples(run: Run) -> None:
 
 
 def save(run: Run) -> None:
-    """Save the present state, in the background where that is configured; every rank must call it."""
+    """Save the present state, in the background where that is configured; every rank must call
+    it.
+    """
     run.pulse.beat("saving")
     report_saves(run, run.saver.save(run.state))
 
@@ -265,25 +303,42 @@ def report_saves(run: Run, committed: list[Saved]) -> None:
         run.monitor.event("save", at_step=run.state.step, **vars(saved))
         if saved.waited_s > 0:
             waited = (
-                f"step {saved.step} waited {saved.waited_s:.1f} s to be saved while the checkpoint before was written"
+                f"step {saved.step} waited {saved.waited_s:.1f} s to be saved while the "
+                f"checkpoint before was written"
             )
-            run.monitor.event("warning", step=saved.step, message=f"{waited}; raise megagpt.checkpoint.interval_steps")
+            run.monitor.event(
+                "warning",
+                step=saved.step,
+                message=f"{waited}; raise megagpt.checkpoint.interval_steps",
+            )
 
 
 def follow_saves(run: Run, result: pipeline.StepResult) -> None:
-    """After a step: prove a resume by it, record it for the next one, go on with a save; every rank must call it."""
+    """After a step: prove a resume by it, record it for the next one, go on with a save; every
+    rank must call it.
+    """
     samples = range(run.state.cursor - run.config.train_batch_size, run.state.cursor)
-    made = NextStep.of(run.state.step, samples, result.loss, result.grad_norm, conditions(run.engine))
+    made = NextStep.of(
+        run.state.step, samples, result.loss, result.grad_norm, conditions(run.engine)
+    )
     if run.unproven is not None:
-        comparison = compare(run.unproven, made, step_directory(run.saver.checkpoints, made.step - 1))
-        run.monitor.event("proof" if comparison.proven else "warning", step=run.state.step, message=comparison.message)
+        comparison = compare(
+            run.unproven, made, step_directory(run.saver.checkpoints, made.step - 1)
+        )
+        run.monitor.event(
+            "proof" if comparison.proven else "warning",
+            step=run.state.step,
+            message=comparison.message,
+        )
         run.unproven = None
     run.saver.follow(made)
     report_saves(run, run.saver.poll())
 
 
 class Meter:
-    """Times steps and reports them every ``log_interval_steps``; pauses are not counted as training."""
+    """Times steps and reports them every ``log_interval_steps``; pauses are not counted as
+    training.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run, self.reserved_gib = run, 0.0
@@ -293,15 +348,18 @@ class Meter:
         """Count a step; report where a report is due."""
         self.steps += 1
         total_steps = self.run.config.megagpt.training.total_steps
-        if due(self.run.config.megagpt.monitor.log_interval_steps, self.run.state.step, total_steps):
+        if due(
+            self.run.config.megagpt.monitor.log_interval_steps, self.run.state.step, total_steps
+        ):
             step_time_s = (time.perf_counter() - self.started - self.paused_s) / self.steps
             self.run.monitor.step(self._record(result, step_time_s))
             self._report_reserved()
             self.steps, self.paused_s, self.started = 0, 0.0, time.perf_counter()
 
     def _report_reserved(self) -> None:
-        """Record what the allocator has taken from the GPU, which runs out before what is allocated fills it; again
-        only once it has grown by a hundredth."""
+        """Record what the allocator has taken from the GPU, which runs out before what is
+        allocated fills it; again only once it has grown by a hundredth.
+        """
         peak = peak_memory(self.run.engine.device)
         if peak.reserved is not None and peak.reserved > 1.01 * self.reserved_gib:
             self.reserved_gib = peak.reserved

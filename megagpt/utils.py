@@ -1,4 +1,6 @@
-"""Small helpers that need the standard library only: atomic files, suggestions, sizes, exit codes."""
+"""Small helpers that need the standard library only: atomic files, suggestions, sizes, exit
+codes.
+"""
 
 from __future__ import annotations
 
@@ -28,17 +30,24 @@ class ExitCode(IntEnum):
 
 
 class UserError(Exception):
-    """Bad input: the message says what happened, where, and what to type. Commands exit with code 2 on it."""
+    """Bad input: the message says what happened, where, and what to type.
+
+    Commands exit with code 2 on it.
+    """
 
 
 class TransientError(UserError):
-    """Nothing is wrong with the input, and the same command may succeed later; commands exit with code 1 on it."""
+    """Nothing is wrong with the input, and the same command may succeed later; commands exit
+    with code 1 on it.
+    """
 
 
 def run_command(main: Callable[[], int | None]) -> int:
-    """Run a command's `main`; a `UserError` becomes its message on stderr and exit code 2, never a traceback.
+    """Run a command's `main`; a `UserError` becomes its message on stderr and exit code 2, never a
+    traceback.
 
-    A reader that has seen enough (`| head -1`) or a terminal that has gone does not change the exit code.
+    A reader that has seen enough (`| head -1`) or a terminal that has gone does not change the exit
+    code.
     """
     try:
         code = main() or ExitCode.DONE
@@ -56,8 +65,9 @@ def run_command(main: Callable[[], int | None]) -> int:
 def end_process(code: int) -> NoReturn:
     """End a rank with an exit code; one that has failed at once.
 
-    Python would first wait for what libraries have running (gloo, DeepSpeed: 1 to 5 s were seen), while peers wait for
-    this rank and its launcher waits to end them. Nothing is lost: whoever fails has written all it has to say.
+    Python would first wait for what libraries have running (gloo, DeepSpeed: 1 to 5 s were seen),
+    while peers wait for this rank and its launcher waits to end them. Nothing is lost: whoever
+    fails has written all it has to say.
     """
     if code == ExitCode.DONE:
         sys.exit(code)
@@ -70,7 +80,8 @@ def end_process(code: int) -> NoReturn:
 def abandon(stream: TextIO) -> None:
     """Send what a stream still holds, and all that follows, nowhere: its reader has gone.
 
-    A failed flush keeps its text, Python flushes stdout again as it ends, and failing there too it exits with code 120.
+    A failed flush keeps its text, Python flushes stdout again as it ends, and failing there too it
+    exits with code 120.
     """
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
@@ -90,20 +101,26 @@ def abandoned_on_failure(stream: TextIO) -> Iterator[None]:
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Put `data` (text as UTF-8) at `path` so that a reader sees the old file or the new one, never a part.
+    """Put `data` (text as UTF-8) at `path` so that a reader sees the old file or the new one, never
+    a part.
 
-    The file is written beside its destination, flushed to the disk and renamed; the directory's entry is flushed too,
-    so the new name survives a power cut. Missing parent directories are made. On any error the old file stands.
+    The file is written beside its destination, flushed to the disk and renamed; the directory's
+    entry is flushed too, so the new name survives a power cut. Missing parent directories are made.
+    On any error the old file stands.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = data.encode() if isinstance(data, str) else data
-    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    descriptor, aside = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.name}.", suffix=".partial"
+    )
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
-            os.fchmod(file.fileno(), DEFAULT_FILE_MODE)  # mkstemp makes files that only their owner can read
+            os.fchmod(
+                file.fileno(), DEFAULT_FILE_MODE
+            )  # mkstemp makes files that only their owner can read
             os.fsync(file.fileno())
         os.replace(aside, path)
     except BaseException:

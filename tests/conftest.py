@@ -1,4 +1,6 @@
-"""Where the kernels' tests run: the GPU (``-m gpu``) where there is one, Triton's interpreter elsewhere."""
+"""Where the kernels' tests run: the GPU (``-m gpu``) where there is one, Triton's interpreter
+elsewhere.
+"""
 
 import os
 import subprocess
@@ -18,13 +20,18 @@ if TYPE_CHECKING:
 HAS_GPU = torch.cuda.is_available()
 PROCESSES = {"pools", "compiled_ops"}  # fixtures of tests that wait for processes of their own
 if not HAS_GPU:
-    # Before anything imports triton, which decorates its own library once: a DeepSpeed import in another test may.
+    # Before anything imports triton, which decorates its own library once: a DeepSpeed import in
+    # another test may.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start ranks or commands come first, the longest before others, so that workers end together."""
-    waiting = Counter(item.path for item in items if PROCESSES.intersection(getattr(item, "fixturenames", ())))
+    """Files that start ranks or commands come first, the longest before others, so that workers
+    end together.
+    """
+    waiting = Counter(
+        item.path for item in items if PROCESSES.intersection(getattr(item, "fixturenames", ()))
+    )
     items.sort(key=lambda item: (-waiting[item.path], item.path))
 
 
@@ -36,7 +43,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu) if HAS_GPU else "cpu"])
 def fused_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A device on which ``kernels.*`` must run the Triton functions, with the launch counters at zero."""
+    """A device on which ``kernels.*`` must run the Triton functions, with the launch counters at
+    zero.
+    """
     from kernels.launcher import reset_launches
 
     monkeypatch.setenv("MEGAGPT_KERNELS", "triton" if HAS_GPU else "interpret")
@@ -48,7 +57,9 @@ def fused_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture(params=["fused", "torch"])
-def mode_of_bad_input(request: pytest.FixtureRequest, fused_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def mode_of_bad_input(
+    request: pytest.FixtureRequest, fused_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is refused, is refused whichever implementation would run."""
     if request.param == "torch":
         monkeypatch.setenv("MEGAGPT_KERNELS", "torch")
@@ -73,7 +84,9 @@ class _Pools:
 
 @pytest.fixture(scope="session")
 def compiled_ops() -> None:
-    """DeepSpeed's ops, compiled before any rank starts: minutes the first time, no deadline, a visible message."""
+    """DeepSpeed's ops, compiled before any rank starts: minutes the first time, no deadline, a
+    visible message.
+    """
     build_ops("CPUAdamBuilder")
 
 
@@ -90,7 +103,9 @@ def build_ops(*ops: str) -> None:
     """In a process of its own, as DeepSpeed's import changes what the kernels' tests see."""
     code = f"from megagpt.parallel import ops; ops.use_private_extensions(); ops.build({list(ops)})"
     environment = os.environ | {"DS_ACCELERATOR": "cpu"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, stderr=subprocess.PIPE, text=True)
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env=environment, stderr=subprocess.PIPE, text=True
+    )
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +138,9 @@ def two_ranks(pools: _Pools) -> RankPool:
 @pytest.fixture
 def start(compiled_ops: None) -> "Iterator[Start]":
     """Starts training commands that do not outlive the test."""
-    from tests.support.processes import starter  # what training needs: the kernels' tests run where it is not installed
+    from tests.support.processes import (
+        starter,
+    )  # what training needs: the kernels' tests run where it is not installed
 
     with starter() as start_one:
         yield start_one

@@ -1,10 +1,13 @@
 """Check and measure everything on this GPU, in parts of bounded time.
 
-    python -m benchmarks.gpu [first-light|tests|targets|attention|training|offload|long|all] --minutes 10 --output DIR
+    python -m benchmarks.gpu [PART ...] --minutes 10 --output DIR
 
-The same command again goes on where the last one stopped: it takes over what the same commit measured with the same
-versions, ptxas and device. DIR/results.jsonl has a line a finding, DIR/report.md the tables, DIR/logs what each case
-said. Exit code: 0 where all that ran was right, 1 where something ran and was wrong, 2 where nothing could run.
+Parts: first-light, tests, targets, attention, training, offload, long, all.
+
+The same command again goes on where the last one stopped: it takes over what the same commit
+measured with the same versions, ptxas and device. DIR/results.jsonl has a line a finding,
+DIR/report.md the tables, DIR/logs what each case said. Exit code: 0 where all that ran was right, 1
+where something ran and was wrong, 2 where nothing could run.
 """
 
 import argparse
@@ -29,7 +32,10 @@ def main(
     machine: Machine | None = None,
     parts: Sequence[tuple[str, Sequence[Case]]] | None = None,
 ) -> int:
-    """Run the parts that were asked for; returns the exit code. ``machine`` and ``parts`` stand for what is found."""
+    """Run the parts that were asked for; returns the exit code.
+
+    ``machine`` and ``parts`` stand for what is found.
+    """
     options = _parser().parse_args(arguments)
     machine = this_machine() if machine is None else machine
     problem = writable(options.output)
@@ -68,7 +74,14 @@ def _chosen(machine: Machine, options: argparse.Namespace) -> list[tuple[str, li
     names = list(PARTS) if options.part == "all" else [options.part]
     words: Sequence[str] = options.cases
     return [
-        (name, [case for case in PARTS[name](machine.cores) if not words or any(word in case.name for word in words)])
+        (
+            name,
+            [
+                case
+                for case in PARTS[name](machine.cores)
+                if not words or any(word in case.name for word in words)
+            ],
+        )
         for name in names
     ]
 
@@ -79,11 +92,25 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__.splitlines()[0],
         epilog=" ".join(__doc__.split("\n\n")[2].split()),
     )
-    parser.add_argument("part", nargs="?", choices=[*PARTS, "all"], default="all", help="default: all, in this order")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"time for this call [{MINUTES:.0f}]")
-    parser.add_argument("--output", type=Path, default=Path("runs/gpu"), metavar="DIR", help="[runs/gpu]")
     parser.add_argument(
-        "--cases", nargs="+", default=(), metavar="WORD", help="only cases with one of these in the name"
+        "part",
+        nargs="?",
+        choices=[*PARTS, "all"],
+        default="all",
+        help="default: all, in this order",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help=f"time for this call [{MINUTES:.0f}]"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/gpu"), metavar="DIR", help="[runs/gpu]"
+    )
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        default=(),
+        metavar="WORD",
+        help="only cases with one of these in the name",
     )
     parser.add_argument("--again", action="store_true", help="take nothing over from earlier calls")
     return parser

@@ -13,7 +13,9 @@ VARIABLE = "TRITON_PTXAS_PATH"
 
 @dataclass(frozen=True)
 class Assembler:
-    """One ptxas: where it was found, its path, its version such as 12.8.93, or what is wrong with it."""
+    """One ptxas: where it was found, its path, its version such as 12.8.93, or what is wrong
+    with it.
+    """
 
     source: str
     path: str
@@ -27,7 +29,9 @@ class Assembler:
 
 
 def in_use() -> Assembler | None:
-    """The one that triton would call now: TRITON_PTXAS_PATH's, else the one it carries; None without triton."""
+    """The one that triton would call now: TRITON_PTXAS_PATH's, else the one it carries; None
+    without triton.
+    """
     named = os.environ.get(VARIABLE)
     return _asked(VARIABLE, named) if named else bundled()
 
@@ -37,14 +41,21 @@ def bundled() -> Assembler | None:
     spec = importlib.util.find_spec("triton")
     if spec is None or spec.origin is None:
         return None
-    return _asked("triton's own", str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "ptxas"))
+    return _asked(
+        "triton's own", str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "ptxas")
+    )
 
 
 def available() -> list[Assembler]:
-    """The one in use first, then the others: triton's, the wheel nvidia-cuda-nvcc's, the CUDA toolkit's; each version
-    once, and TRITON_PTXAS_PATH's also where it does not work."""
+    """The one in use first, then the others: triton's, the wheel nvidia-cuda-nvcc's, the CUDA
+    toolkit's; each version once, and TRITON_PTXAS_PATH's also where it does not work.
+    """
     others = [bundled(), *(_asked(source, path) for source, path in _elsewhere())]
-    found = {assembler.version: assembler for assembler in reversed(others) if assembler and not assembler.problem}
+    found = {
+        assembler.version: assembler
+        for assembler in reversed(others)
+        if assembler and not assembler.problem
+    }
     first = in_use()
     if first is not None:
         found.pop(first.version, None)
@@ -65,5 +76,7 @@ def _elsewhere() -> list[tuple[str, str]]:
 def _asked(source: str, path: str) -> Assembler:
     version = version_of(path)
     if version is None:
-        return Assembler(source, path, problem=f"{source}, {path}: cannot be run, or tells no version")
+        return Assembler(
+            source, path, problem=f"{source}, {path}: cannot be run, or tells no version"
+        )
     return Assembler(source, path, version)

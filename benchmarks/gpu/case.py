@@ -14,10 +14,12 @@ class NotRun(Exception):  # noqa: N818 - a verdict, not an error
 
 @dataclass(frozen=True)
 class Case:
-    """One process: ``call`` is ``module:function``, given a ``child.Context`` and the arguments (JSON values).
+    """One process: ``call`` is ``module:function``, given a ``child.Context`` and the arguments
+    (JSON values).
 
-    ``expected_s`` is what it should take: it is not begun with less time left. ``limit_s`` is when it is killed. The
-    rest is what it needs: packages, device memory and host memory in GiB, a compute capability, a working ptxas.
+    ``expected_s`` is what it should take: it is not begun with less time left. ``limit_s`` is when
+    it is killed. The rest is what it needs: packages, device memory and host memory in GiB, a
+    compute capability, a working ptxas.
     """
 
     part: str
@@ -38,7 +40,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a case ended. ``reason`` is empty where it is right; ``taken_over`` from an earlier call."""
+    """How a case ended.
+
+    ``reason`` is empty where it is right; ``taken_over`` from an earlier call.
+    """
 
     case: Case
     verdict: str

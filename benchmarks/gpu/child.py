@@ -1,6 +1,8 @@
-"""The process of one case: ``python -m benchmarks.gpu.child REQUEST``, a JSON object that ``run.py`` writes.
+"""The process of one case: ``python -m benchmarks.gpu.child REQUEST``, a JSON object that
+``run.py`` writes.
 
-Every finding is appended to the results as soon as it is known, so that a killed case keeps what it had found.
+Every finding is appended to the results as soon as it is known, so that a killed case keeps what it
+had found.
 """
 
 import ctypes
@@ -24,7 +26,9 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Context:
-    """What a case's code is given: where it runs, where it may leave files, and how it tells what it finds."""
+    """What a case's code is given: where it runs, where it may leave files, and how it tells
+    what it finds.
+    """
 
     part: str
     case: str
@@ -48,7 +52,9 @@ class Context:
             store.append(self.directory / store.FILE, record)
         except OSError:
             self.lost.append(verdict)
-        told = ", ".join(f"{key} {value}" for key, value in figures.items() if value not in (None, ""))
+        told = ", ".join(
+            f"{key} {value}" for key, value in figures.items() if value not in (None, "")
+        )
         with suppress(OSError):  # the log is on the same full disk
             print(f"{name}: {verdict}{': ' * bool(reason)}{reason} {told}", flush=True)
 
@@ -75,13 +81,18 @@ def verdict_of(error: BaseException) -> tuple[str, str]:
         return NOT_RUN, f"missing package {error.name}"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return NOT_RUN, f"too little memory: {told}"
-    if type(error).__name__ in ("UserError", "ConfigError"):  # megagpt's: the machine or the installation, not the code
+    if type(error).__name__ in (
+        "UserError",
+        "ConfigError",
+    ):  # megagpt's: the machine or the installation, not the code
         return NOT_RUN, " ".join(str(error).split())
     return WRONG, told
 
 
 def main() -> int:
-    """Run the case; whatever it raises is a finding, so that an exit code other than 0 means a crash."""
+    """Run the case; whatever it raises is a finding, so that an exit code other than 0 means a
+    crash.
+    """
     # No case outlives the command, however that ends: nobody would end it at its limit.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     request = json.loads(sys.argv[1])

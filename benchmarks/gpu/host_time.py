@@ -1,4 +1,6 @@
-"""How long Python takes over an operation before the GPU has it: what timing the kernels alone hides."""
+"""How long Python takes over an operation before the GPU has it: what timing the kernels alone
+hides.
+"""
 
 import time
 from collections.abc import Callable
@@ -19,9 +21,13 @@ from kernels.costs import OPERATIONS
 ROUNDS = 5
 
 
-def measure(context: Context, repeats: int, dtype: str = "bf16", ops: list[str] | None = None) -> None:
-    """Microseconds of the host for one call of each operation, forward alone and with its backward, beside plain
-    torch's; and of the choice of an implementation. Inputs are so small that the GPU keeps up."""
+def measure(
+    context: Context, repeats: int, dtype: str = "bf16", ops: list[str] | None = None
+) -> None:
+    """Microseconds of the host for one call of each operation, forward alone and with its
+    backward, beside plain torch's; and of the choice of an implementation. Inputs are so small
+    that the GPU keeps up.
+    """
     for op in ops or OPERATIONS:
         if op in context.done:
             continue
@@ -32,12 +38,19 @@ def measure(context: Context, repeats: int, dtype: str = "bf16", ops: list[str] 
                 raise NotRun(explained)
             error = small.error_of(case)  # which also compiles
             figures: dict[str, Any] = {"explained": explained}
-            figures["choice_us"] = _microseconds(partial(small.chosen, case), repeats, context.device)
-            for who, function in (("ours", getattr(kernels, op)), ("torch", getattr(reference, op))):
+            figures["choice_us"] = _microseconds(
+                partial(small.chosen, case), repeats, context.device
+            )
+            for who, function in (
+                ("ours", getattr(kernels, op)),
+                ("torch", getattr(reference, op)),
+            ):
                 for mode in ("fwd", "both"):
                     call = step(function, case, mode)
                     figures[f"{who}_{mode}_us"] = _microseconds(call, repeats, context.device)
-            context.judge(op, error <= small.ALLOWED, f"error {error:.3g} times torch's own", **figures)
+            context.judge(
+                op, error <= small.ALLOWED, f"error {error:.3g} times torch's own", **figures
+            )
 
 
 def _microseconds(call: Callable[[], Any], repeats: int, device: str) -> float:

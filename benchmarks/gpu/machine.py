@@ -1,5 +1,6 @@
-"""What this machine has, and what every number depends on. torch is asked in a process of its own, so that the command
-itself holds no memory of the GPU."""
+"""What this machine has, and what every number depends on. torch is asked in a process of its
+own, so that the command itself holds no memory of the GPU.
+"""
 
 import hashlib
 import importlib.metadata
@@ -24,7 +25,10 @@ QUESTION_LIMIT_S = 120.0
 
 @dataclass(frozen=True)
 class Machine:
-    """A device and its host. ``device`` is what torch calls it; ``lack`` says why no case can run at all."""
+    """A device and its host.
+
+    ``device`` is what torch calls it; ``lack`` says why no case can run at all.
+    """
 
     device: str
     name: str
@@ -43,11 +47,16 @@ class Machine:
         if missing:
             return f"missing package; type: pip install {' '.join(missing)}"
         if self.device == "cuda" and self.capability < case.capability:
-            return f"compute capability {_dotted(self.capability)} is below {_dotted(case.capability)}"
+            return (
+                f"compute capability {_dotted(self.capability)} is below {_dotted(case.capability)}"
+            )
         if case.compiles and self.assembler_problem and assembler.VARIABLE not in case.environment:
             return f"unknown ptxas: {self.assembler_problem}"
         if self.device == "cuda" and self.device_gib < case.device_gib:
-            return f"too little device memory: {self.device_gib:.0f} GiB free, needs {case.device_gib:.0f}"
+            return (
+                f"too little device memory: {self.device_gib:.0f} GiB free, needs "
+                f"{case.device_gib:.0f}"
+            )
         host_gib = free_host_gib()
         if host_gib < case.host_gib:
             return f"too little host memory: {host_gib:.0f} GiB free, needs {case.host_gib:.0f}"
@@ -76,7 +85,9 @@ def this_machine() -> Machine:
         told, answer = None, {}
     if not answer:
         last = told.stderr.strip().splitlines()[-1:] if told is not None else ["it gave no answer"]
-        return Machine("none", "none", lack=f"torch cannot be asked for a GPU: {' '.join(last)}", **common)
+        return Machine(
+            "none", "none", lack=f"torch cannot be asked for a GPU: {' '.join(last)}", **common
+        )
     answer["capability"] = tuple(answer["capability"])
     return Machine(**common | answer)
 
@@ -85,12 +96,20 @@ def _ask_torch() -> Machine:
     """In the process of its own."""
     import torch
 
-    versions = {"torch": torch.__version__, "triton": _version("triton"), "deepspeed": _version("deepspeed")}
+    versions = {
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "deepspeed": _version("deepspeed"),
+    }
     if not torch.cuda.is_available():
         return Machine("none", "no GPU", versions=versions, lack="no GPU")
     from kernels.bench.machine import driver
 
-    versions |= {"CUDA": str(torch.version.cuda), "cuDNN": str(torch.backends.cudnn.version()), "driver": driver()}
+    versions |= {
+        "CUDA": str(torch.version.cuda),
+        "cuDNN": str(torch.backends.cudnn.version()),
+        "driver": driver(),
+    }
     free, _ = torch.cuda.mem_get_info()
     capability = torch.cuda.get_device_capability()
     return Machine("cuda", torch.cuda.get_device_name(), capability, free / GIB, versions=versions)
@@ -104,15 +123,21 @@ def _version(package: str) -> str:
 
 
 def free_host_gib() -> float:
-    """Host memory that can be had now: what the kernel calls available, or less where a control group allows less."""
+    """Host memory that can be had now: what the kernel calls available, or less where a control
+    group allows less.
+    """
     lines = Path("/proc/meminfo").read_text().splitlines()
-    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    available = next(
+        int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")
+    )
     group = Path("/sys/fs/cgroup")
     try:
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines()).get(
-            "inactive_file", "0"
+        limit, used = (
+            (group / name).read_text().strip() for name in ("memory.max", "memory.current")
         )
+        cached = dict(
+            line.split() for line in (group / "memory.stat").read_text().splitlines()
+        ).get("inactive_file", "0")
         if limit != "max":
             available = min(available, int(limit) - int(used) + int(cached))
     except (OSError, ValueError):
@@ -120,7 +145,7 @@ def free_host_gib() -> float:
     return available / GIB
 
 
-# ------------------------------------------------------------------------------------------------------------- identity
+# ----------------------------------------------------------------------------------------- identity
 
 
 @dataclass(frozen=True)
@@ -152,7 +177,13 @@ def identity_of(machine: Machine) -> Identity:
     ptxas = "none" if used is None else used.label
     commit, tree = _commit()
     return Identity(
-        commit, tree, _digest(), machine.name, platform.python_version(), ptxas, dict(sorted(machine.versions.items()))
+        commit,
+        tree,
+        _digest(),
+        machine.name,
+        platform.python_version(),
+        ptxas,
+        dict(sorted(machine.versions.items())),
     )
 
 
@@ -161,9 +192,17 @@ def _commit() -> tuple[str, str]:
     try:
         commit, changes = (
             subprocess.run(
-                ["git", *words], cwd=REPOSITORY, capture_output=True, text=True, timeout=30, check=True
+                ["git", *words],
+                cwd=REPOSITORY,
+                capture_output=True,
+                text=True,
+                timeout=30,
+                check=True,
             ).stdout
-            for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--", *SOURCES])
+            for words in (
+                ["rev-parse", "--short=12", "HEAD"],
+                ["status", "--porcelain", "--", *SOURCES],
+            )
         )
     except (OSError, subprocess.SubprocessError):
         return "no git", "unknown"
@@ -179,7 +218,9 @@ def _digest() -> str:
         root = REPOSITORY / name
         for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
             if path.suffix in (".py", ".json", ".toml") and path.is_file():
-                digest.update(f"{path.relative_to(REPOSITORY)}\0".encode() + path.read_bytes() + b"\0")
+                digest.update(
+                    f"{path.relative_to(REPOSITORY)}\0".encode() + path.read_bytes() + b"\0"
+                )
     return digest.hexdigest()[:12]
 
 

@@ -1,4 +1,6 @@
-"""The largest model whose optimizer this host's memory holds, trained for a few steps under ZeRO 3."""
+"""The largest model whose optimizer this host's memory holds, trained for a few steps under ZeRO
+3.
+"""
 
 import time
 from typing import Any
@@ -33,7 +35,11 @@ def measure(
     free_gib = free_host_gib() if host_gib is None else host_gib
     config = largest(model, pin_memory, free_gib, free_device_gib(context.device), **settings)
     layers = config.megagpt.model.num_layers
-    figures: dict[str, Any] = {"layers": layers, "pin_memory": pin_memory, "free_host_gib": round(free_gib, 1)}
+    figures: dict[str, Any] = {
+        "layers": layers,
+        "pin_memory": pin_memory,
+        "free_host_gib": round(free_gib, 1),
+    }
     figures |= training.planned(config, context.device)
     began = time.perf_counter()
     engine, step, _ = training.trainer(config)
@@ -50,21 +56,27 @@ def measure(
     finally:
         engine.close()
     figures |= training.speed(config, done, context.device) | training.peaks(context.device)
-    reason = done.learnt or ("" if held == {"cpu"} else f"Adam's moments are on {', '.join(sorted(held)) or 'nothing'}")
+    reason = done.learnt or (
+        "" if held == {"cpu"} else f"Adam's moments are on {', '.join(sorted(held)) or 'nothing'}"
+    )
     context.judge("offload", not reason, reason, **figures)
 
 
 def largest(
     model: dict[str, Any], pin_memory: bool, host_gib: float, device_gib: float, **settings: Any
 ) -> ResolvedConfig:
-    """The configuration with the most layers, at most the model's, that fits. Raises NotRun where not one does."""
+    """The configuration with the most layers, at most the model's, that fits.
+
+    Raises NotRun where not one does.
+    """
     whole = _configuration(model, pin_memory, **settings)
     for layers in range(whole.megagpt.model.num_layers, 0, -1):
         config = _configuration(model | {"num_layers": layers}, pin_memory, **settings)
         if fits(config, pin_memory, host_gib, device_gib):
             return config
     raise NotRun(
-        f"too little memory even for one layer: {host_gib:.0f} GiB of the host, {device_gib:.0f} of the device"
+        f"too little memory even for one layer: {host_gib:.0f} GiB of the host, {device_gib:.0f} "
+        f"of the device"
     )
 
 

@@ -1,4 +1,7 @@
-"""The cases of each part, the most telling first. Times and memory are estimates for one H200. No torch."""
+"""The cases of each part, the most telling first. Times and memory are estimates for one H200.
+
+No torch.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,15 +10,18 @@ from benchmarks.gpu import assembler
 from benchmarks.gpu.case import TRITON_LEAST, Case
 
 MODULE = "benchmarks.gpu"
-# The files with tests of the GPU, by name: collecting all of tests/ would need all that training needs.
+# The files with tests of the GPU, by name: collecting all of tests/ would need all that training
+# needs.
 KERNEL_TESTS = (
-    "test_hopper_attention", "test_attention", "test_norms", "test_cross_entropy", "test_activations", "test_rotary",
+    "test_hopper_attention", "test_attention", "test_norms", "test_cross_entropy",
+    "test_activations", "test_rotary",
     "test_dropout", "test_benchmark",
 )  # fmt: skip
 MODEL_TESTS = ("test_fused_model",)
 LARGE_TESTS = "test_large_tensors"  # 60 GB: alone, and last
 OPS = (
-    "attention", "layer_norm", "linear_cross_entropy", "rms_norm", "bias_gelu", "swiglu", "rotary", "dropout",
+    "attention", "layer_norm", "linear_cross_entropy", "rms_norm", "bias_gelu", "swiglu", "rotary",
+    "dropout",
 )  # fmt: skip
 RIVALS = ("megagpt", "torch", "sdpa cudnn", "sdpa flash", "flex_attention", "flash-attn")
 FUSED: dict[str, Any] = {"capability": TRITON_LEAST}
@@ -27,15 +33,27 @@ MODELS = (  # name, model, micro-batch, learning rate, device memory in GiB
 STEPS = 20
 
 
-# dtype, head dimension, variant of attention: each compiles some five kernels, a second or two each (est.).
+# dtype, head dimension, variant of attention: each compiles some five kernels, a second or two each
+# (est.).
 CHECKS = (
-    *(["bf16", 64, "causal"], ["bf16", 128, "causal"], ["fp16", 64, "causal"], ["fp16", 128, "causal"]),
-    *(["bf16", head_dim, variant] for variant in ("documents", "dropout", "grouped") for head_dim in (64, 128)),
+    *(
+        ["bf16", 64, "causal"],
+        ["bf16", 128, "causal"],
+        ["fp16", 64, "causal"],
+        ["fp16", 128, "causal"],
+    ),
+    *(
+        ["bf16", head_dim, variant]
+        for variant in ("documents", "dropout", "grouped")
+        for head_dim in (64, 128)
+    ),
 )
 
 
 def first_light(cores: int) -> list[Case]:
-    """Under four minutes: what is here, self-checks under each ptxas, operations, ceilings, one training step."""
+    """Under four minutes: what is here, self-checks under each ptxas, operations, ceilings, one
+    training step.
+    """
 
     def case(name: str, function: str, **rest: Any) -> Case:
         return Case("first-light", name, f"{MODULE}.{function}", **rest)
@@ -44,7 +62,13 @@ def first_light(cores: int) -> list[Case]:
     return [
         case("environment", "first_light:environment", compiles=False, expected_s=10),
         *checks[:1],
-        case("operations", "first_light:operations", arguments={"dtypes": ["bf16", "fp16"]}, expected_s=30, **FUSED),
+        case(
+            "operations",
+            "first_light:operations",
+            arguments={"dtypes": ["bf16", "fp16"]},
+            expected_s=30,
+            **FUSED,
+        ),
         case("ceilings", "first_light:ceilings", compiles=False, expected_s=10, device_gib=4),
         case(
             "one training step",
@@ -62,7 +86,9 @@ def first_light(cores: int) -> list[Case]:
 
 
 def self_checks() -> list[Case]:
-    """One for each ptxas, with a cache of its own: a compiled kernel does not say who assembled it."""
+    """One for each ptxas, with a cache of its own: a compiled kernel does not say who assembled
+    it.
+    """
     return [
         Case(
             "first-light",
@@ -81,16 +107,35 @@ def self_checks() -> list[Case]:
 
 
 def tests(cores: int) -> list[Case]:
-    """The kernels' tests file by file, the tools' view of a small case of each operation, the large tensors last."""
+    """The kernels' tests file by file, the tools' view of a small case of each operation, the
+    large tensors last.
+    """
 
-    def file(name: str, folder: str = "kernels", workers: int = max(1, cores - 4), **rest: Any) -> Case:
+    def file(
+        name: str, folder: str = "kernels", workers: int = max(1, cores - 4), **rest: Any
+    ) -> Case:
         needs: dict[str, Any] = FUSED | {"packages": ("triton", "pytest", "hypothesis")} | rest
         arguments = {"file": f"tests/{folder}/{name}.py", "workers": workers}
-        return Case("tests", name, f"{MODULE}.suite:run_tests", arguments, **{"expected_s": 60, "limit_s": 540} | needs)
+        return Case(
+            "tests",
+            name,
+            f"{MODULE}.suite:run_tests",
+            arguments,
+            **{"expected_s": 60, "limit_s": 540} | needs,
+        )
 
-    training: dict[str, Any] = {"packages": ("triton", "pytest", "hypothesis", "deepspeed", "pydantic")}
+    training: dict[str, Any] = {
+        "packages": ("triton", "pytest", "hypothesis", "deepspeed", "pydantic")
+    }
     sanitized = [
-        Case("tests", f"{tool}, {op}", f"{MODULE}.suite:sanitize", {"op": op, "tool": tool}, limit_s=300, **FUSED)
+        Case(
+            "tests",
+            f"{tool}, {op}",
+            f"{MODULE}.suite:sanitize",
+            {"op": op, "tool": tool},
+            limit_s=300,
+            **FUSED,
+        )
         for tool in ("memcheck", "racecheck")
         for op in OPS
     ]
@@ -105,23 +150,45 @@ def tests(cores: int) -> list[Case]:
 def targets(cores: int) -> list[Case]:
     """What the targets compare, at sizes where they can be reached."""
     attention = [
-        timed("targets", "attention", ["fwd", "bwd", "both"], RIVALS, lengths=[length], head_dims=[dim], expected_s=60)
+        timed(
+            "targets",
+            "attention",
+            ["fwd", "bwd", "both"],
+            RIVALS,
+            lengths=[length],
+            head_dims=[dim],
+            expected_s=60,
+        )
         for dim in (64, 128)
         for length in (4096, 16384)
     ]
     everyone = ("megagpt", "torch", "liger")
     norms = [
-        timed("targets", "layer_norm", ["fwd", "bwd"], everyone, widths=[width], tokens=65536) for width in (4096, 768)
+        timed("targets", "layer_norm", ["fwd", "bwd"], everyone, widths=[width], tokens=65536)
+        for width in (4096, 768)
     ]
-    losses = [timed("targets", "linear_cross_entropy", ["both"], everyone, widths=[width]) for width in (768, 4096)]
+    losses = [
+        timed("targets", "linear_cross_entropy", ["both"], everyone, widths=[width])
+        for width in (768, 4096)
+    ]
     return [*norms, *losses, *attention]
 
 
 def attention(cores: int) -> list[Case]:
-    """Beside cuDNN, flash and FlexAttention: causal, then documents, dropout, grouped heads, decode, not causal."""
+    """Beside cuDNN, flash and FlexAttention: causal, then documents, dropout, grouped heads,
+    decode, not causal.
+    """
     modes, expected = ["fwd", "bwd", "both"], 75
     causal = [
-        timed("attention", "attention", modes, RIVALS, lengths=[length], head_dims=[dim], expected_s=expected)
+        timed(
+            "attention",
+            "attention",
+            modes,
+            RIVALS,
+            lengths=[length],
+            head_dims=[dim],
+            expected_s=expected,
+        )
         for length in (2048, 8192)
         for dim in (64, 128)
     ]
@@ -143,24 +210,42 @@ def attention(cores: int) -> list[Case]:
         for dim in (64, 128)
     ]
     others = [
-        timed("attention", "attention", modes, RIVALS, lengths=[4096], head_dims=[dim], expected_s=expected)
+        timed(
+            "attention",
+            "attention",
+            modes,
+            RIVALS,
+            lengths=[4096],
+            head_dims=[dim],
+            expected_s=expected,
+        )
         for dim in (80, 96, 256)
     ]
     return [*causal, *variants, *others]
 
 
 def timed(
-    part: str, op: str, modes: list[str], providers: tuple[str, ...], expected_s: float = 30, **arguments: Any
+    part: str,
+    op: str,
+    modes: list[str],
+    providers: tuple[str, ...],
+    expected_s: float = 30,
+    **arguments: Any,
 ) -> Case:
     """One operation at the sizes that are given."""
-    told = [f"{name} {', '.join(map(str, x)) if isinstance(x, list) else x}" for name, x in arguments.items()]
+    told = [
+        f"{name} {', '.join(map(str, x)) if isinstance(x, list) else x}"
+        for name, x in arguments.items()
+    ]
     given = {"op": op, "modes": modes, "providers": list(providers), **arguments}
     needs: dict[str, Any] = {"expected_s": expected_s, "limit_s": 300, "device_gib": 8, **FUSED}
     return Case(part, f"{op}, {', '.join(told)}", f"{MODULE}.speed:measure", given, **needs)
 
 
 def training(cores: int) -> list[Case]:
-    """Host time first; then MFU of both models at ZeRO 1, 3 and 0, ours and torch's kernels, a plain loop, a trace."""
+    """Host time first; then MFU of both models at ZeRO 1, 3 and 0, ours and torch's kernels, a
+    plain loop, a trace.
+    """
     host = Case(
         *("training", "microseconds of the host", f"{MODULE}.host_time:measure", {"repeats": 200}),
         expected_s=40,
@@ -169,25 +254,37 @@ def training(cores: int) -> list[Case]:
     cases = [host]
     for name, model, micro_batch, rate, gib in MODELS:
         shared = {"model": model, "micro_batch": micro_batch, "steps": STEPS, "learning_rate": rate}
-        cases += [_trained(f"{name}, ZeRO {stage}, {who}", "measure", shared | {"stage": stage}, who, gib)
+        cases += [_trained(f"{name}, ZeRO {stage}, {who}", "measure", shared | {"stage": stage},
+        who, gib)
                   for stage in (1, 3, 0) for who in ("ours", "torch")]  # fmt: skip
-        cases += [_trained(f"{name}, plain compiled loop, {who}", "plain", shared | {"stage": 1}, who, gib)
+        cases += [_trained(f"{name}, plain compiled loop, {who}", "plain", shared | {"stage": 1},
+        who, gib)
                   for who in ("ours", "torch")]  # fmt: skip
-        cases += [_trained(f"{name}, trace, ZeRO 1, {who}", "trace", shared | {"stage": 1, "steps": 5}, who, gib)
+        cases += [_trained(f"{name}, trace, ZeRO 1, {who}", "trace", shared | {"stage": 1,
+        "steps": 5}, who, gib)
                   for who in ("ours", "torch")]  # fmt: skip
     return cases
 
 
 def _trained(name: str, function: str, arguments: dict[str, Any], who: str, gib: float) -> Case:
     environment = {"MEGAGPT_KERNELS": "torch"} if who == "torch" else {}
-    needs: dict[str, Any] = {"expected_s": 45 if gib < 20 else 80, "limit_s": 300, "device_gib": gib}
+    needs: dict[str, Any] = {
+        "expected_s": 45 if gib < 20 else 80,
+        "limit_s": 300,
+        "device_gib": gib,
+    }
     call = f"{MODULE}.training:{function}"
     return Case("training", name, call, arguments, environment=environment, **needs, **TRAINING)
 
 
 def offload(cores: int) -> list[Case]:
     """6.7B with Adam in host memory; what does not fit is cut to the layers that do."""
-    shared: dict[str, Any] = {"model": {"preset": "gpt3-6.7b"}, "micro_batch": 4, "steps": 3, "recompute": "full"}
+    shared: dict[str, Any] = {
+        "model": {"preset": "gpt3-6.7b"},
+        "micro_batch": 4,
+        "steps": 3,
+        "recompute": "full",
+    }
     shared |= {"learning_rate": 1.2e-4}
     shared |= {"reduce_bucket_size": 200_000_000, "sub_group_size": 200_000_000}
     return [
@@ -234,9 +331,16 @@ def long(cores: int) -> list[Case]:
         **TRAINING,
     )
     widths = (768, 1600, 4096, 8192, 12288)
-    rows = [timed("long", op, ["fwd", "both"], ("megagpt", "torch", "torch.compile", "liger"), widths=[width])
+    rows = [timed("long", op, ["fwd", "both"], ("megagpt", "torch", "torch.compile", "liger"),
+    widths=[width])
             for op in OPS if op not in ("attention", "rotary") for width in widths]  # fmt: skip
-    rotary = timed("long", "rotary", ["fwd", "both"], ("megagpt", "torch", "torch.compile"), lengths=[2048, 16384])
+    rotary = timed(
+        "long",
+        "rotary",
+        ["fwd", "both"],
+        ("megagpt", "torch", "torch.compile"),
+        lengths=[2048, 16384],
+    )
     return [*sequences, trained, *rows, rotary]
 
 

@@ -15,15 +15,25 @@ PAUSE_S = 0.05
 
 @dataclass(frozen=True)
 class Ended:
-    """``code`` is as subprocess gives it (-9: killed by signal 9); ``killed`` where we did it, at the limit."""
+    """``code`` is as subprocess gives it (-9: killed by signal 9); ``killed`` where we did it,
+    at the limit.
+    """
 
     code: int
     seconds: float
     killed: bool
 
 
-def run(command: Sequence[str], environment: Mapping[str, str], folder: Path, log: IO[bytes], limit_s: float) -> Ended:
-    """Run to its end or to the limit; nothing of its group outlives it, also where this process is interrupted."""
+def run(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    folder: Path,
+    log: IO[bytes],
+    limit_s: float,
+) -> Ended:
+    """Run to its end or to the limit; nothing of its group outlives it, also where this process
+    is interrupted.
+    """
     began = time.monotonic()
     process = subprocess.Popen(
         command,

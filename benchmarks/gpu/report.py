@@ -1,4 +1,6 @@
-"""What a call says: at most forty lines on the screen, and everything that DIR holds in DIR/report.md. No torch."""
+"""What a call says: at most forty lines on the screen, and everything that DIR holds in
+DIR/report.md. No torch.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -14,8 +16,24 @@ from benchmarks.machine import markdown
 from megagpt.utils import human_duration, write_atomically
 
 SCREEN_LINES, LINE_LENGTH = 40, 160
-FIGURES = ("mfu", "tokens_per_s", "step_ms", "first_step_s", "planned_gib", "allocated_gib")  # on the screen
-TIMED = ("p20_ms", "p50_ms", "p80_ms", "tflops", "gb_per_s", "fraction_of_ceiling", "peak_mib", "error_vs_torch")
+FIGURES = (
+    "mfu",
+    "tokens_per_s",
+    "step_ms",
+    "first_step_s",
+    "planned_gib",
+    "allocated_gib",
+)  # on the screen
+TIMED = (
+    "p20_ms",
+    "p50_ms",
+    "p80_ms",
+    "tflops",
+    "gb_per_s",
+    "fraction_of_ceiling",
+    "peak_mib",
+    "error_vs_torch",
+)
 
 
 @dataclass(frozen=True)
@@ -38,13 +56,25 @@ class Report:
     @property
     def compared(self) -> list[dict[str, Any]]:
         """The targets' lines, of every row that was timed; none where nothing was."""
-        rows = [f["figures"] for findings in self.found.values() for f in findings.values() if "p50_ms" in f["figures"]]
+        rows = [
+            f["figures"]
+            for findings in self.found.values()
+            for f in findings.values()
+            if "p50_ms" in f["figures"]
+        ]
         return targets.compare(rows) if rows else []
 
     def screen(self) -> list[str]:
-        """At most forty lines: counts, what is wrong, targets, training, what is left, where it is written."""
-        head = [f"{self.identity.device}; commit {self.identity.commit}, {self.identity.tree}; {self.identity.ptxas}"]
-        head += [_counts(part, verdicts) for part, verdicts in _by_part(self.outcome.verdicts).items()]
+        """At most forty lines: counts, what is wrong, targets, training, what is left, where it
+        is written.
+        """
+        head = [
+            f"{self.identity.device}; commit {self.identity.commit}, {self.identity.tree}; "
+            f"{self.identity.ptxas}"
+        ]
+        head += [
+            _counts(part, verdicts) for part, verdicts in _by_part(self.outcome.verdicts).items()
+        ]
         wrong = [v for v in self.outcome.verdicts if v.verdict == WRONG]
         absent = Counter(v.reason for v in self.outcome.verdicts if v.verdict == NOT_RUN)
         body = [f"WRONG: [{v.case.part}] {v.case.name}: {v.reason}" for v in wrong]
@@ -59,14 +89,19 @@ class Report:
         room = SCREEN_LINES - len(head) - len(tail)
         if len(body) > room:
             body = [*body[: room - 1], f"and {len(body) - room + 1} more lines: see report.md"]
-        return [line if len(line) <= LINE_LENGTH else line[: LINE_LENGTH - 3] + "..." for line in [*head, *body, *tail]]
+        return [
+            line if len(line) <= LINE_LENGTH else line[: LINE_LENGTH - 3] + "..."
+            for line in [*head, *body, *tail]
+        ]
 
     def _targets(self) -> list[str]:
         verdicts = Counter(line["verdict"].partition(":")[0] for line in self.compared)
         if not verdicts:
             return []
         missed = [line for line in self.compared if line["verdict"].startswith(NOT_MET)]
-        head = "targets: " + ", ".join(f"{verdicts[word]} {word}" for word in (MET, NOT_MET, NOT_RUN))
+        head = "targets: " + ", ".join(
+            f"{verdicts[word]} {word}" for word in (MET, NOT_MET, NOT_RUN)
+        )
         return [head, *(f"{line['verdict']}: {_target(line)}" for line in missed)]
 
     def _training(self) -> list[str]:
@@ -75,17 +110,28 @@ class Report:
             for finding in findings.values():
                 figures = finding["figures"]
                 if finding["verdict"] == RIGHT and "tokens_per_s" in figures:
-                    told = ", ".join(f"{name} {figures[name]}" for name in FIGURES if figures.get(name) is not None)
+                    told = ", ".join(
+                        f"{name} {figures[name]}"
+                        for name in FIGURES
+                        if figures.get(name) is not None
+                    )
                     lines.append(f"[{part}] {case}: {told}")
         return lines
 
     def _others(self) -> list[str]:
         total = sum(self.others.values())
         commits = sorted(
-            {str(self.others_identity.get(key, {}).get("commit", key)) for key, n in self.others.items() if n}
+            {
+                str(self.others_identity.get(key, {}).get("commit", key))
+                for key, n in self.others.items()
+                if n
+            }
         )
         return (
-            [f"not taken over: {total} cases of another commit, versions or device ({', '.join(commits)})"]
+            [
+                f"not taken over: {total} cases of another commit, versions or device "
+                f"({', '.join(commits)})"
+            ]
             if total
             else []
         )
@@ -94,15 +140,28 @@ class Report:
         left = self.outcome.left
         if not left:
             return []
-        parts = ", ".join(f"{count} of {part}" for part, count in Counter(case.part for case in left).items())
+        parts = ", ".join(
+            f"{count} of {part}" for part, count in Counter(case.part for case in left).items()
+        )
         longest = human_duration(sum(case.expected_s for case in left))
-        return [f"left: {len(left)} cases ({parts}), about {longest}: the same command again goes on"]
+        return [
+            f"left: {len(left)} cases ({parts}), about {longest}: the same command again goes on"
+        ]
 
     def markdown(self) -> str:
         """Everything that counts now."""
-        given = {"commit": self.identity.commit, "tree": self.identity.tree, "ptxas": self.identity.ptxas}
+        given = {
+            "commit": self.identity.commit,
+            "tree": self.identity.tree,
+            "ptxas": self.identity.ptxas,
+        }
         given |= {"python": self.identity.python, **self.identity.versions}
-        lines = [f"# On {self.identity.device}", "", ", ".join(f"{name} {value}" for name, value in given.items()), ""]
+        lines = [
+            f"# On {self.identity.device}",
+            "",
+            ", ".join(f"{name} {value}" for name, value in given.items()),
+            "",
+        ]
         lines += [*self._others(), *self._left(), ""]
         for part, verdicts in _by_part(self.outcome.verdicts).items():
             rows = [
@@ -145,7 +204,10 @@ def _counts(part: str, verdicts: Sequence[Verdict]) -> str:
 
 
 def _target(line: dict[str, Any]) -> str:
-    return f"{line['operation']}, {line['shape']}: {line['measured']}: {line['ratio']}, wanted {line['wanted']}"
+    return (
+        f"{line['operation']}, {line['shape']}: {line['measured']}: {line['ratio']}, wanted "
+        f"{line['wanted']}"
+    )
 
 
 def _findings(findings: Iterable[dict[str, Any]]) -> list[str]:
@@ -154,10 +216,11 @@ def _findings(findings: Iterable[dict[str, Any]]) -> list[str]:
     for finding in findings:
         figures = finding["figures"]
         shown = {name: figures[name] for name in TIMED} if "p50_ms" in figures else figures
-        told = ", ".join(f"{name} {_number(value)}" for name, value in shown.items() if value not in (None, ""))
-        lines.append(
-            f"* {finding['name']}: {in_words(finding['verdict'], finding['reason'])}. {told}".rstrip(". ") + "."
+        told = ", ".join(
+            f"{name} {_number(value)}" for name, value in shown.items() if value not in (None, "")
         )
+        verdict = in_words(finding["verdict"], finding["reason"])
+        lines.append(f"* {finding['name']}: {verdict}. {told}".rstrip(". ") + ".")
     return lines
 
 

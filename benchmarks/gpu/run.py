@@ -1,4 +1,5 @@
-"""The flow: cases one after another, each in its own process, within the time there is; what is done is not done again.
+"""The flow: cases one after another, each in its own process, within the time there is; what is
+done is not done again.
 
 No torch.
 """
@@ -24,7 +25,9 @@ NO_TIME = "no time left"
 
 @dataclass
 class Outcome:
-    """What a call did, in order: a verdict a case, the cases that it had no time for, what could not be written."""
+    """What a call did, in order: a verdict a case, the cases that it had no time for, what could
+    not be written.
+    """
 
     verdicts: list[Verdict] = field(default_factory=list)
     left: list[Case] = field(default_factory=list)
@@ -47,7 +50,12 @@ class Flow:
     """One call of the command."""
 
     def __init__(
-        self, machine: Machine, identity: Identity, directory: Path, seconds: float, again: bool = False
+        self,
+        machine: Machine,
+        identity: Identity,
+        directory: Path,
+        seconds: float,
+        again: bool = False,
     ) -> None:
         self.machine, self.identity, self.directory = machine, identity, directory
         self.end = time.monotonic() + seconds
@@ -74,8 +82,12 @@ class Flow:
         return self.end - time.monotonic()
 
     def run(self, parts: Sequence[tuple[str, Sequence[Case]]]) -> Outcome:
-        """Every part in turn; each may use an equal share of what is left, or what its next case should take."""
-        open_parts = {name: [case for case in cases if not self._settled(case)] for name, cases in parts}
+        """Every part in turn; each may use an equal share of what is left, or what its next case
+        should take.
+        """
+        open_parts = {
+            name: [case for case in cases if not self._settled(case)] for name, cases in parts
+        }
         for index, (name, cases) in enumerate(parts):
             waiting = len([other for other, _ in parts[index:] if open_parts[other]])
             share = self.left_s() / max(1, waiting)
@@ -92,7 +104,9 @@ class Flow:
         record = self.earlier.ends.get((case.part, case.name))
         if record is None or record["verdict"] == NOT_RUN:
             return None
-        return Verdict(case, record["verdict"], record["reason"], record["seconds"], taken_over=True)
+        return Verdict(
+            case, record["verdict"], record["reason"], record["seconds"], taken_over=True
+        )
 
     def _part(self, cases: Sequence[Case], end: float) -> None:
         for case in cases:
@@ -114,13 +128,22 @@ class Flow:
         case = verdict.case
         record = {"kind": "end", "key": self.identity.key, "part": case.part, "case": case.name}
         self.write(
-            record | {"verdict": verdict.verdict, "reason": verdict.reason, "seconds": round(verdict.seconds, 1)}
+            record
+            | {
+                "verdict": verdict.verdict,
+                "reason": verdict.reason,
+                "seconds": round(verdict.seconds, 1),
+            }
         )
 
     def _tell(self, verdict: Verdict) -> None:
         told = f"{verdict.verdict}{': ' * bool(verdict.reason)}{verdict.reason}"
         how = "taken over" if verdict.taken_over else f"{verdict.seconds:.0f} s"
-        print(f"[{verdict.case.part}] {verdict.case.name}: {told} ({how})", file=sys.stderr, flush=True)
+        print(
+            f"[{verdict.case.part}] {verdict.case.name}: {told} ({how})",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def _run(self, case: Case, left_s: float) -> Verdict:
         """One case in its process; its verdict from what it found and how it ended."""
@@ -133,10 +156,14 @@ class Flow:
             "key": self.identity.key,
             "device": self.machine.device,
             "directory": str(place.resolve()),
-            "done": sorted(name for name, f in self._found_before(case).items() if f["verdict"] != NOT_RUN),
+            "done": sorted(
+                name for name, f in self._found_before(case).items() if f["verdict"] != NOT_RUN
+            ),
         }
         offset = store.size(self.file)
-        log_path = place / "logs" / f"{case.part}.{case.name}.log".replace("/", "-").replace(" ", "_")
+        log_path = (
+            place / "logs" / f"{case.part}.{case.name}.log".replace("/", "-").replace(" ", "_")
+        )
         try:
             log_path.parent.mkdir(parents=True, exist_ok=True)
             with log_path.open("wb") as log:
@@ -149,10 +176,14 @@ class Flow:
         return Verdict(case, verdict, reason, ended.seconds)
 
     def _environment(self, case: Case) -> dict[str, str]:
-        """Caches of compiled kernels lie in DIR and serve every call, those of another ptxas apart."""
+        """Caches of compiled kernels lie in DIR and serve every call, those of another ptxas
+        apart.
+        """
         kept = {name: value for name, value in os.environ.items() if name not in FORGOTTEN}
         cache = (self.directory / "cache").resolve()
-        kept["TRITON_CACHE_DIR"] = str(cache / "triton" / (case.cache or self.identity.ptxas).replace("/", "-"))
+        kept["TRITON_CACHE_DIR"] = str(
+            cache / "triton" / (case.cache or self.identity.ptxas).replace("/", "-")
+        )
         kept["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "inductor")
         return kept | case.environment
 
@@ -160,14 +191,25 @@ class Flow:
         return self.earlier.findings.get((case.part, case.name), {})
 
     def _found(self, case: Case, offset: int) -> list[dict[str, Any]]:
-        """The findings that count: of this call, which the file holds from the offset on, and those taken over."""
-        now = store.earlier(store.read(self.file, offset), self.identity.key).findings.get((case.part, case.name), {})
+        """The findings that count: of this call, which the file holds from the offset on, and
+        those taken over.
+        """
+        now = store.earlier(store.read(self.file, offset), self.identity.key).findings.get(
+            (case.part, case.name), {}
+        )
         return [*(self._found_before(case) | now).values()]
 
     def _verdict(
-        self, case: Case, ended: process.Ended, left_s: float, log: Path, found: list[dict[str, Any]]
+        self,
+        case: Case,
+        ended: process.Ended,
+        left_s: float,
+        log: Path,
+        found: list[dict[str, Any]],
     ) -> tuple[str, str]:
-        """WRONG where any finding is, or where it crashed or hung; not run where nothing was found to be right."""
+        """WRONG where any finding is, or where it crashed or hung; not run where nothing was
+        found to be right.
+        """
         wrong = [f"{f['name']}: {f['reason']}" for f in found if f["verdict"] == WRONG]
         if wrong:
             return WRONG, wrong[0] + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
@@ -192,7 +234,9 @@ def _how(code: int) -> str:
 
 
 def writable(directory: Path) -> str:
-    """Why nothing can be written to the directory, which is made where it is missing; empty where it can."""
+    """Why nothing can be written to the directory, which is made where it is missing; empty
+    where it can.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe = directory / f".writable.{os.getpid()}"
@@ -204,4 +248,8 @@ def writable(directory: Path) -> str:
 
 
 def _remedy(error: OSError) -> str:
-    return "; free some space or give another DIR" if error.errno == errno.ENOSPC else "; give another DIR"
+    return (
+        "; free some space or give another DIR"
+        if error.errno == errno.ENOSPC
+        else "; give another DIR"
+    )

@@ -1,5 +1,6 @@
-"""One small case of each kernel, checked against plain torch; as a program, launched once and no more, for a tool that
-watches it: ``python -m benchmarks.gpu.small OP DEVICE``."""
+"""One small case of each kernel, checked against plain torch; as a program, launched once and no
+more, for a tool that watches it: ``python -m benchmarks.gpu.small OP DEVICE``.
+"""
 
 import sys
 from dataclasses import replace
@@ -11,7 +12,9 @@ import kernels
 from kernels.bench.cases import Case, Sizes, cases
 from kernels.bench.timing import errors, step
 
-SIZES = Sizes(lengths=(200,), head_dims=(64,), widths=(768,), tokens=200, vocabulary=1000, attention_width=128)
+SIZES = Sizes(
+    lengths=(200,), head_dims=(64,), widths=(768,), tokens=200, vocabulary=1000, attention_width=128
+)
 ALLOWED = 2.0  # times the error of torch's own
 
 
@@ -33,7 +36,9 @@ def chosen(case: Case) -> str:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    one = case_of(sys.argv[1], sys.argv[2], torch.bfloat16 if sys.argv[2] == "cuda" else torch.float32)
+    one = case_of(
+        sys.argv[1], sys.argv[2], torch.bfloat16 if sys.argv[2] == "cuda" else torch.float32
+    )
     print(chosen(one))
     step(getattr(kernels, one.op), one, "both")()
     if sys.argv[2] == "cuda":

@@ -1,4 +1,6 @@
-"""Cases that time an operation beside its rivals and check every row: the kernel benchmark's, a row a finding."""
+"""Cases that time an operation beside its rivals and check every row: the kernel benchmark's, a
+row a finding.
+"""
 
 from dataclasses import asdict
 from typing import Any
@@ -11,11 +13,20 @@ from kernels.bench.report import Row
 
 
 def measure(
-    context: Context, op: str, modes: list[str], dtype: str = "bf16", providers: list[str] | None = None, **sizes: Any
+    context: Context,
+    op: str,
+    modes: list[str],
+    dtype: str = "bf16",
+    providers: list[str] | None = None,
+    **sizes: Any,
 ) -> None:
-    """Rows of one operation: modes fwd, bwd, both; ``providers`` as in ``python -m kernels.benchmark``; ``sizes`` are
-    fields of ``kernels.bench.cases.Sizes`` that differ from those of a GPU."""
-    chosen = asdict(GPU_SIZES) | {name: tuple(x) if isinstance(x, list) else x for name, x in sizes.items()}
+    """Rows of one operation: modes fwd, bwd, both; ``providers`` as in ``python -m
+    kernels.benchmark``; ``sizes`` are fields of ``kernels.bench.cases.Sizes`` that differ from
+    those of a GPU.
+    """
+    chosen = asdict(GPU_SIZES) | {
+        name: tuple(x) if isinstance(x, list) else x for name, x in sizes.items()
+    }
     this = benchmark_run.this_machine(dtype)
     this.only = tuple(providers or ())
     for case in cases(op, Sizes(**chosen), benchmark_run.DTYPES[dtype], context.device):
@@ -36,9 +47,13 @@ def _measure(context: Context, this: benchmark_run.Run, case: Case, modes: tuple
         elif row.provider.startswith(benchmark_run.OURS):
             context.report(finding, WRONG, reason, **asdict(row))
         else:
-            context.report(finding, NOT_RUN, f"its result is wrong, so it is no yardstick: {reason}")
+            context.report(
+                finding, NOT_RUN, f"its result is wrong, so it is no yardstick: {reason}"
+            )
 
     this.keep = keep
-    this.absent = lambda case, provider, mode, reason: context.report(name(provider, mode), NOT_RUN, reason)
+    this.absent = lambda case, provider, mode, reason: context.report(
+        name(provider, mode), NOT_RUN, reason
+    )
     this.skip = lambda provider, mode: name(provider, mode) in context.done
     benchmark_run.measure_case(this, case, modes)

@@ -1,7 +1,8 @@
 """DIR/results.jsonl: one line a finding, appended whole when it is known. No torch.
 
-Kinds of lines: ``identity`` (what numbers depend on, under a key), ``finding`` (one check or measurement of a case) and
-``end`` (a case's verdict). A line that a full disk or a kill cut short is skipped, and so cannot spoil the next.
+Kinds of lines: ``identity`` (what numbers depend on, under a key), ``finding`` (one check or
+measurement of a case) and ``end`` (a case's verdict). A line that a full disk or a kill cut short
+is skipped, and so cannot spoil the next.
 """
 
 import datetime
@@ -16,8 +17,13 @@ FILE = "results.jsonl"
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """Add one line and flush it to the disk. Raises OSError where it does not fit or may not be written."""
-    line = json.dumps(record | {"at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")})
+    """Add one line and flush it to the disk.
+
+    Raises OSError where it does not fit or may not be written.
+    """
+    line = json.dumps(
+        record | {"at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    )
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         data = (("" if _ends_whole(descriptor) else "\n") + line + "\n").encode()
@@ -55,7 +61,9 @@ def _lines(data: bytes) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Earlier:
-    """What DIR holds from earlier calls under the same identity, and how many cases are of another one."""
+    """What DIR holds from earlier calls under the same identity, and how many cases are of
+    another one.
+    """
 
     ends: dict[tuple[str, str], dict[str, Any]]  # by (part, case): its last verdict
     findings: dict[tuple[str, str], dict[str, dict[str, Any]]]  # by (part, case), then by name
@@ -64,13 +72,17 @@ class Earlier:
 
 
 def earlier(records: Sequence[dict[str, Any]], key: str) -> Earlier:
-    """Sort the records by identity; a later line of the same case or finding replaces an earlier one."""
+    """Sort the records by identity; a later line of the same case or finding replaces an earlier
+    one.
+    """
     found = Earlier({}, {}, {}, {})
     for record in records:
         if record["kind"] == "identity":
             found.identities[record["key"]] = record["identity"]
         elif record["key"] != key:
-            found.others[record["key"]] = found.others.get(record["key"], 0) + (record["kind"] == "end")
+            found.others[record["key"]] = found.others.get(record["key"], 0) + (
+                record["kind"] == "end"
+            )
         elif record["kind"] == "end":
             found.ends[record["part"], record["case"]] = record
         else:

@@ -1,4 +1,6 @@
-"""Cases that run other programs: a file of tests under pytest, a small kernel under compute-sanitizer."""
+"""Cases that run other programs: a file of tests under pytest, a small kernel under
+compute-sanitizer.
+"""
 
 import importlib.util
 import os
@@ -31,36 +33,71 @@ def run_tests(context: Context, file: str, workers: int, marker: str = "gpu") ->
     passed, skipped = counts.get("passed", 0), counts.get("skipped", 0)
     if not wrong and not passed:
         raise NotRun(f"{skipped} tests skipped, none passed")
-    context.judge(file, not wrong, f"{wrong} of {wrong + passed} failed", passed=passed, failed=wrong, skipped=skipped)
+    context.judge(
+        file,
+        not wrong,
+        f"{wrong} of {wrong + passed} failed",
+        passed=passed,
+        failed=wrong,
+        skipped=skipped,
+    )
 
 
 def sanitize(context: Context, op: str, tool: str) -> None:
-    """The small case of one operation under compute-sanitizer's memcheck, racecheck or synccheck."""
+    """The small case of one operation under compute-sanitizer's memcheck, racecheck or
+    synccheck.
+    """
     sanitizer = find_sanitizer()
     program = [sys.executable, "-m", "benchmarks.gpu.small", op, context.device]
     command = [sanitizer, "--tool", tool, "--error-exitcode", str(SANITIZER_FOUND), *program]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     print(done.stdout[-20_000:], done.stderr[-5_000:], flush=True)
     if done.returncode not in (0, SANITIZER_FOUND):
-        raise NotRun(f"compute-sanitizer: exit code {done.returncode}: {_last_line(done.stdout + done.stderr)}")
-    found = next((line for line in done.stdout.splitlines() if line.startswith("========= ") and "rror" in line), "")
-    context.judge(f"{tool}, {op}", done.returncode == 0, found.strip("= ") or "it found an error", sanitizer=sanitizer)
+        raise NotRun(
+            f"compute-sanitizer: exit code {done.returncode}: "
+            f"{_last_line(done.stdout + done.stderr)}"
+        )
+    found = next(
+        (
+            line
+            for line in done.stdout.splitlines()
+            if line.startswith("========= ") and "rror" in line
+        ),
+        "",
+    )
+    context.judge(
+        f"{tool}, {op}",
+        done.returncode == 0,
+        found.strip("= ") or "it found an error",
+        sanitizer=sanitizer,
+    )
 
 
 def find_sanitizer() -> str:
-    """In PATH, in the CUDA toolkit, in the wheel nvidia-cuda-sanitizer-api. Raises NotRun where there is none."""
+    """In PATH, in the CUDA toolkit, in the wheel nvidia-cuda-sanitizer-api.
+
+    Raises NotRun where there is none.
+    """
     home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
     spec = importlib.util.find_spec("nvidia")
-    folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec is not None else []
+    folders = (
+        [Path(folder) for folder in (spec.submodule_search_locations or ())]
+        if spec is not None
+        else []
+    )
     places = [home / "bin", home / "compute-sanitizer"]
     # The wheel's file in bin is a script that may lack its executable bit.
     places += [place for folder in folders for place in sorted(folder.glob("*/compute-sanitizer"))]
     search = os.pathsep.join([os.environ.get("PATH", os.defpath), *map(str, places)])
     found = shutil.which("compute-sanitizer", path=search)
     if found is None:
-        raise NotRun("compute-sanitizer is not installed; type: pip install nvidia-cuda-sanitizer-api")
+        raise NotRun(
+            "compute-sanitizer is not installed; type: pip install nvidia-cuda-sanitizer-api"
+        )
     return found
 
 
 def _last_line(text: str) -> str:
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it said nothing")
+    return next(
+        (line.strip() for line in reversed(text.splitlines()) if line.strip()), "it said nothing"
+    )

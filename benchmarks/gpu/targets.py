@@ -9,7 +9,8 @@ from benchmarks.gpu.case import MET, NOT_MET, NOT_RUN
 
 @dataclass(frozen=True)
 class Target:
-    """Ours must reach ``least`` times the rival's figure (of ``quantity``, larger is better) in every matching row.
+    """Ours must reach ``least`` times the rival's figure (of ``quantity``, larger is better) in
+    every matching row.
 
     ``shape`` are parts of the shape's name. Without a rival the figure itself must.
     """
@@ -24,7 +25,8 @@ class Target:
 
 
 CAUSAL = ("causal",)
-# A norm's row of 768 numbers is too short a work for a GPU below 64 Ki rows: its start and end take as long.
+# A norm's row of 768 numbers is too short a work for a GPU below 64 Ki rows: its start and end take
+# as long.
 REACHABLE = ("rows 65536",)
 TARGETS = (
     Target("attention", "fwd", "megagpt triton", "sdpa flash", 1.15, CAUSAL),
@@ -39,35 +41,63 @@ TARGETS = (
     Target("layer_norm", "bwd", "megagpt triton", "", 0.8, REACHABLE, "fraction_of_ceiling"),
     Target("layer_norm", "bwd", "megagpt triton", "torch", 2.0),
     Target("linear_cross_entropy", "both", "megagpt triton", "torch", 1.0),
-    # Of 29 ms on an H200 at this size the products take 25; the rest moves logits and the weight's gradient (est.).
-    Target("linear_cross_entropy", "both", "megagpt triton", "", 0.8, ("width 4096,",), "fraction_of_ceiling"),
+    # Of 29 ms on an H200 at this size the products take 25; the rest moves logits and the weight's
+    # gradient (est.).
+    Target(
+        "linear_cross_entropy",
+        "both",
+        "megagpt triton",
+        "",
+        0.8,
+        ("width 4096,",),
+        "fraction_of_ceiling",
+    ),
     # At widths from 4096 on the weight's fp32 gradient, which both hold, is most of the memory.
-    Target("linear_cross_entropy", "both", "megagpt triton", "torch", 10.0, ("width 768,",), "smallness"),
+    Target(
+        "linear_cross_entropy",
+        "both",
+        "megagpt triton",
+        "torch",
+        10.0,
+        ("width 768,",),
+        "smallness",
+    ),
 )
 
 
 def compare(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One line for each target and shape that anyone was measured in; a row has the fields of
     kernels.bench.report.Row. A target without a measurement has one line, not run."""
-    found = {(row["op"], row["mode"], _without_version(row["provider"]), row["shape"]): row for row in rows}
+    found = {
+        (row["op"], row["mode"], _without_version(row["provider"]), row["shape"]): row
+        for row in rows
+    }
     lines = []
     for target in TARGETS:
-        measured = {shape: None for op, mode, _, shape in found if (op, mode) == (target.op, target.mode)}
+        measured = {
+            shape: None for op, mode, _, shape in found if (op, mode) == (target.op, target.mode)
+        }
         shapes = [shape for shape in measured if all(part in shape for part in target.shape)]
         for shape in shapes or [", ".join(target.shape).rstrip(",") or "any"]:
-            ours, rival = (found.get((target.op, target.mode, who, shape)) for who in (target.ours, target.rival))
+            ours, rival = (
+                found.get((target.op, target.mode, who, shape))
+                for who in (target.ours, target.rival)
+            )
             lines.append(_line(target, shape, ours, rival))
     return lines
 
 
-def _line(target: Target, shape: str, ours: dict[str, Any] | None, rival: dict[str, Any] | None) -> dict[str, Any]:
+def _line(
+    target: Target, shape: str, ours: dict[str, Any] | None, rival: dict[str, Any] | None
+) -> dict[str, Any]:
     figure = _figure(ours, target.quantity)
     other = _figure(rival, target.quantity) if target.rival else 1.0
     ratio = None if figure is None or not other else figure / other
     return {
         "operation": f"{target.op} {target.mode}",
         "shape": shape,
-        "measured": f"{target.ours}, {target.quantity.replace('_', ' ')}" + (f" / {target.rival}" * bool(target.rival)),
+        "measured": f"{target.ours}, {target.quantity.replace('_', ' ')}"
+        + (f" / {target.rival}" * bool(target.rival)),
         "ours_ms": _milliseconds(ours),
         "rival_ms": _milliseconds(rival),
         "ratio": "" if ratio is None else f"{ratio:.2f}",
@@ -76,12 +106,20 @@ def _line(target: Target, shape: str, ours: dict[str, Any] | None, rival: dict[s
     }
 
 
-def _verdict(target: Target, ours: dict[str, Any] | None, rival: dict[str, Any] | None, ratio: float | None) -> str:
+def _verdict(
+    target: Target, ours: dict[str, Any] | None, rival: dict[str, Any] | None, ratio: float | None
+) -> str:
     """A kernel that is wrong, or gave nothing, meets nothing."""
     if ours is not None and (ours["failure"] or not ours["correct"]):
         return f"{NOT_MET}: {ours['failure'] or 'its result is wrong'}"
     if ratio is None:
-        absent = target.ours if ours is None else target.rival if target.rival and rival is None else "its figure"
+        absent = (
+            target.ours
+            if ours is None
+            else target.rival
+            if target.rival and rival is None
+            else "its figure"
+        )
         return f"{NOT_RUN}: no row of {absent}"
     return MET if ratio >= target.least else NOT_MET
 

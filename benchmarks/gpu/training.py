@@ -1,4 +1,6 @@
-"""Cases that train a GPT on one device: through the trainer, and as a plain compiled PyTorch loop."""
+"""Cases that train a GPT on one device: through the trainer, and as a plain compiled PyTorch
+loop.
+"""
 
 import json
 import math
@@ -28,7 +30,10 @@ from megagpt.planning.plan import RESERVE_GIB
 announce_to_deepspeed()  # before anything imports it
 
 DIFFERENT_TARGETS = 256  # so that a few steps bring the loss down, whatever the vocabulary
-TOLERANCE = {torch.bfloat16: 0.02, torch.float32: 1e-3}  # of a mean loss, ours against torch's kernels
+TOLERANCE = {
+    torch.bfloat16: 0.02,
+    torch.float32: 1e-3,
+}  # of a mean loss, ours against torch's kernels
 
 
 def configuration(
@@ -40,21 +45,27 @@ def configuration(
     bf16: bool = True,
     **zero: Any,
 ) -> ResolvedConfig:
-    """A run of one micro-batch a step on one rank; ``model`` are keys of megagpt.model, ``zero`` of ZeRO's section.
+    """A run of one micro-batch a step on one rank; ``model`` are keys of megagpt.model, ``zero`` of
+    ZeRO's section.
 
     At ZeRO 0 it computes in fp32: the trainer refuses 16 bit there.
     """
     document = {
         "train_batch_size": micro_batch,
         "train_micro_batch_size_per_gpu": micro_batch,
-        "optimizer": {"type": "AdamW", "params": {"lr": learning_rate, "betas": [0.9, 0.95], "weight_decay": 0.1}},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": learning_rate, "betas": [0.9, 0.95], "weight_decay": 0.1},
+        },
         "gradient_clipping": 1.0,
         "bf16": {"enabled": bf16 and stage > 0},
         "zero_optimization": {"stage": stage, **zero},
         "megagpt": {"model": model, "training": {"total_steps": 1_000_000, "recompute": recompute}},
     }
     run = RunConfig.from_json(json.dumps(document))
-    return run.resolved(world_size=1, vocabulary=run.megagpt.model.published_vocabulary, bf16_native=True)
+    return run.resolved(
+        world_size=1, vocabulary=run.megagpt.model.published_vocabulary, bf16_native=True
+    )
 
 
 def batch(config: ResolvedConfig, step: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -83,7 +94,11 @@ class Steps:
         """What speaks against the losses; empty where they are finite and fell."""
         if not all(map(math.isfinite, self.losses)):
             return f"a loss is not finite: {self.losses}"
-        return "" if self.losses[-1] < self.losses[0] else f"the loss did not fall: {self.losses[0]} {self.losses[-1]}"
+        return (
+            ""
+            if self.losses[-1] < self.losses[0]
+            else f"the loss did not fall: {self.losses[0]} {self.losses[-1]}"
+        )
 
 
 def run_steps(step: Callable[[int], float], count: int) -> Steps:
@@ -97,7 +112,9 @@ def run_steps(step: Callable[[int], float], count: int) -> Steps:
 
 
 def trainer(config: ResolvedConfig) -> tuple[Any, Callable[[int], float], Callable[[], float]]:
-    """(engine, a step, the mean loss of a batch) of the trainer; alone, or as a rank that has joined already."""
+    """(engine, a step, the mean loss of a batch) of the trainer; alone, or as a rank that has
+    joined already.
+    """
     from megagpt.parallel.engine import build_engine, build_mesh, join_ranks
     from megagpt.parallel.pipeline import MicroBatch, evaluate, train_step
 
@@ -113,9 +130,11 @@ def trainer(config: ResolvedConfig) -> tuple[Any, Callable[[int], float], Callab
 
 
 def measure(context: Context, steps: int, **settings: Any) -> None:
-    """MFU, tokens/s, the first step, memory beside the plan's; ``settings`` as in ``configuration``.
+    """MFU, tokens/s, the first step, memory beside the plan's; ``settings`` as in
+    ``configuration``.
 
-    MEGAGPT_KERNELS in the environment chooses torch's kernels. Right where the loss falls, and is torch's kernels' own.
+    MEGAGPT_KERNELS in the environment chooses torch's kernels. Right where the loss falls, and is
+    torch's kernels' own.
     """
     config = configuration(**settings)
     memory = planned(config, context.device)
@@ -134,15 +153,22 @@ def measure(context: Context, steps: int, **settings: Any) -> None:
     allowed = TOLERANCE[torch.bfloat16 if config.bf16.enabled else torch.float32]
     reason = done.learnt
     if not difference <= allowed:
-        reason = f"the loss {loss} is {difference:.3g} from that of torch's kernels, {allowed} allowed"
+        reason = (
+            f"the loss {loss} is {difference:.3g} from that of torch's kernels, {allowed} allowed"
+        )
     if context.device == "cuda" and "MEGAGPT_KERNELS" not in os.environ and not launched:
         reason = reason or "none of our kernels ran"
-    figures |= {"built_s": round(built_s, 2), "launches": launched, "difference_to_torch": difference}
+    figures |= {
+        "built_s": round(built_s, 2),
+        "launches": launched,
+        "difference_to_torch": difference,
+    }
     context.judge("training", not reason, reason, **figures)
 
 
 def plain(context: Context, steps: int, backend: str = "inductor", **settings: Any) -> None:
-    """The same steps in a plain loop: our model under torch.compile, torch's fused AdamW, fp32 weights.
+    """The same steps in a plain loop: our model under torch.compile, torch's fused AdamW, fp32
+    weights.
 
     Right where the loss falls, and the compiled model's is the eager one's.
     """
@@ -176,7 +202,9 @@ def plain(context: Context, steps: int, backend: str = "inductor", **settings: A
 
 
 def trace(context: Context, steps: int, **settings: Any) -> None:
-    """A profiler's trace of three steps in DIR/traces, and how much of their time the device computed."""
+    """A profiler's trace of three steps in DIR/traces, and how much of their time the device
+    computed.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     config = configuration(**settings)
@@ -185,22 +213,32 @@ def trace(context: Context, steps: int, **settings: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         done = run_steps(step, steps)
-        wanted = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if context.device == "cuda" else [])
+        wanted = [ProfilerActivity.CPU] + (
+            [ProfilerActivity.CUDA] if context.device == "cuda" else []
+        )
         with profile(activities=wanted) as seen:
             profiled = run_steps(step, 3)
         seen.export_chrome_trace(str(path))
     finally:
         engine.close()
-    kind = torch.autograd.DeviceType.CUDA if context.device == "cuda" else torch.autograd.DeviceType.CPU
+    kind = (
+        torch.autograd.DeviceType.CUDA
+        if context.device == "cuda"
+        else torch.autograd.DeviceType.CPU
+    )
     spent_us = {  # of kernels on a GPU, of operators elsewhere
-        event.key: event.self_device_time_total if context.device == "cuda" else event.self_cpu_time_total
+        event.key: event.self_device_time_total
+        if context.device == "cuda"
+        else event.self_cpu_time_total
         for event in seen.key_averages()
         if event.device_type == kind
     }
     figures = {
         "step_ms": round(1000 * done.step_s, 2),
         "profiled_step_ms": round(1000 * statistics.mean(profiled.seconds), 2),
-        "busy_share": round(sum(spent_us.values()) / 1e6 / sum(profiled.seconds), 3),  # overlaps count twice
+        "busy_share": round(
+            sum(spent_us.values()) / 1e6 / sum(profiled.seconds), 3
+        ),  # overlaps count twice
         "longest": [name[:60] for name in sorted(spent_us, key=lambda name: -spent_us[name])[:5]],
         "file": f"traces/{path.name}",
     }
@@ -215,15 +253,22 @@ def planned(config: ResolvedConfig, device: str) -> dict[str, Any]:
         free = torch.cuda.mem_get_info()[0] / GIB
         if free < needed + RESERVE_GIB:
             raise NotRun(
-                f"too little device memory: {free:.0f} GiB free, planned {needed:.0f} and {RESERVE_GIB:.0f} more"
+                f"too little device memory: {free:.0f} GiB free, planned {needed:.0f} and "
+                f"{RESERVE_GIB:.0f} more"
             )
     return {"planned_gib": round(needed, 3), "planned_host_gib": round(host, 3)}
 
 
 def peaks(device: str) -> dict[str, Any]:
-    """What was held at most, in GiB: allocated and reserved on a GPU, resident in the host's memory."""
+    """What was held at most, in GiB: allocated and reserved on a GPU, resident in the host's
+    memory.
+    """
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
-    found: dict[str, Any] = {"allocated_gib": None, "reserved_gib": None, "host_gib": round(host, 2)}
+    found: dict[str, Any] = {
+        "allocated_gib": None,
+        "reserved_gib": None,
+        "host_gib": round(host, 2),
+    }
     if device == "cuda":
         found["allocated_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
         found["reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 3)
@@ -231,12 +276,19 @@ def peaks(device: str) -> dict[str, Any]:
 
 
 def speed(config: ResolvedConfig, done: Steps, device: str) -> dict[str, Any]:
-    """What the steps took. MFU is of the 16-bit peak also where the run computes in fp32, attention in full."""
+    """What the steps took.
+
+    MFU is of the 16-bit peak also where the run computes in fp32, attention in full.
+    """
     model = config.megagpt.model
     tokens_per_s = config.train_batch_size * model.sequence_length / done.step_s
     peak = peak_flops(torch.device(device), torch.bfloat16)
     rate: dict[str, Any] = {"tokens_per_s_per_device": tokens_per_s}
-    mfu = None if peak is None else round(model_flops_utilisation(model, peak_flops_per_s=peak, **rate), 4)
+    mfu = (
+        None
+        if peak is None
+        else round(model_flops_utilisation(model, peak_flops_per_s=peak, **rate), 4)
+    )
     return {
         "parameters": model.num_parameters,
         "dtype": "bf16" if config.bf16.enabled else "fp32",

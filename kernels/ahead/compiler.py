@@ -1,7 +1,9 @@
-"""Compile Triton functions for GPUs that are not here, and read from the result what would make them slow.
+"""Compile Triton functions for GPUs that are not here, and read from the result what would make
+them slow.
 
-A module with kernels publishes ``AHEAD_OF_TIME: list[AheadOfTime]``: the configurations it ships. Compiling needs only
-the assembler that triton carries, no GPU, but a process without TRITON_INTERPRET.
+A module with kernels publishes ``AHEAD_OF_TIME: list[AheadOfTime]``: the configurations it ships.
+Compiling needs only the assembler that triton carries, no GPU, but a process without
+TRITON_INTERPRET.
 
     python -m kernels.ahead.compiler [--capability 90] [--names NAME ...] [--write TABLE.json]
 """
@@ -46,10 +48,11 @@ _ASYNCHRONOUS_LOAD = re.compile(r"\bcp\.async\S*\.shared\S*\.global\S* .*?\], (0
 class AheadOfTime:
     """One shipped configuration of a Triton function.
 
-    ``signature`` maps run-time arguments to triton types, e.g. ``{"x": "*bf16", "rows": "i32", "stride": "i32:16"}``;
-    pointers are taken as 16-byte aligned, and ``:16`` marks an integer divisible by 16. A tuple argument is a tuple of
-    such types or of integers known when compiling. ``constants`` are the compile-time arguments (and run-time ones that
-    triton would specialise, such as a stride of 1). Written in Gluon, or with block sizes chosen for one compute
+    ``signature`` maps run-time arguments to triton types, e.g. ``{"x": "*bf16", "rows": "i32",
+    "stride": "i32:16"}``; pointers are taken as 16-byte aligned, and ``:16`` marks an integer
+    divisible by 16. A tuple argument is a tuple of such types or of integers known when compiling.
+    ``constants`` are the compile-time arguments (and run-time ones that triton would specialise,
+    such as a stride of 1). Written in Gluon, or with block sizes chosen for one compute
     ``capability``, it is for that one only.
     """
 
@@ -64,7 +67,9 @@ class AheadOfTime:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the assembler said of one configuration, and how wide its loads from global memory are."""
+    """What the assembler said of one configuration, and how wide its loads from global memory
+    are.
+    """
 
     registers: int
     spill_bytes: int  # stored to and loaded from local memory for want of registers
@@ -79,18 +84,33 @@ class Compiled:
     overlapped_exponentials: int
 
 
-def compile_for(entry: AheadOfTime, capability: int = 90, ptx_directory: Path | None = None) -> Compiled:
-    """Compile for a compute capability (90 is sm_90), and write the PTX to a file of the entry's name if asked to."""
+def compile_for(
+    entry: AheadOfTime, capability: int = 90, ptx_directory: Path | None = None
+) -> Compiled:
+    """Compile for a compute capability (90 is sm_90), and write the PTX to a file of the entry's
+    name if asked to.
+    """
     target = GPUTarget("cuda", capability, 32)
     options = {"num_warps": entry.num_warps, "num_stages": entry.num_stages}
     log = io.StringIO()
-    with contextlib.redirect_stdout(log), triton.knobs.nvidia.scope(), triton.knobs.compilation.scope():
+    with (
+        contextlib.redirect_stdout(log),
+        triton.knobs.nvidia.scope(),
+        triton.knobs.compilation.scope(),
+    ):
         triton.knobs.nvidia.dump_ptxas_log = True
-        triton.knobs.compilation.always_compile = True  # a cached kernel comes without the assembler's messages
+        triton.knobs.compilation.always_compile = (
+            True  # a cached kernel comes without the assembler's messages
+        )
         kernel = triton.compile(_source(entry), target=target, options=options)
     if ptx_directory is not None:
         Path(ptx_directory, f"{entry.name}.ptx").write_text(kernel.asm["ptx"])
-    return _read(log.getvalue(), kernel.asm["ptx"], _machine_code(kernel.asm["cubin"]), kernel.metadata.shared)
+    return _read(
+        log.getvalue(),
+        kernel.asm["ptx"],
+        _machine_code(kernel.asm["cubin"]),
+        kernel.metadata.shared,
+    )
 
 
 def _machine_code(cubin: bytes) -> str:
@@ -126,11 +146,15 @@ def _source(entry: AheadOfTime) -> ASTSource:
             signature[name] = "constexpr"
             constants[(position,)] = entry.constants[name]
         elif isinstance(value, tuple):
-            signature[name] = tuple(declare(element, (position, i)) for i, element in enumerate(value))
+            signature[name] = tuple(
+                declare(element, (position, i)) for i, element in enumerate(value)
+            )
         elif value is not None:
             signature[name] = declare(value, (position,))
         else:
-            raise ValueError(f"{entry.name}: argument {name} is neither in signature nor in constants")
+            raise ValueError(
+                f"{entry.name}: argument {name} is neither in signature nor in constants"
+            )
     source = GluonASTSource if entry.kernel.is_gluon() else ASTSource
     return source(fn=entry.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
@@ -139,7 +163,9 @@ def _read(log: str, ptx: str, machine_code: str, shared_bytes: int) -> Compiled:
     """Parse the assembler's verbose output, what the PTX asks for, and the machine code."""
     registers = re.search(r"Used (\d+) registers", log)
     if registers is None:
-        raise RuntimeError(f"compiling ahead of time: the assembler's output names no registers:\n{log}")
+        raise RuntimeError(
+            f"compiling ahead of time: the assembler's output names no registers:\n{log}"
+        )
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     widths = Counter({True: 0, False: 0})
     for count, bits in _LOAD.findall(ptx):
@@ -161,11 +187,26 @@ def _read(log: str, ptx: str, machine_code: str, shared_bytes: int) -> Compiled:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compile, print one JSON line for each configuration, and optionally write the table the tests compare with."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.ahead.compiler", description="Compile without a GPU.")
-    parser.add_argument("--capability", type=int, nargs="+", default=[90], help="compute capabilities, e.g. 80 90 100")
+    """Compile, print one JSON line for each configuration, and optionally write the table the
+    tests compare with.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.ahead.compiler", description="Compile without a GPU."
+    )
+    parser.add_argument(
+        "--capability",
+        type=int,
+        nargs="+",
+        default=[90],
+        help="compute capabilities, e.g. 80 90 100",
+    )
     parser.add_argument("--names", nargs="+", help="only these configurations")
-    parser.add_argument("--write", type=Path, metavar="TABLE", help="write the table here, keeping rows not compiled")
+    parser.add_argument(
+        "--write",
+        type=Path,
+        metavar="TABLE",
+        help="write the table here, keeping rows not compiled",
+    )
     parser.add_argument("--ptx", type=Path, metavar="DIRECTORY", help="write the PTX of each here")
     options = parser.parse_args(arguments)
     if INTERPRETED:
@@ -174,14 +215,20 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = set(options.names or ()) - set(known)
     if unknown:
         parser.error(f"unknown configurations {sorted(unknown)}; known: {', '.join(known)}")
-    table = json.loads(options.write.read_text()) if options.write and options.write.exists() else {}
+    table = (
+        json.loads(options.write.read_text()) if options.write and options.write.exists() else {}
+    )
     for capability in options.capability:
         for entry in shipped():
-            if entry.capability not in (None, capability) or entry.name not in (options.names or known):
+            if entry.capability not in (None, capability) or entry.name not in (
+                options.names or known
+            ):
                 continue
             row = asdict(compile_for(entry, capability, options.ptx))
             print(json.dumps({"name": entry.name, "capability": capability, **row}), flush=True)
-            table.setdefault(triton.__version__, {}).setdefault(f"sm_{capability}", {})[entry.name] = row
+            table.setdefault(triton.__version__, {}).setdefault(f"sm_{capability}", {})[
+                entry.name
+            ] = row
     if options.write:
         options.write.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
     return 0

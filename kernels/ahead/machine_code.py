@@ -1,8 +1,9 @@
 """What goes on in a kernel's machine code while matrix products are in flight, read without a GPU.
 
-A warp group's product (HGMMA in Hopper's machine code) runs beside the instructions after it, until a WARPGROUP.DEPBAR
-waits for it. It may take its first operand from registers; until then nothing may write there, and ptxas 12.8 and 12.9
-are reported to break that rule (triton-lang/triton#11781). What should run meanwhile, in attention, is softmax.
+A warp group's product (HGMMA in Hopper's machine code) runs beside the instructions after it, until
+a WARPGROUP.DEPBAR waits for it. It may take its first operand from registers; until then nothing
+may write there, and ptxas 12.8 and 12.9 are reported to break that rule (triton-lang/triton#11781).
+What should run meanwhile, in attention, is softmax.
 """
 
 import re
@@ -16,8 +17,10 @@ _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*
 _REGISTER = re.compile(r"R(\d+)\b")
 _OPERAND_REGISTERS = 4  # for each thread, 64 x 16 elements of 16 bits
 _NO_RESULT = {
-    "BAR", "BRA", "BSSY", "BSYNC", "CCTL", "DEPBAR", "ERRBAR", "EXIT", "FENCE", "MEMBAR", "NOP", "RED", "REDG", "ST",
-    "STG", "STL", "STS", "STSM", "SYNCS", "UTMALDG", "UTMASTG", "UTMACMDFLUSH", "WARPGROUP", "WARPSYNC",
+    "BAR", "BRA", "BSSY", "BSYNC", "CCTL", "DEPBAR", "ERRBAR", "EXIT", "FENCE", "MEMBAR", "NOP",
+    "RED", "REDG", "ST",
+    "STG", "STL", "STS", "STSM", "SYNCS", "UTMALDG", "UTMASTG", "UTMACMDFLUSH", "WARPGROUP",
+    "WARPSYNC",
 }  # fmt: skip
 
 
@@ -25,21 +28,25 @@ _NO_RESULT = {
 class InFlight:
     """Instructions that come while products are in flight."""
 
-    overwritten_operands: int  # that write to registers which a product is still to read: a miscompilation
+    overwritten_operands: (
+        int  # that write to registers which a product is still to read: a miscompilation
+    )
     overlapped_exponentials: int  # that softmax takes meanwhile
 
 
 def disassemble(cubin: Path) -> str:
     """The machine code of a compiled kernel, by the tool that triton carries."""
     tool = triton.knobs.nvidia.cuobjdump.path
-    return subprocess.run([tool, "-sass", str(cubin)], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        [tool, "-sass", str(cubin)], check=True, capture_output=True, text=True
+    ).stdout
 
 
 def in_flight(listing: str) -> InFlight:
     """Count them, following the order of the listing.
 
-    Behind an unconditional jump nothing is known to be in flight: a product whose wait lies beyond one is followed no
-    further.
+    Behind an unconditional jump nothing is known to be in flight: a product whose wait lies beyond
+    one is followed no further.
     """
     running: list[set[int]] = []  # by group of products: the registers that it reads
     group: set[int] = set()

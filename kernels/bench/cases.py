@@ -1,4 +1,6 @@
-"""What the benchmark runs: for each operation, shapes a GPT trainer meets, random data, and what they cost."""
+"""What the benchmark runs: for each operation, shapes a GPT trainer meets, random data, and what
+they cost.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +15,9 @@ from kernels.costs import Cost
 
 @dataclass(frozen=True)
 class Sizes:
-    """The axes of the benchmark: sequence lengths and head dimensions, widths of rows, tokens in a batch."""
+    """The axes of the benchmark: sequence lengths and head dimensions, widths of rows, tokens in
+    a batch.
+    """
 
     lengths: tuple[int, ...]
     head_dims: tuple[int, ...]
@@ -24,18 +28,28 @@ class Sizes:
     variant: str = "causal"  # of attention: one of VARIANTS
 
 
-GPU_SIZES = Sizes((1024, 2048, 4096, 8192, 16384), (64, 128), (768, 1600, 4096, 8192, 12288), 16384, 50304, 2048)
+GPU_SIZES = Sizes(
+    (1024, 2048, 4096, 8192, 16384), (64, 128), (768, 1600, 4096, 8192, 12288), 16384, 50304, 2048
+)
 CPU_SIZES = Sizes((128, 256), (64,), (256, 768), 512, 2048, 128)
-CHECK_SIZES = Sizes((33,), (16,), (40,), 33, 70, 32)  # what the interpreter gets through in a second
+CHECK_SIZES = Sizes(
+    (33,), (16,), (40,), 33, 70, 32
+)  # what the interpreter gets through in a second
 
 
 VARIANTS = ("causal", "full", "documents", "dropout", "grouped", "decode")
-_DOCUMENTS, _DROPOUT, _GROUP = 8, 0.1, 4  # documents of a sequence on average; query heads that share a head of keys
+_DOCUMENTS, _DROPOUT, _GROUP = (
+    8,
+    0.1,
+    4,
+)  # documents of a sequence on average; query heads that share a head of keys
 
 
 @dataclass(frozen=True)
 class Case:
-    """One shape of one operation: arguments by name (floating-point ones get gradients), options, cost."""
+    """One shape of one operation: arguments by name (floating-point ones get gradients),
+    options, cost.
+    """
 
     op: str
     shape: str
@@ -52,7 +66,9 @@ class Case:
 
     def cost(self, mode: str) -> Cost:
         """Of forward, backward or both."""
-        return {"fwd": self.forward, "bwd": self.backward, "both": self.forward + self.backward}[mode]
+        return {"fwd": self.forward, "bwd": self.backward, "both": self.forward + self.backward}[
+            mode
+        ]
 
 
 def cases(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Case]:
@@ -61,7 +77,9 @@ def cases(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Ca
 
 
 def _random(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
-    """Normal numbers: zeros draw less power, so a GPU would run them at a higher clock than real data."""
+    """Normal numbers: zeros draw less power, so a GPU would run them at a higher clock than real
+    data.
+    """
     return torch.randn(shape, device=device, dtype=torch.float32).to(dtype)
 
 
@@ -92,9 +110,13 @@ def _attention(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterat
             shapes = {"q": (heads, queries), "k": (key_heads, length), "v": (key_heads, length)}
             yield Case(
                 op,
-                f"batch {batch}, heads {heads}, length {length}, head_dim {head_dim}, {sizes.variant}",
+                f"batch {batch}, heads {heads}, length {length}, head_dim {head_dim}, "
+                f"{sizes.variant}",
                 length,
-                {name: _random(batch, *of, head_dim, dtype=dtype, device=device) for name, of in shapes.items()},
+                {
+                    name: _random(batch, *of, head_dim, dtype=dtype, device=device)
+                    for name, of in shapes.items()
+                },
                 _scaled(costs.attention(**size), seen),
                 _scaled(costs.attention(**size, backward=True), seen),
                 options,
@@ -126,7 +148,10 @@ def _norm(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Ca
     for width in sizes.widths:
         for residual in (False, True):
             rows = {"x": sizes.tokens, **({"residual": sizes.tokens} if residual else {})}
-            tensors = {name: _random(count, width, dtype=dtype, device=device) for name, count in rows.items()}
+            tensors = {
+                name: _random(count, width, dtype=dtype, device=device)
+                for name, count in rows.items()
+            }
             tensors |= {name: _random(width, dtype=dtype, device=device) for name in parameters}
             yield Case(
                 op,
@@ -134,7 +159,9 @@ def _norm(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Ca
                 width,
                 tensors,
                 cost(sizes.tokens, width, residual=residual, itemsize=dtype.itemsize),
-                cost(sizes.tokens, width, residual=residual, itemsize=dtype.itemsize, backward=True),
+                cost(
+                    sizes.tokens, width, residual=residual, itemsize=dtype.itemsize, backward=True
+                ),
             )
 
 
@@ -147,7 +174,8 @@ def _linear_cross_entropy(op: str, sizes: Sizes, dtype: torch.dtype, device: str
             width,
             {
                 "hidden": _random(sizes.tokens, width, dtype=dtype, device=device),
-                "weight": _random(sizes.vocabulary, width, dtype=dtype, device=device) * width**-0.5,
+                "weight": _random(sizes.vocabulary, width, dtype=dtype, device=device)
+                * width**-0.5,
                 "targets": torch.randint(sizes.vocabulary, (sizes.tokens,), device=device),
             },
             costs.linear_cross_entropy(*size, itemsize=dtype.itemsize),
@@ -159,7 +187,11 @@ def _activation(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Itera
     cost = getattr(costs, op)
     for width in sizes.widths:
         channels = 4 * width  # of the feed-forward layer
-        tensors = {"x": _random(sizes.tokens, channels * (2 if op == "swiglu" else 1), dtype=dtype, device=device)}
+        tensors = {
+            "x": _random(
+                sizes.tokens, channels * (2 if op == "swiglu" else 1), dtype=dtype, device=device
+            )
+        }
         if op == "bias_gelu":
             tensors["bias"] = _random(channels, dtype=dtype, device=device)
         yield Case(
@@ -176,9 +208,9 @@ def _rotary(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[
     for head_dim in sizes.head_dims:
         for length in sizes.lengths:
             batch, heads = max(1, sizes.tokens // length), max(1, sizes.attention_width // head_dim)
-            angles = torch.outer(torch.arange(length), 10_000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)).to(
-                device
-            )
+            angles = torch.outer(
+                torch.arange(length), 10_000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
+            ).to(device)
             cost = costs.rotary(batch * heads * length, head_dim, length, itemsize=dtype.itemsize)
             yield Case(
                 op,

@@ -24,7 +24,11 @@ def versions() -> str:
 
         found.append(f"triton {triton.__version__}")
     if torch.cuda.is_available():
-        found += [f"CUDA {torch.version.cuda}", f"cuDNN {torch.backends.cudnn.version()}", f"driver {driver()}"]
+        found += [
+            f"CUDA {torch.version.cuda}",
+            f"cuDNN {torch.backends.cudnn.version()}",
+            f"driver {driver()}",
+        ]
         found.append(f"ptxas {assembler(torch.cuda.get_device_capability()).version or 'unknown'}")
     return ", ".join(found)
 
@@ -33,6 +37,8 @@ def driver() -> str:
     """The version of the NVIDIA driver."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=30, check=True
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"

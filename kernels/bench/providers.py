@@ -1,4 +1,6 @@
-"""Who is compared: ours, plain torch, each of torch's attention backends by name, and libraries that are installed."""
+"""Who is compared: ours, plain torch, each of torch's attention backends by name, and libraries
+that are installed.
+"""
 
 import functools
 import importlib
@@ -35,9 +37,11 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True)
 class Provider:
-    """A name and how to get its function for a case, which takes the case's tensors and options by name.
+    """A name and how to get its function for a case, which takes the case's tensors and options by
+    name.
 
-    ``own_masks``: what it drops is not what ours drops, so its numbers can be checked only without dropout.
+    ``own_masks``: what it drops is not what ours drops, so its numbers can be checked only without
+    dropout.
     """
 
     name: str
@@ -46,7 +50,9 @@ class Provider:
 
 
 def providers(op: str, device: str) -> list[Provider]:
-    """Those for an operation; whether one is available is known when it is prepared or first runs."""
+    """Those for an operation; whether one is available is known when it is prepared or first
+    runs.
+    """
     found = [Provider("torch", _torch)]
     if device == "cuda":
         found = [*_fused(op), *found, Provider("torch.compile", _compiled)]
@@ -56,9 +62,14 @@ def providers(op: str, device: str) -> list[Provider]:
             for b in _BACKENDS[device]
         ]
         if device == "cuda":
-            found += [Provider("flex_attention", _flex), Provider("flash-attn", _flash_attn, own_masks=True)]
+            found += [
+                Provider("flex_attention", _flex),
+                Provider("flash-attn", _flash_attn, own_masks=True),
+            ]
     if op == "linear_cross_entropy":
-        found.append(Provider("torch, chunked", lambda case: chunked_cross_entropy.linear_cross_entropy))
+        found.append(
+            Provider("torch, chunked", lambda case: chunked_cross_entropy.linear_cross_entropy)
+        )
     if op in _LIGER and device == "cuda":
         found.append(Provider("liger", _liger))
     return found
@@ -67,7 +78,9 @@ def providers(op: str, device: str) -> list[Provider]:
 def _fused(op: str) -> list[Provider]:
     """Every implementation of ours, named as dispatch's table names it."""
     return [
-        Provider(f"megagpt {row.implementation}", functools.partial(_ours, row=row)) for row in TABLE[op] if row.fused
+        Provider(f"megagpt {row.implementation}", functools.partial(_ours, row=row))
+        for row in TABLE[op]
+        if row.fused
     ]
 
 
@@ -103,7 +116,9 @@ def _sdpa(case: Case, backend: SDPBackend) -> Function:
     options: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]}
     ids = case.options.get("document_ids")
     if ids is not None:
-        options["attn_mask"] = reference.visible(q.shape[2], k.shape[2], case.options["causal"], ids, q.device)
+        options["attn_mask"] = reference.visible(
+            q.shape[2], k.shape[2], case.options["causal"], ids, q.device
+        )
     else:  # a single query is the last: it sees all
         options["is_causal"] = case.options["causal"] and q.shape[2] > 1
 
@@ -135,7 +150,9 @@ def _flex(case: Case) -> Function:
         )
     elif case.options["causal"] and q.shape[2] > 1:
         length = q.shape[2]
-        mask = create_block_mask(lambda b, h, query, key: query >= key, None, None, length, length, q.device)
+        mask = create_block_mask(
+            lambda b, h, query, key: query >= key, None, None, length, length, q.device
+        )
     grouped = q.shape[1] != k.shape[1]
     return lambda q, k, v, **_: compiled(q, k, v, block_mask=mask, enable_gqa=grouped)
 
@@ -145,7 +162,9 @@ def _flash_attn(case: Case) -> Function:
         raise UnavailableError("has documents only in another layout of q, k and v")
     flash = _import("flash_attn").flash_attn_func
 
-    def run(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, dropout: float = 0.0, **_: Any) -> Tensor:
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, *, causal: bool, dropout: float = 0.0, **_: Any
+    ) -> Tensor:
         layout = (x.transpose(1, 2) for x in (q, k, v))
         return flash(*layout, dropout_p=dropout, causal=causal).transpose(1, 2)
 
@@ -154,10 +173,16 @@ def _flash_attn(case: Case) -> Function:
 
 # Liger-Kernel's autograd functions take their arguments by position.
 _LIGER: dict[str, Callable[[Any], Function]] = {
-    "layer_norm": lambda ops: lambda x, weight, bias: ops.LigerLayerNormFunction.apply(x, weight, bias, 1e-5),
-    "rms_norm": lambda ops: lambda x, weight: ops.LigerRMSNormFunction.apply(x, weight, 1e-5, 0.0, "llama", False),
+    "layer_norm": lambda ops: (
+        lambda x, weight, bias: ops.LigerLayerNormFunction.apply(x, weight, bias, 1e-5)
+    ),
+    "rms_norm": lambda ops: (
+        lambda x, weight: ops.LigerRMSNormFunction.apply(x, weight, 1e-5, 0.0, "llama", False)
+    ),
     "linear_cross_entropy": lambda ops: (
-        lambda hidden, weight, targets: ops.LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, targets)[0]
+        lambda hidden, weight, targets: ops.LigerFusedLinearCrossEntropyFunction.apply(
+            hidden, weight, targets
+        )[0]
     ),
 }
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,15 @@ class Heading:
 
 
 def write_report(directory: Path, heading: Heading, rows: Sequence[Row]) -> list[Path]:
-    """Write results.csv, results.md and, where matplotlib is installed, the plots; returns their paths."""
+    """Write results.csv, results.md and, where matplotlib is installed, the plots; returns their
+    paths.
+    """
     written = write_tables(directory, heading, rows)
     if importlib.util.find_spec("matplotlib") is None:
         return written
-    return written + [path for group in _grouped(rows) if (path := _plot(directory, group)) is not None]
+    return written + [
+        path for group in _grouped(rows) if (path := _plot(directory, group)) is not None
+    ]
 
 
 def write_tables(directory: Path, heading: Heading, rows: Sequence[Row]) -> list[Path]:
@@ -78,7 +83,9 @@ def as_csv(rows: Iterable[Row]) -> str:
     writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({name: f"{x:.6g}" if isinstance(x, float) else x for name, x in asdict(row).items()})
+        writer.writerow(
+            {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in asdict(row).items()}
+        )
     return text.getvalue()
 
 
@@ -91,7 +98,10 @@ def from_csv(text: str) -> list[Row]:
         **dict.fromkeys(_FIGURES, lambda word: float(word) if word else None),
     }
     lines = csv.DictReader(io.StringIO(text))
-    return [Row(**{name: read.get(name, str)(word) for name, word in line.items()}) for line in lines]  # type: ignore[arg-type]
+    rows: list[dict[str, Any]] = [
+        {name: read.get(name, str)(word) for name, word in line.items()} for line in lines
+    ]
+    return [Row(**row) for row in rows]
 
 
 def as_markdown(heading: Heading, rows: Sequence[Row]) -> str:
@@ -101,13 +111,15 @@ def as_markdown(heading: Heading, rows: Sequence[Row]) -> str:
         "",
         f"`{heading.command}`, {heading.date}, on {heading.machine}. {heading.ceilings}",
         "",
-        "Error is a multiple of plain torch's own in the same dtype, against the next wider one: 2 passes.",
+        "Error is a multiple of plain torch's own in the same dtype, against the next wider one: "
+        "2 passes.",
         *(["", *(f"* {note}" for note in heading.notes)] if heading.notes else []),
     ]
     for group in _grouped(rows):
         lines += ["", f"## {group[0].op}, {group[0].mode}", ""]
         lines += [
-            "| shape | dtype | provider | p20 / p50 / p80 ms | rate | of ceiling | peak MiB | error |",
+            "| shape | dtype | provider | p20 / p50 / p80 ms | rate | of ceiling | peak MiB | "
+            "error |",
             "|---|---|---|---|---|---|---|---|",
         ]
         lines += [_markdown_row(row) for row in group]
@@ -152,7 +164,10 @@ def _plot(directory: Path, rows: Sequence[Row]) -> Path | None:
     axes = figure.add_subplot()
     for label, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
-    axes.set(title=f"{rows[0].op}, {rows[0].mode}, {rows[0].dtype}, {rows[0].device}", xlabel=_axis(rows[0]))
+    axes.set(
+        title=f"{rows[0].op}, {rows[0].mode}, {rows[0].dtype}, {rows[0].device}",
+        xlabel=_axis(rows[0]),
+    )
     axes.set(ylabel=rows[0].unit, xscale="log", ylim=(0, None))
     sizes = sorted({size for points in lines.values() for size, _ in points})
     axes.set_xticks(sizes, [str(size) for size in sizes])
@@ -165,7 +180,9 @@ def _plot(directory: Path, rows: Sequence[Row]) -> Path | None:
 
 def _axis(row: Row) -> str:
     """What of the shape the size is: ``width`` of ``rows 512, width 768``."""
-    return next(part for part in reversed(row.shape.split(", ")) if part.endswith(f" {row.size}")).split()[0]
+    return next(
+        part for part in reversed(row.shape.split(", ")) if part.endswith(f" {row.size}")
+    ).split()[0]
 
 
 def _variant(row: Row) -> str:

@@ -1,4 +1,6 @@
-"""The benchmark's loop: every case, mode and provider of the operations asked for, on this machine."""
+"""The benchmark's loop: every case, mode and provider of the operations asked for, on this
+machine.
+"""
 
 import datetime
 import importlib.util
@@ -12,7 +14,8 @@ from typing import Any
 import torch
 
 if not torch.cuda.is_available():
-    # Our kernels are only checked here, by the interpreter, which must be chosen before triton is first imported.
+    # Our kernels are only checked here, by the interpreter, which must be chosen before triton is
+    # first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import kernels
@@ -48,10 +51,14 @@ class Run:
     copy_gb_per_s: float
     rows: list[Row] = field(default_factory=list)
     stopped: bool = False
-    only: tuple[str, ...] = ()  # providers, by name or its first words; all of them where there is none
+    only: tuple[
+        str, ...
+    ] = ()  # providers, by name or its first words; all of them where there is none
     notes: list[str] = field(default_factory=list)
     keep: Callable[[Row], object] = lambda row: None  # called with each row when it is known
-    absent: Callable[[Case, str, str, str], None] = lambda case, provider, mode, reason: None  # with what did not run
+    absent: Callable[[Case, str, str, str], None] = lambda case, provider, mode, reason: (
+        None
+    )  # with what did not run
     skip: Callable[[str, str], bool] = lambda provider, mode: False  # measured before
 
     def note(self, text: str) -> None:
@@ -60,24 +67,35 @@ class Run:
             print(text, flush=True)
             self.notes.append(text)
 
-    def add(self, case: Case, provider: str, mode: str, measured: Measured | None, error: float) -> None:
+    def add(
+        self, case: Case, provider: str, mode: str, measured: Measured | None, error: float
+    ) -> None:
         """Keep and show one measurement; without one, a check of accuracy alone."""
         row = self._row(case, provider, mode, measured, error)
         self.rows.append(row)
         self.keep(row)
-        speed = "not timed" if row.rate is None else f"{row.p50_ms:.3f} ms, {row.rate:.4g} {row.unit}"
+        speed = (
+            "not timed" if row.rate is None else f"{row.p50_ms:.3f} ms, {row.rate:.4g} {row.unit}"
+        )
         verdict = "" if row.correct else ", WRONG"
-        print(f"{case.op} {mode}, {provider}, {case.shape}: {speed}, error {error:.2f}{verdict}", flush=True)
+        print(
+            f"{case.op} {mode}, {provider}, {case.shape}: {speed}, error {error:.2f}{verdict}",
+            flush=True,
+        )
 
     def fail(self, case: Case, provider: str, mode: str, failure: str) -> None:
         """One of our own kernels that gave no result is a row too, and wrong."""
-        row = replace(self._row(case, provider, mode, None, float("inf")), failure=failure.replace("|", "/"))
+        row = replace(
+            self._row(case, provider, mode, None, float("inf")), failure=failure.replace("|", "/")
+        )
         self.rows.append(row)
         self.keep(row)
         print(f"{case.op} {mode}, {provider}, {case.shape}: FAILED: {failure}", flush=True)
 
     def leave(self, case: Case, provider: str, mode: str, reason: str) -> None:
-        """Another's implementation that did not run is a note, once for each operation and reason."""
+        """Another's implementation that did not run is a note, once for each operation and
+        reason.
+        """
         self.note(f"{case.op}: {provider} not run: {reason}")
         self.absent(case, provider, mode, reason)
 
@@ -86,7 +104,9 @@ class Run:
         asked = not self.only or any(f"{provider} ".startswith(f"{name} ") for name in self.only)
         return asked and not self.skip(provider, mode)
 
-    def _row(self, case: Case, provider: str, mode: str, measured: Measured | None, error: float) -> Row:
+    def _row(
+        self, case: Case, provider: str, mode: str, measured: Measured | None, error: float
+    ) -> Row:
         row = Row(
             op=case.op,
             provider=provider,
@@ -104,17 +124,26 @@ class Run:
         row = replace(row, **asdict(measured))
         if case.bound == "gemm":
             tflops = case.cost(mode).flops / measured.p50_ms / 1e9
-            return replace(row, tflops=tflops, fraction_of_ceiling=self.fraction(tflops, self.gemm_tflops))
+            return replace(
+                row, tflops=tflops, fraction_of_ceiling=self.fraction(tflops, self.gemm_tflops)
+            )
         gb_per_s = case.cost(mode).bytes / measured.p50_ms / 1e6
-        return replace(row, gb_per_s=gb_per_s, fraction_of_ceiling=self.fraction(gb_per_s, self.copy_gb_per_s))
+        return replace(
+            row, gb_per_s=gb_per_s, fraction_of_ceiling=self.fraction(gb_per_s, self.copy_gb_per_s)
+        )
 
     def fraction(self, rate: float, ceiling: float) -> float | None:
-        """Of what this GPU can do; a CPU's caches hold the small cases, which a ceiling says nothing of."""
+        """Of what this GPU can do; a CPU's caches hold the small cases, which a ceiling says
+        nothing of.
+        """
         return rate / ceiling if self.device == "cuda" else None
 
 
 def sizes(
-    lengths: list[int] | None, head_dims: list[int] | None, widths: list[int] | None, tokens: int | None
+    lengths: list[int] | None,
+    head_dims: list[int] | None,
+    widths: list[int] | None,
+    tokens: int | None,
 ) -> Sizes:
     """This device's sizes, with what is given in their place."""
     given = {"lengths": lengths, "head_dims": head_dims, "widths": widths}
@@ -133,10 +162,14 @@ def run(
     command: str,
     only: tuple[str, ...] = (),
 ) -> int:
-    """Measure, and write the tables after each row, the plots after each operation; returns 1 where one of our own
-    kernels is wrong or fails."""
+    """Measure, and write the tables after each row, the plots after each operation; returns 1
+    where one of our own kernels is wrong or fails.
+    """
     this = this_machine(dtype)
-    this.only, this.keep = only, lambda row: write_tables(output, _heading(this, command), this.rows)
+    this.only, this.keep = (
+        only,
+        lambda row: write_tables(output, _heading(this, command), this.rows),
+    )
     written: list[Path] = []
     for op in ops:
         try:
@@ -151,7 +184,12 @@ def run(
             this.stopped = True
         written = write_report(output, _heading(this, command), this.rows)
     print(*written, sep="\n")
-    return 0 if not this.stopped and all(row.correct for row in this.rows if row.provider.startswith(OURS)) else 1
+    return (
+        0
+        if not this.stopped
+        and all(row.correct for row in this.rows if row.provider.startswith(OURS))
+        else 1
+    )
 
 
 def _told(error: Exception) -> str:
@@ -161,7 +199,9 @@ def _told(error: Exception) -> str:
 
 def _heading(this: Run, command: str) -> Heading:
     today = datetime.date.today().isoformat()
-    return Heading(command, today, f"{this.machine} ({this.versions})", _ceilings(this), tuple(this.notes))
+    return Heading(
+        command, today, f"{this.machine} ({this.versions})", _ceilings(this), tuple(this.notes)
+    )
 
 
 def _ceilings(this: Run) -> str:
@@ -177,9 +217,16 @@ def measure_case(this: Run, case: Case, modes: tuple[str, ...]) -> None:
     """Every mode of a case with every provider that was asked for."""
     for mode in modes:
         if case.op == "linear_cross_entropy" and mode == "bwd":
-            this.note("linear_cross_entropy has no bwd rows: ours computes its gradients in the forward; see both.")
+            this.note(
+                "linear_cross_entropy has no bwd rows: ours computes its gradients in the "
+                "forward; see both."
+            )
             continue
-        wanted = [provider for provider in providers(case.op, this.device) if this.wants(provider.name, mode)]
+        wanted = [
+            provider
+            for provider in providers(case.op, this.device)
+            if this.wants(provider.name, mode)
+        ]
         if wanted:
             against = yardstick(case, mode)
         for provider in wanted:
@@ -187,11 +234,21 @@ def measure_case(this: Run, case: Case, modes: tuple[str, ...]) -> None:
 
 
 def _measure_one(this: Run, case: Case, mode: str, provider: Provider, against: Yardstick) -> None:
-    """One row. Whatever another's code raises (no such backend, out of memory, a changed API) is a note; ours fails."""
+    """One row.
+
+    Whatever another's code raises (no such backend, out of memory, a changed API) is a note; ours
+    fails.
+    """
     try:
         function = provider.prepare(case)
         measured = measure(step(function, case, mode), this.device)
-        this.add(case, provider.name, mode, measured, _error(this, case, mode, provider, function, against))
+        this.add(
+            case,
+            provider.name,
+            mode,
+            measured,
+            _error(this, case, mode, provider, function, against),
+        )
     except UnavailableError as error:
         this.leave(case, provider.name, mode, str(error))
     except Exception as error:
@@ -202,19 +259,32 @@ def _measure_one(this: Run, case: Case, mode: str, provider: Provider, against: 
 
 
 def _error(
-    this: Run, case: Case, mode: str, provider: Provider, function: Callable[..., Any], against: Yardstick
+    this: Run,
+    case: Case,
+    mode: str,
+    provider: Provider,
+    function: Callable[..., Any],
+    against: Yardstick,
 ) -> float:
     """Against the yardstick; of a provider that drops other elements than ours, without dropout."""
     if not provider.own_masks or "dropout" not in case.options:
         return errors(function, case, mode, against)
-    this.note(f"{case.op}: {provider.name} draws masks of its own: its numbers were checked without dropout.")
-    options = {name: value for name, value in case.options.items() if not name.startswith("dropout")}
+    this.note(
+        f"{case.op}: {provider.name} draws masks of its own: its numbers were checked without "
+        f"dropout."
+    )
+    options = {
+        name: value for name, value in case.options.items() if not name.startswith("dropout")
+    }
     return errors(function, replace(case, options=options), mode)
 
 
 def _check_interpreted(this: Run, op: str, modes: tuple[str, ...]) -> None:
     """Our kernel's accuracy on small shapes."""
-    this.note("No GPU here: torch's providers ran on the CPU; our kernels were checked by the interpreter, not timed.")
+    this.note(
+        "No GPU here: torch's providers ran on the CPU; our kernels were checked by the "
+        "interpreter, not timed."
+    )
     if importlib.util.find_spec("triton") is None:
         this.note("Our kernels were not checked: the package triton is not installed.")
         return
@@ -222,7 +292,9 @@ def _check_interpreted(this: Run, op: str, modes: tuple[str, ...]) -> None:
         for case in cases(op, CHECK_SIZES, DTYPES[this.dtype], "cpu"):
             for mode in modes:
                 try:
-                    this.add(case, INTERPRETED, mode, None, errors(getattr(kernels, op), case, mode))
+                    this.add(
+                        case, INTERPRETED, mode, None, errors(getattr(kernels, op), case, mode)
+                    )
                 except Exception as error:
                     this.fail(case, INTERPRETED, mode, _told(error))
 
@@ -240,7 +312,11 @@ def _forced(mode: str) -> Iterator[None]:
 
 
 def this_machine(dtype: str | None) -> Run:
-    """A run on this device, whose ceilings are measured now; ``dtype`` None: bf16 on a GPU, else fp32."""
-    device, dtype = ("cuda", dtype or "bf16") if torch.cuda.is_available() else ("cpu", dtype or "fp32")
+    """A run on this device, whose ceilings are measured now; ``dtype`` None: bf16 on a GPU, else
+    fp32.
+    """
+    device, dtype = (
+        ("cuda", dtype or "bf16") if torch.cuda.is_available() else ("cpu", dtype or "fp32")
+    )
     gemm, copy = gemm_ceiling_tflops(DTYPES[dtype], device), copy_ceiling_gb_per_s(device)
     return Run(device, device_name(), versions(), dtype, gemm, copy)

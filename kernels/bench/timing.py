@@ -21,7 +21,9 @@ _LONGEST_HEAD_START_S = 0.01
 
 @dataclass(frozen=True)
 class Measured:
-    """Quantiles over repetitions, and the memory one of them takes beyond its arguments (None on a CPU)."""
+    """Quantiles over repetitions, and the memory one of them takes beyond its arguments (None on
+    a CPU).
+    """
 
     p20_ms: float
     p50_ms: float
@@ -30,13 +32,17 @@ class Measured:
 
 
 def step(function: Callable[..., Any], case: Case, mode: str) -> Callable[[], Any]:
-    """A call without arguments that does what ``mode`` (fwd, bwd or both) says, on leaves of its own.
+    """A call without arguments that does what ``mode`` (fwd, bwd or both) says, on leaves of its
+    own.
 
     Forward runs without autograd; backward alone uses the graph of a forward outside the timing.
     """
     if mode == "fwd":
         return lambda: _without_autograd(function, case)
-    leaves = {name: x.detach().requires_grad_() if x.is_floating_point() else x for name, x in case.tensors.items()}
+    leaves = {
+        name: x.detach().requires_grad_() if x.is_floating_point() else x
+        for name, x in case.tensors.items()
+    }
     wanted = [x for x in leaves.values() if x.requires_grad]
 
     def forward() -> tuple[Tensor, ...]:
@@ -62,7 +68,9 @@ def _without_autograd(function: Callable[..., Any], case: Case) -> Any:
 
 
 def measure(run: Callable[[], Any], device: str) -> Measured:
-    """Time a call until ``_BUDGET_S`` is spent, at least five times, with a cold second-level cache on a GPU."""
+    """Time a call until ``_BUDGET_S`` is spent, at least five times, with a cold second-level
+    cache on a GPU.
+    """
     once_ms = _repeat(run, 2, device)[-1]
     count = max(5, min(200, int(1000 * _BUDGET_S / max(once_ms, 1e-3))))
     times = _repeat(run, count, device)
@@ -89,11 +97,15 @@ def _repeat(run: Callable[[], Any], count: int, device: str) -> list[float]:
             times.append(1000 * (time.perf_counter() - began))
         return times
     flush = torch.empty(_L2_BYTES, dtype=torch.int8, device=device)
-    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+    marks = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        for _ in range(count)
+    ]
     head_start = _head_start_cycles(run)
     for start, end in marks:
         flush.zero_()
-        # The GPU idles until Python has launched all of the call, or small shapes would time Python.
+        # The GPU idles until Python has launched all of the call, or small shapes would time
+        # Python.
         torch.cuda._sleep(head_start)
         start.record()
         run()
@@ -117,13 +129,16 @@ Yardstick = list[tuple[Tensor, float]]
 
 
 def yardstick(case: Case, mode: str) -> Yardstick:
-    """The truth of each output (and gradient, unless ``mode`` is fwd), and how far torch's own is from it.
+    """The truth of each output (and gradient, unless ``mode`` is fwd), and how far torch's own is
+    from it.
 
-    Truth is the plain-torch twin in the next wider dtype. Rounding the truth to the dtype counts as error of torch's
-    too, so that a lucky torch does not make all others look wrong.
+    Truth is the plain-torch twin in the next wider dtype. Rounding the truth to the dtype counts as
+    error of torch's too, so that a lucky torch does not make all others look wrong.
     """
     twin = getattr(reference, case.op)
-    wide = torch.float64 if next(iter(case.tensors.values())).dtype == torch.float32 else torch.float32
+    wide = (
+        torch.float64 if next(iter(case.tensors.values())).dtype == torch.float32 else torch.float32
+    )
     tensors = {name: x.to(wide) if x.is_floating_point() else x for name, x in case.tensors.items()}
     truth = _results(twin, dataclasses.replace(case, tensors=tensors), mode)
     found = []
@@ -135,8 +150,12 @@ def yardstick(case: Case, mode: str) -> Yardstick:
     return found
 
 
-def errors(function: Callable[..., Any], case: Case, mode: str, against: Yardstick | None = None) -> float:
-    """The largest error of its results as a multiple of torch's own: 2 or less passes the tests' rule of accuracy."""
+def errors(
+    function: Callable[..., Any], case: Case, mode: str, against: Yardstick | None = None
+) -> float:
+    """The largest error of its results as a multiple of torch's own: 2 or less passes the tests'
+    rule of accuracy.
+    """
     against = yardstick(case, mode) if against is None else against
     results = zip(_results(function, case, mode), against, strict=True)
     return max((_largest(ours, exact) / allowed for ours, (exact, allowed) in results), default=0.0)
@@ -155,7 +174,9 @@ def _largest(value: Tensor, truth: Tensor) -> float:
 
 
 def gemm_ceiling_tflops(dtype: torch.dtype, device: str) -> float:
-    """The rate of one large matrix product of random numbers: what no fused kernel here will exceed."""
+    """The rate of one large matrix product of random numbers: what no fused kernel here will
+    exceed.
+    """
     size = 8192 if device == "cuda" else 512
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return float(2 * size**3 / measure(lambda: a @ b, device).p50_ms / 1e9)
@@ -165,4 +186,6 @@ def copy_ceiling_gb_per_s(device: str) -> float:
     """The rate of a copy far larger than the caches, reads and writes counted."""
     source = torch.randn((2**30 if device == "cuda" else 2**26) // 4, device=device)
     target = torch.empty_like(source)
-    return float(2 * 4 * source.numel() / measure(lambda: target.copy_(source), device).p50_ms / 1e6)
+    return float(
+        2 * 4 * source.numel() / measure(lambda: target.copy_(source), device).p50_ms / 1e6
+    )

@@ -1,8 +1,9 @@
 """The feed-forward's activations, each one pass over memory forward and one backward.
 
-``bias_gelu``: y = u * sigmoid(2z), u = x + bias, z = sqrt(2/pi) * (u + 0.044715 u^3): GELU's tanh approximation, since
-(1 + tanh z) / 2 = sigmoid(2z). Backward computes u again from x, and sums the bias's gradient on the way.
-``swiglu``: silu(gate) * value of channels that alternate gate, value: a tensor shard of whole rows holds whole pairs.
+``bias_gelu``: y = u * sigmoid(2z), u = x + bias, z = sqrt(2/pi) * (u + 0.044715 u^3): GELU's tanh
+approximation, since (1 + tanh z) / 2 = sigmoid(2z). Backward computes u again from x, and sums the
+bias's gradient on the way. ``swiglu``: silu(gate) * value of channels that alternate gate, value: a
+tensor shard of whole rows holds whole pairs.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -39,14 +40,20 @@ def bias_gelu_forward(x, bias, y, channels, BLOCK: tl.constexpr):
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < channels
     offset = tl.program_id(0).to(tl.int64) * channels + column
-    u = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32) + tl.load(bias + column, mask=mask).to(tl.float32)
+    u = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32) + tl.load(
+        bias + column, mask=mask
+    ).to(tl.float32)
     result, _ = _gelu(u)
     tl.store(y + offset, narrow(result, y.dtype.element_ty, IN_INTERPRETER), mask=mask)
 
 
 @triton.jit
-def bias_gelu_backward(dy, x, bias, dx, dbias, rows, channels, rows_per_program, BLOCK: tl.constexpr):
-    """A run of rows and one block of channels for each program; dbias (programs, channels) takes fp32 partial sums."""
+def bias_gelu_backward(
+    dy, x, bias, dx, dbias, rows, channels, rows_per_program, BLOCK: tl.constexpr
+):
+    """A run of rows and one block of channels for each program; dbias (programs, channels) takes
+    fp32 partial sums.
+    """
     program = tl.program_id(0).to(tl.int64)
     first = program * rows_per_program
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -68,7 +75,9 @@ def swiglu_forward(x, y, count, BLOCK: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * BLOCK
     pair = first * 2 + tl.arange(0, 2 * BLOCK)
     channels = 2 * tl.cast(count, tl.int64)  # may not fit where count itself does
-    gate, value = tl.split(tl.load(x + pair, mask=pair < channels, other=0.0).to(tl.float32).reshape(BLOCK, 2))
+    gate, value = tl.split(
+        tl.load(x + pair, mask=pair < channels, other=0.0).to(tl.float32).reshape(BLOCK, 2)
+    )
     offset = first + tl.arange(0, BLOCK)
     result = gate * tl.sigmoid(gate) * value
     tl.store(y + offset, narrow(result, y.dtype.element_ty, IN_INTERPRETER), mask=offset < count)
@@ -80,7 +89,9 @@ def swiglu_backward(dy, x, dx, count, BLOCK: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * BLOCK
     pair = first * 2 + tl.arange(0, 2 * BLOCK)
     channels = 2 * tl.cast(count, tl.int64)  # may not fit where count itself does
-    gate, value = tl.split(tl.load(x + pair, mask=pair < channels, other=0.0).to(tl.float32).reshape(BLOCK, 2))
+    gate, value = tl.split(
+        tl.load(x + pair, mask=pair < channels, other=0.0).to(tl.float32).reshape(BLOCK, 2)
+    )
     offset = first + tl.arange(0, BLOCK)
     gradient = tl.load(dy + offset, mask=offset < count, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
@@ -89,7 +100,7 @@ def swiglu_backward(dy, x, dx, count, BLOCK: tl.constexpr):
     tl.store(dx + pair, narrow(result, dx.dtype.element_ty, IN_INTERPRETER), mask=pair < channels)
 
 
-# ----------------------------------------------------------------------------------------------------------- operators
+# ---------------------------------------------------------------------------------------- operators
 
 
 @torch.library.custom_op("megagpt::bias_gelu", mutates_args=())
@@ -98,7 +109,9 @@ def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     channels = x.shape[-1]
     if x.numel():
         grid = (x.numel() // channels, triton.cdiv(channels, _BLOCK))
-        launch(bias_gelu_forward, grid, x, x.contiguous(), bias.contiguous(), y, channels, BLOCK=_BLOCK)
+        launch(
+            bias_gelu_forward, grid, x, x.contiguous(), bias.contiguous(), y, channels, BLOCK=_BLOCK
+        )
     return y
 
 
@@ -137,7 +150,9 @@ def _swiglu_backward(dy: Tensor, x: Tensor) -> Tensor:
     dx = _contiguous_like(x)
     if dy.numel():
         grid = (triton.cdiv(dy.numel(), _BLOCK),)
-        launch(swiglu_backward, grid, x, dy.contiguous(), x.contiguous(), dx, dy.numel(), BLOCK=_BLOCK)
+        launch(
+            swiglu_backward, grid, x, dy.contiguous(), x.contiguous(), dx, dy.numel(), BLOCK=_BLOCK
+        )
     return dx
 
 
@@ -155,13 +170,20 @@ def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-register_gradient(_bias_gelu, "bias_gelu", lambda ctx, dy: _bias_gelu_backward(dy, *ctx.saved_tensors), _save_inputs)
-register_gradient(_swiglu, "swiglu", lambda ctx, dy: _swiglu_backward(dy, *ctx.saved_tensors), _save_inputs)
+register_gradient(
+    _bias_gelu,
+    "bias_gelu",
+    lambda ctx, dy: _bias_gelu_backward(dy, *ctx.saved_tensors),
+    _save_inputs,
+)
+register_gradient(
+    _swiglu, "swiglu", lambda ctx, dy: _swiglu_backward(dy, *ctx.saved_tensors), _save_inputs
+)
 refuse_second_order(_bias_gelu_backward, "bias_gelu")
 refuse_second_order(_swiglu_backward, "swiglu")
 
 
-# ---------------------------------------------------------------------------------------------------- public functions
+# --------------------------------------------------------------------------------- public functions
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Fused attention: the public function, its two custom operators and their gradients.
 
-The kernels are in attention_forward.py and attention_backward.py, their block sizes in attention_tiles.py. As custom
-operators with shape functions they pass through torch.compile, and torch's FLOP counter knows them.
+The kernels are in attention_forward.py and attention_backward.py, their block sizes in
+attention_tiles.py. As custom operators with shape functions they pass through torch.compile, and
+torch's FLOP counter knows them.
 """
 
 import math
@@ -43,13 +44,17 @@ def attention(
     head_offset: int = 0,
     deterministic: bool = False,
 ) -> Tensor:
-    """softmax(q k^T * scale) v as ``kernels.reference.attention`` defines it, without storing the scores.
+    """softmax(q k^T * scale) v as ``kernels.reference.attention`` defines it, without storing the
+    scores.
 
-    Memory grows with length, not with its square. The result lies in memory as (batch, length, heads, head_dim), so
-    merging the heads afterwards is free. With ``deterministic``, or torch's deterministic algorithms, repeated backward
-    passes give the same bits, for seven matrix products a score instead of five.
+    Memory grows with length, not with its square. The result lies in memory as (batch, length,
+    heads, head_dim), so merging the heads afterwards is free. With ``deterministic``, or torch's
+    deterministic algorithms, repeated backward passes give the same bits, for seven matrix products
+    a score instead of five.
     """
-    documents = None if document_ids is None else document_bounds(document_ids).positions.contiguous()
+    documents = (
+        None if document_ids is None else document_bounds(document_ids).positions.contiguous()
+    )
     seed = None if not dropout or dropout_seed is None else dropout_seed.contiguous()
     scale = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
@@ -57,7 +62,9 @@ def attention(
     return out
 
 
-def refusal(op: str, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **kwargs: Any) -> str | None:
+def refusal(
+    op: str, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **kwargs: Any
+) -> str | None:
     """Why the fused kernels cannot run this call; None when they can."""
     if q.shape[-1] > MAXIMUM_HEAD_DIM:
         return f"head_dim {q.shape[-1]} is above {MAXIMUM_HEAD_DIM}"
@@ -67,14 +74,19 @@ def refusal(op: str, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = N
 
 
 def fault(op: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> str | None:
-    """What these kernels compute wrongly on this GPU; None where they are right. The first call of a kind checks."""
+    """What these kernels compute wrongly on this GPU; None where they are right.
+
+    The first call of a kind checks.
+    """
     if not q.numel() or not k.numel():
         return None  # nothing would be launched
     return self_check.verdict(__name__, q.device, q.dtype, variant_of(q, k, v, **options))
 
 
 def empty_heads_last(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised (batch, heads, length, head_dim) whose memory is laid out (batch, length, heads, head_dim)."""
+    """Uninitialised (batch, heads, length, head_dim) whose memory is laid out (batch, length,
+    heads, head_dim).
+    """
     batch, heads, length, head_dim = like.shape
     return like.new_empty(batch, length, heads, head_dim, dtype=dtype).transpose(1, 2)
 
@@ -100,9 +112,17 @@ class _Call:
         return tiles_for(phase, q, dropout=self.dropout > 0, documents=self.documents is not None)
 
     def scalars(self, q: Tensor, k: Tensor) -> tuple[float, ...]:
-        """heads, group, length, key_length, scale, scale_log2, keep_scale, head_offset: what every kernel takes."""
+        """heads, group, length, key_length, scale, scale_log2, keep_scale, head_offset: what
+        every kernel takes.
+        """
         sizes = (q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2])
-        return (*sizes, self.scale, self.scale * math.log2(math.e), 1.0 / (1.0 - self.dropout), self.head_offset)
+        return (
+            *sizes,
+            self.scale,
+            self.scale * math.log2(math.e),
+            1.0 / (1.0 - self.dropout),
+            self.head_offset,
+        )
 
     def constants(self, q: Tensor, tiles: Tiles) -> dict[str, Any]:
         """The compile-time arguments and launch options."""
@@ -134,7 +154,9 @@ def _forward(
     head_offset: int,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The result and the log2-sum-exp2 of each query's scaled scores (batch, heads, length) in fp32."""
+    """The result and the log2-sum-exp2 of each query's scaled scores (batch, heads, length) in
+    fp32.
+    """
     out = empty_heads_last(q)
     log_sum_exp = q.new_full(q.shape[:3], math.inf, dtype=torch.float32)
     if not out.numel() or not k.numel():
@@ -175,7 +197,12 @@ def backward(
     dq, dk, dv = empty_heads_last(q), empty_heads_last(k), empty_heads_last(v)
     if not out.numel() or not k.numel():
         return dq.zero_(), dk.zero_(), dv.zero_()
-    q, k, v, out_gradient = _addressable(q), _addressable(k), _addressable(v), _addressable(out_gradient)
+    q, k, v, out_gradient = (
+        _addressable(q),
+        _addressable(k),
+        _addressable(v),
+        _addressable(out_gradient),
+    )
     inputs = (q, k, v, out_gradient, log_sum_exp, _delta(out, out_gradient))
     call = _Call(documents, seed, scale, causal, dropout, head_offset)
     if deterministic:
@@ -188,7 +215,9 @@ def backward(
 
 
 @backward.register_fake
-def _(out_gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    out_gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return empty_heads_last(q), empty_heads_last(k), empty_heads_last(v)
 
 
@@ -204,14 +233,21 @@ def _delta(out: Tensor, out_gradient: Tensor) -> Tensor:
 
 
 def _launch_keys(
-    inputs: tuple[Tensor, ...], gradients: tuple[Tensor, Tensor, Tensor], call: _Call, *, add_query_gradient: bool
+    inputs: tuple[Tensor, ...],
+    gradients: tuple[Tensor, Tensor, Tensor],
+    call: _Call,
+    *,
+    add_query_gradient: bool,
 ) -> None:
-    """Fill dk and dv, one program a block of keys; with ``add_query_gradient`` add dq / scale to an fp32 buffer."""
+    """Fill dk and dv, one program a block of keys; with ``add_query_gradient`` add dq / scale to
+    an fp32 buffer.
+    """
     q, k, v, out_gradient, _, _ = inputs
     tiles = call.tiles("backward_keys", q)
     launch(
         attention_backward_keys, _blocks(k.shape[2], tiles.BLOCK_N, k), q,
-        *inputs, *gradients, call.documents, call.seed, *(x.stride() for x in (q, k, v, out_gradient, *gradients)),
+        *inputs, *gradients, call.documents, call.seed, *(x.stride() for x in (q, k, v,
+        out_gradient, *gradients)),
         *call.scalars(q, k), **call.constants(q, tiles), ADD_QUERY_GRADIENT=add_query_gradient,
     )  # fmt: skip
 
@@ -234,7 +270,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.settings = settings
 
 
-def _differentiate(ctx: Any, out_gradient: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(
+    ctx: Any, out_gradient: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
     if out_gradient is None:
         return (None,) * 10
     gradients = backward(out_gradient, *ctx.saved_tensors, *ctx.settings)
@@ -248,14 +286,23 @@ refuse_second_order(backward, "attention")
 def _flops(q: tuple[int, ...], k: tuple[int, ...], causal: bool, backward: bool) -> int:
     batch, heads, length, head_dim = q
     cost = costs.attention(
-        batch, heads, length, head_dim, key_length=k[2], causal=causal, itemsize=2, backward=backward
+        batch, heads, length, head_dim, key_length=k[2], causal=causal, itemsize=2,
+        backward=backward
     )  # fmt: skip
     return cost.flops
 
 
 @register_flop_formula(torch.ops.megagpt.attention_forward)
 def _forward_flops(
-    q: Any, k: Any, v: Any, documents: Any, seed: Any, scale: float, causal: bool, *_: Any, **__: Any
+    q: Any,
+    k: Any,
+    v: Any,
+    documents: Any,
+    seed: Any,
+    scale: float,
+    causal: bool,
+    *_: Any,
+    **__: Any,
 ) -> int:
     return _flops(q, k, causal, backward=False)
 

@@ -1,4 +1,6 @@
-"""The attention configurations compiled ahead of time: what ``fused_attention`` launches for typical calls."""
+"""The attention configurations compiled ahead of time: what ``fused_attention`` launches for
+typical calls.
+"""
 
 from collections.abc import Iterator
 from functools import partial
@@ -40,10 +42,17 @@ def _configuration(
     group: int = 1,
     atomic: bool = True,
 ) -> AheadOfTime:
-    """One call with block sizes from the table. triton knows a group of 1 when compiling, so it is a constant here."""
+    """One call with block sizes from the table. triton knows a group of 1 when compiling, so it
+    is a constant here.
+    """
     kernel = _KERNELS[phase]
     tiles = choose_tiles(
-        phase, head_dim, generation=generation, fp32=dtype == "fp32", small=dropout, documents=documents
+        phase,
+        head_dim,
+        generation=generation,
+        fp32=dtype == "fp32",
+        small=dropout,
+        documents=documents,
     )
     constants: dict[str, Any] = {
         "HEAD_DIM": head_dim,
@@ -58,33 +67,65 @@ def _configuration(
     constants |= {} if documents else {"documents": None}
     constants |= {} if dropout else {"seeds": None}
     constants |= {"group": 1} if group == 1 else {}
-    types: dict[str, Any] = {name: _STRIDES if name.endswith("strides") else f"*{dtype}" for name in kernel.arg_names}
+    types: dict[str, Any] = {
+        name: _STRIDES if name.endswith("strides") else f"*{dtype}" for name in kernel.arg_names
+    }
     types |= _TYPES | ({"dq": "*fp32"} if phase == "backward_keys" and atomic else {})
-    flags = {"full": not causal, "documents": documents, "dropout": dropout, f"group_{group}": group > 1}
+    flags = {
+        "full": not causal,
+        "documents": documents,
+        "dropout": dropout,
+        f"group_{group}": group > 1,
+    }
     flags["deterministic"] = phase == "backward_keys" and not atomic
-    name = "_".join(["attention", phase, str(head_dim), dtype, *(flag for flag, on in flags.items() if on)])
+    name = "_".join(
+        ["attention", phase, str(head_dim), dtype, *(flag for flag, on in flags.items() if on)]
+    )
     known = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    return AheadOfTime(name, kernel, types, known, tiles.num_warps, tiles.num_stages, 10 * generation)
+    return AheadOfTime(
+        name, kernel, types, known, tiles.num_warps, tiles.num_stages, 10 * generation
+    )
 
 
 def _delta(head_dim: int) -> AheadOfTime:
-    types: dict[str, Any] = {"out": "*bf16", "out_gradient": "*bf16", "delta": "*fp32", "heads": "i32", "length": "i32"}
+    types: dict[str, Any] = {
+        "out": "*bf16",
+        "out_gradient": "*bf16",
+        "delta": "*fp32",
+        "heads": "i32",
+        "length": "i32",
+    }
     strides = {"out_strides": _STRIDES, "gradient_strides": _STRIDES}
     constants = {"HEAD_DIM": head_dim, "BLOCK_DIM": padded(head_dim), "BLOCK_M": 64}
     return AheadOfTime(
-        f"attention_backward_delta_{head_dim}_bf16", attention_backward_delta, types | strides, constants
+        f"attention_backward_delta_{head_dim}_bf16",
+        attention_backward_delta,
+        types | strides,
+        constants,
     )
 
 
 def _shipped(generation: int) -> Iterator[AheadOfTime]:
-    """What typical calls launch on the first GPUs of a generation (the major number of the compute capability)."""
+    """What typical calls launch on the first GPUs of a generation (the major number of the
+    compute capability).
+    """
     configuration = partial(_configuration, generation)
-    yield from (configuration(phase, dim) for dim in (16, 32, 64, 80, 128, 256) for phase in _KERNELS)
+    yield from (
+        configuration(phase, dim) for dim in (16, 32, 64, 80, 128, 256) for phase in _KERNELS
+    )
     yield from (configuration(phase, dim, "fp16") for dim in (64, 128) for phase in _KERNELS)
     yield from (configuration(phase, dim, causal=False) for dim in (64, 128) for phase in _KERNELS)
-    yield from (configuration(phase, dim, documents=True) for dim in (64, 128) for phase in _KERNELS)
-    yield from (configuration(phase, dim, dropout=True) for dim in (64, 128, 256) for phase in _KERNELS)
-    yield from (configuration(phase, dim, documents=True, dropout=True) for dim in (64, 128) for phase in _KERNELS)
+    yield from (
+        configuration(phase, dim, documents=True) for dim in (64, 128) for phase in _KERNELS
+    )
+    yield from (
+        configuration(phase, dim, dropout=True) for dim in (64, 128, 256) for phase in _KERNELS
+    )
+    yield from (
+        configuration(phase, dim, documents=True, dropout=True)
+        for dim in (64, 128)
+        for phase in _KERNELS
+    )
     yield from (configuration(phase, dim, "fp32") for dim in (64, 128, 256) for phase in _KERNELS)
     yield from (configuration("backward_keys", dim, group=8) for dim in (64, 128))
     yield from (configuration("backward_keys", dim, atomic=False) for dim in (64, 128))

@@ -1,18 +1,23 @@
-"""Attention backward in Triton: scores are recomputed from the saved log-sum-exp (FlashAttention-2, Dao 2023).
+"""Attention backward in Triton: scores are recomputed from the saved log-sum-exp (FlashAttention-2,
+Dao 2023).
 
 With P the probabilities, D the dropout mask over its keep probability, and delta = rowsum(dO * O):
-    dV = (P * D)^T dO      dP = (dO V^T) * D      dS = P * (dP - delta)      dQ = scale * dS K      dK = scale * dS^T Q
+dV = (P * D)^T dO      dP = (dO V^T) * D      dS = P * (dP - delta)      dQ = scale * dS K      dK =
+scale * dS^T Q
 
-``attention_backward_keys`` walks once over the queries of a block of keys and adds its part of dQ to an fp32 buffer
-with atomics: five matrix products a score, in an order of summation that varies. Without ``ADD_QUERY_GRADIENT`` it
-leaves dQ to ``attention_backward_queries``: seven products, the same bits on every run.
+``attention_backward_keys`` walks once over the queries of a block of keys and adds its part of dQ
+to an fp32 buffer with atomics: five matrix products a score, in an order of summation that varies.
+Without ``ADD_QUERY_GRADIENT`` it leaves dQ to ``attention_backward_queries``: seven products, the
+same bits on every run.
 
-Scores are held transposed, keys by queries, so that P and dS feed the next products from registers; the other way
-round the kernel spilled hundreds of bytes at head dimension 64 on sm_90. A row is known by one fp32 log-sum-exp, as in
-FlashAttention: with scores of size S its weights are relatively wrong by up to about S * 2^-23.
+Scores are held transposed, keys by queries, so that P and dS feed the next products from registers;
+the other way round the kernel spilled hundreds of bytes at head dimension 64 on sm_90. A row is
+known by one fp32 log-sum-exp, as in FlashAttention: with scores of size S its weights are
+relatively wrong by up to about S * 2^-23.
 """
 
-# Triton compiles these functions from the types they are launched with; Python annotations would say nothing.
+# Triton compiles these functions from the types they are launched with; Python annotations would
+# say nothing.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 import triton
@@ -20,7 +25,14 @@ import triton.language as tl
 
 from kernels.fused.attention_forward import key_range, last_visible, same_document
 from kernels.fused.rounding import narrow
-from kernels.fused.tiles import IN_INTERPRETER, head_start, keep_tile, load_tile, product, tile_offsets
+from kernels.fused.tiles import (
+    IN_INTERPRETER,
+    head_start,
+    keep_tile,
+    load_tile,
+    product,
+    tile_offsets,
+)
 
 
 @triton.jit(do_not_specialize=["heads"])
@@ -57,9 +69,12 @@ def attention_backward_keys(
     q_strides, k_strides, v_strides, gradient_strides, dq_strides, dk_strides, dv_strides,
     heads, group, length, key_length, scale, scale_log2, keep_scale, head_offset,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, DROP_BELOW: tl.constexpr, ADD_QUERY_GRADIENT: tl.constexpr,
+    CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, DROP_BELOW: tl.constexpr,
+    ADD_QUERY_GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one block of keys, summed over the query heads that share them; part of dq (fp32, unscaled)."""
+    """dk and dv of one block of keys, summed over the query heads that share them; part of dq
+    (fp32, unscaled).
+    """
     blocks = tl.cdiv(key_length, BLOCK_N)
     # The first keys are seen by most queries: ascending order is heaviest first.
     block, plane = tl.program_id(0) % blocks, tl.program_id(0) // blocks
@@ -68,8 +83,12 @@ def attention_backward_keys(
     first_key = block * BLOCK_N
     local_keys, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_DIM)
     key_index = first_key + local_keys
-    k_tile = head_start(k, k_strides, batch, key_head, first_key) + tile_offsets(k_strides, local_keys, columns)
-    v_tile = head_start(v, v_strides, batch, key_head, first_key) + tile_offsets(v_strides, local_keys, columns)
+    k_tile = head_start(k, k_strides, batch, key_head, first_key) + tile_offsets(
+        k_strides, local_keys, columns
+    )
+    v_tile = head_start(v, v_strides, batch, key_head, first_key) + tile_offsets(
+        v_strides, local_keys, columns
+    )
     keys = load_tile(k_tile, key_index, columns, key_length, HEAD_DIM, True)
     values = load_tile(v_tile, key_index, columns, key_length, HEAD_DIM, True)
     key_document = key_index
@@ -85,32 +104,45 @@ def attention_backward_keys(
     )
     key_gradient = tl.zeros((BLOCK_N, BLOCK_DIM), tl.float32)
     value_gradient = tl.zeros((BLOCK_N, BLOCK_DIM), tl.float32)
-    # One loop over heads and blocks together: a loop in a loop cost twenty registers, and the pipeline drained between.
+    # One loop over heads and blocks together: a loop in a loop cost twenty registers, and the
+    # pipeline drained between.
     start_blocks = tl.cdiv(tl.maximum(whole - start, 0), BLOCK_M)
     whole_blocks = tl.cdiv(tl.maximum(end - whole, 0), BLOCK_M)
     for step in tl.range(0, group * start_blocks):
         first_row = start + step % start_blocks * BLOCK_M
         key_gradient, value_gradient = _accumulate(
             keys, values, key_gradient, value_gradient, q, out_gradient, dq, log_sum_exp, delta,
-            q_strides, gradient_strides, dq_strides, key_index, key_document, documents, seed, head_offset,
-            batch, key_head * group + step // start_blocks, heads, first_key, first_row, length, key_length,
-            scale_log2, keep_scale, HEAD_DIM, BLOCK_DIM, BLOCK_M, BLOCK_N, CAUSAL, DOCUMENTS, DROP_BELOW,
+            q_strides, gradient_strides, dq_strides, key_index, key_document, documents, seed,
+            head_offset,
+            batch, key_head * group + step // start_blocks, heads, first_key, first_row, length,
+            key_length,
+            scale_log2, keep_scale, HEAD_DIM, BLOCK_DIM, BLOCK_M, BLOCK_N, CAUSAL, DOCUMENTS,
+            DROP_BELOW,
             ADD_QUERY_GRADIENT, True,
         )  # fmt: skip
     for step in tl.range(0, group * whole_blocks):
         first_row = whole + step % whole_blocks * BLOCK_M
         key_gradient, value_gradient = _accumulate(
             keys, values, key_gradient, value_gradient, q, out_gradient, dq, log_sum_exp, delta,
-            q_strides, gradient_strides, dq_strides, key_index, key_document, documents, seed, head_offset,
-            batch, key_head * group + step // whole_blocks, heads, first_key, first_row, length, key_length,
-            scale_log2, keep_scale, HEAD_DIM, BLOCK_DIM, BLOCK_M, BLOCK_N, CAUSAL, DOCUMENTS, DROP_BELOW,
+            q_strides, gradient_strides, dq_strides, key_index, key_document, documents, seed,
+            head_offset,
+            batch, key_head * group + step // whole_blocks, heads, first_key, first_row, length,
+            key_length,
+            scale_log2, keep_scale, HEAD_DIM, BLOCK_DIM, BLOCK_M, BLOCK_N, CAUSAL, DOCUMENTS,
+            DROP_BELOW,
             ADD_QUERY_GRADIENT, False,
         )  # fmt: skip
 
     inside = (key_index[:, None] < key_length) & (columns[None, :] < HEAD_DIM)
-    dk_tile = head_start(dk, dk_strides, batch, key_head, first_key) + tile_offsets(dk_strides, local_keys, columns)
-    tl.store(dk_tile, narrow(key_gradient * scale, dk.dtype.element_ty, IN_INTERPRETER), mask=inside)
-    dv_tile = head_start(dv, dv_strides, batch, key_head, first_key) + tile_offsets(dv_strides, local_keys, columns)
+    dk_tile = head_start(dk, dk_strides, batch, key_head, first_key) + tile_offsets(
+        dk_strides, local_keys, columns
+    )
+    tl.store(
+        dk_tile, narrow(key_gradient * scale, dk.dtype.element_ty, IN_INTERPRETER), mask=inside
+    )
+    dv_tile = head_start(dv, dv_strides, batch, key_head, first_key) + tile_offsets(
+        dv_strides, local_keys, columns
+    )
     tl.store(dv_tile, narrow(value_gradient, dv.dtype.element_ty, IN_INTERPRETER), mask=inside)
 
 
@@ -119,7 +151,9 @@ def query_range(
     documents, first_key, key_index, length, key_length,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """The queries that may see a block of keys: ``start``, the first that needs no mask (``whole``), and ``end``."""
+    """The queries that may see a block of keys: ``start``, the first that needs no mask
+    (``whole``), and ``end``.
+    """
     offset = key_length - length
     start = tl.zeros_like(first_key)
     whole = start
@@ -133,7 +167,8 @@ def query_range(
         last = tl.max(tl.load(documents + key_length + key_index, mask=inside, other=-1))
         start = tl.maximum(start, tl.maximum(0, first - offset) // BLOCK_M * BLOCK_M)
         end = tl.minimum(end, last + 1 - offset)
-    # Zeroed keys beyond the end score 0, and exp2(0 - log_sum_exp) may be infinite: that block is masked throughout.
+    # Zeroed keys beyond the end score 0, and exp2(0 - log_sum_exp) may be infinite: that block is
+    # masked throughout.
     whole = end if DOCUMENTS else tl.where(first_key + BLOCK_N > key_length, end, whole)
     return start, tl.minimum(whole, end), end
 
@@ -143,13 +178,19 @@ def _accumulate(
     keys, values, key_gradient, value_gradient, q, out_gradient, dq, log_sum_exp, delta,
     q_strides, gradient_strides, dq_strides, key_index, key_document, documents, seed, head_offset,
     batch, head, heads, first_key, first_row, length, key_length, scale_log2, keep_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
-    DOCUMENTS: tl.constexpr, DROP_BELOW: tl.constexpr, ADD_QUERY_GRADIENT: tl.constexpr, MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DOCUMENTS: tl.constexpr, DROP_BELOW: tl.constexpr, ADD_QUERY_GRADIENT: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add one block of queries of one head to the gradients of a block of keys and values, and to its own."""
+    """Add one block of queries of one head to the gradients of a block of keys and values, and
+    to its own.
+    """
     local_rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DIM)
     rows = first_row + local_rows
-    q_tile = head_start(q, q_strides, batch, head, first_row) + tile_offsets(q_strides, local_rows, columns)
+    q_tile = head_start(q, q_strides, batch, head, first_row) + tile_offsets(
+        q_strides, local_rows, columns
+    )
     gradient_tile = head_start(out_gradient, gradient_strides, batch, head, first_row)
     gradient_tile += tile_offsets(gradient_strides, local_rows, columns)
     statistics = tl.cast(batch * heads + head, tl.int64) * length
@@ -161,7 +202,9 @@ def _accumulate(
     if MASKED:
         visible = key_index[:, None] <= last_visible(rows, length, key_length, CAUSAL)[None, :]
         if DOCUMENTS:
-            row_document = tl.load(documents + key_length - length + rows, mask=rows < length, other=-1)
+            row_document = tl.load(
+                documents + key_length - length + rows, mask=rows < length, other=-1
+            )
             visible = visible & (key_document[:, None] == row_document[None, :])
         weights = tl.where(visible, weights, 0.0)
 
@@ -172,13 +215,19 @@ def _accumulate(
         keep = tl.trans(keep_tile(seed, head_offset + head, rows, first_key, BLOCK_N, DROP_BELOW))
         dropped = tl.where(keep, weights * keep_scale, 0.0)
         weight_gradient = tl.where(keep, weight_gradient * keep_scale, 0.0)
-    value_gradient = product(narrow(dropped, values.dtype, IN_INTERPRETER), gradient, value_gradient)
+    value_gradient = product(
+        narrow(dropped, values.dtype, IN_INTERPRETER), gradient, value_gradient
+    )
     row_delta = tl.load(delta + statistics + rows, mask=rows < length, other=0.0)
-    score_gradient = narrow(weights * (weight_gradient - row_delta[None, :]), keys.dtype, IN_INTERPRETER)
+    score_gradient = narrow(
+        weights * (weight_gradient - row_delta[None, :]), keys.dtype, IN_INTERPRETER
+    )
     key_gradient = product(score_gradient, queries, key_gradient)
     if ADD_QUERY_GRADIENT:
         part = product(tl.trans(score_gradient), keys, tl.zeros((BLOCK_M, BLOCK_DIM), tl.float32))
-        dq_tile = head_start(dq, dq_strides, batch, head, first_row) + tile_offsets(dq_strides, local_rows, columns)
+        dq_tile = head_start(dq, dq_strides, batch, head, first_row) + tile_offsets(
+            dq_strides, local_rows, columns
+        )
         inside = (rows[:, None] < length) & (columns[None, :] < HEAD_DIM)
         tl.atomic_add(dq_tile, part, mask=inside, sem="relaxed")
     return key_gradient, value_gradient
@@ -192,7 +241,9 @@ def attention_backward_queries(
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, DROP_BELOW: tl.constexpr,
 ):  # fmt: skip
-    """dq of one block of queries, over the keys they see in ascending order: the deterministic mode."""
+    """dq of one block of queries, over the keys they see in ascending order: the deterministic
+    mode.
+    """
     blocks = tl.cdiv(length, BLOCK_M)
     block = blocks - 1 - tl.program_id(0) % blocks
     plane = tl.program_id(0) // blocks
@@ -200,7 +251,9 @@ def attention_backward_queries(
     first_row = block * BLOCK_M
     local_rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DIM)
     rows = first_row + local_rows
-    q_tile = head_start(q, q_strides, batch, head, first_row) + tile_offsets(q_strides, local_rows, columns)
+    q_tile = head_start(q, q_strides, batch, head, first_row) + tile_offsets(
+        q_strides, local_rows, columns
+    )
     queries = load_tile(q_tile, rows, columns, length, HEAD_DIM, True)
     gradient_tile = head_start(out_gradient, gradient_strides, batch, head, first_row)
     gradient_tile += tile_offsets(gradient_strides, local_rows, columns)
@@ -219,15 +272,21 @@ def attention_backward_queries(
     if DOCUMENTS:
         documents += tl.cast(batch, tl.int64) * 2 * key_length
         document = tl.load(documents + key_length - length + rows, mask=rows < length, other=-1)
-    start, _, end = key_range(documents, first_row, rows, length, key_length, BLOCK_M, BLOCK_N, CAUSAL, DOCUMENTS)
+    start, _, end = key_range(
+        documents, first_row, rows, length, key_length, BLOCK_M, BLOCK_N, CAUSAL, DOCUMENTS
+    )
     total = tl.zeros((BLOCK_M, BLOCK_DIM), tl.float32)
     for first_key in tl.range(start, end, BLOCK_N):
         total = _accumulate_query(
-            queries, gradient, lse, row_delta, total, k_head, v_head, k_strides, v_strides, rows, last_key,
-            documents, document, seed, head_offset + head, first_key, key_length, scale_log2, keep_scale,
+            queries, gradient, lse, row_delta, total, k_head, v_head, k_strides, v_strides, rows,
+            last_key,
+            documents, document, seed, head_offset + head, first_key, key_length, scale_log2,
+            keep_scale,
             HEAD_DIM, BLOCK_DIM, BLOCK_N, DOCUMENTS, DROP_BELOW,
         )  # fmt: skip
-    dq_tile = head_start(dq, dq_strides, batch, head, first_row) + tile_offsets(dq_strides, local_rows, columns)
+    dq_tile = head_start(dq, dq_strides, batch, head, first_row) + tile_offsets(
+        dq_strides, local_rows, columns
+    )
     inside = (rows[:, None] < length) & (columns[None, :] < HEAD_DIM)
     tl.store(dq_tile, narrow(total * scale, dq.dtype.element_ty, IN_INTERPRETER), mask=inside)
 
@@ -250,9 +309,13 @@ def _accumulate_query(
     scores = product(queries, tl.trans(keys), tl.zeros((rows.shape[0], BLOCK_N), tl.float32))
     visible = key_index[None, :] <= last_key[:, None]
     if DOCUMENTS:
-        visible = visible & same_document(key_index[None, :], document[:, None], documents, key_length)
+        visible = visible & same_document(
+            key_index[None, :], document[:, None], documents, key_length
+        )
     weights = tl.where(visible, tl.math.exp2(scores * scale_log2 - lse[:, None]), 0.0)
-    weight_gradient = product(gradient, tl.trans(values), tl.zeros((rows.shape[0], BLOCK_N), tl.float32))
+    weight_gradient = product(
+        gradient, tl.trans(values), tl.zeros((rows.shape[0], BLOCK_N), tl.float32)
+    )
     if DROP_BELOW > 0:
         keep = keep_tile(seed, plane, rows, first_key, BLOCK_N, DROP_BELOW)
         weight_gradient = tl.where(keep, weight_gradient * keep_scale, 0.0)

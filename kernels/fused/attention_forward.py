@@ -1,17 +1,26 @@
 """Attention forward in Triton: one program a block of queries, streaming over the keys it may see.
 
-FlashAttention-2 (Dao 2023): the softmax is rescaled as keys stream by, so scores never leave the chip. Scores stay
-unscaled until after the product and enter exp2 as ``score * scale * log2(e) - maximum``, one fused multiply-add.
+FlashAttention-2 (Dao 2023): the softmax is rescaled as keys stream by, so scores never leave the
+chip. Scores stay unscaled until after the product and enter exp2 as ``score * scale * log2(e) -
+maximum``, one fused multiply-add.
 """
 
-# Triton compiles these functions from the types they are launched with; Python annotations would say nothing.
+# Triton compiles these functions from the types they are launched with; Python annotations would
+# say nothing.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 import triton
 import triton.language as tl
 
 from kernels.fused.rounding import narrow
-from kernels.fused.tiles import IN_INTERPRETER, head_start, keep_tile, load_tile, product, tile_offsets
+from kernels.fused.tiles import (
+    IN_INTERPRETER,
+    head_start,
+    keep_tile,
+    load_tile,
+    product,
+    tile_offsets,
+)
 
 
 @triton.jit(do_not_specialize=["heads", "head_offset"])
@@ -22,20 +31,25 @@ def attention_forward(
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, DROP_BELOW: tl.constexpr,
 ):  # fmt: skip
-    """out (batch, heads, length, head_dim) and the log2-sum-exp2 of the scaled scores (batch * heads, length), fp32.
+    """out (batch, heads, length, head_dim) and the log2-sum-exp2 of the scaled scores (batch *
+    heads, length), fp32.
 
-    ``documents`` (batch, 2, key_length): the first and the last position of each position's document, int32.
-    A query that sees no key gets a zero row and a log-sum-exp of +inf, which makes its probabilities zero in backward.
+    ``documents`` (batch, 2, key_length): the first and the last position of each position's
+    document, int32. A query that sees no key gets a zero row and a log-sum-exp of +inf, which makes
+    its probabilities zero in backward.
     """
     blocks = tl.cdiv(length, BLOCK_M)
-    # Causal work grows with the row: the heaviest blocks go first, so that the light ones fill the last wave.
+    # Causal work grows with the row: the heaviest blocks go first, so that the light ones fill the
+    # last wave.
     block = blocks - 1 - tl.program_id(0) % blocks
     plane = tl.program_id(0) // blocks
     batch, head = plane // heads, plane % heads
     first_row = block * BLOCK_M
     local_rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DIM)
     rows = first_row + local_rows
-    q_tile = head_start(q, q_strides, batch, head, first_row) + tile_offsets(q_strides, local_rows, columns)
+    q_tile = head_start(q, q_strides, batch, head, first_row) + tile_offsets(
+        q_strides, local_rows, columns
+    )
     queries = load_tile(q_tile, rows, columns, length, HEAD_DIM, True)
     k_head = head_start(k, k_strides, batch, head // group, 0)
     v_head = head_start(v, v_strides, batch, head // group, 0)
@@ -51,23 +65,31 @@ def attention_forward(
     if DOCUMENTS:
         documents += tl.cast(batch, tl.int64) * 2 * key_length
         document = tl.load(documents + key_length - length + rows, mask=rows < length, other=-1)
-    start, whole, end = key_range(documents, first_row, rows, length, key_length, BLOCK_M, BLOCK_N, CAUSAL, DOCUMENTS)
+    start, whole, end = key_range(
+        documents, first_row, rows, length, key_length, BLOCK_M, BLOCK_N, CAUSAL, DOCUMENTS
+    )
     for first_key in tl.range(start, whole, BLOCK_N):
         maximum, total, weighted = _attend(
-            queries, k_head, v_head, k_strides, v_strides, rows, last_key, documents, document, seed,
-            head_offset + head, maximum, total, weighted, first_key, key_length, scale_log2, keep_scale,
+            queries, k_head, v_head, k_strides, v_strides, rows, last_key, documents, document,
+            seed,
+            head_offset + head, maximum, total, weighted, first_key, key_length, scale_log2,
+            keep_scale,
             HEAD_DIM, BLOCK_DIM, BLOCK_N, DOCUMENTS, DROP_BELOW, False,
         )  # fmt: skip
     for first_key in tl.range(whole, end, BLOCK_N):
         maximum, total, weighted = _attend(
-            queries, k_head, v_head, k_strides, v_strides, rows, last_key, documents, document, seed,
-            head_offset + head, maximum, total, weighted, first_key, key_length, scale_log2, keep_scale,
+            queries, k_head, v_head, k_strides, v_strides, rows, last_key, documents, document,
+            seed,
+            head_offset + head, maximum, total, weighted, first_key, key_length, scale_log2,
+            keep_scale,
             HEAD_DIM, BLOCK_DIM, BLOCK_N, DOCUMENTS, DROP_BELOW, True,
         )  # fmt: skip
 
     seen = total > 0.0
     result = weighted / tl.where(seen, total, 1.0)[:, None]
-    out_tile = head_start(out, out_strides, batch, head, first_row) + tile_offsets(out_strides, local_rows, columns)
+    out_tile = head_start(out, out_strides, batch, head, first_row) + tile_offsets(
+        out_strides, local_rows, columns
+    )
     inside = (rows[:, None] < length) & (columns[None, :] < HEAD_DIM)
     tl.store(out_tile, narrow(result, out.dtype.element_ty, IN_INTERPRETER), mask=inside)
     lse = tl.where(seen, maximum + tl.log2(tl.where(seen, total, 1.0)), float("inf"))
@@ -79,18 +101,22 @@ def key_range(
     documents, first_row, rows, length, key_length,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """The keys a block of queries may see: ``start``, the first that needs a mask (``whole``), and ``end``."""
+    """The keys a block of queries may see: ``start``, the first that needs a mask (``whole``),
+    and ``end``.
+    """
     offset = key_length - length
     end = key_length
     whole = key_length // BLOCK_N * BLOCK_N
     if CAUSAL:
         end = tl.maximum(0, tl.minimum(end, first_row + BLOCK_M + offset))
         whole = tl.minimum(whole, (first_row + offset + 1) // BLOCK_N * BLOCK_N)
-    # Needed when causal; otherwise true already, but without it ptxas 12.8 serialises the products (C7515).
+    # Needed when causal; otherwise true already, but without it ptxas 12.8 serialises the products
+    # (C7515).
     whole = tl.maximum(0, whole)
     start = tl.zeros_like(end)
     if DOCUMENTS:
-        # Packed sequences: skip the blocks before the first key, and after the last, of any document in this block.
+        # Packed sequences: skip the blocks before the first key, and after the last, of any
+        # document in this block.
         inside = rows < length
         firsts = tl.load(documents + offset + rows, mask=inside, other=key_length)
         lasts = tl.load(documents + key_length + offset + rows, mask=inside, other=-1)
@@ -107,18 +133,30 @@ def _attend(
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
     DOCUMENTS: tl.constexpr, DROP_BELOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Fold one block of keys into the running softmax (maximum, total) and the weighted sum of values."""
+    """Fold one block of keys into the running softmax (maximum, total) and the weighted sum of
+    values.
+    """
     local_keys, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_DIM)
     key_index = first_key + local_keys
-    k_tile = k_head + tl.cast(first_key, tl.int64) * k_strides[2] + tile_offsets(k_strides, local_keys, columns)
-    v_tile = v_head + tl.cast(first_key, tl.int64) * v_strides[2] + tile_offsets(v_strides, local_keys, columns)
+    k_tile = (
+        k_head
+        + tl.cast(first_key, tl.int64) * k_strides[2]
+        + tile_offsets(k_strides, local_keys, columns)
+    )
+    v_tile = (
+        v_head
+        + tl.cast(first_key, tl.int64) * v_strides[2]
+        + tile_offsets(v_strides, local_keys, columns)
+    )
 
     keys = load_tile(k_tile, key_index, columns, key_length, HEAD_DIM, MASKED)
     scores = product(queries, tl.trans(keys), tl.zeros((rows.shape[0], BLOCK_N), tl.float32))
     if MASKED:
         visible = key_index[None, :] <= last_key[:, None]
         if DOCUMENTS:
-            visible = visible & same_document(key_index[None, :], document[:, None], documents, key_length)
+            visible = visible & same_document(
+                key_index[None, :], document[:, None], documents, key_length
+            )
         scores = tl.where(visible, scores, float("-inf"))
     new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale_log2)
     reference = new_maximum
@@ -131,13 +169,17 @@ def _attend(
         keep = keep_tile(seed, plane, rows, first_key, BLOCK_N, DROP_BELOW)
         weights = tl.where(keep, weights * keep_scale, 0.0)
     values = load_tile(v_tile, key_index, columns, key_length, HEAD_DIM, MASKED)
-    weighted = product(narrow(weights, values.dtype, IN_INTERPRETER), values, weighted * rescale[:, None])
+    weighted = product(
+        narrow(weights, values.dtype, IN_INTERPRETER), values, weighted * rescale[:, None]
+    )
     return new_maximum, total, weighted
 
 
 @triton.jit
 def last_visible(query, length, key_length, CAUSAL: tl.constexpr):
-    """The last key each query may see: its own position, the last query being aligned with the last key."""
+    """The last key each query may see: its own position, the last query being aligned with the
+    last key.
+    """
     last = tl.zeros_like(query) + key_length - 1
     if CAUSAL:
         last = tl.minimum(last, query + key_length - length)
@@ -146,5 +188,7 @@ def last_visible(query, length, key_length, CAUSAL: tl.constexpr):
 
 @triton.jit
 def same_document(key, query_document, documents, key_length):
-    """Do keys belong to their queries' documents? A document is known by its first position; both broadcast."""
+    """Do keys belong to their queries' documents? A document is known by its first position;
+    both broadcast.
+    """
     return tl.load(documents + key, mask=key < key_length, other=-1) == query_document

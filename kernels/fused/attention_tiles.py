@@ -14,7 +14,9 @@ MAXIMUM_HEAD_DIM = 256
 
 @dataclass(frozen=True)
 class Tiles:
-    """Queries (BLOCK_M) and keys (BLOCK_N) at a time, warps, and how many loads ahead the pipeline runs."""
+    """Queries (BLOCK_M) and keys (BLOCK_N) at a time, warps, and how many loads ahead the
+    pipeline runs.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
@@ -34,12 +36,20 @@ def _but(table: _Table, **changes: dict[int, Tiles]) -> _Table:
     return table | {phase: table[phase] | rows for phase, rows in changes.items()}
 
 
-# All were chosen by compiling: no spills, no serialised products, two programs a multiprocessor where registers allow
-# it. tests/kernels/compiled_kernels.json has the figures.
+# All were chosen by compiling: no spills, no serialised products, two programs a multiprocessor
+# where registers allow it. tests/kernels/compiled_kernels.json has the figures.
 _HOPPER: _Table = {
     "forward": {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 128, 8, 2), 256: Tiles(64, 64, 8, 2)},
-    "backward_keys": {64: Tiles(64, 128, 8, 2), 128: Tiles(32, 128, 8, 2), 256: Tiles(64, 32, 8, 1)},
-    "backward_queries": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 8, 2)},
+    "backward_keys": {
+        64: Tiles(64, 128, 8, 2),
+        128: Tiles(32, 128, 8, 2),
+        256: Tiles(64, 32, 8, 1),
+    },
+    "backward_queries": {
+        64: Tiles(128, 64, 8, 2),
+        128: Tiles(128, 64, 8, 2),
+        256: Tiles(64, 32, 8, 2),
+    },
 }
 # Compute capability 8.0 holds the operands of products in registers, too.
 _AMPERE = _but(
@@ -60,12 +70,16 @@ _DOCUMENTS = {
     9: _but(_HOPPER, **_BESIDE_DOCUMENTS),
     10: _but(_BLACKWELL, **_BESIDE_DOCUMENTS),
 }
-# Dropout's random numbers need registers; and GPUs with less than 160 KiB of shared memory a multiprocessor (compute
-# capability 8.6, 8.9, 12.x) hold only small blocks.
+# Dropout's random numbers need registers; and GPUs with less than 160 KiB of shared memory a
+# multiprocessor (compute capability 8.6, 8.9, 12.x) hold only small blocks.
 _SMALL: _Table = {
     "forward": {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 8, 2), 256: Tiles(64, 32, 8, 1)},
     "backward_keys": {64: Tiles(32, 64, 8, 2), 128: Tiles(32, 32, 8, 1), 256: Tiles(32, 16, 8, 1)},
-    "backward_queries": {64: Tiles(64, 32, 8, 1), 128: Tiles(64, 32, 8, 1), 256: Tiles(32, 32, 8, 1)},
+    "backward_queries": {
+        64: Tiles(64, 32, 8, 1),
+        128: Tiles(64, 32, 8, 1),
+        256: Tiles(32, 32, 8, 1),
+    },
 }
 # With documents as well, loads ahead make ptxas serialise Hopper's products.
 _SMALL_DOCUMENTS = _but(
@@ -77,7 +91,11 @@ _SMALL_DOCUMENTS = _but(
 _FP32: _Table = {
     "forward": {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 32, 8, 1), 256: Tiles(16, 32, 8, 1)},
     "backward_keys": {64: Tiles(32, 32, 8, 1), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
-    "backward_queries": {64: Tiles(32, 16, 8, 1), 128: Tiles(32, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
+    "backward_queries": {
+        64: Tiles(32, 16, 8, 1),
+        128: Tiles(32, 16, 8, 1),
+        256: Tiles(16, 16, 8, 1),
+    },
 }
 _SMALL_SHARED_MEMORY_BYTES = 160 * 1024
 _INTERPRETED = {
@@ -93,17 +111,26 @@ def padded(head_dim: int) -> int:
 
 
 def tiles_for(phase: str, q: Tensor, *, dropout: bool, documents: bool) -> Tiles:
-    """The configuration of one pass (forward, backward_keys, backward_queries) for queries like ``q``."""
+    """The configuration of one pass (forward, backward_keys, backward_queries) for queries like
+    ``q``.
+    """
     if INTERPRETED:
         return _INTERPRETED[phase]
     generation, shared_memory_bytes = _gpu(q.device)
     small = dropout or shared_memory_bytes < _SMALL_SHARED_MEMORY_BYTES
     return choose_tiles(
-        phase, q.shape[-1], generation=generation, fp32=q.dtype == torch.float32, small=small, documents=documents
+        phase,
+        q.shape[-1],
+        generation=generation,
+        fp32=q.dtype == torch.float32,
+        small=small,
+        documents=documents,
     )
 
 
-def choose_tiles(phase: str, head_dim: int, *, generation: int, fp32: bool, small: bool, documents: bool) -> Tiles:
+def choose_tiles(
+    phase: str, head_dim: int, *, generation: int, fp32: bool, small: bool, documents: bool
+) -> Tiles:
     """The row of the tables above; ``generation`` is the major number of the compute capability."""
     if fp32:
         table = _FP32
@@ -116,6 +143,10 @@ def choose_tiles(phase: str, head_dim: int, *, generation: int, fp32: bool, smal
 
 @cache
 def _gpu(device: torch.device) -> tuple[int, int]:
-    """The major number of the compute capability, and the shared memory that one program may have, in bytes."""
-    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub does not list the shared memory
+    """The major number of the compute capability, and the shared memory that one program may
+    have, in bytes.
+    """
+    properties: Any = torch.cuda.get_device_properties(
+        device
+    )  # torch's stub does not list the shared memory
     return int(properties.major), int(properties.shared_memory_per_block_optin)

@@ -1,7 +1,9 @@
-"""Linear cross-entropy with its row functions in Triton; the chunks are ``kernels.chunked_cross_entropy``'s.
+"""Linear cross-entropy with its row functions in Triton; the chunks are
+``kernels.chunked_cross_entropy``'s.
 
-The products are the library's, which runs them at full speed; what is left is bandwidth. torch's own loss reads and
-writes fp32 copies of the logits several times; these two functions read them twice and write them once.
+The products are the library's, which runs them at full speed; what is left is bandwidth. torch's
+own loss reads and writes fp32 copies of the logits several times; these two functions read them
+twice and write them once.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -23,7 +25,9 @@ _BLOCK = 4096  # columns at a time: 16 elements for each thread of 8 warps
 
 @triton.jit
 def cross_entropy_statistics(logits, targets, statistics, vocabulary, BLOCK: tl.constexpr):
-    """One row for each program: maximum, sum of exp(logit - maximum), the target's logit (-inf if it is not here)."""
+    """One row for each program: maximum, sum of exp(logit - maximum), the target's logit (-inf
+    if it is not here).
+    """
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
     logits += row * vocabulary
@@ -31,7 +35,9 @@ def cross_entropy_statistics(logits, targets, statistics, vocabulary, BLOCK: tl.
     total = tl.zeros((BLOCK,), tl.float32)
     for start in tl.range(0, vocabulary, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        value = tl.load(logits + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
+        value = tl.load(logits + column, mask=column < vocabulary, other=float("-inf")).to(
+            tl.float32
+        )
         larger = tl.maximum(maximum, tl.max(value, axis=0))
         finite = tl.where(larger == float("-inf"), 0.0, larger)  # -inf - -inf is not a number
         total = total * tl.exp(maximum - finite) + tl.exp(value - finite)
@@ -40,11 +46,16 @@ def cross_entropy_statistics(logits, targets, statistics, vocabulary, BLOCK: tl.
     here = (target >= 0) & (target < vocabulary)
     tl.store(statistics + row, maximum)
     tl.store(statistics + rows + row, tl.sum(total, axis=0))
-    tl.store(statistics + 2 * rows + row, tl.load(logits + target, mask=here, other=float("-inf")).to(tl.float32))
+    tl.store(
+        statistics + 2 * rows + row,
+        tl.load(logits + target, mask=here, other=float("-inf")).to(tl.float32),
+    )
 
 
 @triton.jit
-def cross_entropy_gradient(logits, targets, normaliser, scales, z_loss, vocabulary, BLOCK: tl.constexpr):
+def cross_entropy_gradient(
+    logits, targets, normaliser, scales, z_loss, vocabulary, BLOCK: tl.constexpr
+):
     """One block of one row for each program: the logits become their gradient, in place."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -54,7 +65,9 @@ def cross_entropy_gradient(logits, targets, normaliser, scales, z_loss, vocabula
     log_total = tl.load(normaliser + 2 * row + 1)
     scale = tl.load(scales + row)
     value = tl.load(logits + column, mask=mask, other=0.0).to(tl.float32)
-    gradient = tl.exp(value - maximum - log_total) * (scale * (1.0 + 2.0 * z_loss * (maximum + log_total)))
+    gradient = tl.exp(value - maximum - log_total) * (
+        scale * (1.0 + 2.0 * z_loss * (maximum + log_total))
+    )
     gradient -= tl.where(column == tl.load(targets + row), scale, 0.0)
     gradient = tl.where(scale == 0.0, 0.0, gradient)
     tl.store(logits + column, narrow(gradient, logits.dtype.element_ty, IN_INTERPRETER), mask=mask)
@@ -78,7 +91,9 @@ def _statistics(logits: Tensor, targets: Tensor) -> Tensor:
     return statistics
 
 
-def _gradient(logits: Tensor, targets: Tensor, normaliser: Tensor, scales: Tensor, z_loss: float) -> None:
+def _gradient(
+    logits: Tensor, targets: Tensor, normaliser: Tensor, scales: Tensor, z_loss: float
+) -> None:
     rows, vocabulary = logits.shape
     block = _block(vocabulary)
     launch(
@@ -91,12 +106,16 @@ def _gradient(logits: Tensor, targets: Tensor, normaliser: Tensor, scales: Tenso
     )
 
 
-chunked_cross_entropy.ROW_FUNCTIONS["triton"] = chunked_cross_entropy.RowFunctions(_statistics, _gradient)
+chunked_cross_entropy.ROW_FUNCTIONS["triton"] = chunked_cross_entropy.RowFunctions(
+    _statistics, _gradient
+)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Tensor:
     """``kernels.chunked_cross_entropy.linear_cross_entropy`` on Triton's row functions."""
-    return chunked_cross_entropy.linear_cross_entropy(hidden, weight, targets, **options, implementation="triton")
+    return chunked_cross_entropy.linear_cross_entropy(
+        hidden, weight, targets, **options, implementation="triton"
+    )
 
 
 def refusal(op: str, *args: Any, **kwargs: Any) -> str | None:
@@ -116,7 +135,13 @@ AHEAD_OF_TIME: list[AheadOfTime] = [
     AheadOfTime(
         "cross_entropy_gradient",
         cross_entropy_gradient,
-        {**_ROW_POINTERS, "normaliser": "*fp32", "scales": "*fp32", "z_loss": "fp32", "vocabulary": "i32:16"},
+        {
+            **_ROW_POINTERS,
+            "normaliser": "*fp32",
+            "scales": "*fp32",
+            "z_loss": "fp32",
+            "vocabulary": "i32:16",
+        },
         {"BLOCK": _BLOCK},
         num_warps=8,
     ),

@@ -1,6 +1,7 @@
 """Dropout in one pass, its mask drawn from counters and drawn again in backward: nothing is stored.
 
-The mask is ``kernels.philox.keep_mask``, bit for bit: a function of the sample's seed, the position and the channel.
+The mask is ``kernels.philox.keep_mask``, bit for bit: a function of the sample's seed, the position
+and the channel.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -21,7 +22,9 @@ _BLOCK = 1024  # channels for each program
 
 
 @triton.jit
-def dropout_apply(x, seeds, y, length, channels, position_offset, threshold, scale, BLOCK: tl.constexpr):
+def dropout_apply(
+    x, seeds, y, length, channels, position_offset, threshold, scale, BLOCK: tl.constexpr
+):
     """One block of one position for each program; a word below ``threshold`` drops its channel."""
     row = tl.program_id(0).to(tl.int64)
     sample = row // length
@@ -79,7 +82,8 @@ register_gradient(_dropout, "dropout", _gradient, _save)
 def dropout(x: Tensor, probability: float, *, seed: Tensor, position_offset: int = 0) -> Tensor:
     """Zero elements of x (batch, length, channels) and scale the rest by 1 / (1 - probability).
 
-    ``seed`` (batch,) int64; the mask depends on it, the position in the sequence and the channel alone.
+    ``seed`` (batch,) int64; the mask depends on it, the position in the sequence and the channel
+    alone.
     """
     return _dropout(x, probability, seed, position_offset)
 
@@ -99,4 +103,6 @@ _TYPES: dict[str, Any] = {
     "threshold": "i64",
     "scale": "fp32",
 }
-AHEAD_OF_TIME: list[AheadOfTime] = [AheadOfTime("dropout", dropout_apply, _TYPES, {"BLOCK": _BLOCK})]
+AHEAD_OF_TIME: list[AheadOfTime] = [
+    AheadOfTime("dropout", dropout_apply, _TYPES, {"BLOCK": _BLOCK})
+]

@@ -1,7 +1,8 @@
-"""The Triton functions of layer and root-mean-square normalisation; ``kernels.fused.norms`` launches them.
+"""The Triton functions of layer and root-mean-square normalisation; ``kernels.fused.norms``
+launches them.
 
-Inputs are contiguous rows, each of a dtype of its own; statistics and sums are fp32. CENTRED tells layer norm from RMS
-norm, and pointers that a flag switches off may be anything.
+Inputs are contiguous rows, each of a dtype of its own; statistics and sums are fp32. CENTRED tells
+layer norm from RMS norm, and pointers that a flag switches off may be anything.
 """
 # mypy: disable-error-code="no-untyped-def, assignment"
 
@@ -19,7 +20,9 @@ def _load(pointer, offsets, mask):
 
 @triton.jit
 def _load_total(x, residual, total, offsets, mask, RESIDUAL: tl.constexpr):
-    """x, or x + residual rounded as it is stored: backward reads the stored sum, so both see the same numbers."""
+    """x, or x + residual rounded as it is stored: backward reads the stored sum, so both see the
+    same numbers.
+    """
     value = _load(x, offsets, mask)
     if RESIDUAL:
         value += _load(residual, offsets, mask)
@@ -30,7 +33,8 @@ def _load_total(x, residual, total, offsets, mask, RESIDUAL: tl.constexpr):
 @triton.jit
 def norm_forward(
     x, residual, weight, bias, y, total, mean, rstd, rows, columns, eps,
-    CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows for each program, a whole row (columns <= BLOCK) in registers."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -69,7 +73,8 @@ def norm_forward_wide(
         mask = column < columns
         value = _load_total(x, residual, total, column, mask, RESIDUAL)
         if CENTRED:
-            # Chan, Golub and LeVeque 1983: merging chunks keeps the precision that E[x^2] - E[x]^2 would lose.
+            # Chan, Golub and LeVeque 1983: merging chunks keeps the precision that E[x^2] - E[x]^2
+            # would lose.
             count = tl.minimum(columns - start, BLOCK).to(tl.float32)
             seen = (start + count).to(tl.float32)
             chunk_average = tl.sum(value, axis=0) / count
@@ -87,22 +92,32 @@ def norm_forward_wide(
         mask = column < columns
         value = _load_total(x, residual, total, column, mask, RESIDUAL)
         if RESIDUAL:
-            tl.store(total + row * columns + column, narrow(value, total.dtype.element_ty, IN_INTERPRETER), mask=mask)
+            tl.store(
+                total + row * columns + column,
+                narrow(value, total.dtype.element_ty, IN_INTERPRETER),
+                mask=mask,
+            )
         value = (value - average) * scale * _load(weight, column, mask)
         if BIAS:
             value += _load(bias, column, mask)
-        tl.store(y + row * columns + column, narrow(value, y.dtype.element_ty, IN_INTERPRETER), mask=mask)
+        tl.store(
+            y + row * columns + column, narrow(value, y.dtype.element_ty, IN_INTERPRETER), mask=mask
+        )
 
 
 @triton.jit
 def norm_backward(
-    dy, dtotal, x, weight, mean, rstd, dx, dresidual, dweight, dbias, rows, columns, rows_per_program,
-    CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, WIDER: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,
+    dy, dtotal, x, weight, mean, rstd, dx, dresidual, dweight, dbias, rows, columns,
+    rows_per_program,
+    CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, WIDER: tl.constexpr, BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A run of rows for each program, ROWS at a time; its share of dweight and dbias stays in registers to the end.
+    """A run of rows for each program, ROWS at a time; its share of dweight and dbias stays in
+    registers to the end.
 
-    WIDER: the residual's dtype is not that of the other summand, so the same gradient is stored in both.
+    WIDER: the residual's dtype is not that of the other summand, so the same gradient is stored in
+    both.
     """
     program = tl.program_id(0).to(tl.int64)
     first = program * rows_per_program
@@ -142,14 +157,17 @@ def norm_backward(
 
 @triton.jit
 def norm_backward_wide(
-    dy, dtotal, x, weight, mean, rstd, averages, dx, dresidual, dweight, dbias, rows, columns, rows_per_program,
-    CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, WIDER: tl.constexpr, BIAS: tl.constexpr, AVERAGED: tl.constexpr,
+    dy, dtotal, x, weight, mean, rstd, averages, dx, dresidual, dweight, dbias, rows, columns,
+    rows_per_program,
+    CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, WIDER: tl.constexpr, BIAS: tl.constexpr,
+    AVERAGED: tl.constexpr,
     CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """As norm_backward for CHUNKS * BLOCK columns of each row, a row at a time, its numbers loaded twice.
+    """As norm_backward for CHUNKS * BLOCK columns of each row, a row at a time, its numbers loaded
+    twice.
 
-    The second time they come from the cache. Where the columns are all of the row, the first time gives its averages;
-    else ``averages`` (2, rows) has them, from norm_row_averages.
+    The second time they come from the cache. Where the columns are all of the row, the first time
+    gives its averages; else ``averages`` (2, rows) has them, from norm_row_averages.
     """
     program = tl.program_id(0).to(tl.int64)
     first = program * rows_per_program
@@ -159,7 +177,8 @@ def norm_backward_wide(
     for _ in tl.static_range(CHUNKS):
         weight_sums += (tl.zeros((BLOCK,), tl.float32),)
         bias_sums += (tl.zeros((BLOCK,), tl.float32),)
-    # Hoisting the weights out of the loop would take the registers that the sums need (triton 3.6 spilled).
+    # Hoisting the weights out of the loop would take the registers that the sums need (triton 3.6
+    # spilled).
     for row in tl.range(first, tl.minimum(first + rows_per_program, rows), disable_licm=True):
         scale = tl.load(rstd + row)
         centre = 0.0
@@ -173,7 +192,9 @@ def norm_backward_wide(
             plain = tl.zeros((BLOCK,), tl.float32)
             for chunk in tl.static_range(CHUNKS):
                 column = chunk * BLOCK + tl.arange(0, BLOCK)
-                along, plain = _add_chunk(dy, x, weight, row * columns, column, columns, centre, along, plain)
+                along, plain = _add_chunk(
+                    dy, x, weight, row * columns, column, columns, centre, along, plain
+                )
             along_mean = tl.sum(along, axis=0) * scale / columns
             plain_mean = tl.sum(plain, axis=0) / columns
         new_weight_sums = ()
@@ -182,7 +203,9 @@ def norm_backward_wide(
             column = start + chunk * BLOCK + tl.arange(0, BLOCK)
             mask = column < columns
             gradient = _load(dy, row * columns + column, mask)
-            normalised = tl.where(mask, (_load(x, row * columns + column, mask) - centre) * scale, 0.0)
+            normalised = tl.where(
+                mask, (_load(x, row * columns + column, mask) - centre) * scale, 0.0
+            )
             new_weight_sums += (weight_sums[chunk] + gradient * normalised,)
             new_bias_sums += (bias_sums[chunk] + gradient,)
             result = gradient * _load(weight, column, mask) - normalised * along_mean
@@ -191,7 +214,11 @@ def norm_backward_wide(
             result *= scale
             if RESIDUAL:
                 result += _load(dtotal, row * columns + column, mask)
-            tl.store(dx + row * columns + column, narrow(result, dx.dtype.element_ty, IN_INTERPRETER), mask=mask)
+            tl.store(
+                dx + row * columns + column,
+                narrow(result, dx.dtype.element_ty, IN_INTERPRETER),
+                mask=mask,
+            )
             if WIDER:
                 tl.store(dresidual + row * columns + column, result, mask=mask)
         weight_sums = new_weight_sums
@@ -205,9 +232,21 @@ def norm_backward_wide(
 
 @triton.jit
 def norm_row_averages(
-    dy, x, weight, mean, rstd, averages, rows, columns, CENTRED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
+    dy,
+    x,
+    weight,
+    mean,
+    rstd,
+    averages,
+    rows,
+    columns,
+    CENTRED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """The averages over each row that its dx takes: of g * z, and of g; one row for each program."""
+    """The averages over each row that its dx takes: of g * z, and of g; one row for each
+    program.
+    """
     row = tl.program_id(0).to(tl.int64)
     centre = 0.0
     if CENTRED:
@@ -216,7 +255,9 @@ def norm_row_averages(
     plain = tl.zeros((BLOCK,), tl.float32)
     for start in tl.range(0, columns, BLOCK, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK)
-        along, plain = _add_chunk(dy, x, weight, row * columns, column, columns, centre, along, plain)
+        along, plain = _add_chunk(
+            dy, x, weight, row * columns, column, columns, centre, along, plain
+        )
     tl.store(averages + row, tl.sum(along, axis=0) * tl.load(rstd + row) / columns)
     tl.store(averages + rows + row, tl.sum(plain, axis=0) / columns)
 

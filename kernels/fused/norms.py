@@ -1,18 +1,21 @@
-"""Layer and root-mean-square normalisation, forward and backward, with the residual addition fused in.
+"""Layer and root-mean-square normalisation, forward and backward, with the residual addition fused
+in.
 
-Both norms are memory-bound, so the kernels read each byte once: forward 2 rows x columns elements, backward 3, one more
-where a residual takes part. Statistics are fp32 whatever the input. Rows of up to ``_WIDEST_TILE`` columns stay in
-registers; wider ones are walked in chunks and read twice, the second time from cache. Beyond ``_WIDEST_SUMS`` columns a
-multiprocessor's registers no longer hold the parameters' sums either: then the averages over rows are a kernel of their
-own, and backward moves 5 rows x columns elements.
+Both norms are memory-bound, so the kernels read each byte once: forward 2 rows x columns elements,
+backward 3, one more where a residual takes part. Statistics are fp32 whatever the input. Rows of up
+to ``_WIDEST_TILE`` columns stay in registers; wider ones are walked in chunks and read twice, the
+second time from cache. Beyond ``_WIDEST_SUMS`` columns a multiprocessor's registers no longer hold
+the parameters' sums either: then the averages over rows are a kernel of their own, and backward
+moves 5 rows x columns elements.
 
-With z = (x - mean) * rstd and g = dy * weight, averages over a row (Ba et al. 2016; RMSNorm drops mean(g) and mean):
-    dx = rstd * (g - mean(g) - z * mean(g * z))       dweight = sum over rows of dy * z       dbias = sum of dy
-The sums over rows are fp32 partial sums, one row of them for each program, added up by a second reduction in a fixed
-order: no atomics, so repeated runs give the same bits.
+With z = (x - mean) * rstd and g = dy * weight, averages over a row (Ba et al. 2016; RMSNorm drops
+mean(g) and mean): dx = rstd * (g - mean(g) - z * mean(g * z))       dweight = sum over rows of dy *
+z       dbias = sum of dy The sums over rows are fp32 partial sums, one row of them for each
+program, added up by a second reduction in a fixed order: no atomics, so repeated runs give the same
+bits.
 
-Beside activations of 16 bits, parameters may be fp32, and so may the residual stream (what autocast makes): y has the
-dtype of x, the sum that of the residual, and every gradient that of its input.
+Beside activations of 16 bits, parameters may be fp32, and so may the residual stream (what autocast
+makes): y has the dtype of x, the sum that of the residual, and every gradient that of its input.
 """
 
 from dataclasses import dataclass
@@ -37,19 +40,24 @@ _BOTH = "layer_norm or rms_norm"  # whose operators these are
 _WIDEST_TILE = 8192
 _CHUNK = 4096  # columns at a time in wider rows
 _SUM_CHUNK = 2048  # the same in their backward,
-_WIDEST_SUMS = 6 * _SUM_CHUNK  # whose sums of so many columns take 96 of the 255 registers of each of 256 threads
-# Beside 16 bits, fp32 takes registers that backward does not have at either width. There these are less: the first with
-# any fp32, the second with sums in fp32, of which backward stores two gradients.
+_WIDEST_SUMS = (
+    6 * _SUM_CHUNK
+)  # whose sums of so many columns take 96 of the 255 registers of each of 256 threads
+# Beside 16 bits, fp32 takes registers that backward does not have at either width. There these are
+# less: the first with any fp32, the second with sums in fp32, of which backward stores two
+# gradients.
 _WIDEST_TILE_MIXED = _WIDEST_TILE // 2
 _WIDEST_SUMS_WIDER = _WIDEST_SUMS - _SUM_CHUNK
 
 
-# ------------------------------------------------------------------------------------------------------------ launches
+# ----------------------------------------------------------------------------------------- launches
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """How rows of a given width are covered: rows and columns at a time, warps; wide rows are walked in chunks."""
+    """How rows of a given width are covered: rows and columns at a time, warps; wide rows are
+    walked in chunks.
+    """
 
     rows: int
     block: int
@@ -63,14 +71,18 @@ def _tile(columns: int) -> _Tile:
         return _Tile(rows=1, block=_CHUNK, warps=8, wide=True)
     block = max(16, triton.next_power_of_2(columns))
     rows = min(64, max(1, 4096 // block))
-    # 16 elements a thread: the backward keeps seven such tiles in registers, which just spares it spilling; at 8192
-    # columns a third stage would make it spill on sm_100.
+    # 16 elements a thread: the backward keeps seven such tiles in registers, which just spares it
+    # spilling; at 8192 columns a third stage would make it spill on sm_100.
     warps = min(16, max(4, rows * block // 512))
-    return _Tile(rows=rows, block=block, warps=warps, wide=False, stages=2 if block == _WIDEST_TILE else 3)
+    return _Tile(
+        rows=rows, block=block, warps=warps, wide=False, stages=2 if block == _WIDEST_TILE else 3
+    )
 
 
 def _programs(device: torch.device) -> int:
-    """Resident programs of the persistent backward: two for each multiprocessor hide one another's latency."""
+    """Resident programs of the persistent backward: two for each multiprocessor hide one
+    another's latency.
+    """
     if device.type != "cuda":
         return 4
     return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -78,9 +90,16 @@ def _programs(device: torch.device) -> int:
 
 @torch.library.custom_op("megagpt::norm_forward", mutates_args=())
 def _forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centred: bool
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    centred: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, x + residual, mean, rstd); the sum is empty without a residual, the mean without centring."""
+    """(y, x + residual, mean, rstd); the sum is empty without a residual, the mean without
+    centring.
+    """
     y, total, mean, rstd = _forward_outputs(x, residual, weight, bias, eps, centred)
     columns = x.shape[-1]
     rows = rstd.numel()
@@ -88,7 +107,10 @@ def _forward(
         return y, total, mean, rstd
     tile = _tile(columns)
     x, weight = x.contiguous(), weight.contiguous()
-    added, shift = (like if given is None else given.contiguous() for given, like in ((residual, x), (bias, weight)))
+    added, shift = (
+        like if given is None else given.contiguous()
+        for given, like in ((residual, x), (bias, weight))
+    )
     pointers = (x, added, weight, shift)
     constants = {
         "CENTRED": centred,
@@ -98,21 +120,54 @@ def _forward(
         "num_warps": tile.warps,
     }
     if tile.wide:
-        launch(norm_forward_wide, (rows,), x, *pointers, y, total, mean, rstd, columns, eps, **constants)
+        launch(
+            norm_forward_wide,
+            (rows,),
+            x,
+            *pointers,
+            y,
+            total,
+            mean,
+            rstd,
+            columns,
+            eps,
+            **constants,
+        )
     else:
         grid = (triton.cdiv(rows, tile.rows),)
-        launch(norm_forward, grid, x, *pointers, y, total, mean, rstd, rows, columns, eps, ROWS=tile.rows, **constants)
+        launch(
+            norm_forward,
+            grid,
+            x,
+            *pointers,
+            y,
+            total,
+            mean,
+            rstd,
+            rows,
+            columns,
+            eps,
+            ROWS=tile.rows,
+            **constants,
+        )
     return y, total, mean, rstd
 
 
 @_forward.register_fake
 def _forward_outputs(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centred: bool
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    centred: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     statistics = x.new_empty(x.shape[:-1], dtype=torch.float32)
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
-        x.new_empty(0) if residual is None else torch.empty_like(residual, memory_format=torch.contiguous_format),
+        x.new_empty(0)
+        if residual is None
+        else torch.empty_like(residual, memory_format=torch.contiguous_format),
         torch.empty_like(statistics) if centred else statistics.new_empty(0),
         statistics,
     )
@@ -129,16 +184,23 @@ def _backward(
     bias: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of what the forward normalised, x, in ``dtype`` and in its own, of weight and of bias.
+    """Gradients of what the forward normalised, x, in ``dtype`` and in its own, of weight and of
+    bias.
 
     The second is empty where the dtypes are the same, the last without a bias.
     """
-    dx, dresidual, dweight, dbias = _backward_outputs(dy, dtotal, x, weight, mean, rstd, bias, dtype)
+    dx, dresidual, dweight, dbias = _backward_outputs(
+        dy, dtotal, x, weight, mean, rstd, bias, dtype
+    )
     if x.numel() == 0:
         return dx, dresidual, dweight.zero_(), dbias.zero_()
     x, dy, weight = x.contiguous(), dy.contiguous(), weight.contiguous()
     dtotal = None if dtotal is None else dtotal.contiguous()
-    run = _backward_wide if _is_wide(x.shape[-1], mixed={x.dtype, weight.dtype} != {dtype}) else _backward_narrow
+    run = (
+        _backward_wide
+        if _is_wide(x.shape[-1], mixed={x.dtype, weight.dtype} != {dtype})
+        else _backward_narrow
+    )
     partial_sums = run(dy, dtotal, x, weight, mean, rstd, dx, dresidual, bias)
     sums = partial_sums.sum(dim=1)
     dweight.copy_(sums[0])
@@ -159,8 +221,15 @@ def _backward_outputs(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     own = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dx, dresidual = (own, x.new_empty(0)) if dtype == x.dtype else (torch.empty_like(own, dtype=dtype), own)
-    return dx, dresidual, torch.empty_like(weight), torch.empty_like(weight) if bias else weight.new_empty(0)
+    dx, dresidual = (
+        (own, x.new_empty(0)) if dtype == x.dtype else (torch.empty_like(own, dtype=dtype), own)
+    )
+    return (
+        dx,
+        dresidual,
+        torch.empty_like(weight),
+        torch.empty_like(weight) if bias else weight.new_empty(0),
+    )
 
 
 def _backward_narrow(
@@ -221,15 +290,39 @@ def _backward_wide(
     flags: dict[str, Any] = {"CENTRED": mean.numel() > 0, "BLOCK": _SUM_CHUNK, "num_warps": 8}
     averages = rstd.new_empty(2, rows) if parts > 1 else rstd
     if parts > 1:
-        launch(norm_row_averages, (rows,), x, dy, x, weight, mean, rstd, averages, rows, columns, STAGES=3, **flags)
-    programs = min(rows, triton.cdiv(_programs(x.device), 2 * parts))  # one program fills a multiprocessor
+        launch(
+            norm_row_averages,
+            (rows,),
+            x,
+            dy,
+            x,
+            weight,
+            mean,
+            rstd,
+            averages,
+            rows,
+            columns,
+            STAGES=3,
+            **flags,
+        )
+    programs = min(
+        rows, triton.cdiv(_programs(x.device), 2 * parts)
+    )  # one program fills a multiprocessor
     partial_sums = x.new_empty(1 + bias, programs, columns, dtype=torch.float32)
     launch(
         norm_backward_wide,
         (programs, parts),
         x,
         *(dy, dy if dtotal is None else dtotal, x, weight, mean, rstd, averages),
-        *(dx, dresidual, partial_sums[0], partial_sums[-1], rows, columns, triton.cdiv(rows, programs)),
+        *(
+            dx,
+            dresidual,
+            partial_sums[0],
+            partial_sums[-1],
+            rows,
+            columns,
+            triton.cdiv(rows, programs),
+        ),
         RESIDUAL=dtotal is not None,
         WIDER=dresidual.numel() > 0,
         BIAS=bias,
@@ -246,13 +339,15 @@ def _is_wide(columns: int, mixed: bool) -> bool:
 
 
 def _parts(columns: int, wider: bool) -> tuple[int, int]:
-    """Into how many parts the backward cuts the columns of a wide row, and how many chunks a part has."""
+    """Into how many parts the backward cuts the columns of a wide row, and how many chunks a
+    part has.
+    """
     chunks = triton.cdiv(columns, _SUM_CHUNK)
     parts = triton.cdiv(columns, _WIDEST_SUMS_WIDER if wider else _WIDEST_SUMS)
     return parts, triton.cdiv(chunks, parts)
 
 
-# ------------------------------------------------------------------------------------------------------------ autograd
+# ----------------------------------------------------------------------------------------- autograd
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -271,23 +366,39 @@ def _gradients(
     if dy is None:
         dy = torch.zeros_like(x, dtype=ctx.dtype)
     dtotal = dtotal if ctx.has_residual else None
-    dx, dresidual, dweight, dbias = _backward(dy, dtotal, x, weight, mean, rstd, ctx.has_bias, ctx.dtype)
+    dx, dresidual, dweight, dbias = _backward(
+        dy, dtotal, x, weight, mean, rstd, ctx.has_bias, ctx.dtype
+    )
     if ctx.dtype == x.dtype:
         dresidual = dx
-    return dx, dresidual if ctx.has_residual else None, dweight, dbias if ctx.has_bias else None, None, None
+    return (
+        dx,
+        dresidual if ctx.has_residual else None,
+        dweight,
+        dbias if ctx.has_bias else None,
+        None,
+        None,
+    )
 
 
 register_gradient(_forward, _BOTH, _gradients, _save)
 refuse_second_order(_backward, _BOTH)
 
 
-# ----------------------------------------------------------------------------------------------------- public functions
+# --------------------------------------------------------------------------------- public functions
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float = 1e-5, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Layer normalisation over the last dimension; with a residual, of x + residual, returning both."""
+    """Layer normalisation over the last dimension; with a residual, of x + residual, returning
+    both.
+    """
     return _normalise(x, residual, weight, bias, eps, centred=True)
 
 
@@ -304,17 +415,25 @@ def refusal(op: str, *args: Any, **kwargs: Any) -> str | None:
 
 
 def _normalise(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centred: bool
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    centred: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     y, total, _, _ = _forward(x, residual, weight, bias, eps, centred)
     return y if residual is None else (y, total)
 
 
-# ----------------------------------------------------------------------------------------------------- ahead of time
+# ------------------------------------------------------------------------------------ ahead of time
 
 
 _TYPES: dict[str, Any] = {
-    **dict.fromkeys(("x", "residual", "weight", "bias", "y", "total", "dy", "dtotal", "dx", "dresidual"), "*bf16"),
+    **dict.fromkeys(
+        ("x", "residual", "weight", "bias", "y", "total", "dy", "dtotal", "dx", "dresidual"),
+        "*bf16",
+    ),
     **dict.fromkeys(("mean", "rstd", "averages", "dweight", "dbias"), "*fp32"),
     "rows": "i32",
     "columns": "i32:16",
@@ -326,22 +445,39 @@ _TYPES: dict[str, Any] = {
 def _shipped(
     columns: int, centred: bool, residual: bool, dtype: str = "bf16", mixed: bool = False
 ) -> list[AheadOfTime]:
-    """Forward and backward at one width, as this module would launch them; ``mixed``: parameters and sums in fp32."""
+    """Forward and backward at one width, as this module would launch them; ``mixed``: parameters
+    and sums in fp32.
+    """
     tile = _tile(columns)
     types = {name: f"*{dtype}" if type_ == "*bf16" else type_ for name, type_ in _TYPES.items()}
     if mixed:
-        types |= dict.fromkeys(("weight", "bias", "residual", "total", "dtotal", "dresidual"), "*fp32")
+        types |= dict.fromkeys(
+            ("weight", "bias", "residual", "total", "dtotal", "dresidual"), "*fp32"
+        )
     name = "layer_norm" if centred else "rms_norm"
-    name += ("_residual" if residual else "") + ("" if dtype == "bf16" else f"_{dtype}") + ("_mixed" if mixed else "")
+    name += (
+        ("_residual" if residual else "")
+        + ("" if dtype == "bf16" else f"_{dtype}")
+        + ("_mixed" if mixed else "")
+    )
     name += f"_{columns}"
-    flags = {"CENTRED": centred, "RESIDUAL": residual, "WIDER": mixed, "BIAS": centred, "STAGES": tile.stages}
+    flags = {
+        "CENTRED": centred,
+        "RESIDUAL": residual,
+        "WIDER": mixed,
+        "BIAS": centred,
+        "STAGES": tile.stages,
+    }
     shape = {"ROWS": tile.rows, "BLOCK": tile.block}
     forward = norm_forward_wide if tile.wide else norm_forward
     entries = [AheadOfTime(f"{name}_forward", forward, types, flags | shape, tile.warps)]
     if mixed:
         types = types | {"x": "*fp32"}  # backward reads the sum
     if not _is_wide(columns, mixed):
-        return [*entries, AheadOfTime(f"{name}_backward", norm_backward, types, flags | shape, tile.warps)]
+        return [
+            *entries,
+            AheadOfTime(f"{name}_backward", norm_backward, types, flags | shape, tile.warps),
+        ]
     parts, chunks = _parts(columns, mixed)
     flags |= {"BLOCK": _SUM_CHUNK, "CHUNKS": chunks, "AVERAGED": parts > 1}
     entries.append(AheadOfTime(f"{name}_backward", norm_backward_wide, types, flags, 8))
@@ -359,7 +495,19 @@ AHEAD_OF_TIME: list[AheadOfTime] = [
     *_shipped(768, centred=False, residual=False),
     *_shipped(4096, centred=False, residual=True),
     *_shipped(8192, centred=False, residual=True),
-    *(entry for columns in (4096, 8192, 12288) for entry in _shipped(columns, centred=True, residual=True, mixed=True)),
-    *(entry for dtype in ("fp16", "fp32") for entry in _shipped(768, centred=True, residual=False, dtype=dtype)),
-    *(entry for dtype in ("fp16", "fp32") for entry in _shipped(8192, centred=True, residual=True, dtype=dtype)),
+    *(
+        entry
+        for columns in (4096, 8192, 12288)
+        for entry in _shipped(columns, centred=True, residual=True, mixed=True)
+    ),
+    *(
+        entry
+        for dtype in ("fp16", "fp32")
+        for entry in _shipped(768, centred=True, residual=False, dtype=dtype)
+    ),
+    *(
+        entry
+        for dtype in ("fp16", "fp32")
+        for entry in _shipped(8192, centred=True, residual=True, dtype=dtype)
+    ),
 ]

@@ -1,7 +1,7 @@
 """Rotary position embedding in one pass, from whatever strides the fused projection left.
 
-A rotation's transpose is the rotation by the opposite angle, so backward is the same function with the sine negated,
-and keeps nothing but the table of angles.
+A rotation's transpose is the rotation by the opposite angle, so backward is the same function with
+the sine negated, and keeps nothing but the table of angles.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -26,8 +26,12 @@ def rotary_rotate(
     x, cosine, sine, y, x_strides, y_strides, heads, length, half,
     ROWS: tl.constexpr, HALF: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """ROWS positions of one head for each program; HALF is head_dim / 2 rounded up to a power of two."""
-    blocks = tl.cdiv(length, ROWS)  # heads come along the same axis of the grid: the others end at 65,535
+    """ROWS positions of one head for each program; HALF is head_dim / 2 rounded up to a power of
+    two.
+    """
+    blocks = tl.cdiv(
+        length, ROWS
+    )  # heads come along the same axis of the grid: the others end at 65,535
     plane = tl.program_id(0) // blocks
     batch, head = plane // heads, plane % heads
     row = (tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -47,7 +51,11 @@ def rotary_rotate(
     target += row[:, None] * y_strides[2] + column[None, :] * y_strides[3]
     dtype: tl.constexpr = y.dtype.element_ty
     tl.store(target, narrow(first * cos - second * sin, dtype, IN_INTERPRETER), mask=mask)
-    tl.store(target + far * y_strides[3], narrow(second * cos + first * sin, dtype, IN_INTERPRETER), mask=mask)
+    tl.store(
+        target + far * y_strides[3],
+        narrow(second * cos + first * sin, dtype, IN_INTERPRETER),
+        mask=mask,
+    )
 
 
 @torch.library.custom_op("megagpt::rotary", mutates_args=())
@@ -60,7 +68,17 @@ def _rotary(x: Tensor, cosine: Tensor, sine: Tensor, backward: bool) -> Tensor:
         rotary_rotate,
         (triton.cdiv(length, _ROWS) * batch * heads,),
         x,
-        *(x, cosine.contiguous(), sine.contiguous(), y, x.stride(), y.stride(), heads, length, head_dim // 2),
+        *(
+            x,
+            cosine.contiguous(),
+            sine.contiguous(),
+            y,
+            x.stride(),
+            y.stride(),
+            heads,
+            length,
+            head_dim // 2,
+        ),
         ROWS=_ROWS,
         HALF=triton.next_power_of_2(head_dim // 2),
         BACKWARD=backward,
@@ -86,7 +104,8 @@ register_gradient(_rotary, "rotary", _gradient, _save)
 
 
 def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotate the pair of channels (i, i + head_dim / 2) of x (batch, heads, length, head_dim) by its angle.
+    """Rotate the pair of channels (i, i + head_dim / 2) of x (batch, heads, length, head_dim) by
+    its angle.
 
     cosine and sine (length, head_dim / 2) in fp32, row t for position t; they get no gradient.
     """

@@ -9,7 +9,8 @@ import triton.language as tl
 def narrow(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
     """An fp32 value in ``dtype``, rounded to nearest even.
 
-    The interpreter truncates fp32 to bf16 where the GPU rounds, so there the rounding is done on the bits.
+    The interpreter truncates fp32 to bf16 where the GPU rounds, so there the rounding is done on
+    the bits.
     """
     if INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)

@@ -1,6 +1,7 @@
 """Triton functions that kernels share: where tiles lie, loading them, products, dropout masks."""
 
-# Triton compiles these functions from the types they are launched with; Python annotations would say nothing.
+# Triton compiles these functions from the types they are launched with; Python annotations would
+# say nothing.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 import triton
@@ -16,22 +17,34 @@ IN_INTERPRETER = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def tile_offsets(strides, rows, columns):
-    """Offsets of a (rows, columns) tile of a tensor (batch, heads, length, head_dim) from its own batch and head."""
+    """Offsets of a (rows, columns) tile of a tensor (batch, heads, length, head_dim) from its
+    own batch and head.
+    """
     return rows[:, None] * strides[2] + columns[None, :] * strides[3]
 
 
 @triton.jit
 def head_start(pointer, strides, batch, head, row):
-    """Where row ``row`` of one head begins; 64-bit, since whole tensors may hold more than 2^31 elements."""
+    """Where row ``row`` of one head begins; 64-bit, since whole tensors may hold more than 2^31
+    elements.
+    """
     batch, head, row = tl.cast(batch, tl.int64), tl.cast(head, tl.int64), tl.cast(row, tl.int64)
     return pointer + batch * strides[0] + head * strides[1] + row * strides[2]
 
 
 @triton.jit
-def load_tile(pointers, rows, columns, row_limit, COLUMN_LIMIT: tl.constexpr, MASK_ROWS: tl.constexpr):
-    """Load a tile, with zeros beyond ``row_limit`` (if MASK_ROWS) and COLUMN_LIMIT (if the tile is wider)."""
+def load_tile(
+    pointers, rows, columns, row_limit, COLUMN_LIMIT: tl.constexpr, MASK_ROWS: tl.constexpr
+):
+    """Load a tile, with zeros beyond ``row_limit`` (if MASK_ROWS) and COLUMN_LIMIT (if the tile
+    is wider).
+    """
     if columns.shape[0] != COLUMN_LIMIT:
-        return tl.load(pointers, mask=(rows[:, None] < row_limit) & (columns[None, :] < COLUMN_LIMIT), other=0.0)
+        return tl.load(
+            pointers,
+            mask=(rows[:, None] < row_limit) & (columns[None, :] < COLUMN_LIMIT),
+            other=0.0,
+        )
     if MASK_ROWS:
         return tl.load(pointers, mask=rows[:, None] < row_limit, other=0.0)
     return tl.load(pointers)
@@ -41,7 +54,8 @@ def load_tile(pointers, rows, columns, row_limit, COLUMN_LIMIT: tl.constexpr, MA
 def product(a, b, accumulator):
     """accumulator + a @ b in fp32; fp32 operands are multiplied in fp32, not TF32.
 
-    The interpreter multiplies the bit patterns of bf16 operands (triton-lang/triton#11584), so there they are widened.
+    The interpreter multiplies the bit patterns of bf16 operands (triton-lang/triton#11584), so
+    there they are widened.
     """
     if IN_INTERPRETER:
         return accumulator + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
@@ -52,8 +66,8 @@ def product(a, b, accumulator):
 def keep_tile(seed, plane, rows, first_column, COLUMNS: tl.constexpr, DROP_BELOW: tl.constexpr):
     """True where dropout keeps an element: ``kernels.philox.keep_mask`` for a tile, bit for bit.
 
-    Four neighbouring columns share a Philox call; ``first_column`` is a multiple of 4. DROP_BELOW is the probability
-    of dropping times 2^32.
+    Four neighbouring columns share a Philox call; ``first_column`` is a multiple of 4. DROP_BELOW
+    is the probability of dropping times 2^32.
     """
     groups = first_column // 4 + tl.arange(0, COLUMNS // 4)
     row = rows[:, None] + tl.zeros_like(groups)[None, :]

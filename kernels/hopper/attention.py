@@ -1,7 +1,9 @@
-"""Attention on Hopper: a forward in Gluon where it applies, the portable backward from the same log-sum-exp.
+"""Attention on Hopper: a forward in Gluon where it applies, the portable backward from the same
+log-sum-exp.
 
 The kernel is in hopper/forward.py. It runs on compute capability 9.0 alone, after it and the
-portable backward have passed the self-check there; MEGAGPT_HOPPER=0 leaves everything to the portable ones.
+portable backward have passed the self-check there; MEGAGPT_HOPPER=0 leaves everything to the
+portable ones.
 """
 
 import functools
@@ -25,7 +27,10 @@ from kernels.verification import self_check
 from kernels.verification.exact_attention import variant_of
 
 _BLOCK_N = 128  # keys at a time
-_STAGES = {64: 4, 128: 2}  # by head dimension: tiles of keys, and of values, that fit into shared memory
+_STAGES = {
+    64: 4,
+    128: 2,
+}  # by head dimension: tiles of keys, and of values, that fit into shared memory
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _ALIGNMENT = 8  # elements of 16 bits: TMA counts in 16 bytes
 _LARGEST_STRIDE = 2**38  # elements; TMA's strides have 40 bits of bytes
@@ -44,9 +49,13 @@ def attention(
     head_offset: int = 0,
     deterministic: bool = False,
 ) -> Tensor:
-    """softmax(q k^T * scale) v for the calls that ``refusal`` lets through, as ``kernels.reference.attention``."""
+    """softmax(q k^T * scale) v for the calls that ``refusal`` lets through, as
+    ``kernels.reference.attention``.
+    """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, _ = _forward(q, k, v, scale, causal, deterministic or torch.are_deterministic_algorithms_enabled())
+    out, _ = _forward(
+        q, k, v, scale, causal, deterministic or torch.are_deterministic_algorithms_enabled()
+    )
     return out
 
 
@@ -77,21 +86,35 @@ def refusal(
         return "there is nothing to attend to"
     if causal and q.shape[2] > k.shape[2]:
         return f"the first of {q.shape[2]} queries see none of {k.shape[2]} keys"
-    return next((reason for name, x in (("q", q), ("k", k), ("v", v)) if (reason := _layout_refusal(name, x))), None)
+    return next(
+        (
+            reason
+            for name, x in (("q", q), ("k", k), ("v", v))
+            if (reason := _layout_refusal(name, x))
+        ),
+        None,
+    )
 
 
 def fault(op: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> str | None:
-    """What this kernel, or the backward it relies on, computes wrongly on this GPU. The first call checks both."""
+    """What this kernel, or the backward it relies on, computes wrongly on this GPU.
+
+    The first call checks both.
+    """
     return self_check.verdict(__name__, q.device, q.dtype, variant_of(q, k, v, **options))
 
 
 def _layout_refusal(name: str, x: Tensor) -> str | None:
-    """Why the tensor memory accelerator cannot read x: what it addresses lies in rows of whole 16 bytes."""
+    """Why the tensor memory accelerator cannot read x: what it addresses lies in rows of whole
+    16 bytes.
+    """
     if x.stride(3) != 1:
         return f"{name} has stride {x.stride(3)} between channels, not 1"
     for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True):
         if size > 1 and (stride % _ALIGNMENT or not 0 < stride < _LARGEST_STRIDE):
-            return f"{name} has a stride of {stride} elements, not a positive multiple of {_ALIGNMENT}"
+            return (
+                f"{name} has a stride of {stride} elements, not a positive multiple of {_ALIGNMENT}"
+            )
     return None
 
 
@@ -101,8 +124,13 @@ def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
         x = x.clone()
     head_dim = x.shape[3]
     # The stride of a dimension of size 1 may be any number, and means nothing.
-    strides = [stride if size > 1 else head_dim for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, head_dim], _layout(rows, head_dim, x.dtype))
+    strides = [
+        stride if size > 1 else head_dim
+        for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
+    ]
+    return TensorDescriptor(
+        x, list(x.shape), [*strides, 1], [1, 1, rows, head_dim], _layout(rows, head_dim, x.dtype)
+    )
 
 
 @functools.cache  # six of its microseconds for each of four tensors, in every call
@@ -111,14 +139,19 @@ def _layout(rows: int, head_dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayou
 
 
 @torch.library.custom_op("megagpt::attention_forward_hopper", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, deterministic: bool) -> tuple[Tensor, Tensor]:
-    """The result and the log2-sum-exp2 of each query's scaled scores (batch, heads, length) in fp32."""
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, deterministic: bool
+) -> tuple[Tensor, Tensor]:
+    """The result and the log2-sum-exp2 of each query's scaled scores (batch, heads, length) in
+    fp32.
+    """
     out, log_sum_exp = _outputs(q, k, v)
     batch, heads, length, head_dim = q.shape
     rows = CONSUMERS.value * ROWS.value
     launch(
         attention_forward_hopper, (-(-length // rows) * batch * heads,), q,
-        _descriptor(q, ROWS.value), _descriptor(k, _BLOCK_N), _descriptor(v, _BLOCK_N), _descriptor(out, ROWS.value),
+        _descriptor(q, ROWS.value), _descriptor(k, _BLOCK_N), _descriptor(v, _BLOCK_N),
+        _descriptor(out, ROWS.value),
         log_sum_exp, heads, heads // k.shape[1], length, k.shape[2], scale * math.log2(math.e),
         HEAD_DIM=head_dim, BLOCK_N=_BLOCK_N, STAGES=_STAGES[head_dim], CAUSAL=causal, num_warps=4,
     )  # fmt: skip
@@ -136,11 +169,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(q, k, v, *output)
 
 
-def _differentiate(ctx: Any, out_gradient: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(
+    ctx: Any, out_gradient: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
     if out_gradient is None:
         return (None,) * 6
     portable = (None, None, ctx.scale, ctx.causal, 0.0, 0, ctx.deterministic)
-    return (*fused_attention.backward(out_gradient, *ctx.saved_tensors, *portable), None, None, None)
+    return (
+        *fused_attention.backward(out_gradient, *ctx.saved_tensors, *portable),
+        None,
+        None,
+        None,
+    )
 
 
 register_gradient(_forward, "attention", _differentiate, _save)
@@ -161,14 +201,27 @@ def _shipped(head_dim: int, dtype: torch.dtype, causal: bool) -> AheadOfTime:
     }
     types |= dict.fromkeys(("heads", "group", "length", "key_length"), "i32")
     types |= {"log_sum_exp": "*fp32", "scale_log2": "fp32"}
-    constants = {"HEAD_DIM": head_dim, "BLOCK_N": _BLOCK_N, "STAGES": _STAGES[head_dim], "CAUSAL": causal}
+    constants = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_N": _BLOCK_N,
+        "STAGES": _STAGES[head_dim],
+        "CAUSAL": causal,
+    }
     flags = "" if causal else "_full"
     return AheadOfTime(
-        f"attention_forward_hopper_{head_dim}_{name}{flags}", attention_forward_hopper, types, constants, capability=90
+        f"attention_forward_hopper_{head_dim}_{name}{flags}",
+        attention_forward_hopper,
+        types,
+        constants,
+        capability=90,
     )
 
 
 AHEAD_OF_TIME: list[AheadOfTime] = [
-    *(_shipped(head_dim, torch.bfloat16, causal) for head_dim in _STAGES for causal in (True, False)),
+    *(
+        _shipped(head_dim, torch.bfloat16, causal)
+        for head_dim in _STAGES
+        for causal in (True, False)
+    ),
     *(_shipped(head_dim, torch.float16, True) for head_dim in _STAGES),
 ]

@@ -1,20 +1,24 @@
-"""Attention forward for Hopper in Gluon: one warp copies, two warp groups multiply while they take exponentials.
+"""Attention forward for Hopper in Gluon: one warp copies, two warp groups multiply while they take
+exponentials.
 
-Ordinary Triton waits for every matrix product before it goes on, so softmax and the tensor cores take turns within a
-program. Here each consumer, a warp group of 64 query rows, starts the next scores and the last weighted values together
-and takes the exponentials of the one while the other is still multiplying (FlashAttention-3, Shah et al. 2024, sec. 3):
+Ordinary Triton waits for every matrix product before it goes on, so softmax and the tensor cores
+take turns within a program. Here each consumer, a warp group of 64 query rows, starts the next
+scores and the last weighted values together and takes the exponentials of the one while the other
+is still multiplying (FlashAttention-3, Shah et al. 2024, sec. 3):
 
-    producer    K0 V0 K1 V1 ...   each into a ring of STAGES tiles, as soon as both consumers have released the tile
+    producer    K0 V0 K1 V1 ...   each into a ring of STAGES tiles, once both consumers released it
     consumer    S0 = Q K0         softmax(S0)
                 S1 = Q K1 | O += P0 V0    softmax(S1)     rescale O
                 S2 = Q K2 | O += P1 V1    softmax(S2)     rescale O      ...      O += Pn Vn
 
-Every tile has two barriers: ``ready`` counts the bytes that the tensor memory accelerator (TMA) has delivered,
-``empty`` the consumers that are done with the tile. Round r of the ring completes phase r of either. TMA fills what
-lies beyond the tensors with zeros and stores nothing there, so only scores need a mask.
+Every tile has two barriers: ``ready`` counts the bytes that the tensor memory accelerator (TMA) has
+delivered, ``empty`` the consumers that are done with the tile. Round r of the ring completes phase
+r of either. TMA fills what lies beyond the tensors with zeros and stores nothing there, so only
+scores need a mask.
 """
 
-# Gluon compiles these functions from the types they are launched with; Python annotations would say nothing.
+# Gluon compiles these functions from the types they are launched with; Python annotations would say
+# nothing.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 from triton.experimental import gluon
@@ -33,7 +37,8 @@ _PRODUCER_REGISTERS = gl.constexpr(24)  # a thread; the least there is
 _CONSUMER_REGISTERS = gl.constexpr(240)  # 240 + 240 + 24 = 3 * 168: all that 12 warps have
 
 
-# Not specialised: a length or a number of heads of 1 would be a constant, of another type than the loops count in.
+# Not specialised: a length or a number of heads of 1 would be a constant, of another type than the
+# loops count in.
 @gluon.jit(do_not_specialize=["heads", "group", "length", "key_length"])
 def attention_forward_hopper(
     q, k, v, out, log_sum_exp, heads, group, length, key_length, scale_log2,
@@ -41,7 +46,8 @@ def attention_forward_hopper(
 ):  # fmt: skip
     """As ``attention_forward``, from and to TMA descriptors of (batch, heads, length, head_dim).
 
-    Launch with four warps: the first consumer. Every query must see a key: if CAUSAL, length <= key_length.
+    Launch with four warps: the first consumer. Every query must see a key: if CAUSAL, length <=
+    key_length.
     """
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, HEAD_DIM], q.dtype)
     key_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, HEAD_DIM], q.dtype)
@@ -54,7 +60,8 @@ def attention_forward_hopper(
     fence_async_shared()
 
     blocks = gl.cdiv(length, CONSUMERS * ROWS)
-    # Causal work grows with the row: the heaviest blocks go first, so that the light ones fill the last wave.
+    # Causal work grows with the row: the heaviest blocks go first, so that the light ones fill the
+    # last wave.
     first_row = (blocks - 1 - gl.program_id(0) % blocks) * (CONSUMERS * ROWS)
     plane = gl.program_id(0) // blocks
     end = key_length
@@ -94,7 +101,9 @@ def _produce(q, k, v, tiles, barriers, where, group):
     mbarrier.expect(q_ready.index(0), CONSUMERS * q.block_type.nbytes)
     for consumer in gl.static_range(CONSUMERS):
         row = first_row + consumer * ROWS
-        tma.async_copy_global_to_shared(q, [batch, head, row, 0], q_ready.index(0), q_tiles.index(consumer))
+        tma.async_copy_global_to_shared(
+            q, [batch, head, row, 0], q_ready.index(0), q_tiles.index(consumer)
+        )
     for step in range(steps):
         _copy(k, [batch, head // group, step * BLOCK_N, 0], k_tiles, k_ready, k_empty, step)
         _copy(v, [batch, head // group, step * BLOCK_N, 0], v_tiles, v_ready, v_empty, step)
@@ -102,7 +111,9 @@ def _produce(q, k, v, tiles, barriers, where, group):
 
 @gluon.jit
 def _copy(tensor, position, tiles, ready, empty, step):
-    """Start copying into the tile of a step, once the consumers of the round before have released it."""
+    """Start copying into the tile of a step, once the consumers of the round before have
+    released it.
+    """
     STAGES: gl.constexpr = tiles.shape[0]
     stage = step % STAGES
     # A new barrier counts as one whose phase 1 is over, so the first round does not wait.
@@ -112,7 +123,9 @@ def _copy(tensor, position, tiles, ready, empty, step):
 
 
 @gluon.jit
-def _consume(out, log_sum_exp, tiles, barriers, where, sizes, CONSUMER: gl.constexpr, CAUSAL: gl.constexpr):
+def _consume(
+    out, log_sum_exp, tiles, barriers, where, sizes, CONSUMER: gl.constexpr, CAUSAL: gl.constexpr
+):
     """One warp group: 64 rows of the result from all the keys of the program."""
     q_tiles, k_tiles, v_tiles = tiles
     q_ready, k_ready, v_ready, k_empty, v_empty = barriers
@@ -138,7 +151,9 @@ def _consume(out, log_sum_exp, tiles, barriers, where, sizes, CONSUMER: gl.const
     mbarrier.wait(q_ready.index(0), 0)
     mbarrier.wait(k_ready.index(0), 0)
     scores = gl.zeros((ROWS, BLOCK_N), gl.float32, score_layout)
-    scores = warpgroup_mma(queries, k_tiles.index(0).permute((1, 0)), scores, use_acc=False, is_async=True)
+    scores = warpgroup_mma(
+        queries, k_tiles.index(0).permute((1, 0)), scores, use_acc=False, is_async=True
+    )
     scores = warpgroup_mma_wait(0, deps=(scores,))
     mbarrier.arrive(k_empty.index(0), count=1)
     maximum = gl.full((ROWS,), float("-inf"), gl.float32, row_layout)
@@ -155,7 +170,9 @@ def _consume(out, log_sum_exp, tiles, barriers, where, sizes, CONSUMER: gl.const
         maximum, total, weighted, weights = _advance(
             queries, ring, maximum, total, weighted, weights, last, step, scale_log2, True
         )
-    weighted = warpgroup_mma(weights, v_tiles.index((steps - 1) % v_tiles.shape[0]), weighted, is_async=True)
+    weighted = warpgroup_mma(
+        weights, v_tiles.index((steps - 1) % v_tiles.shape[0]), weighted, is_async=True
+    )
     weighted, weights = warpgroup_mma_wait(0, deps=(weighted, weights))
 
     statistics = log_sum_exp + (batch * heads + head).to(gl.int64) * length
@@ -168,8 +185,12 @@ def _consume(out, log_sum_exp, tiles, barriers, where, sizes, CONSUMER: gl.const
 
 
 @gluon.jit
-def _advance(queries, ring, maximum, total, weighted, weights, last, step, scale_log2, MASKED: gl.constexpr):
-    """Scores and weights of a step's keys, while the values of the step before are weighted and added up."""
+def _advance(
+    queries, ring, maximum, total, weighted, weights, last, step, scale_log2, MASKED: gl.constexpr
+):
+    """Scores and weights of a step's keys, while the values of the step before are weighted and
+    added up.
+    """
     k_tiles, v_tiles, k_ready, v_ready, k_empty, v_empty = ring
     STAGES: gl.constexpr = k_tiles.shape[0]
     BLOCK_N: gl.constexpr = k_tiles.shape[1]
@@ -178,25 +199,35 @@ def _advance(queries, ring, maximum, total, weighted, weights, last, step, scale
     stage, before, phase = step % STAGES, (step - 1) % STAGES, step // STAGES & 1
     mbarrier.wait(k_ready.index(stage), phase)
     scores = gl.zeros((ROWS, BLOCK_N), gl.float32, score_layout)
-    scores = warpgroup_mma(queries, k_tiles.index(stage).permute((1, 0)), scores, use_acc=False, is_async=True)
+    scores = warpgroup_mma(
+        queries, k_tiles.index(stage).permute((1, 0)), scores, use_acc=False, is_async=True
+    )
     weighted = warpgroup_mma(weights, v_tiles.index(before), weighted, is_async=True)
     scores = warpgroup_mma_wait(1, deps=(scores,))
     mbarrier.arrive(k_empty.index(stage), count=1)
-    maximum, total, next_weights, rescale = _softmax(scores, maximum, total, last, step * BLOCK_N, scale_log2, MASKED)
-    # These values are needed in the next step only. Waiting for them here ends a basic block, over which ptxas does not
-    # move the wait below; without it the wait went up, before the exponentials, and nothing overlapped.
+    maximum, total, next_weights, rescale = _softmax(
+        scores, maximum, total, last, step * BLOCK_N, scale_log2, MASKED
+    )
+    # These values are needed in the next step only. Waiting for them here ends a basic block, over
+    # which ptxas does not move the wait below; without it the wait went up, before the
+    # exponentials, and nothing overlapped.
     mbarrier.wait(v_ready.index(stage), phase)
-    # The weights pass through the wait, so that their registers stay theirs until the product has read them.
+    # The weights pass through the wait, so that their registers stay theirs until the product has
+    # read them.
     weighted, weights = warpgroup_mma_wait(0, deps=(weighted, weights))
     mbarrier.arrive(v_empty.index(before), count=1)
     weighted = weighted * _column(rescale, out_layout)
-    next_weights = gl.convert_layout(next_weights.to(weights.dtype), weights.type.layout, assert_trivial=True)
+    next_weights = gl.convert_layout(
+        next_weights.to(weights.dtype), weights.type.layout, assert_trivial=True
+    )
     return maximum, total, weighted, next_weights
 
 
 @gluon.jit
 def _softmax(scores, maximum, total, last, first_key, scale_log2, MASKED: gl.constexpr):
-    """The running maximum and total with a tile of scores folded in, its weights, and what earlier ones shrink by."""
+    """The running maximum and total with a tile of scores folded in, its weights, and what
+    earlier ones shrink by.
+    """
     if MASKED:
         keys = first_key + gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))
         scores = gl.where(gl.expand_dims(keys, 0) <= gl.expand_dims(last, 1), scores, float("-inf"))
@@ -209,5 +240,9 @@ def _softmax(scores, maximum, total, last, first_key, scale_log2, MASKED: gl.con
 
 @gluon.jit
 def _column(values, layout: gl.constexpr):
-    """One number for each row, as a column that broadcasts over a tile; rows lie alike in both layouts."""
-    return gl.expand_dims(gl.convert_layout(values, gl.SliceLayout(1, layout), assert_trivial=True), 1)
+    """One number for each row, as a column that broadcasts over a tile; rows lie alike in both
+    layouts.
+    """
+    return gl.expand_dims(
+        gl.convert_layout(values, gl.SliceLayout(1, layout), assert_trivial=True), 1
+    )

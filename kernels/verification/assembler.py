@@ -1,7 +1,8 @@
-"""Which ptxas turns triton's PTX into machine code, and whether reports say that it miscompiles attention.
+"""Which ptxas turns triton's PTX into machine code, and whether reports say that it miscompiles
+attention.
 
-Triton takes the program that TRITON_PTXAS_PATH names (TRITON_PTXAS_BLACKWELL_PATH for compute capability 10.0 and
-above), and silently its own where that one does not run.
+Triton takes the program that TRITON_PTXAS_PATH names (TRITON_PTXAS_BLACKWELL_PATH for compute
+capability 10.0 and above), and silently its own where that one does not run.
 """
 
 import functools
@@ -12,7 +13,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-# triton-lang/triton#11781 names 13.3 as the first with the fix; one reporter found 13.1.80 right, too.
+# triton-lang/triton#11781 names 13.3 as the first with the fix; one reporter found 13.1.80 right,
+# too.
 _MENDED = (13, 3)
 _PACKAGE = "nvidia-cuda-nvcc"
 _TIMEOUT_S = 30
@@ -20,7 +22,9 @@ _TIMEOUT_S = 30
 
 @dataclass(frozen=True)
 class Assembler:
-    """One ptxas: its version, e.g. "12.8.93", or None where it cannot be read, and how triton came to use it."""
+    """One ptxas: its version, e.g. "12.8.93", or None where it cannot be read, and how triton
+    came to use it.
+    """
 
     version: str | None
     origin: str
@@ -30,8 +34,13 @@ class Assembler:
         return f"ptxas {self.version or 'of unknown version'} ({self.origin})"
 
     def reported_wrong(self) -> bool:
-        """Tell whether this version, as far as it is known, is reported to miscompile products from registers."""
-        return self.version is None or tuple(int(part) for part in self.version.split(".")[:2]) < _MENDED
+        """Tell whether this version, as far as it is known, is reported to miscompile products
+        from registers.
+        """
+        return (
+            self.version is None
+            or tuple(int(part) for part in self.version.split(".")[:2]) < _MENDED
+        )
 
     def advice(self) -> str:
         """Say what to type after a wrong result on compute capability 9.0."""
@@ -41,8 +50,9 @@ class Assembler:
         path = _installed()
         install = "" if path else f"pip install '{_PACKAGE}>={first}'; "
         return (
-            f"ptxas before {first} is reported to miscompile such products (triton-lang/triton#11781); "
-            f"{install}export {self.variable}={path or '<site-packages>/nvidia/cu13/bin/ptxas'}"
+            f"ptxas before {first} is reported to miscompile such products "
+            f"(triton-lang/triton#11781); {install}export "
+            f"{self.variable}={path or '<site-packages>/nvidia/cu13/bin/ptxas'}"
         )
 
 
@@ -59,18 +69,28 @@ def assembler(capability: tuple[int, int]) -> Assembler:
         return Assembler(None, f"triton cannot use it: {reason}", variable)
     wanted = os.environ.get(variable)
     if wanted is None or used == wanted:
-        return Assembler(version_of(used), f"{variable}={wanted}" if wanted else "triton's own", variable)
-    return Assembler(version_of(used), f"triton's own, as {variable}={wanted} does not run", variable)
+        return Assembler(
+            version_of(used), f"{variable}={wanted}" if wanted else "triton's own", variable
+        )
+    return Assembler(
+        version_of(used), f"triton's own, as {variable}={wanted} does not run", variable
+    )
 
 
 @functools.cache
 def version_of(path: str) -> str | None:
-    """Run ``path --version`` and return the version, e.g. "12.8.93"; None where it cannot be run or tells none."""
+    """Run ``path --version`` and return the version, e.g. "12.8.93"; None where it cannot be run
+    or tells none.
+    """
     try:
-        said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+        said = subprocess.run(
+            [path, "--version"], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+        )
     except (OSError, subprocess.SubprocessError):
         return None
-    found = re.search(r"\bV(\d+\.\d+[\d.]*)", said.stdout) or re.search(r"release (\d+\.\d+)", said.stdout)
+    found = re.search(r"\bV(\d+\.\d+[\d.]*)", said.stdout) or re.search(
+        r"release (\d+\.\d+)", said.stdout
+    )
     return found[1] if found else None
 
 

@@ -1,9 +1,10 @@
 """Attention inputs whose results are exact in 16 bits, for every variant that Triton compiles.
 
-A query gives equal weight to a power of two of keys and none to the others, so weights are exact, too. The keys are a
-node of the binary tree over positions: all whose index begins with the same bits. Queries choose nodes of all sizes,
-from one key to all of them, so that products run over many blocks of keys with operands that are not zero. Every score
-gradient that is not zero is an integer over a power of two, of few bits.
+A query gives equal weight to a power of two of keys and none to the others, so weights are exact,
+too. The keys are a node of the binary tree over positions: all whose index begins with the same
+bits. Queries choose nodes of all sizes, from one key to all of them, so that products run over many
+blocks of keys with operands that are not zero. Every score gradient that is not zero is an integer
+over a power of two, of few bits.
 """
 
 from typing import Any, NamedTuple
@@ -11,9 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-LENGTH = 1024  # several blocks of queries, and more blocks of keys than any ring of tiles holds; a power of two
+# several blocks of queries, and more blocks of keys than any ring of tiles holds; a power of two
+LENGTH = 1024
 DROPOUT = 0.5  # what remains is doubled, which is exact
-_SCALE = 64.0  # the least advantage of a chosen key, 2, times this leaves exp2 nothing of the others
+_SCALE = (
+    64.0  # the least advantage of a chosen key, 2, times this leaves exp2 nothing of the others
+)
 _CHANNELS = 16  # of an output gradient that are not zero: their sums have few bits
 # With dropout, outputs are fractions, and score gradients have the bits of both.
 _CHANNELS_BESIDE_DROPOUT, _LEVELS_BESIDE_DROPOUT = 1, 6
@@ -22,9 +26,9 @@ _CHANNELS_BESIDE_DROPOUT, _LEVELS_BESIDE_DROPOUT = 1, 6
 class Variant(NamedTuple):
     """What attention is compiled for: calls that are alike in all of it run the same machine code.
 
-    Lengths and the group are classes that Triton tells apart: 1, 16 (a multiple of 16) or 0 (any other). ``aligned``
-    is true where rows are whole multiples of 16 elements apart and channels adjacent. ``gradients`` is false where
-    only the forward will run.
+    Lengths and the group are classes that Triton tells apart: 1, 16 (a multiple of 16) or 0 (any
+    other). ``aligned`` is true where rows are whole multiples of 16 elements apart and channels
+    adjacent. ``gradients`` is false where only the forward will run.
     """
 
     head_dim: int
@@ -65,11 +69,17 @@ def variant_of(
     deterministic: bool = False,
     **_: Any,
 ) -> tuple[Any, ...]:
-    """Return the ``Variant`` that a call of ``kernels.attention`` runs, as a tuple, which torch.compile can trace."""
-    # A single query without gradients is a step of generation. Longer ones may be computed again with gradients inside
-    # a backward (reentrant checkpointing), where nothing can be checked.
-    wants_gradients = torch.is_grad_enabled() or (q.shape[2] > 1 and not torch.is_inference_mode_enabled())
-    aligned = all(x.stride(3) == 1 and all(x.stride(i) % 16 == 0 for i in range(3)) for x in (q, k, v))
+    """Return the ``Variant`` that a call of ``kernels.attention`` runs, as a tuple, which
+    torch.compile can trace.
+    """
+    # A single query without gradients is a step of generation. Longer ones may be computed again
+    # with gradients inside a backward (reentrant checkpointing), where nothing can be checked.
+    wants_gradients = torch.is_grad_enabled() or (
+        q.shape[2] > 1 and not torch.is_inference_mode_enabled()
+    )
+    aligned = all(
+        x.stride(3) == 1 and all(x.stride(i) % 16 == 0 for i in range(3)) for x in (q, k, v)
+    )
     return (
         _constant(q.shape[3]),
         _class(q.shape[2]),
@@ -90,7 +100,9 @@ def _class(size: int) -> int:
 
 
 def _constant(head_dim: int) -> int:
-    """Return the number itself; torch.compile, to which it may be a symbol, reads it bit by bit as a constant."""
+    """Return the number itself; torch.compile, to which it may be a symbol, reads it bit by bit
+    as a constant.
+    """
     if not torch.compiler.is_compiling():
         return head_dim
     return sum(1 << bit for bit in range(9) if head_dim // 2**bit % 2 == 1)  # at most 256 get here
@@ -110,7 +122,8 @@ class ExactCase(NamedTuple):
 def exact_case(variant: Variant, device: torch.device) -> ExactCase:
     """Draw the inputs, the same ones every time.
 
-    A head of n channels tells 2^(n - 1) keys apart: below 11 there are fewer keys, below 4 next to none.
+    A head of n channels tells 2^(n - 1) keys apart: below 11 there are fewer keys, below 4 next to
+    none.
     """
     generator = torch.Generator("cpu").manual_seed(0)
 
@@ -120,7 +133,9 @@ def exact_case(variant: Variant, device: torch.device) -> ExactCase:
     head_dim = variant.head_dim
     span = min(LENGTH, 1 << (head_dim - 1))  # as many keys as codes of head_dim - 1 bits tell apart
     key_length = span if variant.key_length == 16 or span <= 16 else span - 5
-    length = {1: 1, 16: max(1, key_length - key_length % 16), 0: key_length // 2 + 1}[variant.length]
+    length = {1: 1, 16: max(1, key_length - key_length % 16), 0: key_length // 2 + 1}[
+        variant.length
+    ]
     group = {1: 1, 16: 16, 0: 3}[variant.group]
     key_heads = 16 if length == 1 else 1 if group == 16 else 2  # each query is one case
     heads = group * key_heads
@@ -128,7 +143,9 @@ def exact_case(variant: Variant, device: torch.device) -> ExactCase:
     position = torch.arange(key_length, device="cpu")
     query = position[key_length - length :]
     documents = _Documents(span, key_length) if variant.documents else None
-    level, node = _choose(variant, query, key_length, span, documents, integers(0, 2**40, 3, heads, length))
+    level, node = _choose(
+        variant, query, key_length, span, documents, integers(0, 2**40, 3, heads, length)
+    )
     q, k = _codes(level, node, position, span, head_dim, key_heads, integers)
 
     v = integers(-1, 1, 1, key_heads, key_length, head_dim)
@@ -136,7 +153,10 @@ def exact_case(variant: Variant, device: torch.device) -> ExactCase:
         odd = v[:, :, 1::2]
         odd.copy_(2 - v[:, :, : 2 * odd.shape[2] : 2])
     channels = _CHANNELS_BESIDE_DROPOUT if variant.dropout else _CHANNELS
-    chosen = torch.rand(1, heads, length, head_dim, generator=generator, device="cpu").argsort(-1) < channels
+    chosen = (
+        torch.rand(1, heads, length, head_dim, generator=generator, device="cpu").argsort(-1)
+        < channels
+    )
     out_gradient = (2 * integers(0, 1, 1, heads, length, head_dim) - 1) * chosen
 
     options: dict[str, Any] = {"causal": variant.causal, "scale": _SCALE}
@@ -149,7 +169,9 @@ def exact_case(variant: Variant, device: torch.device) -> ExactCase:
 
 
 class _Documents:
-    """Regions of a quarter of the keys, each with two documents that take turns by two positions."""
+    """Regions of a quarter of the keys, each with two documents that take turns by two
+    positions.
+    """
 
     def __init__(self, span: int, key_length: int) -> None:
         self.width, self.key_length = max(4, span // 4), key_length
@@ -165,12 +187,19 @@ class _Documents:
 
 
 def _choose(
-    variant: Variant, query: Tensor, key_length: int, span: int, documents: _Documents | None, random: Tensor
+    variant: Variant,
+    query: Tensor,
+    key_length: int,
+    span: int,
+    documents: _Documents | None,
+    random: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Return level and index of the node of each query (heads, length): its keys are index * 2^level and on.
+    """Return level and index of the node of each query (heads, length): its keys are index *
+    2^level and on.
 
-    All of them are visible, or, where two documents take turns, every other pair, which is half of them. One node in
-    four is the last that is visible, and one in four lies half beyond what is visible, so that a mask is needed.
+    All of them are visible, or, where two documents take turns, every other pair, which is half of
+    them. One node in four is the last that is visible, and one in four lies half beyond what is
+    visible, so that a mask is needed.
     """
     levels = span.bit_length() - 1
     if variant.dropout:
@@ -188,9 +217,13 @@ def _choose(
         first, last = -(-start >> size), ((end + 1) >> size) - 1
         fits = (last >= first) & (wanted >= size)
         level = torch.where(fits, size, level)
-        drawn = torch.where(random[2] % 4 == 0, last, first + random[1] % (last - first + 1).clamp(min=1))
+        drawn = torch.where(
+            random[2] % 4 == 0, last, first + random[1] % (last - first + 1).clamp(min=1)
+        )
         node = torch.where(fits, drawn, node)
-    half = ((end + 1) & -(end + 1)).double().log2().long()  # 2^half visible keys up to the end are half a node
+    half = (
+        ((end + 1) & -(end + 1)).double().log2().long()
+    )  # 2^half visible keys up to the end are half a node
     beginning = end + 1 - (1 << half)
     fits = (half < span.bit_length() - 1) & (half <= levels) & (beginning >= start)
     if documents is not None:
@@ -200,12 +233,18 @@ def _choose(
 
 
 def _codes(
-    level: Tensor, node: Tensor, position: Tensor, span: int, head_dim: int, key_heads: int, integers: Any
+    level: Tensor,
+    node: Tensor,
+    position: Tensor,
+    span: int,
+    head_dim: int,
+    key_heads: int,
+    integers: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return q and k, whose product is 0 for the keys of a node and at most -2 for all others.
 
-    A key bears the bits of its position as signs and a 1; a query the leading bits of its node, and minus their
-    number. In every other channel one of the two is random and the other zero.
+    A key bears the bits of its position as signs and a 1; a query the leading bits of its node, and
+    minus their number. In every other channel one of the two is random and the other zero.
     """
     heads, length = level.shape
     bits = span.bit_length() - 1
@@ -217,7 +256,9 @@ def _codes(
     k[..., code] = 2 * (position[:, None] >> shift & 1) - 1
     k[..., bias] = 1
     beginning = node << level
-    q[0, :, :, code] = torch.where(shift >= level[..., None], 2 * (beginning[..., None] >> shift & 1) - 1, 0)
+    q[0, :, :, code] = torch.where(
+        shift >= level[..., None], 2 * (beginning[..., None] >> shift & 1) - 1, 0
+    )
     q[..., bias] = level - bits
     q[..., rest[::2]] = integers(-1, 1, 1, heads, length, len(rest[::2]))
     k[..., rest[1::2]] = integers(-1, 1, 1, key_heads, len(position), len(rest[1::2]))

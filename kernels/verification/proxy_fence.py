@@ -1,9 +1,10 @@
 """A fence that triton 3.6 leaves out between copying a tile into shared memory and multiplying it.
 
-``cp.async`` writes shared memory through the generic proxy, the matrix products of compute capability 9.0 and 10.0
-(``wgmma``, ``tcgen05.mma``) read it through the asynchronous one. Between the two the PTX memory model demands
-``fence.proxy.async``, or a product may read what was there before. Triton 3.7 emits it after the barrier that follows
-the wait for the copies; 3.6 does not (triton-lang/triton#9610). For attention this module inserts it there.
+``cp.async`` writes shared memory through the generic proxy, the matrix products of compute
+capability 9.0 and 10.0 (``wgmma``, ``tcgen05.mma``) read it through the asynchronous one. Between
+the two the PTX memory model demands ``fence.proxy.async``, or a product may read what was there
+before. Triton 3.7 emits it after the barrier that follows the wait for the copies; 3.6 does not
+(triton-lang/triton#9610). For attention this module inserts it there.
 """
 
 import functools
@@ -20,10 +21,11 @@ _MENDED_KERNELS = "attention_"  # what the names of the kernels with matrix prod
 
 
 def missing_fences(ptx: str) -> list[int]:
-    """Return the lines (from 0) behind which a proxy fence is missing, following the order of the listing.
+    """Return the lines (from 0) behind which a proxy fence is missing, following the order of the
+    listing.
 
-    One for each wait for copies that a product follows, with no fence between: the line of the first barrier behind
-    the wait, or of the wait if there is none.
+    One for each wait for copies that a product follows, with no fence between: the line of the
+    first barrier behind the wait, or of the wait if there is none.
     """
     missing: list[int] = []
     waited: int | None = None  # where a fence would go, if one is needed
@@ -61,7 +63,8 @@ def needed() -> bool:
 def mend() -> None:
     """Let triton 3.6 compile attention with the fence. Do nothing under 3.7 and newer.
 
-    The key of triton's cache changes too, so that neither compiler is given what the other one made.
+    The key of triton's cache changes too, so that neither compiler is given what the other one
+    made.
     """
     if not needed():
         return

@@ -1,9 +1,10 @@
-"""Does this GPU, with this driver and assembler, compute attention right? Asked on inputs with exact answers.
+"""Does this GPU, with this driver and assembler, compute attention right? Asked on inputs with
+exact answers.
 
-ptxas 12.8, which triton 3.6 and 3.7 carry, is reported to miscompile the very products attention is made of
-(triton-lang/triton#11781: input registers reused before an asynchronous product has read them). A wrong product is no
-rounding difference, so every bit of the answers must agree. Each variant that Triton compiles is checked when a call
-first needs it; checking compiles nothing else.
+ptxas 12.8, which triton 3.6 and 3.7 carry, is reported to miscompile the very products attention is
+made of (triton-lang/triton#11781: input registers reused before an asynchronous product has read
+them). A wrong product is no rounding difference, so every bit of the answers must agree. Each
+variant that Triton compiles is checked when a call first needs it; checking compiles nothing else.
 """
 
 import importlib
@@ -29,39 +30,51 @@ _VERDICTS: dict[tuple[str, torch.device, torch.dtype, Variant], str | None] = {}
 
 
 @torch.compiler.assume_constant_result
-def verdict(module: str, device: torch.device, dtype: torch.dtype, variant: tuple[Any, ...]) -> str | None:
+def verdict(
+    module: str, device: torch.device, dtype: torch.dtype, variant: tuple[Any, ...]
+) -> str | None:
     """What the ``attention`` of a module gets wrong on this device; None where every bit agrees.
 
-    Asked once in this process for each device, dtype and ``variant`` (a ``Variant``), and a disagreement is logged as a
-    warning. torch.compile asks while it compiles. A kernel that cannot even be compiled or launched is at fault too.
-    Where it cannot be asked (no memory, inside backward, a CUDA graph being captured) the kernel is refused this once.
+    Asked once in this process for each device, dtype and ``variant`` (a ``Variant``), and a
+    disagreement is logged as a warning. torch.compile asks while it compiles. A kernel that cannot
+    even be compiled or launched is at fault too. Where it cannot be asked (no memory, inside
+    backward, a CUDA graph being captured) the kernel is refused this once.
     """
     variant = Variant(*variant)
     key = (module, device, dtype, variant)
     if key in _VERDICTS:
         return _VERDICTS[key]
-    if not variant.gradients and _VERDICTS.get((*key[:3], variant._replace(gradients=True)), "unknown") is None:
+    if (
+        not variant.gradients
+        and _VERDICTS.get((*key[:3], variant._replace(gradients=True)), "unknown") is None
+    ):
         return None  # its forward was right beside its backward
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return "self-check: impossible while a CUDA graph is captured; call it once before"
     if torch._C._current_graph_task_id() != -1:  # whose thread another backward would wait for
         return "self-check: impossible inside backward; call it once before"
     try:
-        # Whatever the caller is amidst (autocast, inference mode, a default device, a FLOP counter, hooks of activation
-        # checkpointing) holds in its own thread alone.
+        # Whatever the caller is amidst (autocast, inference mode, a default device, a FLOP counter,
+        # hooks of activation checkpointing) holds in its own thread alone.
         with _any_algorithm(), uncounted(), ThreadPoolExecutor(max_workers=1) as thread:
-            found = thread.submit(_ask, importlib.import_module(module).attention, *key[1:]).result()
+            found = thread.submit(
+                _ask, importlib.import_module(module).attention, *key[1:]
+            ).result()
     except torch.OutOfMemoryError:
         return "self-check: no memory for it now"
     except Exception as error:
-        found = f"self-check: {type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+        found = (
+            f"self-check: {type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+        )
     if found is not None:
         log.warning("%s is not used on %s for %s, %s: %s", module, device, dtype, variant, found)
     _VERDICTS[key] = found
     return found
 
 
-def _ask(attention: Attention, device: torch.device, dtype: torch.dtype, variant: Variant) -> str | None:
+def _ask(
+    attention: Attention, device: torch.device, dtype: torch.dtype, variant: Variant
+) -> str | None:
     """The question, in a new thread, which begins on GPU 0 whatever the device."""
     if device.type != "cuda":
         return disagreement(attention, device, dtype, variant)
@@ -75,7 +88,9 @@ def _ask(attention: Attention, device: torch.device, dtype: torch.dtype, variant
 
 @contextmanager
 def _any_algorithm() -> Iterator[None]:
-    """Let torch's own products, which are the yardstick, run even where they cannot be deterministic."""
+    """Let torch's own products, which are the yardstick, run even where they cannot be
+    deterministic.
+    """
     wanted = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)
@@ -85,8 +100,12 @@ def _any_algorithm() -> Iterator[None]:
         torch.use_deterministic_algorithms(wanted, warn_only=warn_only)
 
 
-def disagreement(attention: Attention, device: torch.device, dtype: torch.dtype, variant: Variant) -> str | None:
-    """What ``attention`` gets wrong on this device, forward or backward; None where every bit agrees."""
+def disagreement(
+    attention: Attention, device: torch.device, dtype: torch.dtype, variant: Variant
+) -> str | None:
+    """What ``attention`` gets wrong on this device, forward or backward; None where every bit
+    agrees.
+    """
     case = exact_case(variant, device)
     truth = answers(reference.attention, case, torch.float64, variant)
     ours = answers(attention, case, dtype, variant, deterministic=variant.deterministic)
@@ -103,7 +122,10 @@ def answers(
 ) -> dict[str, Tensor]:
     """Return the output, and the gradients if the variant has any."""
     with torch.set_grad_enabled(variant.gradients):
-        q, k, v = (_laid_out(x.to(dtype), variant.aligned).requires_grad_(variant.gradients) for x in case[:3])
+        q, k, v = (
+            _laid_out(x.to(dtype), variant.aligned).requires_grad_(variant.gradients)
+            for x in case[:3]
+        )
         out = attention(q, k, v, **case.options, **options)
     if not variant.gradients:
         return {"output": out}
@@ -113,7 +135,9 @@ def answers(
 
 
 def _laid_out(x: Tensor, aligned: bool) -> Tensor:
-    """x in memory as a model has it, (batch, length, heads, head_dim), with rows of whole multiples of 16, or odd."""
+    """x in memory as a model has it, (batch, length, heads, head_dim), with rows of whole
+    multiples of 16, or odd.
+    """
     batch, heads, length, head_dim = x.shape
     pitch = -(-head_dim // 16) * 16 if aligned else head_dim | 1
     rows = x.new_zeros(batch, length, heads, pitch)[..., :head_dim]

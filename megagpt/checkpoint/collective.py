@@ -1,6 +1,8 @@
-"""Work that every rank does for itself and all answer for together: where it fails on one rank, it fails on all.
+"""Work that every rank does for itself and all answer for together: where it fails on one rank, it
+fails on all.
 
-Every function here must be called by all ranks of ``group``, all ranks of the run where that is None.
+Every function here must be called by all ranks of ``group``, all ranks of the run where that is
+None.
 """
 
 from collections.abc import Callable
@@ -20,9 +22,11 @@ EXPECTED = (OSError, UserError, *DAMAGE)  # what files and disks may do to a run
 
 
 def together(work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
-    """Run ``work``, which makes no collective call, on every rank; where it fails on any, raise on all.
+    """Run ``work``, which makes no collective call, on every rank; where it fails on any, raise on
+    all.
 
-    Raises UserError with the first failing rank's reason. A rank whose error is no bad input raises that error itself.
+    Raises UserError with the first failing rank's reason. A rank whose error is no bad input raises
+    that error itself.
     """
     result, fault, error = _attempt(work, group)
     if fault is not None:
@@ -32,14 +36,18 @@ def together(work: Callable[[], Result], group: dist.ProcessGroup | None = None)
 
 @dataclass(frozen=True)
 class Fault:
-    """What the first failing rank says; ``damage`` where what it read is at fault, and not the reading."""
+    """What the first failing rank says; ``damage`` where what it read is at fault, and not the
+    reading.
+    """
 
     reason: str
     damage: bool
 
 
 def attempt(work: Callable[[], Result]) -> Result | Fault:
-    """Run ``work`` on every rank: this rank's result where all succeed, else the same fault on all."""
+    """Run ``work`` on every rank: this rank's result where all succeed, else the same fault on
+    all.
+    """
     result, fault, _ = _attempt(work, None)
     return fault if fault is not None else result  # type: ignore[return-value]  # as above
 
@@ -69,7 +77,9 @@ def on_rank0(value: Result, group: dist.ProcessGroup | None = None) -> list[Resu
 def _attempt(
     work: Callable[[], Result], group: dist.ProcessGroup | None
 ) -> tuple[Result | None, Fault | None, Exception | None]:
-    """This rank's result, the first failing rank's fault, this rank's error; whatever happens, none waits for ever."""
+    """This rank's result, the first failing rank's fault, this rank's error; whatever happens,
+    none waits for ever.
+    """
     result: Result | None = None
     error: Exception | None = None
     try:

@@ -1,4 +1,6 @@
-"""The directory `checkpoints`: room for one more, the move that commits it, and which old ones may go."""
+"""The directory `checkpoints`: room for one more, the move that commits it, and which old ones
+may go.
+"""
 
 import shutil
 from collections.abc import Iterable
@@ -15,7 +17,10 @@ from megagpt.utils import MIB, UserError, human_bytes, sync_directory, write_ato
 
 DAMAGED = "damaged_"
 LEFTOVERS = (".staging_*", ".deleting_*", ".latest.*.partial", "step_*/.*.partial")
-SPARE_SHARE, MOST_SPARE_BYTES = 0.05, 256 * MIB  # manifest and the file system's own records, beside the tensors
+SPARE_SHARE, MOST_SPARE_BYTES = (
+    0.05,
+    256 * MIB,
+)  # manifest and the file system's own records, beside the tensors
 
 
 def staging_directory(final: Path) -> Path:
@@ -24,7 +29,9 @@ def staging_directory(final: Path) -> Path:
 
 
 def prepare(staging: Path, tensor_bytes: int) -> None:
-    """An empty staging directory on a disk with room for so many bytes of tensors; raises UserError."""
+    """An empty staging directory on a disk with room for so many bytes of tensors; raises
+    UserError.
+    """
     staging.parent.mkdir(parents=True, exist_ok=True)
     _delete(staging)
     if needed_bytes(tensor_bytes) > shutil.disk_usage(staging.parent).free:
@@ -40,23 +47,33 @@ def needed_bytes(tensor_bytes: int) -> float:
 def no_room(checkpoints: Path, tensor_bytes: int) -> str:
     """What to do about it."""
     steps = complete_steps(checkpoints)
-    may_go = f" (the oldest checkpoint may go: {step_directory(checkpoints, steps[-1])})" if len(steps) > 1 else ""
+    may_go = (
+        f" (the oldest checkpoint may go: {step_directory(checkpoints, steps[-1])})"
+        if len(steps) > 1
+        else ""
+    )
     return (
-        f"{checkpoints}: {need_and_have(checkpoints, tensor_bytes)}; earlier checkpoints are untouched: "
-        f"free some space{may_go} and start again"
+        f"{checkpoints}: {need_and_have(checkpoints, tensor_bytes)}; earlier checkpoints are "
+        f"untouched: free some space{may_go} and start again"
     )
 
 
 def need_and_have(checkpoints: Path, tensor_bytes: int) -> str:
     """Of the disk, in words."""
-    needed, free = human_bytes(needed_bytes(tensor_bytes)), human_bytes(shutil.disk_usage(checkpoints).free)
+    needed, free = (
+        human_bytes(needed_bytes(tensor_bytes)),
+        human_bytes(shutil.disk_usage(checkpoints).free),
+    )
     return f"a checkpoint needs {needed}, the disk has {free}"
 
 
 def require_visible(directory: Path, rank: str) -> None:
     """Raise UserError unless this rank sees what rank 0 has made."""
     if not directory.is_dir():
-        raise UserError(f"{rank} does not see {directory}: the run directory must lie on a disk that all hosts share")
+        raise UserError(
+            f"{rank} does not see {directory}: the run directory must lie on a disk that all "
+            f"hosts share"
+        )
 
 
 def commit(staging: Path, final: Path) -> None:
@@ -74,11 +91,14 @@ def name_latest(final: Path) -> None:
     write_atomically(final.parent / "latest", final.name + "\n")
 
 
-def retire(checkpoints: Path, *, keep: int, milestone_interval_steps: int, last_good_step: int | None) -> None:
-    """Remove checkpoints older than the ``keep`` newest ones, but no milestone and not ``last_good_step``.
+def retire(
+    checkpoints: Path, *, keep: int, milestone_interval_steps: int, last_good_step: int | None
+) -> None:
+    """Remove checkpoints older than the ``keep`` newest ones, but no milestone and not
+    ``last_good_step``.
 
-    That one is known to load, since this process has loaded it. Directories without a sound manifest count for nothing:
-    they push no other out.
+    That one is known to load, since this process has loaded it. Directories without a sound
+    manifest count for nothing: they push no other out.
     """
     steps = complete_steps(checkpoints)
     newest = [step for step in steps if _has_manifest(step_directory(checkpoints, step))][:keep]
@@ -119,14 +139,21 @@ def set_aside(checkpoints: Path, damaged_steps: Iterable[int]) -> None:
 
 def collect_leftovers(checkpoints: Path) -> list[str]:
     """Remove what a killed save or deletion left; returns the names."""
-    leftovers = [path for pattern in LEFTOVERS for path in checkpoints.glob(pattern) if not path.parent.is_symlink()]
+    leftovers = [
+        path
+        for pattern in LEFTOVERS
+        for path in checkpoints.glob(pattern)
+        if not path.parent.is_symlink()
+    ]
     for path in leftovers:
         _delete(path)
     return [path.name for path in leftovers]
 
 
 def _delete(path: Path) -> None:
-    """Remove a directory or a file, if it is there; of a link, the link only: what it leads to is not the run's."""
+    """Remove a directory or a file, if it is there; of a link, the link only: what it leads to
+    is not the run's.
+    """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,4 +1,6 @@
-"""How a run is laid out and computed, for the record: what a result's last bits depend on, and its values do not."""
+"""How a run is laid out and computed, for the record: what a result's last bits depend on, and
+its values do not.
+"""
 
 import os
 from typing import Any

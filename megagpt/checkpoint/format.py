@@ -1,11 +1,14 @@
-"""Checkpoints on disk: one directory a step, safetensors and JSON, whole or absent, readable without any mesh.
+"""Checkpoints on disk: one directory a step, safetensors and JSON, whole or absent, readable
+without any mesh.
 
-    checkpoints/step_00000100/manifest.json            what, from which run, how cut, and the SHA-256 of every file
-                              rank_00000_000.safetensors ...    weight/NAME, exp_avg/NAME, exp_avg_sq/NAME
-    checkpoints/latest                                  advisory; the scan of manifests is the authority
+    checkpoints/latest                      advisory; the scan of manifests is the authority
+    checkpoints/step_00000100/
+        manifest.json                       run, mesh, cuts of tensors, SHA-256 of each file
+        rank_00000_000.safetensors ...      weight/NAME, exp_avg/NAME, exp_avg_sq/NAME
 
-A tensor in a file is a flat fp32 run of a parameter named globally (``blocks.17.attention.qkv.weight``): elements
-[start, start + numel) of the flattened ``box`` of the logical tensor. Nothing here executes what it reads.
+A tensor in a file is a flat fp32 run of a parameter named globally
+(``blocks.17.attention.qkv.weight``): elements [start, start + numel) of the flattened ``box`` of
+the logical tensor. Nothing here executes what it reads.
 """
 
 import hashlib
@@ -23,28 +26,40 @@ from megagpt.utils import UserError
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 WEIGHT = "weight"
-MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)  # other errors may be the disk's, and pass
+MISSING = (
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+)  # other errors may be the disk's, and pass
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 _SEAL = re.compile(r',\n "sha256": "([0-9a-f]{64})"\n\}\n\Z')
 STRICT = ConfigDict(strict=True, extra="forbid")
 
 Count = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-FileName = Annotated[str, Field(pattern=r"^rank_\d{5,}_\d{3,}\.safetensors$")]  # never outside its own directory
+FileName = Annotated[
+    str, Field(pattern=r"^rank_\d{5,}_\d{3,}\.safetensors$")
+]  # never outside its own directory
 Record = TypeVar("Record")
 
 
 class DamagedCheckpointError(Exception):
-    """A checkpoint that must not be loaded; the message names the file and what is wrong with it."""
+    """A checkpoint that must not be loaded; the message names the file and what is wrong with
+    it.
+    """
 
 
 class OtherFormatError(UserError):
-    """A sealed file of another version of this program: sound, so nothing passes over it or sets it aside."""
+    """A sealed file of another version of this program: sound, so nothing passes over it or sets
+    it aside.
+    """
 
 
 @dataclass(frozen=True, config=STRICT)
 class Slice:
-    """Elements [start, start + numel) of the flattened box of a logical tensor, and the file that holds them."""
+    """Elements [start, start + numel) of the flattened box of a logical tensor, and the file
+    that holds them.
+    """
 
     file: FileName
     start: Count
@@ -70,7 +85,9 @@ class StoredFile:
 
 @dataclass(frozen=True, config=STRICT)
 class GuardMemory:
-    """What the guard's next verdict depends on: a resumed run skips the steps that an undisturbed one would."""
+    """What the guard's next verdict depends on: a resumed run skips the steps that an
+    undisturbed one would.
+    """
 
     recent_losses: tuple[float, ...] = ()
     skips_in_a_row: Count = 0
@@ -80,8 +97,9 @@ class GuardMemory:
 class TrainState:
     """Where a run stands; with the weights and moments, everything that its next step depends on.
 
-    Random numbers are counter-based (seed, step, sample), so no generator needs saving. ``cursor`` is the index of the
-    next sample; ``applied_steps`` is Adam's count of updates: steps less the skipped ones.
+    Random numbers are counter-based (seed, step, sample), so no generator needs saving. ``cursor``
+    is the index of the next sample; ``applied_steps`` is Adam's count of updates: steps less the
+    skipped ones.
     """
 
     step: Count = 0
@@ -125,19 +143,24 @@ def sealed(fields: dict[str, Any]) -> str:
 
 
 def parse_sealed(record: type[Record], text: str, name: str) -> Record:
-    """A pydantic dataclass with a ``format_version`` from a file's text; DamagedCheckpointError with what is wrong.
+    """A pydantic dataclass with a ``format_version`` from a file's text; DamagedCheckpointError
+    with what is wrong.
 
-    Raises OtherFormatError where that is another whole number. Every format is sealed alike, so that it can be told
-    from damage.
+    Raises OtherFormatError where that is another whole number. Every format is sealed alike, so
+    that it can be told from damage.
     """
     body = _unsealed(text, name)
     try:
         version = json.loads(body)["format_version"]
         if type(version) is int and version != FORMAT_VERSION:
-            raise OtherFormatError(f"{name}: format {version}, this version of megagpt reads format {FORMAT_VERSION}")
+            raise OtherFormatError(
+                f"{name}: format {version}, this version of megagpt reads format {FORMAT_VERSION}"
+            )
         return TypeAdapter(record).validate_json(body)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:3])
+        wrong = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:3]
+        )
         raise DamagedCheckpointError(f"{name}: {wrong}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedCheckpointError(f"{name}: {type(error).__name__}: {error}") from error
@@ -165,19 +188,23 @@ def complete_steps(checkpoints: Path) -> list[int]:
     """Steps with a committed directory, newest first; staging directories have other names."""
     if not checkpoints.is_dir():
         return []
-    matches = (_STEP_NAME.fullmatch(entry.name) for entry in checkpoints.iterdir() if entry.is_dir())
+    matches = (
+        _STEP_NAME.fullmatch(entry.name) for entry in checkpoints.iterdir() if entry.is_dir()
+    )
     return sorted((int(match[1]) for match in matches if match), reverse=True)
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of one checkpoint; raises DamagedCheckpointError, or OtherFormatError with what to do."""
+    """The manifest of one checkpoint; raises DamagedCheckpointError, or OtherFormatError with
+    what to do.
+    """
     try:
         return read_sealed(Manifest, directory, MANIFEST)
     except OtherFormatError as error:
         aside = directory.with_name(f"other_format_{directory.name}")
         raise OtherFormatError(
-            f"{directory.parent}/{error}: go on with the version that wrote it, or without this checkpoint: "
-            f"mv {directory} {aside}"
+            f"{directory.parent}/{error}: go on with the version that wrote it, or without this "
+            f"checkpoint: mv {directory} {aside}"
         ) from error
 
 
@@ -190,7 +217,9 @@ def read_sealed(record: type[Record], directory: Path, name: str) -> Record:
     except MISSING as error:
         raise DamagedCheckpointError(f"{directory.name}/{name}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise DamagedCheckpointError(f"{directory.name}/{name}: not UTF-8 at byte {error.start}") from error
+        raise DamagedCheckpointError(
+            f"{directory.name}/{name}: not UTF-8 at byte {error.start}"
+        ) from error
 
 
 def require_no_other_files(directory: Path, manifest: Manifest) -> None:
@@ -206,9 +235,13 @@ def verify_file(directory: Path, name: str, expected: StoredFile) -> None:
     try:
         size = path.stat().st_size
         if size != expected.bytes:
-            raise DamagedCheckpointError(f"{directory.name}/{name}: {size} bytes, expected {expected.bytes}")
+            raise DamagedCheckpointError(
+                f"{directory.name}/{name}: {size} bytes, expected {expected.bytes}"
+            )
         if hash_file(path) != expected.sha256:
-            raise DamagedCheckpointError(f"{directory.name}/{name}: its content changed since it was written (SHA-256)")
+            raise DamagedCheckpointError(
+                f"{directory.name}/{name}: its content changed since it was written (SHA-256)"
+            )
     except MISSING as error:
         raise DamagedCheckpointError(f"{directory.name}/{name}: {error.strerror}") from error
 

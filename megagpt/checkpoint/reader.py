@@ -1,4 +1,6 @@
-"""Reading tensors of a checkpoint on whatever mesh: any run of any box of any parameter, and nothing else."""
+"""Reading tensors of a checkpoint on whatever mesh: any run of any box of any parameter, and
+nothing else.
+"""
 
 import math
 from contextlib import suppress
@@ -41,7 +43,8 @@ class Reader:
     def read_into(self, result: Tensor, kind: str, name: str, box: Box, start: int) -> None:
         """Fill a flat tensor with the elements of a parameter's flattened box from ``start`` on.
 
-        ``kind`` is weight or a moment. Raises DamagedCheckpointError where the files do not hold all of them.
+        ``kind`` is weight or a moment. Raises DamagedCheckpointError where the files do not hold
+        all of them.
         """
         wanted = rectangles(box, start, result.numel())
         found = 0
@@ -51,7 +54,8 @@ class Reader:
                 found += here.numel
         if found != result.numel():
             raise DamagedCheckpointError(
-                f"{self.directory.name}: {name} has {found} of elements {start} to {start + result.numel()} of {box}"
+                f"{self.directory.name}: {name} has {found} of elements {start} to "
+                f"{start + result.numel()} of {box}"
             )
 
     def tensor(self, kind: str, name: str) -> Tensor:
@@ -68,15 +72,17 @@ class Reader:
         return self.manifest.tensors[name].slices
 
     def _rectangle(self, kind: str, name: str, piece: Slice, part: Rectangle) -> Tensor:
-        """What a piece holds of a rectangle; of rows much longer than the rectangle only the part in it is read."""
+        """What a piece holds of a rectangle; of rows much longer than the rectangle only the
+        part in it is read.
+        """
         try:
             stored = self._file(piece.file).get_slice(f"{kind}/{name}")
         except SafetensorError as error:
             raise DamagedCheckpointError(f"{self.directory.name}/{piece.file}: {error}") from error
         if stored.get_shape() != [piece.numel] or stored.get_dtype() != "F32":
             raise DamagedCheckpointError(
-                f"{self.directory.name}/{piece.file}: {kind}/{name} is {stored.get_dtype()} of shape "
-                f"{stored.get_shape()}, not F32 of [{piece.numel}]"
+                f"{self.directory.name}/{piece.file}: {kind}/{name} is {stored.get_dtype()} of "
+                f"shape {stored.get_shape()}, not F32 of [{piece.numel}]"
             )
         rows, columns = part.shape
         starts = range(part.offset, part.offset + rows * part.stride, part.stride)
@@ -92,17 +98,27 @@ class Reader:
             require_small_header(self.directory, name)
             try:
                 self._open[name] = safe_open(str(self.directory / name), framework="pt")
-            except (SafetensorError, *MISSING) as error:  # an OSError of another kind says nothing of the content
+            except (
+                SafetensorError,
+                *MISSING,
+            ) as error:  # an OSError of another kind says nothing of the content
                 raise DamagedCheckpointError(f"{self.directory.name}/{name}: {error}") from error
         return self._open[name]
 
 
 def require_small_header(directory: Path, name: str) -> None:
-    """Of a header, which is JSON, safetensors makes twenty times its size in memory (seen: 98 MB became 1.9 GiB)."""
-    with suppress(OSError), (directory / name).open("rb") as file:  # safe_open meets it too, and says so
+    """Of a header, which is JSON, safetensors makes twenty times its size in memory (seen: 98 MB
+    became 1.9 GiB).
+    """
+    with (
+        suppress(OSError),
+        (directory / name).open("rb") as file,
+    ):  # safe_open meets it too, and says so
         size = int.from_bytes(file.read(8), "little")
         if size > MOST_HEADER_BYTES:
-            raise DamagedCheckpointError(f"{directory.name}/{name}: header too large ({size} bytes)")
+            raise DamagedCheckpointError(
+                f"{directory.name}/{name}: header too large ({size} bytes)"
+            )
 
 
 def _view(run: Tensor, part: Rectangle) -> Tensor:
@@ -113,8 +129,8 @@ def _view(run: Tensor, part: Rectangle) -> Tensor:
 def open_checkpoint(run_directory: Path, step: int | None = None) -> Reader:
     """For a single process: the newest checkpoint that verifies, or that of ``step``.
 
-    Raises UserError where there is none, with what is wrong with those that were passed over, and where the newest
-    has another format.
+    Raises UserError where there is none, with what is wrong with those that were passed over, and
+    where the newest has another format.
     """
     checkpoints = run_directory / "checkpoints"
     known, faults = complete_steps(checkpoints), []

@@ -1,4 +1,6 @@
-"""Resuming a distributed run on whatever mesh: all ranks choose one checkpoint, each reads only what it needs of it."""
+"""Resuming a distributed run on whatever mesh: all ranks choose one checkpoint, each reads only
+what it needs of it.
+"""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -32,14 +34,16 @@ from megagpt.parallel import compat
 from megagpt.parallel.engine import Engine
 from megagpt.utils import UserError
 
-SLACK = 1.02  # files of one rank differ a little from those of another; that is no reason to exchange them
+# files of one rank differ a little from those of another; that is no reason to exchange them
+SLACK = 1.02
 
 
 @dataclass(frozen=True)
 class Resumed:
     """What was loaded: from where, and what is wrong with newer checkpoints, which were set aside.
 
-    ``steps_found`` are all that the run had, newest first; ``bytes_read`` counts tensors, on this rank.
+    ``steps_found`` are all that the run had, newest first; ``bytes_read`` counts tensors, on this
+    rank.
     """
 
     directory: Path
@@ -56,15 +60,22 @@ class Resumed:
     def describe(self, *, provable: bool) -> str:
         """For the screen: what was found, what was passed over and why, and what comes next."""
         found = ", ".join(map(str, reversed(self.steps_found)))
-        skipped = [f"  passed over {fault}; kept as {directories.DAMAGED}step_..." for fault in self.passed_over]
+        skipped = [
+            f"  passed over {fault}; kept as {directories.DAMAGED}step_..."
+            for fault in self.passed_over
+        ]
         written_by = ", ".join(f"{key} {value}" for key, value in self.manifest.topology.items())
-        proof = "will show that it goes on as before" if provable else "cannot be compared: none was made before"
+        proof = (
+            "will show that it goes on as before"
+            if provable
+            else "cannot be compared: none was made before"
+        )
         return "\n".join(
             [
                 f"checkpoints of steps {found} in {self.directory.parent}",
                 *skipped,
-                f"resuming at step {self.state.step}, sample {self.state.cursor}, written by {written_by}; "
-                f"step {self.state.step + 1} {proof}",
+                f"resuming at step {self.state.step}, sample {self.state.cursor}, written by "
+                f"{written_by}; step {self.state.step + 1} {proof}",
             ]
         )
 
@@ -72,8 +83,9 @@ class Resumed:
 def resume(engine: Engine, run_directory: Path) -> Resumed | None:
     """Load the newest checkpoint that every rank finds sound; every rank must call it.
 
-    None where the run has no checkpoint yet. Raises UserError where it has some and none is sound (a run never
-    silently starts again from zero), and where the newest sound one is of another run or of another format.
+    None where the run has no checkpoint yet. Raises UserError where it has some and none is sound
+    (a run never silently starts again from zero), and where the newest sound one is of another run
+    or of another format.
     """
     checkpoints = run_directory / "checkpoints"
     steps = from_rank0(partial(complete_steps, checkpoints))
@@ -97,20 +109,24 @@ def resume(engine: Engine, run_directory: Path) -> Resumed | None:
 
 
 def _require_shared(engine: Engine, checkpoints: Path, steps: list[int]) -> None:
-    """A checkpoint that lies on another host's disk is neither damaged nor absent; raises UserError."""
+    """A checkpoint that lies on another host's disk is neither damaged nor absent; raises
+    UserError.
+    """
     if steps:
         directories.require_visible(step_directory(checkpoints, steps[0]), engine.mesh.name)
     elif others := complete_steps(checkpoints):
         raise UserError(
-            f"{engine.mesh.name} sees checkpoints of steps {others} in {checkpoints}, rank 0 sees none: the run "
-            f"directory must lie on a disk that all hosts share"
+            f"{engine.mesh.name} sees checkpoints of steps {others} in {checkpoints}, rank 0 sees "
+            "none: the run directory must lie on a disk that all hosts share"
         )
 
 
 def _load(engine: Engine, directory: Path) -> Reader | Fault:
-    """Verify one checkpoint and fill the buckets from it, on all ranks or on none; the fault where it is damaged.
+    """Verify one checkpoint and fill the buckets from it, on all ranks or on none; the fault where
+    it is damaged.
 
-    Raises UserError where it could not be read: it may be sound, and is neither passed over nor set aside.
+    Raises UserError where it could not be read: it may be sound, and is neither passed over nor set
+    aside.
     """
     reader = _unless_undamaged(attempt(partial(_verified, engine, directory)))
     if isinstance(reader, Fault):
@@ -132,7 +148,9 @@ def _from_disk(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{directory}: cannot be read: {error}; start again when its disk answers") from error
+        raise UserError(
+            f"{directory}: cannot be read: {error}; start again when its disk answers"
+        ) from error
 
 
 def _set_aside(engine: Engine, checkpoints: Path, damaged_steps: list[int]) -> None:
@@ -141,7 +159,9 @@ def _set_aside(engine: Engine, checkpoints: Path, damaged_steps: list[int]) -> N
 
 
 def _verified(engine: Engine, directory: Path) -> Reader:
-    """A reader, once this rank's share of the files has its hashes: the ranks together hash each file once."""
+    """A reader, once this rank's share of the files has its hashes: the ranks together hash each
+    file once.
+    """
     with _from_disk(directory):
         manifest = read_manifest(directory)
         require_no_other_files(directory, manifest)
@@ -153,8 +173,8 @@ def _verified(engine: Engine, directory: Path) -> Reader:
 def hashing_shares(files: Mapping[str, StoredFile], ranks: int) -> list[list[str]]:
     """The files that each rank hashes, about as many bytes each.
 
-    A rank first takes those that a rank of its number wrote, which it will read too if the mesh is the same; what one
-    has too much of, the largest first, goes to whoever has least.
+    A rank first takes those that a rank of its number wrote, which it will read too if the mesh is
+    the same; what one has too much of, the largest first, goes to whoever has least.
     """
     fair = SLACK * sum(file.bytes for file in files.values()) / ranks
     shares: list[list[str]] = [[] for _ in range(ranks)]
@@ -181,11 +201,14 @@ def _writer(file: str) -> int:
 
 def _require_same_run(engine: Engine, reader: Reader) -> None:
     """A checkpoint copied from another run may be sound, and even fit."""
-    differences = identity_differences(_as_read(reader.manifest.identity), _as_read(engine.config.identity()))
+    differences = identity_differences(
+        _as_read(reader.manifest.identity), _as_read(engine.config.identity())
+    )
     if differences:
         listed = "\n  ".join(differences)
         raise UserError(
-            f"{reader.directory}: saved by another run:\n  {listed}\nremove it, or choose another --run_dir"
+            f"{reader.directory}: saved by another run:\n  {listed}\nremove it, or choose another "
+            f"--run_dir"
         )
 
 
@@ -196,7 +219,9 @@ def _as_read(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fill_buckets(engine: Engine, reader: Reader) -> Reader:
-    """Give this rank's buckets what the checkpoint holds; no collective call, so that a rank may fail alone."""
+    """Give this rank's buckets what the checkpoint holds; no collective call, so that a rank may
+    fail alone.
+    """
     with _from_disk(reader.directory):
         return _filled_buckets(engine, reader)
 
@@ -215,22 +240,32 @@ def _filled_buckets(engine: Engine, reader: Reader) -> Reader:
                     reader.read_into(run, kind, piece.name, engine.boxes[piece.name], piece.start)
                     if run is not place:
                         place.copy_(run)
-            compat.set_adam_step(engine.deepspeed, optimizer_state, reader.manifest.state.applied_steps)
+            compat.set_adam_step(
+                engine.deepspeed, optimizer_state, reader.manifest.state.applied_steps
+            )
     return reader
 
 
 def _require_shapes(engine: Engine, manifest: Manifest, directory: Path) -> None:
-    """Pieces are read by their place in a flattened parameter: of another shape they would be read without a word."""
-    expected, stored = parameter_shapes(engine), {n: tensor.shape for n, tensor in manifest.tensors.items()}
+    """Pieces are read by their place in a flattened parameter: of another shape they would be
+    read without a word.
+    """
+    expected, stored = (
+        parameter_shapes(engine),
+        {n: tensor.shape for n, tensor in manifest.tensors.items()},
+    )
     for name in sorted(expected.keys() | stored.keys()):
         if expected.get(name) != stored.get(name):
             raise DamagedCheckpointError(
-                f"{directory.name}/{MANIFEST}: {name} has shape {stored.get(name)}, the model's is {expected.get(name)}"
+                f"{directory.name}/{MANIFEST}: {name} has shape {stored.get(name)}, the model's "
+                f"is {expected.get(name)}"
             )
 
 
 def _adopt(engine: Engine, manifest: Manifest) -> None:
-    """After the buckets: the model's parameters, learning rates and counters; every rank must call it."""
+    """After the buckets: the model's parameters, learning rates and counters; every rank must
+    call it.
+    """
     compat.publish_master_weights(engine.deepspeed)
     compat.replay_bias_correction(engine.deepspeed, manifest.state.applied_steps)
     if engine.deepspeed.lr_scheduler:
@@ -239,4 +274,6 @@ def _adopt(engine: Engine, manifest: Manifest) -> None:
     for group, learning_rate in zip(groups, manifest.learning_rates, strict=True):
         group["lr"] = learning_rate
     compat.set_loss_scaler_state(engine.deepspeed, manifest.loss_scaler)
-    compat.set_counters(engine.deepspeed, steps=manifest.state.step, skipped=manifest.state.skipped_steps)
+    compat.set_counters(
+        engine.deepspeed, steps=manifest.state.step, skipped=manifest.state.skipped_steps
+    )

@@ -1,9 +1,11 @@
-"""Proof that a resume continues the run that was saved: it makes the step that followed the save again and compares.
+"""Proof that a resume continues the run that was saved: it makes the step that followed the save
+again and compares.
 
-    checkpoints/step_00000100/next_step.json       samples, loss and gradient norm of step 101, sealed like a manifest
+    checkpoints/step_00000100/next_step.json    samples, loss and gradient norm of step 101, sealed
 
-The loss of a step depends on every weight, on the samples and on the dropout masks, and is known before the update: of
-whatever a resume gets wrong, little leaves its bits alone. Adam's moments are not in it; their files have their hashes.
+The loss of a step depends on every weight, on the samples and on the dropout masks, and is known
+before the update: of whatever a resume gets wrong, little leaves its bits alone. Adam's moments are
+not in it; their files have their hashes.
 """
 
 import logging
@@ -22,15 +24,19 @@ from megagpt.utils import write_atomically
 log = logging.getLogger(__name__)
 
 NEXT_STEP = "next_step.json"
-TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}  # relative; another mesh sums in another order
+TOLERANCES = {
+    "float32": 1e-5,
+    "bfloat16": 2e-2,
+    "float16": 2e-2,
+}  # relative; another mesh sums in another order
 
 
 @dataclass(frozen=True, config=STRICT)
 class NextStep:
     """What the step after a checkpoint gave on samples [first_sample, last_sample].
 
-    Numbers that are not finite are None, as is the norm of a step that was refused before it had one. ``conditions``
-    is what its bits depend on.
+    Numbers that are not finite are None, as is the norm of a step that was refused before it had
+    one. ``conditions`` is what its bits depend on.
     """
 
     step: Count
@@ -42,21 +48,34 @@ class NextStep:
     format_version: int = FORMAT_VERSION
 
     @classmethod
-    def of(cls, step: int, samples: range, loss: float, grad_norm: float, conditions: Mapping[str, Any]) -> Self:
+    def of(
+        cls, step: int, samples: range, loss: float, grad_norm: float, conditions: Mapping[str, Any]
+    ) -> Self:
         """The record of a step that was just made."""
-        return cls(step, samples[0], samples[-1], _finite(loss), _finite(grad_norm), dict(conditions))
+        return cls(
+            step, samples[0], samples[-1], _finite(loss), _finite(grad_norm), dict(conditions)
+        )
 
     @classmethod
     def read(cls, checkpoint: Path) -> Self | None:
-        """What stands beside a checkpoint; None where nothing does. Raises DamagedCheckpointError."""
-        return read_sealed(cls, checkpoint, NEXT_STEP) if (checkpoint / NEXT_STEP).exists() else None
+        """What stands beside a checkpoint; None where nothing does.
+
+        Raises DamagedCheckpointError.
+        """
+        return (
+            read_sealed(cls, checkpoint, NEXT_STEP) if (checkpoint / NEXT_STEP).exists() else None
+        )
 
     def follows(self, state: TrainState) -> bool:
-        """Whether the step began with that state; not where a run went back to it and past some samples."""
+        """Whether the step began with that state; not where a run went back to it and past some
+        samples.
+        """
         return (self.step, self.first_sample) == (state.step + 1, state.cursor)
 
     def write_once(self, checkpoint: Path) -> None:
-        """Put the record beside a checkpoint that has none; a disk that refuses it costs only the proof."""
+        """Put the record beside a checkpoint that has none; a disk that refuses it costs only
+        the proof.
+        """
         path = checkpoint / NEXT_STEP
         try:
             if checkpoint.is_dir() and not path.exists():
@@ -71,7 +90,10 @@ def _finite(value: float) -> float | None:
 
 @plain_dataclass(frozen=True)
 class Comparison:
-    """A step beside its record. ``message`` is for the screen, and says what to do where they differ."""
+    """A step beside its record.
+
+    ``message`` is for the screen, and says what to do where they differ.
+    """
 
     proven: bool
     message: str
@@ -80,22 +102,37 @@ class Comparison:
 def compare(recorded: NextStep, replayed: NextStep, checkpoint: Path) -> Comparison:
     """Whether a resumed run made the recorded step again.
 
-    To the last bit under the same conditions on a CPU; else within ``TOLERANCES`` of the less precise of the two.
+    To the last bit under the same conditions on a CPU; else within ``TOLERANCES`` of the less
+    precise of the two.
     """
     if (recorded.step, recorded.first_sample) != (replayed.step, replayed.first_sample):
         return _differs(
-            f"step {recorded.step} read samples from {recorded.first_sample}", recorded, replayed, checkpoint
+            f"step {recorded.step} read samples from {recorded.first_sample}",
+            recorded,
+            replayed,
+            checkpoint,
         )
-    exact = recorded.conditions == replayed.conditions and replayed.conditions.get("device") == "cpu"
+    exact = (
+        recorded.conditions == replayed.conditions and replayed.conditions.get("device") == "cpu"
+    )
     bound = 0.0 if exact else max(_tolerance(recorded), _tolerance(replayed))
-    difference = max(_difference(recorded.loss, replayed.loss), _norm_difference(recorded, replayed))
+    difference = max(
+        _difference(recorded.loss, replayed.loss), _norm_difference(recorded, replayed)
+    )
     if difference > bound:
-        return _differs(f"expected {'the same bits' if exact else f'within {bound:g}'}", recorded, replayed, checkpoint)
-    agreement = "to the last bit" if difference == 0 else f"within {difference:.1e} (allowed {bound:g})"
+        return _differs(
+            f"expected {'the same bits' if exact else f'within {bound:g}'}",
+            recorded,
+            replayed,
+            checkpoint,
+        )
+    agreement = (
+        "to the last bit" if difference == 0 else f"within {difference:.1e} (allowed {bound:g})"
+    )
     return Comparison(
         True,
-        f"resume proven: step {replayed.step} gives loss {replayed.loss} and gradient norm {replayed.grad_norm} "
-        f"as before, {agreement}",
+        f"resume proven: step {replayed.step} gives loss {replayed.loss} and gradient norm "
+        f"{replayed.grad_norm} as before, {agreement}",
     )
 
 
@@ -107,7 +144,9 @@ def _difference(before: float | None, now: float | None) -> float:
 
 
 def _norm_difference(recorded: NextStep, replayed: NextStep) -> float:
-    """A guard may have refused the step on one side before its norm was known: then there is nothing to compare."""
+    """A guard may have refused the step on one side before its norm was known: then there is
+    nothing to compare.
+    """
     refused = recorded.grad_norm is None or replayed.grad_norm is None
     return 0.0 if refused else _difference(recorded.grad_norm, replayed.grad_norm)
 
@@ -120,8 +159,10 @@ def _differs(expected: str, recorded: NextStep, replayed: NextStep, checkpoint: 
     """Both numbers, and what to do."""
     return Comparison(
         False,
-        f"RESUME NOT PROVEN: step {replayed.step} now gives loss {replayed.loss}, gradient norm {replayed.grad_norm} "
-        f"from sample {replayed.first_sample}; the run that saved {checkpoint.name} had loss {recorded.loss}, "
-        f"gradient norm {recorded.grad_norm} ({expected}). Its weights are not those that were saved, or this machine "
-        f"computes otherwise: stop, move {checkpoint} away and start again to resume from the checkpoint before it",
+        f"RESUME NOT PROVEN: step {replayed.step} now gives loss {replayed.loss}, gradient norm "
+        f"{replayed.grad_norm} from sample {replayed.first_sample}; the run that saved "
+        f"{checkpoint.name} had loss {recorded.loss}, gradient norm {recorded.grad_norm} "
+        f"({expected}). Its weights are not those that were saved, or this machine computes "
+        f"otherwise: stop, move {checkpoint} away and start again to resume from the checkpoint "
+        "before it",
     )

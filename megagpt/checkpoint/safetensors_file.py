@@ -1,4 +1,6 @@
-"""The beginning of a safetensors file (huggingface/safetensors, README), for files that are written in one pass."""
+"""The beginning of a safetensors file (huggingface/safetensors, README), for files that are
+written in one pass.
+"""
 
 import json
 import math

@@ -1,11 +1,14 @@
-"""Saving a distributed run: every rank writes what it owns, at once or in the background, and all commit together.
+"""Saving a distributed run: every rank writes what it owns, at once or in the background, and all
+commit together.
 
-Commit protocol: all ranks write into a staging directory and report size and SHA-256; rank 0 writes the manifest last
-and renames the directory in one move. Whatever the moment of a crash, a directory named ``step_...`` is complete.
+Commit protocol: all ranks write into a staging directory and report size and SHA-256; rank 0 writes
+the manifest last and renames the directory in one move. Whatever the moment of a crash, a directory
+named ``step_...`` is complete.
 
-In the background, the loop stands still only while each rank copies its state to host memory. A thread of low priority
-writes the copy and makes no collective call. At the end of each step the main threads ask each other whether all have
-written, then let a thread of rank 0 commit, and ask again: one number each time, on a group of their own.
+In the background, the loop stands still only while each rank copies its state to host memory. A
+thread of low priority writes the copy and makes no collective call. At the end of each step the
+main threads ask each other whether all have written, then let a thread of rank 0 commit, and ask
+again: one number each time, on a group of their own.
 """
 
 import logging
@@ -24,9 +27,24 @@ import torch.distributed as dist
 from megagpt.checkpoint import directory as directories
 from megagpt.checkpoint.collective import everyones, on_rank0, together
 from megagpt.checkpoint.execution import VERSIONS, topology
-from megagpt.checkpoint.format import MANIFEST, Manifest, Slice, StoredFile, StoredTensor, TrainState, step_directory
+from megagpt.checkpoint.format import (
+    MANIFEST,
+    Manifest,
+    Slice,
+    StoredFile,
+    StoredTensor,
+    TrainState,
+    step_directory,
+)
 from megagpt.checkpoint.resume_proof import NextStep
-from megagpt.checkpoint.writer import PlannedFile, Snapshot, parameter_shapes, plan_files, write_files, write_live
+from megagpt.checkpoint.writer import (
+    PlannedFile,
+    Snapshot,
+    parameter_shapes,
+    plan_files,
+    write_files,
+    write_live,
+)
 from megagpt.common.background import Job
 from megagpt.parallel import compat
 from megagpt.parallel.engine import Engine, collective_timeout
@@ -35,15 +53,17 @@ from megagpt.utils import UserError, write_atomically
 log = logging.getLogger(__name__)
 
 Plan = list[list[PlannedFile]]
-Report = tuple[dict[str, StoredFile], list[tuple[str, Slice]]]  # a rank's files, and (parameter, slice) in them
+Report = tuple[
+    dict[str, StoredFile], list[tuple[str, Slice]]
+]  # a rank's files, and (parameter, slice) in them
 
 
 @dataclass(frozen=True)
 class Saved:
     """A checkpoint that was committed, ``bytes`` of tensors over all ranks.
 
-    ``duration_s`` lasts until the commit was seen; the loop stood still for ``blocked_s`` of it, after it had waited
-    ``waited_s`` for the save before.
+    ``duration_s`` lasts until the commit was seen; the loop stood still for ``blocked_s`` of it,
+    after it had waited ``waited_s`` for the save before.
     """
 
     step: int
@@ -56,7 +76,9 @@ class Saved:
 
 @dataclass
 class _Save:
-    """A save on its way: ``job`` writes this rank's files, then, ``committing``, does what rank 0 does last."""
+    """A save on its way: ``job`` writes this rank's files, then, ``committing``, does what rank
+    0 does last.
+    """
 
     state: TrainState
     final: Path
@@ -76,9 +98,12 @@ class _Save:
 
 
 class Saver:
-    """Saves one run, never two checkpoints at once. Every rank must call each method, at the same step.
+    """Saves one run, never two checkpoints at once.
 
-    Where a rank cannot write, whichever method finds out raises UserError on all; earlier checkpoints are untouched.
+    Every rank must call each method, at the same step.
+
+    Where a rank cannot write, whichever method finds out raises UserError on all; earlier
+    checkpoints are untouched.
     """
 
     def __init__(self, engine: Engine, run_directory: Path, data_fingerprint: str) -> None:
@@ -106,7 +131,9 @@ class Saver:
         self._last_good = state
 
     def goes_on_from(self, state: TrainState) -> None:
-        """This process has loaded the checkpoint of this state: of all, it is the one that is known to load."""
+        """This process has loaded the checkpoint of this state: of all, it is the one that is
+        known to load.
+        """
         self.trust(state)
         self._loaded_step = state.step
 
@@ -115,9 +142,11 @@ class Saver:
         return state in (self._last_good, self._pending.state if self._pending else None)
 
     def save(self, state: TrainState) -> list[Saved]:
-        """Save the present state, which ``state`` describes; where a save is on its way, wait for it first.
+        """Save the present state, which ``state`` describes; where a save is on its way, wait for
+        it first.
 
-        Returns what was committed meanwhile: the earlier save, and this one unless it goes on in the background.
+        Returns what was committed meanwhile: the earlier save, and this one unless it goes on in
+        the background.
         """
         asked = time.perf_counter()
         earlier = self.finish()
@@ -136,7 +165,9 @@ class Saver:
         return earlier if self.settings.asynchronous else self.finish()
 
     def poll(self) -> list[Saved]:
-        """After a step: go on with a save in the background as soon as all ranks are ready for it, without waiting."""
+        """After a step: go on with a save in the background as soon as all ranks are ready for
+        it, without waiting.
+        """
         if self._pending is None or not self._all_done(self._pending):
             return []
         return self._advance(self._pending, in_background=True)
@@ -149,7 +180,9 @@ class Saver:
         return committed
 
     def follow(self, record: NextStep) -> None:
-        """What a step gave: it is kept beside the checkpoint of the state that the step began with, if there is one."""
+        """What a step gave: it is kept beside the checkpoint of the state that the step began
+        with, if there is one.
+        """
         if self.engine.mesh.rank != 0:
             return
         save, good = self._pending, self._last_good
@@ -191,7 +224,12 @@ class Saver:
         """Perhaps in a thread; what this rank wrote."""
         with self._disk_named(save):
             files = work()
-        slices = [part for of_bucket in save.plan for file in of_bucket for part in file.slices(self.engine.boxes)]
+        slices = [
+            part
+            for of_bucket in save.plan
+            for file in of_bucket
+            for part in file.slices(self.engine.boxes)
+        ]
         return files, slices
 
     def _all_done(self, save: _Save) -> bool:
@@ -200,7 +238,9 @@ class Saver:
         return bool(done)
 
     def _advance(self, save: _Save, *, in_background: bool) -> list[Saved]:
-        """Wait for this rank's job; when all have theirs done, commit what they wrote, or say that it is committed."""
+        """Wait for this rank's job; when all have theirs done, commit what they wrote, or say
+        that it is committed.
+        """
         with self._abandoned_on_failure(save):
             report = together(save.job.result, self.group)
             if not save.committing:
@@ -212,7 +252,9 @@ class Saver:
         self.trust(save.state)
         duration_s = time.perf_counter() - save.started
         blocked_s = save.blocked_s if self.settings.asynchronous else duration_s
-        return [Saved(save.state.step, save.final, save.bytes, duration_s, blocked_s, save.waited_s)]
+        return [
+            Saved(save.state.step, save.final, save.bytes, duration_s, blocked_s, save.waited_s)
+        ]
 
     def _commit(self, save: _Save, reports: list[Report]) -> None:
         """Rank 0, perhaps in a thread: the manifest last, then one rename."""
@@ -240,7 +282,9 @@ class Saver:
             yield
         except OSError as error:
             room = directories.no_room(self.checkpoints, save.bytes)
-            raise UserError(f"{error.filename or save.staging}: {error.strerror}\n{room}") from error
+            raise UserError(
+                f"{error.filename or save.staging}: {error.strerror}\n{room}"
+            ) from error
 
     @contextmanager
     def _no_more_than_warned(self, save: _Save) -> Iterator[None]:
@@ -258,7 +302,9 @@ class Saver:
         except UserError:
             self._pending = None
             if self.engine.mesh.rank == 0:
-                shutil.rmtree(save.staging, ignore_errors=True)  # a torn save must not fill the disk that was too small
+                shutil.rmtree(
+                    save.staging, ignore_errors=True
+                )  # a torn save must not fill the disk that was too small
             raise
 
 
@@ -268,6 +314,9 @@ def _completed(manifest: Manifest, reports: list[Report]) -> Manifest:
     for _, parts in reports:
         for name, part in parts:
             slices[name].append(part)
-    tensors = {name: replace(tensor, slices=tuple(slices[name])) for name, tensor in manifest.tensors.items()}
+    tensors = {
+        name: replace(tensor, slices=tuple(slices[name]))
+        for name, tensor in manifest.tensors.items()
+    }
     files = {name: entry for of_rank, _ in reports for name, entry in of_rank.items()}
     return replace(manifest, tensors=tensors, files=files)

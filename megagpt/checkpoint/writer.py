@@ -1,4 +1,6 @@
-"""What one rank does of a save, without a collective call: plan files, copy state to host memory, write and hash."""
+"""What one rank does of a save, without a collective call: plan files, copy state to host
+memory, write and hash.
+"""
 
 import hashlib
 import os
@@ -23,7 +25,9 @@ from megagpt.parallel.rectangles import Box
 from megagpt.utils import MIB, UserError
 
 KINDS = (WEIGHT, *MOMENTS)
-FILE_BYTES = 256 * MIB  # at most, so that several threads can write, hash and verify one large bucket
+FILE_BYTES = (
+    256 * MIB
+)  # at most, so that several threads can write, hash and verify one large bucket
 CHUNK_BYTES = MIB  # hashed and written while a processor's cache holds it
 _ELEMENT_BYTES = 4
 
@@ -40,7 +44,9 @@ class PlannedFile:
     @property
     def header(self) -> bytes:
         """The beginning of the file."""
-        return safetensors_file.header((f"{kind}/{piece.name}", "F32", [piece.numel]) for kind, piece in self.tensors)
+        return safetensors_file.header(
+            (f"{kind}/{piece.name}", "F32", [piece.numel]) for kind, piece in self.tensors
+        )
 
     @property
     def tensors(self) -> list[tuple[str, Piece]]:
@@ -66,7 +72,9 @@ def plan_files(engine: Engine) -> list[list[PlannedFile]]:
 def files_of(rank: int, buckets: Iterable[Iterable[Piece]]) -> list[list[PlannedFile]]:
     """The files of each bucket; a parameter too large for one file is cut."""
     names = (f"rank_{rank:05d}_{index:03d}.safetensors" for index in count())
-    return [[PlannedFile(next(names), pieces) for pieces in _in_files(bucket)] for bucket in buckets]
+    return [
+        [PlannedFile(next(names), pieces) for pieces in _in_files(bucket)] for bucket in buckets
+    ]
 
 
 def _in_files(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, ...]]:
@@ -74,7 +82,9 @@ def _in_files(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, ...]]:
     held: list[Piece] = []
     for piece in pieces:
         for part in _cut(piece, most):
-            if held and (sum(p.numel for p in held) + part.numel > most or held[-1].name == part.name):
+            if held and (
+                sum(p.numel for p in held) + part.numel > most or held[-1].name == part.name
+            ):
                 yield tuple(held)
                 held = []
             held.append(part)
@@ -89,9 +99,14 @@ def _cut(piece: Piece, most: int) -> Iterator[Piece]:
 
 
 def kinds(master: Tensor, optimizer_state: dict[str, Any]) -> Flats:
-    """Weights and moments of a bucket by their name in a file; moments that Adam has not made yet are zero."""
+    """Weights and moments of a bucket by their name in a file; moments that Adam has not made
+    yet are zero.
+    """
     moments = {name: optimizer_state.get(name) for name in MOMENTS}
-    flats = {WEIGHT: master, **{n: torch.zeros_like(master) if m is None else m for n, m in moments.items()}}
+    flats = {
+        WEIGHT: master,
+        **{n: torch.zeros_like(master) if m is None else m for n, m in moments.items()},
+    }
     return {kind: flat.view(-1) for kind, flat in flats.items()}
 
 
@@ -115,10 +130,11 @@ def live(engine: Engine) -> Generator[Flats]:
 
 
 class Snapshot:
-    """A copy of this rank's state in host memory, which is kept from save to save; pinned where a GPU copies to it.
+    """A copy of this rank's state in host memory, which is kept from save to save; pinned where a
+    GPU copies to it.
 
-    State in host memory is copied by the processor: pinning its copy would take time and memory (model_states.py,
-    `pinned_block`) for nothing.
+    State in host memory is copied by the processor: pinning its copy would take time and memory
+    (model_states.py, `pinned_block`) for nothing.
     """
 
     def __init__(self) -> None:
@@ -128,15 +144,21 @@ class Snapshot:
         """Copy what the buckets hold now; what an earlier call returned is overwritten."""
         for index, flats in enumerate(live(engine)):
             if index == len(self._flats):
-                self._flats.append({k: torch.empty(f.numel(), pin_memory=f.is_cuda) for k, f in flats.items()})
+                self._flats.append(
+                    {k: torch.empty(f.numel(), pin_memory=f.is_cuda) for k, f in flats.items()}
+                )
             for kind, flat in flats.items():
                 self._flats[index][kind].copy_(flat, non_blocking=True)
             if any(flat.is_cuda for flat in flats.values()):
-                torch.cuda.synchronize(engine.device)  # before a bucket's buffers go back to whoever swaps it
+                torch.cuda.synchronize(
+                    engine.device
+                )  # before a bucket's buffers go back to whoever swaps it
         return self._flats
 
 
-def write_files(staging: Path, plan: Sequence[list[PlannedFile]], state: Iterable[Flats]) -> dict[str, StoredFile]:
+def write_files(
+    staging: Path, plan: Sequence[list[PlannedFile]], state: Iterable[Flats]
+) -> dict[str, StoredFile]:
     """Write every file of the plan, flushed to the disk; what each became, by name.
 
     Raises OSError where the disk refuses one, UserError where a value is not finite.
@@ -148,7 +170,9 @@ def write_files(staging: Path, plan: Sequence[list[PlannedFile]], state: Iterabl
     return written
 
 
-def write_live(staging: Path, plan: Sequence[list[PlannedFile]], engine: Engine) -> dict[str, StoredFile]:
+def write_live(
+    staging: Path, plan: Sequence[list[PlannedFile]], engine: Engine
+) -> dict[str, StoredFile]:
     """The same from the state where it lies, without a copy."""
     with closing(live(engine)) as state:
         return write_files(staging, plan, state)
@@ -165,14 +189,18 @@ def _write_file(staging: Path, flats: Flats, planned: PlannedFile) -> StoredFile
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a write does not know where it writes
+        raise OSError(
+            error.errno, error.strerror, str(path)
+        ) from error  # a write does not know where it writes
     return StoredFile(planned.bytes, digest.hexdigest())
 
 
 def _chunks(planned: PlannedFile, flats: Flats) -> Iterator[bytes | memoryview]:
     yield planned.header
     for kind, piece in planned.tensors:
-        values = flats[kind][piece.offset : piece.offset + piece.numel].detach().to("cpu", torch.float32)
+        values = (
+            flats[kind][piece.offset : piece.offset + piece.numel].detach().to("cpu", torch.float32)
+        )
         _require_finite(f"{kind}/{piece.name}", values)
         content = values.contiguous().view(torch.uint8).numpy().data
         for start in range(0, len(content), CHUNK_BYTES):
@@ -180,7 +208,10 @@ def _chunks(planned: PlannedFile, flats: Flats) -> Iterator[bytes | memoryview]:
 
 
 def _require_finite(name: str, values: Tensor) -> None:
-    """A spoilt checkpoint would in time push out the last sound one. NaN and infinity show in the extremes."""
+    """A spoilt checkpoint would in time push out the last sound one.
+
+    NaN and infinity show in the extremes.
+    """
     least, greatest = values.aminmax()
     if not (least.isfinite() and greatest.isfinite()):
         raise UserError(

@@ -1,7 +1,8 @@
 """The hostfile: strictly checked before anything hands a host name to ssh.
 
-DeepSpeed's own parser takes any text without blanks as a name, so a line beginning with `-oProxyCommand=` became an
-ssh option and was executed. Here a name is letters, digits, dots and hyphens, and begins with a letter or digit.
+DeepSpeed's own parser takes any text without blanks as a name, so a line beginning with
+`-oProxyCommand=` became an ssh option and was executed. Here a name is letters, digits, dots and
+hyphens, and begins with a letter or digit.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from pathlib import Path
 
 from megagpt.utils import UserError
 
-HOST_PATTERN = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*")
+HOST_PATTERN = re.compile(
+    r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*"
+)
 MAX_HOST_LENGTH = 253  # RFC 1035: the longest name that can be resolved
 LINE_PATTERN = re.compile(r"(\S+)[ \t]+slots=([1-9][0-9]{0,3})")
 EXAMPLE = "worker-1 slots=8"
@@ -36,11 +39,16 @@ class Host:
 
 
 def read_hostfile(path: str | Path) -> list[Host]:
-    """The hosts of a file, in order; raises HostfileError with every problem and its line number."""
+    """The hosts of a file, in order; raises HostfileError with every problem and its line
+    number.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        advice = f"write one line a host, such as `{EXAMPLE}` (DeepSpeed would train on this machine alone)"
+        advice = (
+            f"write one line a host, such as `{EXAMPLE}` (DeepSpeed would train on this "
+            f"machine alone)"
+        )
         raise HostfileError([f"{path}: no such hostfile; {advice}"]) from error
     except (OSError, UnicodeDecodeError) as error:
         raise HostfileError([f"{path}: cannot be read as text: {error}"]) from error
@@ -48,7 +56,10 @@ def read_hostfile(path: str | Path) -> list[Host]:
 
 
 def parse_hostfile(text: str, source: str = "hostfile") -> list[Host]:
-    """As `read_hostfile`, from the text itself. Blank lines and lines that begin with # are comments."""
+    """As `read_hostfile`, from the text itself.
+
+    Blank lines and lines that begin with # are comments.
+    """
     hosts: list[Host] = []
     errors: list[str] = []
     for number, line in enumerate(text.split("\n"), start=1):
@@ -74,12 +85,19 @@ def world_size(hosts: list[Host]) -> int:
 
 
 def problems_between(hosts: list[Host], source: str) -> list[str]:
-    """Hosts listed twice, and hosts with other slots than most: every rank's mesh would be lopsided."""
+    """Hosts listed twice, and hosts with other slots than most: every rank's mesh would be
+    lopsided.
+    """
     counts = Counter(host.name.lower() for host in hosts)
-    errors = [f"{source}: {name} is listed {count} times; keep one line" for name, count in counts.items() if count > 1]
+    errors = [
+        f"{source}: {name} is listed {count} times; keep one line"
+        for name, count in counts.items()
+        if count > 1
+    ]
     usual = Counter(host.slots for host in hosts).most_common(1)[0][0] if hosts else 0
     errors += [
-        f"{source}: {host.name} has {host.slots} slots and most hosts have {usual}; give every host the same number"
+        f"{source}: {host.name} has {host.slots} slots and most hosts have {usual}; give every "
+        f"host the same number"
         for host in hosts
         if host.slots != usual
     ]
@@ -87,15 +105,23 @@ def problems_between(hosts: list[Host], source: str) -> list[str]:
 
 
 def _parse_line(content: str) -> Host | str:
-    """The host, or what is wrong with the line; `ascii` keeps control characters of a hostile file off the terminal."""
+    """The host, or what is wrong with the line; `ascii` keeps control characters of a hostile
+    file off the terminal.
+    """
     match = LINE_PATTERN.fullmatch(content)
     if match is None:
-        return f"expected `NAME slots=N` with N from 1 to 9999, such as `{EXAMPLE}`, got {_shown(content)}"
+        return (
+            f"expected `NAME slots=N` with N from 1 to 9999, such as `{EXAMPLE}`, got "
+            f"{_shown(content)}"
+        )
     name, slots = match.groups()
     if len(name) > MAX_HOST_LENGTH:
         return f"a host name of {len(name)} characters; at most {MAX_HOST_LENGTH} can be resolved"
     if HOST_PATTERN.fullmatch(name) is None:
-        return f"{_shown(name)} is not a host name: letters, digits, dots and hyphens, a letter or digit at both ends"
+        return (
+            f"{_shown(name)} is not a host name: letters, digits, dots and hyphens, a letter "
+            f"or digit at both ends"
+        )
     return Host(name, int(slots))
 
 

@@ -1,7 +1,9 @@
-"""The command that started this rank, as it was typed, and the hosts that DeepSpeed's launcher was given.
+"""The command that started this rank, as it was typed, and the hosts that DeepSpeed's launcher was
+given.
 
-`deepspeed` runs, on each host, one process (`deepspeed.launcher.launch`) that starts the ranks there: below itself on
-one host, through pdsh and ssh on several. Their command lines are all that tells a rank of the others.
+`deepspeed` runs, on each host, one process (`deepspeed.launcher.launch`) that starts the ranks
+there: below itself on one host, through pdsh and ssh on several. Their command lines are all that
+tells a rank of the others.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from pathlib import Path
 from megagpt.cluster.hosts import Host
 from megagpt.cluster.processes import Process, all_processes, ancestors, process
 
-COMMAND_VARIABLE = "MEGAGPT_COMMAND"  # what was typed, told to ranks that cannot see it (`rendezvous.py`)
+COMMAND_VARIABLE = (
+    "MEGAGPT_COMMAND"  # what was typed, told to ranks that cannot see it (`rendezvous.py`)
+)
 NODE_LAUNCHER = "deepspeed.launcher.launch"
 TYPED = ("deepspeed", "torchrun")
 TORCH_RUN = ("-m", "torch.distributed.run")  # torchrun by its longer name
@@ -24,18 +28,24 @@ SAME_LAUNCH = ("--world_info=", "--master_addr=", "--master_port=")
 
 
 def command_of_launcher(process_id: int | None = None) -> list[str] | None:
-    """The `deepspeed` or `torchrun` command that started this process, or None where this machine does not see it.
+    """The `deepspeed` or `torchrun` command that started this process, or None where this machine
+    does not see it.
 
     It is an ancestor of this process or, across ssh, of the pdsh that carries the same launch.
     """
     lineage = _lineage(process_id)
-    return _typed_among(lineage) or ((pdsh := pdsh_of(lineage)) and _typed_among(ancestors(pdsh.number))) or None
+    return (
+        _typed_among(lineage)
+        or ((pdsh := pdsh_of(lineage)) and _typed_among(ancestors(pdsh.number)))
+        or None
+    )
 
 
 def hostfile_of_launcher(process_id: int | None = None) -> Path | None:
     """The --hostfile of the `deepspeed` command that started this process, or None.
 
-    DeepSpeed reads it before any of our code runs; a missing one makes it warn and train on this machine alone.
+    DeepSpeed reads it before any of our code runs; a missing one makes it warn and train on this
+    machine alone.
     """
     return hostfile_in(command_of_launcher(process_id) or [""])
 
@@ -47,7 +57,9 @@ def hostfile_in(command: Sequence[str]) -> Path | None:
 
 
 def hosts_of_launcher(process_id: int | None = None) -> list[Host]:
-    """The hosts that DeepSpeed's launcher starts ranks on, in the order of the ranks; empty without that launcher."""
+    """The hosts that DeepSpeed's launcher starts ranks on, in the order of the ranks; empty
+    without that launcher.
+    """
     node = node_launcher(_lineage(process_id))
     if node is None:
         return []
@@ -57,16 +69,21 @@ def hosts_of_launcher(process_id: int | None = None) -> list[Host]:
 
 
 def hosts_without_session(process_id: int | None = None) -> list[str]:
-    """The hosts of this launch whose ssh session has ended, as far as this machine sees the pdsh that opened them.
+    """The hosts of this launch whose ssh session has ended, as far as this machine sees the pdsh
+    that opened them.
 
     pdsh keeps one ssh below itself for each host, and goes on with the rest when one ends.
     """
     pdsh = pdsh_of(_lineage(process_id))
     if pdsh is None:
         return []
-    sessions = [other for other in all_processes() if other.parent == pdsh.number and other.name == "ssh"]
+    sessions = [
+        other for other in all_processes() if other.parent == pdsh.number and other.name == "ssh"
+    ]
     reached = {word for session in sessions for word in session.words}
-    return [host.name for host in hosts_of_launcher(process_id) if sessions and host.name not in reached]
+    return [
+        host.name for host in hosts_of_launcher(process_id) if sessions and host.name not in reached
+    ]
 
 
 def node_launcher(lineage: Iterable[Process]) -> Process | None:
@@ -80,11 +97,16 @@ def pdsh_of(lineage: Iterable[Process]) -> Process | None:
     if node is None:
         return None
     launch = {word for word in node.words if word.startswith(SAME_LAUNCH)}
-    return next((other for other in all_processes() if other.name == "pdsh" and launch <= {*other.words}), None)
+    return next(
+        (other for other in all_processes() if other.name == "pdsh" and launch <= {*other.words}),
+        None,
+    )
 
 
 def typed(member: Process) -> list[str] | None:
-    """The command where a process is a launcher that users type: a script comes after its interpreter."""
+    """The command where a process is a launcher that users type: a script comes after its
+    interpreter.
+    """
     for position, word in enumerate(member.words[:2]):
         if (name := Path(word).name) in TYPED:
             return [name, *member.words[position + 1 :]]

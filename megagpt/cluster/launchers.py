@@ -1,8 +1,9 @@
 """How this process was started, and which of how many ranks it therefore is.
 
-Each launcher has variables of its own; torch and DeepSpeed read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
-MASTER_PORT (and we LOCAL_SIZE, the ranks of this host). `adopt_launch` derives these, or says what keeps it from that:
-a process that does not know its rank would train alone, beside others that do the same.
+Each launcher has variables of its own; torch and DeepSpeed read RANK, WORLD_SIZE, LOCAL_RANK,
+MASTER_ADDR and MASTER_PORT (and we LOCAL_SIZE, the ranks of this host). `adopt_launch` derives
+these, or says what keeps it from that: a process that does not know its rank would train alone,
+beside others that do the same.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from megagpt.utils import UserError
 
 OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 OF_A_START = OF_A_RANK[:3]  # users export the other two beforehand
-# Chosen from the job's number, so that every rank finds the same one and jobs on one host different ones; below the
-# ports that the system itself gives away (from 32768).
+# Chosen from the job's number, so that every rank finds the same one and jobs on one host different
+# ones; below the ports that the system itself gives away (from 32768).
 SLURM_PORTS = range(10_000, 30_000)
 # What MPI's starters tell a process of the number of its peers.
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -30,7 +31,9 @@ MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 @dataclass(frozen=True)
 class Launch:
-    """This rank among all ranks; None and an empty ``hosts`` (else in the order of the ranks) are what nobody said."""
+    """This rank among all ranks; None and an empty ``hosts`` (else in the order of the ranks)
+    are what nobody said.
+    """
 
     launcher: str
     rank: int
@@ -47,14 +50,18 @@ class Launch:
 
 
 def signs_of_launcher(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """The variables that say that a launcher has started this process; to be asked before `adopt_launch` sets some."""
+    """The variables that say that a launcher has started this process; to be asked before
+    `adopt_launch` sets some.
+    """
     return [name for name in (*OF_A_START, "SLURM_STEP_NUM_TASKS") if environment.get(name)]
 
 
 def adopt_launch(environment: MutableMapping[str, str] = os.environ) -> Launch:
-    """What the launcher's variables say, set under the names that torch reads; without a launcher, one rank alone.
+    """What the launcher's variables say, set under the names that torch reads; without a launcher,
+    one rank alone.
 
-    Raises UserError where they say half, contradict themselves, or spread the ranks unevenly over the hosts.
+    Raises UserError where they say half, contradict themselves, or spread the ranks unevenly over
+    the hosts.
     """
     if environment.get("SLURM_STEP_NUM_TASKS") and not environment.get("RANK"):
         _set(environment, _of_slurm(environment))
@@ -80,7 +87,9 @@ def _of_variables(environment: Mapping[str, str]) -> Launch:
             f"unset all of them, or let a launcher set them: {_starts()}"
         )
     _whole(environment, "MASTER_PORT")
-    size = next((name for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE") if environment.get(name)), None)
+    size = next(
+        (name for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE") if environment.get(name)), None
+    )
     launcher = _launcher(environment)
     return Launch(
         launcher=launcher,
@@ -117,33 +126,51 @@ def _launcher(environment: Mapping[str, str]) -> str:
 def _problems(launch: Launch) -> Iterator[str]:
     """What is wrong with the numbers of a launch."""
     if not 0 <= launch.rank < launch.world_size:
-        yield f"environment: RANK={launch.rank} is not among the {launch.world_size} ranks of WORLD_SIZE"
+        yield (
+            f"environment: RANK={launch.rank} is not among the {launch.world_size} ranks of "
+            f"WORLD_SIZE"
+        )
     if launch.local_size is not None and not 0 <= launch.local_rank < launch.local_size:
-        yield f"environment: LOCAL_RANK={launch.local_rank} is not among the {launch.local_size} ranks of this host"
+        yield (
+            f"environment: LOCAL_RANK={launch.local_rank} is not among the {launch.local_size} "
+            f"ranks of this host"
+        )
     uneven = problems_between([*launch.hosts], launch.launcher)
     yield from uneven
     if uneven or launch.local_size is None or launch.num_hosts is None:
         return
     if launch.local_size * launch.num_hosts != launch.world_size:
         yield (
-            f"{launch.launcher}: {launch.local_size} ranks on host {socket.gethostname()}, {launch.world_size} on "
-            f"{launch.num_hosts} hosts: give every host the same number"
+            f"{launch.launcher}: {launch.local_size} ranks on host {socket.gethostname()}, "
+            f"{launch.world_size} on {launch.num_hosts} hosts: give every host the same number"
         )
 
 
 def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables of a task that srun started."""
-    names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID")
+    names = (
+        "SLURM_PROCID",
+        "SLURM_LOCALID",
+        "SLURM_STEP_NODELIST",
+        "SLURM_STEP_TASKS_PER_NODE",
+        "SLURM_NODEID",
+    )
     if missing := [name for name in (*names, "SLURM_JOB_ID") if not environment.get(name)]:
         raise UserError(
-            f"environment: SLURM_STEP_NUM_TASKS set and {', '.join(missing)} missing: start with {_starts()}"
+            f"environment: SLURM_STEP_NUM_TASKS set and {', '.join(missing)} missing: start with "
+            f"{_starts()}"
         )
     hosts = hosts_of_step(environment)
     node, rank = _whole(environment, "SLURM_NODEID"), _whole(environment, "SLURM_PROCID")
     if node >= len(hosts):
-        raise UserError(f"environment: SLURM_NODEID={node} is not among the hosts of SLURM_STEP_NODELIST")
+        raise UserError(
+            f"environment: SLURM_NODEID={node} is not among the hosts of SLURM_STEP_NODELIST"
+        )
     if rank != sum(host.slots for host in hosts[:node]) + _whole(environment, "SLURM_LOCALID"):
-        raise UserError("srun: ranks are dealt to the hosts in turns, neighbours belong together: --distribution=block")
+        raise UserError(
+            "srun: ranks are dealt to the hosts in turns, neighbours belong together: "
+            "--distribution=block"
+        )
     _require_visible_devices(environment, hosts[node].slots)
     job = _whole(environment, "SLURM_JOB_ID") + _whole(environment, "SLURM_STEP_ID", "0")
     return {
@@ -157,26 +184,32 @@ def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _require_visible_devices(environment: Mapping[str, str], tasks_here: int) -> None:
-    """A rank takes the GPU of its own local number: `--gpus-per-task` would show it that of another number only."""
+    """A rank takes the GPU of its own local number: `--gpus-per-task` would show it that of
+    another number only.
+    """
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     if visible and len(visible.split(",")) < tasks_here:
         raise UserError(
-            f"srun: {tasks_here} tasks on this host, and this one sees only CUDA_VISIBLE_DEVICES={visible}: every rank "
-            f"has to see the GPUs of all: --gpus-per-node={tasks_here} in place of --gpus-per-task, or --gpu-bind=none"
+            f"srun: {tasks_here} tasks on this host, and this one sees only "
+            f"CUDA_VISIBLE_DEVICES={visible}: every rank has to see the GPUs of all: "
+            f"--gpus-per-node={tasks_here} in place of --gpus-per-task, or --gpu-bind=none"
         )
 
 
 def _require_alone(environment: Mapping[str, str]) -> None:
-    """Refuse to train alone where a scheduler has started, or granted, more processes than this one."""
+    """Refuse to train alone where a scheduler has started, or granted, more processes than this
+    one.
+    """
     for name in MPI_SIZES:
         if (size := environment.get(name, "1")) != "1":
             raise UserError(
-                f"environment: {name}={size} and no RANK: each process would train alone; start with {_starts()}"
+                f"environment: {name}={size} and no RANK: each process would train alone; start "
+                f"with {_starts()}"
             )
     if environment.get("SLURM_JOB_ID") and (tasks := environment.get("SLURM_NTASKS", "1")) != "1":
         raise UserError(
-            f"Slurm granted {tasks} tasks and this is the only process: start all with srun python {_script()}, "
-            f"or this one only, on purpose, with SLURM_NTASKS=1 python {_script()}"
+            f"Slurm granted {tasks} tasks and this is the only process: start all with srun python "
+            f"{_script()}, or this one only, on purpose, with SLURM_NTASKS=1 python {_script()}"
         )
 
 
@@ -202,11 +235,14 @@ def _of_one_process() -> dict[str, str]:
 
 
 def _set(environment: MutableMapping[str, str], values: Mapping[str, str]) -> None:
-    """Set variables; one that has another value, from a job script perhaps, is an error rather than overwritten."""
+    """Set variables; one that has another value, from a job script perhaps, is an error rather
+    than overwritten.
+    """
     for name in OF_A_START:
         if environment.get(name, values[name]) not in ("", values[name]):
             raise UserError(
-                f"environment: {name}={environment[name]}, and the launcher says {values[name]}: unset {name}"
+                f"environment: {name}={environment[name]}, and the launcher says {values[name]}: "
+                f"unset {name}"
             )
     environment.update(values)
 

@@ -1,8 +1,9 @@
-"""A rank ends when its launcher has died: nobody else would end it, and it would hold its GPU and its run's lock.
+"""A rank ends when its launcher has died: nobody else would end it, and it would hold its GPU and
+its run's lock.
 
-DeepSpeed's and torch's launchers start ranks as ordinary processes, which outlive a launcher that was killed; through
-pdsh they outlive a lost ssh session too. (Linux can signal a process whose parent dies, but not one whose grandparent,
-pdsh or ssh session does.)
+DeepSpeed's and torch's launchers start ranks as ordinary processes, which outlive a launcher that
+was killed; through pdsh they outlive a lost ssh session too. (Linux can signal a process whose
+parent dies, but not one whose grandparent, pdsh or ssh session does.)
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from megagpt.utils import ExitCode
 
 INTERVAL_S = 1.0
 FAREWELL_S = 2.0  # a write to a log or to a reader that hangs is not waited for any longer
-GRACE_S = 25.0  # for a rank that was asked to save; DeepSpeed's launcher gives as long, less five seconds
+GRACE_S = (
+    25.0  # for a rank that was asked to save; DeepSpeed's launcher gives as long, less five seconds
+)
 
 log = logging.getLogger(__name__)
 
@@ -27,20 +30,23 @@ log = logging.getLogger(__name__)
 def end_with_launcher(ask_to_stop: Callable[[], None] | None = None) -> None:
     """From now on, let this rank end (exit code 1) within about a second of its launcher's death.
 
-    With ``ask_to_stop``, which is called in a thread of its own, the rank is asked first and has GRACE_S to end by
-    itself. Its last checkpoint is whole in any case: a save that is cut off is never committed. Without a launcher,
-    as in `python launch/train.py`, nothing happens.
+    With ``ask_to_stop``, which is called in a thread of its own, the rank is asked first and has
+    GRACE_S to end by itself. Its last checkpoint is whole in any case: a save that is cut off is
+    never committed. Without a launcher, as in `python launch/train.py`, nothing happens.
     """
     launcher = launcher_processes([*ancestors()])
     if launcher:
-        threading.Thread(target=_watch, args=(launcher, ask_to_stop), name="launcher watch", daemon=True).start()
+        threading.Thread(
+            target=_watch, args=(launcher, ask_to_stop), name="launcher watch", daemon=True
+        ).start()
 
 
 def launcher_processes(lineage: list[Process]) -> list[Process]:
     """Those among a rank's ancestors, nearest first, without which it shall not live on.
 
-    They end with the command that was typed (what is above it, a shell perhaps, may leave) or, on a host that was
-    reached by ssh, with the session. pdsh and the command above it count where they run on this machine.
+    They end with the command that was typed (what is above it, a shell perhaps, may leave) or, on a
+    host that was reached by ssh, with the session. pdsh and the command above it count where they
+    run on this machine.
     """
     last = 0
     across_ssh = False
@@ -55,12 +61,16 @@ def launcher_processes(lineage: list[Process]) -> list[Process]:
 
 
 def _launcher_beyond_ssh(lineage: list[Process]) -> list[Process]:
-    """The pdsh that opened the session and the `deepspeed` above it, where they run on this machine."""
+    """The pdsh that opened the session and the `deepspeed` above it, where they run on this
+    machine.
+    """
     pdsh = pdsh_of(lineage)
     if pdsh is None:
         return []
     above = [*ancestors(pdsh.number)]
-    command = next((position for position, process in enumerate(above, start=1) if typed(process)), 0)
+    command = next(
+        (position for position, process in enumerate(above, start=1) if typed(process)), 0
+    )
     return [pdsh, *above[:command]]
 
 
@@ -71,7 +81,11 @@ def _watch(launcher: Iterable[Process], ask_to_stop: Callable[[], None] | None) 
     dead = next(process for process in launcher if not process.is_alive())
     if ask_to_stop is not None:
         ask_to_stop()
-        log.critical("the launcher has died (process %d, %s): saving, then this rank ends", dead.number, dead.name)
+        log.critical(
+            "the launcher has died (process %d, %s): saving, then this rank ends",
+            dead.number,
+            dead.name,
+        )
         time.sleep(GRACE_S)
     threading.Timer(FAREWELL_S, os._exit, (ExitCode.FAILED,)).start()
     log.critical("the launcher has died (process %d, %s): this rank ends", dead.number, dead.name)

@@ -1,4 +1,7 @@
-"""The processes of this machine as /proc shows them: who started whom, by which command. Standard library only."""
+"""The processes of this machine as /proc shows them: who started whom, by which command.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ LISTENS = "0A"  # TCP_LISTEN of include/net/tcp_states.h
 
 @dataclass(frozen=True)
 class Process:
-    """One process; its number and the moment it started tell it from a later one of the same number."""
+    """One process; its number and the moment it started tell it from a later one of the same
+    number.
+    """
 
     number: int
     parent: int
@@ -23,7 +28,9 @@ class Process:
 
     @property
     def name(self) -> str:
-        """Of its program, without the directory; `sshd` of `sshd: root@pts/0`, as daemons rename themselves."""
+        """Of its program, without the directory; `sshd` of `sshd: root@pts/0`, as daemons rename
+        themselves.
+        """
         return Path(self.words[0].split(":")[0]).name if self.words else ""
 
     def is_alive(self) -> bool:
@@ -38,7 +45,9 @@ class Process:
 def process(number: int) -> Process | None:
     """The process of a number, or None where there is none, or where the system has no /proc."""
     try:
-        words = (PROC / str(number) / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+        words = (
+            (PROC / str(number) / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+        )
         _, parent, started = _status(number)
     except OSError:
         return None
@@ -68,11 +77,17 @@ def all_processes() -> Iterator[Process]:
 def listener(port: int) -> Process | None:
     """The process that listens at a TCP port of this machine, where this user may see it."""
     sockets = {f"socket:[{inode}]" for inode in _listening(port)}
-    return next((member for member in all_processes() if sockets & _open_files(member)), None) if sockets else None
+    return (
+        next((member for member in all_processes() if sockets & _open_files(member)), None)
+        if sockets
+        else None
+    )
 
 
 def _listening(port: int) -> Iterator[str]:
-    """The inodes of the sockets that listen there: proc_pid_net(5); address, state and inode are words 1, 3 and 9."""
+    """The inodes of the sockets that listen there: proc_pid_net(5); address, state and inode are
+    words 1, 3 and 9.
+    """
     for table in ("tcp", "tcp6"):
         try:
             lines = (PROC / "net" / table).read_text().splitlines()[1:]
@@ -84,7 +99,9 @@ def _listening(port: int) -> Iterator[str]:
 
 
 def _open_files(member: Process) -> set[str]:
-    """What the process has open, as the links in /proc name it; empty where it is another user's."""
+    """What the process has open, as the links in /proc name it; empty where it is another
+    user's.
+    """
     found = set()
     with suppress(OSError):
         for link in (PROC / str(member.number) / "fd").iterdir():
@@ -94,6 +111,8 @@ def _open_files(member: Process) -> set[str]:
 
 
 def _status(number: int) -> tuple[str, int, int]:
-    """State, parent and start of a process: fields 3, 4 and 22 of proc_pid_stat(5); its name may hold blanks."""
+    """State, parent and start of a process: fields 3, 4 and 22 of proc_pid_stat(5); its name may
+    hold blanks.
+    """
     fields = (PROC / str(number) / "stat").read_text(errors="replace").rpartition(")")[2].split()
     return fields[0], int(fields[1]), int(fields[19])

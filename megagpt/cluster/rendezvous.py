@@ -1,6 +1,7 @@
 """The ranks find each other, or say who is missing.
 
-torch waits for all ranks for as long as for a collective, half an hour, and then does not know which did not come.
+torch waits for all ranks for as long as for a collective, half an hour, and then does not know
+which did not come.
 """
 
 from __future__ import annotations
@@ -18,30 +19,42 @@ from datetime import timedelta
 import deepspeed  # noqa: F401  # takes seconds on a cold disk: they pass before the ranks have come, not after
 import torch.distributed as dist
 
-from megagpt.cluster.launch_command import COMMAND_VARIABLE, command_of_launcher, hosts_without_session
+from megagpt.cluster.launch_command import (
+    COMMAND_VARIABLE,
+    command_of_launcher,
+    hosts_without_session,
+)
 from megagpt.cluster.launchers import Launch, adopt_launch
 from megagpt.cluster.processes import listener
 from megagpt.common.text import redacted, without_control_characters
 from megagpt.utils import TransientError, UserError, human_duration
 
 TIMEOUT_VARIABLE = "MEGAGPT_JOIN_TIMEOUT_S"
-TIMEOUT_S = 300  # the slowest start: torch from a cold network disk, the embedded corpus prepared on one of the hosts
+# the slowest start: torch from a cold network disk, the embedded corpus prepared on one of the
+# hosts
+TIMEOUT_S = 300
 NOTICE_S = 10.0
 PAUSE_S = 0.5
 HEARING_S = 3.0
 COMMAND_WIDTH = 120
 COMMAND, COMPLETE, VERDICT, HEARD = "command", "complete", "verdict", "heard"
 PREFLIGHT = "python launch/preflight.py --hostfile hosts"
-PORT_REMEDY = "end what uses it, or choose another: deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT"
+PORT_REMEDY = (
+    "end what uses it, or choose another: deepspeed --master_port N, torchrun "
+    "--master-port N, or MASTER_PORT"
+)
 
 
 @contextmanager
-def gathered_ranks(of_rank_0: Callable[[], AbstractContextManager[object]] = nullcontext) -> Iterator[None]:
+def gathered_ranks(
+    of_rank_0: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Iterator[None]:
     """A context that is entered once every rank has come and rank 0 has entered ``of_rank_0``.
 
-    Where that raises UserError, all ranks do. The process group is to be made inside. Every rank must call it. Raises
-    UserError, naming the ranks that are missing and their hosts, after MEGAGPT_JOIN_TIMEOUT_S (300), or as soon as the
-    ssh session to a host is seen to end. What one rank alone can see, the command that was typed, all know afterwards.
+    Where that raises UserError, all ranks do. The process group is to be made inside. Every rank
+    must call it. Raises UserError, naming the ranks that are missing and their hosts, after
+    MEGAGPT_JOIN_TIMEOUT_S (300), or as soon as the ssh session to a host is seen to end. What one
+    rank alone can see, the command that was typed, all know afterwards.
     """
     launch = adopt_launch()
     if launch.world_size == 1:
@@ -74,7 +87,9 @@ def _announced(
 
 
 def _await_hearers(store: dist.Store, launch: Launch) -> None:
-    """Serve the store until every other rank has read the verdict; one that has died is not waited for."""
+    """Serve the store until every other rank has read the verdict; one that has died is not
+    waited for.
+    """
     end = time.monotonic() + HEARING_S
     while store.add(HEARD, 0) < launch.world_size - 1 and time.monotonic() < end:
         time.sleep(0.05)
@@ -106,13 +121,17 @@ def _rank_0_may_end() -> Iterator[None]:
     try:
         yield
     except dist.DistNetworkError as error:
-        raise TransientError("rank 0 has ended while the ranks gathered; it has said why") from error
+        raise TransientError(
+            "rank 0 has ended while the ranks gathered; it has said why"
+        ) from error
 
 
 def _timeout_s() -> int:
     text = os.environ.get(TIMEOUT_VARIABLE, str(TIMEOUT_S))
     if not text.isdecimal() or int(text) == 0:
-        raise UserError(f"environment: {TIMEOUT_VARIABLE}={text!a} is no whole number of seconds, such as 300")
+        raise UserError(
+            f"environment: {TIMEOUT_VARIABLE}={text!a} is no whole number of seconds, such as 300"
+        )
     return int(text)
 
 
@@ -146,21 +165,28 @@ def _user_of(port: int) -> str:
     if user is None:
         return ""
     command = without_control_characters(redacted(shlex.join(user.words)))
-    return f" by process {user.number} ({textwrap.shorten(command, COMMAND_WIDTH)}; to end it: kill {user.number})"
+    return (
+        f" by process {user.number} ({textwrap.shorten(command, COMMAND_WIDTH)}; to end it: "
+        f"kill {user.number})"
+    )
 
 
 def _await_server(launch: Launch, address: str, port: int, end: float) -> None:
-    """Wait until somebody listens: torch's store would try as long, and write a warning each time."""
+    """Wait until somebody listens: torch's store would try as long, and write a warning each
+    time.
+    """
     while True:
         try:
-            socket.create_connection((address, port), timeout=max(PAUSE_S, end - time.monotonic())).close()
+            socket.create_connection(
+                (address, port), timeout=max(PAUSE_S, end - time.monotonic())
+            ).close()
             return
         except OSError as error:
             if time.monotonic() >= end:
                 raise TransientError(
-                    f"{_name(launch, 0)} did not answer at {address}:{port} within {human_duration(_timeout_s())} "
-                    f"({error}): is its host up, did it end with an error, does a firewall stand between? "
-                    f"To check all hosts: {PREFLIGHT}"
+                    f"{_name(launch, 0)} did not answer at {address}:{port} within "
+                    f"{human_duration(_timeout_s())} ({error}): is its host up, did it end with an "
+                    f"error, does a firewall stand between? To check all hosts: {PREFLIGHT}"
                 ) from error
         time.sleep(PAUSE_S)
 
@@ -181,8 +207,8 @@ def _await_others(store: dist.Store, launch: Launch, end: float) -> None:
         time.sleep(PAUSE_S)
         if lost := hosts_without_session():
             raise TransientError(
-                f"the ssh session to {', '.join(lost)} has ended, {_missing(store, launch)} will not come: "
-                f"see above what was said there, or check all hosts: {PREFLIGHT}"
+                f"the ssh session to {', '.join(lost)} has ended, {_missing(store, launch)} will "
+                f"not come: see above what was said there, or check all hosts: {PREFLIGHT}"
             )
         if time.monotonic() >= end:
             raise TransientError(
@@ -192,12 +218,17 @@ def _await_others(store: dist.Store, launch: Launch, end: float) -> None:
         if time.monotonic() >= notice_at:
             notice_at = end
             left = human_duration(end - time.monotonic())
-            waiting = f"waiting for {_missing(store, launch)}; {left} left ({TIMEOUT_VARIABLE} allows more)"
+            waiting = (
+                f"waiting for {_missing(store, launch)}; {left} left ({TIMEOUT_VARIABLE} "
+                f"allows more)"
+            )
             print(waiting, file=sys.stderr, flush=True)
 
 
 def _missing(store: dist.Store, launch: Launch) -> str:
-    return ", ".join(_name(launch, rank) for rank in range(launch.world_size) if not store.check([_key(rank)]))
+    return ", ".join(
+        _name(launch, rank) for rank in range(launch.world_size) if not store.check([_key(rank)])
+    )
 
 
 def _hear(store: dist.Store) -> None:

@@ -1,7 +1,7 @@
 """Slurm's compact lists: which hosts a job step has and how many tasks each runs.
 
-`gpu[01-03,7],login1` are five hosts, `2(x3),1` is two tasks on each of three hosts and one on a fourth (srun(1),
-SLURM_STEP_NODELIST and SLURM_STEP_TASKS_PER_NODE).
+`gpu[01-03,7],login1` are five hosts, `2(x3),1` is two tasks on each of three hosts and one on a
+fourth (srun(1), SLURM_STEP_NODELIST and SLURM_STEP_TASKS_PER_NODE).
 """
 
 from __future__ import annotations
@@ -15,25 +15,33 @@ from megagpt.cluster.hosts import HOST_PATTERN, Host
 from megagpt.utils import UserError
 
 MAX_HOSTS = 100_000  # beyond any cluster: a damaged range must not fill the memory
-PARTS = re.compile(r"[^,\[\]]*(?:\[[^\[\]]*\][^,\[\]]*)*(?:,|$)")  # split at the commas outside of brackets
+PARTS = re.compile(
+    r"[^,\[\]]*(?:\[[^\[\]]*\][^,\[\]]*)*(?:,|$)"
+)  # split at the commas outside of brackets
 PIECES = re.compile(r"\[([^\[\]]*)\]|([^\[\]]+)")
 RANGE = re.compile(r"([0-9]+)(?:-([0-9]+))?")
 TASKS = re.compile(r"([0-9]+)(?:\(x([0-9]+)\))?")
 
 
 def hosts_of_step(environment: Mapping[str, str]) -> list[Host]:
-    """The hosts of this job step with their tasks, in the order of the tasks; empty outside of Slurm.
+    """The hosts of this job step with their tasks, in the order of the tasks; empty outside of
+    Slurm.
 
-    Tasks are numbered host by host (srun's block distribution) or in turns (cyclic); only the first is understood.
+    Tasks are numbered host by host (srun's block distribution) or in turns (cyclic); only the first
+    is understood.
     """
-    nodes, tasks = environment.get("SLURM_STEP_NODELIST"), environment.get("SLURM_STEP_TASKS_PER_NODE")
+    nodes, tasks = (
+        environment.get("SLURM_STEP_NODELIST"),
+        environment.get("SLURM_STEP_TASKS_PER_NODE"),
+    )
     if not nodes or not tasks:
         return []
     names, counts = expand_hosts(nodes), expand_tasks(tasks)
     if len(names) != len(counts):
         raise UserError(
-            f"environment: SLURM_STEP_NODELIST={nodes} are {len(names)} hosts and SLURM_STEP_TASKS_PER_NODE={tasks} "
-            f"are {len(counts)}: start with srun python launch/train.py"
+            f"environment: SLURM_STEP_NODELIST={nodes} are {len(names)} hosts and "
+            f"SLURM_STEP_TASKS_PER_NODE={tasks} are {len(counts)}: start with srun python "
+            "launch/train.py"
         )
     return [Host(name, count) for name, count in zip(names, counts, strict=True)]
 
@@ -42,7 +50,11 @@ def expand_hosts(nodes: str) -> list[str]:
     """The host names of a list such as `gpu[01-03,7],login1`."""
     parts = PARTS.findall(nodes)
     names = [name for part in parts if part for name in _expand_part(part.rstrip(","), nodes)]
-    if "".join(parts) != nodes or not names or not all(HOST_PATTERN.fullmatch(name) for name in names):
+    if (
+        "".join(parts) != nodes
+        or not names
+        or not all(HOST_PATTERN.fullmatch(name) for name in names)
+    ):
         raise UserError(f"environment: SLURM_STEP_NODELIST={nodes!a} is no list of hosts")
     return names
 
@@ -53,13 +65,17 @@ def expand_tasks(tasks: str) -> list[int]:
     for part in tasks.split(","):
         match = TASKS.fullmatch(part)
         if match is None or int(match[2] or 1) > MAX_HOSTS:
-            raise UserError(f"environment: SLURM_STEP_TASKS_PER_NODE={tasks!a} is no list of numbers of tasks")
+            raise UserError(
+                f"environment: SLURM_STEP_TASKS_PER_NODE={tasks!a} is no list of numbers of tasks"
+            )
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
 
 
 def _expand_part(part: str, whole: str) -> list[str]:
-    """The names of one part, which may hold several brackets: every combination of what they list."""
+    """The names of one part, which may hold several brackets: every combination of what they
+    list.
+    """
     choices = [[text] if text else _numbers(ranges, whole) for ranges, text in PIECES.findall(part)]
     if math.prod(map(len, choices)) > MAX_HOSTS:
         raise UserError(f"environment: SLURM_STEP_NODELIST={whole!a} is no list of hosts")

@@ -1,4 +1,6 @@
-"""Command-line values that say their range: types for argparse, which turns what they refuse into exit code 2."""
+"""Command-line values that say their range: types for argparse, which turns what they refuse
+into exit code 2.
+"""
 
 import math
 from argparse import ArgumentTypeError

@@ -1,4 +1,7 @@
-"""Work in threads that must not keep a dying process alive, nor take a core from training. Standard library only."""
+"""Work in threads that must not keep a dying process alive, nor take a core from training.
+
+Standard library only.
+"""
 
 import os
 import queue
@@ -14,9 +17,11 @@ LEAST_PRIORITY = 19
 
 
 class Job(Generic[Result]):
-    """One piece of work whose result, or error, is asked for later: begun in a thread, or done by the caller at once.
+    """One piece of work whose result, or error, is asked for later: begun in a thread, or done by
+    the caller at once.
 
-    ``in_background``: the thread and those that it starts compute only where the cores have nothing better to do.
+    ``in_background``: the thread and those that it starts compute only where the cores have nothing
+    better to do.
     """
 
     def __init__(self, work: Callable[[], Result], *, in_background: bool) -> None:
@@ -42,7 +47,9 @@ class Job(Generic[Result]):
         return self._result
 
     def _run_politely(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LEAST_PRIORITY)  # on Linux a thread has its own
+        os.setpriority(
+            os.PRIO_PROCESS, threading.get_native_id(), LEAST_PRIORITY
+        )  # on Linux a thread has its own
         self._run()
 
     def _run(self) -> None:
@@ -59,7 +66,8 @@ def threads_of_this_rank() -> int:
 
 
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """[work(item) for item in items], several at a time; raises the first error, once every thread has ended.
+    """[work(item) for item in items], several at a time; raises the first error, once every thread
+    has ended.
 
     Threads inherit the priority of the one that calls.
     """
@@ -80,7 +88,10 @@ def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Re
             except BaseException as error:
                 errors.append(error)
 
-    threads = [threading.Thread(target=take, daemon=True) for _ in range(min(threads_of_this_rank(), size) - 1)]
+    threads = [
+        threading.Thread(target=take, daemon=True)
+        for _ in range(min(threads_of_this_rank(), size) - 1)
+    ]
     for thread in threads:
         thread.start()
     take()

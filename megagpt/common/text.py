@@ -7,9 +7,11 @@ import re
 
 MASK = "[secret]"
 
-# WANDB_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY, AWS_ACCESS_KEY_ID, PGPASSWORD, GOOGLE_APPLICATION_CREDENTIALS ...
+# WANDB_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY, AWS_ACCESS_KEY_ID, PGPASSWORD,
+# GOOGLE_APPLICATION_CREDENTIALS ...
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
-# Shorter values are settings (TOKENIZERS_PARALLELISM=false), and masking them would garble ordinary text.
+# Shorter values are settings (TOKENIZERS_PARALLELISM=false), and masking them would garble ordinary
+# text.
 _SHORTEST_SECRET = 8
 
 
@@ -23,16 +25,21 @@ def redacted(text: str) -> str:
 def _secrets() -> list[str]:
     """The values to hide, longest first so that one which contains another goes whole."""
     values = {value for name, value in os.environ.items() if _SECRET_NAME.search(name)}
-    return sorted((value for value in values if len(value) >= _SHORTEST_SECRET), key=len, reverse=True)
+    return sorted(
+        (value for value in values if len(value) >= _SHORTEST_SECRET), key=len, reverse=True
+    )
 
 
 def without_control_characters(text: str) -> str:
-    r"""`text` with control characters spelled out (`\x1b`), so that what a model writes never drives a terminal.
+    r"""`text` with control characters spelled out (`\x1b`), so that what a model writes never
+    drives a terminal.
 
     Newlines and tabs stay; the C1 range counts too, since 0x9b begins a command on some terminals.
     """
     return "".join(
-        character if character in "\n\t" or not _is_control(character) else f"\\x{ord(character):02x}"
+        character
+        if character in "\n\t" or not _is_control(character)
+        else f"\\x{ord(character):02x}"
         for character in text
     )
 

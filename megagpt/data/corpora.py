@@ -1,7 +1,7 @@
 """Where documents come from: Python's own standard library, local files, any Hugging Face dataset.
 
-A source yields pieces in an order that never changes: most are whole documents, a long text file comes in several. The
-number of pieces taken is all that an interrupted preparation has to remember.
+A source yields pieces in an order that never changes: most are whole documents, a long text file
+comes in several. The number of pieces taken is all that an interrupted preparation has to remember.
 """
 
 from __future__ import annotations
@@ -23,16 +23,30 @@ from pydantic import JsonValue
 from megagpt.utils import MIB, UserError
 
 TEXT_BLOCK_BYTES = MIB
-LONGEST_TEXT_PIECE = 16 * MIB  # characters; only a text without a single plain line break is cut elsewhere
+LONGEST_TEXT_PIECE = (
+    16 * MIB
+)  # characters; only a text without a single plain line break is cut elsewhere
 FORMAT_OF_SUFFIX = {".txt": "text", ".jsonl": "json", ".jsonl.zst": "json", ".parquet": "parquet"}
-# Tests, the editor, tables of character sets and help texts: large, and not the code that people read.
-LEFT_OUT = {"test", "tests", "idlelib", "encodings", "pydoc_data", "lib2to3", "turtledemo", "ensurepip"}
+# Tests, the editor, tables of character sets and help texts: large, and not the code that people
+# read.
+LEFT_OUT = {
+    "test",
+    "tests",
+    "idlelib",
+    "encodings",
+    "pydoc_data",
+    "lib2to3",
+    "turtledemo",
+    "ensurepip",
+}
 INSTALLED = {"site-packages", "dist-packages", "__pycache__"}
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a document: `document` counts from 0, `starts` and `ends` say whether its first and last part is here."""
+    """Part of a document: `document` counts from 0, `starts` and `ends` say whether its first
+    and last part is here.
+    """
 
     document: int
     text: str
@@ -41,7 +55,10 @@ class Piece:
 
 
 class Source(Protocol):
-    """A corpus. `description` goes into the manifest; `version` must be equal for a preparation to be continued."""
+    """A corpus.
+
+    `description` goes into the manifest; `version` must be equal for a preparation to be continued.
+    """
 
     description: dict[str, JsonValue]
     version: JsonValue
@@ -52,7 +69,9 @@ class Source(Protocol):
         ...
 
 
-def open_source(dataset: str, *, config: str | None = None, split: str = "train", column: str = "text") -> Source:
+def open_source(
+    dataset: str, *, config: str | None = None, split: str = "train", column: str = "text"
+) -> Source:
     """The source that `--dataset` names; UserError where there is none."""
     if dataset == "stdlib":
         return StandardLibrary(Path(sysconfig.get_path("stdlib")))
@@ -60,44 +79,74 @@ def open_source(dataset: str, *, config: str | None = None, split: str = "train"
     if suffix:
         return _local_source(dataset, FORMAT_OF_SUFFIX[suffix], column)
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset) and not Path(dataset).exists():
-        description: dict[str, JsonValue] = {"dataset": dataset, "config": config, "split": split, "column": column}
-        return Table(description, {"path": dataset, "name": config, "split": split}, column, None, None)
+        description: dict[str, JsonValue] = {
+            "dataset": dataset,
+            "config": config,
+            "split": split,
+            "column": column,
+        }
+        return Table(
+            description, {"path": dataset, "name": config, "split": split}, column, None, None
+        )
     raise UserError(
-        f"--dataset {dataset}: use stdlib, a Hugging Face dataset (owner/name), or a path or pattern that ends in "
-        f"{', '.join(FORMAT_OF_SUFFIX)}"
+        f"--dataset {dataset}: use stdlib, a Hugging Face dataset (owner/name), or a path or "
+        f"pattern that ends in {', '.join(FORMAT_OF_SUFFIX)}"
     )
 
 
 def _local_source(pattern: str, file_format: str, column: str) -> Source:
-    paths = sorted(Path(path) for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
+    paths = sorted(
+        Path(path) for path in glob.glob(pattern, recursive=True) if Path(path).is_file()
+    )
     if not paths:
-        raise UserError(f"--dataset {pattern}: no such file; a pattern needs quotes, so that the shell leaves it whole")
+        raise UserError(
+            f"--dataset {pattern}: no such file; a pattern needs quotes, so that the shell leaves "
+            f"it whole"
+        )
     status = [path.stat() for path in paths]
     empty = [str(path) for path, s in zip(paths, status, strict=True) if s.st_size == 0]
     if empty:
-        raise UserError(f"--dataset {pattern}: empty: {', '.join(empty)}; remove it or name other files")
-    version: JsonValue = [[str(path), s.st_size, s.st_mtime_ns] for path, s in zip(paths, status, strict=True)]
+        raise UserError(
+            f"--dataset {pattern}: empty: {', '.join(empty)}; remove it or name other files"
+        )
+    version: JsonValue = [
+        [str(path), s.st_size, s.st_mtime_ns] for path, s in zip(paths, status, strict=True)
+    ]
     description: dict[str, JsonValue] = {"dataset": pattern, "files": len(paths)}
     size_bytes = sum(s.st_size for s in status)
     if file_format == "text":
         return TextFiles(paths, description, version, size_bytes)
     arguments = {"path": file_format, "data_files": [str(path) for path in paths], "split": "train"}
     compressed = file_format == "parquet" or pattern.endswith(".zst")
-    return Table({**description, "column": column}, arguments, column, version, None if compressed else size_bytes)
+    return Table(
+        {**description, "column": column},
+        arguments,
+        column,
+        version,
+        None if compressed else size_bytes,
+    )
 
 
 class StandardLibrary:
-    """The sources of the Python that runs this, one document a module: the corpus that needs no download."""
+    """The sources of the Python that runs this, one document a module: the corpus that needs no
+    download.
+    """
 
     def __init__(self, root: Path) -> None:
-        self._paths = sorted(path for path in root.rglob("*.py") if not _is_left_out(path.relative_to(root)))
+        self._paths = sorted(
+            path for path in root.rglob("*.py") if not _is_left_out(path.relative_to(root))
+        )
         if len(self._paths) < 20:
             raise UserError(
-                f"{root}: {len(self._paths)} Python sources found; this Python comes without its standard library's "
-                "sources, use --dataset with a text of your own"
+                f"{root}: {len(self._paths)} Python sources found; this Python comes without its "
+                "standard library's sources, use --dataset with a text of your own"
             )
         python = f"{platform.python_implementation()} {platform.python_version()}"
-        self.description: dict[str, JsonValue] = {"dataset": "stdlib", "python": python, "files": len(self._paths)}
+        self.description: dict[str, JsonValue] = {
+            "dataset": "stdlib",
+            "python": python,
+            "files": len(self._paths),
+        }
         self.version: JsonValue = None
         self.size_bytes: int | None = sum(path.stat().st_size for path in self._paths)
 
@@ -108,16 +157,27 @@ class StandardLibrary:
 
 
 def _is_left_out(path: Path) -> bool:
-    return bool((LEFT_OUT | INSTALLED).intersection(path.parts)) or path.parts[0].startswith("config-")
+    return bool((LEFT_OUT | INSTALLED).intersection(path.parts)) or path.parts[0].startswith(
+        "config-"
+    )
 
 
 class TextFiles:
     """UTF-8 text, one document a file, in pieces so that a file of any size fits in memory."""
 
     def __init__(
-        self, paths: list[Path], description: dict[str, JsonValue], version: JsonValue, size_bytes: int | None
+        self,
+        paths: list[Path],
+        description: dict[str, JsonValue],
+        version: JsonValue,
+        size_bytes: int | None,
     ) -> None:
-        self._paths, self.description, self.version, self.size_bytes = paths, description, version, size_bytes
+        self._paths, self.description, self.version, self.size_bytes = (
+            paths,
+            description,
+            version,
+            size_bytes,
+        )
 
     def pieces(self, skip: int = 0) -> Iterator[Piece]:
         return itertools.islice(self._all_pieces(), skip, None)
@@ -134,7 +194,9 @@ class TextFiles:
 
 
 def _text_pieces(path: Path) -> Iterator[str]:
-    """The file's text, cut where no tokenizer's pattern reaches across: a line break between two visible characters."""
+    """The file's text, cut where no tokenizer's pattern reaches across: a line break between two
+    visible characters.
+    """
     text = ""
     for block in _decoded_blocks(path):
         text += block
@@ -152,7 +214,11 @@ def _last_plain_line_break(text: str) -> int | None:
     """The position after the last "\\n" that has a visible character on either side."""
     place = len(text)
     while (place := text.rfind("\n", 1, place)) != -1:
-        if place + 1 < len(text) and not text[place - 1].isspace() and not text[place + 1].isspace():
+        if (
+            place + 1 < len(text)
+            and not text[place - 1].isspace()
+            and not text[place + 1].isspace()
+        ):
             return place + 1
     return None
 
@@ -169,8 +235,8 @@ def _decoded_blocks(path: Path) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 offset = read_bytes - held_back + error.start
                 raise UserError(
-                    f"{path}: not UTF-8 at byte {offset} ({error.reason}); convert it, for example: "
-                    f"iconv -f LATIN1 -t UTF-8 {path} > converted.txt"
+                    f"{path}: not UTF-8 at byte {offset} ({error.reason}); convert it, for "
+                    f"example: iconv -f LATIN1 -t UTF-8 {path} > converted.txt"
                 ) from None
             if not block:
                 return
@@ -178,7 +244,8 @@ def _decoded_blocks(path: Path) -> Iterator[str]:
 
 
 class Table:
-    """One text column of a Hugging Face dataset: from the hub, or local .jsonl, .jsonl.zst and .parquet files.
+    """One text column of a Hugging Face dataset: from the hub, or local .jsonl, .jsonl.zst and
+    .parquet files.
 
     `datasets` streams it, one document a row. Code that a dataset brings along is never run.
     """
@@ -207,8 +274,9 @@ class Table:
         return iter(dataset.skip(skip) if skip else dataset)
 
     def _guarded(self, function: Any, *arguments: Any, **keywords: Any) -> Any:
-        """Call into `datasets`; what goes wrong there (no such dataset or configuration, no network, a damaged file)
-        comes back as one line."""
+        """Call into `datasets`; what goes wrong there (no such dataset or configuration, no
+        network, a damaged file) comes back as one line.
+        """
         from datasets.exceptions import DatasetsError
 
         try:
@@ -216,13 +284,17 @@ class Table:
         except (DatasetsError, OSError, ValueError, RuntimeError, StopIteration) as error:
             reason = " ".join(str(error).split()) or "no rows"
             raise UserError(
-                f"--dataset {self.description['dataset']}: {type(error).__name__}: {reason}. {self._advice()}"
+                f"--dataset {self.description['dataset']}: {type(error).__name__}: {reason}. "
+                f"{self._advice()}"
             ) from error
 
     def _advice(self) -> str:
         if "data_files" in self._arguments:
             return "Check the files"
-        return "Check the name, --config and --split, and the network (HF_ENDPOINT; HF_TOKEN for gated data)"
+        return (
+            "Check the name, --config and --split, and the network (HF_ENDPOINT; HF_TOKEN for "
+            "gated data)"
+        )
 
     def _text(self, number: int, row: dict[str, Any]) -> str:
         text = row.get(self._column)
@@ -230,9 +302,13 @@ class Table:
             return text
         where = f"--dataset {self.description['dataset']}: row {number}"
         if self._column not in row:
-            raise UserError(f"{where} has no column {self._column!r}; choose one with --column: {', '.join(row)}")
+            raise UserError(
+                f"{where} has no column {self._column!r}; choose one with --column: "
+                f"{', '.join(row)}"
+            )
         if text is None:
             return ""
         raise UserError(
-            f"{where}: column {self._column!r} holds {type(text).__name__}, not text; choose another with --column"
+            f"{where}: column {self._column!r} holds {type(text).__name__}, not text; choose "
+            f"another with --column"
         )

@@ -32,7 +32,9 @@ BATCH_PIECES = 4096  # however short the documents are
 class EncodedPiece(NamedTuple):
     split: Split
     starts_document: bool
-    tokens: np.ndarray  # uint32; the end-of-document token last where the document ends here; none for an empty text
+    tokens: (
+        np.ndarray
+    )  # uint32; the end-of-document token last where the document ends here; none for an empty text
 
 
 Batch = list[tuple[Split, Piece]]
@@ -56,13 +58,20 @@ def batches(pieces: Iterable[tuple[Split, Piece]]) -> Iterator[Batch]:
 
 
 def encode_batch(encoding: tiktoken.Encoding, batch: Batch) -> list[EncodedPiece]:
-    """Token ids of each piece. A special token's name in a text is text: no document can end another."""
+    """Token ids of each piece.
+
+    A special token's name in a text is text: no document can end another.
+    """
     end = np.array([encoding.eot_token], np.uint32)
     encoded = []
     for split, piece in batch:
         tokens = encoding.encode_to_numpy(replace_surrogates(piece.text), disallowed_special=())
         encoded.append(
-            EncodedPiece(split, piece.starts, np.append(tokens, end) if piece.ends and len(tokens) else tokens)
+            EncodedPiece(
+                split,
+                piece.starts,
+                np.append(tokens, end) if piece.ends and len(tokens) else tokens,
+            )
         )
     return encoded
 
@@ -75,19 +84,23 @@ def encoder(workers: int, tokenizer_directory: Path) -> Iterator[Encode]:
         return
     # Spawned, not forked: the parent may hold threads of datasets and pyarrow.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(tokenizer_directory,))
+    pool = ProcessPoolExecutor(
+        workers, context, initializer=_start_worker, initargs=(tokenizer_directory,)
+    )
     try:
         yield partial(_in_order, pool, 2 * workers)
     except BrokenProcessPool:
         raise RuntimeError(
-            "a tokenising worker process died, often for want of memory; the same command again continues, "
-            "with fewer --workers if it happens again"
+            "a tokenising worker process died, often for want of memory; the same command again "
+            "continues, with fewer --workers if it happens again"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _in_order(pool: ProcessPoolExecutor, in_flight: int, batches: Iterable[Batch]) -> Iterator[list[EncodedPiece]]:
+def _in_order(
+    pool: ProcessPoolExecutor, in_flight: int, batches: Iterable[Batch]
+) -> Iterator[list[EncodedPiece]]:
     """`pool.map`, but reading ahead only `in_flight` batches: a corpus is larger than memory."""
     futures: deque[Future[list[EncodedPiece]]] = deque()
     for batch in batches:

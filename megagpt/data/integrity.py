@@ -1,7 +1,9 @@
-"""Is a dataset still what its manifest says? By sizes and probes before every run, by everything on demand.
+"""Is a dataset still what its manifest says? By sizes and probes before every run, by everything on
+demand.
 
-A probe is the digest of one block of 64 KiB. Sizes and probes find a truncated, replaced or otherwise rewritten file in
-well under two seconds at any size of data; `verify(directory, full=True)` finds a single changed bit.
+A probe is the digest of one block of 64 KiB. Sizes and probes find a truncated, replaced or
+otherwise rewritten file in well under two seconds at any size of data; `verify(directory,
+full=True)` finds a single changed bit.
 """
 
 from __future__ import annotations
@@ -17,34 +19,48 @@ from megagpt.data.manifest import OFFSET_DTYPE, FileRecord, Manifest, Shard, rea
 from megagpt.utils import KIB, MIB, UserError
 
 PROBE_BYTES = 64 * KIB
-PROBES_PER_FILE = 16  # files up to 1 MiB are read whole; of larger ones, 16 blocks from the first to the last
+PROBES_PER_FILE = (
+    16  # files up to 1 MiB are read whole; of larger ones, 16 blocks from the first to the last
+)
 SCAN_TOKENS = 4 * MIB
 
 
 def record_file(path: Path) -> FileRecord:
     """What the manifest keeps of a finished file."""
-    return FileRecord(file=path.name, bytes=path.stat().st_size, sha256=sha256_of(path), probes=tuple(probes_of(path)))
+    return FileRecord(
+        file=path.name,
+        bytes=path.stat().st_size,
+        sha256=sha256_of(path),
+        probes=tuple(probes_of(path)),
+    )
 
 
 def check(directory: Path, manifest: Manifest) -> None:
-    """Compare the files with the manifest by size, largest token and probes; one UserError with every difference."""
+    """Compare the files with the manifest by size, largest token and probes; one UserError with
+    every difference.
+    """
     directory = Path(directory)
     problems = _file_problems(directory, manifest.tokenizer)
     for shard in _all_shards(manifest):
         problems += _shard_problems(directory, shard, manifest) or (
-            _file_problems(directory, shard, partial(_id_problem, manifest)) + _file_problems(directory, shard.offsets)
+            _file_problems(directory, shard, partial(_id_problem, manifest))
+            + _file_problems(directory, shard.offsets)
         )
     _raise(directory, problems)
 
 
 def verify(directory: Path, *, full: bool = False) -> Manifest:
-    """Check a dataset as a run does; with `full`, hash every file and look at every token and offset too."""
+    """Check a dataset as a run does; with `full`, hash every file and look at every token and
+    offset too.
+    """
     manifest = read_manifest(directory)
     check(directory, manifest)
     if full:
         problems = _hash_problems(Path(directory), manifest.tokenizer)
         for shard in _all_shards(manifest):
-            problems += _hash_problems(Path(directory), shard) + _hash_problems(Path(directory), shard.offsets)
+            problems += _hash_problems(Path(directory), shard) + _hash_problems(
+                Path(directory), shard.offsets
+            )
             problems += _token_problems(Path(directory), shard, manifest)
             problems += _offset_problems(Path(directory), shard)
         _raise(Path(directory), problems)
@@ -57,7 +73,9 @@ def sha256_of(path: Path) -> str:
 
 
 def probes_of(path: Path) -> list[str]:
-    """Digests of up to 16 blocks of 64 KiB, evenly spaced from the file's first byte to its last."""
+    """Digests of up to 16 blocks of 64 KiB, evenly spaced from the file's first byte to its
+    last.
+    """
     return [_digest(block) for _, block in _probed_blocks(path)]
 
 
@@ -80,11 +98,15 @@ def _digest(block: bytes) -> str:
 def _probe_offsets(size: int) -> list[int]:
     if size <= PROBES_PER_FILE * PROBE_BYTES:
         return list(range(0, size, PROBE_BYTES))
-    return [probe * (size - PROBE_BYTES) // (PROBES_PER_FILE - 1) for probe in range(PROBES_PER_FILE)]
+    return [
+        probe * (size - PROBE_BYTES) // (PROBES_PER_FILE - 1) for probe in range(PROBES_PER_FILE)
+    ]
 
 
 def _token_blocks(path: Path, dtype: np.dtype) -> Iterator[tuple[int, np.ndarray]]:
-    """(index of the first token, tokens) block by block; plain reads, so that a shrinking file is no SIGBUS."""
+    """(index of the first token, tokens) block by block; plain reads, so that a shrinking file
+    is no SIGBUS.
+    """
     first = 0
     with path.open("rb") as file:
         while data := file.read(SCAN_TOKENS * dtype.itemsize):
@@ -103,22 +125,31 @@ def _shard_problems(directory: Path, shard: Shard, manifest: Manifest) -> list[s
     if shard.bytes != shard.tokens * item_bytes:
         found = shard.bytes / shard.tokens
         return [
-            f"{path}: {found:g} bytes a token found, {manifest.dtype} has {item_bytes}: wrong dtype in the manifest"
+            f"{path}: {found:g} bytes a token found, {manifest.dtype} has {item_bytes}: wrong "
+            f"dtype in the manifest"
         ]
     if shard.offsets.bytes != shard.documents * OFFSET_DTYPE.itemsize:
         expected = shard.documents * OFFSET_DTYPE.itemsize
         return [
-            f"{path.with_suffix('.offsets')}: {shard.offsets.bytes} bytes found, {expected} expected (uint64 offsets)"
+            f"{path.with_suffix('.offsets')}: {shard.offsets.bytes} bytes found, {expected} "
+            f"expected (uint64 offsets)"
         ]
     if shard.max_token >= manifest.vocabulary:
-        return [f"{path}: token id {shard.max_token} found, ids below the vocabulary of {manifest.vocabulary} expected"]
+        return [
+            f"{path}: token id {shard.max_token} found, ids below the vocabulary of "
+            f"{manifest.vocabulary} expected"
+        ]
     return []
 
 
 def _file_problems(
-    directory: Path, record: FileRecord, inspect: Callable[[int, bytes], str | None] = lambda offset, block: None
+    directory: Path,
+    record: FileRecord,
+    inspect: Callable[[int, bytes], str | None] = lambda offset, block: None,
 ) -> list[str]:
-    """The first thing wrong with a file; ``inspect`` says what is wrong with a probed block, if it can tell."""
+    """The first thing wrong with a file; ``inspect`` says what is wrong with a probed block, if
+    it can tell.
+    """
     path = directory / record.file
     try:
         size = path.stat().st_size
@@ -135,20 +166,27 @@ def _file_problems(
 def _probe_problem(offset: int, block: bytes, expected: str) -> str | None:
     if (digest := _digest(block)) == expected:
         return None
-    return f"changed since preparation at byte {offset} or soon after: {digest} found, {expected} expected"
+    return (
+        f"changed since preparation at byte {offset} or soon after: {digest} found, {expected} "
+        f"expected"
+    )
 
 
 def _id_problem(manifest: Manifest, offset: int, block: bytes) -> str | None:
     """The first token id of a block at a byte offset that the vocabulary does not have."""
     dtype = manifest.token_dtype
     skipped = -offset % dtype.itemsize  # a probe may begin within a token
-    tokens = np.frombuffer(block, dtype, count=(len(block) - skipped) // dtype.itemsize, offset=skipped)
+    tokens = np.frombuffer(
+        block, dtype, count=(len(block) - skipped) // dtype.itemsize, offset=skipped
+    )
     wrong = np.flatnonzero(tokens >= manifest.vocabulary)
     if not len(wrong):
         return None
     first = int(wrong[0])
     place = offset + skipped + first * dtype.itemsize
-    return f"token id {tokens[first]} found at byte {place}, ids below {manifest.vocabulary} expected"
+    return (
+        f"token id {tokens[first]} found at byte {place}, ids below {manifest.vocabulary} expected"
+    )
 
 
 def _size_problem(found: int, expected: int) -> str:
@@ -156,7 +194,8 @@ def _size_problem(found: int, expected: int) -> str:
         return f"empty, {expected} bytes expected"
     if found == 2 * expected or 2 * found == expected:
         return (
-            f"{found} bytes found, {expected} expected: the other dtype (uint16 and uint32 differ by a factor of two)?"
+            f"{found} bytes found, {expected} expected: the other dtype (uint16 and uint32 "
+            f"differ by a factor of two)?"
         )
     cause = "truncated" if found < expected else "something was appended"
     return f"{found} bytes found, {expected} expected ({cause} at byte {min(found, expected)})"
@@ -166,7 +205,10 @@ def _hash_problems(directory: Path, record: FileRecord) -> list[str]:
     found = sha256_of(directory / record.file)
     if found == record.sha256:
         return []
-    return [f"{directory / record.file}: sha256 {found} found, {record.sha256} expected: changed since preparation"]
+    return [
+        f"{directory / record.file}: sha256 {found} found, {record.sha256} expected: changed "
+        f"since preparation"
+    ]
 
 
 def _token_problems(directory: Path, shard: Shard, manifest: Manifest) -> list[str]:

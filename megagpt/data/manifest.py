@@ -1,8 +1,9 @@
 """A dataset's manifest: what the directory holds.
 
-`manifest.json` is written last, so a directory that has one is complete. It names each file with its size, its sha256
-and the digests of a few blocks of it (probes: megagpt/data/integrity.py). File names follow a closed pattern, so no manifest
-reaches outside its directory, and nothing in it names code.
+`manifest.json` is written last, so a directory that has one is complete. It names each file with
+its size, its sha256 and the digests of a few blocks of it (probes: megagpt/data/integrity.py). File
+names follow a closed pattern, so no manifest reaches outside its directory, and nothing in it names
+code.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class TokenizerRecord(FileRecord):
 
 
 class Manifest(_Record):
-    """What a dataset directory holds; `vocabulary` counts ids, `source` says where the text is from."""
+    """What a dataset directory holds; `vocabulary` counts ids, `source` says where the text is
+    from.
+    """
 
     format_version: Literal[1]
     dtype: Literal["uint16", "uint32"]
@@ -76,7 +79,9 @@ class Manifest(_Record):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the contents (tokens, documents, tokenizer), whatever the directory is called."""
+        """A hash of the contents (tokens, documents, tokenizer), whatever the directory is
+        called.
+        """
         contents = self.model_dump(mode="json", exclude={"source"})
         return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
@@ -93,7 +98,8 @@ class Manifest(_Record):
         """`8.1M training and 430k validation tokens of 453 documents, vocabulary 4096`."""
         train, val = human_count(self.tokens("train")), human_count(self.tokens("val"))
         return (
-            f"{train} training and {val} validation tokens of {self.documents} documents, vocabulary {self.vocabulary}"
+            f"{train} training and {val} validation tokens of {self.documents} documents, "
+            f"vocabulary {self.vocabulary}"
         )
 
 
@@ -103,16 +109,22 @@ def dtype_for(vocabulary: int) -> Literal["uint16", "uint32"]:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Parse and check `directory/manifest.json`; UserError where it is missing or is not one of ours."""
+    """Parse and check `directory/manifest.json`; UserError where it is missing or is not one of
+    ours.
+    """
     path = Path(directory) / MANIFEST_FILE
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(_missing(Path(directory))) from None
     except NotADirectoryError:
-        raise UserError(f"{directory}: a file; a dataset is a directory made by launch/download_data.py") from None
+        raise UserError(
+            f"{directory}: a file; a dataset is a directory made by launch/download_data.py"
+        ) from None
     except ValidationError as error:
-        lines = (f"{path}: {'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
+        lines = (
+            f"{path}: {'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()
+        )
         raise UserError("\n".join((*lines, remedy(Path(directory))))) from None
 
 
@@ -132,7 +144,13 @@ def remedy(directory: Path) -> str:
 def _missing(directory: Path) -> str:
     command = f"python launch/download_data.py --dataset stdlib --output {directory}"
     if staging_directory(directory).is_dir():
-        return f"{directory}: its preparation has not finished; the same command again continues it: {command}"
+        return (
+            f"{directory}: its preparation has not finished; the same command again continues "
+            f"it: {command}"
+        )
     if directory.is_dir():
-        return f"{directory}: not a dataset, it has no {MANIFEST_FILE}; name another directory, or make one: {command}"
+        return (
+            f"{directory}: not a dataset, it has no {MANIFEST_FILE}; name another directory, "
+            f"or make one: {command}"
+        )
     return f"{directory}: no dataset here; prepare one: {command} (--help lists other sources)"

@@ -1,8 +1,9 @@
 """The order in which samples are visited: pure functions of integers, with no stored permutation.
 
-`permute` shuffles an epoch by a small cipher over exactly `count` values; `Blend` interleaves datasets so that every
-prefix of the run has the right share of each. Both answer for any index at once, in memory that does not grow with the
-number of samples, so a checkpoint keeps a single integer.
+`permute` shuffles an epoch by a small cipher over exactly `count` values; `Blend` interleaves
+datasets so that every prefix of the run has the right share of each. Both answer for any index at
+once, in memory that does not grow with the number of samples, so a checkpoint keeps a single
+integer.
 """
 
 from __future__ import annotations
@@ -18,16 +19,20 @@ import numpy as np
 
 from megagpt.utils import UserError
 
-ROUNDS = 8  # four give a pseudo-random permutation for large domains (Luby and Rackoff 1988); small ones need more
+# four give a pseudo-random permutation for large domains (Luby and Rackoff 1988); small ones need
+# more
+ROUNDS = 8
 LONGEST_PERIOD = 65_536  # of a blend: 0.1 s to lay out, 0.4 MB to hold
 
 
 def permute(index: int, count: int, *, seed: int, epoch: int) -> int:
-    """Where the `index`-th visit of an epoch goes: a permutation of range(count), another for each seed and epoch.
+    """Where the `index`-th visit of an epoch goes: a permutation of range(count), another for each
+    seed and epoch.
 
-    A Feistel network on the mixed radix (left, right), with addition modulo each radix in place of xor, and walking
-    the cycle until the value is below `count`: Black and Rogaway, "Ciphers with arbitrary finite domains", 2002. The
-    domain is less than sqrt(count) + 1 larger than count, so that a second walk is rare.
+    A Feistel network on the mixed radix (left, right), with addition modulo each radix in place of
+    xor, and walking the cycle until the value is below `count`: Black and Rogaway, "Ciphers with
+    arbitrary finite domains", 2002. The domain is less than sqrt(count) + 1 larger than count, so
+    that a second walk is rare.
     """
     left_size = math.isqrt(count - 1) + 1
     right_size = -(-count // left_size)
@@ -42,27 +47,34 @@ def permute(index: int, count: int, *, seed: int, epoch: int) -> int:
 
 
 def _round_value(seed: int, epoch: int, number: int, half: int) -> int:
-    digest = hashlib.blake2b(struct.pack("<qQQQ", seed, epoch, number, half), digest_size=8).digest()
+    digest = hashlib.blake2b(
+        struct.pack("<qQQQ", seed, epoch, number, half), digest_size=8
+    ).digest()
     return int.from_bytes(digest, "little")
 
 
 class Blend:
-    """Which dataset the n-th sample comes from: among the first n, dataset d has n x share(d) of them, within 1.
+    """Which dataset the n-th sample comes from: among the first n, dataset d has n x share(d) of
+    them, within 1.
 
-    The shares are exact fractions of a common period, laid out once by earliest deadline first: item j of a dataset
-    may come no earlier than floor(j / share) and must come before ceil((j + 1) / share). On one processor that meets
-    every deadline (Baruah et al., "Proportionate progress", Algorithmica 1996), which is the bound above.
+    The shares are exact fractions of a common period, laid out once by earliest deadline first:
+    item j of a dataset may come no earlier than floor(j / share) and must come before ceil((j + 1)
+    / share). On one processor that meets every deadline (Baruah et al., "Proportionate progress",
+    Algorithmica 1996), which is the bound above.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
-        """`weights`: positive, of any sum; UserError where they have no common period up to 65,536 samples."""
+        """`weights`: positive, of any sum; UserError where they have no common period up to
+        65,536 samples.
+        """
         self.shares = _shares(weights)
         self.period = math.lcm(*(share.denominator for share in self.shares))
         if self.period > LONGEST_PERIOD:
             nearest = [max(round(float(share), 4), 0.0001) for share in self.shares]
             raise UserError(
-                f"data.path: weights {list(weights)} repeat only after {self.period} samples, at most "
-                f"{LONGEST_PERIOD} are kept; write them as round decimals or whole numbers, for example {nearest}"
+                f"data.path: weights {list(weights)} repeat only after {self.period} samples, at "
+                f"most {LONGEST_PERIOD} are kept; write them as round decimals or whole numbers, "
+                f"for example {nearest}"
             )
         self._counts = [int(share * self.period) for share in self.shares]
         self._dataset, self._rank = _lay_out(self._counts, self.period)
@@ -77,7 +89,9 @@ class Blend:
 def _shares(weights: Sequence[float]) -> list[Fraction]:
     if not weights or not all(math.isfinite(weight) and weight > 0 for weight in weights):
         raise UserError(f"data.path: weights {list(weights)}: each must be a positive number")
-    exact = [Fraction(str(weight)) for weight in weights]  # 0.1 means one tenth, not the nearest binary fraction
+    exact = [
+        Fraction(str(weight)) for weight in weights
+    ]  # 0.1 means one tenth, not the nearest binary fraction
     return [weight / sum(exact) for weight in exact]
 
 

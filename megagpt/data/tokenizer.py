@@ -1,10 +1,13 @@
-"""Tokenizers: chosen or trained once, stored beside the data as `tokenizer.json`, loaded without the network.
+"""Tokenizers: chosen or trained once, stored beside the data as `tokenizer.json`, loaded without
+the network.
 
-The file is Hugging Face's tokenizer format, so other tools read it too; training and generation use tiktoken, which
-splits and merges the same way at several times the speed. An encoding's ids are the model's: bytes and merged tokens
-first, special tokens after them, and every encoding has `<|endoftext|>` (`encoding.eot_token`) to close a document.
+The file is Hugging Face's tokenizer format, so other tools read it too; training and generation use
+tiktoken, which splits and merges the same way at several times the speed. An encoding's ids are the
+model's: bytes and merged tokens first, special tokens after them, and every encoding has
+`<|endoftext|>` (`encoding.eot_token`) to close a document.
 
-tiktoken and tokenizers are imported where they are used: naming a tokenizer on a command line needs neither.
+tiktoken and tokenizers are imported where they are used: naming a tokenizer on a command line needs
+neither.
 """
 
 from __future__ import annotations
@@ -32,47 +35,63 @@ LINE_PATTERN = r"[^\n]*\n|[^\n]+"
 
 
 def parse_tokenizer_name(name: str) -> int | None:
-    """Check a tokenizer's name; the vocabulary size of a `bpe:SIZE`, None for the others. UserError on any other."""
+    """Check a tokenizer's name; the vocabulary size of a `bpe:SIZE`, None for the others.
+
+    UserError on any other.
+    """
     size = re.fullmatch(r"bpe:(\d{1,7})", name)
     if size and int(size[1]) >= SMALLEST_BPE_VOCABULARY:
         return int(size[1])
     if size:
         raise UserError(
-            f"--tokenizer {name}: a byte-level BPE has at least {SMALLEST_BPE_VOCABULARY} tokens; use bpe:8192"
+            f"--tokenizer {name}: a byte-level BPE has at least {SMALLEST_BPE_VOCABULARY} tokens; "
+            f"use bpe:8192"
         )
     known = (*PUBLISHED_NAMES, "bytes")
     if name not in known:
         raise UserError(
-            f"--tokenizer {name}: unknown tokenizer{did_you_mean(name, known)}; use one of {', '.join(known)}, bpe:8192"
+            f"--tokenizer {name}: unknown tokenizer{did_you_mean(name, known)}; use one of "
+            f"{', '.join(known)}, bpe:8192"
         )
     return None
 
 
 def build_tokenizer(name: str, documents: Callable[[], Iterable[str]]) -> tiktoken.Encoding:
-    """The encoding called `name`: published, plain bytes, or trained on `documents()` for `bpe:SIZE`."""
+    """The encoding called `name`: published, plain bytes, or trained on `documents()` for
+    `bpe:SIZE`.
+    """
     vocabulary_size = parse_tokenizer_name(name)
     if vocabulary_size is not None:
         return train_byte_level_bpe(documents(), vocabulary_size)
     if name == "bytes":
-        return _encoding(name, LINE_PATTERN, {bytes([byte]): byte for byte in range(256)}, {END_OF_DOCUMENT: 256})
+        return _encoding(
+            name, LINE_PATTERN, {bytes([byte]): byte for byte in range(256)}, {END_OF_DOCUMENT: 256}
+        )
     return fetch_published(name)
 
 
 def fetch_published(name: str) -> tiktoken.Encoding:
-    """One of OpenAI's encodings, through tiktoken: from its cache directory, else over the network."""
+    """One of OpenAI's encodings, through tiktoken: from its cache directory, else over the
+    network.
+    """
     import tiktoken
 
     try:
         return tiktoken.get_encoding(name)
-    except (OSError, ValueError) as error:  # requests' exceptions are OSErrors; a wrong hash is a ValueError
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # requests' exceptions are OSErrors; a wrong hash is a ValueError
         raise UserError(
-            f"--tokenizer {name}: tiktoken cannot fetch it ({type(error).__name__}: {error}). Set TIKTOKEN_CACHE_DIR "
-            "to the cache of a machine that has it, or train one on the data with --tokenizer bpe:8192"
+            f"--tokenizer {name}: tiktoken cannot fetch it ({type(error).__name__}: {error}). Set "
+            "TIKTOKEN_CACHE_DIR to the cache of a machine that has it, or train one on the data "
+            "with --tokenizer bpe:8192"
         ) from error
 
 
 def train_byte_level_bpe(documents: Iterable[str], vocabulary_size: int) -> tiktoken.Encoding:
-    """Train a byte-level BPE with GPT-2's cut; `vocabulary_size` tokens, or fewer where the text has no more pairs.
+    """Train a byte-level BPE with GPT-2's cut; `vocabulary_size` tokens, or fewer where the text
+    has no more pairs.
 
     The same documents in the same order give the same vocabulary.
     """
@@ -80,27 +99,34 @@ def train_byte_level_bpe(documents: Iterable[str], vocabulary_size: int) -> tikt
 
     tokenizer = _byte_level_tokenizer({}, [], GPT2_PATTERN)
     alphabet = sorted(_BYTE_OF_CHARACTER)
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary_size - 1, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size - 1, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(map(replace_surrogates, documents), trainer)
     ranks = {_token_bytes(token): rank for token, rank in tokenizer.get_vocab().items()}
     return _encoding(f"bpe:{vocabulary_size}", GPT2_PATTERN, ranks, {END_OF_DOCUMENT: len(ranks)})
 
 
 def replace_surrogates(text: str) -> str:
-    """`text` with lone surrogates (a JSON string may hold `\\ud800`) replaced, so that it has a UTF-8 form."""
+    """`text` with lone surrogates (a JSON string may hold `\\ud800`) replaced, so that it has a
+    UTF-8 form.
+    """
     if text.isascii():
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def save_tokenizer(encoding: tiktoken.Encoding, directory: Path) -> None:
-    """Write `encoding` as `directory/tokenizer.json`, in a form that Hugging Face `tokenizers` reads to the same ids.
+    """Write `encoding` as `directory/tokenizer.json`, in a form that Hugging Face `tokenizers`
+    reads to the same ids.
 
-    tiktoken merges any two neighbours that form a token, lowest id first; Hugging Face merges listed pairs only, first
-    listed first. Listing every split of every token, by the token's id, makes the two the same procedure. tiktoken
-    also takes a piece that is a token without merging it: Hugging Face's `ignore_merges`.
+    tiktoken merges any two neighbours that form a token, lowest id first; Hugging Face merges
+    listed pairs only, first listed first. Listing every split of every token, by the token's id,
+    makes the two the same procedure. tiktoken also takes a piece that is a token without merging
+    it: Hugging Face's `ignore_merges`.
     """
-    # Encoding has no public way out for its pattern and merges; these names have been stable since tiktoken 0.1.
+    # Encoding has no public way out for its pattern and merges; these names have been stable since
+    # tiktoken 0.1.
     ranks, special_tokens = encoding._mergeable_ranks, encoding._special_tokens
     vocabulary = {_token_text(token): rank for token, rank in ranks.items()} | special_tokens
     by_rank = sorted(ranks, key=ranks.__getitem__)
@@ -111,9 +137,11 @@ def save_tokenizer(encoding: tiktoken.Encoding, directory: Path) -> None:
 
 
 def load_tokenizer(directory: Path) -> tiktoken.Encoding:
-    """The encoding stored in a dataset's directory (or any directory with its `tokenizer.json`); never the network.
+    """The encoding stored in a dataset's directory (or any directory with its `tokenizer.json`);
+    never the network.
 
-    UserError where the file is missing or is not a byte-level BPE that `save_tokenizer` could have written.
+    UserError where the file is missing or is not a byte-level BPE that `save_tokenizer` could have
+    written.
     """
     path = Path(directory) / TOKENIZER_FILE
     try:
@@ -121,23 +149,36 @@ def load_tokenizer(directory: Path) -> tiktoken.Encoding:
         special_tokens = {token["content"]: token["id"] for token in content["added_tokens"]}
         pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
         vocabulary = content["model"]["vocab"]
-        ranks = {_token_bytes(token): rank for token, rank in vocabulary.items() if token not in special_tokens}
+        ranks = {
+            _token_bytes(token): rank
+            for token, rank in vocabulary.items()
+            if token not in special_tokens
+        }
     except FileNotFoundError:
-        raise UserError(f"{path}: no tokenizer here; prepare the dataset with launch/download_data.py") from None
+        raise UserError(
+            f"{path}: no tokenizer here; prepare the dataset with launch/download_data.py"
+        ) from None
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(
-            f"{path}: not a byte-level BPE written by launch/download_data.py ({type(error).__name__}: {error}); "
-            "prepare the dataset again, with --force"
+            f"{path}: not a byte-level BPE written by launch/download_data.py "
+            f"({type(error).__name__}: {error}); prepare the dataset again, with --force"
         ) from error
     if END_OF_DOCUMENT not in special_tokens:
-        raise UserError(f"{path}: no {END_OF_DOCUMENT} among its added tokens; prepare the dataset again, with --force")
+        raise UserError(
+            f"{path}: no {END_OF_DOCUMENT} among its added tokens; prepare the dataset again, "
+            f"with --force"
+        )
     return _encoding(str(path), pattern, ranks, special_tokens)
 
 
-def _encoding(name: str, pattern: str, ranks: dict[bytes, int], special_tokens: dict[str, int]) -> tiktoken.Encoding:
+def _encoding(
+    name: str, pattern: str, ranks: dict[bytes, int], special_tokens: dict[str, int]
+) -> tiktoken.Encoding:
     import tiktoken
 
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+    return tiktoken.Encoding(
+        name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
+    )
 
 
 def _byte_level_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]], pattern: str):  # type: ignore[no-untyped-def]
@@ -156,9 +197,11 @@ def _byte_level_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, st
 
 
 def _portable(pattern: str) -> str:
-    """`pattern` without possessive intervals, which Hugging Face's regular expressions read as a repeated interval.
+    """`pattern` without possessive intervals, which Hugging Face's regular expressions read as a
+    repeated interval.
 
-    Equal for cl100k_base's `\\p{N}{1,3}+`: nothing follows it in its alternative for which it could give back.
+    Equal for cl100k_base's `\\p{N}{1,3}+`: nothing follows it in its alternative for which it could
+    give back.
     """
     return re.sub(r"(\{\d+,\d+\})\+", r"\1", pattern)
 
@@ -170,10 +213,18 @@ def _splits(token: bytes, ranks: dict[bytes, int]) -> Iterator[tuple[str, str]]:
 
 
 def _character_of_byte() -> dict[int, str]:
-    """GPT-2's spelling of a byte as one printable character; bytes that print stand for themselves."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    """GPT-2's spelling of a byte as one printable character; bytes that print stand for
+    themselves.
+    """
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + place) for place, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + place) for place, byte in enumerate(others)
+    }
 
 
 _CHARACTER_OF_BYTE = _character_of_byte()

@@ -1,4 +1,6 @@
-"""Which documents are held out for validation: decided by position alone, so an interrupted preparation agrees."""
+"""Which documents are held out for validation: decided by position alone, so an interrupted
+preparation agrees.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,14 @@ FEW_DOCUMENTS = 20
 FRACTION_OF_MANY, FRACTION_OF_FEW = 0.01, 0.1
 
 
-def assign_splits(source: Source, fraction: float | None, skip: int = 0) -> Iterator[tuple[Split, Piece]]:
+def assign_splits(
+    source: Source, fraction: float | None, skip: int = 0
+) -> Iterator[tuple[Split, Piece]]:
     """Each piece with its split, but the first `skip`.
 
-    From twenty documents on, whole documents are held out at even distances, beginning with the first: `fraction` of
-    them (0.01 unless given). Fewer documents are one long text whose end is held out: `fraction` of its characters
-    (0.1 unless given).
+    From twenty documents on, whole documents are held out at even distances, beginning with the
+    first: `fraction` of them (0.01 unless given). Fewer documents are one long text whose end is
+    held out: `fraction` of its characters (0.1 unless given).
     """
     characters = characters_of_few(source)
     if characters is None:
@@ -30,7 +34,9 @@ def assign_splits(source: Source, fraction: float | None, skip: int = 0) -> Iter
 
 
 def characters_of_few(source: Source) -> int | None:
-    """The length of a source of fewer than twenty documents; None for a larger one, of which only those are read."""
+    """The length of a source of fewer than twenty documents; None for a larger one, of which
+    only those are read.
+    """
     characters = 0
     for piece in source.pieces():
         if piece.document >= FEW_DOCUMENTS - 1:
@@ -42,12 +48,17 @@ def characters_of_few(source: Source) -> int | None:
 def _every_nth(source: Source, fraction: float, skip: int) -> Iterator[tuple[Split, Piece]]:
     exact = Fraction(str(fraction))
     for piece in source.pieces(skip):
-        held_out_before, held_out_after = math.ceil(piece.document * exact), math.ceil((piece.document + 1) * exact)
+        held_out_before, held_out_after = (
+            math.ceil(piece.document * exact),
+            math.ceil((piece.document + 1) * exact),
+        )
         yield ("val" if held_out_after > held_out_before else "train"), piece
 
 
 def _head_and_tail(source: Source, cut: int) -> Iterator[tuple[Split, Piece]]:
-    """Characters up to the first line break from `cut` on, then the rest; the document between them becomes two."""
+    """Characters up to the first line break from `cut` on, then the rest; the document between
+    them becomes two.
+    """
     position, first_held_out = 0, True
     for piece in source.pieces():
         head, tail = _cut_at_line(piece.text, cut - position)

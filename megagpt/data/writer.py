@@ -1,7 +1,9 @@
-"""Writing a dataset: plain appends, commit points to continue from, the manifest last, one rename to publish.
+"""Writing a dataset: plain appends, commit points to continue from, the manifest last, one rename
+to publish.
 
-Everything happens in `NAME.partial` beside the destination. `progress.json` there says how far each file is good; after
-a kill the files are cut back to that and the writing goes on. Readers see the directory only once it is complete.
+Everything happens in `NAME.partial` beside the destination. `progress.json` there says how far each
+file is good; after a kill the files are cut back to that and the writing goes on. Readers see the
+directory only once it is complete.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ class ShardProgress(BaseModel):
 
 
 class Progress(BaseModel):
-    """What an interrupted preparation continues from; `request` is what was asked for, compared before continuing."""
+    """What an interrupted preparation continues from; `request` is what was asked for, compared
+    before continuing.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -69,16 +73,30 @@ def read_progress(staging: Path) -> Progress | None:
     try:
         return Progress.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise UserError(f"{path}: damaged ({error.error_count()} errors); start again with --force") from None
+        raise UserError(
+            f"{path}: damaged ({error.error_count()} errors); start again with --force"
+        ) from None
 
 
 class SplitWriter:
-    """Appends one split's tokens and document offsets, shard by shard, from where `shards` says it stopped."""
+    """Appends one split's tokens and document offsets, shard by shard, from where `shards` says
+    it stopped.
+    """
 
     def __init__(
-        self, staging: Path, split: Split, dtype: np.dtype, shard_tokens: int, shards: list[ShardProgress]
+        self,
+        staging: Path,
+        split: Split,
+        dtype: np.dtype,
+        shard_tokens: int,
+        shards: list[ShardProgress],
     ) -> None:
-        self._staging, self._split, self._dtype, self._shard_tokens = staging, split, dtype, shard_tokens
+        self._staging, self._split, self._dtype, self._shard_tokens = (
+            staging,
+            split,
+            dtype,
+            shard_tokens,
+        )
         self.shards = shards
         self._files: tuple[BinaryIO, BinaryIO] | None = None
         _remove_shards_from(staging, split, len(shards))
@@ -86,7 +104,9 @@ class SplitWriter:
             self._open_last()
 
     def write(self, tokens: np.ndarray, *, starts_document: bool) -> None:
-        """Append `tokens`; a shard is closed once it is full, so documents and pieces stay whole in it."""
+        """Append `tokens`; a shard is closed once it is full, so documents and pieces stay whole
+        in it.
+        """
         if not self.shards or self.shards[-1].tokens >= self._shard_tokens:
             self.sync()
             self.close()
@@ -110,7 +130,9 @@ class SplitWriter:
         self._files = None
 
     def _open_last(self) -> None:
-        """Open the last shard's files cut back to the commit point: what lies beyond it may be torn."""
+        """Open the last shard's files cut back to the commit point: what lies beyond it may be
+        torn.
+        """
         shard, stem = self.shards[-1], f"{self._split}-{len(self.shards) - 1:05d}"
         self._files = (
             _open_at(self._staging / f"{stem}.bin", shard.tokens * self._dtype.itemsize),
@@ -119,10 +141,14 @@ class SplitWriter:
 
 
 def _open_at(path: Path, size: int) -> BinaryIO:
-    file = path.open("ab", buffering=0)  # unbuffered: after a full disk there is nothing left to flush on closing
+    file = path.open(
+        "ab", buffering=0
+    )  # unbuffered: after a full disk there is nothing left to flush on closing
     if os.fstat(file.fileno()).st_size < size:
         file.close()
-        raise UserError(f"{path}: shorter than the {size} bytes that were committed; start again with --force")
+        raise UserError(
+            f"{path}: shorter than the {size} bytes that were committed; start again with --force"
+        )
     os.truncate(file.fileno(), size)
     return file
 
@@ -142,20 +168,30 @@ def _write_all(file: BinaryIO, data: bytes) -> None:
 class DatasetWriter:
     """Writes both splits into a staging directory and commits them together."""
 
-    def __init__(self, staging: Path, progress: Progress, *, vocabulary: int, shard_tokens: int) -> None:
+    def __init__(
+        self, staging: Path, progress: Progress, *, vocabulary: int, shard_tokens: int
+    ) -> None:
         self._staging, self._vocabulary, self.progress = staging, vocabulary, progress
         dtype = np.dtype(dtype_for(vocabulary)).newbyteorder("<")
-        self._splits = {s: SplitWriter(staging, s, dtype, shard_tokens, progress.splits[s]) for s in SPLITS}
+        self._splits = {
+            s: SplitWriter(staging, s, dtype, shard_tokens, progress.splits[s]) for s in SPLITS
+        }
 
     def write(self, split: Split, tokens: np.ndarray, *, starts_document: bool) -> None:
-        """Append part of a document or all of it; UserError, with need and have, where the disk is full."""
-        if tokens.max(initial=0) >= self._vocabulary:  # a cast to uint16 would make 70000 4464 without a word
+        """Append part of a document or all of it; UserError, with need and have, where the disk
+        is full.
+        """
+        if (
+            tokens.max(initial=0) >= self._vocabulary
+        ):  # a cast to uint16 would make 70000 4464 without a word
             raise ValueError(f"token id {tokens.max()} in a vocabulary of {self._vocabulary}")
         with explain_full_disk(self._staging, tokens.nbytes):
             self._splits[split].write(tokens, starts_document=starts_document)
 
     def commit(self, pieces: int) -> None:
-        """Make everything written so far, from the source's first `pieces`, survive a kill or a power cut."""
+        """Make everything written so far, from the source's first `pieces`, survive a kill or a
+        power cut.
+        """
         with explain_full_disk(self._staging, 0):
             for split in self._splits.values():
                 split.sync()
@@ -166,8 +202,12 @@ class DatasetWriter:
         for split in self._splits.values():
             split.close()
 
-    def finish(self, *, tokenizer: TokenizerRecord, end_of_document: int, source: dict[str, JsonValue]) -> Manifest:
-        """Hash the files and write the manifest; the staging directory is then a complete dataset."""
+    def finish(
+        self, *, tokenizer: TokenizerRecord, end_of_document: int, source: dict[str, JsonValue]
+    ) -> Manifest:
+        """Hash the files and write the manifest; the staging directory is then a complete
+        dataset.
+        """
         self.close()
         splits = {split: self._sealed_shards(split) for split in SPLITS}
         manifest = Manifest(
@@ -204,7 +244,9 @@ def _sealed_shard(path: Path, shard: ShardProgress, dtype: np.dtype) -> Shard:
 
 @contextmanager
 def explain_full_disk(directory: Path, need_bytes: int) -> Iterator[None]:
-    """Refuse to write `need_bytes` that would not fit, and turn a full disk into a UserError with need and have."""
+    """Refuse to write `need_bytes` that would not fit, and turn a full disk into a UserError
+    with need and have.
+    """
     require_space(directory, need_bytes)
     try:
         yield
@@ -220,26 +262,34 @@ def require_space(directory: Path, need_bytes: int) -> None:
 
 
 def _disk_full(directory: Path, need_bytes: int, reason: str) -> UserError:
-    need, have = human_bytes(need_bytes + RESERVE_BYTES), human_bytes(shutil.disk_usage(directory).free)
+    need, have = (
+        human_bytes(need_bytes + RESERVE_BYTES),
+        human_bytes(shutil.disk_usage(directory).free),
+    )
     return UserError(
-        f"{directory}: {reason}: need {need} more at least, have {have}. Free some space and give the same command "
-        "again: it continues from the last commit point"
+        f"{directory}: {reason}: need {need} more at least, have {have}. Free some space and give "
+        "the same command again: it continues from the last commit point"
     )
 
 
 @contextmanager
 def exclusive_staging(directory: Path) -> Iterator[Path]:
-    """The staging directory of `directory`, made if need be and locked against other processes of this host.
+    """The staging directory of `directory`, made if need be and locked against other processes of
+    this host.
 
-    Waits while another process holds it. The lock is on the directory itself and dies with its holder, so there is
-    nothing stale to clean up; a holder that published has renamed the directory away, and the next one makes another.
+    Waits while another process holds it. The lock is on the directory itself and dies with its
+    holder, so there is nothing stale to clean up; a holder that published has renamed the directory
+    away, and the next one makes another.
     """
     staging = staging_directory(directory)
     while True:
         try:
             staging.mkdir(parents=True, exist_ok=True)
             lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
-        except (FileExistsError, FileNotFoundError):  # another process published or removed it at this moment
+        except (
+            FileExistsError,
+            FileNotFoundError,
+        ):  # another process published or removed it at this moment
             if staging.exists() and not staging.is_dir():
                 raise
             continue
@@ -263,16 +313,25 @@ def _is_open_as(descriptor: int, path: Path) -> bool:
 
 
 def _remove_if_empty(lock: int, staging: Path) -> None:
-    """Leave no empty directory behind; after publishing, the name may be another process's already."""
+    """Leave no empty directory behind; after publishing, the name may be another process's
+    already.
+    """
     if _is_open_as(lock, staging) and not any(staging.iterdir()):
         staging.rmdir()
 
 
 def publish(staging: Path, directory: Path) -> None:
-    """Rename a complete staging directory to its destination; a dataset that was there is removed after the rename."""
+    """Rename a complete staging directory to its destination; a dataset that was there is
+    removed after the rename.
+    """
     manifest = Manifest.model_validate_json((staging / MANIFEST_FILE).read_bytes())
     shards = [shard for shards in manifest.splits.values() for shard in shards]
-    known = {MANIFEST_FILE, manifest.tokenizer.file, *(s.file for s in shards), *(s.offsets.file for s in shards)}
+    known = {
+        MANIFEST_FILE,
+        manifest.tokenizer.file,
+        *(s.file for s in shards),
+        *(s.offsets.file for s in shards),
+    }
     for path in staging.iterdir():
         if path.name not in known:
             path.unlink()

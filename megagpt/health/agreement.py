@@ -1,4 +1,6 @@
-"""What every rank has to have alike: hosts may hold different copies of anything that is not sent to them."""
+"""What every rank has to have alike: hosts may hold different copies of anything that is not
+sent to them.
+"""
 
 import importlib.metadata
 import socket
@@ -19,7 +21,10 @@ HOST = "host"
 
 
 def require_agreement(config: RunConfig, stream: SampleStream | None = None) -> None:
-    """Ranks that differ would train nonsense in silence. Every rank must call it; raises UserError on all of them."""
+    """Ranks that differ would train nonsense in silence.
+
+    Every rank must call it; raises UserError on all of them.
+    """
     mine = {
         "configuration": config.to_json(),
         "data": stream.fingerprint if stream is not None else "",
@@ -31,24 +36,33 @@ def require_agreement(config: RunConfig, stream: SampleStream | None = None) -> 
     differing = {
         what: others
         for what in mine
-        if (others := [rank for rank, theirs in enumerate(of_ranks) if theirs[what] != of_ranks[0][what]])
+        if (
+            others := [
+                rank for rank, theirs in enumerate(of_ranks) if theirs[what] != of_ranks[0][what]
+            ]
+        )
     }
     if differing:
         hosts = [theirs[HOST] for theirs in of_ranks]
         lines = [
-            f"{_named(others, hosts)} {'differs' if len(others) == 1 else 'differ'} from {_named([0], hosts)} in {what}"
+            f"{_named(others, hosts)} {'differs' if len(others) == 1 else 'differ'} from "
+            f"{_named([0], hosts)} in {what}"
             for what, others in differing.items()
         ]
         raise UserError("\n".join(lines) + ": give every host the same, start again")
 
 
 def _named(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    """`rank 1 (host b), rank 2 (host c)`; of many, the first few, how many more, and on which hosts those are."""
+    """`rank 1 (host b), rank 2 (host c)`; of many, the first few, how many more, and on which
+    hosts those are.
+    """
     named = ", ".join(f"rank {rank} (host {hosts[rank]})" for rank in ranks[:MOST_NAMED])
     if not (more := ranks[MOST_NAMED:]):
         return named
     theirs = list(dict.fromkeys(hosts[rank] for rank in more))
-    listed = ", ".join(theirs[:MOST_NAMED]) + (f" and {len(theirs) - MOST_NAMED} more" * (len(theirs) > MOST_NAMED))
+    listed = ", ".join(theirs[:MOST_NAMED]) + (
+        f" and {len(theirs) - MOST_NAMED} more" * (len(theirs) > MOST_NAMED)
+    )
     return f"{named} and {len(more)} more (on {listed})"
 
 

@@ -23,17 +23,21 @@ def crash_page(
     resume_command: str | None,
     log_path: Path | None = None,
 ) -> str:
-    """One screen of plain text (24 lines of 80 columns, longer where a path or a command is) about a fatal `error`.
+    """One screen of plain text (24 lines of 80 columns, longer where a path or a command is) about
+    a fatal `error`.
 
-    It shows the innermost frames only; write the whole traceback to the rank's log before printing it. None stands
-    for "there is none yet": no step done, no checkpoint written, nothing to resume.
+    It shows the innermost frames only; write the whole traceback to the rank's log before printing
+    it. None stands for "there is none yet": no step done, no checkpoint written, nothing to resume.
     """
     rule = "─" * PAGE_WIDTH
     facts = [
         ("last step", "none" if last_step is None else str(last_step)),
         ("last checkpoint", "none" if last_checkpoint is None else str(last_checkpoint)),
         ("full log", "none" if log_path is None else str(log_path)),
-        ("to resume", "nothing was saved: start again" if resume_command is None else resume_command),
+        (
+            "to resume",
+            "nothing was saved: start again" if resume_command is None else resume_command,
+        ),
     ]
     lines = [
         rule,
@@ -51,7 +55,9 @@ def crash_page(
 
 
 def _message(error: BaseException) -> list[str]:
-    """The error's text, wrapped, with its lines kept, and cut where it would push the rest off the screen."""
+    """The error's text, wrapped, with its lines kept, and cut where it would push the rest off
+    the screen.
+    """
     lines = []
     for line in (str(error).strip() or "(no message)").splitlines():
         lines += textwrap.wrap(line, PAGE_WIDTH - 4) or [""]
@@ -66,7 +72,10 @@ def _frames(error: BaseException) -> list[str]:
         return ["    (no traceback)"]
     places = [f"{_short_path(frame.filename)}:{frame.lineno}" for frame in frames]
     width = max(map(len, places))
-    return [f"    {place:<{width}}  {frame.name}"[:PAGE_WIDTH] for place, frame in zip(places, frames, strict=True)]
+    return [
+        f"    {place:<{width}}  {frame.name}"[:PAGE_WIDTH]
+        for place, frame in zip(places, frames, strict=True)
+    ]
 
 
 def _short_path(filename: str) -> str:

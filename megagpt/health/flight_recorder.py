@@ -1,8 +1,10 @@
-"""What each rank's collectives are at, from torch's flight recorder, and who keeps the others from going on.
+"""What each rank's collectives are at, from torch's flight recorder, and who keeps the others from
+going on.
 
-With NCCL a collective is queued on the device and returns: every rank's stack ends where the host next needs a number,
-and tells nothing. The recorder has each operation's place in its process group's order, and whether it has ended. The
-format is that of `torch/distributed/flight_recorder`. This module does not import torch; it asks one that is loaded.
+With NCCL a collective is queued on the device and returns: every rank's stack ends where the host
+next needs a number, and tells nothing. The recorder has each operation's place in its process
+group's order, and whether it has ended. The format is that of `torch/distributed/flight_recorder`.
+This module does not import torch; it asks one that is loaded.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ DUMPS = ("_dump_nccl_trace", "_dump_fr_trace")  # the second has gloo's
 class GroupState:
     """How far this rank is in one process group.
 
-    ``begun`` is the number of the last collective that it queued there, counting from 1; ``waiting`` the number of the
-    first that has not ended, ``operation`` its name. ``peers`` are the ranks of the oldest batch of sends and receives
-    that has not ended.
+    ``begun`` is the number of the last collective that it queued there, counting from 1;
+    ``waiting`` the number of the first that has not ended, ``operation`` its name. ``peers`` are
+    the ranks of the oldest batch of sends and receives that has not ended.
     """
 
     group: str
@@ -38,14 +40,22 @@ class GroupState:
 
 
 def group_states() -> tuple[GroupState, ...]:
-    """Return this process's groups; none where nothing is recorded or the recorder does not answer in time."""
+    """Return this process's groups; none where nothing is recorded or the recorder does not
+    answer in time.
+    """
     found: list[GroupState] = []
 
     def ask() -> None:
         try:
             found.extend(read(_dump()))
-        except Exception as error:  # a format of another torch must not keep the watch from its work
-            found.append(GroupState(f"the flight recorder cannot be read ({type(error).__name__}: {error})", (), 0))
+        except (
+            Exception
+        ) as error:  # a format of another torch must not keep the watch from its work
+            found.append(
+                GroupState(
+                    f"the flight recorder cannot be read ({type(error).__name__}: {error})", (), 0
+                )
+            )
 
     asking = threading.Thread(target=ask, name="flight recorder", daemon=True)
     asking.start()
@@ -78,7 +88,9 @@ def _group_state(
     members = tuple(ast.literal_eval(groups[name]["ranks"])) if name in groups else ()
     collectives = [entry for entry in entries if not entry["is_p2p"]]
     waiting = next((entry for entry in collectives if not _ended(entry)), None)
-    batch = next((entry["p2p_seq_id"] for entry in entries if entry["is_p2p"] and not _ended(entry)), None)
+    batch = next(
+        (entry["p2p_seq_id"] for entry in entries if entry["is_p2p"] and not _ended(entry)), None
+    )
     names = [_name(entry) for entry in entries if entry["is_p2p"] and entry["p2p_seq_id"] == batch]
     return GroupState(
         group=name if description in ("", "undefined") else f"{name} ({description})",
@@ -86,12 +98,16 @@ def _group_state(
         begun=max((entry["collective_seq_id"] for entry in collectives), default=0),
         waiting=waiting["collective_seq_id"] if waiting is not None else None,
         operation=_name(waiting) if waiting is not None else None,
-        peers=tuple(sorted({peer for peer in (_peer(name, members) for name in names) if peer is not None})),
+        peers=tuple(
+            sorted({peer for peer in (_peer(name, members) for name in names) if peer is not None})
+        ),
     )
 
 
 def _ended(entry: Mapping[str, Any]) -> bool:
-    """NCCL's watchdog marks what it found completed; gloo's operations are retired without a state of their own."""
+    """NCCL's watchdog marks what it found completed; gloo's operations are retired without a
+    state of their own.
+    """
     return entry["state"] == "completed" or bool(entry["retired"])
 
 
@@ -101,7 +117,9 @@ def _name(entry: Mapping[str, Any]) -> str:
 
 
 def _peer(name: str, members: tuple[int, ...]) -> int | None:
-    """Return the other rank of `send 0->1` or `recv 1<-0`, whose numbers are those of the group; None of a batch."""
+    """Return the other rank of `send 0->1` or `recv 1<-0`, whose numbers are those of the group;
+    None of a batch.
+    """
     words = name.replace("->", " ").replace("<-", " ").split()
     if words[0] not in ("send", "recv") or len(words) != 3:
         return None
@@ -121,7 +139,8 @@ class Finding:
 
 
 def find_absent(ranks: Ranks) -> Finding | None:
-    """Return who keeps the others waiting and waits for nobody; None where all have begun what the others wait in.
+    """Return who keeps the others waiting and waits for nobody; None where all have begun what the
+    others wait in.
 
     Where all have, but not the same operation, those are returned whose operation is the rarest.
     """
@@ -133,14 +152,18 @@ def find_absent(ranks: Ranks) -> Finding | None:
     for group, of_ranks in by_group.items():
         for rank, state in of_ranks.items():
             for absent in _absent_collective(state, of_ranks):
-                reasons[rank][absent] = f"{state.operation} {state.waiting} of process group {group}"
+                reasons[rank][absent] = (
+                    f"{state.operation} {state.waiting} of process group {group}"
+                )
             for absent in _absent_peers(rank, state, of_ranks):
                 reasons[rank][absent] = f"a send or receive of process group {group}"
     awaited = {absent for of_rank in reasons.values() for absent in of_rank}
     culprits = tuple(sorted(rank for rank in awaited if rank not in reasons))
     if not culprits:
         return _different_operations(by_group)
-    where = sorted({of_rank[rank] for of_rank in reasons.values() for rank in culprits if rank in of_rank})
+    where = sorted(
+        {of_rank[rank] for of_rank in reasons.values() for rank in culprits if rank in of_rank}
+    )
     return Finding(culprits, f"not yet in {where[0]}, in which others wait")
 
 
@@ -148,11 +171,17 @@ def _absent_collective(state: GroupState, of_ranks: Mapping[int, GroupState]) ->
     waiting = state.waiting
     if waiting is None:
         return []
-    return [rank for rank in state.members or of_ranks if rank not in of_ranks or of_ranks[rank].begun < waiting]
+    return [
+        rank
+        for rank in state.members or of_ranks
+        if rank not in of_ranks or of_ranks[rank].begun < waiting
+    ]
 
 
 def _absent_peers(rank: int, state: GroupState, of_ranks: Mapping[int, GroupState]) -> list[int]:
-    return [peer for peer in state.peers if peer not in of_ranks or rank not in of_ranks[peer].peers]
+    return [
+        peer for peer in state.peers if peer not in of_ranks or rank not in of_ranks[peer].peers
+    ]
 
 
 def _different_operations(by_group: Mapping[str, Mapping[int, GroupState]]) -> Finding | None:
@@ -165,6 +194,9 @@ def _different_operations(by_group: Mapping[str, Mapping[int, GroupState]]) -> F
         if len(numbers) == 1 and len(waiting) > 1:
             (number, operation), rarest = min(waiting.items(), key=lambda item: len(item[1]))
             others = sorted({str(other) for _, other in waiting} - {str(operation)})
-            reason = f"in {operation} as number {number} of process group {group}, where others are in {others[0]}"
+            reason = (
+                f"in {operation} as number {number} of process group {group}, where others "
+                f"are in {others[0]}"
+            )
             return Finding(tuple(sorted(rarest)), reason)
     return None

@@ -14,7 +14,9 @@ MOST_SKIPS_IN_A_ROW = 5  # one bad batch is survived; a run that has diverged ne
 MOST_REWINDS = 3  # of one process; a spike that comes back each time is not the data's fault
 WINDOW_STEPS = 50
 SPIKE_DEVIATIONS = 6.0
-DEVIATIONS_PER_MAD = 1.4826  # a normal distribution's standard deviation over its median absolute deviation
+DEVIATIONS_PER_MAD = (
+    1.4826  # a normal distribution's standard deviation over its median absolute deviation
+)
 LEAST_SPIKE = 0.5  # nats above the median; smaller jumps are noise whatever the deviation
 
 
@@ -24,7 +26,9 @@ class StoppedByGuardError(Exception):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What to report of a step; ``fatal`` where the run has to end after that, ``rewind`` where it has to go back."""
+    """What to report of a step; ``fatal`` where the run has to end after that, ``rewind`` where
+    it has to go back.
+    """
 
     message: str
     fatal: bool = False
@@ -47,12 +51,17 @@ class Guard:
 
     @classmethod
     def of(cls, config: ResolvedConfig) -> Self:
-        """The guard of a run; a dynamic loss scale that starts high halves once a step until it fits.
+        """The guard of a run; a dynamic loss scale that starts high halves once a step until it
+        fits.
 
         DeepSpeed's loss scaler first lets ``hysteresis`` overflows go by.
         """
         fp16, settings = config.fp16, config.megagpt.training
-        scale_falls = fp16.initial_scale_power + fp16.hysteresis if fp16.enabled and fp16.loss_scale == 0 else 0
+        scale_falls = (
+            fp16.initial_scale_power + fp16.hysteresis
+            if fp16.enabled and fp16.loss_scale == 0
+            else 0
+        )
         return cls(settings.on_nonfinite, settings.on_spike, max(MOST_SKIPS_IN_A_ROW, scale_falls))
 
     def remember(self, memory: GuardMemory) -> None:
@@ -70,9 +79,16 @@ class Guard:
         return self.on_spike in ("skip", "rewind") and self._is_spike(loss)
 
     def judge(self, step: int, result: StepResult) -> Verdict | None:
-        """None where there is nothing to say. A loss that was refused does not enter the recent ones."""
+        """None where there is nothing to say.
+
+        A loss that was refused does not enter the recent ones.
+        """
         if not result.applied:
-            return self._refused(step, result.loss) if self.refuses(result.loss) else self._skipped(step, result)
+            return (
+                self._refused(step, result.loss)
+                if self.refuses(result.loss)
+                else self._skipped(step, result)
+            )
         self.skips_in_a_row = 0
         spike = self.on_spike == "warn" and self._is_spike(result.loss)
         warning = Verdict(self._jump(step, result.loss)) if spike else None
@@ -88,7 +104,9 @@ class Guard:
             return Verdict(f"{what}; megagpt.training.on_nonfinite is stop", fatal=True)
         if self.skips_in_a_row >= self.most_skips_in_a_row:
             in_a_row = f"{self.skips_in_a_row} steps in a row"
-            return Verdict(f"{what}; {in_a_row}: lower optimizer.params.lr, or look at the data", fatal=True)
+            return Verdict(
+                f"{what}; {in_a_row}: lower optimizer.params.lr, or look at the data", fatal=True
+            )
         return Verdict(what)
 
     def _refused(self, step: int, loss: float) -> Verdict:
@@ -97,21 +115,34 @@ class Guard:
         if self.on_spike == "rewind":
             self.rewinds += 1
             if self.rewinds > MOST_REWINDS:
-                return Verdict(f"{what}; rewound {MOST_REWINDS} times already: lower optimizer.params.lr", fatal=True)
+                return Verdict(
+                    f"{what}; rewound {MOST_REWINDS} times already: lower optimizer.params.lr",
+                    fatal=True,
+                )
             return Verdict(what, rewind=True)
         if self.skips_in_a_row >= self.most_skips_in_a_row:
             in_a_row = f"{self.skips_in_a_row} steps in a row"
-            return Verdict(f"{what}; {in_a_row}: set megagpt.training.on_spike to warn if it is right", fatal=True)
+            return Verdict(
+                f"{what}; {in_a_row}: set megagpt.training.on_spike to warn if it is right",
+                fatal=True,
+            )
         return Verdict(what)
 
     def _is_spike(self, loss: float) -> bool:
-        """Median and median deviation, unlike mean and standard deviation, do not follow a spike that was let pass."""
+        """Median and median deviation, unlike mean and standard deviation, do not follow a spike
+        that was let pass.
+        """
         if len(self.recent) < WINDOW_STEPS or not math.isfinite(loss):
             return False
         median = statistics.median(self.recent)
-        deviation = DEVIATIONS_PER_MAD * statistics.median(abs(value - median) for value in self.recent)
+        deviation = DEVIATIONS_PER_MAD * statistics.median(
+            abs(value - median) for value in self.recent
+        )
         return loss >= median + max(SPIKE_DEVIATIONS * deviation, LEAST_SPIKE)
 
     def _jump(self, step: int, loss: float) -> str:
         median = statistics.median(self.recent)
-        return f"step {step}: loss {loss:.3f} jumped from a median of {median:.3f} over {len(self.recent)} steps"
+        return (
+            f"step {step}: loss {loss:.3f} jumped from a median of {median:.3f} over "
+            f"{len(self.recent)} steps"
+        )

@@ -23,7 +23,9 @@ def hang_page(
     resume_command: str | None,
     stacks: Path,
 ) -> str:
-    """Plain text of 80 columns, longer where a path or a command is; ``stacks`` is where the whole stacks lie."""
+    """Plain text of 80 columns, longer where a path or a command is; ``stacks`` is where the
+    whole stacks lie.
+    """
     rule = "─" * PAGE_WIDTH
     odd = odd_ranks(states)
     groups = sorted(grouped(states), key=lambda group: (group[0].rank not in odd, len(group)))
@@ -36,7 +38,9 @@ def hang_page(
         rule,
         f"  the run hangs: nothing has ended for {timeout_s:g} s (megagpt.monitor.stall_timeout_s)",
         "",
-        *textwrap.wrap(verdict(states), PAGE_WIDTH - 4, initial_indent="  ", subsequent_indent="  "),
+        *textwrap.wrap(
+            verdict(states), PAGE_WIDTH - 4, initial_indent="  ", subsequent_indent="  "
+        ),
         *(line for group in groups[:MOST_GROUPS] for line in _group(group)),
         *([f"  and {len(groups) - MOST_GROUPS} more places"] if len(groups) > MOST_GROUPS else []),
         "",
@@ -57,8 +61,9 @@ def grouped(states: Iterable[RankState]) -> list[list[RankState]]:
 def odd_ranks(states: Sequence[RankState]) -> list[int]:
     """The ranks that the others most likely wait for; empty where all are in the same place.
 
-    In this order: those that do not answer, those that are absent from what the others' devices wait in, those that are
-    steps behind, those that wait for nobody while others do, and those in the least common place.
+    In this order: those that do not answer, those that are absent from what the others' devices
+    wait in, those that are steps behind, those that wait for nobody while others do, and those in
+    the least common place.
     """
     absent = _absent(states)
     furthest = max(state.step for state in states)
@@ -73,7 +78,11 @@ def odd_ranks(states: Sequence[RankState]) -> list[int]:
         if 0 < len(suspects) < len(states):
             return suspects
     groups = sorted(grouped(states), key=len)
-    return [state.rank for state in groups[0]] if len(groups) > 1 and len(groups[0]) < len(groups[1]) else []
+    return (
+        [state.rank for state in groups[0]]
+        if len(groups) > 1 and len(groups[0]) < len(groups[1])
+        else []
+    )
 
 
 def _absent(states: Sequence[RankState]) -> Finding | None:
@@ -85,18 +94,33 @@ def verdict(states: Sequence[RankState]) -> str:
     """One sentence: who differs, and how; another one where the flight recorders agree."""
     odd = odd_ranks(states)
     if not odd:
-        return "no rank differs: all wait in the same place, or in as many places as there are ranks"
+        return (
+            "no rank differs: all wait in the same place, or in as many places as there are ranks"
+        )
     first = next(state for state in states if state.rank == odd[0])
     rest = [state for state in states if state.rank not in odd]
-    others = f"while {_ranks([state.rank for state in rest])} {'is' if len(rest) == 1 else 'are'} {_where(rest[0])}"
+    others = (
+        f"while {_ranks([state.rank for state in rest])} {'is' if len(rest) == 1 else 'are'} "
+        f"{_where(rest[0])}"
+    )
     absent = _absent(states)
     found = absent is not None and list(absent.ranks) == odd
-    recorded = f". torch's flight recorder: {_ranks(odd)} {absent.reason}" if absent is not None and found else ""
-    return f"{_ranks(odd)} differ{'s' if len(odd) == 1 else ''}: {_where(first)}, {others}{recorded}"
+    recorded = (
+        f". torch's flight recorder: {_ranks(odd)} {absent.reason}"
+        if absent is not None and found
+        else ""
+    )
+    return (
+        f"{_ranks(odd)} differ{'s' if len(odd) == 1 else ''}: {_where(first)}, {others}{recorded}"
+    )
 
 
 def _where(state: RankState) -> str:
-    doing = f"{state.doing} in step {state.step}" if state.step else f"{state.doing} before the first step"
+    doing = (
+        f"{state.doing} in step {state.step}"
+        if state.step
+        else f"{state.doing} before the first step"
+    )
     if state.silent_s is not None:
         return f"no sign of life for {state.silent_s:.0f} s, last seen {doing}"
     within = f" in module {state.module}" if state.module else ""

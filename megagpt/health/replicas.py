@@ -1,6 +1,8 @@
-"""Finds replicas that have drifted apart: what ranks must hold alike bit for bit is compared by its checksum.
+"""Finds replicas that have drifted apart: what ranks must hold alike bit for bit is compared by its
+checksum.
 
-A flipped bit or a lost update on one rank makes no error and no jump in the loss. It stays unseen for weeks.
+A flipped bit or a lost update on one rank makes no error and no jump in the loss. It stays unseen
+for weeks.
 """
 
 from collections import Counter
@@ -17,13 +19,16 @@ from megagpt.parallel.rectangles import whole
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}  # of an element's size in bytes
 
-Copies = Iterable[tuple[str, Tensor]]  # (what it is, values), which are there only until the next one is asked for
+Copies = Iterable[
+    tuple[str, Tensor]
+]  # (what it is, values), which are there only until the next one is asked for
 
 
 def data_copies(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     """What every rank of this data axis holds alike.
 
-    Parameters below ZeRO 3; those that ZeRO 3 leaves whole because they are small; Adam's moments at ZeRO 0.
+    Parameters below ZeRO 3; those that ZeRO 3 leaves whole because they are small; Adam's moments
+    at ZeRO 0.
     """
     for parameter, name in engine.names.items():
         if engine.stage < 3 or parameter.ds_persist:  # type: ignore[attr-defined]  # ZeRO 3 puts it there
@@ -37,11 +42,17 @@ def data_copies(engine: Engine) -> Iterator[tuple[str, Tensor]]:
 
 
 def tensor_copies(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    """What every rank of this tensor axis holds alike: master weights and moments of what no layer shares (norms, the
-    biases behind a sum, positions), or the shards of them that ZeRO leaves to this data rank."""
+    """What every rank of this tensor axis holds alike: master weights and moments of what no
+    layer shares (norms, the biases behind a sum, positions), or the shards of them that ZeRO
+    leaves to this data rank.
+    """
     shapes = parameter_shapes(engine)
     for bucket in engine.buckets():
-        pieces = [piece for piece in bucket.pieces if engine.boxes[piece.name] == whole(shapes[piece.name])]
+        pieces = [
+            piece
+            for piece in bucket.pieces
+            if engine.boxes[piece.name] == whole(shapes[piece.name])
+        ]
         if not pieces:
             continue
         with bucket.resident(False) as held:
@@ -60,12 +71,16 @@ def all_copies(engine: Engine) -> Iterator[tuple[dist.ProcessGroup, Copies]]:
 
 
 def checksum(values: Tensor) -> Tensor:
-    """The sum of the elements' bit patterns modulo 2**64, a scalar: one flipped bit always changes it."""
+    """The sum of the elements' bit patterns modulo 2**64, a scalar: one flipped bit always
+    changes it.
+    """
     return values.contiguous().view(_INTEGERS[values.element_size()]).sum(dtype=torch.int64)
 
 
 def find_drift(engine: Engine) -> str | None:
-    """Which value differs on which rank, or None where all is well; alike on every rank, all of which must call it."""
+    """Which value differs on which rank, or None where all is well; alike on every rank, all of
+    which must call it.
+    """
     mine = [_difference(group, copies, engine.device) for group, copies in all_copies(engine)]
     found: list[list[str | None]] = [[]] * dist.get_world_size()
     dist.all_gather_object(found, mine)

@@ -1,6 +1,7 @@
 """Names the rank that the others wait for, once it is slower than its peers several times in a row.
 
-Every rank's steps last equally long, as all wait for the slowest; what differs is how long each one works in them.
+Every rank's steps last equally long, as all wait for the slowest; what differs is how long each one
+works in them.
 """
 
 import statistics
@@ -16,19 +17,23 @@ from megagpt.parallel import timeouts as waits
 WINDOW_STEPS = 5
 WINDOWS_IN_A_ROW = 3  # one window may hold a page fault or a neighbour's compilation
 SLOWER = 1.3  # times the median of its peers
-LEAST_SHARE = 0.1  # of a step's time: what a rank may work longer before it costs the others anything worth saying
+# of a step's time: what a rank may work longer before it costs the others anything worth saying
+LEAST_SHARE = 0.1
 
 
 class StragglerWatch:
-    """Adds up what this rank works in its steps and compares it with its peers every ``WINDOW_STEPS``.
+    """Adds up what this rank works in its steps and compares it with its peers every
+    ``WINDOW_STEPS``.
 
-    On a GPU one step of a window is measured. Copies between host and device on other streams count as waiting there,
-    so that a slow bus does not show.
+    On a GPU one step of a window is measured. Copies between host and device on other streams count
+    as waiting there, so that a slow bus does not show.
     """
 
     def __init__(self, mesh: Mesh, device: torch.device, clock: waits.Clock | None = None) -> None:
         self.device, self.peers = device, peers(mesh.device_mesh.mesh)
-        self.clock: waits.Clock = clock or (waits.DeviceClock() if device.type == "cuda" else waits.HostClock())
+        self.clock: waits.Clock = clock or (
+            waits.DeviceClock() if device.type == "cuda" else waits.HostClock()
+        )
         self.steps, self.worked_s, self.lasted_s = 0, 0.0, 0.0
         self.rows: Counter[int] = Counter()
         waits.hook(device)
@@ -45,9 +50,11 @@ class StragglerWatch:
         return (self.steps + 1) % self.clock.every == 0
 
     def end_step(self) -> list[tuple[int, float]]:
-        """The ranks that have become stragglers with this step, and how many times as long as its peers each works.
+        """The ranks that have become stragglers with this step, and how many times as long as its
+        peers each works.
 
-        Every rank must call it; all get the same answer. A straggler is named again only after it has caught up.
+        Every rank must call it; all get the same answer. A straggler is named again only after it
+        has caught up.
         """
         if self._measures:
             stalls, ended = waits.end(), self.clock.mark()
@@ -66,11 +73,14 @@ class StragglerWatch:
 
     def _named(self, slower: dict[int, float]) -> list[tuple[int, float]]:
         self.rows = Counter({rank: self.rows[rank] + 1 for rank in slower})
-        return [(rank, ratio) for rank, ratio in slower.items() if self.rows[rank] == WINDOWS_IN_A_ROW]
+        return [
+            (rank, ratio) for rank, ratio in slower.items() if self.rows[rank] == WINDOWS_IN_A_ROW
+        ]
 
 
 def peers(ranks: torch.Tensor) -> Callable[[int], list[int]]:
-    """Who does the same work as a rank: the others of its pipeline stage, or everyone else where it is alone there.
+    """Who does the same work as a rank: the others of its pipeline stage, or everyone else where it
+    is alone there.
 
     ``ranks`` is the mesh (pipeline, data, tensor).
     """
@@ -84,8 +94,12 @@ def peers(ranks: torch.Tensor) -> Callable[[int], list[int]]:
     return of
 
 
-def slower_ranks(worked_s: Sequence[float], lasted_s: float, peers_of: Callable[[int], list[int]]) -> dict[int, float]:
-    """Each rank that works longer than its peers, by enough to matter, and how many times as long."""
+def slower_ranks(
+    worked_s: Sequence[float], lasted_s: float, peers_of: Callable[[int], list[int]]
+) -> dict[int, float]:
+    """Each rank that works longer than its peers, by enough to matter, and how many times as
+    long.
+    """
     slower = {}
     for rank, mine_s in enumerate(worked_s):
         others = peers_of(rank)

@@ -1,10 +1,11 @@
-"""Ends a run that hangs, and says where: a thread on every rank that works although the main thread waits for ever.
+"""Ends a run that hangs, and says where: a thread on every rank that works although the main thread
+waits for ever.
 
-The loop says what it begins; the thread writes it down now and then, with the main thread's stack, in a file of its own
-that the other ranks can read when this rank cannot speak any more:
+The loop says what it begins; the thread writes it down now and then, with the main thread's stack,
+in a file of its own that the other ranks can read when this rank cannot speak any more:
 
-    runs/NAME/logs/watch/rank_00001.json      who, which step, doing what, in which module or collective, stack
-    runs/NAME/logs/watch/alarm                made by the first rank whose step has not ended in time
+    runs/NAME/logs/watch/rank_00001.json    the step, what it does, in which module or collective
+    runs/NAME/logs/watch/alarm              made by the first rank whose step takes too long
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ OWN = str(REPOSITORY / "megagpt")
 MODULE_CALLS = ("forward", "_call_impl")
 MOST_FRAMES = 40
 LISTS = ("members", "peers")  # of a GroupState, tuples here and lists in JSON
-START_S = 900.0  # a stage of the start may take minutes without a sign: an op that is compiled, a checkpoint to be read
+# a stage of the start may take minutes without a sign: an op that is compiled, a checkpoint to be
+# read
+START_S = 900.0
 
 
 @dataclass
@@ -44,12 +47,19 @@ class Pulse:
 
     def beat(self, doing: str, step: int | None = None) -> None:
         """Begin something else."""
-        self.step, self.doing, self.since_s = self.step if step is None else step, doing, time.monotonic()
+        self.step, self.doing, self.since_s = (
+            self.step if step is None else step,
+            doing,
+            time.monotonic(),
+        )
 
 
 @dataclass(frozen=True)
 class RankState:
-    """Where a rank is, as it says itself. ``silent_s`` is how long ago it said so, where it does not answer now."""
+    """Where a rank is, as it says itself.
+
+    ``silent_s`` is how long ago it said so, where it does not answer now.
+    """
 
     rank: int
     name: str
@@ -67,7 +77,14 @@ class RankState:
     @property
     def whereabouts(self) -> tuple[Any, ...]:
         """Equal for ranks that are at the same point."""
-        return self.step, self.doing, self.module, self.collective, self.place, self.silent_s is None
+        return (
+            self.step,
+            self.doing,
+            self.module,
+            self.collective,
+            self.place,
+            self.silent_s is None,
+        )
 
 
 class Watch:
@@ -88,9 +105,16 @@ class Watch:
         report: Callable[[list[RankState], float], None],
     ) -> None:
         self.directory, self.pulse = directory / "logs" / "watch", pulse
-        self.rank, self.world_size, self.timeout_s, self.report = rank, world_size, timeout_s, report
+        self.rank, self.world_size, self.timeout_s, self.report = (
+            rank,
+            world_size,
+            timeout_s,
+            report,
+        )
         self.name, self.module_names = f"rank {rank}", dict[int, str]()
-        self.tick_s = min(1.0, max(0.1, timeout_s / 50))  # seen a tick late, reported a patience later: within 5 s
+        self.tick_s = min(
+            1.0, max(0.1, timeout_s / 50)
+        )  # seen a tick late, reported a patience later: within 5 s
         self.write_every_s = min(30.0, max(self.tick_s, timeout_s / 20))
         self._main_thread = threading.main_thread().ident or 0
         self._closing = threading.Event()
@@ -105,11 +129,16 @@ class Watch:
         return self
 
     def know(self, name: str, module_names: Mapping[int, str]) -> None:
-        """Once there is an engine: what this rank is called, and the names of modules by their ids."""
+        """Once there is an engine: what this rank is called, and the names of modules by their
+        ids.
+        """
         self.name, self.module_names = name, dict(module_names)
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._closing.set()
         if self.timeout_s:
@@ -120,7 +149,9 @@ class Watch:
         while not self._closing.wait(self.tick_s):
             now_s = time.monotonic()
             if ticked_s and now_s - ticked_s > 5 + 5 * self.tick_s:
-                self.pulse.since_s = now_s  # the whole process was stopped, and nobody has missed it
+                self.pulse.since_s = (
+                    now_s  # the whole process was stopped, and nobody has missed it
+                )
             ticked_s = now_s
             if now_s - self.pulse.since_s > self.limit_s or self._alarm.exists():
                 self._end_the_run()
@@ -129,8 +160,9 @@ class Watch:
                 self._write(self._own_state())
 
     def _insist(self) -> None:
-        """End this rank where its watch cannot: the disk that all hosts share may have gone with the network, and
-        whoever writes or looks there waits for ever."""
+        """End this rank where its watch cannot: the disk that all hosts share may have gone with
+        the network, and whoever writes or looks there waits for ever.
+        """
         overdue_s = 0.0
         while not self._closing.wait(self.tick_s):
             overdue = time.monotonic() - self.pulse.since_s > self.limit_s
@@ -148,7 +180,9 @@ class Watch:
         return self.directory / "alarm"
 
     def _end_the_run(self) -> None:
-        """Say where this rank is; the one that raised the alarm waits for the others to do so, and reports."""
+        """Say where this rank is; the one that raised the alarm waits for the others to do so,
+        and reports.
+        """
         self._write(replace(self._own_state(), final=True, groups=group_states()))
         try:
             with self._alarm.open("x") as file:
@@ -186,11 +220,20 @@ class Watch:
         path = self._file(rank)
         try:
             found = json.loads(path.read_text())
-            groups = tuple(GroupState(**group | {k: tuple(group[k]) for k in LISTS}) for group in found["groups"])
+            groups = tuple(
+                GroupState(**group | {k: tuple(group[k]) for k in LISTS})
+                for group in found["groups"]
+            )
             state = RankState(**found | {"stack": tuple(found["stack"]), "groups": groups})
-            return state if state.final else replace(state, silent_s=max(0.0, now - path.stat().st_mtime))
+            return (
+                state
+                if state.final
+                else replace(state, silent_s=max(0.0, now - path.stat().st_mtime))
+            )
         except (OSError, ValueError, TypeError, KeyError):
-            return RankState(rank, f"rank {rank}", 0, "unknown", 0.0, None, None, "it has left no word", ())
+            return RankState(
+                rank, f"rank {rank}", 0, "unknown", 0.0, None, None, "it has left no word", ()
+            )
 
     def _file(self, rank: int) -> Path:
         return self.directory / f"rank_{rank:05d}.json"
@@ -213,7 +256,10 @@ class Watch:
             for_s=round(time.monotonic() - self.pulse.since_s, 1),
             module=innermost_module(frames, self.module_names),
             collective=innermost_collective(frames),
-            place=next((shown(frame) for frame in frames if frame.f_code.co_filename.startswith(OWN)), "unknown"),
+            place=next(
+                (shown(frame) for frame in frames if frame.f_code.co_filename.startswith(OWN)),
+                "unknown",
+            ),
             stack=tuple(shown(frame) for frame in frames[:MOST_FRAMES]),
         )
 
@@ -228,7 +274,9 @@ def frames_of(frame: FrameType | None) -> list[FrameType]:
 
 
 def innermost_collective(frames: list[FrameType]) -> str | None:
-    """The function of torch.distributed that waits; whoever else waits for one to end goes by its own name."""
+    """The function of torch.distributed that waits; whoever else waits for one to end goes by
+    its own name.
+    """
     called = [frame for frame in frames if frame.f_code.co_filename.endswith(COLLECTIVES)]
     public = [frame.f_code.co_name for frame in called if not frame.f_code.co_name.startswith("_")]
     if public:
@@ -240,11 +288,14 @@ def innermost_collective(frames: list[FrameType]) -> str | None:
 def innermost_module(frames: list[FrameType], names: Mapping[int, str]) -> str | None:
     """The module whose forward pass is under way."""
     for frame in frames:
-        if frame.f_code.co_name in MODULE_CALLS and (name := names.get(id(frame.f_locals.get("self")))):
+        if frame.f_code.co_name in MODULE_CALLS and (
+            name := names.get(id(frame.f_locals.get("self")))
+        ):
             return name
     return None
 
 
 def shown(frame: FrameType) -> str:
     """`megagpt/train.py:70 train`"""
-    return f"{'/'.join(Path(frame.f_code.co_filename).parts[-2:])}:{frame.f_lineno} {frame.f_code.co_name}"
+    file = "/".join(Path(frame.f_code.co_filename).parts[-2:])
+    return f"{file}:{frame.f_lineno} {frame.f_code.co_name}"

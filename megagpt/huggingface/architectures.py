@@ -1,7 +1,9 @@
-"""Published architectures that a model of ours can be, as Hugging Face stores them: one table, read in both directions.
+"""Published architectures that a model of ours can be, as Hugging Face stores them: one table, read
+in both directions.
 
-`keys` of an architecture relate its config.json to `megagpt.model`, `modules` its tensors to ours. transformers is not
-needed: what its models compute is known here, and tested (tests/model/test_model_parity.py, tests/huggingface/test_export.py).
+`keys` of an architecture relate its config.json to `megagpt.model`, `modules` its tensors to ours.
+transformers is not needed: what its models compute is known here, and tested
+(tests/model/test_model_parity.py, tests/huggingface/test_export.py).
 """
 
 import re
@@ -20,7 +22,9 @@ WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "c
 
 
 class Relation(NamedTuple):
-    """``join`` makes a tensor of ours from theirs, ``split`` theirs from ours; alike for weights and biases."""
+    """``join`` makes a tensor of ours from theirs, ``split`` theirs from ours; alike for weights
+    and biases.
+    """
 
     join: Callable[[Sequence[Tensor], ModelConfig], Tensor]
     split: Callable[[Tensor, ModelConfig], Sequence[Tensor]]
@@ -35,7 +39,9 @@ def _grouped(projections: Sequence[Tensor], model: ModelConfig) -> Tensor:
 def _ungrouped(fused: Tensor, model: ModelConfig) -> list[Tensor]:
     """The way back: q, k and v."""
     queries = model.num_heads // model.num_kv_heads * model.head_size
-    per_group = fused.unflatten(0, (model.num_kv_heads, -1)).split([queries, model.head_size, model.head_size], dim=1)
+    per_group = fused.unflatten(0, (model.num_kv_heads, -1)).split(
+        [queries, model.head_size, model.head_size], dim=1
+    )
     return [rows.flatten(0, 1) for rows in per_group]
 
 
@@ -63,7 +69,8 @@ TURNED_QUERY_KEY_VALUE = Relation(
 
 
 class Key(NamedTuple):
-    """A key of their config.json that holds ``ours``, an attribute of ModelConfig; ``default`` where it is absent.
+    """A key of their config.json that holds ``ours``, an attribute of ModelConfig; ``default``
+    where it is absent.
 
     Without a default it must be there; None is what follows from the others, in theirs as in ours.
     """
@@ -74,7 +81,8 @@ class Key(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """A key of their config.json with the values that compute what our model does, of which the first is written.
+    """A key of their config.json with the values that compute what our model does, of which the
+    first is written.
 
     ``default`` is transformers', where the key is absent.
     """
@@ -101,8 +109,9 @@ class Part(NamedTuple):
 class Architecture:
     """One class of transformers.
 
-    ``needs`` are the values that our keys must have; ``biased`` are endings of our names whose biases it has whatever
-    our ``bias`` says (zero, where we have none); ``ignored`` are keys that change no result.
+    ``needs`` are the values that our keys must have; ``biased`` are endings of our names whose
+    biases it has whatever our ``bias`` says (zero, where we have none); ``ignored`` are keys that
+    change no result.
     """
 
     name: str
@@ -148,7 +157,9 @@ class Architecture:
         module, _, kind = name.rpartition(".")
         layer = re.match(r"blocks\.(\d+)\.", module)
         paths, relation = self.modules[re.sub(r"^blocks\.\d+\.", "blocks.*.", module)]
-        return [f"{path}.{kind}".replace("*", layer[1] if layer else "") for path in paths], relation
+        return [
+            f"{path}.{kind}".replace("*", layer[1] if layer else "") for path in paths
+        ], relation
 
 
 def _shapes(model: ModelConfig) -> dict[str, torch.Size]:
@@ -172,7 +183,10 @@ _ROTARY_BASE = Fixed("rope_theta", (ROTARY_BASE,), 10_000.0)
 _ROTARY_MODULES: dict[str, tuple[Sequence[str], Relation]] = {
     "embedding.tokens": (["model.embed_tokens"], ROWS_OF_TOKENS),
     "blocks.*.attention_norm": (["model.layers.*.input_layernorm"], SAME),
-    "blocks.*.attention.qkv": ([f"model.layers.*.self_attn.{which}_proj" for which in "qkv"], QUERY_KEY_VALUE),
+    "blocks.*.attention.qkv": (
+        [f"model.layers.*.self_attn.{which}_proj" for which in "qkv"],
+        QUERY_KEY_VALUE,
+    ),
     "blocks.*.attention.output": (["model.layers.*.self_attn.o_proj"], SAME),
     "blocks.*.mlp_norm": (["model.layers.*.post_attention_layernorm"], SAME),
     "head.norm": (["model.norm"], SAME),
@@ -202,7 +216,9 @@ GPT2 = Architecture(
         Fixed("layer_norm_epsilon", (NORM_EPSILON,), 1e-5),
         Fixed("scale_attn_weights", (True,), True),
         Fixed("scale_attn_by_inverse_layer_idx", (False,), False),
-        Fixed("reorder_and_upcast_attn", (False, True), False),  # the same attention in another order
+        Fixed(
+            "reorder_and_upcast_attn", (False, True), False
+        ),  # the same attention in another order
         Fixed("add_cross_attention", (False,), False),
     ),
     modules={
@@ -219,7 +235,12 @@ GPT2 = Architecture(
     },
     biased=(".bias",),
     grouped_heads=False,
-    ignored=("n_ctx", "task_specific_params", "predict_special_tokens", "output_past"),  # of old files
+    ignored=(
+        "n_ctx",
+        "task_specific_params",
+        "predict_special_tokens",
+        "output_past",
+    ),  # of old files
     buffers=r"(.*\.)?attn\.(bias|masked_bias)",
 )
 LLAMA = Architecture(
@@ -234,10 +255,17 @@ LLAMA = Architecture(
         Key("mlp_bias", "bias", False),
         Key("tie_word_embeddings", "tie_embeddings", False),
     ),
-    fixed=(Fixed("hidden_act", ("silu",), "silu"), Fixed("rms_norm_eps", (NORM_EPSILON,), 1e-6), _ROTARY_BASE),
+    fixed=(
+        Fixed("hidden_act", ("silu",), "silu"),
+        Fixed("rms_norm_eps", (NORM_EPSILON,), 1e-6),
+        _ROTARY_BASE,
+    ),
     modules=_ROTARY_MODULES
     | {
-        "blocks.*.mlp.up": (["model.layers.*.mlp.gate_proj", "model.layers.*.mlp.up_proj"], GATE_AND_VALUE),
+        "blocks.*.mlp.up": (
+            ["model.layers.*.mlp.gate_proj", "model.layers.*.mlp.up_proj"],
+            GATE_AND_VALUE,
+        ),
         "blocks.*.mlp.down": (["model.layers.*.mlp.down_proj"], SAME),
     },
     ignored=("pretraining_tp",),

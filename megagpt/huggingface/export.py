@@ -1,10 +1,11 @@
-"""The trained model of a run as a directory that Hugging Face transformers loads: weights, configuration, tokenizer.
+"""The trained model of a run as a directory that Hugging Face transformers loads: weights,
+configuration, tokenizer.
 
     config.json  generation_config.json  tokenizer.json  tokenizer_config.json
     model.safetensors, or model-00001-of-00003.safetensors ... and model.safetensors.index.json
 
-Tensors are read and written one after another, so that one of ours and what it becomes is all that memory holds. The
-rows that pad our vocabulary stay behind.
+Tensors are read and written one after another, so that one of ours and what it becomes is all that
+memory holds. The rows that pad our vocabulary stay behind.
 """
 
 import json
@@ -21,7 +22,14 @@ from torch import Tensor
 from megagpt.checkpoint.safetensors_file import header, tensor_bytes
 from megagpt.config import ModelConfig
 from megagpt.data.tokenizer import END_OF_DOCUMENT, TOKENIZER_FILE
-from megagpt.huggingface.architectures import ARCHITECTURES, CONFIG, INDEX, WEIGHTS, Architecture, Part
+from megagpt.huggingface.architectures import (
+    ARCHITECTURES,
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    Architecture,
+    Part,
+)
 from megagpt.huggingface.whole_directory import flushed, whole_directory
 from megagpt.inference.generate import allowed_tokens, open_tokenizer
 from megagpt.inference.stored_model import open_weights
@@ -29,7 +37,11 @@ from megagpt.rundir.directory import read_config
 from megagpt.utils import MIB, UserError, write_atomically
 
 SHARD_BYTES = 5_000_000_000  # of tensors in one file, as transformers writes them
-DTYPES = {"fp32": ("F32", torch.float32), "bf16": ("BF16", torch.bfloat16), "fp16": ("F16", torch.float16)}
+DTYPES = {
+    "fp32": ("F32", torch.float32),
+    "bf16": ("BF16", torch.bfloat16),
+    "fp16": ("F16", torch.float16),
+}
 OF_AN_EXPORT = re.compile(
     r"config\.json|generation_config\.json|tokenizer\.json|tokenizer_config\.json|"
     r"model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors"
@@ -39,7 +51,9 @@ SPARE_BYTES = 64 * MIB  # tokenizer and headers, beside the tensors
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: as which architecture, of which step, how many parameters, padding not among them."""
+    """What was written: as which architecture, of which step, how many parameters, padding not
+    among them.
+    """
 
     architecture: str
     step: int
@@ -56,10 +70,12 @@ def export(
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> Exported:
-    """Write the model of a run's newest checkpoint, or of that of ``step``, into the directory ``output``.
+    """Write the model of a run's newest checkpoint, or of that of ``step``, into the directory
+    ``output``.
 
-    Raises UserError where there is no such checkpoint, where its model is no published architecture, where ``dtype``
-    cannot hold a weight, and where the directory is there already, unless it is an export that may be replaced.
+    Raises UserError where there is no such checkpoint, where its model is no published
+    architecture, where ``dtype`` cannot hold a weight, and where the directory is there already,
+    unless it is an export that may be replaced.
     """
     config = read_config(run_directory)
     model = config.megagpt.model
@@ -70,7 +86,9 @@ def export(
     kind = DTYPES[dtype][0]
     shards = list(plan_shards(architecture, model, kind, shard_bytes))
     size = stored_bytes(architecture.parts(model), kind)
-    with whole_directory(output, option="--output", room_bytes=size + SPARE_BYTES, replace=overwrite) as staging:
+    with whole_directory(
+        output, option="--output", room_bytes=size + SPARE_BYTES, replace=overwrite
+    ) as staging:
         _write_json(staging / CONFIG, _model_config(architecture, model, encoding, dtype))
         _write_json(staging / "generation_config.json", _generation_config(model, encoding))
         _write_tokenizer(staging, Path(config.megagpt.data.sources[0].path), model)
@@ -79,33 +97,43 @@ def export(
 
 
 def require_architecture(model: ModelConfig, run_directory: Path) -> Architecture:
-    """The published architecture that the model is; raises UserError with what each needs where it is none."""
+    """The published architecture that the model is; raises UserError with what each needs where
+    it is none.
+    """
     misfits = {architecture.name: architecture.misfits(model) for architecture in ARCHITECTURES}
     for architecture in ARCHITECTURES:
         if not misfits[architecture.name]:
             return architecture
     listed = "\n".join(f"  {name} needs {', '.join(wanted)}" for name, wanted in misfits.items())
     raise UserError(
-        f"{run_directory}: megagpt.model is no published architecture, so transformers cannot load it:\n{listed}\n"
+        f"{run_directory}: megagpt.model is no published architecture, so transformers cannot "
+        f"load it:\n{listed}\n"
         "train one of these, or load the checkpoint with megagpt/inference/stored_model.py"
     )
 
 
 def _require_free(output: Path, overwrite: bool) -> None:
-    """Only an export may be replaced, and only by who asks for it; anything else in the directory is someone's work."""
+    """Only an export may be replaced, and only by who asks for it; anything else in the
+    directory is someone's work.
+    """
     if not output.is_dir() or not any(output.iterdir()):
         return
     if not overwrite:
         raise UserError(f"{output}: exists already; add --overwrite, or choose another --output")
     kept = sorted(file.name for file in output.iterdir() if not OF_AN_EXPORT.fullmatch(file.name))
     if kept:
-        raise UserError(f"{output}: holds {kept[0]}, which no export wrote; choose another --output, or move it away")
+        raise UserError(
+            f"{output}: holds {kept[0]}, which no export wrote; choose another --output, or move "
+            f"it away"
+        )
 
 
-# ------------------------------------------------------------------------------------------------------------- weights
+# ------------------------------------------------------------------------------------------ weights
 
 
-def plan_shards(architecture: Architecture, model: ModelConfig, kind: str, shard_bytes: int) -> Iterator[list[Part]]:
+def plan_shards(
+    architecture: Architecture, model: ModelConfig, kind: str, shard_bytes: int
+) -> Iterator[list[Part]]:
     """The files, none with more than ``shard_bytes`` of tensors, unless one of ours alone has."""
     shard: list[Part] = []
     held = 0
@@ -133,35 +161,47 @@ class Source:
     dtype: str
 
     def theirs(self, part: Part) -> Sequence[Tensor]:
-        """What a part becomes. Raises UserError where the weight has another shape or does not fit."""
+        """What a part becomes.
+
+        Raises UserError where the weight has another shape or does not fit.
+        """
         ours = self.weight(part.name) if part.stored else torch.zeros(part.shape)
         if ours.shape != part.shape:
             raise UserError(
-                f"{part.name}: of shape {tuple(ours.shape)} in the checkpoint, of {tuple(part.shape)} in config.json; "
-                "restore the config.json that it was trained with"
+                f"{part.name}: of shape {tuple(ours.shape)} in the checkpoint, of "
+                f"{tuple(part.shape)} in config.json; restore the config.json that it was trained "
+                "with"
             )
         if not all(extreme.isfinite() for extreme in ours.aminmax()):
             raise UserError(
-                f"{part.name}: not finite in the checkpoint; choose the checkpoint of another step with --step"
+                f"{part.name}: not finite in the checkpoint; choose the checkpoint of another "
+                f"step with --step"
             )
         converted = ours.to(DTYPES[self.dtype][1])
         if not all(extreme.isfinite() for extreme in converted.aminmax()):
             raise UserError(
-                f"{part.name}: {ours.abs().max():.3g} does not fit into {self.dtype}; use --dtype bf16 or fp32"
+                f"{part.name}: {ours.abs().max():.3g} does not fit into {self.dtype}; use --dtype "
+                f"bf16 or fp32"
             )
         return part.relation.split(converted, self.model)
 
 
 def _write_weights(staging: Path, shards: Sequence[Sequence[Part]], source: Source) -> None:
-    """Each file in one pass, flushed to the disk; with several, the index that says where each tensor is."""
+    """Each file in one pass, flushed to the disk; with several, the index that says where each
+    tensor is.
+    """
     kind = DTYPES[source.dtype][0]
     places: dict[str, str] = {}
     for index, shard in enumerate(shards, start=1):
-        name = WEIGHTS if len(shards) == 1 else f"model-{index:05d}-of-{len(shards):05d}.safetensors"
+        name = (
+            WEIGHTS if len(shards) == 1 else f"model-{index:05d}-of-{len(shards):05d}.safetensors"
+        )
         entries = [(theirs, kind, shape) for part in shard for theirs, shape in part.theirs.items()]
         places |= {theirs: name for theirs, _, _ in entries}
         with flushed(staging / name) as file:
-            file.write(header(entries, {"format": "pt"}))  # without it, transformers refuses the file
+            file.write(
+                header(entries, {"format": "pt"})
+            )  # without it, transformers refuses the file
             for part in shard:
                 for tensor in source.theirs(part):
                     file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -170,7 +210,7 @@ def _write_weights(staging: Path, shards: Sequence[Sequence[Part]], source: Sour
         _write_json(staging / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
 
 
-# ------------------------------------------------------------------------------------------ configuration, tokenizer
+# ------------------------------------------------------------------------- configuration, tokenizer
 
 
 def _model_config(
@@ -178,7 +218,11 @@ def _model_config(
 ) -> dict[str, Any]:
     """Documents are closed, and an empty prompt is read, with the same token."""
     ends = {"bos_token_id": encoding.eot_token, "eos_token_id": encoding.eot_token}
-    return architecture.config(model) | ends | {"torch_dtype": str(DTYPES[dtype][1]).removeprefix("torch.")}
+    return (
+        architecture.config(model)
+        | ends
+        | {"torch_dtype": str(DTYPES[dtype][1]).removeprefix("torch.")}
+    )
 
 
 def _generation_config(model: ModelConfig, encoding: tiktoken.Encoding) -> dict[str, Any]:
@@ -189,7 +233,9 @@ def _generation_config(model: ModelConfig, encoding: tiktoken.Encoding) -> dict[
 
 
 def _write_tokenizer(staging: Path, data: Path, model: ModelConfig) -> None:
-    """The file of the data, which is Hugging Face's format, and what transformers wants to know beside it."""
+    """The file of the data, which is Hugging Face's format, and what transformers wants to know
+    beside it.
+    """
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END_OF_DOCUMENT,

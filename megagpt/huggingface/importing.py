@@ -1,8 +1,9 @@
-"""A published model as the beginning of a run: its weights are the checkpoint of step 0, from which training goes on.
+"""A published model as the beginning of a run: its weights are the checkpoint of step 0, from which
+training goes on.
 
-runs/NAME/config.json                 the run, resolved, as training writes it
-          imported.json               what to train it with: the configuration that was given, with this model in it
-          checkpoints/step_00000000   the weights; Adam's moments are zero, as nothing was learnt yet
+runs/NAME/config.json                 the run, resolved, as training writes it imported.json
+what to train it with: the configuration that was given, with this model in it
+checkpoints/step_00000000   the weights; Adam's moments are zero, as nothing was learnt yet
 """
 
 import json
@@ -15,7 +16,15 @@ import torch
 
 from megagpt.checkpoint.directory import name_latest
 from megagpt.checkpoint.execution import VERSIONS
-from megagpt.checkpoint.format import MANIFEST, WEIGHT, Manifest, Slice, StoredTensor, TrainState, step_directory
+from megagpt.checkpoint.format import (
+    MANIFEST,
+    WEIGHT,
+    Manifest,
+    Slice,
+    StoredTensor,
+    TrainState,
+    step_directory,
+)
 from megagpt.checkpoint.writer import Flats, PlannedFile, files_of, write_files
 from megagpt.config import ConfigError, ModelConfig, ResolvedConfig, RunConfig
 from megagpt.huggingface.architectures import Part
@@ -36,7 +45,9 @@ GROUPS = 2  # of parameters, with and without weight decay: engine.py
 
 @dataclass(frozen=True)
 class Imported:
-    """What was read and written; ``given_way`` are the lines of the configuration that the model replaced."""
+    """What was read and written; ``given_way`` are the lines of the configuration that the model
+    replaced.
+    """
 
     architecture: str
     parameters: int
@@ -46,10 +57,11 @@ class Imported:
 
 
 def import_model(source: Path, written: RunConfig, run_directory: Path) -> Imported:
-    """Make a run directory from a model in ``source``; ``written`` says all about the run but the model.
+    """Make a run directory from a model in ``source``; ``written`` says all about the run but the
+    model.
 
-    Raises UserError where the model has something that ours has not, where its tokenizer is not that of the data, and
-    where the run directory exists.
+    Raises UserError where the model has something that ours has not, where its tokenizer is not
+    that of the data, and where the run directory exists.
     """
     published = PublishedModel(source)
     config = published.run_config(written)
@@ -58,9 +70,13 @@ def import_model(source: Path, written: RunConfig, run_directory: Path) -> Impor
     tokenizer_compared = published.require_tokenizer(Path(config.megagpt.data.sources[0].path))
     published.require_tensors(model)
     size = len((WEIGHT, *MOMENTS)) * 4 * model.num_parameters
-    with whole_directory(run_directory, option="--run_dir", room_bytes=size + SPARE_BYTES) as staging:
+    with whole_directory(
+        run_directory, option="--run_dir", room_bytes=size + SPARE_BYTES
+    ) as staging:
         _write_checkpoint(staging / "checkpoints", published, resolved)
-        write_atomically(staging / IMPORTED, json.dumps(_document(config), indent=2, ensure_ascii=False) + "\n")
+        write_atomically(
+            staging / IMPORTED, json.dumps(_document(config), indent=2, ensure_ascii=False) + "\n"
+        )
         record(staging, resolved)
     return Imported(
         architecture=published.architecture.name,
@@ -72,10 +88,15 @@ def import_model(source: Path, written: RunConfig, run_directory: Path) -> Impor
 
 
 def _resolved(config: RunConfig) -> ResolvedConfig:
-    """The run on as many ranks as it states, or as few as can hold it: its identity is the same on any number."""
+    """The run on as many ranks as it states, or as few as can hold it: its identity is the same
+    on any number.
+    """
     if config.train_batch_size is None:
         raise ConfigError(
-            ["train_batch_size: needed, so that it does not depend on the number of ranks; --set train_batch_size=N"]
+            [
+                "train_batch_size: needed, so that it does not depend on the number of ranks; "
+                "--set train_batch_size=N"
+            ]
         )
     world = World(_ranks(config), prepare_vocabulary(config))
     require_legal(config, world=world)
@@ -84,9 +105,15 @@ def _resolved(config: RunConfig) -> ResolvedConfig:
 
 def _ranks(config: RunConfig) -> int | None:
     micro, accumulated = config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
-    if config.megagpt.parallel.world_size or not (micro and accumulated and config.train_batch_size):
+    if config.megagpt.parallel.world_size or not (
+        micro and accumulated and config.train_batch_size
+    ):
         return config.megagpt.parallel.world_size
-    return config.train_batch_size // (micro * accumulated) * config.megagpt.parallel.model_parallel_size
+    return (
+        config.train_batch_size
+        // (micro * accumulated)
+        * config.megagpt.parallel.model_parallel_size
+    )
 
 
 def _document(config: RunConfig) -> dict[str, Any]:
@@ -101,11 +128,13 @@ def _given_way(written: RunConfig, config: RunConfig) -> Iterator[str]:
             yield f"{key} {value} (not {before[key]})"
 
 
-# ---------------------------------------------------------------------------------------------------------- checkpoint
+# --------------------------------------------------------------------------------------- checkpoint
 
 
 def _write_checkpoint(checkpoints: Path, published: PublishedModel, config: ResolvedConfig) -> None:
-    """The checkpoint of step 0, layer by layer; where it fails, whoever called removes the whole directory."""
+    """The checkpoint of step 0, layer by layer; where it fails, whoever called removes the whole
+    directory.
+    """
     directory = step_directory(checkpoints, 0)
     directory.mkdir(parents=True)
     parts = list(published.architecture.parts(config.megagpt.model))
@@ -141,11 +170,17 @@ def _flats(layer: list[Part], published: PublishedModel, model: ModelConfig) -> 
     """The weights of a layer, and moments that take no memory."""
     ours = [published.ours(part, model) for part in layer]
     weights = torch.cat([tensor.flatten() for tensor in ours if tensor is not None])
-    return {WEIGHT: weights, **{moment: torch.zeros(1).expand(weights.numel()) for moment in MOMENTS}}
+    return {
+        WEIGHT: weights,
+        **{moment: torch.zeros(1).expand(weights.numel()) for moment in MOMENTS},
+    }
 
 
 def _manifest(
-    published: PublishedModel, config: ResolvedConfig, parts: list[Part], plan: list[list[PlannedFile]]
+    published: PublishedModel,
+    config: ResolvedConfig,
+    parts: list[Part],
+    plan: list[list[PlannedFile]],
 ) -> Manifest:
     """As a run would have written it before its first step."""
     boxes = {part.name: whole(part.shape) for part in parts}
@@ -161,14 +196,22 @@ def _manifest(
         scheduler={"last_batch_iteration": -1} if config.scheduler else {},
         learning_rates=[_first_learning_rate(config)] * GROUPS,
         loss_scaler={},
-        tensors={p.name: StoredTensor(tuple(p.shape), tuple(slices[p.name])) for p in parts if p.stored},
+        tensors={
+            p.name: StoredTensor(tuple(p.shape), tuple(slices[p.name])) for p in parts if p.stored
+        },
         files={},
         versions=VERSIONS,
     )
 
 
 def _first_learning_rate(config: ResolvedConfig) -> float:
-    """That of the first step, as DeepSpeed's schedules set it when they are made (runtime/lr_schedules.py:743, 888)."""
+    """That of the first step, as DeepSpeed's schedules set it when they are made
+    (runtime/lr_schedules.py:743, 888).
+    """
     if config.scheduler is None:
         return config.optimizer.params.lr
-    return 0.0 if isinstance(config.scheduler, WarmupCosineLR) else config.scheduler.params.warmup_min_lr
+    return (
+        0.0
+        if isinstance(config.scheduler, WarmupCosineLR)
+        else config.scheduler.params.warmup_min_lr
+    )

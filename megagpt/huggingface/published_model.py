@@ -1,7 +1,8 @@
-"""A model as Hugging Face stores it, read: its config.json in terms of `megagpt.model`, its tensors under our names.
+"""A model as Hugging Face stores it, read: its config.json in terms of `megagpt.model`, its tensors
+under our names.
 
-Whatever in it changes what is computed is either ours too or refused, all of it at once. safetensors and JSON are all
-that is read; nothing is executed.
+Whatever in it changes what is computed is either ours too or refused, all of it at once.
+safetensors and JSON are all that is read; nothing is executed.
 """
 
 import json
@@ -20,12 +21,22 @@ from megagpt.checkpoint.format import DamagedCheckpointError
 from megagpt.checkpoint.reader import require_small_header
 from megagpt.config import ConfigError, ModelConfig, RunConfig
 from megagpt.data.tokenizer import TOKENIZER_FILE
-from megagpt.huggingface.architectures import ARCHITECTURES, CONFIG, INDEX, WEIGHTS, Architecture, Part
+from megagpt.huggingface.architectures import (
+    ARCHITECTURES,
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    Architecture,
+    Part,
+)
 from megagpt.schema.errors import shown
 from megagpt.schema.model import ModelSection
 from megagpt.utils import UserError, human_count
 
-OF_TRAINING = ("dropout", "init_std")  # no result of a trained model depends on them: they stay what the run says
+OF_TRAINING = (
+    "dropout",
+    "init_std",
+)  # no result of a trained model depends on them: they stay what the run says
 DERIVED = ("mlp_size", "head_size")  # of our other keys
 FORMATS = ("F64", "F32", "BF16", "F16")
 CHANGES_NO_RESULT = re.compile(
@@ -35,7 +46,10 @@ CHANGES_NO_RESULT = re.compile(
 
 
 class PublishedModel:
-    """A directory with config.json and safetensors. Raises UserError where it has none, or no architecture of ours."""
+    """A directory with config.json and safetensors.
+
+    Raises UserError where it has none, or no architecture of ours.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -43,27 +57,42 @@ class PublishedModel:
         self.architecture = self._architecture()
 
     def _architecture(self) -> Architecture:
-        named = self._config.get("architectures") or [a.name for a in ARCHITECTURES if a.model_type == self._model_type]
+        named = self._config.get("architectures") or [
+            a.name for a in ARCHITECTURES if a.model_type == self._model_type
+        ]
         for architecture in ARCHITECTURES:
             if named == [architecture.name]:
                 return architecture
         known = ", ".join(architecture.name for architecture in ARCHITECTURES)
-        raise UserError(f"{self.directory / CONFIG}: architectures {named or self._model_type}: megagpt has {known}")
+        raise UserError(
+            f"{self.directory / CONFIG}: architectures {named or self._model_type}: megagpt has "
+            f"{known}"
+        )
 
     @property
     def _model_type(self) -> Any:
         return self._config.get("model_type")
 
     def run_config(self, written: RunConfig) -> RunConfig:
-        """What was written with this model in it. Raises ConfigError with all that the model has and ours has not."""
+        """What was written with this model in it.
+
+        Raises ConfigError with all that the model has and ours has not.
+        """
         problems = list(self._unlike_ours())
         found = self._values(problems)
         if not problems:
-            keys = {"preset": None, "vocab_size": found.get("vocabulary"), **self.architecture.needs, **found}
+            keys = {
+                "preset": None,
+                "vocab_size": found.get("vocabulary"),
+                **self.architecture.needs,
+                **found,
+            }
             if not self.architecture.grouped_heads:
                 keys["num_kv_heads"] = found["num_heads"]
             try:
-                changed = written.changed([f"megagpt.model.{key}={json.dumps(value)}" for key, value in keys.items()])
+                changed = written.changed(
+                    [f"megagpt.model.{key}={json.dumps(value)}" for key, value in keys.items()]
+                )
                 problems += self._not_derived(changed.megagpt.model)
                 problems += self._too_large(changed.megagpt.model)
             except ConfigError as error:  # its values are no model of ours, or no model at all
@@ -74,8 +103,14 @@ class PublishedModel:
 
     @cached_property
     def _flat(self) -> dict[str, Any]:
-        """config.json with the rotary section's keys beside the others, and without what says nothing."""
-        flat = {k: v for k, v in self._config.items() if v is not None and not CHANGES_NO_RESULT.fullmatch(k)}
+        """config.json with the rotary section's keys beside the others, and without what says
+        nothing.
+        """
+        flat = {
+            k: v
+            for k, v in self._config.items()
+            if v is not None and not CHANGES_NO_RESULT.fullmatch(k)
+        }
         for section in ("rope_parameters", "rope_scaling"):  # transformers 5, 4
             if not isinstance(flat.get(section, {}), dict):
                 continue  # it stays, as a key that megagpt has nothing like
@@ -99,7 +134,9 @@ class PublishedModel:
                 yield f"{name} {shown(value)}: megagpt has nothing like it"
 
     def _values(self, problems: list[str]) -> dict[str, Any]:
-        """Our keys with the values that they get, None being theirs to derive; what is missing or torn is noted."""
+        """Our keys with the values that they get, None being theirs to derive; what is missing
+        or torn is noted.
+        """
         found: dict[str, Any] = {}
         for key in self.architecture.keys:
             if key.ours in OF_TRAINING + DERIVED or self._may_differ(key.ours):
@@ -108,29 +145,47 @@ class PublishedModel:
             if value is ...:
                 problems.append(f"{key.theirs}: missing; download it again")
             elif found.get(key.ours, value) != value:
-                problems.append(f"{key.theirs} {shown(value)}: megagpt has one {key.ours} for all layers")
-            elif isinstance(value, int) and value > self._stored_bytes:  # nothing is to be computed with such a number
-                problems.append(f"{key.theirs} {shown(value)}: its tensor files have {self._stored_bytes} bytes only")
+                problems.append(
+                    f"{key.theirs} {shown(value)}: megagpt has one {key.ours} for all layers"
+                )
+            elif (
+                isinstance(value, int) and value > self._stored_bytes
+            ):  # nothing is to be computed with such a number
+                problems.append(
+                    f"{key.theirs} {shown(value)}: its tensor files have {self._stored_bytes} "
+                    f"bytes only"
+                )
             found[key.ours] = value
         return found
 
     def _may_differ(self, ours: str) -> bool:
-        """Rotary positions have no table: a run may be shorter than what the model was trained for."""
+        """Rotary positions have no table: a run may be shorter than what the model was trained
+        for.
+        """
         return ours == "sequence_length" and self.architecture.needs["position"] == "rotary"
 
     def _not_derived(self, model: ModelSection) -> Iterator[str]:
         for key in self.architecture.keys:
             value, ours = self._flat.get(key.theirs), getattr(model, key.ours)
             if key.ours in DERIVED and value not in (None, ours):
-                yield f"{key.theirs} {shown(value)}: megagpt's is {ours} at hidden_size {model.hidden_size}"
+                yield (
+                    f"{key.theirs} {shown(value)}: megagpt's is {ours} at hidden_size "
+                    f"{model.hidden_size}"
+                )
             if self._may_differ(key.ours) and isinstance(value, int) and ours > value:
-                yield f"{key.theirs} {value}: shorter than the run's sequences; --set megagpt.model.{key.ours}={value}"
+                yield (
+                    f"{key.theirs} {value}: shorter than the run's sequences; --set "
+                    f"megagpt.model.{key.ours}={value}"
+                )
 
     def _too_large(self, model: ModelSection) -> Iterator[str]:
         """Whatever a file says of its size, no more is made of it than its tensors could fill."""
         parameters = ModelConfig.model_validate(model.model_dump()).num_parameters
         if parameters > self._stored_bytes:
-            yield f"{human_count(parameters)} parameters: its tensor files have {self._stored_bytes} bytes only"
+            yield (
+                f"{human_count(parameters)} parameters: its tensor files have "
+                f"{self._stored_bytes} bytes only"
+            )
 
     def _with_their_key(self, error: str) -> str:
         """What is wrong with a key of ours, after the key of config.json that it comes from."""
@@ -140,9 +195,13 @@ class PublishedModel:
         return f"{theirs[key]}: {line}" if key in theirs else line
 
     def require_tensors(self, model: ModelConfig) -> None:
-        """Raise UserError where tensors are missing, left over, or of other shapes or formats than the model's."""
+        """Raise UserError where tensors are missing, left over, or of other shapes or formats
+        than the model's.
+        """
         expected = {
-            name: tuple(shape) for part in self.architecture.parts(model) for name, shape in part.theirs.items()
+            name: tuple(shape)
+            for part in self.architecture.parts(model)
+            for name, shape in part.theirs.items()
         }
         known = {self._name(name): name for name in expected}
         problems = [f"{name}: missing" for name in expected if self._name(name) not in self._places]
@@ -159,7 +218,9 @@ class PublishedModel:
         if problems:
             listed = "\n".join(f"  {problem}" for problem in problems[:10])
             more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-            raise UserError(f"{self.directory}: its tensors are not those of its config.json:\n{listed}{more}")
+            raise UserError(
+                f"{self.directory}: its tensors are not those of its config.json:\n{listed}{more}"
+            )
 
     def _is_tied_copy(self, name: str) -> bool:
         """Files may hold the head's weight a second time where it is the embedding's."""
@@ -171,15 +232,24 @@ class PublishedModel:
         return copy.dtype == tied.dtype and torch.equal(copy, tied)
 
     def ours(self, part: Part, model: ModelConfig) -> Tensor | None:
-        """A tensor under our name, fp32; None for a bias that we have none of. Raises UserError if it is spoilt."""
+        """A tensor under our name, fp32; None for a bias that we have none of.
+
+        Raises UserError if it is spoilt.
+        """
         theirs = [self._tensor(self._name(name)).float() for name in part.theirs]
         if not all(tensor.isfinite().all() for tensor in theirs):
-            raise UserError(f"{self.directory}: {', '.join(part.theirs)}: not finite; take another copy of the model")
+            raise UserError(
+                f"{self.directory}: {', '.join(part.theirs)}: not finite; take another copy of "
+                f"the model"
+            )
         if part.stored:
             return part.relation.join(theirs, model).contiguous()
         if any(tensor.any() for tensor in theirs):
             named = ", ".join(part.theirs)
-            raise UserError(f"{self.directory}: {named}: not zero, so biases are needed; --set megagpt.model.bias=true")
+            raise UserError(
+                f"{self.directory}: {named}: not zero, so biases are needed; --set "
+                f"megagpt.model.bias=true"
+            )
         return None
 
     def _name(self, name: str) -> str:
@@ -194,13 +264,15 @@ class PublishedModel:
             places = read_json(self.directory / INDEX).get("weight_map")
             if not isinstance(places, dict) or not all(map(is_file_name, places.values())):
                 raise UserError(
-                    f"{self.directory / INDEX}: its weight_map names other things than files; download it again"
+                    f"{self.directory / INDEX}: its weight_map names other things than files; "
+                    f"download it again"
                 )
             return places
         if not (self.directory / WEIGHTS).is_file():
             raise UserError(
-                f"{self.directory / WEIGHTS}: not found; where the weights are in another format, such as pickle, save "
-                "them again with transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+                f"{self.directory / WEIGHTS}: not found; where the weights are in another format, "
+                "such as pickle, save them again with transformers: "
+                "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
             )
         return dict.fromkeys(self._open(WEIGHTS).keys(), WEIGHTS)
 
@@ -220,7 +292,8 @@ class PublishedModel:
             return self._open(file).get_slice(tensor)
         except SafetensorError as error:
             raise UserError(
-                f"{self.directory / INDEX}: weight_map: {tensor} is not in {file} ({error}); download both again"
+                f"{self.directory / INDEX}: weight_map: {tensor} is not in {file} ({error}); "
+                f"download both again"
             ) from error
 
     def _open(self, file: str) -> Any:
@@ -229,7 +302,9 @@ class PublishedModel:
                 require_small_header(self.directory, file)
                 self._opened[file] = safe_open(str(self.directory / file), framework="pt")
             except (SafetensorError, DamagedCheckpointError, OSError) as error:
-                raise UserError(f"{self.directory / file}: cannot be read ({error}); download it again") from error
+                raise UserError(
+                    f"{self.directory / file}: cannot be read ({error}); download it again"
+                ) from error
         return self._opened[file]
 
     @cached_property
@@ -237,15 +312,18 @@ class PublishedModel:
         return {}
 
     def require_tokenizer(self, data: Path) -> bool:
-        """Raise UserError where the data's tokenizer has ids that are not the model's; false if it has no tokenizer."""
+        """Raise UserError where the data's tokenizer has ids that are not the model's; false if
+        it has no tokenizer.
+        """
         if not (self.directory / TOKENIZER_FILE).is_file():
             return False
         theirs, ours = token_ids(self.directory / TOKENIZER_FILE), token_ids(data / TOKENIZER_FILE)
         for token, number in ours.items():
             if theirs.get(token) != number:
                 raise UserError(
-                    f"{data}: its tokenizer is not that of {self.directory}: {token!r} is {number} here, "
-                    f"{theirs.get(token, 'unknown')} there; prepare the data with the model's tokenizer"
+                    f"{data}: its tokenizer is not that of {self.directory}: {token!r} is {number} "
+                    f"here, {theirs.get(token, 'unknown')} there; prepare the data with the "
+                    "model's tokenizer"
                 )
         return True
 
@@ -263,7 +341,8 @@ def token_ids(path: Path) -> dict[str, int]:
         return {**content["model"]["vocab"], **added}
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path}: no vocabulary of tokens and ids in it ({type(error).__name__}: {error}); download it again"
+            f"{path}: no vocabulary of tokens and ids in it ({type(error).__name__}: {error}); "
+            f"download it again"
         ) from error
 
 

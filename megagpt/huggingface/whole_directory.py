@@ -1,4 +1,6 @@
-"""A directory that is there whole or not at all: filled under another name, which it changes in one move."""
+"""A directory that is there whole or not at all: filled under another name, which it changes in
+one move.
+"""
 
 import errno
 import fcntl
@@ -12,16 +14,25 @@ from typing import BinaryIO
 from megagpt.checkpoint.directory import commit, staging_directory
 from megagpt.utils import UserError, human_bytes
 
-OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # nothing that is read answers so
+OF_A_DISK = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EFBIG,
+)  # nothing that is read answers so
 
 
 @contextmanager
-def whole_directory(final: Path, *, option: str, room_bytes: int, replace: bool = False) -> Iterator[Path]:
-    """The directory to fill, which becomes ``final`` when the block ends; where it fails, nothing is left of it.
+def whole_directory(
+    final: Path, *, option: str, room_bytes: int, replace: bool = False
+) -> Iterator[Path]:
+    """The directory to fill, which becomes ``final`` when the block ends; where it fails, nothing
+    is left of it.
 
-    What a killed command left is removed by the next one for the same directory. Raises UserError where ``final`` is
-    there and not empty, unless it is to be replaced, where another process fills it, and where the disk has too little
-    room. ``option`` is what named the directory on the command line.
+    What a killed command left is removed by the next one for the same directory. Raises UserError
+    where ``final`` is there and not empty, unless it is to be replaced, where another process fills
+    it, and where the disk has too little room. ``option`` is what named the directory on the
+    command line.
     """
     final = final.resolve()
     try:
@@ -46,12 +57,12 @@ def whole_directory(final: Path, *, option: str, room_bytes: int, replace: bool 
     except OSError as error:
         if not _is_of_the_output(error, final):
             raise UserError(
-                f"{error.filename or final}: {error.strerror}; {final} was left as it was: look at the disk of what "
-                "was to be read"
+                f"{error.filename or final}: {error.strerror}; {final} was left as it was: look at "
+                "the disk of what was to be read"
             ) from error
         raise UserError(
-            f"{error.filename or final}: {error.strerror}; {final} was left as it was: make room, or choose another "
-            f"{option}"
+            f"{error.filename or final}: {error.strerror}; {final} was left as it was: make room, "
+            f"or choose another {option}"
         ) from error
 
 
@@ -70,15 +81,21 @@ def _lock(descriptor: int, final: Path, option: str) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise UserError(f"{final}: another process is writing it; wait for it, or choose another {option}") from error
+        raise UserError(
+            f"{final}: another process is writing it; wait for it, or choose another {option}"
+        ) from error
 
 
 def _is_of_the_output(error: OSError, final: Path) -> bool:
-    """By its kind, or by the file: what is read may be on the same disk; an error in the middle of it names none."""
+    """By its kind, or by the file: what is read may be on the same disk; an error in the middle
+    of it names none.
+    """
     if error.errno in OF_A_DISK or error.filename is None:
         return error.errno in OF_A_DISK
     path, above = Path(str(error.filename)), (final, *final.parents)
-    return path in above or any(top in (path, *path.parents) for top in (final, staging_directory(final)))
+    return path in above or any(
+        top in (path, *path.parents) for top in (final, staging_directory(final))
+    )
 
 
 def _remove_if_empty(directories: Iterable[Path]) -> None:
@@ -100,8 +117,8 @@ def _require_room(parent: Path, room_bytes: int, option: str) -> None:
     free = shutil.disk_usage(parent).free
     if room_bytes > free:
         raise UserError(
-            f"{parent}: {human_bytes(room_bytes)} are needed, the disk has {human_bytes(free)}; make room, or choose "
-            f"another {option}"
+            f"{parent}: {human_bytes(room_bytes)} are needed, the disk has {human_bytes(free)}; "
+            f"make room, or choose another {option}"
         )
 
 

@@ -1,4 +1,6 @@
-"""How well a model predicts held-out text: loss, perplexity and bits per byte over a validation split."""
+"""How well a model predicts held-out text: loss, perplexity and bits per byte over a validation
+split.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -29,12 +31,15 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """Among how many equally likely tokens a reader would be as unsure; infinite past the range of floats."""
+        """Among how many equally likely tokens a reader would be as unsure; infinite past the
+        range of floats.
+        """
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits to code a byte of the text with this model: comparable between tokenizers, unlike the other two.
+        """Bits to code a byte of the text with this model: comparable between tokenizers, unlike
+        the other two.
 
         The end of a document costs its bits and counts no bytes.
         """
@@ -47,16 +52,22 @@ class Evaluation:
 
     def __str__(self) -> str:
         return (
-            f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}, {self.bits_per_byte:.4f} bits per byte "
-            f"({self.tokens:,} tokens, {self.text_bytes:,} bytes)"
+            f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}, {self.bits_per_byte:.4f} "
+            f"bits per byte ({self.tokens:,} tokens, {self.text_bytes:,} bytes)"
         )
 
 
 @torch.no_grad()
 def evaluate(
-    loss: Loss, stream: SampleStream, encoding: tiktoken.Encoding, *, batch_size: int, batches: int | None = None
+    loss: Loss,
+    stream: SampleStream,
+    encoding: tiktoken.Encoding,
+    *,
+    batch_size: int,
+    batches: int | None = None,
 ) -> Evaluation:
-    """Evaluate on one epoch of ``stream``, or on its first ``batches``; the same samples in the same order every time.
+    """Evaluate on one epoch of ``stream``, or on its first ``batches``; the same samples in the
+    same order every time.
 
     Every token counts the same, also in a last batch that is not full.
     """
@@ -70,7 +81,10 @@ def evaluate(
 
 
 def open_validation(config: MegagptConfig) -> list[tuple[Path, SampleStream]]:
-    """The validation split of each dataset of a run, in order. UserError where the model has no row for its tokens."""
+    """The validation split of each dataset of a run, in order.
+
+    UserError where the model has no row for its tokens.
+    """
     streams = []
     for source in config.data.sources:
         directory = Path(source.path)
@@ -83,8 +97,9 @@ def open_validation(config: MegagptConfig) -> list[tuple[Path, SampleStream]]:
         )
         if stream.vocabulary > config.model.vocab_size:
             raise UserError(
-                f"{directory}: its vocabulary is {stream.vocabulary}, the model's {config.model.vocab_size}: it was "
-                "prepared anew since the run; prepare it again with the tokenizer of the run"
+                f"{directory}: its vocabulary is {stream.vocabulary}, the model's "
+                f"{config.model.vocab_size}: it was prepared anew since the run; prepare it again "
+                "with the tokenizer of the run"
             )
         streams.append((directory, stream))
     return streams
@@ -100,7 +115,9 @@ def model_loss(model: GPT, device: torch.device) -> Loss:
     """The loss of a whole model that lives on ``device``."""
 
     def loss(batch: Batch) -> Tensor:
-        tokens, targets = (torch.from_numpy(array).to(device) for array in (batch.tokens, batch.targets))
+        tokens, targets = (
+            torch.from_numpy(array).to(device) for array in (batch.tokens, batch.targets)
+        )
         if batch.document_ids is None:
             return model(tokens, targets)
         return model(tokens, targets, document_ids=torch.from_numpy(batch.document_ids).to(device))
@@ -109,7 +126,9 @@ def model_loss(model: GPT, device: torch.device) -> Loss:
 
 
 def token_bytes(encoding: tiktoken.Encoding) -> np.ndarray:
-    """How many bytes of text each id stands for (n_vocab,); special tokens, and ids that mean nothing, for none."""
+    """How many bytes of text each id stands for (n_vocab,); special tokens, and ids that mean
+    nothing, for none.
+    """
     lengths = np.zeros(encoding.n_vocab, np.int64)
     for value in encoding.token_byte_values():
         lengths[encoding.encode_single_token(value)] = len(value)

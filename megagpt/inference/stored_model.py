@@ -1,4 +1,6 @@
-"""The trained model of a run as plain PyTorch: for generating, evaluating and exporting, in one process."""
+"""The trained model of a run as plain PyTorch: for generating, evaluating and exporting, in one
+process.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +15,14 @@ from megagpt.rundir.directory import read_config
 from megagpt.utils import UserError
 
 
-def open_weights(run_directory: Path, step: int | None = None) -> tuple[int, Callable[[str], torch.Tensor]]:
-    """(step, a function from a global name to that whole weight, fp32 on the CPU) of a run's newest sound checkpoint.
+def open_weights(
+    run_directory: Path, step: int | None = None
+) -> tuple[int, Callable[[str], torch.Tensor]]:
+    """(step, a function from a global name to that whole weight, fp32 on the CPU) of a run's newest
+    sound checkpoint.
 
-    Raises UserError where there is no checkpoint (of ``step``) that can be loaded; so does the function.
+    Raises UserError where there is no checkpoint (of ``step``) that can be loaded; so does the
+    function.
     """
     reader = open_checkpoint(run_directory, step)
 
@@ -24,7 +30,9 @@ def open_weights(run_directory: Path, step: int | None = None) -> tuple[int, Cal
         try:
             return reader.tensor(WEIGHT, name)
         except DamagedCheckpointError as error:  # its manifest vouches for what it should not
-            raise UserError(f"{run_directory}: {error}; choose the checkpoint of another step with --step") from error
+            raise UserError(
+                f"{run_directory}: {error}; choose the checkpoint of another step with --step"
+            ) from error
 
     return reader.manifest.state.step, weight
 
@@ -36,14 +44,18 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> tuple[GPT, ResolvedConfig, int]:
-    """The plain model of a run, in one process: (model, configuration, step) of its newest sound checkpoint.
+    """The plain model of a run, in one process: (model, configuration, step) of its newest sound
+    checkpoint.
 
-    Raises UserError where the directory is no run, or has no checkpoint (of that step) that can be loaded.
+    Raises UserError where the directory is no run, or has no checkpoint (of that step) that can be
+    loaded.
     """
     config = read_config(run_directory)
     found_step, weight = open_weights(run_directory, step)
     with torch.device("meta"):
         model = GPT(config.megagpt.model)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    replace_parameters(model, lambda p: torch.nn.Parameter(weight(names[p]).to(device=device, dtype=dtype)))
+    replace_parameters(
+        model, lambda p: torch.nn.Parameter(weight(names[p]).to(device=device, dtype=dtype))
+    )
     return model.eval(), config, found_step

@@ -1,7 +1,7 @@
 """The record of a run: `metrics.jsonl`, one JSON object a logged step or event, each step once.
 
-A line reaches the file by one `write`, so a killed process leaves at most a torn last line, which the next opening
-cuts away. Numbers that JSON cannot hold (a loss of NaN) are written as null.
+A line reaches the file by one `write`, so a killed process leaves at most a torn last line, which
+the next opening cuts away. Numbers that JSON cannot hold (a loss of NaN) are written as null.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Line = dict[str, Any]
 class StepRecord:
     """What one logged step measured; the field names are the keys in `metrics.jsonl`.
 
-    `tokens` counts from the start of the run; `step_time_s` and the two rates are means over the steps since the
-    previous record; `mfu` is a fraction of the device's peak, None where that peak is unknown; `memory_gib` is the
-    peak of what this rank allocated (events `memory` say what its GPU's allocator reserved); `skipped_steps` counts
-    from the start of the run.
+    `tokens` counts from the start of the run; `step_time_s` and the two rates are means over the
+    steps since the previous record; `mfu` is a fraction of the device's peak, None where that peak
+    is unknown; `memory_gib` is the peak of what this rank allocated (events `memory` say what its
+    GPU's allocator reserved); `skipped_steps` counts from the start of the run.
     """
 
     step: int
@@ -52,8 +52,13 @@ class StepRecord:
 
     @classmethod
     def from_line(cls, line: Line) -> StepRecord:
-        """The record on a line without `event`; null stands for NaN. Raises TypeError on other keys."""
-        values: dict[str, Any] = {key: math.nan if line[key] is None and key != "mfu" else line[key] for key in line}
+        """The record on a line without `event`; null stands for NaN.
+
+        Raises TypeError on other keys.
+        """
+        values: dict[str, Any] = {
+            key: math.nan if line[key] is None and key != "mfu" else line[key] for key in line
+        }
         return cls(**values)
 
 
@@ -62,7 +67,9 @@ _STEP_KEYS = {field.name for field in fields(StepRecord)}
 
 @dataclass
 class History:
-    """What a `metrics.jsonl` holds, in file order; `unreadable_lines` counts those that no run of ours writes."""
+    """What a `metrics.jsonl` holds, in file order; `unreadable_lines` counts those that no run
+    of ours writes.
+    """
 
     steps: list[StepRecord]
     events: list[Line]
@@ -72,7 +79,9 @@ class History:
         return [event for event in self.events if event["event"] == name]
 
     def time_in_steps_s(self, after_step: int = 0) -> float:
-        """The step times summed up; a record's mean stands for all steps since the record before it."""
+        """The step times summed up; a record's mean stands for all steps since the record before
+        it.
+        """
         previous, total_s = after_step, 0.0
         for record in self.steps:
             if record.step > after_step:
@@ -88,7 +97,9 @@ class MetricsFile:
     retried = True
 
     def __init__(self, run_directory: Path, *, start_step: int) -> None:
-        """Open for appending after `start_step`: later lines, which this run makes anew, move to `REPLACED_FILE`."""
+        """Open for appending after `start_step`: later lines, which this run makes anew, move to
+        `REPLACED_FILE`.
+        """
         self.path = run_directory / METRICS_FILE
         try:
             run_directory.mkdir(parents=True, exist_ok=True)
@@ -110,7 +121,9 @@ class MetricsFile:
         content = encode_line(line)
         size_before = os.fstat(self._descriptor).st_size
         written = os.write(self._descriptor, content)
-        if written < len(content):  # a nearly full disk takes a part: the next line must not be glued to it
+        if written < len(
+            content
+        ):  # a nearly full disk takes a part: the next line must not be glued to it
             os.ftruncate(self._descriptor, size_before)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
@@ -124,7 +137,9 @@ class MetricsFile:
 
 
 def plain(value: Any) -> Any:
-    """`value` as every outlet receives it: null for NaN and infinities, text for paths, secrets masked."""
+    """`value` as every outlet receives it: null for NaN and infinities, text for paths, secrets
+    masked.
+    """
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -135,20 +150,25 @@ def plain(value: Any) -> Any:
         return redacted(str(value))
     if value is None or isinstance(value, int):
         return value
-    raise TypeError(f"a metrics line cannot hold {value!r} ({type(value).__name__}); pass a number or a string")
+    raise TypeError(
+        f"a metrics line cannot hold {value!r} ({type(value).__name__}); pass a number or a string"
+    )
 
 
 def encode_line(line: Line) -> bytes:
     """One line of strict JSON in UTF-8 with its newline."""
     text = json.dumps(line, ensure_ascii=False, allow_nan=False)
-    # JSON itself escapes what is below 0x20; the rest of the control characters would reach a terminal through `cat`.
+    # JSON itself escapes what is below 0x20; the rest of the control characters would reach a
+    # terminal through `cat`.
     text = re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)
-    # A sample cut inside a character may hold a lone surrogate; backslashreplace writes it as JSON's own \udXXX.
+    # A sample cut inside a character may hold a lone surrogate; backslashreplace writes it as
+    # JSON's own \udXXX.
     return text.encode("utf-8", errors="backslashreplace") + b"\n"
 
 
 def read_metrics(run_directory: Path) -> History:
-    """Read a run's record, also while it is being written: a torn last line is left out, other damage is counted.
+    """Read a run's record, also while it is being written: a torn last line is left out, other
+    damage is counted.
 
     Raises UserError where the directory holds no record.
     """
@@ -157,7 +177,8 @@ def read_metrics(run_directory: Path) -> History:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read ({error.strerror}); give the directory of a run, --run_dir runs/NAME"
+            f"{path}: cannot be read ({error.strerror}); give the directory of a run, --run_dir "
+            f"runs/NAME"
         ) from error
     history = History([], [])
     for raw_line in _whole_lines(content):
@@ -172,7 +193,8 @@ def read_metrics(run_directory: Path) -> History:
 
 
 def _set_aside_after(path: Path, last_step: int) -> None:
-    """Leave in `path` the lines of steps up to `last_step`; append the others to `REPLACED_FILE`, so nothing is lost.
+    """Leave in `path` the lines of steps up to `last_step`; append the others to `REPLACED_FILE`,
+    so nothing is lost.
 
     A kill between the two writes leaves the lines in both files, never in none.
     """

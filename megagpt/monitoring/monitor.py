@@ -1,6 +1,7 @@
 """The one object through which a training loop tells the world what it did.
 
-Every step and every event is one line (a flat object, see `metrics.py`), and every outlet receives the same lines.
+Every step and every event is one line (a flat object, see `metrics.py`), and every outlet receives
+the same lines.
 """
 
 from __future__ import annotations
@@ -26,14 +27,28 @@ if TYPE_CHECKING:
 
 __all__ = ["EVENTS", "Monitor", "StepRecord", "crash_page", "open_rank_log"]
 
-EVENTS = ("eval", "save", "resume", "proof", "rewind", "skip", "sample", "stop", "straggler", "memory", "warning")
+EVENTS = (
+    "eval",
+    "save",
+    "resume",
+    "proof",
+    "rewind",
+    "skip",
+    "sample",
+    "stop",
+    "straggler",
+    "memory",
+    "warning",
+)
 
 logger = logging.getLogger(__name__)
 
 
 class Outlet(Protocol):
-    """Where lines go. A failing outlet costs one warning: `retried` says whether it is tried again at the next line
-    (a disk may have room again) or closed for good (a tracker may block for its timeout every time).
+    """Where lines go.
+
+    A failing outlet costs one warning: `retried` says whether it is tried again at the next line (a
+    disk may have room again) or closed for good (a tracker may block for its timeout every time).
     """
 
     name: str
@@ -47,8 +62,9 @@ class Outlet(Protocol):
 class Monitor:
     """All outlets of one run; use it as a context manager.
 
-    Every rank makes one; only the writer's does anything. Only opening may fail the run (UserError: the run directory
-    cannot be written): a full disk, a closed terminal or a tracker that is down never stops training.
+    Every rank makes one; only the writer's does anything. Only opening may fail the run (UserError:
+    the run directory cannot be written): a full disk, a closed terminal or a tracker that is down
+    never stops training.
     """
 
     def __init__(self, openers: Iterable[tuple[str, Callable[[], Outlet]]] = ()) -> None:
@@ -59,12 +75,22 @@ class Monitor:
 
     @classmethod
     def open(
-        cls, config: RunConfig, run_directory: Path, *, total_steps: int, start_step: int, is_writer: bool
+        cls,
+        config: RunConfig,
+        run_directory: Path,
+        *,
+        total_steps: int,
+        start_step: int,
+        is_writer: bool,
     ) -> Monitor:
-        """Open the outlets that `config` asks for; lines of steps after `start_step` are about to be made again."""
+        """Open the outlets that `config` asks for; lines of steps after `start_step` are about
+        to be made again.
+        """
         if not is_writer:
             return cls()
-        progress = Progress(title=str(run_directory), total_steps=total_steps, start_step=start_step)
+        progress = Progress(
+            title=str(run_directory), total_steps=total_steps, start_step=start_step
+        )
         metrics = MetricsFile(run_directory, start_step=start_step)
         openers: list[tuple[str, Callable[[], Outlet]]] = [
             ("metrics.jsonl", lambda: metrics),
@@ -73,8 +99,14 @@ class Monitor:
         if config.wandb.enabled:
             openers.append(("wandb", lambda: WandbTracker(config, run_directory)))
         if config.tensorboard.enabled:
-            openers.append(("tensorboard", lambda: TensorboardTracker(config, run_directory, start_step=start_step)))
-        # The screen opens last: what the others have to say comes before the live table, not through it.
+            openers.append(
+                (
+                    "tensorboard",
+                    lambda: TensorboardTracker(config, run_directory, start_step=start_step),
+                )
+            )
+        # The screen opens last: what the others have to say comes before the live table, not
+        # through it.
         openers.append(("screen", lambda: open_screen(progress, sys.stdout)))
         return cls(openers)
 
@@ -82,9 +114,15 @@ class Monitor:
         self._send(record.as_line())
 
     def event(self, name: str, *, step: int, **fields: Any) -> None:
-        """Record an event out of `EVENTS`; an `eval` carries `val_loss`. Fields are numbers, texts, paths or lists."""
+        """Record an event out of `EVENTS`; an `eval` carries `val_loss`.
+
+        Fields are numbers, texts, paths or lists.
+        """
         if name not in EVENTS:
-            raise ValueError(f"unknown event {name!r}{did_you_mean(name, EVENTS)}; events are {', '.join(EVENTS)}")
+            raise ValueError(
+                f"unknown event {name!r}{did_you_mean(name, EVENTS)}; events are "
+                f"{', '.join(EVENTS)}"
+            )
         self._send({"event": name, "step": step, **fields})
 
     def sample(self, step: int, prompt: str, text: str) -> None:
@@ -100,7 +138,10 @@ class Monitor:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -108,20 +149,29 @@ class Monitor:
         self._outlets.append(opener())
 
     def _send(self, line: Line) -> None:
-        line = plain(line)  # outside the guard: a field that no line can hold is the caller's mistake
+        line = plain(
+            line
+        )  # outside the guard: a field that no line can hold is the caller's mistake
         for outlet in list(self._outlets):
             if not self._guarded(outlet.name, partial(outlet.write, line)) and not outlet.retried:
                 self._outlets.remove(outlet)
                 self._guarded(outlet.name, outlet.close)  # a live table gives the terminal back
 
     def _guarded(self, name: str, action: Callable[[], None]) -> bool:
-        """Run `action` and say whether it worked; trackers document no closed set of errors, so all count."""
+        """Run `action` and say whether it worked; trackers document no closed set of errors, so
+        all count.
+        """
         try:
             action()
         except Exception as error:
             if name not in self._warned:
                 self._warned.add(name)
                 said = " ".join(str(error).split())  # wandb's errors have several lines
-                logger.warning("%s failed (%s: %s); training goes on without it", name, type(error).__name__, said)
+                logger.warning(
+                    "%s failed (%s: %s); training goes on without it",
+                    name,
+                    type(error).__name__,
+                    said,
+                )
             return False
         return True

@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK, ACCENT, FAINT, ALARM = "#1f5fa8", "#d1662b", "#8a929c", "#b3261e"
-MARGINS_INCHES = (0.6, 0.5, 0.15, 0.3)  # left, bottom, right, top: room for tick labels and the title
+MARGINS_INCHES = (
+    0.6,
+    0.5,
+    0.15,
+    0.3,
+)  # left, bottom, right, top: room for tick labels and the title
 MOST_POINTS = 500  # more than a screen shows; the band keeps what averaging hides
 
 STYLE: dict[Any, Any] = {
@@ -58,7 +63,9 @@ SMALL_PLOTS = (
 
 @dataclass(frozen=True)
 class Curve:
-    """A thinned series: the mean of each bucket of neighbouring steps, with its lowest and highest value."""
+    """A thinned series: the mean of each bucket of neighbouring steps, with its lowest and
+    highest value.
+    """
 
     steps: list[float]
     mean: list[float]
@@ -67,7 +74,9 @@ class Curve:
 
 
 def thinned(points: Sequence[tuple[int, float | None]], most: int = MOST_POINTS) -> Curve:
-    """At most `most` buckets of `points` (step, value); values that are None or not finite are left out."""
+    """At most `most` buckets of `points` (step, value); values that are None or not finite are
+    left out.
+    """
     finite = [(step, value) for step, value in points if value is not None and math.isfinite(value)]
     size = max(1, math.ceil(len(finite) / most))
     buckets = [finite[start : start + size] for start in range(0, len(finite), size)]
@@ -81,14 +90,25 @@ def thinned(points: Sequence[tuple[int, float | None]], most: int = MOST_POINTS)
 
 
 def loss_picture(history: History) -> bytes:
-    """Training and validation loss as SVG, with a line at each resume and a mark at each skipped step."""
+    """Training and validation loss as SVG, with a line at each resume and a mark at each skipped
+    step.
+    """
 
     def draw(axes: Axes) -> None:
         _draw_curve(axes, LOSS, history.steps, label="training")
-        evaluations = [(event["step"], event.get("val_loss")) for event in history.events_named("eval")]
+        evaluations = [
+            (event["step"], event.get("val_loss")) for event in history.events_named("eval")
+        ]
         validation = thinned(evaluations)
         if validation.steps:
-            axes.plot(validation.steps, validation.mean, color=ACCENT, marker="o", markersize=3, label="validation")
+            axes.plot(
+                validation.steps,
+                validation.mean,
+                color=ACCENT,
+                marker="o",
+                markersize=3,
+                label="validation",
+            )
         _mark_events(axes, history)
         axes.legend(loc="upper right")
 
@@ -96,9 +116,14 @@ def loss_picture(history: History) -> bytes:
 
 
 def small_pictures(history: History) -> list[tuple[str, bytes]]:
-    """(title, SVG) of every other quantity that the run knows; MFU is missing where the device's peak is unknown."""
+    """(title, SVG) of every other quantity that the run knows; MFU is missing where the device's
+    peak is unknown.
+    """
     return [
-        (plot.title, _svg(partial(_draw_curve, plot=plot, records=history.steps), plot.title, 5.5, 2.5))
+        (
+            plot.title,
+            _svg(partial(_draw_curve, plot=plot, records=history.steps), plot.title, 5.5, 2.5),
+        )
         for plot in SMALL_PLOTS
         if _curve(plot, history.steps).steps
     ]
@@ -108,7 +133,9 @@ def _curve(plot: Plot, records: Sequence[StepRecord]) -> Curve:
     return thinned([(record.step, plot.value(record)) for record in records])
 
 
-def _draw_curve(axes: Axes, plot: Plot, records: Sequence[StepRecord], label: str | None = None) -> None:
+def _draw_curve(
+    axes: Axes, plot: Plot, records: Sequence[StepRecord], label: str | None = None
+) -> None:
     from matplotlib.ticker import LogLocator
 
     curve = _curve(plot, records)
@@ -119,26 +146,42 @@ def _draw_curve(axes: Axes, plot: Plot, records: Sequence[StepRecord], label: st
         axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         axes.yaxis.set_minor_formatter(lambda value, _: plot.tick(value))
     elif plot.scale == "from zero":
-        axes.set_ylim(0, 1.08 * max(curve.high) or 1)  # room above a flat line, and a span where all is zero
+        axes.set_ylim(
+            0, 1.08 * max(curve.high) or 1
+        )  # room above a flat line, and a span where all is zero
     axes.yaxis.set_major_formatter(lambda value, _: plot.tick(value))
 
 
 def _mark_events(axes: Axes, history: History) -> None:
     for index, event in enumerate(history.events_named("resume")):
-        axes.axvline(event["step"], color=FAINT, linestyle=":", label="_resume" if index else "resume")
+        axes.axvline(
+            event["step"], color=FAINT, linestyle=":", label="_resume" if index else "resume"
+        )
     skips = [event["step"] for event in history.events_named("skip")]
     if skips:
         top = axes.get_xaxis_transform()
-        axes.plot(skips, [0.02] * len(skips), "^", color=ALARM, transform=top, label="skipped step", clip_on=False)
+        axes.plot(
+            skips,
+            [0.02] * len(skips),
+            "^",
+            color=ALARM,
+            transform=top,
+            label="skipped step",
+            clip_on=False,
+        )
 
 
-def _svg(draw: Callable[[Axes], None], title: str, width_inches: float, height_inches: float) -> bytes:
+def _svg(
+    draw: Callable[[Axes], None], title: str, width_inches: float, height_inches: float
+) -> bytes:
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width_inches, height_inches))
-        left, bottom, right, top = MARGINS_INCHES  # fixed, so that the axes of a column stand in one line
+        left, bottom, right, top = (
+            MARGINS_INCHES  # fixed, so that the axes of a column stand in one line
+        )
         axes = figure.add_axes(
             (
                 left / width_inches,

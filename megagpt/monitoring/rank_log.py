@@ -1,4 +1,6 @@
-"""One log file a rank, which also takes in what libraries say; only rank 0's warnings reach the screen."""
+"""One log file a rank, which also takes in what libraries say; only rank 0's warnings reach the
+screen.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ def rank_log_path(run_directory: Path, rank: int) -> Path:
 def open_rank_log(run_directory: Path, rank: int) -> Path:
     """Send this process's logging to `logs/rank_00000.log` (appending) and return that path.
 
-    Call it after `import deepspeed`, whose logger prints to the screen of every rank until it is taken over here.
-    Calling again replaces the earlier log.
+    Call it after `import deepspeed`, whose logger prints to the screen of every rank until it is
+    taken over here. Calling again replaces the earlier log.
     """
     path = rank_log_path(run_directory, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +50,9 @@ class _RankLogFile(logging.FileHandler):
 
 
 class _RankLogScreen(logging.Handler):
-    """Warnings on stderr, looked up at each record: the live table replaces `sys.stderr` while it is up."""
+    """Warnings on stderr, looked up at each record: the live table replaces `sys.stderr` while
+    it is up.
+    """
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -58,18 +62,24 @@ class _RankLogScreen(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             print(self.format(record), file=sys.stderr, flush=True)
-        except OSError:  # the terminal has gone, as after a lost ssh session; the file has the record
+        except (
+            OSError
+        ):  # the terminal has gone, as after a lost ssh session; the file has the record
             self.setLevel(logging.CRITICAL + 1)
 
 
 def _remove_own_handlers(logger: logging.Logger) -> None:
-    for handler in [handler for handler in logger.handlers if isinstance(handler, _RankLogFile | _RankLogScreen)]:
+    for handler in [
+        handler for handler in logger.handlers if isinstance(handler, _RankLogFile | _RankLogScreen)
+    ]:
         logger.removeHandler(handler)
         handler.close()
 
 
 def _take_over_deepspeed() -> None:
-    """DeepSpeed's loggers do not propagate and own a handler on stdout: let the root's handlers decide instead."""
+    """DeepSpeed's loggers do not propagate and own a handler on stdout: let the root's handlers
+    decide instead.
+    """
     for name in list(logging.root.manager.loggerDict):
         if name.lower().split(".")[0] == "deepspeed":
             library = logging.getLogger(name)

@@ -1,4 +1,6 @@
-"""One HTML page about a run: nothing to serve, nothing to fetch, made from `metrics.jsonl` and `config.json` alone."""
+"""One HTML page about a run: nothing to serve, nothing to fetch, made from `metrics.jsonl` and
+`config.json` alone.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,8 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: #fff
 h1 { font-size: 1.7rem; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.1rem; margin: 2.5rem 0 .75rem; }
 .faint { color: var(--faint); margin: .2rem 0 1.5rem; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .75rem; margin: 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .75rem;
+         margin: 0; }
 .tiles div { border: 1px solid var(--line); border-radius: 8px; padding: .6rem .9rem; }
 .tiles dt { color: var(--faint); font-size: .85rem; }
 .tiles dd { margin: 0; font-size: 1.25rem; font-weight: 600; font-variant-numeric: tabular-nums; }
@@ -63,8 +66,8 @@ th { text-align: left; color: var(--faint); font-weight: 500; }
 th, td { padding: .25rem 1.5rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
          white-space: nowrap; }
 td:last-child { width: 100%; white-space: normal; overflow-wrap: anywhere; }
-pre { background: #f6f7f9; border-radius: 8px; padding: .8rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere;
-      font-size: .85rem; margin: .4rem 0 1rem; }
+pre { background: #f6f7f9; border-radius: 8px; padding: .8rem 1rem; white-space: pre-wrap;
+      overflow-wrap: anywhere; font-size: .85rem; margin: .4rem 0 1rem; }
 pre b { color: var(--accent); }
 summary { cursor: pointer; color: var(--faint); }
 """
@@ -77,9 +80,14 @@ def write_report(run_directory: Path) -> Path:
     """
     history = read_metrics(run_directory)
     if not history.steps:
-        raise UserError(f"{run_directory}: no step is logged yet, so there is nothing to plot; run training first")
+        raise UserError(
+            f"{run_directory}: no step is logged yet, so there is nothing to plot; run training "
+            f"first"
+        )
     path = run_directory / REPORT_FILE
-    write_atomically(path, report_page(run_directory.resolve().name, history, _read_config(run_directory)))
+    write_atomically(
+        path, report_page(run_directory.resolve().name, history, _read_config(run_directory))
+    )
     return path
 
 
@@ -95,10 +103,14 @@ def report_page(name: str, history: History, config: Line) -> str:
         _config_section(config),
         _events(history),
     ]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{_text(name)}</title>'
+    head = (
+        f'<meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width"><title>{_text(name)}</title>'
+    )
     body = "\n".join(sections)
     return (
-        f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
+        f"<!doctype html>\n<html "
+        f'lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
     )
 
 
@@ -114,7 +126,10 @@ def _read_config(run_directory: Path) -> Line:
 
 
 def _subtitle(history: History) -> str:
-    text = f"steps {history.steps[0].step} to {history.steps[-1].step}, {len(history.steps)} of them logged"
+    text = (
+        f"steps {history.steps[0].step} to {history.steps[-1].step}, {len(history.steps)} of "
+        f"them logged"
+    )
     if history.unreadable_lines:
         text += f"; {history.unreadable_lines} unreadable lines of metrics.jsonl left out"
     return text
@@ -123,7 +138,11 @@ def _subtitle(history: History) -> str:
 def _tiles(history: History) -> str:
     """The run in a few numbers."""
     last = history.steps[-1]
-    evaluations = [event["val_loss"] for event in history.events_named("eval") if event.get("val_loss") is not None]
+    evaluations = [
+        event["val_loss"]
+        for event in history.events_named("eval")
+        if event.get("val_loss") is not None
+    ]
     supervised = history.events_named("supervise")
     reserved = [event["reserved_gib"] for event in history.events_named("memory")]
     utilisation = [record.mfu for record in history.steps if record.mfu is not None]
@@ -132,15 +151,23 @@ def _tiles(history: History) -> str:
         "tokens": human_count(last.tokens),
         "last loss": f"{last.loss:.4f}",
         "best val loss": f"{min(evaluations):.4f}" if evaluations else None,
-        "tokens/s, median": human_count(statistics.median(record.tokens_per_s for record in history.steps)),
+        "tokens/s, median": human_count(
+            statistics.median(record.tokens_per_s for record in history.steps)
+        ),
         "MFU, median": f"{100 * statistics.median(utilisation):.1f} %" if utilisation else None,
         "peak memory": f"{max(record.memory_gib for record in history.steps):.2f} GiB",
         "reserved memory": f"{max(reserved):.2f} GiB" if reserved else None,
         "time in steps": human_duration(history.time_in_steps_s()),
-        "effective training time": f"{supervised[-1]['effective_training_time_ratio']:.1%}" if supervised else None,
+        "effective training time": f"{supervised[-1]['effective_training_time_ratio']:.1%}"
+        if supervised
+        else None,
         "skipped steps": str(last.skipped_steps) if last.skipped_steps else None,
     }
-    tiles = (f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in numbers.items() if value is not None)
+    tiles = (
+        f"<div><dt>{label}</dt><dd>{value}</dd></div>"
+        for label, value in numbers.items()
+        if value is not None
+    )
     return f'<dl class="tiles">{"".join(tiles)}</dl>'
 
 
@@ -157,11 +184,16 @@ def _picture(title: str, svg: bytes, style_class: str) -> str:
 
 
 def _interruptions(history: History) -> str:
-    """What `launch/supervise.py` left on record: crashes it went on after, and how much of the time was training."""
+    """What `launch/supervise.py` left on record: crashes it went on after, and how much of the
+    time was training.
+    """
     supervised, restarts = history.events_named("supervise"), history.events_named("restart")
     if not supervised and not restarts:
         return ""
-    rows = [(str(event["step"]), str(event["crashed_after_step"]), event["reason"]) for event in restarts]
+    rows = [
+        (str(event["step"]), str(event["crashed_after_step"]), event["reason"])
+        for event in restarts
+    ]
     table = _rows(("resumed after step", "crashed after step", "reason"), rows) if rows else ""
     summary = "".join(f"<p>{_text(_effectiveness(event))}</p>" for event in supervised)
     return f"<h2>Interruptions</h2>\n{summary}{table}"
@@ -170,8 +202,8 @@ def _interruptions(history: History) -> str:
 def _effectiveness(event: Line) -> str:
     return (
         f"Effective training time {event['effective_training_time_ratio']:.1%}: "
-        f"{human_duration(event['productive_s'])} in steps that count of {human_duration(event['wall_s'])}, "
-        f"{event['restarts']} restarts; {event['outcome']}"
+        f"{human_duration(event['productive_s'])} in steps that count of "
+        f"{human_duration(event['wall_s'])}, {event['restarts']} restarts; {event['outcome']}"
     )
 
 
@@ -180,7 +212,8 @@ def _samples(history: History) -> str:
     if not samples:
         return ""
     entries = (
-        f"<div>step {sample['step']}<pre><b>{_text(sample['prompt'])}</b>{_text(sample['text'])}</pre></div>"
+        "<div>step "
+        f"{sample['step']}<pre><b>{_text(sample['prompt'])}</b>{_text(sample['text'])}</pre></div>"
         for sample in samples
     )
     return f"<h2>Samples, newest first</h2>\n{''.join(entries)}"
@@ -190,10 +223,14 @@ def _config_section(config: Line) -> str:
     if not config:
         return ""
     values = ((label, _lookup(config, key)) for key, label in SUMMARY_KEYS.items())
-    rows = _rows(("setting", "value"), ((label, _short(value)) for label, value in values if value is not None))
+    rows = _rows(
+        ("setting", "value"),
+        ((label, _short(value)) for label, value in values if value is not None),
+    )
     whole = _text(json.dumps(config, indent=2, ensure_ascii=False))
     return (
-        f"<h2>Configuration</h2>\n{rows}\n<details><summary>the whole config.json</summary><pre>{whole}</pre></details>"
+        f"<h2>Configuration</h2>\n{rows}\n<details><summary>the whole "
+        f"config.json</summary><pre>{whole}</pre></details>"
     )
 
 
@@ -209,13 +246,17 @@ def _events(history: History) -> str:
     if not events:
         return ""
     newest = events[-NEWEST_EVENTS:][::-1]
-    title = "Events, newest first" + (f" ({len(newest)} of {len(events)})" if len(newest) < len(events) else "")
+    title = "Events, newest first" + (
+        f" ({len(newest)} of {len(events)})" if len(newest) < len(events) else ""
+    )
     rows = ((str(event["step"]), event["event"], _details(event)) for event in newest)
     return f"<h2>{title}</h2>\n{_rows(('step', 'event', ''), rows)}"
 
 
 def _details(event: Line) -> str:
-    return ", ".join(f"{key} {_short(value)}" for key, value in event.items() if key not in ("event", "step"))
+    return ", ".join(
+        f"{key} {_short(value)}" for key, value in event.items() if key not in ("event", "step")
+    )
 
 
 def _rows(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

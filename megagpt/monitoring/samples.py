@@ -12,7 +12,9 @@ SAMPLES_FILE = "samples.txt"
 
 
 class SamplesFile:
-    """The outlet to `samples.txt`, a view of the sample events in `metrics.jsonl`: opening makes it anew from them."""
+    """The outlet to `samples.txt`, a view of the sample events in `metrics.jsonl`: opening makes
+    it anew from them.
+    """
 
     name = SAMPLES_FILE
     retried = True
@@ -33,4 +35,6 @@ class SamplesFile:
 
 def _entry(sample: Line) -> bytes:
     text = without_control_characters(sample["prompt"] + sample["text"])
-    return f"=== step {sample['step']}, prompt {sample['prompt']!r} ===\n{text}\n\n".encode(errors="backslashreplace")
+    return f"=== step {sample['step']}, prompt {sample['prompt']!r} ===\n{text}\n\n".encode(
+        errors="backslashreplace"
+    )

@@ -1,4 +1,6 @@
-"""What a run shows while it trains: a live table on a terminal, one plain line a logged step elsewhere."""
+"""What a run shows while it trains: a live table on a terminal, one plain line a logged step
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ if TYPE_CHECKING:  # rich takes 0.1 s to import and only a terminal needs it
     from rich.panel import Panel
     from rich.table import Table
 
-ETA_WINDOW_RECORDS = 50  # the median of these step times: an evaluation or a save in between does not move it
+ETA_WINDOW_RECORDS = (
+    50  # the median of these step times: an evaluation or a save in between does not move it
+)
 REFRESH_INTERVAL_S = 0.1
 UNKNOWN = "n/a"
 
@@ -56,11 +60,15 @@ class Progress:
         """The time left at the median speed of the last records."""
         if not self._step_times_s:
             return UNKNOWN
-        return human_duration(statistics.median(self._step_times_s) * max(self.total_steps - self.step, 0))
+        return human_duration(
+            statistics.median(self._step_times_s) * max(self.total_steps - self.step, 0)
+        )
 
 
 class Screen(Protocol):
-    """The outlet to the user's eyes; any method may raise OSError where the terminal or the pipe has gone."""
+    """The outlet to the user's eyes; any method may raise OSError where the terminal or the pipe
+    has gone.
+    """
 
     name: str
     retried: bool
@@ -71,7 +79,9 @@ class Screen(Protocol):
 
 
 def open_screen(progress: Progress, stream: TextIO) -> Screen:
-    """The live table where `stream` is a terminal that can move its cursor, plain lines anywhere else."""
+    """The live table where `stream` is a terminal that can move its cursor, plain lines anywhere
+    else.
+    """
     if stream.isatty() and os.environ.get("TERM", "dumb") != "dumb":
         return LiveScreen(progress, stream)
     return PlainScreen(progress, stream)
@@ -98,7 +108,8 @@ class PlainScreen:
     def _step_text(self, record: StepRecord) -> str:
         return (
             f"step {record.step}/{self._progress.total_steps}  loss {record.loss:.4f}  "
-            f"{human_count(record.tokens_per_s)} tokens/s  MFU {format_mfu(record.mfu)}  ETA {self._progress.eta}"
+            f"{human_count(record.tokens_per_s)} tokens/s  MFU {format_mfu(record.mfu)}  ETA "
+            f"{self._progress.eta}"
         )
 
     def close(self) -> None:
@@ -109,8 +120,8 @@ class PlainScreen:
 class LiveScreen:
     """A table that is redrawn in place; events scroll by above it.
 
-    Redrawn from the training thread, at most every `REFRESH_INTERVAL_S`: rich's own thread would wake up between
-    kernel launches, and would hold locks across a fork of data workers.
+    Redrawn from the training thread, at most every `REFRESH_INTERVAL_S`: rich's own thread would
+    wake up between kernel launches, and would hold locks across a fork of data workers.
     """
 
     name = "screen"
@@ -135,7 +146,9 @@ class LiveScreen:
 
     def _show(self, line: Line) -> None:
         if "event" in line:
-            self._console.print(without_control_characters(event_text(line)), markup=False, emoji=False)
+            self._console.print(
+                without_control_characters(event_text(line)), markup=False, emoji=False
+            )
         now_s = time.monotonic()
         if now_s - self._drawn_at_s >= REFRESH_INTERVAL_S:
             self._drawn_at_s = now_s
@@ -149,11 +162,17 @@ class LiveScreen:
 
 
 def event_text(line: Line) -> str:
-    """An event as a person reads it: `step 100  eval  val_loss 2.4134`; a sample's text is indented below."""
+    """An event as a person reads it: `step 100  eval  val_loss 2.4134`; a sample's text is
+    indented below.
+    """
     heading = f"step {line['step']}  {line['event']}"
     if line["event"] == "sample":
-        return f"{heading}  {line['prompt']!r}\n" + textwrap.indent(line["prompt"] + line["text"], "    ")
-    details = (f"{key} {_short(value)}" for key, value in line.items() if key not in ("event", "step"))
+        return f"{heading}  {line['prompt']!r}\n" + textwrap.indent(
+            line["prompt"] + line["text"], "    "
+        )
+    details = (
+        f"{key} {_short(value)}" for key, value in line.items() if key not in ("event", "step")
+    )
     return "  ".join([heading, *details])
 
 
@@ -167,11 +186,20 @@ def progress_panel(progress: Progress) -> Panel:
     from rich.panel import Panel
     from rich.text import Text
 
-    sample = Text(without_control_characters(" ".join(progress.sample.split())), no_wrap=True, overflow="ellipsis")
+    sample = Text(
+        without_control_characters(" ".join(progress.sample.split())),
+        no_wrap=True,
+        overflow="ellipsis",
+    )
     parts: list[RenderableType] = [_progress_bar(progress), Text(""), _numbers(progress)]
     if progress.sample:
-        parts += [Text(""), Text.assemble(("sample  ", "dim"), sample, no_wrap=True, overflow="ellipsis")]
-    return Panel(Group(*parts), title=Text(progress.title, "bold"), title_align="left", border_style="dim")
+        parts += [
+            Text(""),
+            Text.assemble(("sample  ", "dim"), sample, no_wrap=True, overflow="ellipsis"),
+        ]
+    return Panel(
+        Group(*parts), title=Text(progress.title, "bold"), title_align="left", border_style="dim"
+    )
 
 
 def _progress_bar(progress: Progress) -> Table:
@@ -199,12 +227,21 @@ def _numbers(progress: Progress) -> Table:
 
 
 def _rows(progress: Progress) -> list[tuple[str, str, str, str]]:
-    """Label and value twice a row: what the run achieves on the left, what it spends on the right."""
+    """Label and value twice a row: what the run achieves on the left, what it spends on the
+    right.
+    """
     record = progress.record
     if record is None:
         return [("loss", UNKNOWN, "tokens/s", UNKNOWN)]
-    validation = UNKNOWN if progress.validation is None else "{1:.4f} at step {0}".format(*progress.validation)
-    rate = f"{human_count(record.tokens_per_s)} ({human_count(record.tokens_per_s_per_device)} a device)"
+    validation = (
+        UNKNOWN
+        if progress.validation is None
+        else "{1:.4f} at step {0}".format(*progress.validation)
+    )
+    rate = (
+        f"{human_count(record.tokens_per_s)} ({human_count(record.tokens_per_s_per_device)} a "
+        f"device)"
+    )
     return [
         ("loss", f"{record.loss:.4f}", "tokens/s", rate),
         ("val loss", validation, "MFU", format_mfu(record.mfu)),

@@ -1,6 +1,7 @@
 """wandb and tensorboard, switched on by DeepSpeed's own config sections.
 
-DeepSpeed's own monitors are not used: they live on its rank 0, which holds no loss under pipeline parallelism.
+DeepSpeed's own monitors are not used: they live on its rank 0, which holds no loss under pipeline
+parallelism.
 """
 
 from __future__ import annotations
@@ -25,11 +26,15 @@ logger = logging.getLogger(__name__)
 
 WANDB_DEFAULT_URL = "https://api.wandb.ai"
 CONNECT_TIMEOUT_S = 3.0
-WANDB_TIMEOUT_S = 30  # to open a run and to upload its tail; wandb itself waits 90 s, and without end
+WANDB_TIMEOUT_S = (
+    30  # to open a run and to upload its tail; wandb itself waits 90 s, and without end
+)
 
 
 def scalars(line: Line) -> dict[str, float]:
-    """The numbers of a line under the names they have in the trackers: `train/loss`, `eval/val_loss`."""
+    """The numbers of a line under the names they have in the trackers: `train/loss`,
+    `eval/val_loss`.
+    """
     group = line.get("event", "train")
     return {
         f"{group}/{key}": value
@@ -55,7 +60,8 @@ class WandbTracker:
             silent=True,  # its banners would tear the live table
             console="off",  # it would swallow the table's control characters
             save_code=False,
-            disable_git=True,  # wandb stores the diff of a dirty tree, and so whatever secret lies in it
+            # wandb stores the diff of a dirty tree, and so whatever secret lies in it
+            disable_git=True,
             init_timeout=WANDB_TIMEOUT_S,
             finish_timeout=WANDB_TIMEOUT_S,
         )
@@ -71,12 +77,15 @@ class WandbTracker:
             mode="offline" if offline_reason else None,
             settings=settings,
         )
-        # Steps as an ordinary metric: wandb's own counter refuses the steps that a resumed run makes again.
+        # Steps as an ordinary metric: wandb's own counter refuses the steps that a resumed run
+        # makes again.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         if offline_reason:
             logger.warning(
-                "wandb is offline: %s; upload later with: wandb sync %s", offline_reason, self._sync_directory()
+                "wandb is offline: %s; upload later with: wandb sync %s",
+                offline_reason,
+                self._sync_directory(),
             )
 
     def _sync_directory(self) -> Path:
@@ -90,7 +99,9 @@ class WandbTracker:
 
 
 class TensorboardTracker:
-    """The outlet to an event file in `output_path/job_name`; the default path is the run directory."""
+    """The outlet to an event file in `output_path/job_name`; the default path is the run
+    directory.
+    """
 
     name = "tensorboard"
     retried = False
@@ -100,7 +111,8 @@ class TensorboardTracker:
 
         section = config.tensorboard
         root = Path(section.output_path) if section.output_path else run_directory
-        # Steps after the checkpoint that a resume starts from are made again: hide their first version.
+        # Steps after the checkpoint that a resume starts from are made again: hide their first
+        # version.
         purge_step = start_step + 1 if start_step else None
         self._writer = SummaryWriter(log_dir=str(root / section.job_name), purge_step=purge_step)
 
@@ -113,7 +125,9 @@ class TensorboardTracker:
 
 
 def why_offline() -> str | None:
-    """The reason to write wandb's files without uploading, or None; WANDB_MODE, where set, decides for itself."""
+    """The reason to write wandb's files without uploading, or None; WANDB_MODE, where set,
+    decides for itself.
+    """
     if os.environ.get("WANDB_MODE"):
         return None
     url = urlsplit(os.environ.get("WANDB_BASE_URL", WANDB_DEFAULT_URL))
@@ -125,7 +139,9 @@ def why_offline() -> str | None:
 
 
 def _has_wandb_login(host: str) -> bool:
-    """True where wandb would find a key: in the environment, or in the netrc file that `wandb login` writes."""
+    """True where wandb would find a key: in the environment, or in the netrc file that `wandb
+    login` writes.
+    """
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     try:
@@ -135,8 +151,12 @@ def _has_wandb_login(host: str) -> bool:
 
 
 def _reachable(host: str, port: int) -> bool:
-    """True where `host` takes a connection; behind a proxy only the proxy can tell, so wandb may try."""
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")):
+    """True where `host` takes a connection; behind a proxy only the proxy can tell, so wandb may
+    try.
+    """
+    if any(
+        os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")
+    ):
         return True
     try:
         socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
@@ -146,7 +166,9 @@ def _reachable(host: str, port: int) -> bool:
 
 
 def _run_id(run_directory: Path) -> str:
-    """The identity of this run directory in wandb, drawn once and kept, so that a resume continues the same curves."""
+    """The identity of this run directory in wandb, drawn once and kept, so that a resume
+    continues the same curves.
+    """
     path = run_directory / "wandb" / "run_id.txt"
     if not path.exists():
         write_atomically(path, secrets.token_hex(8))

@@ -12,20 +12,28 @@ from megagpt.parallel.pipeline import MicroBatch
 
 
 class BatchLoader:
-    """The micro-batches of one data replica, cut from the global batch [first, first + train_batch_size).
+    """The micro-batches of one data replica, cut from the global batch [first, first +
+    train_batch_size).
 
-    Which samples make up a step depends on the step alone, not on the mesh. Dropout seeds follow from
-    (training seed, step, sample), so a sample's masks are the same on whichever rank it falls.
+    Which samples make up a step depends on the step alone, not on the mesh. Dropout seeds follow
+    from (training seed, step, sample), so a sample's masks are the same on whichever rank it falls.
     """
 
-    def __init__(self, stream: SampleStream, config: ResolvedConfig, mesh: Mesh, device: torch.device) -> None:
+    def __init__(
+        self, stream: SampleStream, config: ResolvedConfig, mesh: Mesh, device: torch.device
+    ) -> None:
         self.stream, self.mesh, self.device = stream, mesh, device
-        self.batch_size, self.micro_batch_size = config.train_batch_size, config.train_micro_batch_size_per_gpu
+        self.batch_size, self.micro_batch_size = (
+            config.train_batch_size,
+            config.train_micro_batch_size_per_gpu,
+        )
         self.micro_batches = config.gradient_accumulation_steps
         self.seed = config.megagpt.training.seed if config.megagpt.model.dropout else None
 
     def load(self, first: int, step: int | None = None) -> list[MicroBatch]:
-        """This replica's micro-batches of the global batch that begins at sample ``first``; ``step`` seeds dropout."""
+        """This replica's micro-batches of the global batch that begins at sample ``first``;
+        ``step`` seeds dropout.
+        """
         return [self._micro_batch(first, index, step) for index in range(self.micro_batches)]
 
     def _micro_batch(self, first: int, index: int, step: int | None) -> MicroBatch:
@@ -36,7 +44,9 @@ class BatchLoader:
             seeds = fold_seed(self.seed, step, torch.from_numpy(batch.sample_ids)).to(self.device)
         documents = None
         if batch.document_ids is not None:
-            documents = kernels.document_bounds(self._to_device(torch.from_numpy(batch.document_ids)))
+            documents = kernels.document_bounds(
+                self._to_device(torch.from_numpy(batch.document_ids))
+            )
         return MicroBatch(
             self._to_device(torch.from_numpy(batch.tokens)),
             self._to_device(torch.from_numpy(batch.targets)),

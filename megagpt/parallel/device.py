@@ -17,20 +17,27 @@ _CPU_MEASURING_S = 0.5
 
 
 def announce_to_deepspeed() -> None:
-    """Where torch sees no accelerator, say so to DeepSpeed before it is imported, unless the user chose one.
+    """Where torch sees no accelerator, say so to DeepSpeed before it is imported, unless the user
+    chose one.
 
-    It would find out itself, and print a warning on the user's screen (accelerator/real_accelerator.py:213).
+    It would find out itself, and print a warning on the user's screen
+    (accelerator/real_accelerator.py:213).
     """
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-# What torch reads when it first allocates on a GPU, and when it makes the first NCCL group. By each name, all names
-# that it has or had: a user may have set any.
+# What torch reads when it first allocates on a GPU, and when it makes the first NCCL group. By each
+# name, all names that it has or had: a user may have set any.
 CUDA_DEFAULTS = {
-    # ZeRO-3 allocates and frees parameters of all sizes: fixed segments leave gaps that none of them fits.
-    "PYTORCH_ALLOC_CONF": ("expandable_segments:True", ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")),
-    # Entries of NCCL's flight recorder, which the watch reads when a run hangs (flight_recorder.py).
+    # ZeRO-3 allocates and frees parameters of all sizes: fixed segments leave gaps that none of
+    # them fits.
+    "PYTORCH_ALLOC_CONF": (
+        "expandable_segments:True",
+        ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"),
+    ),
+    # Entries of NCCL's flight recorder, which the watch reads when a run hangs
+    # (flight_recorder.py).
     "TORCH_FR_BUFFER_SIZE": ("2000", ("TORCH_NCCL_TRACE_BUFFER_SIZE",)),
 }
 
@@ -55,17 +62,20 @@ def describe(device: torch.device) -> str:
 
 
 def multiplies_bf16_natively(device: torch.device) -> bool:
-    """Whether bf16 matrix products beat fp32: on GPUs since Ampere. On CPUs they were seen 85 times slower."""
+    """Whether bf16 matrix products beat fp32: on GPUs since Ampere.
+
+    On CPUs they were seen 85 times slower.
+    """
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """The peak that MFU is a fraction of, in FLOP/s; None where it is unknown.
 
-    On GPUs the data sheet's, as published MFUs use. On a CPU, whose sheet says no such thing, the speed of torch's
-    own fp32 matrix product on this machine, measured now: the fastest of those that fit in half a second, as others on
-    the machine only slow it down. Where they do so all the time, the peak is what they leave, and a run that outlives
-    them may exceed it.
+    On GPUs the data sheet's, as published MFUs use. On a CPU, whose sheet says no such thing, the
+    speed of torch's own fp32 matrix product on this machine, measured now: the fastest of those
+    that fit in half a second, as others on the machine only slow it down. Where they do so all the
+    time, the peak is what they leave, and a run that outlives them may exceed it.
     """
     if device.type == "cpu":
         return _measured_product_flops(device)
@@ -77,8 +87,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """The most memory that this rank has held, in GiB. ``reserved`` is what torch's allocator took from a GPU, of which
-    ``allocated`` was in use; the rest lies between blocks. None on a CPU, where the process's memory counts."""
+    """The most memory that this rank has held, in GiB.
+
+    ``reserved`` is what torch's allocator took from a GPU, of which ``allocated`` was in use; the
+    rest lies between blocks. None on a CPU, where the process's memory counts.
+    """
 
     allocated: float
     reserved: float | None

@@ -1,4 +1,6 @@
-"""The one place that builds a DeepSpeedEngine: model, ZeRO partitioning, optimizer groups, scheduler."""
+"""The one place that builds a DeepSpeedEngine: model, ZeRO partitioning, optimizer groups,
+scheduler.
+"""
 
 import gc
 import logging
@@ -27,7 +29,9 @@ from megagpt.planning.stages import cut
 
 log = logging.getLogger(__name__)
 
-WATCH_SPEAKS_S = 120.0  # what the watch may take, beyond the time that it waits, to look, write and end the run
+WATCH_SPEAKS_S = (
+    120.0  # what the watch may take, beyond the time that it waits, to look, write and end the run
+)
 
 
 @dataclass(frozen=True)
@@ -38,16 +42,28 @@ class Engine:
     mesh: Mesh
     config: ResolvedConfig
     names: compat.Names
-    boxes: dict[str, Box]  # what this rank's share of each of its parameters is of the logical tensor
+    boxes: dict[
+        str, Box
+    ]  # what this rank's share of each of its parameters is of the logical tensor
     tensor_axis: TensorAxis | None  # the ranks that share each layer, where there are several
-    tied_group: dist.ProcessGroup | None  # of the ranks that hold copies of the tied weight, where there are two
-    begin_trace: Callable[[], None]  # of ZeRO-3 over a whole step of a pipeline; elsewhere it does nothing
-    neighbour_groups: dict[int, dist.ProcessGroup]  # of this rank and one other, by the other's global rank
-    schedules: dict[int, Any] = field(default_factory=dict)  # pipeline schedules by number of micro-batches
+    tied_group: (
+        dist.ProcessGroup | None
+    )  # of the ranks that hold copies of the tied weight, where there are two
+    begin_trace: Callable[
+        [], None
+    ]  # of ZeRO-3 over a whole step of a pipeline; elsewhere it does nothing
+    neighbour_groups: dict[
+        int, dist.ProcessGroup
+    ]  # of this rank and one other, by the other's global rank
+    schedules: dict[int, Any] = field(
+        default_factory=dict
+    )  # pipeline schedules by number of micro-batches
 
     @property
     def chunks(self) -> list[GPT]:
-        """This rank's parts of the model, in the order of its stages: one, the whole, without a pipeline."""
+        """This rank's parts of the model, in the order of its stages: one, the whole, without a
+        pipeline.
+        """
         return self.deepspeed.module.parts
 
     @property
@@ -95,15 +111,20 @@ def training_device() -> torch.device:
 
 
 def collective_timeout(config: ResolvedConfig) -> timedelta:
-    """How long a rank waits for the others in one collective: longer than the watch, which says who differs, waits."""
-    return max(COLLECTIVE_TIMEOUT, timedelta(seconds=config.megagpt.monitor.stall_timeout_s + WATCH_SPEAKS_S))
+    """How long a rank waits for the others in one collective: longer than the watch, which says
+    who differs, waits.
+    """
+    return max(
+        COLLECTIVE_TIMEOUT,
+        timedelta(seconds=config.megagpt.monitor.stall_timeout_s + WATCH_SPEAKS_S),
+    )
 
 
 def join_ranks(config: ResolvedConfig | None = None) -> None:
     """Join the other ranks, as a launcher's environment says; alone where there is no launcher.
 
-    Raise UserError where DeepSpeed's or torch's internals are unknown; `build_engine` checks those that only some
-    configurations use where `config` is None.
+    Raise UserError where DeepSpeed's or torch's internals are unknown; `build_engine` checks those
+    that only some configurations use where `config` is None.
     """
     launch = adopt_launch()
     set_cuda_defaults()
@@ -114,7 +135,9 @@ def join_ranks(config: ResolvedConfig | None = None) -> None:
     compat.silence_cpu_adam()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     share_cores()
-    deepspeed.init_distributed(timeout=COLLECTIVE_TIMEOUT if config is None else collective_timeout(config))
+    deepspeed.init_distributed(
+        timeout=COLLECTIVE_TIMEOUT if config is None else collective_timeout(config)
+    )
 
 
 def share_cores() -> None:
@@ -135,7 +158,9 @@ def build_mesh(config: ResolvedConfig) -> Mesh:
 
 
 class Chunks(nn.Module):
-    """A rank's parts of the model under one engine, so that clipping and stepping see them together."""
+    """A rank's parts of the model under one engine, so that clipping and stepping see them
+    together.
+    """
 
     def __init__(self, chunks: Iterable[GPT]) -> None:
         super().__init__()
@@ -157,7 +182,9 @@ def stage_layers(config: ResolvedConfig) -> list[range]:
 
 
 def tied_copies(model: Chunks) -> set[nn.Parameter]:
-    """Head weights that are copies of an embedding on another rank; where both are here, they become one parameter."""
+    """Head weights that are copies of an embedding on another rank; where both are here, they
+    become one parameter.
+    """
     embedding = next((part.embedding for part in model.parts if part.embedding is not None), None)
     head = next((part.head for part in model.parts if part.head is not None), None)
     if head is None or not model.parts[0].config.tie_embeddings:
@@ -169,7 +196,9 @@ def tied_copies(model: Chunks) -> set[nn.Parameter]:
 
 
 def tied_group(config: ResolvedConfig, mesh: Mesh) -> dist.ProcessGroup | None:
-    """The ranks of the first and last stage, where tied embeddings lie on two of them; every rank must call it."""
+    """The ranks of the first and last stage, where tied embeddings lie on two of them; every
+    rank must call it.
+    """
     if not config.megagpt.model.tie_embeddings or mesh.pipeline_size == 1:
         return None
     ends = mesh.device_mesh.mesh[[0, -1]].flatten(1).T.tolist()
@@ -179,17 +208,21 @@ def tied_group(config: ResolvedConfig, mesh: Mesh) -> dist.ProcessGroup | None:
 
 
 def neighbour_groups(config: ResolvedConfig, mesh: Mesh) -> dict[int, dist.ProcessGroup]:
-    """Return a group with each neighbour in an interleaved pipeline, by global rank; every rank must call it.
+    """Return a group with each neighbour in an interleaved pipeline, by global rank; every rank
+    must call it.
 
-    NCCL does a communicator's operations in order. The interleaved schedule posts receives long before they are due,
-    and a send to one neighbour would wait behind a receive from the other: with equal stages, two of them a rank and 2
-    p micro-batches, a step of p = 4 takes 1.23 times as long, of p = 8 1.47 times, before transfers are counted
-    (tests/parallel/test_pipeline_order.py). 1F1B posts what is due, and loses nothing.
+    NCCL does a communicator's operations in order. The interleaved schedule posts receives long
+    before they are due, and a send to one neighbour would wait behind a receive from the other:
+    with equal stages, two of them a rank and 2 p micro-batches, a step of p = 4 takes 1.23 times as
+    long, of p = 8 1.47 times, before transfers are counted (tests/parallel/test_pipeline_order.py).
+    1F1B posts what is due, and loses nothing.
     """
     if config.megagpt.parallel.schedule != "interleaved" or mesh.pipeline_size <= 2:
         return {}
     pipelines = mesh.device_mesh.mesh.flatten(1).T.tolist()  # each a list of pipeline_size ranks
-    pairs = [pair for ranks in pipelines for pair in zip(ranks, [*ranks[1:], ranks[0]], strict=True)]
+    pairs = [
+        pair for ranks in pipelines for pair in zip(ranks, [*ranks[1:], ranks[0]], strict=True)
+    ]
     timeout = collective_timeout(config)
     groups = {pair: dist.new_group(sorted(pair), timeout=timeout) for pair in pairs}
     return {sum(pair) - mesh.rank: group for pair, group in groups.items() if mesh.rank in pair}
@@ -205,8 +238,8 @@ def compute_dtype(config: ResolvedConfig) -> torch.dtype:
 def build_engine(config: ResolvedConfig, mesh: Mesh) -> Engine:
     """Initialise the model straight into its ZeRO shards and wrap it; every rank must call it.
 
-    Peak memory is this rank's shard plus one parameter. Raises UserError where an op that the configuration needs
-    cannot be built.
+    Peak memory is this rank's shard plus one parameter. Raises UserError where an op that the
+    configuration needs cannot be built.
     """
     internals.check(internals.parts_used(config, adopt_launch().launcher))
     needed = ops.needed_ops(config, get_accelerator().device_name())
@@ -214,7 +247,11 @@ def build_engine(config: ResolvedConfig, mesh: Mesh) -> Engine:
     ops.build([op for op in needed if not ops.missing_tools(op)])
     ds_config = deepspeed_config(config, get_accelerator().device_name())
     compat.scope_trace_check(mesh)
-    axis = TensorAxis(mesh.tensor_group, config.megagpt.parallel.sequence) if mesh.tensor_size > 1 else None
+    axis = (
+        TensorAxis(mesh.tensor_group, config.megagpt.parallel.sequence)
+        if mesh.tensor_size > 1
+        else None
+    )
     model, names, held = build_model(config, mesh, axis, ds_config)
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -243,12 +280,18 @@ def nothing() -> None:
 def build_model(
     config: ResolvedConfig, mesh: Mesh, axis: TensorAxis | None, ds_config: dict[str, Any]
 ) -> tuple["Chunks", compat.Names, dict[str, Box]]:
-    """This rank's part of the initialised model, the global name of each parameter, and what its share is by name."""
+    """This rank's part of the initialised model, the global name of each parameter, and what its
+    share is by name.
+    """
     spans = stage_layers(config)
     own = [spans[stage] for stage in mesh.stages(config.megagpt.parallel.virtual_stages)]
     with torch.device("meta"):
-        model = Chunks(GPT(config.megagpt.model, config.megagpt.training.recompute, layers) for layers in own)
-    templates = {parameter: name for part in model.parts for parameter, name in global_names(part).items()}
+        model = Chunks(
+            GPT(config.megagpt.model, config.megagpt.training.recompute, layers) for layers in own
+        )
+    templates = {
+        parameter: name for part in model.parts for parameter, name in global_names(part).items()
+    }
     copies = tied_copies(model)
     split: dict[nn.Parameter, int] = {}
     if axis is not None:
@@ -258,14 +301,20 @@ def build_model(
     held = {name: tensor_parallel.box(p.shape, split.get(p), axis) for p, name in templates.items()}
     dtype, device = compute_dtype(config), training_device()
     seed = config.megagpt.training.seed
-    partitioner = compat.Partitioner(ds_config, mesh) if config.zero_optimization.stage == 3 else None
+    partitioner = (
+        compat.Partitioner(ds_config, mesh) if config.zero_optimization.stage == 3 else None
+    )
 
     def allocate(template: nn.Parameter) -> nn.Parameter:
         name = templates[template]
         value = initial_value(name, template.shape, config.megagpt.model, seed)
         share = value[tuple(slice(*span) for span in held[name])]
-        parameter = nn.Parameter(share.to(device=device, dtype=dtype, memory_format=torch.contiguous_format, copy=True))
-        compat.count(parameter, (template in split or mesh.tensor_rank == 0) and template not in copies)
+        parameter = nn.Parameter(
+            share.to(device=device, dtype=dtype, memory_format=torch.contiguous_format, copy=True)
+        )
+        compat.count(
+            parameter, (template in split or mesh.tensor_rank == 0) and template not in copies
+        )
         if partitioner is not None:
             partitioner.partition(parameter)
         return parameter
@@ -286,7 +335,9 @@ def parameter_groups(model: nn.Module, names: compat.Names) -> list[dict[str, An
 
 
 def deepspeed_config(config: ResolvedConfig, device_type: str) -> dict[str, Any]:
-    """What DeepSpeed is given: its own sections, with the optimizer implementation that works on this machine."""
+    """What DeepSpeed is given: its own sections, with the optimizer implementation that works on
+    this machine.
+    """
     result = config.deepspeed_dict()
     result["steps_per_print"] = None
     if not config.optimizer.params.torch_adam and (reason := _why_torch_adam(config, device_type)):

@@ -1,7 +1,10 @@
-"""The files that `compat.py` and `launch_command.py` rely on, by their digests. Checked before any rank waits.
+"""The files that `compat.py` and `launch_command.py` rely on, by their digests.
 
-A version number says what was installed, not what runs: a vendored, patched or half-upgraded package keeps it. Before
-a digest is added, the new file must be read against `compat.py`; `python -m megagpt.parallel.internals` prints the digests here.
+Checked before any rank waits.
+
+A version number says what was installed, not what runs: a vendored, patched or half-upgraded
+package keeps it. Before a digest is added, the new file must be read against `compat.py`; `python
+-m megagpt.parallel.internals` prints the digests here.
 """
 
 import hashlib
@@ -15,9 +18,13 @@ from megagpt.config import RunConfig
 from megagpt.utils import UserError
 
 ALLOW_VARIABLE = "MEGAGPT_ALLOW_UNKNOWN"
-TESTED = {"deepspeed": ("0.19.8",), "torch": ("2.13.0", "2.11.0")}  # first the version of requirements.txt
+TESTED = {
+    "deepspeed": ("0.19.8",),
+    "torch": ("2.13.0", "2.11.0"),
+}  # first the version of requirements.txt
 
-# part of the code that relies on it -> file below site-packages -> first digits of the SHA-256 of each tested version
+# part of the code that relies on it -> file below site-packages -> first digits of the SHA-256 of
+# each tested version
 DIGESTS: dict[str, dict[str, tuple[str, ...]]] = {
     "engine": {
         "deepspeed/comm/torch.py": ("e1ed1e77862a",),
@@ -59,8 +66,11 @@ DIGESTS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def parts_used(config: RunConfig | None, launcher: str) -> list[str]:
-    """Return the keys of `DIGESTS` that a run uses. `launcher` is that of `Launch`; None stands for any configuration
-    without a pipeline and without NVMe offload."""
+    """Return the keys of `DIGESTS` that a run uses.
+
+    `launcher` is that of `Launch`; None stands for any configuration without a pipeline and without
+    NVMe offload.
+    """
     parts = ["engine"]
     if config is not None and config.megagpt.parallel.pipeline > 1:
         parts.append("pipeline")
@@ -80,14 +90,19 @@ def check(parts: Collection[str]) -> str | None:
     With MEGAGPT_ALLOW_UNKNOWN=1, return the message instead. Return None where all files are known.
     """
     allowed = _unknown_is_allowed()
-    unknown = [file for part in parts for file, digest in digests(part) if digest not in DIGESTS[part][file]]
+    unknown = [
+        file
+        for part in parts
+        for file, digest in digests(part)
+        if digest not in DIGESTS[part][file]
+    ]
     if not unknown:
         return None
     packages = sorted({file.split("/")[0] for file in unknown})
     installed = ", ".join(f"{package} {metadata.version(package)}" for package in packages)
     found = (
-        f"{installed}: megagpt relies on internals of these files, which differ from all tested versions: "
-        + ", ".join(unknown)
+        f"{installed}: megagpt relies on internals of these files, which differ from all tested "
+        f"versions: " + ", ".join(unknown)
     )
     if allowed:
         return f"{found}; the run continues at your own risk ({ALLOW_VARIABLE}=1)"
@@ -103,7 +118,9 @@ def _unknown_is_allowed() -> bool:
 
 
 def _remedy(package: str) -> str:
-    """Return the command that installs a tested version: the same one again where the installed files were changed."""
+    """Return the command that installs a tested version: the same one again where the installed
+    files were changed.
+    """
     installed = metadata.version(package).partition("+")[0]
     if installed in TESTED[package]:
         return f"pip install --force-reinstall --no-deps {package}=={installed}"
@@ -111,7 +128,10 @@ def _remedy(package: str) -> str:
 
 
 def digests(part: str) -> Iterator[tuple[str, str]]:
-    """Yield each file of a part with the digest it has here, "" where the file is missing. Import nothing."""
+    """Yield each file of a part with the digest it has here, "" where the file is missing.
+
+    Import nothing.
+    """
     for file in DIGESTS[part]:
         package, _, path = file.partition("/")
         spec = find_spec(package)

@@ -1,4 +1,6 @@
-"""One optimizer step, whatever the ZeRO stage and however many pipeline stages: forward and backward, guard, update."""
+"""One optimizer step, whatever the ZeRO stage and however many pipeline stages: forward and
+backward, guard, update.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,8 +22,10 @@ from megagpt.parallel.engine import Engine, compute_dtype
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward's input on the device: tokens and targets (batch, length), the bounds of packed documents or None,
-    computed once for every layer, stage and recomputation, and a dropout seed for each sample (batch,) or None."""
+    """One forward's input on the device: tokens and targets (batch, length), the bounds of
+    packed documents or None, computed once for every layer, stage and recomputation, and a
+    dropout seed for each sample (batch,) or None.
+    """
 
     tokens: Tensor
     targets: Tensor
@@ -39,8 +43,9 @@ class MicroBatch:
 class StepResult:
     """What a step did, equal on every rank.
 
-    ``loss`` is the mean over the global batch, ``grad_norm`` the norm before clipping. ``applied`` is false where the
-    loss or a gradient was not finite or the loss was refused: weights and moments are as before.
+    ``loss`` is the mean over the global batch, ``grad_norm`` the norm before clipping. ``applied``
+    is false where the loss or a gradient was not finite or the loss was refused: weights and
+    moments are as before.
     """
 
     loss: float
@@ -50,12 +55,15 @@ class StepResult:
 
 
 def train_step(
-    engine: Engine, micro_batches: Sequence[MicroBatch], refuses: Callable[[float], bool] = lambda loss: False
+    engine: Engine,
+    micro_batches: Sequence[MicroBatch],
+    refuses: Callable[[float], bool] = lambda loss: False,
 ) -> StepResult:
-    """Train on one global batch, of which ``micro_batches`` is this data replica's part; every rank must call it.
+    """Train on one global batch, of which ``micro_batches`` is this data replica's part; every rank
+    must call it.
 
-    A loss that is not finite (its gradients may be), or that ``refuses`` is true of, which is asked on every rank,
-    causes no update.
+    A loss that is not finite (its gradients may be), or that ``refuses`` is true of, which is asked
+    on every rank, causes no update.
     """
     learning_rate = compat.base_optimizer(engine.deepspeed).param_groups[0]["lr"]
     loss = mean_loss(engine, accumulate(engine, micro_batches))
@@ -82,10 +90,14 @@ def accumulate(engine: Engine, micro_batches: Sequence[MicroBatch]) -> list[Tens
     return losses
 
 
-def _one_after_another(engine: Engine, micro_batches: Sequence[MicroBatch], count_micro_steps: bool) -> list[Tensor]:
+def _one_after_another(
+    engine: Engine, micro_batches: Sequence[MicroBatch], count_micro_steps: bool
+) -> list[Tensor]:
     losses = []
     for index, micro_batch in enumerate(micro_batches):
-        loss = engine.deepspeed(micro_batch.tokens, targets=micro_batch.targets, **micro_batch.context)
+        loss = engine.deepspeed(
+            micro_batch.tokens, targets=micro_batch.targets, **micro_batch.context
+        )
         engine.deepspeed.backward(loss)
         losses.append(loss.detach())
         if count_micro_steps and index + 1 < len(micro_batches):
@@ -106,8 +118,14 @@ def evaluate(engine: Engine, micro_batches: Sequence[MicroBatch]) -> float:
 
 
 def mean_loss(engine: Engine, losses: Sequence[Tensor]) -> float:
-    """The mean over micro-batches and replicas, equal on all ranks; ranks without the head bring no losses."""
-    total = torch.stack(list(losses)).double().mean() if losses else torch.zeros((), dtype=torch.float64)
+    """The mean over micro-batches and replicas, equal on all ranks; ranks without the head bring
+    no losses.
+    """
+    total = (
+        torch.stack(list(losses)).double().mean()
+        if losses
+        else torch.zeros((), dtype=torch.float64)
+    )
     total = total.to(engine.device)
     dist.all_reduce(total, group=engine.mesh.pipeline_group)
     dist.all_reduce(total, group=engine.mesh.data_group)
@@ -127,7 +145,11 @@ class Pipeline:
     def __init__(self, engine: Engine, micro_batches: int) -> None:
         self.engine, self.micro_batches = engine, micro_batches
         self.backwards = [0] * len(engine.stages)  # of each chunk in this step
-        place = {"num_stages": engine.num_stages, "device": engine.device, "group": engine.mesh.pipeline_group}
+        place = {
+            "num_stages": engine.num_stages,
+            "device": engine.device,
+            "group": engine.mesh.pipeline_group,
+        }
         self.stages = [
             compat.EngineStage(
                 engine.deepspeed,
@@ -148,8 +170,13 @@ class Pipeline:
         options: dict[str, Any] = {"loss_fn": lambda loss, _: loss, "scale_grads": False}
         if kind == "interleaved":
             return ScheduleInterleaved1F1B([*self.stages], self.micro_batches, **options)
-        # With fewer micro-batches than stages 1F1B has no steady state: it is GPipe, and torch's refuses.
-        single = ScheduleGPipe if kind == "gpipe" or self.micro_batches < self.engine.num_stages else Schedule1F1B
+        # With fewer micro-batches than stages 1F1B has no steady state: it is GPipe, and torch's
+        # refuses.
+        single = (
+            ScheduleGPipe
+            if kind == "gpipe" or self.micro_batches < self.engine.num_stages
+            else Schedule1F1B
+        )
         return single(self.stages[0], self.micro_batches, **options)
 
     def _shapes(self, stage: int) -> dict[str, Tensor]:
@@ -159,11 +186,16 @@ class Pipeline:
         tokens = torch.empty(batch, model.sequence_length, dtype=torch.int64, device="meta")
         parallel = config.megagpt.parallel
         positions = model.sequence_length // (parallel.tensor if parallel.sequence else 1)
-        hidden = torch.empty(batch, positions, model.hidden_size, dtype=compute_dtype(config), device="meta")
+        hidden = torch.empty(
+            batch, positions, model.hidden_size, dtype=compute_dtype(config), device="meta"
+        )
         hidden.requires_grad_()
         loss = torch.empty((), device="meta", requires_grad=True)
         last = self.engine.num_stages - 1
-        return {"input_args": tokens if stage == 0 else hidden, "output_args": loss if stage == last else hidden}
+        return {
+            "input_args": tokens if stage == 0 else hidden,
+            "output_args": loss if stage == last else hidden,
+        }
 
     def train(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Forward and backward of every micro-batch; the losses where the head is, else nothing."""
@@ -177,7 +209,9 @@ class Pipeline:
         return self._run(self.schedule.eval, micro_batches)
 
     def _run(self, run: Any, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Each rank passes what its own stages need; the schedule cuts it into micro-batches again."""
+        """Each rank passes what its own stages need; the schedule cuts it into micro-batches
+        again.
+        """
         self.engine.begin_trace()
         stages = self.engine.stages
         losses: list[Tensor] = []
@@ -185,19 +219,30 @@ class Pipeline:
         inputs = (torch.cat([m.tokens for m in micro_batches]),) if stages[0] == 0 else ()
         if stages[-1] == self.engine.num_stages - 1:
             targets = torch.cat([m.targets for m in micro_batches])
-            run(*inputs, target=targets, targets=targets, losses=losses, return_outputs=False, **context)
+            run(
+                *inputs,
+                target=targets,
+                targets=targets,
+                losses=losses,
+                return_outputs=False,
+                **context,
+            )
         else:
             run(*inputs, return_outputs=False, **context)
         return [loss.detach() for loss in losses]
 
     def _before_backward(self, chunk: int) -> None:
-        """Per step, the reduction is put off until all are done; per micro-batch, each must be told what it is."""
+        """Per step, the reduction is put off until all are done; per micro-batch, each must be
+        told what it is.
+        """
         if self.engine.config.megagpt.parallel.gradient_reduction == "per_step":
             return
         deepspeed = self.engine.deepspeed
         compat.begin_backward(deepspeed, earlier=self.backwards[chunk])
         self.backwards[chunk] += 1
-        counted = self.backwards[chunk : chunk + 1] if compat.ends_by_chunk(deepspeed) else self.backwards
+        counted = (
+            self.backwards[chunk : chunk + 1] if compat.ends_by_chunk(deepspeed) else self.backwards
+        )
         deepspeed.set_gradient_accumulation_boundary(min(counted) == self.micro_batches)
 
 
@@ -208,12 +253,16 @@ def _joined_context(micro_batches: Sequence[MicroBatch]) -> dict[str, Any]:
         bounds = [m.documents.positions for m in micro_batches if m.documents is not None]
         context["document_ids"] = DocumentBounds(torch.cat(bounds))
     if micro_batches[0].dropout_seed is not None:
-        context["dropout_seed"] = torch.cat([m.dropout_seed for m in micro_batches if m.dropout_seed is not None])
+        context["dropout_seed"] = torch.cat(
+            [m.dropout_seed for m in micro_batches if m.dropout_seed is not None]
+        )
     return context
 
 
 def _add_tied_gradients(engine: Engine) -> None:
-    """First and last stage hold a copy of the tied weight each: both see the sum of their gradients."""
+    """First and last stage hold a copy of the tied weight each: both see the sum of their
+    gradients.
+    """
     if engine.tied_group is None:
         return
     weight = next(parameter for parameter, name in engine.names.items() if name == TIED_WEIGHT)
@@ -225,10 +274,11 @@ def _add_tied_gradients(engine: Engine) -> None:
 
 @torch.no_grad()
 def logits(engine: Engine, tokens: Tensor, cache: KeyValueCache) -> Tensor:
-    """The last position's logits (batch, 1, vocabulary) in fp32, equal on every rank, all of which must call it.
+    """The last position's logits (batch, 1, vocabulary) in fp32, equal on every rank, all of which
+    must call it.
 
-    Stage after stage computes and broadcasts its output within the replica; rounding may differ between devices, and
-    all must draw the same token, so rank 0's logits count.
+    Stage after stage computes and broadcasts its output within the replica; rounding may differ
+    between devices, and all must draw the same token, so rank 0's logits count.
     """
     axis = engine.tensor_axis
     with axis.whole_sequences() if axis is not None else nullcontext():
@@ -246,10 +296,20 @@ def _last_logits(engine: Engine, tokens: Tensor, cache: KeyValueCache) -> Tensor
             x = engine.chunks[engine.stages.index(stage)](x, cache=cache)
             x = x[:, -1:].float().contiguous() if last else x
         elif engine.num_stages > 1:
-            shape = (tokens.shape[0], 1, model.vocab_size) if last else (*tokens.shape, model.hidden_size)
-            x = torch.empty(shape, dtype=torch.float32 if last else compute_dtype(engine.config), device=engine.device)
+            shape = (
+                (tokens.shape[0], 1, model.vocab_size)
+                if last
+                else (*tokens.shape, model.hidden_size)
+            )
+            x = torch.empty(
+                shape,
+                dtype=torch.float32 if last else compute_dtype(engine.config),
+                device=engine.device,
+            )
         if engine.num_stages > 1:
-            dist.broadcast(x, src=engine.mesh.rank_of_stage(stage), group=engine.mesh.pipeline_group)
+            dist.broadcast(
+                x, src=engine.mesh.rank_of_stage(stage), group=engine.mesh.pipeline_group
+            )
         cache.length = position
     cache.length = position + tokens.shape[1]
     return x

@@ -1,8 +1,9 @@
-"""Boxes of a logical tensor, and flat runs within them: the geometry of shards on ranks and of slices on disk.
+"""Boxes of a logical tensor, and flat runs within them: the geometry of shards on ranks and of
+slices on disk.
 
-A box is [from, to) in each dimension of the logical tensor: what tensor parallelism gives a rank. ZeRO then cuts the
-box's row-major elements into flat runs [start, start + numel), wherever that falls in a row. Two such runs, cut from
-different boxes, overlap in rectangles.
+A box is [from, to) in each dimension of the logical tensor: what tensor parallelism gives a rank.
+ZeRO then cuts the box's row-major elements into flat runs [start, start + numel), wherever that
+falls in a row. Two such runs, cut from different boxes, overlap in rectangles.
 """
 
 import math
@@ -20,7 +21,11 @@ def whole(shape: tuple[int, ...]) -> Box:
 def shard(shape: tuple[int, ...], dimension: int, rank: int, ranks: int) -> Box:
     """One of ``ranks`` equal parts along a dimension, whose size they divide."""
     size = shape[dimension] // ranks
-    return (*whole(shape[:dimension]), (rank * size, (rank + 1) * size), *whole(shape[dimension + 1 :]))
+    return (
+        *whole(shape[:dimension]),
+        (rank * size, (rank + 1) * size),
+        *whole(shape[dimension + 1 :]),
+    )
 
 
 def shape_of(box: Box) -> tuple[int, ...]:
@@ -32,7 +37,8 @@ def shape_of(box: Box) -> tuple[int, ...]:
 class Rectangle:
     """Rows [top, bottom) and columns [left, right) of a logical matrix, as they lie in a flat run.
 
-    The element (top, left) is the run's ``offset``-th; ``stride`` elements lie between a row and the next.
+    The element (top, left) is the run's ``offset``-th; ``stride`` elements lie between a row and
+    the next.
     """
 
     top: int
@@ -63,7 +69,9 @@ class Rectangle:
 
 
 def rectangles(box: Box, start: int, numel: int) -> list[Rectangle]:
-    """The run [start, start + numel) of a box of one or two dimensions: a row's rest, whole rows, a row's start."""
+    """The run [start, start + numel) of a box of one or two dimensions: a row's rest, whole
+    rows, a row's start.
+    """
     (top, _), (left, right) = box if len(box) == 2 else ((0, 1), *box)
     width, end = right - left, start + numel
     first_whole, last_whole = -(-start // width), end // width
@@ -81,11 +89,18 @@ def _row(top: int, left: int, width: int, first: int, last: int, start: int) -> 
     """Elements [first, last) of a box's flat run that begins at ``start``; they lie in one row."""
     row, column = divmod(first, width)
     return Rectangle(
-        top + row, top + row + 1, left + column, left + column + last - first, offset=first - start, stride=width
+        top + row,
+        top + row + 1,
+        left + column,
+        left + column + last - first,
+        offset=first - start,
+        stride=width,
     )
 
 
-def overlaps(mine: list[Rectangle], theirs: list[Rectangle]) -> Iterator[tuple[Rectangle, Rectangle]]:
+def overlaps(
+    mine: list[Rectangle], theirs: list[Rectangle]
+) -> Iterator[tuple[Rectangle, Rectangle]]:
     """What two runs of one logical tensor share: each part as it lies in mine, and in theirs."""
     for own in mine:
         for other in theirs:

@@ -1,14 +1,20 @@
-"""Tensor parallelism (Shoeybi et al. 2019, arXiv 1909.08053): the layers that ranks share, put in from outside.
+"""Tensor parallelism (Shoeybi et al. 2019, arXiv 1909.08053): the layers that ranks share, put in
+from outside.
 
-The model publishes which of its layers may be shared and how; ``share`` replaces those by the layers here:
+The model publishes which of its layers may be shared and how; ``share`` replaces those by the
+layers here:
 
-    column      a rank has some rows of the weight, so some of the outputs; gradients of the input are summed
-    row         a rank has some columns, so a part of every output, summed; the bias is added once, after the sum
-    vocabulary  a rank has the rows of some tokens, of the embedding or of the head, whose logits no rank has whole
+    column      a rank holds some rows of the weight and computes some of the outputs;
+                the gradients of the input are summed
+    row         a rank holds some columns and computes a part of every output; the parts are
+                summed, then the bias is added once
+    vocabulary  a rank holds the rows of some tokens of the embedding or of the head; no rank has
+                all logits
 
-Between a row and the next column layer all ranks hold the same hidden states, (batch, length, hidden_size). With
-``sequence`` (Korthikanti et al. 2022, arXiv 2205.05198) each holds its part of the length there: norms, residuals and
-dropout cost a share of the memory, and each sum becomes a reduce-scatter before them and an all-gather behind.
+Between a row and the next column layer all ranks hold the same hidden states, (batch, length,
+hidden_size). With ``sequence`` (Korthikanti et al. 2022, arXiv 2205.05198) each holds its part of
+the length there: norms, residuals and dropout cost a share of the memory, and each sum becomes a
+reduce-scatter before them and an all-gather behind.
 """
 
 from collections.abc import Iterator
@@ -71,7 +77,9 @@ class TensorAxis:
 
     def gather(self, part: Tensor) -> Tensor:
         """All positions from each rank's (batch, length / ranks, ...)."""
-        return self.from_all(part).movedim(0, 1).flatten(1, 2)  # without a copy where the batch is 1
+        return (
+            self.from_all(part).movedim(0, 1).flatten(1, 2)
+        )  # without a copy where the batch is 1
 
     def from_all(self, own: Tensor) -> Tensor:
         """(ranks, ...) of every rank's tensor."""
@@ -87,7 +95,10 @@ class TensorAxis:
 
 
 class _Sum(torch.autograd.Function):
-    """All ranks' sum, in place: nothing before it needs its own output. Its gradient is every addend's."""
+    """All ranks' sum, in place: nothing before it needs its own output.
+
+    Its gradient is every addend's.
+    """
 
     @staticmethod
     def forward(ctx: Any, partial: Tensor, axis: TensorAxis) -> Tensor:
@@ -114,7 +125,9 @@ class _ScatterSum(torch.autograd.Function):
 
 
 class _AllPositions(torch.autograd.Function):
-    """All positions from each rank's; backward, its part of a gradient that every rank has whole."""
+    """All positions from each rank's; backward, its part of a gradient that every rank has
+    whole.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: TensorAxis) -> Tensor:
@@ -129,12 +142,14 @@ class _AllPositions(torch.autograd.Function):
 class _ColumnProduct(torch.autograd.Function):
     """x W^T + b for this rank's rows of W. The sum of x's gradient travels while W's is computed.
 
-    Backward gathers x's positions again rather than keep them. The weight is saved as the parameter itself: ZeRO-3
-    frees a gathered parameter by its identity.
+    Backward gathers x's positions again rather than keep them. The weight is saved as the parameter
+    itself: ZeRO-3 frees a gathered parameter by its identity.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: TensorAxis) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: TensorAxis
+    ) -> Tensor:
         ctx.axis, ctx.sequence, ctx.has_bias = axis, axis.sequence, bias is not None
         ctx.save_for_backward(x, weight)
         return F.linear(axis.gather(x) if axis.sequence else x, weight, bias)
@@ -207,11 +222,18 @@ class PartTable(nn.Module):
 
 
 class VocabularyHead(nn.Module):
-    """The last norm, then the loss from every rank's own logits; without targets the logits of all, for generation."""
+    """The last norm, then the loss from every rank's own logits; without targets the logits of
+    all, for generation.
+    """
 
     def __init__(self, head: Head, axis: TensorAxis) -> None:
         super().__init__()
-        self.norm, self.weight, self.vocabulary, self.axis = head.norm, head.weight, head.vocabulary, axis
+        self.norm, self.weight, self.vocabulary, self.axis = (
+            head.norm,
+            head.weight,
+            head.vocabulary,
+            axis,
+        )
 
     def forward(self, x: Tensor, targets: Tensor | None) -> Tensor:
         x = self.axis.all_positions(self.norm(x))
@@ -236,7 +258,9 @@ REPLACEMENTS: dict[tuple[type[nn.Module], str], type[nn.Module]] = {
 
 
 def split_dimensions(model: GPT) -> dict[nn.Parameter, int]:
-    """The dimension that is cut of each parameter that ranks share; of the others each has a copy."""
+    """The dimension that is cut of each parameter that ranks share; of the others each has a
+    copy.
+    """
     split: dict[nn.Parameter, int] = {}
     for path, role in model.tensor_plan().items():
         layer: Any = model.get_submodule(path)
@@ -254,7 +278,9 @@ def box(shape: torch.Size, dimension: int | None, axis: TensorAxis | None) -> Bo
 
 
 def share(model: GPT, axis: TensorAxis) -> None:
-    """Put the layers above in place of those that the model's plan names; they take over its parameters."""
+    """Put the layers above in place of those that the model's plan names; they take over its
+    parameters.
+    """
     for path, role in model.tensor_plan().items():
         parent, _, name = path.rpartition(".")
         serial = model.get_submodule(path)
@@ -269,11 +295,15 @@ def share(model: GPT, axis: TensorAxis) -> None:
 
 
 def sum_partial_gradients(model: GPT, axis: TensorAxis) -> None:
-    """Sum the gradients of what every rank has whole but uses on its own positions only, before ZeRO sees them."""
+    """Sum the gradients of what every rank has whole but uses on its own positions only, before
+    ZeRO sees them.
+    """
     for module in model.modules():
         if isinstance(module, Norm | PartTable):
             partial = list(module.parameters(recurse=False))
         else:
-            partial = [module.bias] if isinstance(module, RowLinear) and module.bias is not None else []
+            partial = (
+                [module.bias] if isinstance(module, RowLinear) and module.bias is not None else []
+            )
         for parameter in partial:
             parameter.register_hook(axis.sum_gradient)

@@ -1,8 +1,9 @@
 """How long a step stands still for other ranks, by a clock that fits where it computes.
 
-On a CPU the host waits: whatever blocks in torch.distributed passes through `Work.wait`. On a GPU the host queues
-collectives and goes on; the device's stream stands still, inside NCCL's kernels and for other streams. There, events
-before and after each call that can make the stream stand still tell for how long it did.
+On a CPU the host waits: whatever blocks in torch.distributed passes through `Work.wait`. On a GPU
+the host queues collectives and goes on; the device's stream stands still, inside NCCL's kernels and
+for other streams. There, events before and after each call that can make the stream stand still
+tell for how long it did.
 """
 
 from __future__ import annotations
@@ -15,11 +16,33 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-# Methods of a process group that queue a kernel of NCCL's on the current stream, in torch 2.11 and 2.13.
+# Methods of a process group that queue a kernel of NCCL's on the current stream, in torch 2.11 and
+# 2.13.
 _COLLECTIVES = (
-    *("allreduce", "allreduce_coalesced", "reduce", "broadcast", "barrier", "gather", "scatter", "send", "recv"),
-    *("allgather", "allgather_coalesced", "_allgather_base", "allgather_into_tensor_coalesced", "all_gather_single"),
-    *("reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor_coalesced", "reduce_scatter_single"),
+    *(
+        "allreduce",
+        "allreduce_coalesced",
+        "reduce",
+        "broadcast",
+        "barrier",
+        "gather",
+        "scatter",
+        "send",
+        "recv",
+    ),
+    *(
+        "allgather",
+        "allgather_coalesced",
+        "_allgather_base",
+        "allgather_into_tensor_coalesced",
+        "all_gather_single",
+    ),
+    *(
+        "reduce_scatter",
+        "_reduce_scatter_base",
+        "reduce_scatter_tensor_coalesced",
+        "reduce_scatter_single",
+    ),
     *("alltoall", "alltoall_base", "_end_coalescing"),
 )
 
@@ -49,8 +72,8 @@ class HostClock:
 class DeviceClock:
     """The time of a GPU's stream, the one that is current when the clock is made.
 
-    What is queued on other streams meanwhile takes none. Two events a collective are some microseconds of the host's
-    time, hence not every step.
+    What is queued on other streams meanwhile takes none. Two events a collective are some
+    microseconds of the host's time, hence not every step.
     """
 
     every = 5
@@ -89,7 +112,9 @@ def end() -> list[tuple[Any, Any]]:
 
 
 def timed(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a call count as a time of standing still, at a fraction of a microsecond where nothing is measured."""
+    """Make a call count as a time of standing still, at a fraction of a microsecond where
+    nothing is measured.
+    """
 
     @wraps(method)
     def _timed_wait(*arguments: Any, **options: Any) -> Any:
@@ -120,6 +145,8 @@ def _waiting_calls(device: torch.device) -> Iterator[tuple[Any, str]]:
         yield dist.Work, "block_current_stream"
         yield from ((dist.ProcessGroup, name) for name in _COLLECTIVES)
         # DeepSpeed communicates on streams of its own, for which its host or the main stream waits.
-        yield from ((torch.cuda.Stream, name) for name in ("wait_stream", "wait_event", "synchronize"))
+        yield from (
+            (torch.cuda.Stream, name) for name in ("wait_stream", "wait_event", "synchronize")
+        )
         yield from ((torch.cuda.Event, name) for name in ("wait", "synchronize"))
         yield torch.cuda, "synchronize"

@@ -1,4 +1,5 @@
-"""The proof of equality: train a few steps under many strategies and compare with one plain process.
+"""The proof of equality: train a few steps under many strategies and compare with one plain
+process.
 
 ``launch/parity.py`` and the tests share it.
 """

@@ -1,4 +1,7 @@
-"""What `launch/parity.py` was asked to compare, and what of that these ranks can train. No torch: known at once."""
+"""What `launch/parity.py` was asked to compare, and what of that these ranks can train.
+
+No torch: known at once.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,9 @@ Precision = Literal["fp32", "bf16"]
 class Request:
     """What the user asks for: the configuration, the name of its file, and how to compare.
 
-    ``tolerance`` in fp32: of a loss or norm, relative; in bf16: times what a plain process strays; None: the usual.
-    ``gpus``: those of this machine, where it starts the ranks; 0: on its CPU, as many as wanted; None: a launcher does.
+    ``tolerance`` in fp32: of a loss or norm, relative; in bf16: times what a plain process strays;
+    None: the usual. ``gpus``: those of this machine, where it starts the ranks; 0: on its CPU, as
+    many as wanted; None: a launcher does.
     """
 
     file: RunConfig
@@ -38,7 +42,10 @@ class Request:
 
     def on_ranks(self, ranks: int) -> str:
         """What to type for another number of ranks."""
-        launched = f"deepspeed --hostfile hosts launch/parity.py --deepspeed_config {self.source} --ranks {ranks}"
+        launched = (
+            f"deepspeed --hostfile hosts launch/parity.py --deepspeed_config {self.source} "
+            f"--ranks {ranks}"
+        )
         if self.gpus is not None and (self.gpus == 0 or ranks <= self.gpus):
             return f"--ranks {ranks}, or with so many slots in the hostfile {launched}"
         return f"with so many slots in the hostfile {launched}"
@@ -48,13 +55,17 @@ class Request:
         """Where offload to NVMe goes: as asked for, else as the file says."""
         zero = self.file.zero_optimization
         sections = (zero.offload_optimizer, zero.offload_param)
-        return self.nvme_path or next((part.nvme_path for part in sections if part and part.nvme_path), None)
+        return self.nvme_path or next(
+            (part.nvme_path for part in sections if part and part.nvme_path), None
+        )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The number of ranks; the strategies to train on them, the file's own first, each with its configuration; how many
-    more do not compose; and why the file's own is left out, empty where it is not."""
+    """The number of ranks; the strategies to train on them, the file's own first, each with its
+    configuration; how many more do not compose; and why the file's own is left out, empty where
+    it is not.
+    """
 
     ranks: int
     legal: list[tuple[Strategy, ResolvedConfig]]
@@ -66,31 +77,42 @@ def require_devices(request: Request, ranks: int) -> None:
     """A rank takes a GPU of its own, where this machine has any; raises UserError."""
     if request.gpus and ranks > request.gpus:
         raise UserError(
-            f"--ranks {ranks}: this machine has {request.gpus} GPUs, one a rank: --ranks {request.gpus}, or "
-            f"{request.on_ranks(ranks)}; on the CPU: CUDA_VISIBLE_DEVICES= python launch/parity.py --ranks {ranks}"
+            f"--ranks {ranks}: this machine has {request.gpus} GPUs, one a rank: --ranks "
+            f"{request.gpus}, or {request.on_ranks(ranks)}; on the CPU: CUDA_VISIBLE_DEVICES= "
+            f"python launch/parity.py --ranks {ranks}"
         )
 
 
-def require_launched(request: Request, asked: int | None, signs: list[str], world_size: int) -> None:
-    """A launcher's ranks are as many as --ranks or, without it, the file says: else a host may be missing.
+def require_launched(
+    request: Request, asked: int | None, signs: list[str], world_size: int
+) -> None:
+    """A launcher's ranks are as many as --ranks or, without it, the file says: else a host may be
+    missing.
 
-    ``signs``: the variables by which a launcher speaks. A number that the file's own mesh does not divide is not
-    expected. Raises UserError.
+    ``signs``: the variables by which a launcher speaks. A number that the file's own mesh does not
+    divide is not expected. Raises UserError.
     """
     if asked not in (None, world_size):
         raise UserError(
-            f"--ranks {asked}: a launcher has started {world_size} ({', '.join(signs)}): leave --ranks out, or start "
-            f"{asked} by it; to start them on this machine without it: unset {' '.join(signs)}"
+            f"--ranks {asked}: a launcher has started {world_size} ({', '.join(signs)}): leave "
+            f"--ranks out, or start {asked} by it; to start them on this machine without it: unset "
+            f"{' '.join(signs)}"
         )
     parallel = request.file.megagpt.parallel
     if asked or (request.stated_ranks or 0) % parallel.model_parallel_size:
         return
     if (unexpected := unexpected_world(parallel, world_size)) is not None:
-        raise UserError(f"{unexpected.line(request.source)}, or compare on these all the same: --ranks {world_size}")
+        raise UserError(
+            f"{unexpected.line(request.source)}, or compare on these all the same: --ranks "
+            f"{world_size}"
+        )
 
 
 def plan(request: Request, world_size: int) -> Plan:
-    """What to train on so many ranks. Raises UserError where the file's own is all that is wanted, and impossible."""
+    """What to train on so many ranks.
+
+    Raises UserError where the file's own is all that is wanted, and impossible.
+    """
     own = own_strategy(request.file)
     left_out = _other_ranks_needed(request, own, world_size)
     tried = [] if left_out else [own]
@@ -106,11 +128,16 @@ def plan(request: Request, world_size: int) -> Plan:
 
 
 def remarks_on_own(request: Request, planned: Plan) -> list[str]:
-    """What is to be known of the file's own strategy, the first, beyond the columns of the table."""
+    """What is to be known of the file's own strategy, the first, beyond the columns of the
+    table.
+    """
     strategy, config = planned.legal[0]
     remarks = ["with " + ", ".join(keys)] if (keys := further_keys(strategy, config)) else []
     if (key := left_out_key(strategy, config)) is not None:
-        remarks.append(f"without its {key}, which cuts the small model's stages into different numbers of tiles")
+        remarks.append(
+            f"without its {key}, which cuts the small model's stages into different numbers of "
+            f"tiles"
+        )
     if request.stated_ranks not in (None, planned.ranks):
         remarks.append(f"it states {request.stated_ranks} ranks")
     if request.file.bf16.enabled is True and request.precision == "fp32":
@@ -120,9 +147,13 @@ def remarks_on_own(request: Request, planned: Plan) -> list[str]:
     return remarks
 
 
-def _described(request: Request, tried: list[Strategy], world_size: int) -> list[tuple[Strategy, ResolvedConfig]]:
+def _described(
+    request: Request, tried: list[Strategy], world_size: int
+) -> list[tuple[Strategy, ResolvedConfig]]:
     document = small_document(request.file, tried, world_size, request.steps, request.precision)
-    return [(strategy, resolved(document, strategy, world_size, request.disk)) for strategy in tried]
+    return [
+        (strategy, resolved(document, strategy, world_size, request.disk)) for strategy in tried
+    ]
 
 
 def _other_ranks_needed(request: Request, own: Strategy, world_size: int) -> str:
@@ -131,11 +162,14 @@ def _other_ranks_needed(request: Request, own: Strategy, world_size: int) -> str
     if world_size % replica == 0:
         return ""
     only_one = stated == replica or replica <= (request.gpus or 0) < 2 * replica
-    ranks = replica if only_one else 2 * replica  # with a single replica, ZeRO would have nothing to cut
+    ranks = (
+        replica if only_one else 2 * replica
+    )  # with a single replica, ZeRO would have nothing to cut
     says = f" (it states {stated})" if stated else ""
     return (
-        f"{request.source}: tensor {own.tensor} x pipeline {own.pipeline} needs a multiple of {replica} ranks{says}, "
-        f"and here are {world_size}: its own strategy is left out. To try it: {request.on_ranks(ranks)}"
+        f"{request.source}: tensor {own.tensor} x pipeline {own.pipeline} needs a multiple of "
+        f"{replica} ranks{says}, and here are {world_size}: its own strategy is left out. To try "
+        f"it: {request.on_ranks(ranks)}"
     )
 
 

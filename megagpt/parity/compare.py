@@ -1,4 +1,5 @@
-"""The same few steps, from one seed, under every strategy that these ranks can host, against one plain process.
+"""The same few steps, from one seed, under every strategy that these ranks can host, against one
+plain process.
 
 Each strategy is a whole engine: mesh, ZeRO stage, offload, schedule. The file's own comes first.
 """
@@ -28,7 +29,9 @@ from megagpt.parity.tolerance import Straying
 
 @dataclass(frozen=True)
 class Reference:
-    """One plain process in fp32, how far it strays in bf16 where that is compared, and how far a strategy may."""
+    """One plain process in fp32, how far it strays in bf16 where that is compared, and how far a
+    strategy may.
+    """
 
     exact: PlainRun
     rounding: Straying | None
@@ -45,7 +48,10 @@ class Outcome:
 
 
 def run(request: Request) -> bool:
-    """Compare and print; every rank must call it. Whether all strategies equal the plain process."""
+    """Compare and print; every rank must call it.
+
+    Whether all strategies equal the plain process.
+    """
     logging.captureWarnings(True)
     logging.disable(logging.WARNING)  # each strategy would say again what Adam it has
     require_agreement(request.file)
@@ -60,7 +66,10 @@ def run(request: Request) -> bool:
             _say(title)
         outcome = _compare(config, reference.exact, request)
         equal = outcome.straying.within(reference.limit)
-        _say(_line(_aligned(strategy.words(), STRATEGY.values()), outcome) + ("" if equal else "  DIFFERS"))
+        _say(
+            _line(_aligned(strategy.words(), STRATEGY.values()), outcome)
+            + ("" if equal else "  DIFFERS")
+        )
         wrong += not equal
     _say(_verdict(request, planned, reference, wrong))
     return wrong == 0
@@ -76,7 +85,10 @@ def _reference(request: Request, config: ResolvedConfig) -> Reference:
     rounded = plain.train(config, request.steps, training_device(), torch.bfloat16)
     rounding = yardstick.straying(rounded.losses, rounded.norms, rounded.state[WEIGHT], exact)
     return Reference(
-        exact, rounding, tolerance, yardstick.limit_in_bf16(rounding, exact, config.tokens_per_step, tolerance)
+        exact,
+        rounding,
+        tolerance,
+        yardstick.limit_in_bf16(rounding, exact, config.tokens_per_step, tolerance),
     )
 
 
@@ -84,7 +96,10 @@ def _compare(config: ResolvedConfig, exact: PlainRun, request: Request) -> Outco
     """Train under a strategy; how far it strays, the same answer on each rank."""
     engine = build_engine(config, build_mesh(config))
     try:
-        results = [pipeline.train_step(engine, micro_batches(engine, step)) for step in range(request.steps)]
+        results = [
+            pipeline.train_step(engine, micro_batches(engine, step))
+            for step in range(request.steps)
+        ]
         largest, squares, elements = _compare_weights(engine, exact)
     finally:
         engine.close()
@@ -96,7 +111,9 @@ def _compare(config: ResolvedConfig, exact: PlainRun, request: Request) -> Outco
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     dist.all_reduce(total)
     loss, norm, largest, held = worst.tolist()
-    weights = largest if request.precision == "fp32" else yardstick.share_of_changes(float(total), exact)
+    weights = (
+        largest if request.precision == "fp32" else yardstick.share_of_changes(float(total), exact)
+    )
     return Outcome(Straying(loss, norm, weights), held)
 
 
@@ -108,13 +125,18 @@ def micro_batches(engine: Engine, step: int) -> list[MicroBatch]:
     tokens, targets = global_batch(step, samples, length, model.vocabulary)
     documents = document_ids(step, samples, length) if config.megagpt.data.document_mask else None
     seeds = dropout_seeds(step, samples) if model.dropout else None
-    starts = [(index * mesh.data_size + mesh.data_rank) * size for index in range(config.gradient_accumulation_steps)]
+    starts = [
+        (index * mesh.data_size + mesh.data_rank) * size
+        for index in range(config.gradient_accumulation_steps)
+    ]
     cuts = [slice(start, start + size) for start in starts]
     return [
         MicroBatch(
             tokens[cut].to(engine.device),
             targets[cut].to(engine.device),
-            documents=None if documents is None else document_bounds(documents[cut].to(engine.device)),
+            documents=None
+            if documents is None
+            else document_bounds(documents[cut].to(engine.device)),
             dropout_seed=None if seeds is None else seeds[cut].to(engine.device),
         )
         for cut in cuts
@@ -122,8 +144,10 @@ def micro_batches(engine: Engine, step: int) -> list[MicroBatch]:
 
 
 def _compare_weights(engine: Engine, exact: PlainRun) -> tuple[float, float, int]:
-    """Of the weights that this rank saves: the largest difference, as a share of the largest change of its whole
-    parameter, and the squares of all differences; and how many elements it holds."""
+    """Of the weights that this rank saves: the largest difference, as a share of the largest
+    change of its whole parameter, and the squares of all differences; and how many elements it
+    holds.
+    """
     shares, squares, elements = [0.0], 0.0, 0
     for bucket in engine.buckets():
         elements += sum(piece.numel for piece in bucket.pieces)
@@ -132,11 +156,17 @@ def _compare_weights(engine: Engine, exact: PlainRun) -> tuple[float, float, int
                 values = master.view(-1)[piece.offset : piece.offset + piece.numel].float().cpu()
                 expected = _expected(engine, exact, piece)
                 squares += yardstick.squared_distance(values, expected)
-                change = float((exact.state[WEIGHT][piece.name] - exact.start[piece.name]).abs().max())
+                change = float(
+                    (exact.state[WEIGHT][piece.name] - exact.start[piece.name]).abs().max()
+                )
                 off = (values - expected).abs()[_meaningful(engine, piece)]
                 if off.numel() and change:
                     shares.append(float(off.max()) / change)
-    return float(torch.tensor(shares).max()), squares, elements  # which is not a number where one of them is not
+    return (
+        float(torch.tensor(shares).max()),
+        squares,
+        elements,
+    )  # which is not a number where one of them is not
 
 
 def _expected(engine: Engine, exact: PlainRun, piece: Piece) -> Tensor:
@@ -147,8 +177,9 @@ def _expected(engine: Engine, exact: PlainRun, piece: Piece) -> Tensor:
 
 
 def _meaningful(engine: Engine, piece: Piece) -> Tensor:
-    """False at a key's bias, unless keys are rotated: it moves all scores of a query alike, so that its gradient is
-    rounding noise, which Adam blows up."""
+    """False at a key's bias, unless keys are rotated: it moves all scores of a query alike, so
+    that its gradient is rounding noise, which Adam blows up.
+    """
     model = engine.config.megagpt.model
     if not piece.name.endswith("qkv.bias") or model.position == "rotary":
         return torch.ones(piece.numel, dtype=torch.bool)
@@ -158,7 +189,14 @@ def _meaningful(engine: Engine, piece: Piece) -> Tensor:
     return heads % (queries + 2) != queries
 
 
-STRATEGY = {"pipeline": 8, "tensor": 6, "ZeRO": 4, "optimizer": 9, "parameters": 10, "other": 36}  # columns, widths
+STRATEGY = {
+    "pipeline": 8,
+    "tensor": 6,
+    "ZeRO": 4,
+    "optimizer": 9,
+    "parameters": 10,
+    "other": 36,
+}  # columns, widths
 NUMBERS = {"loss": 8, "norm": 8, "weights": 8, "held": 5}
 PLAIN_IN_BF16 = "one plain process in bf16"
 
@@ -169,16 +207,20 @@ def _heading(request: Request, planned: Plan) -> str:
     strategies = "1 strategy" if len(planned.legal) == 1 else f"{len(planned.legal)} strategies"
     ranks = f"{planned.ranks} ranks ({training_device().type})"
     return (
-        f"{left_out}{strategies} on {ranks}, "
-        f"{request.steps} steps of {config.train_batch_size} samples of a GPT of "
-        f"{config.megagpt.model.num_parameters:,} parameters in {request.precision}, with dropout;\n"
-        "differences from one plain PyTorch process in fp32, and the largest share of the weights' fp32 copies that "
-        f"any rank holds\n\n{_beside(_aligned(STRATEGY, STRATEGY.values()), NUMBERS)}"
+        f"{left_out}{strategies} on {ranks}, {request.steps} steps of {config.train_batch_size} "
+        f"samples of a GPT of {config.megagpt.model.num_parameters:,} parameters in "
+        f"{request.precision}, with dropout;\n"
+        "differences from one plain PyTorch process in fp32, and the largest share of the weights' "
+        "fp32 copies that any rank holds\n"
+        "\n"
+        f"{_beside(_aligned(STRATEGY, STRATEGY.values()), NUMBERS)}"
     )
 
 
 def _title(request: Request, planned: Plan, index: int) -> str:
-    """What stands above the first row, the file's own, and above the second, where the others begin."""
+    """What stands above the first row, the file's own, and above the second, where the others
+    begin.
+    """
     strategy, _ = planned.legal[index]
     if strategy.file is None:
         return "others that these ranks can host" if index == 1 and not planned.left_out else ""
@@ -204,16 +246,26 @@ def _aligned(words: Iterable[str], widths: Iterable[int]) -> str:
 def _verdict(request: Request, planned: Plan, reference: Reference, wrong: int) -> str:
     count, limit = len(planned.legal), reference.limit
     if request.precision == "fp32":
-        allowed = f"losses and norms within {limit.loss:g}, weights within {limit.weights:g} of their largest change"
+        allowed = (
+            f"losses and norms within {limit.loss:g}, weights within {limit.weights:g} of "
+            f"their largest change"
+        )
     else:
         allowed = (
-            f"{reference.tolerance:g} times as far from fp32 as it strays in bf16, or as one rounding: losses within "
-            f"{limit.loss:.1e}, norms within {limit.norm:.1e}, weights within {limit.weights:.1e} of all their change"
+            f"{reference.tolerance:g} times as far from fp32 as it strays in bf16, or as one "
+            f"rounding: losses within {limit.loss:.1e}, norms within {limit.norm:.1e}, weights "
+            f"within {limit.weights:.1e} of all their change"
         )
-    more = [f"{planned.refused} more do not compose and would be refused before launch"] if planned.refused else []
+    more = (
+        [f"{planned.refused} more do not compose and would be refused before launch"]
+        if planned.refused
+        else []
+    )
     more += [f"what {request.source} asks for was left out, see above"] if planned.left_out else []
     if request.stated_ranks not in (None, planned.ranks):
-        more.append(f"{request.source} states {request.stated_ranks} ranks, and these were {planned.ranks}")
+        more.append(
+            f"{request.source} states {request.stated_ranks} ranks, and these were {planned.ranks}"
+        )
     equal = f"{count - wrong} of {count} strategies equal one plain process ({allowed})"
     return "\n" + "; ".join([equal, *more])
 

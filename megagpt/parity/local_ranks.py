@@ -18,24 +18,33 @@ CPU_RANKS = 4  # where there is no GPU: enough for every axis of the mesh to hav
 
 
 def gpus_here() -> int:
-    """The GPUs that ranks started here would compute on; 0 on a CPU, also where the user chose it."""
+    """The GPUs that ranks started here would compute on; 0 on a CPU, also where the user chose
+    it.
+    """
     return 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
 
 
 def start(ranks: int, job: Callable[..., Any], *arguments: Any) -> Any:
     """What ``job(*arguments)`` returns on rank 0 of so many new processes.
 
-    Raises a UserError that a rank raised, or torch's ProcessException, with the traceback, where one failed otherwise;
-    the other ranks have then been ended.
+    Raises a UserError that a rank raised, or torch's ProcessException, with the traceback, where
+    one failed otherwise; the other ranks have then been ended.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = get_context("spawn")
     answers, refusals = context.SimpleQueue(), context.SimpleQueue()
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it shows each rank that it ends
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(
+        logging.ERROR
+    )  # it shows each rank that it ends
     try:
-        start_processes(_rank, (ranks, port, answers, refusals, job, arguments), nprocs=ranks, start_method="spawn")
+        start_processes(
+            _rank,
+            (ranks, port, answers, refusals, job, arguments),
+            nprocs=ranks,
+            start_method="spawn",
+        )
     except ProcessException:
         if refusals.empty():
             raise
@@ -44,14 +53,27 @@ def start(ranks: int, job: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _rank(
-    rank: int, ranks: int, port: int, answers: Any, refusals: Any, job: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int,
+    ranks: int,
+    port: int,
+    answers: Any,
+    refusals: Any,
+    job: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_SIZE": str(ranks),
+    }
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
         answer = joined(job, *arguments)
     except UserError as error:
-        kind = TransientError if isinstance(error, TransientError) else UserError  # which can be pickled
+        kind = (
+            TransientError if isinstance(error, TransientError) else UserError
+        )  # which can be pickled
         refusals.put(kind(str(error)))
         sys.exit(ExitCode.BAD_INPUT)
     if rank == 0:
@@ -61,7 +83,8 @@ def _rank(
 def joined(job: Callable[..., Any], *arguments: Any) -> Any:
     """Run a job on this rank, joined to the others; every rank must call it.
 
-    A rank that fails leaves the group to its own end: others that wait for it would fail before it has said why.
+    A rank that fails leaves the group to its own end: others that wait for it would fail before it
+    has said why.
     """
     from megagpt.parallel.engine import join_ranks
 

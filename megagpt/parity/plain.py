@@ -1,4 +1,5 @@
-"""The outside reference: training in one plain PyTorch process, without DeepSpeed or any of the trainer.
+"""The outside reference: training in one plain PyTorch process, without DeepSpeed or any of the
+trainer.
 
 Also the batches that such comparisons train on: learnable, the same on every machine.
 """
@@ -21,7 +22,8 @@ WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 class PlainRun:
     """Losses and gradient norms (before clipping) of each step; flat weights at the start, by name.
 
-    ``state`` holds, at the end, the flat weights and both moments of Adam by kind and name, on the CPU.
+    ``state`` holds, at the end, the flat weights and both moments of Adam by kind and name, on the
+    CPU.
     """
 
     losses: list[float]
@@ -43,16 +45,23 @@ def dropout_seeds(step: int, samples: int) -> Tensor:
 
 
 def document_ids(step: int, samples: int, length: int) -> Tensor:
-    """Ids (samples, length) of packed documents of some five tokens each, for a step of a run that masks them."""
+    """Ids (samples, length) of packed documents of some five tokens each, for a step of a run
+    that masks them.
+    """
     generator = torch.Generator().manual_seed(2000 + step)
     return (torch.rand(samples, length, generator=generator) < 0.2).cumsum(dim=1).int()
 
 
 def train(
-    config: ResolvedConfig, steps: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+    config: ResolvedConfig,
+    steps: int,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> PlainRun:
-    """Train with AdamW, weight decay and clipping as the configuration says; its mesh, ZeRO, offload and precision do
-    not matter, and its scheduler is left out. Forward and backward compute in ``dtype``, all else is fp32."""
+    """Train with AdamW, weight decay and clipping as the configuration says; its mesh, ZeRO,
+    offload and precision do not matter, and its scheduler is left out. Forward and backward
+    compute in ``dtype``, all else is fp32.
+    """
     model = initialise_(GPT(config.megagpt.model), config.megagpt.training.seed).to(device)
     start = _flat(dict(model.named_parameters()))
     optimizer = adam(config, model)
@@ -61,13 +70,17 @@ def train(
     for step in range(steps):
         loss = _loss(config, computed, step, device)
         loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clipping)))
+        norms.append(
+            float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clipping))
+        )
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
     state = {WEIGHT: _flat(dict(model.named_parameters()))}
     for moment in MOMENTS:
-        state[moment] = _flat({name: optimizer.state[p][moment] for name, p in model.named_parameters() if steps})
+        state[moment] = _flat(
+            {name: optimizer.state[p][moment] for name, p in model.named_parameters() if steps}
+        )
     return PlainRun(losses, norms, start, state)
 
 
@@ -85,7 +98,9 @@ def computing_in(dtype: torch.dtype, model: GPT) -> Callable[..., Tensor]:
 
 
 def adam(config: ResolvedConfig, model: GPT, fused: bool | None = None) -> torch.optim.AdamW:
-    """Return AdamW as the configuration says, with weight decay of matrices alone; ``fused`` as in torch."""
+    """Return AdamW as the configuration says, with weight decay of matrices alone; ``fused`` as
+    in torch.
+    """
     given = config.optimizer.params
     beta1, beta2 = given.betas
     groups: dict[float, list[Tensor]] = {given.weight_decay: [], 0.0: []}
@@ -100,7 +115,9 @@ def adam(config: ResolvedConfig, model: GPT, fused: bool | None = None) -> torch
     )
 
 
-def _loss(config: ResolvedConfig, model: Callable[..., Tensor], step: int, device: torch.device | None) -> Tensor:
+def _loss(
+    config: ResolvedConfig, model: Callable[..., Tensor], step: int, device: torch.device | None
+) -> Tensor:
     shape, samples = config.megagpt.model, config.train_batch_size
     tokens, targets = global_batch(step, samples, shape.sequence_length, shape.vocabulary)
     seeds = dropout_seeds(step, samples).to(device) if shape.dropout else None

@@ -1,7 +1,10 @@
-"""A run of the file's kind, so small that it trains in a moment, and cut as a strategy says. No torch.
+"""A run of the file's kind, so small that it trains in a moment, and cut as a strategy says.
 
-Every mechanism still acts: there is a head and a block for each rank, and, where NVMe is tried, as much as DeepSpeed
-needs to swap at all. Sizes that the file states for its own model become smaller with it.
+No torch.
+
+Every mechanism still acts: there is a head and a block for each rank, and, where NVMe is tried, as
+much as DeepSpeed needs to swap at all. Sizes that the file states for its own model become smaller
+with it.
 """
 
 from __future__ import annotations
@@ -14,16 +17,29 @@ from typing import Any
 
 from megagpt.config import ModelConfig, ResolvedConfig, RunConfig
 from megagpt.parity.strategies import Strategy
-from megagpt.planning.cost.model_states import FP32_BYTES, LEAST_SWAPPED_BYTES, PERSISTENCE_THRESHOLD, tile_counts
+from megagpt.planning.cost.model_states import (
+    FP32_BYTES,
+    LEAST_SWAPPED_BYTES,
+    PERSISTENCE_THRESHOLD,
+    tile_counts,
+)
 from megagpt.planning.layout import Layout
 from megagpt.schema.arithmetic import round_up
 from megagpt.schema.errors import shown
 from megagpt.schema.model import ModelSection
 
 SAMPLES_PER_RANK, LEARNING_RATE, DROPOUT = 2, 1e-3, 0.1
-EPSILON = 1e-6  # of Adam: well above the rounding of a gradient, which 1e-8 is not, and well below most gradients
-GROUPS, WIDTH, LENGTH, ROWS = 8, 64, 16, 256  # at least; WIDTH is shared by the groups of query and key-value heads
-LEAST_TILE = LEAST_SWAPPED_BYTES // FP32_BYTES  # elements of a rank's optimizer tile that goes to NVMe
+# of Adam: well above the rounding of a gradient, which 1e-8 is not, and well below most gradients
+EPSILON = 1e-6
+GROUPS, WIDTH, LENGTH, ROWS = (
+    8,
+    64,
+    16,
+    256,
+)  # at least; WIDTH is shared by the groups of query and key-value heads
+LEAST_TILE = (
+    LEAST_SWAPPED_BYTES // FP32_BYTES
+)  # elements of a rank's optimizer tile that goes to NVMe
 LEAST_PIECE = LEAST_SWAPPED_BYTES // 2  # and of a parameter's piece, which does so in bf16 only
 ROOM = 1.25  # stages are not quite equal
 TILE = "sub_group_size"  # of the optimizer, which has to have as many on each stage
@@ -42,7 +58,9 @@ OFFLOAD = ("offload_optimizer", "offload_param")
 def small_document(
     file: RunConfig, tried: Sequence[Strategy], world_size: int, steps: int, precision: str
 ) -> dict[str, Any]:
-    """The file's kind of model and optimizer, small, and the same for all strategies that are tried."""
+    """The file's kind of model and optimizer, small, and the same for all strategies that are
+    tried.
+    """
     adam = file.optimizer.params
     own = {"betas": list(adam.betas), "weight_decay": adam.weight_decay}
     return {
@@ -58,13 +76,21 @@ def small_document(
     }
 
 
-def _small_model(kind: ModelSection, tried: Sequence[Strategy], world_size: int, precision: str) -> dict[str, Any]:
-    """What every tensor axis divides, with a block for each stage. For an optimizer on NVMe, blocks are so wide that
-    each rank has a tile to swap; for parameters there, the table of tokens is so long that its pieces are swapped."""
+def _small_model(
+    kind: ModelSection, tried: Sequence[Strategy], world_size: int, precision: str
+) -> dict[str, Any]:
+    """What every tensor axis divides, with a block for each stage.
+
+    For an optimizer on NVMe, blocks are so wide that each rank has a tile to swap; for parameters
+    there, the table of tokens is so long that its pieces are swapped.
+    """
     tensor = lcm(*(strategy.tensor for strategy in tried))
     groups = round_up(GROUPS, tensor)
     heads = groups * (1 if kind.num_kv_heads == kind.num_heads else 2)
-    shape = {key: getattr(kind, key) for key in ("position", "norm", "activation", "bias", "tie_embeddings")}
+    shape = {
+        key: getattr(kind, key)
+        for key in ("position", "norm", "activation", "bias", "tie_embeddings")
+    }
     shape |= {
         "num_layers": max(2, *(strategy.num_stages for strategy in tried)),
         "num_heads": heads,
@@ -72,10 +98,17 @@ def _small_model(kind: ModelSection, tried: Sequence[Strategy], world_size: int,
         "sequence_length": round_up(LENGTH, tensor),
         "dropout": DROPOUT,
     }
-    swapped = ROOM * LEAST_TILE * world_size if any(strategy.optimizer == "nvme" for strategy in tried) else 0
+    swapped = (
+        ROOM * LEAST_TILE * world_size
+        if any(strategy.optimizer == "nvme" for strategy in tried)
+        else 0
+    )
     for head_size in count(max(4, WIDTH // groups // 2 * 2), 2):  # even, for rotary positions
         model = ModelConfig(**shape, hidden_size=heads * head_size, vocab_size=ROWS)
-        if model.mlp_size % tensor == 0 and model.num_layers * model.block_matmul_parameters >= swapped:
+        if (
+            model.mlp_size % tensor == 0
+            and model.num_layers * model.block_matmul_parameters >= swapped
+        ):
             break
     rows = ROWS
     if precision == "bf16" and any(strategy.parameters == "nvme" for strategy in tried):
@@ -84,10 +117,13 @@ def _small_model(kind: ModelSection, tried: Sequence[Strategy], world_size: int,
     return shape | {"hidden_size": model.hidden_size, "vocab_size": rows, "vocabulary": rows - 6}
 
 
-def resolved(document: dict[str, Any], strategy: Strategy, world_size: int, nvme_path: str | None) -> ResolvedConfig:
+def resolved(
+    document: dict[str, Any], strategy: Strategy, world_size: int, nvme_path: str | None
+) -> ResolvedConfig:
     """The small run under a strategy; ConfigError where that cannot even be described."""
     own = document | {
-        "train_micro_batch_size_per_gpu": strategy.tensor,  # so that a rank of a pipeline of p sees 2 p of them
+        # so that a rank of a pipeline of p sees 2 p of them
+        "train_micro_batch_size_per_gpu": strategy.tensor,
         "megagpt": document["megagpt"] | {"parallel": strategy.parallel},
     }
     model = ModelConfig(**document["megagpt"]["model"])
@@ -107,12 +143,17 @@ def resolved(document: dict[str, Any], strategy: Strategy, world_size: int, nvme
 
 def _resolved(document: dict[str, Any], zero: dict[str, Any], world_size: int) -> ResolvedConfig:
     text = json.dumps(document | {"zero_optimization": zero})
-    return RunConfig.from_json(text).resolved(world_size=world_size, vocabulary=None, bf16_native=False)
+    return RunConfig.from_json(text).resolved(
+        world_size=world_size, vocabulary=None, bf16_native=False
+    )
 
 
 def _own_zero(file: RunConfig, model: ModelConfig) -> dict[str, Any]:
-    """The file's own section. Buckets, tiles and bounds hold the same part of the model as in the large one, and
-    parameters stay whole below the same multiple of its width: norms and biases do, matrices do not."""
+    """The file's own section.
+
+    Buckets, tiles and bounds hold the same part of the model as in the large one, and parameters
+    stay whole below the same multiple of its width: norms and biases do, matrices do not.
+    """
     large = file.megagpt.model
     zero = file.zero_optimization.model_dump(mode="json", exclude_unset=True, exclude_none=True)
     part = (model.num_layers * model.hidden_size**2) / (large.num_layers * large.hidden_size**2)
@@ -122,7 +163,9 @@ def _own_zero(file: RunConfig, model: ModelConfig) -> dict[str, Any]:
         zero[TILE] = max(zero[TILE], LEAST_TILE)
     if zero.get("stage") == 3:
         threshold = zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
-        zero["stage3_param_persistence_threshold"] = _part_of(threshold, model.hidden_size / large.hidden_size)
+        zero["stage3_param_persistence_threshold"] = _part_of(
+            threshold, model.hidden_size / large.hidden_size
+        )
     if "max_in_cpu" in (offload := zero.get("offload_param", {})):
         offload["max_in_cpu"] = _part_of(offload["max_in_cpu"], part)
     return zero
@@ -134,20 +177,33 @@ def _part_of(size: int, part: float) -> int:
 
 def _take_over(own: dict[str, Any], file: RunConfig) -> None:
     """What else the file says of how its step is executed."""
-    own["megagpt"] |= {"training": own["megagpt"]["training"] | {"recompute": file.megagpt.training.recompute}}
+    own["megagpt"] |= {
+        "training": own["megagpt"]["training"] | {"recompute": file.megagpt.training.recompute}
+    }
     own["optimizer"] = own["optimizer"] | {
         "params": own["optimizer"]["params"] | {"torch_adam": file.optimizer.params.torch_adam}
     }
     if file.aio is not None:
-        least = {"block_size": min(file.aio.block_size, LEAST_SWAPPED_BYTES)}  # DeepSpeed swaps nothing smaller
+        least = {
+            "block_size": min(file.aio.block_size, LEAST_SWAPPED_BYTES)
+        }  # DeepSpeed swaps nothing smaller
         own["aio"] = file.aio.model_dump() | least
-    if own["bf16"]["enabled"] and file.bf16.enabled:  # formats of the file's 16-bit run, of no use to another
+    if (
+        own["bf16"]["enabled"] and file.bf16.enabled
+    ):  # formats of the file's 16-bit run, of no use to another
         for key in ("data_types", "communication_data_type"):
             if value := file.model_dump(mode="json", exclude_none=True).get(key):
                 own[key] = value
 
 
-def _place(zero: dict[str, Any], strategy: Strategy, nvme_path: str | None, *, pieces: int, model: ModelConfig) -> None:
+def _place(
+    zero: dict[str, Any],
+    strategy: Strategy,
+    nvme_path: str | None,
+    *,
+    pieces: int,
+    model: ModelConfig,
+) -> None:
     """Say where optimizer and parameters lie; on NVMe, in buffers of the small model's size."""
     for section, place in zip(OFFLOAD, (strategy.optimizer, strategy.parameters), strict=True):
         if place == "none":
@@ -158,7 +214,10 @@ def _place(zero: dict[str, Any], strategy: Strategy, nvme_path: str | None, *, p
             keys["nvme_path"] = nvme_path or keys.get("nvme_path")
             if section == "offload_param":
                 largest = model.hidden_size * max(model.vocab_size, 2 * model.mlp_size)
-                keys |= {"buffer_size": -(-largest // pieces), "max_in_cpu": keys.get("max_in_cpu", 0)}
+                keys |= {
+                    "buffer_size": -(-largest // pieces),
+                    "max_in_cpu": keys.get("max_in_cpu", 0),
+                }
 
 
 def left_out_key(strategy: Strategy, config: ResolvedConfig) -> str | None:
@@ -174,6 +233,12 @@ def further_keys(strategy: Strategy, config: ResolvedConfig) -> list[str]:
     zero = config.zero_optimization
     given = strategy.file.zero_optimization.model_fields_set - {"stage", *OFFLOAD}
     keys = {key: getattr(zero, key) for key in type(zero).model_fields if key in given}
-    keys |= {"recompute": config.megagpt.training.recompute, "grad_accum_dtype": config.data_types.grad_accum_dtype}
+    keys |= {
+        "recompute": config.megagpt.training.recompute,
+        "grad_accum_dtype": config.data_types.grad_accum_dtype,
+    }
     stated = {key: value for key, value in keys.items() if value not in (None, "none")}
-    return [f"{key} {value if isinstance(value, str) else shown(value)}" for key, value in stated.items()]
+    return [
+        f"{key} {value if isinstance(value, str) else shown(value)}"
+        for key, value in stated.items()
+    ]

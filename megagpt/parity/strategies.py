@@ -1,7 +1,9 @@
-"""The ways to train on so many ranks that `parity/compare.py` compares, the file's own first. No torch.
+"""The ways to train on so many ranks that `parity/compare.py` compares, the file's own first.
 
-Each mesh has every ZeRO stage and offload, and at every ZeRO stage its other schedules, the other reduction, and
-`sequence`, one at a time; `planning/rules.py` says what of that composes.
+No torch.
+
+Each mesh has every ZeRO stage and offload, and at every ZeRO stage its other schedules, the other
+reduction, and `sequence`, one at a time; `planning/rules.py` says what of that composes.
 """
 
 from __future__ import annotations
@@ -14,15 +16,20 @@ from megagpt.config import RunConfig
 from megagpt.schema.megagpt import ParallelConfig
 from megagpt.schema.model import ModelSection
 
-EVERY_MESH, USUAL_AXIS = 16, 8  # ranks up to which all meshes are tried; beyond: axes so large, or as the file's model
+EVERY_MESH, USUAL_AXIS = (
+    16,
+    8,
+)  # ranks up to which all meshes are tried; beyond: axes so large, or as the file's model
 OF_MESH = ("schedule", "virtual_stages", "sequence", "gradient_reduction")
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """One way to train: the ``parallel`` section, the ZeRO stage, where optimizer and parameters lie.
+    """One way to train: the ``parallel`` section, the ZeRO stage, where optimizer and parameters
+    lie.
 
-    ``file``: the configuration that asks for it, whose other keys of ZeRO, offload and recomputation hold, too.
+    ``file``: the configuration that asks for it, whose other keys of ZeRO, offload and
+    recomputation hold, too.
     """
 
     parallel: dict[str, Any]
@@ -48,7 +55,9 @@ class Strategy:
 
     def words(self) -> list[str]:
         """A row's first columns."""
-        places = ["device" if place == "none" else place for place in (self.optimizer, self.parameters)]
+        places = [
+            "device" if place == "none" else place for place in (self.optimizer, self.parameters)
+        ]
         rest = " ".join(f"{key}={value}" for key, value in self.parallel.items() if key in OF_MESH)
         return [str(self.pipeline), str(self.tensor), str(self.stage), *places, rest or "-"]
 
@@ -58,20 +67,32 @@ def own_strategy(file: RunConfig) -> Strategy:
     parallel, zero = file.megagpt.parallel, file.zero_optimization
     usual = ParallelConfig(pipeline=parallel.pipeline, tensor=parallel.tensor)
     mesh: dict[str, Any] = {"pipeline": parallel.pipeline, "tensor": parallel.tensor}
-    mesh |= {key: getattr(parallel, key) for key in OF_MESH if getattr(parallel, key) != getattr(usual, key)}
+    mesh |= {
+        key: getattr(parallel, key)
+        for key in OF_MESH
+        if getattr(parallel, key) != getattr(usual, key)
+    }
     return Strategy(mesh, zero.stage, zero.optimizer_device, zero.parameter_device, file)
 
 
 def strategies(world_size: int, nvme: bool, model: ModelSection) -> Iterator[Strategy]:
-    """Every mesh of so many ranks with every ZeRO stage and offload, then with what else is not the default."""
+    """Every mesh of so many ranks with every ZeRO stage and offload, then with what else is not
+    the default.
+    """
     places = ("none", "cpu", "nvme") if nvme else ("none", "cpu")
     for pipeline, tensor in meshes(world_size, model):
         mesh = {"pipeline": pipeline, "tensor": tensor}
         for stage in range(4):
             yield from (Strategy(mesh, stage, optimizer) for optimizer in places)
-        yield from (Strategy(mesh, 3, optimizer, parameters) for parameters in places[1:] for optimizer in places)
+        yield from (
+            Strategy(mesh, 3, optimizer, parameters)
+            for parameters in places[1:]
+            for optimizer in places
+        )
         other: list[dict[str, Any]] = [
-            {"gradient_reduction": "per_micro_batch" if pipeline > 1 else "per_step"}  # not the mesh's default
+            {
+                "gradient_reduction": "per_micro_batch" if pipeline > 1 else "per_step"
+            }  # not the mesh's default
         ]
         if pipeline > 1:
             other += [{"schedule": "gpipe"}, {"schedule": "interleaved", "virtual_stages": 2}]
@@ -81,8 +102,9 @@ def strategies(world_size: int, nvme: bool, model: ModelSection) -> Iterator[Str
 
 
 def meshes(world_size: int, model: ModelSection) -> Iterator[tuple[int, int]]:
-    """(pipeline, tensor): all of a small world; of a large one those that are usual, or that the file's own model can
-    be cut for, as a model for all would grow with the cube of the world."""
+    """(pipeline, tensor): all of a small world; of a large one those that are usual, or that the
+    file's own model can be cut for, as a model for all would grow with the cube of the world.
+    """
     every = world_size <= EVERY_MESH
     for tensor in _divisors(world_size):
         if every or tensor <= USUAL_AXIS or model.num_kv_heads % tensor == 0:

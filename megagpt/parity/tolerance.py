@@ -1,14 +1,16 @@
 """How far a run on a mesh may stray from one plain process in fp32.
 
-In fp32 it differs by sums in another order only: by nothing, within a tolerance well above the rounding of fp32.
+In fp32 it differs by sums in another order only: by nothing, within a tolerance well above the
+rounding of fp32.
 
-In bf16 it loses no more than a plain process loses by computing in bf16. That process is the reference in fp32 with one
-change: every matrix product, norm and activation sees weights and hidden states rounded to bf16, master weights and
-Adam stay in fp32. How far it strays from fp32 is bf16's own rounding, R. A mesh rounds as often, and once more wherever
-partial results meet (micro-batches, data replicas, tensor shards): few roundings beside the dozens of a forward and
-backward, so that 2 R is allowed. R of a single number may be small by chance; it counts as one rounding at least, of a
-norm 2^-9, of a loss that over the root of its tokens' number. A loss also differs by what the weights have strayed of
-the way that they went: by R of the weights times its fall.
+In bf16 it loses no more than a plain process loses by computing in bf16. That process is the
+reference in fp32 with one change: every matrix product, norm and activation sees weights and hidden
+states rounded to bf16, master weights and Adam stay in fp32. How far it strays from fp32 is bf16's
+own rounding, R. A mesh rounds as often, and once more wherever partial results meet (micro-batches,
+data replicas, tensor shards): few roundings beside the dozens of a forward and backward, so that 2
+R is allowed. R of a single number may be small by chance; it counts as one rounding at least, of a
+norm 2^-9, of a loss that over the root of its tokens' number. A loss also differs by what the
+weights have strayed of the way that they went: by R of the weights times its fall.
 """
 
 import math
@@ -20,17 +22,19 @@ from torch import Tensor
 from megagpt.parity.plain import WEIGHT, PlainRun
 
 FP32_TOLERANCE = 1e-4  # of a loss or norm; sums in another order were seen to differ by 1e-6
-OF_WEIGHTS = 100  # times that, of a parameter's largest change: Adam divides small differences by small numbers
+# times that, of a parameter's largest change: Adam divides small differences by small numbers
+OF_WEIGHTS = 100
 BF16_TOLERANCE = 2.0  # times R
 ROUNDING = 2.0**-9  # the largest relative error of one rounding to bf16's 8 bits
 
 
 @dataclass(frozen=True)
 class Straying:
-    """Relative to the plain process in fp32: the largest difference of a loss, of a norm, and that of the weights.
+    """Relative to the plain process in fp32: the largest difference of a loss, of a norm, and that
+    of the weights.
 
-    The latter in fp32: the largest of an element, as a share of the largest change in its parameter. In bf16: the norm
-    of all differences, as a share of the norm of all changes.
+    The latter in fp32: the largest of an element, as a share of the largest change in its
+    parameter. In bf16: the norm of all differences, as a share of the norm of all changes.
     """
 
     loss: float
@@ -47,18 +51,24 @@ def limit_in_fp32(tolerance: float) -> Straying:
     return Straying(tolerance, tolerance, OF_WEIGHTS * tolerance)
 
 
-def limit_in_bf16(rounding: Straying, exact: PlainRun, tokens_per_step: int, tolerance: float) -> Straying:
+def limit_in_bf16(
+    rounding: Straying, exact: PlainRun, tokens_per_step: int, tolerance: float
+) -> Straying:
     """What a mesh may stray in bf16, where the plain process strays by ``rounding``."""
     fall = largest_difference(exact.losses[-1:], exact.losses[:1])
     loss = max(rounding.loss, ROUNDING / math.sqrt(tokens_per_step), rounding.weights * fall)
-    return Straying(tolerance * loss, tolerance * max(rounding.norm, ROUNDING), tolerance * rounding.weights)
+    return Straying(
+        tolerance * loss, tolerance * max(rounding.norm, ROUNDING), tolerance * rounding.weights
+    )
 
 
 def straying(
     losses: Sequence[float], norms: Sequence[float], weights: Mapping[str, Tensor], exact: PlainRun
 ) -> Straying:
     """How far a run in bf16 strays, its flat weights given by name."""
-    squares = sum(squared_distance(weights[name], exact.state[WEIGHT][name]) for name in exact.start)
+    squares = sum(
+        squared_distance(weights[name], exact.state[WEIGHT][name]) for name in exact.start
+    )
     return Straying(
         largest_difference(losses, exact.losses),
         largest_difference(norms, exact.norms),
@@ -68,7 +78,9 @@ def straying(
 
 def largest_difference(found: Sequence[float], exact: Sequence[float]) -> float:
     """The largest relative difference of a step's number; infinite where one is not a number."""
-    differences = [abs(value - expected) / abs(expected) for value, expected in zip(found, exact, strict=True)]
+    differences = [
+        abs(value - expected) / abs(expected) for value, expected in zip(found, exact, strict=True)
+    ]
     return math.inf if any(map(math.isnan, differences)) else max(differences)
 
 
@@ -78,6 +90,10 @@ def squared_distance(found: Tensor, exact: Tensor) -> float:
 
 
 def share_of_changes(squares: float, exact: PlainRun) -> float:
-    """The norm of the difference of all weights, given squared, as a share of the norm of all changes."""
-    changes = sum(squared_distance(exact.state[WEIGHT][name], before) for name, before in exact.start.items())
+    """The norm of the difference of all weights, given squared, as a share of the norm of all
+    changes.
+    """
+    changes = sum(
+        squared_distance(exact.state[WEIGHT][name], before) for name, before in exact.start.items()
+    )
     return math.sqrt(squares / changes)

@@ -1,7 +1,9 @@
-"""Other ways to run the same step on the same ranks: the neighbours of a layout, and those of them that fit.
+"""Other ways to run the same step on the same ranks: the neighbours of a layout, and those of them
+that fit.
 
-A neighbour has the same model, world and global batch; it differs in the mesh, in ZeRO and offload, in recomputation or
-in the micro-batch. One change is tried before two, and of those that fit the fastest by estimate come first.
+A neighbour has the same model, world and global batch; it differs in the mesh, in ZeRO and offload,
+in recomputation or in the micro-batch. One change is tried before two, and of those that fit the
+fastest by estimate come first.
 """
 
 from __future__ import annotations
@@ -26,11 +28,17 @@ Device = Literal["none", "cpu"]
 DEVICES: tuple[Device, ...] = ("none", "cpu")
 
 
-def alternatives(layout: Layout, assumed: Assumptions, fits: Fits, legal: Callable[[Layout], bool]) -> list[Layout]:
+def alternatives(
+    layout: Layout, assumed: Assumptions, fits: Fits, legal: Callable[[Layout], bool]
+) -> list[Layout]:
     """The fastest few neighbours that fit and are legal; empty where no two changes are enough."""
     axes = [_meshes(layout, assumed), _states(), _recomputes(), _micro_batches(layout)]
     one = [(change,) for axis in axes for change in axis]
-    two = [pair for first, second in itertools.combinations(axes, 2) for pair in itertools.product(first, second)]
+    two = [
+        pair
+        for first, second in itertools.combinations(axes, 2)
+        for pair in itertools.product(first, second)
+    ]
     for changes in (one, two):
         found = [other for other in _changed(layout, changes) if _fits_somewhere(other, fits)]
         found.sort(key=lambda other: estimate(other, assumed, simulated=False).step_s)
@@ -80,8 +88,16 @@ def _to_mesh(tensor: int, pipeline: int, layout: Layout) -> Layout | None:
     samples = layout.micro_batch * layout.micro_batches * layout.data
     if samples % (data * layout.micro_batch):
         return None
-    virtual = layout.virtual_stages if 1 < pipeline <= layout.model.num_layers // layout.virtual_stages else 1
-    schedule = "1f1b" if virtual == 1 and layout.parallel.schedule == "interleaved" else layout.parallel.schedule
+    virtual = (
+        layout.virtual_stages
+        if 1 < pipeline <= layout.model.num_layers // layout.virtual_stages
+        else 1
+    )
+    schedule = (
+        "1f1b"
+        if virtual == 1 and layout.parallel.schedule == "interleaved"
+        else layout.parallel.schedule
+    )
     changed = layout.with_parallel(
         tensor=tensor,
         pipeline=pipeline,
@@ -94,13 +110,19 @@ def _to_mesh(tensor: int, pipeline: int, layout: Layout) -> Layout | None:
 
 
 def _states() -> list[Change]:
-    """Other ZeRO stages, with the optimizer on the device or in host memory, and from ZeRO 3 the parameters too."""
+    """Other ZeRO stages, with the optimizer on the device or in host memory, and from ZeRO 3 the
+    parameters too.
+    """
     choices = itertools.product((1, 2, 3), DEVICES, DEVICES)
-    return [partial(_to_states, *choice) for choice in choices if choice[0] == 3 or choice[2] == "none"]
+    return [
+        partial(_to_states, *choice) for choice in choices if choice[0] == 3 or choice[2] == "none"
+    ]
 
 
 def _to_states(stage: int, optimizer: Device, parameters: Device, layout: Layout) -> Layout:
-    changes: dict[str, Any] = {key: None for key, stages in ZERO_KEY_STAGES.items() if stage not in stages}
+    changes: dict[str, Any] = {
+        key: None for key, stages in ZERO_KEY_STAGES.items() if stage not in stages
+    }
     if optimizer != layout.zero.optimizer_device:
         changes["offload_optimizer"] = OffloadOptimizerConfig(device=optimizer)
     if parameters != layout.zero.parameter_device:
@@ -118,11 +140,16 @@ def _to_recompute(kind: str, layout: Layout) -> Layout:
 
 def _micro_batches(layout: Layout) -> list[Change]:
     """Smaller micro-batches, and more of them."""
-    return [partial(_to_micro_batch, layout.micro_batch // size) for size in _divisors(layout.micro_batch)[:-1]]
+    return [
+        partial(_to_micro_batch, layout.micro_batch // size)
+        for size in _divisors(layout.micro_batch)[:-1]
+    ]
 
 
 def _to_micro_batch(parts: int, layout: Layout) -> Layout:
-    return replace(layout, micro_batch=layout.micro_batch // parts, micro_batches=layout.micro_batches * parts)
+    return replace(
+        layout, micro_batch=layout.micro_batch // parts, micro_batches=layout.micro_batches * parts
+    )
 
 
 def _divisors(number: int) -> list[int]:
@@ -134,7 +161,14 @@ def set_items(written: RunConfig, resolved: ResolvedConfig, layout: Layout) -> l
     now, parallel, zero = Layout.of(resolved), layout.parallel, layout.zero
     items = {
         f"megagpt.parallel.{key}": getattr(parallel, key)
-        for key in ("tensor", "pipeline", "schedule", "virtual_stages", "sequence", "gradient_reduction")
+        for key in (
+            "tensor",
+            "pipeline",
+            "schedule",
+            "virtual_stages",
+            "sequence",
+            "gradient_reduction",
+        )
         if getattr(parallel, key) != getattr(now.parallel, key)
     }
     if "gradient_reduction" not in written.megagpt.parallel.model_fields_set:
@@ -149,10 +183,15 @@ def set_items(written: RunConfig, resolved: ResolvedConfig, layout: Layout) -> l
         items["gradient_accumulation_steps"] = layout.micro_batches
     for key in type(zero).model_fields:
         if getattr(zero, key) != getattr(now.zero, key):
-            items[f"zero_optimization.{key}"] = _offload(getattr(zero, key)) if "offload" in key else getattr(zero, key)
+            items[f"zero_optimization.{key}"] = (
+                _offload(getattr(zero, key)) if "offload" in key else getattr(zero, key)
+            )
     if written.aio is not None and "nvme" not in (zero.optimizer_device, zero.parameter_device):
         items["aio"] = None
-    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in items.items()]
+    return [
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in items.items()
+    ]
 
 
 def _offload(section: OffloadOptimizerConfig | OffloadParamConfig | None) -> dict[str, str]:

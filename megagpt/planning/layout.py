@@ -1,7 +1,8 @@
-"""What a run puts where, as plain numbers: all that memory and speed depend on, without a device or a rank.
+"""What a run puts where, as plain numbers: all that memory and speed depend on, without a device or
+a rank.
 
-A value that the planner may vary by `dataclasses.replace`, thousands of times a second, where a configuration is
-checked as a whole each time.
+A value that the planner may vary by `dataclasses.replace`, thousands of times a second, where a
+configuration is checked as a whole each time.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ BYTES_OF_TYPE = {"fp32": 4, "fp16": 2, "bf16": 2}
 class Layout:
     """The model, its mesh, one step's batch, and what ZeRO does with it.
 
-    `micro_batch` counts sequences, `micro_batches` forward-backward passes of a step on one rank; `element_bytes` is
-    the size of a parameter in the model's type, `accumulation_bytes` of a gradient as it accumulates.
+    `micro_batch` counts sequences, `micro_batches` forward-backward passes of a step on one rank;
+    `element_bytes` is the size of a parameter in the model's type, `accumulation_bytes` of a
+    gradient as it accumulates.
     """
 
     model: ModelConfig
@@ -91,13 +93,16 @@ class Layout:
 
     @property
     def reduces_per_step(self) -> bool:
-        """Gradients cross the data axis once a step, whole until then; ZeRO 0 reduces in its own way."""
+        """Gradients cross the data axis once a step, whole until then; ZeRO 0 reduces in its own
+        way.
+        """
         return self.parallel.gradient_reduction == "per_step" and self.zero.stage > 0
 
     @property
     def schedule(self) -> str:
-        """The schedule that really runs: torch's 1F1B needs as many micro-batches as stages, and with fewer has no
-        steady state, so that it is GPipe (pipeline.py)."""
+        """The schedule that really runs: torch's 1F1B needs as many micro-batches as stages, and
+        with fewer has no steady state, so that it is GPipe (pipeline.py).
+        """
         few = self.micro_batches < self.num_stages
         return "gpipe" if self.parallel.schedule == "1f1b" and few else self.parallel.schedule
 

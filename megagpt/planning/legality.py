@@ -1,7 +1,8 @@
 """Is a run legal where it is to run, and if not, which is the nearest one that is? No torch.
 
-`planning/rules.py` knows what is refused and what helps against each refusal. That may break something else: another row, a
-batch that no longer divides. So what is printed as legal has passed the whole check again, in the same world.
+`planning/rules.py` knows what is refused and what helps against each refusal. That may break
+something else: another row, a batch that no longer divides. So what is printed as legal has passed
+the whole check again, in the same world.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from megagpt.config import ConfigError, ResolvedConfig, RunConfig, unexpected_wo
 from megagpt.planning.rules import Rule, refusals
 from megagpt.schema.arithmetic import nearest_first
 
-ANY_VOCABULARY = 0  # tokens, while the data are not prepared: whatever they turn out to have, the rest can be judged
+# tokens, while the data are not prepared: whatever they turn out to have, the rest can be judged
+ANY_VOCABULARY = 0
 MOST_TRIED = 500  # configurations looked at for a legal one, a millisecond each
 
 Items = tuple[str, ...]  # of `--set`
@@ -22,33 +24,49 @@ Items = tuple[str, ...]  # of `--set`
 
 @dataclass(frozen=True)
 class World:
-    """What a file does not say: how many ranks there are (None: as many as make one replica), how many tokens the data
-    have (None: as many as the model; ANY_VOCABULARY: not known), and whether the device multiplies bf16 matrices in
-    hardware (None: not known)."""
+    """What a file does not say: how many ranks there are (None: as many as make one replica),
+    how many tokens the data have (None: as many as the model; ANY_VOCABULARY: not known), and
+    whether the device multiplies bf16 matrices in hardware (None: not known).
+    """
 
     ranks: int | None
     vocabulary: int | None
     bf16_native: bool | None = None
 
     def resolve(self, written: RunConfig) -> ResolvedConfig:
-        """The run in this world; where the device is not known, on one where it is legal. Raises ConfigError."""
+        """The run in this world; where the device is not known, on one where it is legal.
+
+        Raises ConfigError.
+        """
         if self.bf16_native is None:
-            without, with_bf16 = (replace(self, bf16_native=native).resolve(written) for native in (False, True))
-            legal_with_bf16_alone = self.refusals(without, written) and not self.refusals(with_bf16, written)
+            without, with_bf16 = (
+                replace(self, bf16_native=native).resolve(written) for native in (False, True)
+            )
+            legal_with_bf16_alone = self.refusals(without, written) and not self.refusals(
+                with_bf16, written
+            )
             return with_bf16 if legal_with_bf16_alone else without
         return written.resolved(
             world_size=self.ranks or written.megagpt.parallel.model_parallel_size,
-            vocabulary=self.vocabulary if self.vocabulary != ANY_VOCABULARY else self._stand_in(written),
+            vocabulary=self.vocabulary
+            if self.vocabulary != ANY_VOCABULARY
+            else self._stand_in(written),
             bf16_native=self.bf16_native,
         )
 
     def refusals(self, config: RunConfig, written: RunConfig) -> list[Rule]:
-        """The rows that refuse what was written and resolved here, without those that the data may yet acquit."""
-        return refusals(config, rows_known=self.vocabulary != ANY_VOCABULARY or self._stand_in(written) is None)
+        """The rows that refuse what was written and resolved here, without those that the data
+        may yet acquit.
+        """
+        return refusals(
+            config, rows_known=self.vocabulary != ANY_VOCABULARY or self._stand_in(written) is None
+        )
 
     @staticmethod
     def _stand_in(written: RunConfig) -> int | None:
-        """Tokens to go on with until the data are prepared; None where the configuration itself says how many."""
+        """Tokens to go on with until the data are prepared; None where the configuration itself
+        says how many.
+        """
         return None if written.megagpt.model.vocab_size or written.megagpt.model.vocabulary else 1
 
 
@@ -60,8 +78,9 @@ def require_legal(written: RunConfig, source: str = "", world: World | None = No
 
 
 def problems(written: RunConfig, world: World | None = None) -> list[str]:
-    """A line for each row that refuses and each number that does not divide, and the nearest legal run behind the last;
-    empty for a legal one."""
+    """A line for each row that refuses and each number that does not divide, and the nearest
+    legal run behind the last; empty for a legal one.
+    """
     verdict = judge(written, world)
     lines = [rule.line(verdict.config) for rule in verdict.refused] + verdict.impossible
     if not lines or (found := nearest_legal(written, world)) is None:
@@ -74,7 +93,8 @@ def problems(written: RunConfig, world: World | None = None) -> list[str]:
 class Verdict:
     """The rows that refuse a configuration, resolved as far as it can be, and why it could not be.
 
-    Where other ranks started than it states, it is resolved on those that it states: what else is wrong shows, too.
+    Where other ranks started than it states, it is resolved on those that it states: what else is
+    wrong shows, too.
     """
 
     config: RunConfig
@@ -120,8 +140,9 @@ def nearest_legal(written: RunConfig, world: World | None) -> Items | None:
 
 
 def _remedies(written: RunConfig, verdict: Verdict, world: World | None) -> Iterator[str]:
-    """Of the first row that refuses; else the ranks that there are; where only numbers do not divide, smaller axes of
-    the mesh, or other ways to cut the batch, then other batches."""
+    """Of the first row that refuses; else the ranks that there are; where only numbers do not
+    divide, smaller axes of the mesh, or other ways to cut the batch, then other batches.
+    """
     if verdict.refused:
         yield from verdict.refused[0].remedies_for(verdict.config)
         return
@@ -139,8 +160,10 @@ def _remedies(written: RunConfig, verdict: Verdict, world: World | None) -> Iter
 
 
 def _other_batches(written: RunConfig, replicas: int) -> Iterator[str]:
-    """As many steps of accumulation as it takes; smaller micro-batches; the batches next to the one that does not
-    divide, of which micro-batches, where they are stated, take any number of steps."""
+    """As many steps of accumulation as it takes; smaller micro-batches; the batches next to the
+    one that does not divide, of which micro-batches, where they are stated, take any number of
+    steps.
+    """
     micro_batch, steps = written.train_micro_batch_size_per_gpu, written.gradient_accumulation_steps
     any_steps = "gradient_accumulation_steps=null"
     if steps is not None:
@@ -151,8 +174,14 @@ def _other_batches(written: RunConfig, replicas: int) -> Iterator[str]:
     if written.train_batch_size is not None:
         unit = replicas * (micro_batch or steps or 1)
         below = written.train_batch_size // unit * unit
-        for batch in nearest_first(written.train_batch_size, among=[max(below, unit), below + unit]):
-            yield f"train_batch_size={batch} {any_steps}" if micro_batch and steps else f"train_batch_size={batch}"
+        for batch in nearest_first(
+            written.train_batch_size, among=[max(below, unit), below + unit]
+        ):
+            yield (
+                f"train_batch_size={batch} {any_steps}"
+                if micro_batch and steps
+                else f"train_batch_size={batch}"
+            )
 
 
 def _with(items: Items, more: Items) -> Items:

@@ -1,8 +1,10 @@
-"""The parameters of a pipeline stage, each with its elements on one tensor shard, in the order of `model.parameters()`.
+"""The parameters of a pipeline stage, each with its elements on one tensor shard, in the order of
+`model.parameters()`.
 
-Tensor parallelism cuts attention by whole key-value groups and the MLP by its hidden channels (Shoeybi et al. 2019,
-arXiv 1909.08053, section 3), the embedding and the head by rows of the vocabulary. Norms, positions and the biases
-behind an output that all ranks add up are whole everywhere.
+Tensor parallelism cuts attention by whole key-value groups and the MLP by its hidden channels
+(Shoeybi et al. 2019, arXiv 1909.08053, section 3), the embedding and the head by rows of the
+vocabulary. Norms, positions and the biases behind an output that all ranks add up are whole
+everywhere.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from megagpt.planning.layout import Layout
 
 
 class Parameter(NamedTuple):
-    """One parameter of a stage: its global name, its elements on one tensor shard, and whether weight decay applies."""
+    """One parameter of a stage: its global name, its elements on one tensor shard, and whether
+    weight decay applies.
+    """
 
     name: str
     numel: int
@@ -26,7 +30,9 @@ class Parameter(NamedTuple):
 def parameters_of_rank(layout: Layout, pipeline_rank: int) -> list[Parameter]:
     """All parameters that a rank of this pipeline rank takes part in, over its virtual stages."""
     stages = [layout.stages[stage] for stage in layout.stages_of(pipeline_rank)]
-    return [parameter for layers in stages for parameter in _stage(layout.model, layers, layout.tensor)]
+    return [
+        parameter for layers in stages for parameter in _stage(layout.model, layers, layout.tensor)
+    ]
 
 
 def group_elements(parameters: Iterable[Parameter]) -> tuple[int, int]:
@@ -39,7 +45,9 @@ def group_elements(parameters: Iterable[Parameter]) -> tuple[int, int]:
 
 @cache
 def _stage(model: ModelConfig, layers: range, tensor: int) -> tuple[Parameter, ...]:
-    """The parameters of a contiguous run of layers, a tied head's only where the embedding is elsewhere."""
+    """The parameters of a contiguous run of layers, a tied head's only where the embedding is
+    elsewhere.
+    """
     found: list[Parameter] = []
     for layer in layers:
         if layer == 0:
@@ -55,7 +63,9 @@ def _stage(model: ModelConfig, layers: range, tensor: int) -> tuple[Parameter, .
 def _embedding(model: ModelConfig, tensor: int) -> Iterator[Parameter]:
     yield Parameter("embedding.tokens.weight", model.vocab_size * model.hidden_size // tensor, True)
     if model.position == "learned":
-        yield Parameter("embedding.positions.weight", model.sequence_length * model.hidden_size, True)
+        yield Parameter(
+            "embedding.positions.weight", model.sequence_length * model.hidden_size, True
+        )
 
 
 def _block(model: ModelConfig, block: str, tensor: int) -> Iterator[Parameter]:
@@ -64,11 +74,17 @@ def _block(model: ModelConfig, block: str, tensor: int) -> Iterator[Parameter]:
     qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_size
     up = model.mlp_size * (2 if model.activation == "swiglu" else 1)
     yield from _norm(model, f"{block}.attention_norm")
-    yield from _linear(model, f"{block}.attention.qkv", width, qkv, shards=tensor, bias_shards=tensor)
-    yield from _linear(model, f"{block}.attention.output", width, width, shards=tensor, bias_shards=1)
+    yield from _linear(
+        model, f"{block}.attention.qkv", width, qkv, shards=tensor, bias_shards=tensor
+    )
+    yield from _linear(
+        model, f"{block}.attention.output", width, width, shards=tensor, bias_shards=1
+    )
     yield from _norm(model, f"{block}.mlp_norm")
     yield from _linear(model, f"{block}.mlp.up", width, up, shards=tensor, bias_shards=tensor)
-    yield from _linear(model, f"{block}.mlp.down", model.mlp_size, width, shards=tensor, bias_shards=1)
+    yield from _linear(
+        model, f"{block}.mlp.down", model.mlp_size, width, shards=tensor, bias_shards=1
+    )
 
 
 def _head(model: ModelConfig, tensor: int, *, with_weight: bool) -> Iterator[Parameter]:

@@ -1,4 +1,6 @@
-"""Which rank is which, and on which host: the mesh as `distributed.py` lays it out, before any process exists."""
+"""Which rank is which, and on which host: the mesh as `distributed.py` lays it out, before any
+process exists.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Placement:
-    """Every rank's place, in the order of ranks; hosts are filled one after another, tensor is the innermost axis."""
+    """Every rank's place, in the order of ranks; hosts are filled one after another, tensor is
+    the innermost axis.
+    """
 
     places: tuple[Place, ...]
 
@@ -43,7 +47,9 @@ class Placement:
         return [place for place in self.places if place.pipeline == pipeline_rank]
 
     def split_tensor_groups(self) -> list[list[Place]]:
-        """Tensor groups whose ranks are on more than one host: every layer then waits for the network."""
+        """Tensor groups whose ranks are on more than one host: every layer then waits for the
+        network.
+        """
         groups: dict[tuple[int, int], list[Place]] = {}
         for place in self.places:
             groups.setdefault((place.pipeline, place.data), []).append(place)

@@ -1,6 +1,8 @@
-"""What a configuration would do on given hosts: is it legal, who holds what, does it fit, how fast, what would fit.
+"""What a configuration would do on given hosts: is it legal, who holds what, does it fit, how fast,
+what would fit.
 
-No torch and no device: everything follows from the configuration, the hosts and the assumptions that the plan prints.
+No torch and no device: everything follows from the configuration, the hosts and the assumptions
+that the plan prints.
 """
 
 from __future__ import annotations
@@ -33,8 +35,9 @@ HOST_MEMORY_GIB, RESERVE_GIB = 1024.0, 6.0
 
 @dataclass(frozen=True)
 class Limits:
-    """What there is: memory of a device and of a host in GiB, and how much of the device is not ours to fill (the CUDA
-    context, NCCL's buffers, fragments of the allocator)."""
+    """What there is: memory of a device and of a host in GiB, and how much of the device is not
+    ours to fill (the CUDA context, NCCL's buffers, fragments of the allocator).
+    """
 
     device_gib: float
     host_gib: float = HOST_MEMORY_GIB
@@ -52,7 +55,11 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Plan:
-    """The answers. `refusals` are the lines of planning/rules.py; `memory` and `sent` have an entry a pipeline rank."""
+    """The answers.
+
+    `refusals` are the lines of planning/rules.py; `memory` and `sent` have an entry a pipeline
+    rank.
+    """
 
     source: str
     config: ResolvedConfig
@@ -81,7 +88,9 @@ class Plan:
         """The most that the ranks of one host keep in its memory."""
         by_host: dict[str, float] = {}
         for place in self.placement.places:
-            by_host[place.host] = by_host.get(place.host, 0) + self.memory[place.pipeline].peak.host / GIB
+            by_host[place.host] = (
+                by_host.get(place.host, 0) + self.memory[place.pipeline].peak.host / GIB
+            )
         return max(by_host.values())
 
     @property
@@ -96,7 +105,9 @@ def fits_device(memory: RankMemory, limits: Limits) -> bool:
 
 
 def assume(device: Accelerator, ranks_per_host: int, **given: Any) -> Assumptions:
-    """Rates of a device's data sheet, lowered to what programs reach; whatever is given and not None stands instead."""
+    """Rates of a device's data sheet, lowered to what programs reach; whatever is given and not
+    None stands instead.
+    """
     assumed = Assumptions(
         peak_tflops=device.peak_tflops,
         efficiency=EFFICIENCY,
@@ -111,8 +122,12 @@ def assume(device: Accelerator, ranks_per_host: int, **given: Any) -> Assumption
     return replace(assumed, **{name: value for name, value in given.items() if value is not None})
 
 
-def make_plan(path: str, overrides: Sequence[str], hosts: Sequence[Host], limits: Limits, assumed: Assumptions) -> Plan:
-    """Plan a configuration file on these hosts; raises ConfigError where it is no configuration for so many ranks."""
+def make_plan(
+    path: str, overrides: Sequence[str], hosts: Sequence[Host], limits: Limits, assumed: Assumptions
+) -> Plan:
+    """Plan a configuration file on these hosts; raises ConfigError where it is no configuration
+    for so many ranks.
+    """
     written = load_config(path, overrides)
     world = world_of(written, world_size(list(hosts)))
     verdict, refused = judge(written, world), problems(written, world)
@@ -120,23 +135,33 @@ def make_plan(path: str, overrides: Sequence[str], hosts: Sequence[Host], limits
     if verdict.impossible or not isinstance(config, ResolvedConfig) or not can_be_cut(config):
         raise ConfigError(f"{path}: {line}" for line in refused)
     plan = _plan(path, config, refused, hosts, limits, assumed)
-    return plan if plan.good else replace(plan, alternatives=_alternatives(plan, path, overrides, written, world))
+    return (
+        plan
+        if plan.good
+        else replace(plan, alternatives=_alternatives(plan, path, overrides, written, world))
+    )
 
 
 def world_of(written: RunConfig, ranks: int) -> World:
-    """GPUs that compute in bf16; the vocabulary is the configuration's or its preset's, else that of the data."""
+    """GPUs that compute in bf16; the vocabulary is the configuration's or its preset's, else
+    that of the data.
+    """
     return World(ranks, _vocabulary_here(written), bf16_native=True)
 
 
 def _vocabulary_here(written: RunConfig) -> int | None:
-    """Of the prepared data, which are looked at only where nothing else tells it: that costs the import of numpy."""
+    """Of the prepared data, which are looked at only where nothing else tells it: that costs the
+    import of numpy.
+    """
     model = written.megagpt.model
     if model.vocab_size or model.vocabulary or model.published_vocabulary:
         return None
     from megagpt.data.manifest import read_manifest
 
     try:
-        return max(read_manifest(Path(source.path)).vocabulary for source in written.megagpt.data.sources)
+        return max(
+            read_manifest(Path(source.path)).vocabulary for source in written.megagpt.data.sources
+        )
     except UserError:
         return None
 
@@ -168,7 +193,9 @@ def _plan(
 def _alternatives(
     plan: Plan, path: str, overrides: Sequence[str], written: RunConfig, world: World
 ) -> list[Alternative]:
-    """Neighbours that fit; each is read again from the file with its `--set` items, so that what is printed works."""
+    """Neighbours that fit; each is read again from the file with its `--set` items, so that what
+    is printed works.
+    """
     limits = plan.limits
 
     def items_of(layout: Layout) -> list[str]:
@@ -203,9 +230,15 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "legal": not plan.refusals,
         "fits": plan.fits_device and plan.fits_host,
         "refusals": plan.refusals,
-        "mesh": {"pipeline": plan.layout.pipeline, "data": plan.layout.data, "tensor": plan.layout.tensor},
+        "mesh": {
+            "pipeline": plan.layout.pipeline,
+            "data": plan.layout.data,
+            "tensor": plan.layout.tensor,
+        },
         "places": [place._asdict() for place in plan.placement.places],
-        "split_tensor_groups": [[place.rank for place in group] for group in plan.placement.split_tensor_groups()],
+        "split_tensor_groups": [
+            [place.rank for place in group] for group in plan.placement.split_tensor_groups()
+        ],
         "memory": [
             {
                 "pipeline_rank": memory.pipeline_rank,

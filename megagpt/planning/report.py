@@ -19,8 +19,17 @@ SHOWN_STAGES = 8  # of memory, one column each; of more, the first, the last and
 
 def text(plan: Plan) -> str:
     """Everything, the verdict first, and where it is no, what to type instead at the end."""
-    parts = [_verdict(plan), *_refusals(plan), _mesh(plan), _stages(plan), _memory(plan), _speed(plan)]
-    return "\n\n".join([*parts, _assumptions(plan)] + ([] if plan.good else [_alternatives(plan.alternatives)]))
+    parts = [
+        _verdict(plan),
+        *_refusals(plan),
+        _mesh(plan),
+        _stages(plan),
+        _memory(plan),
+        _speed(plan),
+    ]
+    return "\n\n".join(
+        [*parts, _assumptions(plan)] + ([] if plan.good else [_alternatives(plan.alternatives)])
+    )
 
 
 def _verdict(plan: Plan) -> str:
@@ -28,12 +37,18 @@ def _verdict(plan: Plan) -> str:
     legal = "refused" if plan.refusals else "legal"
     fits = "it fits" if plan.fits_device and plan.fits_host else "IT DOES NOT FIT"
     used = f"{_fullest(plan.memory).peak.device / GIB:.1f} of {room:.1f} GiB a device"
-    used += f", {plan.host_gib:.1f} of {plan.limits.host_gib:.0f} GiB a host" if plan.host_gib else ""
-    mesh = f"pipeline {layout.pipeline} x data {layout.data} x tensor {layout.tensor}; ZeRO {layout.zero.stage}"
+    used += (
+        f", {plan.host_gib:.1f} of {plan.limits.host_gib:.0f} GiB a host" if plan.host_gib else ""
+    )
+    mesh = (
+        f"pipeline {layout.pipeline} x data {layout.data} x tensor {layout.tensor}; ZeRO "
+        f"{layout.zero.stage}"
+    )
     batch = f"{layout.micro_batch} x {layout.micro_batches} micro-batches x {layout.data} replicas"
     return (
         f"{plan.source}: {legal}; {fits}: {used}\n"
-        f"{human_count(layout.model.num_parameters)} parameters on {layout.world_size} ranks: {mesh}\n"
+        f"{human_count(layout.model.num_parameters)} parameters on {layout.world_size} ranks: "
+        f"{mesh}\n"
         f"batch {plan.config.train_batch_size} = {batch}; recomputation {layout.recompute}"
     )
 
@@ -47,16 +62,23 @@ def _mesh(plan: Plan) -> str:
     """Each rank where there are few, else the hosts of each pipeline rank."""
     places = plan.placement.places
     if len(places) <= FEW_RANKS:
-        rows = [[f"{p.rank}", p.host, f"{p.slot}", f"{p.pipeline}", f"{p.data}", f"{p.tensor}"] for p in places]
+        rows = [
+            [f"{p.rank}", p.host, f"{p.slot}", f"{p.pipeline}", f"{p.data}", f"{p.tensor}"]
+            for p in places
+        ]
         lines = table(["rank", "host", "slot", "pipeline", "data", "tensor"], rows)
     else:
-        lines = [_run_of_ranks(plan.placement.of_pipeline_rank(rank), rank) for rank in range(plan.layout.pipeline)]
+        lines = [
+            _run_of_ranks(plan.placement.of_pipeline_rank(rank), rank)
+            for rank in range(plan.layout.pipeline)
+        ]
     split = plan.placement.split_tensor_groups()
     if split:
         hosts = " and ".join(dict.fromkeys(place.host for place in split[0]))
         lines.append(
-            f"warning: {len(split)} tensor groups cross hosts, such as ranks {split[0][0].rank}-{split[0][-1].rank} on "
-            f"{hosts}: every layer waits for the network; use a tensor axis that divides the slots of a host"
+            f"warning: {len(split)} tensor groups cross hosts, such as ranks "
+            f"{split[0][0].rank}-{split[0][-1].rank} on {hosts}: every layer waits for the "
+            "network; use a tensor axis that divides the slots of a host"
         )
     return "\n".join(["mesh:", *(f"  {line}" for line in lines)])
 
@@ -80,7 +102,9 @@ def _stages(plan: Plan) -> str:
 
 
 def _memory(plan: Plan) -> str:
-    """GiB of a rank by line, a column a pipeline rank; a line that is zero everywhere is left out."""
+    """GiB of a rank by line, a column a pipeline rank; a line that is zero everywhere is left
+    out.
+    """
     shown = _shown(plan.memory)
     columns = [[*memory.lines(), ("peak", memory.peak)] for memory in shown]
     rows = [
@@ -124,11 +148,15 @@ def _speed(plan: Plan) -> str:
     volume = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in axes.items())
     idle = bubble_formula(layout.pipeline, layout.virtual_stages, layout.micro_batches)
     device_rate = human_count(result.tokens_per_s / layout.world_size)
-    parts = f"passes {result.passes_s:.2f} + reduction {result.reduction_s:.2f} + update {result.update_s:.2f}"
+    parts = (
+        f"passes {result.passes_s:.2f} + reduction {result.reduction_s:.2f} + update "
+        f"{result.update_s:.2f}"
+    )
     return (
         "speed (an estimate, no measurement):\n"
         f"  step {result.step_s:.2f} s = {parts}\n"
-        f"  {human_count(result.tokens_per_s)} tokens/s, {device_rate} a device, MFU {result.mfu:.0%}\n"
+        f"  {human_count(result.tokens_per_s)} tokens/s, {device_rate} a device, MFU "
+        f"{result.mfu:.0%}\n"
         f"  bubble {result.bubble:.1%} of the passes ({idle:.1%} with equal stages)\n"
         f"  GB sent by a rank in a step: {volume}"
     )
@@ -143,22 +171,29 @@ def _assumptions(plan: Plan) -> str:
 def _alternatives(found: Sequence[Alternative]) -> str:
     if not found:
         return (
-            "nothing that is legal and fits is two changes or fewer away: use more ranks, or a smaller model or batch"
+            "nothing that is legal and fits is two changes or fewer away: use more ranks, or a "
+            "smaller model or batch"
         )
     lines = [
         f"  --set {shlex.join(other.items)}\n"
-        f"      {other.peak_gib:.1f} GiB a device, step {other.estimate.step_s:.2f} s, MFU {other.estimate.mfu:.0%}"
+        f"      {other.peak_gib:.1f} GiB a device, step {other.estimate.step_s:.2f} s, MFU "
+        f"{other.estimate.mfu:.0%}"
         for other in found
     ]
     return "\n".join(["legal and fits, with the same ranks and batch, fastest first:", *lines])
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with columns as wide as their widest entry, the first to the left, the others to the right."""
+    """Lines with columns as wide as their widest entry, the first to the left, the others to the
+    right.
+    """
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
 
     def line(row: Sequence[str]) -> str:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        cells = [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+        ]
         return "  ".join(cells).rstrip()
 
     return [line(head), *(line(row) for row in rows)]

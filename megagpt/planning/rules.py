@@ -1,7 +1,9 @@
-"""The one table of what composes: each row refuses a combination, says why, and what to try instead.
+"""The one table of what composes: each row refuses a combination, says why, and what to try
+instead.
 
-A row stands here because DeepSpeed 0.19.8 would ignore the combination or fail late, or because this trainer does not
-do it yet: a key that is accepted acts. What helps against one row may break another: `legality.py` searches.
+A row stands here because DeepSpeed 0.19.8 would ignore the combination or fail late, or because
+this trainer does not do it yet: a key that is accepted acts. What helps against one row may break
+another: `legality.py` searches.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from megagpt.schema.arithmetic import nearest_first
 from megagpt.schema.deepspeed import ZERO_KEY_STAGES
 from megagpt.schema.errors import shown
 
-BUFFER_ELEMENTS = 100_000_000  # what DeepSpeed takes where offload_param.buffer_size is absent (zero/offload_config.py)
+# what DeepSpeed takes where offload_param.buffer_size is absent (zero/offload_config.py)
+BUFFER_ELEMENTS = 100_000_000
 
 
 Remedies = Callable[[RunConfig], Iterable[str]]
@@ -27,14 +30,19 @@ Remedies = Callable[[RunConfig], Iterable[str]]
 
 @dataclass(frozen=True)
 class Rule:
-    """One row. `remedies` are `--set` items, one or several with spaces between them, of which each makes a refused
-    configuration legal in this respect; the nearest comes first."""
+    """One row.
+
+    `remedies` are `--set` items, one or several with spaces between them, of which each makes a
+    refused configuration legal in this respect; the nearest comes first.
+    """
 
     key: str
     refuses: Callable[[RunConfig], bool]
     reason: str
     remedies: tuple[str, ...] | Remedies
-    counts_rows: bool = False  # of the vocabulary: this row waits until the data, or the configuration, tell them
+    counts_rows: bool = (
+        False  # of the vocabulary: this row waits until the data, or the configuration, tell them
+    )
 
     def remedies_for(self, config: RunConfig) -> Iterable[str]:
         """The `--set` items for this configuration."""
@@ -48,7 +56,8 @@ class Rule:
 def refusals(config: RunConfig, *, rows_known: bool = True) -> list[Rule]:
     """The rows that refuse this configuration; an empty list is a legal one.
 
-    `rows_known`: whether `vocab_size` is what the run will have, not a stand-in until its data are prepared.
+    `rows_known`: whether `vocab_size` is what the run will have, not a stand-in until its data are
+    prepared.
     """
     rows_known = rows_known and isinstance(config, ResolvedConfig)
     return [rule for rule in RULES if (rows_known or not rule.counts_rows) and rule.refuses(config)]
@@ -140,14 +149,19 @@ def _fills_rounds(config: RunConfig, micro_batches: int) -> bool:
 
 
 def _other_batches(config: RunConfig) -> Iterator[str]:
-    """Batches of as many micro-batches as fill whole rounds, by whichever keys say how many there are."""
+    """Batches of as many micro-batches as fill whole rounds, by whichever keys say how many
+    there are.
+    """
     if not isinstance(config, ResolvedConfig):
         return
     wanted = _micro_batches(config)
     samples = config.train_micro_batch_size_per_gpu * config.data_parallel_size
     for count in nearest_first(wanted, among=range(1, 2 * wanted + 1)):
         if _fills_rounds(config, count):
-            batch, steps = f"train_batch_size={count * samples}", f"gradient_accumulation_steps={count}"
+            batch, steps = (
+                f"train_batch_size={count * samples}",
+                f"gradient_accumulation_steps={count}",
+            )
             yield from (batch, steps, f"{batch} {steps}")
 
 
@@ -156,8 +170,14 @@ def _at_stage(stage: int, *others: str) -> Remedies:
 
     def remedies(config: RunConfig) -> Iterator[str]:
         zero = config.zero_optimization
-        idle = [key for key, of in ZERO_KEY_STAGES.items() if stage not in of and getattr(zero, key) is not None]
-        yield " ".join([f"zero_optimization.stage={stage}", *(f"zero_optimization.{key}=null" for key in idle)])
+        idle = [
+            key
+            for key, of in ZERO_KEY_STAGES.items()
+            if stage not in of and getattr(zero, key) is not None
+        ]
+        yield " ".join(
+            [f"zero_optimization.stage={stage}", *(f"zero_optimization.{key}=null" for key in idle)]
+        )
         yield from others
 
     return remedies
@@ -179,26 +199,40 @@ def _accumulates_otherwise(config: RunConfig) -> bool:
 def _layout(config: RunConfig) -> Layout | None:
     """Who holds what, once the ranks are known and if every rank has its part."""
     shared = _shareable(config) % config.megagpt.parallel.tensor == 0 and _shares_rows(config)
-    return Layout.of(config) if isinstance(config, ResolvedConfig) and shared and can_be_cut(config) else None
+    return (
+        Layout.of(config)
+        if isinstance(config, ResolvedConfig) and shared and can_be_cut(config)
+        else None
+    )
 
 
 def _largest_parameter_shard(config: RunConfig) -> int:
     """Elements of the largest parameter's share on any rank; 0 until the ranks are known."""
     if (layout := _layout(config)) is None:
         return 0
-    parameters = (parameter for rank in range(layout.pipeline) for parameter in parameters_of_rank(layout, rank))
+    parameters = (
+        parameter
+        for rank in range(layout.pipeline)
+        for parameter in parameters_of_rank(layout, rank)
+    )
     return -(-max(parameter.numel for parameter in parameters) // layout.data)
 
 
 def _has_unequal_tiles(config: RunConfig) -> bool:
-    """ZeRO 3's optimizer makes an all-reduce over the stages for each tile: those with fewer would wait for ever."""
+    """ZeRO 3's optimizer makes an all-reduce over the stages for each tile: those with fewer
+    would wait for ever.
+    """
     layout = _layout(config)
     return layout is not None and len(set(tile_counts(layout))) > 1
 
 
 def _one_tile(config: RunConfig) -> list[str]:
     layout = _layout(config)
-    return [] if layout is None else [f"zero_optimization.sub_group_size={fewest_elements_of_one_tile(layout)}"]
+    return (
+        []
+        if layout is None
+        else [f"zero_optimization.sub_group_size={fewest_elements_of_one_tile(layout)}"]
+    )
 
 
 def _buffer_too_small(config: RunConfig) -> bool:
@@ -218,9 +252,11 @@ def _other_accumulation(config: RunConfig) -> list[str]:
 
 
 NOT_FROM_NVME = {  # keys that do nothing for parameters on NVMe (compat.py, read_when_needed)
-    "stage3_prefetch_bucket_size": "a parameter on NVMe is read when its module needs it, not ahead",
+    "stage3_prefetch_bucket_size": "a parameter on NVMe is read when its module needs it, not "
+    "ahead",
     "stage3_max_live_parameters": "it bounds what is fetched ahead, and from NVMe nothing is",
-    "stage3_max_reuse_distance": "a parameter on NVMe is read again for each use: keeping it takes an I/O buffer",
+    "stage3_max_reuse_distance": "a parameter on NVMe is read again for each use: keeping it "
+    "takes an I/O buffer",
 }
 
 RULES: tuple[Rule, ...] = (
@@ -232,15 +268,22 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "megagpt.parallel.tensor",
-        lambda config: _shareable(config) % config.megagpt.parallel.tensor == 0 and not _shares_rows(config),
-        "each rank takes as many rows of the embedding as any other: of the vocabulary, padded to a multiple of 128",
+        lambda config: (
+            _shareable(config) % config.megagpt.parallel.tensor == 0 and not _shares_rows(config)
+        ),
+        "each rank takes as many rows of the embedding as any other: of the vocabulary, padded to "
+        "a multiple of 128",
         _fewer_for_the_rows,
         counts_rows=True,
     ),
     Rule(
         "megagpt.parallel.sequence",
-        lambda config: config.megagpt.parallel.sequence and _length(config) % config.megagpt.parallel.tensor != 0,
-        "each tensor rank holds as many positions as any other, and they do not divide the sequence",
+        lambda config: (
+            config.megagpt.parallel.sequence
+            and _length(config) % config.megagpt.parallel.tensor != 0
+        ),
+        "each tensor rank holds as many positions as any other, and they do not divide the "
+        "sequence",
         ("megagpt.parallel.sequence=false",),
     ),
     Rule(
@@ -282,7 +325,8 @@ RULES: tuple[Rule, ...] = (
             and config.megagpt.parallel.schedule == "interleaved"
             and not _fills_rounds(config, _micro_batches(config))
         ),
-        "the interleaved schedule runs its micro-batches in equal rounds of about one a pipeline rank",
+        "the interleaved schedule runs its micro-batches in equal rounds of about one a pipeline "
+        "rank",
         _other_batches,
     ),
     Rule(
@@ -293,8 +337,9 @@ RULES: tuple[Rule, ...] = (
             and _ties_embeddings(config)
             and (_stage(config) < 3 or _optimizer_device(config) == "nvme")
         ),
-        "the copies of a tied embedding on the first and last stage add their gradients up, of which ZeRO 1 and 2 cut "
-        "the two at different places, and which are on the disk with an optimizer on NVMe",
+        "the copies of a tied embedding on the first and last stage add their gradients up, of "
+        "which ZeRO 1 and 2 cut the two at different places, and which are on the disk with an "
+        "optimizer on NVMe",
         ("megagpt.parallel.gradient_reduction=per_step",),
     ),
     Rule(
@@ -306,24 +351,34 @@ RULES: tuple[Rule, ...] = (
             and config.megagpt.parallel.schedule == "interleaved"
             and config.megagpt.parallel.gradient_reduction == "per_micro_batch"
         ),
-        "ZeRO 1 then reduces what the last backward of a step reaches: of one of a rank's stages only",
+        "ZeRO 1 then reduces what the last backward of a step reaches: of one of a rank's stages "
+        "only",
         ("zero_optimization.overlap_comm=false",),
     ),
     Rule(
         "zero_optimization.offload_param.device",
-        lambda config: _has_pipeline(config) and _parameter_device(config) == "nvme" and _ties_embeddings(config),
-        "adding the gradients of a tied embedding's two copies was not shown to work with parameters on NVMe",
+        lambda config: (
+            _has_pipeline(config)
+            and _parameter_device(config) == "nvme"
+            and _ties_embeddings(config)
+        ),
+        "adding the gradients of a tied embedding's two copies was not shown to work with "
+        "parameters on NVMe",
         ("megagpt.model.tie_embeddings=false",),
     ),
     Rule(
         "megagpt.parallel.schedule",
-        lambda config: config.megagpt.parallel.schedule != "1f1b" and config.megagpt.parallel.pipeline == 1,
+        lambda config: (
+            config.megagpt.parallel.schedule != "1f1b" and config.megagpt.parallel.pipeline == 1
+        ),
         "it orders the micro-batches of a pipeline, and there is none",
         ("megagpt.parallel.schedule=1f1b",),
     ),
     Rule(
         "megagpt.parallel.virtual_stages",
-        lambda config: config.megagpt.parallel.virtual_stages > 1 and config.megagpt.parallel.pipeline == 1,
+        lambda config: (
+            config.megagpt.parallel.virtual_stages > 1 and config.megagpt.parallel.pipeline == 1
+        ),
         "it cuts the stages of a pipeline, and there is none",
         ("megagpt.parallel.virtual_stages=1",),
     ),
@@ -382,13 +437,20 @@ RULES: tuple[Rule, ...] = (
         "zero_optimization.offload_param.buffer_size",
         _buffer_too_small,
         "a rank's share of the largest parameter does not fit into one I/O buffer",
-        lambda config: [f"zero_optimization.offload_param.buffer_size={_largest_parameter_shard(config)}"],
+        lambda config: [
+            f"zero_optimization.offload_param.buffer_size={_largest_parameter_shard(config)}"
+        ],
         counts_rows=True,
     ),
     Rule(
         "zero_optimization.stage",
-        lambda config: _stage(config) == 0 and _model_type(config) in ("bf16", "fp16") and not _has_pipeline(config),
-        "DeepSpeed keeps 16-bit weights at ZeRO 0 in optimizers of another kind, which checkpoints cannot address",
+        lambda config: (
+            _stage(config) == 0
+            and _model_type(config) in ("bf16", "fp16")
+            and not _has_pipeline(config)
+        ),
+        "DeepSpeed keeps 16-bit weights at ZeRO 0 in optimizers of another kind, which "
+        "checkpoints cannot address",
         _at_stage(1),
     ),
     Rule(
@@ -398,12 +460,15 @@ RULES: tuple[Rule, ...] = (
             and _stage(config) > 0
             and config.megagpt.parallel.gradient_reduction == "per_step"
         ),
-        "the one reduction of a step adds micro-batches up in the model's format before it converts them",
+        "the one reduction of a step adds micro-batches up in the model's format before it "
+        "converts them",
         _other_accumulation,
     ),
     Rule(
         "data_types.grad_accum_dtype",
-        lambda config: _accumulates_otherwise(config) and config.data_types.grad_accum_dtype != "fp32",
+        lambda config: (
+            _accumulates_otherwise(config) and config.data_types.grad_accum_dtype != "fp32"
+        ),
         "it is less exact than the model, or another 16-bit format",
         ("data_types.grad_accum_dtype=fp32", "data_types.grad_accum_dtype=null"),
     ),
@@ -415,13 +480,15 @@ RULES: tuple[Rule, ...] = (
             and _stage(config) == 1
             and _optimizer_device(config) == "none"
         ),
-        "DeepSpeed then leaves the ZeRO optimizer for its BF16_Optimizer, which cannot coalesce reductions",
+        "DeepSpeed then leaves the ZeRO optimizer for its BF16_Optimizer, which cannot coalesce "
+        "reductions",
         _at_stage(2),
     ),
     Rule(
         "zero_optimization.sub_group_size",
         _has_unequal_tiles,
-        "it cuts the shards of pipeline stages into different numbers of optimizer tiles, and they need equal ones",
+        "it cuts the shards of pipeline stages into different numbers of optimizer tiles, and "
+        "they need equal ones",
         _one_tile,
         counts_rows=True,
     ),

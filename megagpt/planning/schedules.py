@@ -1,7 +1,9 @@
-"""The order in which a pipeline rank runs its micro-batches, as torch's schedules run them, and what follows from it.
+"""The order in which a pipeline rank runs its micro-batches, as torch's schedules run them, and
+what follows from it.
 
-GPipe (Huang et al. 2019, arXiv 1811.06965), 1F1B and interleaved 1F1B (Narayanan et al. 2021, arXiv 2104.04473,
-section 2.2). No torch: the planner counts held activations and idle time with it, and the documentation draws it.
+GPipe (Huang et al. 2019, arXiv 1811.06965), 1F1B and interleaved 1F1B (Narayanan et al. 2021, arXiv
+2104.04473, section 2.2). No torch: the planner counts held activations and idle time with it, and
+the documentation draws it.
 """
 
 from __future__ import annotations
@@ -21,14 +23,22 @@ class Action(NamedTuple):
     micro_batch: int
 
 
-def actions(schedule: str, pipeline: int, virtual_stages: int, micro_batches: int) -> list[list[Action]]:
+def actions(
+    schedule: str, pipeline: int, virtual_stages: int, micro_batches: int
+) -> list[list[Action]]:
     """What each pipeline rank does, in order; `schedule` is gpipe, 1f1b or interleaved."""
-    return [actions_of_rank(schedule, rank, pipeline, virtual_stages, micro_batches) for rank in range(pipeline)]
+    return [
+        actions_of_rank(schedule, rank, pipeline, virtual_stages, micro_batches)
+        for rank in range(pipeline)
+    ]
 
 
-def warm_up(schedule: str, rank: int, pipeline: int, virtual_stages: int, micro_batches: int) -> int:
-    """Forwards before a rank begins to alternate: gpipe m - 1, 1f1b p - rank - 1, interleaved (v - 1) x round +
-    2 (p - rank - 1), where a round is about p micro-batches; never more than there are forwards.
+def warm_up(
+    schedule: str, rank: int, pipeline: int, virtual_stages: int, micro_batches: int
+) -> int:
+    """Forwards before a rank begins to alternate: gpipe m - 1, 1f1b p - rank - 1, interleaved (v -
+    1) x round + 2 (p - rank - 1), where a round is about p micro-batches; never more than there are
+    forwards.
 
     torch's 1F1B says p - rank and alternates backward first, which is the same order.
     """
@@ -42,14 +52,23 @@ def warm_up(schedule: str, rank: int, pipeline: int, virtual_stages: int, micro_
 
 
 def round_length(pipeline: int, micro_batches: int) -> int:
-    """Micro-batches that the interleaved schedule sends through one stage before it turns to the next."""
+    """Micro-batches that the interleaved schedule sends through one stage before it turns to the
+    next.
+    """
     return micro_batches // max(1, micro_batches // pipeline)
 
 
 @cache
-def actions_of_rank(schedule: str, rank: int, pipeline: int, virtual_stages: int, micro_batches: int) -> list[Action]:
-    """Warm up with forwards, alternate one forward and one backward, then the backwards that are left."""
-    warm, total = warm_up(schedule, rank, pipeline, virtual_stages, micro_batches), virtual_stages * micro_batches
+def actions_of_rank(
+    schedule: str, rank: int, pipeline: int, virtual_stages: int, micro_batches: int
+) -> list[Action]:
+    """Warm up with forwards, alternate one forward and one backward, then the backwards that are
+    left.
+    """
+    warm, total = (
+        warm_up(schedule, rank, pipeline, virtual_stages, micro_batches),
+        virtual_stages * micro_batches,
+    )
     length = round_length(pipeline, micro_batches)
     seen: Counter[tuple[bool, int]] = Counter()
 
@@ -66,18 +85,24 @@ def actions_of_rank(schedule: str, rank: int, pipeline: int, virtual_stages: int
 
 
 def micro_batches_to_peak(schedule: str, pipeline: int, micro_batches: int) -> int:
-    """As many micro-batches as a rank sees before it holds the most: then the schedule repeats itself.
+    """As many micro-batches as a rank sees before it holds the most: then the schedule repeats
+    itself.
 
-    Warming up takes at most v + 1 rounds of forwards, which is less than three rounds through v stages.
+    Warming up takes at most v + 1 rounds of forwards, which is less than three rounds through v
+    stages.
     """
     if schedule == "gpipe":
         return micro_batches
-    repeats_after = pipeline + 1 if schedule == "1f1b" else 3 * round_length(pipeline, micro_batches)
+    repeats_after = (
+        pipeline + 1 if schedule == "1f1b" else 3 * round_length(pipeline, micro_batches)
+    )
     return min(micro_batches, repeats_after)
 
 
 def peak_held(order: Sequence[Action], weight: Callable[[int], float]) -> float:
-    """The most that one rank holds at a time, where a forward through a stage adds its weight until its backward."""
+    """The most that one rank holds at a time, where a forward through a stage adds its weight
+    until its backward.
+    """
     held = peak = 0.0
     for action in order:
         held += weight(action.stage) if action.forward else -weight(action.stage)
@@ -100,9 +125,11 @@ def timeline(
     backward: Callable[[int], float],
     transfer: float = 0.0,
 ) -> list[list[Span]]:
-    """When each rank does what, given how long each stage's forward and backward take, and a transfer between ranks.
+    """When each rank does what, given how long each stage's forward and backward take, and a
+    transfer between ranks.
 
-    A forward waits for the stage before, a backward for the stage behind, and both for the rank's own last action.
+    A forward waits for the stage before, a backward for the stage behind, and both for the rank's
+    own last action.
     """
     last = max(action.stage for order in orders for action in order)
     ends: dict[Action, float] = {}
@@ -142,5 +169,7 @@ def bubble(spans: Sequence[Sequence[Span]]) -> float:
 
 
 def bubble_formula(pipeline: int, virtual_stages: int, micro_batches: int) -> float:
-    """Idle share with equal stages: (p - 1) / (v m + p - 1) (Narayanan et al. 2021, section 2.2)."""
+    """Idle share with equal stages: (p - 1) / (v m + p - 1) (Narayanan et al. 2021, section
+    2.2).
+    """
     return (pipeline - 1) / (virtual_stages * micro_batches + pipeline - 1)

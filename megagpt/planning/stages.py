@@ -1,4 +1,6 @@
-"""Where a model is cut into pipeline stages: contiguous runs of its layers, balanced by work and then by parameters."""
+"""Where a model is cut into pipeline stages: contiguous runs of its layers, balanced by work and
+then by parameters.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,16 @@ from functools import cache
 
 from megagpt.config import ModelConfig
 
-SLOWER = 0.02  # how much longer the slowest stage may take than need be, where that makes the largest stage smaller
+# how much longer the slowest stage may take than need be, where that makes the largest stage
+# smaller
+SLOWER = 0.02
 
 
 def layer_costs(model: ModelConfig) -> list[float]:
     """Matrix elements that one token multiplies, by layer: the embedding, each block, the head.
 
-    The embedding looks rows up and multiplies nothing; attention's own products are the same in every block.
+    The embedding looks rows up and multiplies nothing; attention's own products are the same in
+    every block.
     """
     attention = 2 * model.num_heads * model.head_size * model.sequence_length
     block = model.block_matmul_parameters + attention
@@ -21,17 +26,26 @@ def layer_costs(model: ModelConfig) -> list[float]:
 
 
 def stage_parameters(model: ModelConfig, layers: range) -> int:
-    """Parameters of a stage; a tied weight is there twice where its two layers are on different stages."""
+    """Parameters of a stage; a tied weight is there twice where its two layers are on different
+    stages.
+    """
     table = model.vocab_size * model.hidden_size
     positions = model.sequence_length * model.hidden_size if model.position == "learned" else 0
     embedding, head = 0 in layers, model.num_layers + 1 in layers
     tables = 1 if embedding and head and model.tie_embeddings else embedding + head
     blocks = len(layers) - embedding - head
-    return tables * table + embedding * positions + blocks * model.block_parameters + head * model.norm_parameters
+    return (
+        tables * table
+        + embedding * positions
+        + blocks * model.block_parameters
+        + head * model.norm_parameters
+    )
 
 
 def describe(model: ModelConfig, layers: range) -> str:
-    """What a stage holds, and its shares: `embedding, blocks 0-5 (49% of the work, 52% of the parameters)`."""
+    """What a stage holds, and its shares: `embedding, blocks 0-5 (49% of the work, 52% of the
+    parameters)`.
+    """
     blocks = [layer - 1 for layer in layers if 1 <= layer <= model.num_layers]
     held = ["embedding"] * (0 in layers) + [f"blocks {blocks[0]}-{blocks[-1]}"]
     held += ["head"] * (model.num_layers + 1 in layers)
@@ -42,10 +56,12 @@ def describe(model: ModelConfig, layers: range) -> str:
 
 
 def cut(model: ModelConfig, num_stages: int) -> list[range]:
-    """The layers of each stage, 0 being the embedding and num_layers + 1 the head; no stage without a block.
+    """The layers of each stage, 0 being the embedding and num_layers + 1 the head; no stage without
+    a block.
 
-    The slowest stage, which all others wait for, is as fast as can be; of the cuts whose slowest is within ``SLOWER``
-    of that, the one whose largest stage has the fewest parameters. Needs num_stages <= num_layers.
+    The slowest stage, which all others wait for, is as fast as can be; of the cuts whose slowest is
+    within ``SLOWER`` of that, the one whose largest stage has the fewest parameters. Needs
+    num_stages <= num_layers.
     """
     costs = layer_costs(model)
 
@@ -65,9 +81,13 @@ def cut(model: ModelConfig, num_stages: int) -> list[range]:
 Worst = tuple[float, float]
 
 
-def _best(blocks: int, num_stages: int, burden: Callable[[range], Worst]) -> tuple[Worst, list[range]]:
-    """The cut whose largest burdens, the first kind before the second, are smallest (linear partitioning, by dynamic
-    programming), and those burdens. Of equal cuts, the one with the smaller first stages."""
+def _best(
+    blocks: int, num_stages: int, burden: Callable[[range], Worst]
+) -> tuple[Worst, list[range]]:
+    """The cut whose largest burdens, the first kind before the second, are smallest (linear
+    partitioning, by dynamic programming), and those burdens. Of equal cuts, the one with the
+    smaller first stages.
+    """
     of = cache(burden)
 
     def stage(first: int, last: int) -> range:

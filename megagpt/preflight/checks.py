@@ -1,7 +1,8 @@
-"""Look at every host before a run: can it be reached, has it the same software, room, devices, the same directories.
+"""Look at every host before a run: can it be reached, has it the same software, room, devices, the
+same directories.
 
-One table, a row a host; below it each problem with what to type. The hosts are asked in parallel, through ssh as
-DeepSpeed's launcher does it; torch is imported there only.
+One table, a row a host; below it each problem with what to type. The hosts are asked in parallel,
+through ssh as DeepSpeed's launcher does it; torch is imported there only.
 """
 
 from __future__ import annotations
@@ -22,12 +23,16 @@ from megagpt.planning.legality import ANY_VOCABULARY, World, require_legal
 from megagpt.preflight import forwarded, host_probe, ssh
 from megagpt.utils import GIB, human_bytes
 
-ASK_TIMEOUT_S = 120.0  # torch from a cold network disk; a host that is down is known after ssh's 5 s
+ASK_TIMEOUT_S = (
+    120.0  # torch from a cold network disk; a host that is down is known after ssh's 5 s
+)
 AT_ONCE = 64  # hosts asked in parallel
 CLOCK_TOLERANCE_S = 5.0
 LEAST_DISK = 1 * GIB
 LEAST_MEMORY = 2 * GIB  # torch and DeepSpeed alone take about one a rank
-LEAST_SHARED_MEMORY = 1 * GIB  # NCCL keeps its buffers there; containers get 64 MiB unless told otherwise
+LEAST_SHARED_MEMORY = (
+    1 * GIB
+)  # NCCL keeps its buffers there; containers get 64 MiB unless told otherwise
 
 Values = dict[str, Any]
 
@@ -40,7 +45,10 @@ class Report:
     values: Values = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    asked_s: tuple[float, float] = (0.0, 0.0)  # when the question left and when the answer came, by our clock
+    asked_s: tuple[float, float] = (
+        0.0,
+        0.0,
+    )  # when the question left and when the answer came, by our clock
 
     @property
     def name(self) -> str:
@@ -52,14 +60,17 @@ class Report:
 
 
 def require_legal_on(hosts: Sequence[Host], config: RunConfig, source: str) -> None:
-    """Raise ConfigError for what a run would be refused for, on as many ranks as it expects, or as the hosts have; as
-    one replica where neither is known."""
+    """Raise ConfigError for what a run would be refused for, on as many ranks as it expects, or
+    as the hosts have; as one replica where neither is known.
+    """
     ranks = config.megagpt.parallel.world_size or world_size([*hosts]) or None
     require_legal(config, source, World(ranks, ANY_VOCABULARY))
 
 
 def examine(hosts: Sequence[Host], config: RunConfig, run_directory: Path) -> list[Report]:
-    """A report of each host, or of this machine where there are none; nothing stays behind on any of them."""
+    """A report of each host, or of this machine where there are none; nothing stays behind on
+    any of them.
+    """
     variables, problems = forwarded.read() if hosts else ({}, [])
     reports = [Report(host) for host in hosts] or [Report(None)]
     question = _question(config, run_directory, variables)
@@ -77,12 +88,20 @@ def examine(hosts: Sequence[Host], config: RunConfig, run_directory: Path) -> li
 
 def _question(config: RunConfig, run_directory: Path, variables: Mapping[str, str]) -> Values:
     zero = config.zero_optimization
-    offload = [section for section in (zero.offload_optimizer, zero.offload_param) if section is not None]
+    offload = [
+        section for section in (zero.offload_optimizer, zero.offload_param) if section is not None
+    ]
     return {
         "task": "facts",
         "directory": str(Path.cwd()),
         "run_directory": str(run_directory.absolute()),
-        "disks": sorted({section.nvme_path for section in offload if section.device == "nvme" and section.nvme_path}),
+        "disks": sorted(
+            {
+                section.nvme_path
+                for section in offload
+                if section.device == "nvme" and section.nvme_path
+            }
+        ),
         "variables": dict(variables),
         "ops": {device: needed_ops(config, device) for device in ("cpu", "cuda")},
     }
@@ -101,13 +120,20 @@ def _ask_facts(report: Report, question: Values) -> None:
 
 def _ask(report: Report, request: Values) -> Any:
     """The answer of a host's probe; where there is none, None and a problem."""
-    source = f"{Path(host_probe.__file__).read_text()}\nanswer(json.loads({json.dumps(request)!r}))\n"
-    reply = ssh.run_python(report.host.name if report.host else None, source, timeout_s=ASK_TIMEOUT_S)
+    source = (
+        f"{Path(host_probe.__file__).read_text()}\nanswer(json.loads({json.dumps(request)!r}))\n"
+    )
+    reply = ssh.run_python(
+        report.host.name if report.host else None, source, timeout_s=ASK_TIMEOUT_S
+    )
     if reply.failure is None:
         try:
             return json.loads(reply.output.splitlines()[-1])
         except (ValueError, IndexError):  # a login script that prints, or ends the session
-            reply = ssh.Reply("", f"its answer is none: {reply.output[-60:]!a}: does a login script print or exit?")
+            reply = ssh.Reply(
+                "",
+                f"its answer is none: {reply.output[-60:]!a}: does a login script print or exit?",
+            )
     report.problems.append(f"{report.name}: {reply.failure}")
     return None
 
@@ -116,10 +142,16 @@ def _problems_alone(report: Report) -> Iterator[str]:
     """What is wrong with a host whatever the others are like."""
     values, name = report.values, report.name
     if not values["directory"]:
-        yield f"{name}: {Path.cwd()} is missing: every host needs the same paths, copy or share the directory"
+        yield (
+            f"{name}: {Path.cwd()} is missing: every host needs the same paths, copy or share "
+            f"the directory"
+        )
         return
     if "failure" in values:
-        yield f"{name}: torch or the code cannot be imported: {values['failure']!a}: make setup, there"
+        yield (
+            f"{name}: torch or the code cannot be imported: {values['failure']!a}: make setup, "
+            f"there"
+        )
         return
     devices = len(values["devices"])
     if report.host and devices and devices < report.host.slots:
@@ -132,38 +164,59 @@ def _problems_alone(report: Report) -> Iterator[str]:
     if memory is not None and memory < LEAST_MEMORY:
         yield f"{name}: {human_bytes(memory)} of memory left: end what uses it"
     if devices and shared is not None and shared < LEAST_SHARED_MEMORY:
-        yield f"{name}: /dev/shm has {human_bytes(shared)}, NCCL needs more: docker run --shm-size=16g, or --ipc=host"
+        yield (
+            f"{name}: /dev/shm has {human_bytes(shared)}, NCCL needs more: docker run "
+            f"--shm-size=16g, or --ipc=host"
+        )
 
 
 def _places(values: Values, name: str) -> Iterator[str]:
     """Directories that cannot be written, disks that are full."""
     for place in (values["place"], *values["disks"].values()):
         if not place["writable"]:
-            yield f"{name}: {place['path']} cannot be written: chown it, or choose another --run_dir or nvme_path"
+            yield (
+                f"{name}: {place['path']} cannot be written: chown it, or choose another "
+                f"--run_dir or nvme_path"
+            )
         elif place["free_bytes"] is not None and place["free_bytes"] < LEAST_DISK:
             free = human_bytes(place["free_bytes"])
-            yield f"{name}: {free} left on the disk of {place['path']}: free some, or choose another directory"
+            yield (
+                f"{name}: {free} left on the disk of {place['path']}: free some, or choose "
+                f"another directory"
+            )
 
 
 def _notes(report: Report) -> Iterator[str]:
     """What a run survives and a user may want to know."""
     states = report.values.get("ops", {})
-    if unbuilt := ", ".join(op.removesuffix("Builder") for op, state in states.items() if state == "not yet"):
-        yield f"{report.name}: {unbuilt} will be compiled at the first start; or now: python launch/build_ops.py"
+    if unbuilt := ", ".join(
+        op.removesuffix("Builder") for op, state in states.items() if state == "not yet"
+    ):
+        yield (
+            f"{report.name}: {unbuilt} will be compiled at the first start; or now: python "
+            f"launch/build_ops.py"
+        )
     skew = _clock_skew_s(report)
     if abs(skew) > CLOCK_TOLERANCE_S:
-        yield f"{report.name}: its clock is {skew:+.0f} s off, logs will not line up: timedatectl set-ntp true, there"
+        yield (
+            f"{report.name}: its clock is {skew:+.0f} s off, logs will not line up: timedatectl "
+            f"set-ntp true, there"
+        )
 
 
 def _clock_skew_s(report: Report) -> float:
-    """How far a clock is outside of the time that the question took: it was read somewhere in between."""
+    """How far a clock is outside of the time that the question took: it was read somewhere in
+    between.
+    """
     begun, ended = report.asked_s
     clock = report.values["clock_s"]
     return clock - min(max(clock, begun), ended)
 
 
 def _compare(reports: Sequence[Report]) -> None:
-    """Find hosts that differ from the first in what has to be alike, and names that mean one machine."""
+    """Find hosts that differ from the first in what has to be alike, and names that mean one
+    machine.
+    """
     for report in reports[1:]:
         first = reports[0]
         for library, version in report.values["software"].items():
@@ -175,15 +228,20 @@ def _compare(reports: Sequence[Report]) -> None:
         codes = (report.values.get("code"), first.values.get("code"))
         if None not in codes and codes[0] != codes[1]:
             report.problems.append(
-                f"{report.name}: its code differs from that of {first.name}: git pull, or copy it again"
+                f"{report.name}: its code differs from that of {first.name}: git pull, or copy it "
+                f"again"
             )
         devices = [{*one.values.get("devices", [])} for one in (report, first)]
         if devices[0] != devices[1]:
-            report.notes.append(f"{report.name}: other devices than {first.name}: the slowest sets the pace")
+            report.notes.append(
+                f"{report.name}: other devices than {first.name}: the slowest sets the pace"
+            )
 
 
 def _see_whether_shared(reports: Sequence[Report]) -> None:
-    """Whether all hosts mean one directory by the path of the run: a mark of the first must be seen by the others."""
+    """Whether all hosts mean one directory by the path of the run: a mark of the first must be
+    seen by the others.
+    """
     usable = [report for report in reports if report.values["place"]["writable"]]
     if len(usable) < 2:
         return
@@ -202,8 +260,9 @@ def _look_for(report: Report, mark: str, writer: str) -> None:
     report.values["shared"] = seen
     if seen is False:
         report.problems.append(
-            f"{report.name}: {Path(mark).parent} is another directory than on {writer}, and every host writes its part "
-            f"of a checkpoint there: share it (NFS ...), or choose a shared --run_dir"
+            f"{report.name}: {Path(mark).parent} is another directory than on {writer}, and every "
+            "host writes its part of a checkpoint there: share it (NFS ...), or choose a shared "
+            "--run_dir"
         )
 
 
@@ -211,7 +270,10 @@ def _world_problems(hosts: Sequence[Host], config: RunConfig) -> Iterator[str]:
     """What a run on these hosts would be refused for."""
     expected, ranks = config.megagpt.parallel.world_size, world_size([*hosts])
     if hosts and expected not in (None, ranks):
-        yield f"the hostfile has {ranks} ranks, megagpt.parallel.world_size is {expected}: bring back the missing hosts"
+        yield (
+            f"the hostfile has {ranks} ranks, megagpt.parallel.world_size is {expected}: bring "
+            f"back the missing hosts"
+        )
     if len(hosts) > 1 and expected is None:
         yield f"megagpt.parallel.world_size is missing: --set megagpt.parallel.world_size={ranks}"
 
@@ -219,7 +281,9 @@ def _world_problems(hosts: Sequence[Host], config: RunConfig) -> Iterator[str]:
 def table(reports: Sequence[Report]) -> str:
     """One row a host, one column a thing that was looked at."""
     rows = [_row(report) for report in reports]
-    columns = [max(len(row[column]) for row in (HEADINGS, *rows)) for column in range(len(HEADINGS))]
+    columns = [
+        max(len(row[column]) for row in (HEADINGS, *rows)) for column in range(len(HEADINGS))
+    ]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, columns, strict=True)).rstrip()
         for row in (HEADINGS, *rows)

@@ -1,8 +1,8 @@
 """`.deepspeed_env`: the variables that DeepSpeed's launcher sets for the ranks of other hosts.
 
-The launcher reads it from the home directory and from the working directory (DS_ENV_FILE gives it another name), breaks
-off at a line without `=`, a comment and a blank line too, and puts every value on a command line that it logs and that
-all users of all hosts can see.
+The launcher reads it from the home directory and from the working directory (DS_ENV_FILE gives it
+another name), breaks off at a line without `=`, a comment and a blank line too, and puts every
+value on a command line that it logs and that all users of all hosts can see.
 """
 
 from __future__ import annotations
@@ -22,18 +22,23 @@ def files() -> list[Path]:
 
 
 def read() -> tuple[dict[str, str], list[str]]:
-    """The variables of all files, without secrets, and what is wrong with the files, a line each."""
+    """The variables of all files, without secrets, and what is wrong with the files, a line
+    each.
+    """
     variables: dict[str, str] = {}
     problems: list[str] = []
     for path in files():
         for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
             name, equals, value = line.partition("=")
             if not equals or NAME.fullmatch(name.strip()) is None:
-                problems.append(f"{path}: line {number}: the launcher takes NAME=VALUE only, no comment, no blank line")
+                problems.append(
+                    f"{path}: line {number}: the launcher takes NAME=VALUE only, no comment, no "
+                    f"blank line"
+                )
             elif SECRET.search(name):
                 problems.append(
-                    f"{path}: line {number}: {name.strip()} would stand on a command line that all users can read; "
-                    f"set it on each host instead (docs/clusters.md)"
+                    f"{path}: line {number}: {name.strip()} would stand on a command line that all "
+                    "users can read; set it on each host instead (docs/clusters.md)"
                 )
             else:
                 variables[name.strip()] = value.strip()

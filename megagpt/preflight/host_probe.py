@@ -1,7 +1,8 @@
 """What one host has: its software, code, memory, disks and devices. Standard library only.
 
-`preflight/checks.py` sends this very file to the Python of each host, through ssh's standard input, with a call of `answer`
-at its end: so it works on hosts that lack the code, and nothing that it is asked appears on a command line.
+`preflight/checks.py` sends this very file to the Python of each host, through ssh's standard input,
+with a call of `answer` at its end: so it works on hosts that lack the code, and nothing that it is
+asked appears on a command line.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ SOURCES = ("megagpt", "kernels")
 
 
 def answer(request: dict[str, Any]) -> None:
-    """Do one task and print its result as the only line on standard output, where libraries print too."""
+    """Do one task and print its result as the only line on standard output, where libraries
+    print too.
+    """
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)
         result = TASKS[request.pop("task")](**request)
@@ -32,16 +35,25 @@ def answer(request: dict[str, Any]) -> None:
 
 
 def facts(
-    directory: str, run_directory: str, disks: list[str], variables: dict[str, str], ops: dict[str, list[str]]
+    directory: str,
+    run_directory: str,
+    disks: list[str],
+    variables: dict[str, str],
+    ops: dict[str, list[str]],
 ) -> dict[str, Any]:
-    """Everything that a run in `directory` depends on; ``ops`` are those that it needs, by type of device."""
+    """Everything that a run in `directory` depends on; ``ops`` are those that it needs, by type
+    of device.
+    """
     os.environ.update(variables)
     found = {
         "name": socket.gethostname(),
         "machine": _machine(),
         "clock_s": time.time(),
         "directory": Path(directory).is_dir(),
-        "software": {"Python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
+        "software": {
+            "Python": platform.python_version(),
+            **{name: _version(name) for name in LIBRARIES},
+        },
         "memory_bytes": _available_memory(),
         "shared_memory_bytes": _free("/dev/shm"),
         "place": _place(run_directory),
@@ -51,16 +63,23 @@ def facts(
         return found
     os.chdir(directory)
     sys.path.insert(0, directory)
-    return found | {"code": code_fingerprint([Path(directory, name) for name in SOURCES]), **_devices(ops)}
+    return found | {
+        "code": code_fingerprint([Path(directory, name) for name in SOURCES]),
+        **_devices(ops),
+    }
 
 
 def code_fingerprint(directories: Sequence[Path]) -> str:
-    """SHA-256 over the names and contents of the Python files in some directories, wherever those lie."""
+    """SHA-256 over the names and contents of the Python files in some directories, wherever
+    those lie.
+    """
     digest = hashlib.sha256()
     for directory in directories:
         for path in sorted(directory.rglob("*.py")):
             content = path.read_bytes()
-            digest.update(f"{path.relative_to(directory.parent)} {len(content)}\n".encode() + content)
+            digest.update(
+                f"{path.relative_to(directory.parent)} {len(content)}\n".encode() + content
+            )
     return digest.hexdigest()
 
 
@@ -109,7 +128,9 @@ def _available_memory() -> int | None:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return next(
+        (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None
+    )
 
 
 def _free(path: str) -> int | None:
@@ -124,7 +145,11 @@ def _place(path: str) -> dict[str, Any]:
     place = Path(path).absolute()
     while not place.exists():
         place = place.parent
-    return {"path": str(place), "writable": os.access(place, os.W_OK | os.X_OK), "free_bytes": _free(str(place))}
+    return {
+        "path": str(place),
+        "writable": os.access(place, os.W_OK | os.X_OK),
+        "free_bytes": _free(str(place)),
+    }
 
 
 def _state_of(op: str) -> str:
@@ -146,6 +171,8 @@ def _devices(needed: dict[str, list[str]]) -> dict[str, Any]:
         announce_to_deepspeed()
         ops.use_private_extensions()
         states = {op: _state_of(op) for op in needed["cuda" if count else "cpu"]}
-    except Exception as error:  # whatever keeps torch or the code from being imported is the finding
+    except (
+        Exception
+    ) as error:  # whatever keeps torch or the code from being imported is the finding
         return {"failure": f"{type(error).__name__}: {error}"}
     return {"devices": names, "ops": states}

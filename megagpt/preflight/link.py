@@ -1,6 +1,7 @@
 """How fast the ranks of all hosts reach each other: the time of an all-reduce, small and large.
 
-torchrun is started on each host through ssh, one rank a slot, with `link_ranks.py`; torch is imported there only.
+torchrun is started on each host through ssh, one rank a slot, with `link_ranks.py`; torch is
+imported there only.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from megagpt.utils import UserError, human_bytes
 TIMEOUT_S = 90
 PORT = 29_400  # beside torch's own 29500
 RANKS = Path(__file__).with_name("link_ranks.py")
-ADDRESS = "import subprocess; print(subprocess.check_output(['hostname', '-I'], text=True))"  # as DeepSpeed asks for it
+# as DeepSpeed asks for it
+ADDRESS = "import subprocess; print(subprocess.check_output(['hostname', '-I'], text=True))"
 START = """
 import os, signal
 signal.alarm({timeout})  # nobody is left behind when the connection breaks
@@ -31,8 +33,8 @@ main({words!r})
 
 @dataclass(frozen=True)
 class Link:
-    """Times over all ranks; ``bus_bytes_per_s`` is that of the slowest link, counted as NCCL's tests count it:
-    2 (n - 1) / n of the tensor pass each of n ranks.
+    """Times over all ranks; ``bus_bytes_per_s`` is that of the slowest link, counted as NCCL's
+    tests count it: 2 (n - 1) / n of the tensor pass each of n ranks.
     """
 
     ranks: int
@@ -43,27 +45,33 @@ class Link:
 
 
 def measure(hosts: Sequence[Host]) -> Link:
-    """All-reduce over one rank a slot of every host; raises UserError where the hosts do not come together."""
+    """All-reduce over one rank a slot of every host; raises UserError where the hosts do not
+    come together.
+    """
     if sum(host.slots for host in hosts) < 2:
-        raise UserError("--bandwidth: nothing to measure with one rank: give --hostfile, with two slots or more")
+        raise UserError(
+            "--bandwidth: nothing to measure with one rank: give --hostfile, with two slots or more"
+        )
     variables, _ = forwarded.read()
     address = _address_of(hosts[0].name)
     with ThreadPoolExecutor(len(hosts)) as threads:
-        replies = list(threads.map(lambda node: _start(hosts, node, address, variables), range(len(hosts))))
+        replies = list(
+            threads.map(lambda node: _start(hosts, node, address, variables), range(len(hosts)))
+        )
     for host, reply in zip(hosts, replies, strict=True):
         if reply.failure is not None:
             raise UserError(
                 f"{host.name}: no all-reduce with the others: {reply.failure}\n"
-                f"is every port of {address} open to the others? NCCL_SOCKET_IFNAME (on CPUs GLOO_SOCKET_IFNAME) in "
-                f".deepspeed_env names the network device to use"
+                f"is every port of {address} open to the others? NCCL_SOCKET_IFNAME (on CPUs "
+                "GLOO_SOCKET_IFNAME) in .deepspeed_env names the network device to use"
             )
     return Link(**json.loads(replies[0].output.splitlines()[-1]))
 
 
 def describe(link: Link) -> str:
     return (
-        f"all-reduce over {link.ranks} ranks ({link.backend}): {1e6 * link.latency_s:.0f} us for a number, "
-        f"{human_bytes(link.bus_bytes_per_s)}/s a link for {human_bytes(link.tensor_bytes)}"
+        f"all-reduce over {link.ranks} ranks ({link.backend}): {1e6 * link.latency_s:.0f} us for a "
+        f"number, {human_bytes(link.bus_bytes_per_s)}/s a link for {human_bytes(link.tensor_bytes)}"
     )
 
 
@@ -71,13 +79,26 @@ def _address_of(host: str) -> str:
     """The first address of a host, which the others shall find rank 0 at."""
     reply = ssh.run_python(host, ADDRESS, timeout_s=TIMEOUT_S)
     if reply.failure is not None or not reply.output.split():
-        raise UserError(f"{host}: {reply.failure or '`hostname -I` gives no address: configure its network'}")
+        raise UserError(
+            f"{host}: {reply.failure or '`hostname -I` gives no address: configure its network'}"
+        )
     return reply.output.split()[0]
 
 
-def _start(hosts: Sequence[Host], node: int, address: str, variables: Mapping[str, str]) -> ssh.Reply:
+def _start(
+    hosts: Sequence[Host], node: int, address: str, variables: Mapping[str, str]
+) -> ssh.Reply:
     """Run the ranks of one host to their end."""
-    words = ["--nnodes", str(len(hosts)), "--nproc-per-node", str(hosts[node].slots), "--node-rank", str(node)]
+    words = [
+        "--nnodes",
+        str(len(hosts)),
+        "--nproc-per-node",
+        str(hosts[node].slots),
+        "--node-rank",
+        str(node),
+    ]
     words += ["--master-addr", address, "--master-port", str(PORT), str(RANKS)]
-    source = START.format(timeout=TIMEOUT_S, directory=str(Path.cwd()), variables=dict(variables), words=words)
+    source = START.format(
+        timeout=TIMEOUT_S, directory=str(Path.cwd()), variables=dict(variables), words=words
+    )
     return ssh.run_python(hosts[node].name, source, timeout_s=TIMEOUT_S + ssh.CONNECT_S)

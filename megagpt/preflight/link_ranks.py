@@ -1,4 +1,6 @@
-"""What each rank does for `link.py`: reduce a number and a large tensor over all ranks; rank 0 prints the times."""
+"""What each rank does for `link.py`: reduce a number and a large tensor over all ranks; rank 0
+prints the times.
+"""
 
 import json
 import os
@@ -23,7 +25,12 @@ def main() -> None:
     if dist.get_rank() == 0:
         ranks = dist.get_world_size()
         carried = 2 * (ranks - 1) / ranks * TENSOR_BYTES
-        result = {"ranks": ranks, "backend": dist.get_backend(), "latency_s": latency_s, "tensor_bytes": TENSOR_BYTES}
+        result = {
+            "ranks": ranks,
+            "backend": dist.get_backend(),
+            "latency_s": latency_s,
+            "tensor_bytes": TENSOR_BYTES,
+        }
         print(json.dumps(result | {"bus_bytes_per_s": carried / large_s}), flush=True)
     dist.destroy_process_group()
 

@@ -1,4 +1,6 @@
-"""Run Python on a host as DeepSpeed's launcher will, through ssh without questions, and explain why that fails."""
+"""Run Python on a host as DeepSpeed's launcher will, through ssh without questions, and explain
+why that fails.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,19 @@ SSH_FAILED = 255  # ssh's own exit code; any other is the command's
 NOT_FOUND = (126, 127)  # a shell's, where the command is missing or no program
 
 # What ssh says, and what to do about it; the first that is found counts.
-SILENT = "the host does not answer: is it up, is its address right? Take it from the hostfile until it is"
+SILENT = (
+    "the host does not answer: is it up, is its address right? Take it from the hostfile "
+    "until it is"
+)
 REMEDIES = {
-    "REMOTE HOST IDENTIFICATION HAS CHANGED": "its key is another than before: if it was installed anew, "
+    "REMOTE HOST IDENTIFICATION HAS CHANGED": "its key is another than before: if it was "
+    "installed anew, "
     "ssh-keygen -R {host}; if not, somebody answers in its place",
-    "Host key verification failed": "its key is unknown here: ssh {host} once, compare the fingerprint, say yes",
+    "Host key verification failed": "its key is unknown here: ssh {host} once, compare the "
+    "fingerprint, say yes",
     "Permission denied": "it does not accept your key: ssh-copy-id {host}",
-    "Could not resolve hostname": "the name is unknown: correct the hostfile, or name its address in ~/.ssh/config",
+    "Could not resolve hostname": "the name is unknown: correct the hostfile, or name its address "
+    "in ~/.ssh/config",
     "Connection refused": "the host is up and no ssh daemon listens: systemctl start ssh, there",
     "timed out": SILENT,
     "No route to host": SILENT,
@@ -29,14 +37,17 @@ OTHERWISE = "try it by hand: ssh -o BatchMode=yes {host} true"
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back from a host; ``failure`` says in a line why nothing useful did, with what to do, else None."""
+    """What came back from a host; ``failure`` says in a line why nothing useful did, with what
+    to do, else None.
+    """
 
     output: str
     failure: str | None
 
 
 def run_python(host: str | None, source: str, *, timeout_s: float) -> Reply:
-    """Run a program on a host or, where that is None, on this machine; it travels through standard input.
+    """Run a program on a host or, where that is None, on this machine; it travels through standard
+    input.
 
     The interpreter is this one by its path, which DeepSpeed's launcher uses on every host.
     """
@@ -45,18 +56,31 @@ def run_python(host: str | None, source: str, *, timeout_s: float) -> Reply:
         options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_S}"]
         command = ["ssh", *options, host, shlex.join(command)]
     try:
-        done = subprocess.run(command, input=source, capture_output=True, text=True, timeout=timeout_s, check=False)
+        done = subprocess.run(
+            command, input=source, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
     except FileNotFoundError:
         return Reply("", "there is no ssh here (Debian, Ubuntu: apt install openssh-client)")
     except subprocess.TimeoutExpired:
-        return Reply("", f"no answer within {timeout_s:.0f} s: the host, or a disk that Python lies on, hangs")
-    return Reply(done.stdout, _explain(host, done.returncode, done.stderr) if done.returncode else None)
+        return Reply(
+            "",
+            f"no answer within {timeout_s:.0f} s: the host, or a disk that Python lies on, hangs",
+        )
+    return Reply(
+        done.stdout, _explain(host, done.returncode, done.stderr) if done.returncode else None
+    )
 
 
 def _explain(host: str | None, code: int, stderr: str) -> str:
-    last = next((line.strip() for line in reversed(stderr.splitlines()) if line.strip()), f"exit code {code}")
+    last = next(
+        (line.strip() for line in reversed(stderr.splitlines()) if line.strip()),
+        f"exit code {code}",
+    )
     if code in NOT_FOUND:
-        return f"no {sys.executable} there: install it at the same path (make setup), or share the directory"
+        return (
+            f"no {sys.executable} there: install it at the same path (make setup), or share "
+            f"the directory"
+        )
     if code != SSH_FAILED or host is None:
         return f"Python failed there: {last}"
     remedy = next((remedy for said, remedy in REMEDIES.items() if said in stderr), OTHERWISE)

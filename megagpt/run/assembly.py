@@ -18,7 +18,14 @@ from megagpt.inference.generate import open_tokenizer
 from megagpt.monitoring.monitor import Monitor
 from megagpt.parallel import device, internals
 from megagpt.parallel.batches import BatchLoader
-from megagpt.parallel.engine import Engine, build_engine, build_mesh, compute_dtype, join_ranks, training_device
+from megagpt.parallel.engine import (
+    Engine,
+    build_engine,
+    build_mesh,
+    compute_dtype,
+    join_ranks,
+    training_device,
+)
 from megagpt.planning.stages import cut, describe
 from megagpt.rundir import directory as directories
 from megagpt.rundir.data import require_same_data, resolve_here
@@ -28,8 +35,12 @@ from megagpt.utils import human_count
 log = logging.getLogger(__name__)
 
 
-def assemble(config: RunConfig, streams: dict[Split, SampleStream], directory: Path, pulse: Pulse) -> Run:
-    """Bring up the ranks, the engine and the newest checkpoint; every rank does the same, and says where it is."""
+def assemble(
+    config: RunConfig, streams: dict[Split, SampleStream], directory: Path, pulse: Pulse
+) -> Run:
+    """Bring up the ranks, the engine and the newest checkpoint; every rank does the same, and
+    says where it is.
+    """
     pulse.beat("joining the other ranks")
     native = device.multiplies_bf16_natively(training_device())
     resolved = resolve_here(config, streams["train"].vocabulary, bf16_native=native)
@@ -67,7 +78,9 @@ def assemble(config: RunConfig, streams: dict[Split, SampleStream], directory: P
 
 
 def _unknown_internals(config: ResolvedConfig) -> list[str]:
-    """Return what each host runs at its own risk (MEGAGPT_ALLOW_UNKNOWN=1); every rank must call it."""
+    """Return what each host runs at its own risk (MEGAGPT_ALLOW_UNKNOWN=1); every rank must call
+    it.
+    """
     here = internals.check(internals.parts_used(config, adopt_launch().launcher))
     return sorted({message for message in everyones(here) if message is not None})
 
@@ -85,12 +98,15 @@ def _resume(run: Run) -> dict[str, object] | None:
     if run.engine.mesh.rank == 0:
         run.unproven = _next_step(resumed.directory)
         print(resumed.describe(provable=run.unproven is not None), flush=True)
-    require_same_data(run.directory, run.state.step, resumed.manifest.data_fingerprint, run.training.stream)
+    require_same_data(
+        run.directory, run.state.step, resumed.manifest.data_fingerprint, run.training.stream
+    )
     return {"written_by": resumed.manifest.topology, "passed_over": resumed.passed_over}
 
 
 def _next_step(checkpoint: Path) -> NextStep | None:
-    """The record of the step that followed a checkpoint; a damaged one gives way to what that step gives now.
+    """The record of the step that followed a checkpoint; a damaged one gives way to what that step
+    gives now.
 
     One of another format stays, and says nothing to this version.
     """
@@ -111,24 +127,29 @@ def _announce(engine: Engine, directory: Path, hardware: str) -> None:
     config, zero = engine.config, engine.config.zero_optimization
     model = config.megagpt.model
     optimizer_on, parameters_on = (
-        "the device" if place == "none" else place for place in (zero.optimizer_device, zero.parameter_device)
+        "the device" if place == "none" else place
+        for place in (zero.optimizer_device, zero.parameter_device)
     )
     print(
-        f"{directory}: {human_count(model.num_parameters)} parameters "
-        f"({model.num_layers} layers, width {model.hidden_size}, {model.num_heads} heads, "
-        f"{model.vocab_size} tokens, length {model.sequence_length})\n"
+        f"{directory}: {human_count(model.num_parameters)} parameters ({model.num_layers} layers, "
+        f"width {model.hidden_size}, {model.num_heads} heads, {model.vocab_size} tokens, length "
+        f"{model.sequence_length})\n"
         f"{engine.mesh.world_size} x {hardware}; ZeRO {zero.stage}, optimizer on {optimizer_on}, "
         f"parameters on {parameters_on}; batch {config.train_batch_size} = "
-        f"{config.train_micro_batch_size_per_gpu} x {config.gradient_accumulation_steps} micro-batches x "
-        f"{engine.mesh.data_size} replicas",
+        f"{config.train_micro_batch_size_per_gpu} x {config.gradient_accumulation_steps} "
+        f"micro-batches x {engine.mesh.data_size} replicas",
         flush=True,
     )
     if engine.num_stages > 1:
-        print(f"pipeline, {config.megagpt.parallel.schedule}: {_describe_stages(config)}", flush=True)
+        print(
+            f"pipeline, {config.megagpt.parallel.schedule}: {_describe_stages(config)}", flush=True
+        )
 
 
 def _describe_stages(config: ResolvedConfig) -> str:
     """What each pipeline stage holds, and its shares of work and parameters."""
     model, parallel = config.megagpt.model, config.megagpt.parallel
     stages = cut(model, parallel.pipeline * parallel.virtual_stages)
-    return "; ".join(f"stage {index}: {describe(model, layers)}" for index, layers in enumerate(stages))
+    return "; ".join(
+        f"stage {index}: {describe(model, layers)}" for index, layers in enumerate(stages)
+    )

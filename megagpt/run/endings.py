@@ -1,4 +1,6 @@
-"""From a run's last moment to an exit code: what the screen shows, and what is left on record for who started it."""
+"""From a run's last moment to an exit code: what the screen shows, and what is left on record
+for who started it.
+"""
 
 import contextlib
 import logging
@@ -38,7 +40,9 @@ def acquaint(watch: Watch, run: "Run") -> None:
     watch.know(run.engine.mesh.name, {id(module): name for name, module in modules if name})
 
 
-def report_hang(states: list[RankState], timeout_s: float, run: "Run | None", directory: Path) -> None:
+def report_hang(
+    states: list[RankState], timeout_s: float, run: "Run | None", directory: Path
+) -> None:
     """One rank's word for all, while every main thread hangs."""
     from megagpt.health.hang_page import hang_page, verdict
 
@@ -61,7 +65,9 @@ def farewell(run: "Run", first_step: int, wish: Wish) -> ExitCode:
     code = ExitCode.PREEMPTED_AND_SAVED if wish.ends_the_run else ExitCode.DONE
     if run.engine.mesh.rank == 0:
         (run.directory / STOP_FILE).unlink(missing_ok=True)
-        reason, detail = (end_record.PREEMPTED, wish.name) if wish.ends_the_run else (end_record.DONE, "")
+        reason, detail = (
+            (end_record.PREEMPTED, wish.name) if wish.ends_the_run else (end_record.DONE, "")
+        )
         _record(EndRecord(reason, code, run.state.step, rank=0, detail=detail), run.directory)
         print(_saved(run, wish) if wish.ends_the_run else _outcome(run, first_step), flush=True)
     dist.destroy_process_group()
@@ -77,17 +83,23 @@ def _outcome(run: "Run", first_step: int) -> str:
     total_steps = run.config.megagpt.training.total_steps
     if first_step >= total_steps:
         more = f"--set megagpt.training.total_steps={2 * first_step}"
-        done = f"already done: {run.directory} is at step {first_step} of {total_steps}; to train on: {more}"
+        done = (
+            f"already done: {run.directory} is at step {first_step} of {total_steps}; to train "
+            f"on: {more}"
+        )
     else:
         tokens = human_count(run.state.tokens)
-        done = f"done: step {run.state.step}, {tokens} tokens; samples in {run.directory}/samples.txt"
+        done = (
+            f"done: step {run.state.step}, {tokens} tokens; samples in {run.directory}/samples.txt"
+        )
     return f'{done}\nnext: python launch/generate.py --run_dir {run.directory} --prompt "import os"'
 
 
 def end_at_once(heard: signal.Signals, run: "Run | None", directory: Path) -> None:
     """End this process in the middle of anything, from whichever thread; it does not return.
 
-    Before the first step all that there is lies on the disk. Later a save may be torn: the checkpoint before it counts.
+    Before the first step all that there is lies on the disk. Later a save may be torn: the
+    checkpoint before it counts.
     """
     code = ExitCode.PREEMPTED_AND_SAVED if run is None else ExitCode.FAILED
     step, last = run.state.step if run else None, last_checkpoint(directory)
@@ -104,7 +116,10 @@ def crash(error: BaseException, run: "Run | None", directory: Path) -> ExitCode:
 
     guard = isinstance(error, StoppedByGuardError)
     code = ExitCode.STOPPED_BY_GUARD if guard else ExitCode.FAILED
-    reason, step = end_record.STOPPED if guard else end_record.FAILED, run.state.step if run else None
+    reason, step = (
+        end_record.STOPPED if guard else end_record.FAILED,
+        run.state.step if run else None,
+    )
     detail = redacted(f"{type(error).__name__}: {error}")
     _record(EndRecord(reason, code, step, _rank(), detail), directory)
     _show_crash(error, run, directory)
@@ -121,7 +136,9 @@ def _record(record: EndRecord, directory: Path) -> None:
 
 
 def _show_crash(error: BaseException, run: "Run | None", directory: Path) -> None:
-    """The page of the rank that failed first; the others, which only lost a peer, write to their logs."""
+    """The page of the rank that failed first; the others, which only lost a peer, write to their
+    logs.
+    """
     from megagpt.monitoring.monitor import crash_page
     from megagpt.monitoring.rank_log import rank_log_path
 
@@ -139,7 +156,9 @@ def _show_crash(error: BaseException, run: "Run | None", directory: Path) -> Non
 
 
 def _publish(page: str, directory: Path) -> None:
-    """Show the page of the rank that ended first, and keep it; what later ones have to say follows from that end."""
+    """Show the page of the rank that ended first, and keep it; what later ones have to say
+    follows from that end.
+    """
     try:
         with _crash_file(directory).open("x") as file:
             file.write(page)
@@ -151,7 +170,9 @@ def _publish(page: str, directory: Path) -> None:
 
 
 def _show(text: str) -> None:
-    """On the screen, where there is still one: a terminal that was closed must not change how the run ends."""
+    """On the screen, where there is still one: a terminal that was closed must not change how
+    the run ends.
+    """
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
@@ -173,14 +194,17 @@ def last_checkpoint(directory: Path) -> Path | None:
 
 
 def resume_command() -> str:
-    """What was typed; where no rank could see that, this rank's command without what the launcher added, and with the
-    variables that made it a rank where no launcher set them."""
+    """What was typed; where no rank could see that, this rank's command without what the
+    launcher added, and with the variables that made it a rank where no launcher set them.
+    """
     if (command := command_of_launcher()) is not None:
         return shlex.join(command)
     if COMMAND_VARIABLE in os.environ:
         return os.environ[COMMAND_VARIABLE]
     launch = adopt_launch()
-    hostfile = " --hostfile HOSTFILE" if launch.launcher == "deepspeed" and len(launch.hosts) > 1 else ""
+    hostfile = (
+        " --hostfile HOSTFILE" if launch.launcher == "deepspeed" and len(launch.hosts) > 1 else ""
+    )
     started = [word for word in sys.argv if not word.startswith("--local_rank")]
     again = f"{launch.launcher}{hostfile} {shlex.join(started)}"
     if launch.launcher != "python" or launch.world_size == 1:

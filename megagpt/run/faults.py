@@ -1,16 +1,24 @@
-"""Sabotage, for tests of what a run survives. Nothing here acts unless one environment variable names faults:
+"""Sabotage, for tests of what a run survives.
+
+Nothing here acts unless one environment variable names faults:
 
     MEGAGPT_FAULTS="kill@rank=1,step=5; slow@rank=1,step=3,seconds=0.2; spike@step=60"
 
-    kill         SIGKILL to itself in the forward pass            stop         SIGSTOP, likewise
-    hang         sleeps for ever in the forward pass              hang_load    while it loads samples
-    slow         sleeps `seconds` while it loads, from `step` on  disk_full    no file grows past 4 KiB, from `step` on
-    nan_loss     a loss of NaN                                    inf_gradient an infinite gradient, finite loss
-    spike        ten times the loss and its gradients             flip_bit     in a value held alike, after the update
+    kill          SIGKILL to itself in the forward pass
+    stop          SIGSTOP to itself in the forward pass
+    hang          sleeps for ever in the forward pass
+    hang_load     sleeps for ever while it loads samples
+    slow          sleeps `seconds` while it loads samples, from `step` on
+    disk_full     no file grows past 4 KiB, from `step` on
+    nan_loss      a loss of NaN
+    inf_gradient  an infinite gradient under a finite loss
+    spike         ten times the loss and its gradients
+    flip_bit      one bit of a value that replicas share, after the update
 
-Without `rank` a fault strikes all ranks. `kill`, `stop`, `hang` and `hang_load` strike `times` (1) in the life of a run
-directory, which remembers them in `logs/faults.txt`, so that a run that is started again gets past them; what spoils a
-loss does not strike again where a rewound run makes the step anew with other samples.
+Without `rank` a fault strikes all ranks. `kill`, `stop`, `hang` and `hang_load` strike `times` (1)
+in the life of a run directory, which remembers them in `logs/faults.txt`, so that a run that is
+started again gets past them; what spoils a loss does not strike again where a rewound run makes the
+step anew with other samples.
 """
 
 from __future__ import annotations
@@ -56,8 +64,11 @@ class Fault:
     times: int = 1
 
     def __str__(self) -> str:
-        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "kind"}
-        return f"{self.kind}@{','.join(f'{key}={value}' for key, value in given.items() if value is not None)}"
+        given = {
+            field.name: getattr(self, field.name) for field in fields(self) if field.name != "kind"
+        }
+        stated = ",".join(f"{key}={value}" for key, value in given.items() if value is not None)
+        return f"{self.kind}@{stated}"
 
     def concerns(self, rank: int, step: int) -> bool:
         """Whether it is due on this rank in this step."""
@@ -87,11 +98,16 @@ def _parse_one(item: str) -> Fault:
         raise ValueError(f"unknown fault{did_you_mean(kind, KINDS)}; there are {', '.join(KINDS)}")
     keys = [field.name for field in fields(Fault) if field.name != "kind"]
     if unknown := values.keys() - set(keys):
-        raise ValueError(f"unknown key {min(unknown)}{did_you_mean(min(unknown), keys)}; there are {', '.join(keys)}")
+        raise ValueError(
+            f"unknown key {min(unknown)}{did_you_mean(min(unknown), keys)}; "
+            f"there are {', '.join(keys)}"
+        )
     if "step" not in values:
         raise ValueError("step is missing")
     types = get_type_hints(Fault)
-    numbers: dict[str, Any] = {key: (float if types[key] is float else int)(value) for key, value in values.items()}
+    numbers: dict[str, Any] = {
+        key: (float if types[key] is float else int)(value) for key, value in values.items()
+    }
     return Fault(kind, **numbers)
 
 
@@ -106,12 +122,18 @@ def sabotage(run: Run, faults: list[Fault]) -> None:
         return
     saboteur = Saboteur(run, faults)
     if saboteur.rank == 0:
-        print(f"{VARIABLE} sabotages this run: {'; '.join(map(str, faults))}", file=sys.stderr, flush=True)
+        print(
+            f"{VARIABLE} sabotages this run: {'; '.join(map(str, faults))}",
+            file=sys.stderr,
+            flush=True,
+        )
     saboteur.hook()
 
 
 class Saboteur:
-    """Strikes one rank; it hooks into the loader, the model and the engine's update of a single run."""
+    """Strikes one rank; it hooks into the loader, the model and the engine's update of a single
+    run.
+    """
 
     def __init__(self, run: Run, faults: list[Fault]) -> None:
         self.run, self.faults, self.rank = run, faults, run.engine.mesh.rank
@@ -166,7 +188,11 @@ class Saboteur:
 
     def _due(self, kinds: tuple[str, ...]) -> list[Fault]:
         step = self.run.state.step + 1
-        due = [fault for fault in self.faults if fault.kind in kinds and fault.concerns(self.rank, step)]
+        due = [
+            fault
+            for fault in self.faults
+            if fault.kind in kinds and fault.concerns(self.rank, step)
+        ]
         return [fault for fault in due if fault.kind not in LATCHED or self._first_times(fault)]
 
     def _first_times(self, fault: Fault) -> bool:
@@ -189,8 +215,12 @@ def _spoilt(output: Tensor, kind: str) -> Tensor:
 
 
 def _limit_files() -> None:
-    """The operating system refuses what would make a file of this process larger, as on a full disk."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    """The operating system refuses what would make a file of this process larger, as on a full
+    disk.
+    """
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (LARGEST_FILE, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    )
 
 
 def _flip_bit(run: Run) -> None:

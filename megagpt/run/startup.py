@@ -1,7 +1,7 @@
 """From a command line to the running loop, and from its end to an exit code.
 
-What can be checked without torch is checked before it is imported, so that bad input is answered at once, on every
-rank alike and before any rank waits for another.
+What can be checked without torch is checked before it is imported, so that bad input is answered at
+once, on every rank alike and before any rank waits for another.
 """
 
 import argparse
@@ -33,12 +33,16 @@ from megagpt.utils import ExitCode, UserError
 
 log = logging.getLogger(__name__)
 
-# The others of a host let its first rank speak for them: the launcher, which looks every second, ends them with it.
+# The others of a host let its first rank speak for them: the launcher, which looks every second,
+# ends them with it.
 TURN_S = 2.0
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Train as the command line says; returns this rank's exit code. Raises UserError for bad input."""
+    """Train as the command line says; returns this rank's exit code.
+
+    Raises UserError for bad input.
+    """
     try:
         with ends_before_the_start():
             return _start(arguments)
@@ -80,7 +84,8 @@ def _without_launcher(wishes: Wishes) -> None:
 
 
 def _gathered(directory: Path) -> AbstractContextManager[object]:
-    """All ranks, and the directory locked by rank 0: until then, it may be another run's, and nobody writes there.
+    """All ranks, and the directory locked by rank 0: until then, it may be another run's, and
+    nobody writes there.
 
     A single process locks it before it imports torch.
     """
@@ -94,7 +99,9 @@ def _gathered(directory: Path) -> AbstractContextManager[object]:
 
 
 def _claimed(directory: Path) -> TextIO:
-    """The lock, and no word of how an earlier start ended: a new end is to be shown, an old alarm to end nobody."""
+    """The lock, and no word of how an earlier start ended: a new end is to be shown, an old
+    alarm to end nobody.
+    """
     locked = directories.lock(directory)
     try:
         endings.forget(directory)
@@ -108,7 +115,9 @@ def _cannot_be_written(directory: Path, error: OSError) -> UserError:
 
 
 def _require_ops(config: RunConfig) -> None:
-    """Raise UserError where this host cannot compile an op that nothing stands in for, before others wait for it."""
+    """Raise UserError where this host cannot compile an op that nothing stands in for, before
+    others wait for it.
+    """
     needed = [op for op in ops.needed_ops(config, "cpu") if not ops.has_substitute(op)]
     if needed:
         _announce_device()
@@ -124,11 +133,14 @@ def _announce_device() -> None:
 
 
 def _require_stated_world_size(config: RunConfig, launch: Launch) -> None:
-    """On several hosts one may be missing, and the rest would train on as if they were all; raises UserError."""
+    """On several hosts one may be missing, and the rest would train on as if they were all;
+    raises UserError.
+    """
     if (launch.num_hosts or 1) > 1 and config.megagpt.parallel.world_size is None:
         raise UserError(
-            f"megagpt.parallel.world_size: needed on {launch.num_hosts} hosts, so that one that is missing is noticed; "
-            f"if {launch.world_size} ranks are all of them: --set megagpt.parallel.world_size={launch.world_size}"
+            f"megagpt.parallel.world_size: needed on {launch.num_hosts} hosts, so that one that is "
+            f"missing is noticed; if {launch.world_size} ranks are all of them: --set "
+            f"megagpt.parallel.world_size={launch.world_size}"
         )
 
 
@@ -136,10 +148,13 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _run_to_its_end(config: RunConfig, streams: dict[Split, SampleStream], directory: Path, wishes: Wishes) -> ExitCode:
+def _run_to_its_end(
+    config: RunConfig, streams: dict[Split, SampleStream], directory: Path, wishes: Wishes
+) -> ExitCode:
     """Train; whatever ends the run early is shown on one screen by the rank that failed first.
 
-    Raises UserError before the first step only: what goes wrong hours later is no bad input, whoever calls it so.
+    Raises UserError before the first step only: what goes wrong hours later is no bad input,
+    whoever calls it so.
     """
     from megagpt.run.assembly import assemble
     from megagpt.train import train
@@ -156,7 +171,9 @@ def _run_to_its_end(config: RunConfig, streams: dict[Split, SampleStream], direc
                 rank=launch.rank,
                 world_size=launch.world_size,
                 timeout_s=config.megagpt.monitor.stall_timeout_s,
-                report=lambda states, timeout_s: endings.report_hang(states, timeout_s, run, directory),
+                report=lambda states, timeout_s: endings.report_hang(
+                    states, timeout_s, run, directory
+                ),
             ) as watch:
                 run = assemble(config, streams, directory, pulse)
                 endings.acquaint(watch, run)
@@ -179,6 +196,12 @@ def _open_log(directory: Path) -> None:
     try:
         open_rank_log(directory, _rank())
         launch = adopt_launch()
-        log.info("rank %d of %d, on host %s by %s", launch.rank, launch.world_size, gethostname(), launch.launcher)
+        log.info(
+            "rank %d of %d, on host %s by %s",
+            launch.rank,
+            launch.world_size,
+            gethostname(),
+            launch.launcher,
+        )
     except OSError as error:
         raise _cannot_be_written(directory, error) from error

@@ -1,7 +1,9 @@
-"""Starts a training command, and starts it again after a crash; it then resumes from its newest sound checkpoint.
+"""Starts a training command, and starts it again after a crash; it then resumes from its newest
+sound checkpoint.
 
-How a run ended is read from its own end record: DeepSpeed's launcher turns exit codes into others, and a run that was
-killed leaves none. What is not a crash (done, bad input, pre-empted, stopped by a guard) is never started again.
+How a run ended is read from its own end record: DeepSpeed's launcher turns exit codes into others,
+and a run that was killed leaves none. What is not a crash (done, bad input, pre-empted, stopped by
+a guard) is never started again.
 """
 
 from __future__ import annotations
@@ -34,20 +36,28 @@ from megagpt.utils import ExitCode, UserError, human_duration
 
 FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 1.0, 60.0
 LEFTOVERS_MAY_TAKE_S = 35.0  # DeepSpeed's launcher gives each rank 30 s to end
-NOT_A_CRASH = (ExitCode.DONE, ExitCode.BAD_INPUT, ExitCode.PREEMPTED_AND_SAVED, ExitCode.STOPPED_BY_GUARD)
+NOT_A_CRASH = (
+    ExitCode.DONE,
+    ExitCode.BAD_INPUT,
+    ExitCode.PREEMPTED_AND_SAVED,
+    ExitCode.STOPPED_BY_GUARD,
+)
 ANY_STEP = sys.maxsize
 MARK = "MEGAGPT_SUPERVISOR"
 MOST_CHARACTERS = 160  # of what a record says of the error
-# What gloo, NCCL and torch's store say on a rank whose peer has gone without a word, as one does that is killed.
+# What gloo, NCCL and torch's store say on a rank whose peer has gone without a word, as one does
+# that is killed.
 PEER_HAS_GONE = re.compile(
-    r"closed by peer|reset by peer|broken pipe|remote process exited|connection was likely closed", re.IGNORECASE
+    r"closed by peer|reset by peer|broken pipe|remote process exited|connection was likely closed",
+    re.IGNORECASE,
 )
 CRASHES_IN_A_PLACE, KILLS_IN_A_PLACE = 2, 3
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How one attempt ended: the last step (None: it never trained), the newest checkpoint ("" for none), and why.
+    """How one attempt ended: the last step (None: it never trained), the newest checkpoint ("" for
+    none), and why.
 
     ``killed``: the run has not said what was wrong with it, or only that a rank of it had gone.
     """
@@ -67,9 +77,10 @@ class Ending:
     def most_in_a_place(self) -> int:
         """So many ends at the same place, and the next would be there too.
 
-        Of a killed run the step is known as of its last logged line only, and whoever kills (a scheduler, a host that
-        goes down) does not look at steps: two kills may well meet between the same two lines. The system's own kill of
-        a process that takes too much memory looks alike, so that patience has an end.
+        Of a killed run the step is known as of its last logged line only, and whoever kills (a
+        scheduler, a host that goes down) does not look at steps: two kills may well meet between
+        the same two lines. The system's own kill of a process that takes too much memory looks
+        alike, so that patience has an end.
         """
         return KILLS_IN_A_PLACE if self.killed else CRASHES_IN_A_PLACE
 
@@ -95,7 +106,10 @@ class Supervisor:
         self.asked_to_stop = threading.Event()
 
     def run(self) -> int:
-        """Start the command as often as it pays. Raises UserError where it cannot be started at all."""
+        """Start the command as often as it pays.
+
+        Raises UserError where it cannot be started at all.
+        """
         started_s, first_step = time.monotonic(), last_step(self.directory)
         self._forward_signals()
         while True:
@@ -110,16 +124,22 @@ class Supervisor:
         self._report(ending, why_not, time.monotonic() - started_s, first_step)
         return ending.code
 
-    # ------------------------------------------------------------------------------------------------- one attempt
+    # ---------------------------------------------------------------------------------- one attempt
 
     def _attempt(self) -> Ending:
         """Run the command once, to the end of all that it started."""
-        record_before, metrics_before = stamp(self.directory / END_FILE), stamp(self.directory / METRICS_FILE)
+        record_before, metrics_before = (
+            stamp(self.directory / END_FILE),
+            stamp(self.directory / METRICS_FILE),
+        )
         try:
-            process = subprocess.Popen(self.command, start_new_session=True, env=os.environ | {MARK: self.mark})
+            process = subprocess.Popen(
+                self.command, start_new_session=True, env=os.environ | {MARK: self.mark}
+            )
         except OSError as error:
             raise UserError(
-                f"{self.command[0]}: cannot be started ({error.strerror}); source .venv/bin/activate, or give its path"
+                f"{self.command[0]}: cannot be started ({error.strerror}); source "
+                f".venv/bin/activate, or give its path"
             ) from error
         self.running = True
         if self.asked_to_stop.is_set():  # between the start and the line above
@@ -127,11 +147,20 @@ class Supervisor:
         code = process.wait()
         self._end_leftovers()
         self.running = False
-        record = EndRecord.read(self.directory) if stamp(self.directory / END_FILE) != record_before else None
-        return self._ending(code, record, trained=stamp(self.directory / METRICS_FILE) != metrics_before)
+        record = (
+            EndRecord.read(self.directory)
+            if stamp(self.directory / END_FILE) != record_before
+            else None
+        )
+        return self._ending(
+            code, record, trained=stamp(self.directory / METRICS_FILE) != metrics_before
+        )
 
     def _end_leftovers(self) -> None:
-        """Ranks outlive a launcher that was killed. Those that save because they were asked to may take their time."""
+        """Ranks outlive a launcher that was killed.
+
+        Those that save because they were asked to may take their time.
+        """
         end = time.monotonic() + LEFTOVERS_MAY_TAKE_S
         time.sleep(0.1)  # what has just been executed has no environment to be known by yet
         while any(members(self.mark)):
@@ -140,19 +169,36 @@ class Supervisor:
             time.sleep(0.1)
 
     def _ending(self, code: int, record: EndRecord | None, *, trained: bool) -> Ending:
-        step, checkpoint = last_step(self.directory) if trained else None, newest_checkpoint(self.directory)
+        step, checkpoint = (
+            last_step(self.directory) if trained else None,
+            newest_checkpoint(self.directory),
+        )
         if record is not None:
-            detail = f": {textwrap.shorten(record.detail, MOST_CHARACTERS)}" if record.detail else ""
-            orphaned = record.detail == Wish.ORPHANED.name  # the run has saved, and its launcher has crashed
-            final = (record.exit_code in NOT_A_CRASH and not orphaned) or record.reason == ENDED_AT_ONCE
+            detail = (
+                f": {textwrap.shorten(record.detail, MOST_CHARACTERS)}" if record.detail else ""
+            )
+            orphaned = (
+                record.detail == Wish.ORPHANED.name
+            )  # the run has saved, and its launcher has crashed
+            final = (
+                record.exit_code in NOT_A_CRASH and not orphaned
+            ) or record.reason == ENDED_AT_ONCE
             killed = record.reason == FAILED and PEER_HAS_GONE.search(record.detail) is not None
-            return Ending(record.exit_code, record.step, checkpoint, f"{record.reason}{detail}", final, killed)
+            return Ending(
+                record.exit_code, record.step, checkpoint, f"{record.reason}{detail}", final, killed
+            )
         if code in NOT_A_CRASH and code != ExitCode.DONE:  # a launcher that was killed exits 0, too
             return Ending(code, step, checkpoint, f"exit code {code}", final=True)
-        reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}, no end record"
-        return Ending(ExitCode.FAILED, step, checkpoint, reason, final=False, killed=code != ExitCode.FAILED)
+        reason = (
+            f"killed by {signal.Signals(-code).name}"
+            if code < 0
+            else f"exit code {code}, no end record"
+        )
+        return Ending(
+            ExitCode.FAILED, step, checkpoint, reason, final=False, killed=code != ExitCode.FAILED
+        )
 
-    # --------------------------------------------------------------------------------------------- between attempts
+    # ----------------------------------------------------------------------------- between attempts
 
     def _why_not_again(self, ending: Ending) -> str | None:
         """Why the command is not started again, or None where it is."""
@@ -163,7 +209,9 @@ class Supervisor:
         in_this_place = takewhile(lambda crash: crash.place == ending.place, reversed(self.crashes))
         here = 1 + sum(crash.killed == ending.killed for crash in in_this_place)
         if here >= ending.most_in_a_place:
-            return f"{ending.reason}; {here} times after step {ending.step}, without a new checkpoint"
+            return (
+                f"{ending.reason}; {here} times after step {ending.step}, without a new checkpoint"
+            )
         if len(self.crashes) == self.restarts:
             return f"{ending.reason}; {self.restarts} restarts are used up"
         return None
@@ -180,12 +228,22 @@ class Supervisor:
     def _record_restart(self, ending: Ending) -> None:
         number = len(self.crashes) + 1
         print(
-            f"supervise: {ending.reason}; restart {number} of {self.restarts}, from {ending.checkpoint or 'the start'}",
+            f"supervise: {ending.reason}; restart {number} of {self.restarts}, from "
+            f"{ending.checkpoint or 'the start'}",
             file=sys.stderr,
             flush=True,
         )
-        step = int(ending.checkpoint.rpartition("_")[2] or 0)  # the resumed run keeps the lines up to there
-        self._write({"event": "restart", "step": step, "crashed_after_step": ending.step, "reason": ending.reason})
+        step = int(
+            ending.checkpoint.rpartition("_")[2] or 0
+        )  # the resumed run keeps the lines up to there
+        self._write(
+            {
+                "event": "restart",
+                "step": step,
+                "crashed_after_step": ending.step,
+                "reason": ending.reason,
+            }
+        )
 
     def _report(self, ending: Ending, why: str, wall_s: float, first_step: int) -> None:
         """How much of the time went into steps that count."""
@@ -217,7 +275,7 @@ class Supervisor:
             metrics.write(plain(line))
             metrics.close()
 
-    # ----------------------------------------------------------------------------------------------------- signals
+    # -------------------------------------------------------------------------------------- signals
 
     def _forward_signals(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -225,7 +283,10 @@ class Supervisor:
         signal.signal(signal.SIGUSR1, self._forward_save)
 
     def _forward_stop(self, number: int = signal.SIGTERM, frame: FrameType | None = None) -> None:
-        """To the ranks of this host; a launcher would end, and they would have less time. To all while none listens."""
+        """To the ranks of this host; a launcher would end, and they would have less time.
+
+        To all while none listens.
+        """
         self.asked_to_stop.set()
         if self.running and not self._signal_ranks(signal.SIGTERM):
             self._signal_all(signal.SIGTERM)
@@ -239,7 +300,9 @@ class Supervisor:
         self._signal_ranks(signal.SIGUSR1)
 
     def _signal_ranks(self, number: signal.Signals) -> bool:
-        """Ranks are those that listen to SIGUSR1, which would end any other process; whether there is one."""
+        """Ranks are those that listen to SIGUSR1, which would end any other process; whether
+        there is one.
+        """
         ranks = [process for process in members(self.mark) if handles(process, signal.SIGUSR1)]
         for rank in ranks:
             with contextlib.suppress(ProcessLookupError):
@@ -267,12 +330,17 @@ def last_step(directory: Path) -> int:
 
 
 def members(mark: str) -> Iterator[int]:
-    """The living processes of this host with a mark in their environment, whoever started them and however they left
-    their parents behind: torchrun's ranks have sessions of their own, and outlive it where it is killed."""
+    """The living processes of this host with a mark in their environment, whoever started them
+    and however they left their parents behind: torchrun's ranks have sessions of their own, and
+    outlive it where it is killed.
+    """
     marked = f"{MARK}={mark}".encode()
     for process in all_processes():
         with contextlib.suppress(OSError):  # ended meanwhile, or another user's
-            if marked in (PROC / str(process.number) / "environ").read_bytes().split(b"\0") and process.is_alive():
+            if (
+                marked in (PROC / str(process.number) / "environ").read_bytes().split(b"\0")
+                and process.is_alive()
+            ):
                 yield process.number
 
 
@@ -287,9 +355,14 @@ def handles(process: int, number: signal.Signals) -> bool:
 
 
 def supervise(command: Sequence[str], restarts: int) -> int:
-    """Run a training command, starting it again after at most so many crashes; returns an exit code."""
+    """Run a training command, starting it again after at most so many crashes; returns an exit
+    code.
+    """
     if not command:
-        raise UserError("no command; such as: python launch/supervise.py --restarts 5 -- deepspeed launch/train.py")
+        raise UserError(
+            "no command; such as: python launch/supervise.py --restarts 5 -- deepspeed "
+            "launch/train.py"
+        )
     if (hostfile := hostfile_in(command)) is not None:
         read_hostfile(hostfile)  # DeepSpeed hands whatever it holds to ssh
     print(f"supervise: {shlex.join(command)}", file=sys.stderr, flush=True)

@@ -1,7 +1,8 @@
 """How a run ended, in its own words: ``end.json``, whole or absent.
 
-DeepSpeed's launcher may turn a rank's exit code into one of its own, and one that is killed tells nothing. Whoever
-started the run reads this record; where there is none although the run has ended, it was killed.
+DeepSpeed's launcher may turn a rank's exit code into one of its own, and one that is killed tells
+nothing. Whoever started the run reads this record; where there is none although the run has ended,
+it was killed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ HUNG, ENDED_AT_ONCE = "hung", "ended at once"
 
 @dataclass(frozen=True)
 class EndRecord:
-    """``step`` is the last one that was trained, None where there was none; ``rank`` the rank that says so."""
+    """``step`` is the last one that was trained, None where there was none; ``rank`` the rank
+    that says so.
+    """
 
     reason: str
     exit_code: int
@@ -33,11 +36,16 @@ class EndRecord:
     def write(self, run_directory: Path) -> None:
         """Put the record, with the present time, where ``read`` finds it. Raises OSError."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        write_atomically(run_directory / END_FILE, json.dumps(asdict(self) | {"time": now}, indent=1) + "\n")
+        write_atomically(
+            run_directory / END_FILE, json.dumps(asdict(self) | {"time": now}, indent=1) + "\n"
+        )
 
     @classmethod
     def read(cls, run_directory: Path) -> Self | None:
-        """The record, or None where there is none. Raises UserError where the file holds something else."""
+        """The record, or None where there is none.
+
+        Raises UserError where the file holds something else.
+        """
         path = run_directory / END_FILE
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))

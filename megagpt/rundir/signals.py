@@ -1,8 +1,10 @@
-"""What is asked of a run from outside: to save, or to save and end. Heard at once, obeyed at the end of a step.
+"""What is asked of a run from outside: to save, or to save and end.
 
-SIGTERM, SIGINT     save, end with exit code 3; the same signal again after some seconds ends the process at once
-SIGUSR1             save and go on
-runs/NAME/stop      a file that, however it came to be, does what SIGTERM does; it is removed
+Heard at once, obeyed at the end of a step.
+
+SIGTERM, SIGINT     save, end with exit code 3; the same signal again after some seconds ends the
+process at once SIGUSR1             save and go on runs/NAME/stop      a file that, however it came
+to be, does what SIGTERM does; it is removed
 """
 
 from __future__ import annotations
@@ -25,12 +27,16 @@ from megagpt.utils import ExitCode
 log = logging.getLogger(__name__)
 
 STOP_FILE = "stop"
-SAME_PRESS_S = 3.0  # one Ctrl-C comes from the terminal and from the launcher; a person who insists takes longer
+# one Ctrl-C comes from the terminal and from the launcher; a person who insists takes longer
+SAME_PRESS_S = 3.0
 _WAKE_TO_CLOSE = 0  # no signal has this number
 
 
 class Wish(IntEnum):
-    """What is wanted; of the wishes of all ranks the greatest counts. Those from ``STOP_FILE`` on end the run."""
+    """What is wanted; of the wishes of all ranks the greatest counts.
+
+    Those from ``STOP_FILE`` on end the run.
+    """
 
     NOTHING = 0
     SAVE = 1
@@ -75,10 +81,11 @@ class Wishes:
 class SignalListener:
     """Turns signals into wishes while it is entered, on the main thread.
 
-    Python runs its own handlers between two instructions of the main thread, and so never while that waits inside a
-    collective. A thread that reads the wake-up pipe hears them all the same, and can end a process that hangs.
-    ``end_at_once(signal)`` is called for a signal that insists, and for any while wishes are not awaited: before the
-    first step there is nothing to be saved, and the ops that are being compiled take minutes.
+    Python runs its own handlers between two instructions of the main thread, and so never while
+    that waits inside a collective. A thread that reads the wake-up pipe hears them all the same,
+    and can end a process that hangs. ``end_at_once(signal)`` is called for a signal that insists,
+    and for any while wishes are not awaited: before the first step there is nothing to be saved,
+    and the ops that are being compiled take minutes.
     """
 
     def __init__(self, wishes: Wishes, end_at_once: Callable[[signal.Signals], None]) -> None:
@@ -89,13 +96,18 @@ class SignalListener:
         self._reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)  # as set_wakeup_fd demands
         self._previous_pipe = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-        self._previous_handlers = {number: signal.signal(number, _heard_by_the_thread) for number in WISHES}
+        self._previous_handlers = {
+            number: signal.signal(number, _heard_by_the_thread) for number in WISHES
+        }
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
@@ -114,12 +126,19 @@ class SignalListener:
         wish = WISHES[heard]
         if wish.ends_the_run and (self._insists(heard) or not self.wishes.awaited):
             self.end_at_once(heard)
-        log.info("%s: %s at the end of this step", heard.name, "save and end" if wish.ends_the_run else "save")
+        log.info(
+            "%s: %s at the end of this step",
+            heard.name,
+            "save and end" if wish.ends_the_run else "save",
+        )
         self.wishes.add(wish)
 
     def _insists(self, heard: signal.Signals) -> bool:
-        """The same signal again, seconds later. The other one of a Ctrl-C may come any time: DeepSpeed's launcher
-        passes it on to one rank after another, and waits 30 s for each."""
+        """The same signal again, seconds later.
+
+        The other one of a Ctrl-C may come any time: DeepSpeed's launcher passes it on to one rank
+        after another, and waits 30 s for each.
+        """
         now_s = time.monotonic()
         return now_s - self._first_heard_s.setdefault(heard, now_s) > SAME_PRESS_S
 
@@ -128,12 +147,16 @@ class SignalListener:
 def ends_before_the_start() -> Iterator[None]:
     """While it is entered, and until a SignalListener takes over: there is nothing to save yet.
 
-    SIGTERM and SIGINT end the command with the exit code of a run that was pre-empted; SIGUSR1, which else would end
-    it, does nothing.
+    SIGTERM and SIGINT end the command with the exit code of a run that was pre-empted; SIGUSR1,
+    which else would end it, does nothing.
     """
 
     def end(number: int, frame: object) -> None:
-        print(f"{signal.Signals(number).name}: ended before the first step", file=sys.stderr, flush=True)
+        print(
+            f"{signal.Signals(number).name}: ended before the first step",
+            file=sys.stderr,
+            flush=True,
+        )
         sys.exit(ExitCode.PREEMPTED_AND_SAVED)
 
     def ignore(number: int, frame: object) -> None:

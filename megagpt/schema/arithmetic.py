@@ -34,7 +34,9 @@ def nearest_first(value: int, among: Iterable[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """DeepSpeed's triad: `train_batch = micro_batch * accumulation_steps * data_parallel_size`, in sequences."""
+    """DeepSpeed's triad: `train_batch = micro_batch * accumulation_steps * data_parallel_size`,
+    in sequences.
+    """
 
     train_batch: int
     micro_batch: int
@@ -42,9 +44,14 @@ class BatchSizes:
 
 
 def solve_batch(
-    train_batch: int | None, micro_batch: int | None, accumulation_steps: int | None, data_parallel_size: int
+    train_batch: int | None,
+    micro_batch: int | None,
+    accumulation_steps: int | None,
+    data_parallel_size: int,
 ) -> BatchSizes | str:
-    """Fill in what is absent, as DeepSpeed does, but never round: the reason (a string) where nothing fits."""
+    """Fill in what is absent, as DeepSpeed does, but never round: the reason (a string) where
+    nothing fits.
+    """
     ranks = data_parallel_size
     if train_batch is None:
         if micro_batch is None:
@@ -58,12 +65,15 @@ def solve_batch(
             return _does_not_divide(train_batch, steps * ranks, by)
         return BatchSizes(train_batch, train_batch // (steps * ranks), steps)
     if train_batch % (micro_batch * ranks):
-        return _does_not_divide(train_batch, micro_batch * ranks, f"{_ranks(ranks)} x micro-batches of {micro_batch}")
+        return _does_not_divide(
+            train_batch, micro_batch * ranks, f"{_ranks(ranks)} x micro-batches of {micro_batch}"
+        )
     steps = train_batch // (micro_batch * ranks)
     if accumulation_steps not in (None, steps):
         return (
-            f"{train_batch} is not {accumulation_steps} accumulation steps x {micro_batch} x {_ranks(ranks)}: "
-            f"use gradient_accumulation_steps {steps}, or train_batch_size {accumulation_steps * micro_batch * ranks}"
+            f"{train_batch} is not {accumulation_steps} accumulation steps x {micro_batch} x "
+            f"{_ranks(ranks)}: use gradient_accumulation_steps {steps}, or train_batch_size "
+            f"{accumulation_steps * micro_batch * ranks}"
         )
     return BatchSizes(train_batch, micro_batch, steps)
 

@@ -1,7 +1,8 @@
 """DeepSpeed's own sections: the keys that act in this trainer, with DeepSpeed's names and meaning.
 
-Checked against DeepSpeed 0.19.8 (runtime/config.py, zero/config.py, zero/offload_config.py, precision_config.py,
-lr_schedules.py, swap_tensor/aio_config.py). A default of `None` means: absent, DeepSpeed's own default holds.
+Checked against DeepSpeed 0.19.8 (runtime/config.py, zero/config.py, zero/offload_config.py,
+precision_config.py, lr_schedules.py, swap_tensor/aio_config.py). A default of `None` means: absent,
+DeepSpeed's own default holds.
 """
 
 from __future__ import annotations
@@ -10,21 +11,34 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag, model_validator
 
-from megagpt.schema.fields import ElementCount, Section, auto_or_value, execution, identity, refuse, section
+from megagpt.schema.fields import (
+    ElementCount,
+    Section,
+    auto_or_value,
+    execution,
+    identity,
+    refuse,
+    section,
+)
 
-AutoBool = Annotated[Annotated[bool, Tag("value")] | Annotated[Literal["auto"], Tag("auto")], auto_or_value]
+AutoBool = Annotated[
+    Annotated[bool, Tag("value")] | Annotated[Literal["auto"], Tag("auto")], auto_or_value
+]
 AutoSteps = Annotated[
-    Annotated[int, Field(ge=1), Tag("value")] | Annotated[Literal["auto"], Tag("auto")], auto_or_value
+    Annotated[int, Field(ge=1), Tag("value")] | Annotated[Literal["auto"], Tag("auto")],
+    auto_or_value,
 ]
 FloatType = Literal["fp32", "fp16", "bf16"]
 
 
 class OptimizerParams(Section):
-    """Adam's numbers, written out because DeepSpeed's three Adams disagree on the default weight decay."""
+    """Adam's numbers, written out because DeepSpeed's three Adams disagree on the default weight
+    decay.
+    """
 
     lr: float = identity(..., "peak learning rate", ge=0)
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = identity(
-        (0.9, 0.999), "decay of the two moments", strict=False
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        identity((0.9, 0.999), "decay of the two moments", strict=False)
     )
     eps: float = identity(1e-8, "added to the root of the second moment", gt=0)
     weight_decay: float = identity(0.0, "decay of matrices; norms and biases never decay", ge=0)
@@ -41,12 +55,21 @@ class OptimizerConfig(Section):
     @model_validator(mode="after")
     def _check_decoupled(self) -> OptimizerConfig:
         if self.type == "AdamW" and not self.params.adam_w_mode:
-            refuse([("params.adam_w_mode", 'DeepSpeed ignores false with type "AdamW"; use type "Adam"')])
+            refuse(
+                [
+                    (
+                        "params.adam_w_mode",
+                        'DeepSpeed ignores false with type "AdamW"; use type "Adam"',
+                    )
+                ]
+            )
         return self
 
 
 class _WarmupParams(Section):
-    warmup_num_steps: int = identity(1000, "steps of the warm-up", ge=2)  # DeepSpeed silently turns 1 into 2
+    warmup_num_steps: int = identity(
+        1000, "steps of the warm-up", ge=2
+    )  # DeepSpeed silently turns 1 into 2
     warmup_type: Literal["log", "linear"] = identity("log", "shape of the warm-up")
 
 
@@ -62,15 +85,23 @@ class WarmupLRParams(_WarmupParams):
 class WarmupDecayLRParams(WarmupLRParams):
     """Rise, then fall to 0 in a straight line."""
 
-    total_num_steps: AutoSteps = execution("auto", 'steps until the end of the decay; "auto": the steps of the run')
+    total_num_steps: AutoSteps = execution(
+        "auto", 'steps until the end of the decay; "auto": the steps of the run'
+    )
 
 
 class WarmupCosineLRParams(_WarmupParams):
     """Rise, then fall along half a cosine."""
 
-    total_num_steps: AutoSteps = execution("auto", 'steps until the end of the cosine; "auto": the steps of the run')
-    warmup_min_ratio: float = identity(0.0, "learning rate at the start, as a share of the peak", ge=0, le=1)
-    cos_min_ratio: float = identity(0.0001, "learning rate at the end, as a share of the peak", ge=0, le=1)
+    total_num_steps: AutoSteps = execution(
+        "auto", 'steps until the end of the cosine; "auto": the steps of the run'
+    )
+    warmup_min_ratio: float = identity(
+        0.0, "learning rate at the start, as a share of the peak", ge=0, le=1
+    )
+    cos_min_ratio: float = identity(
+        0.0001, "learning rate at the end, as a share of the peak", ge=0, le=1
+    )
 
 
 class WarmupLR(Section):
@@ -112,13 +143,17 @@ class Fp16Config(Section):
 class Bf16Config(Section):
     """bfloat16 computation with fp32 master weights."""
 
-    enabled: AutoBool = execution(False, 'compute in bf16; "auto": where the device does so natively')
+    enabled: AutoBool = execution(
+        False, 'compute in bf16; "auto": where the device does so natively'
+    )
 
 
 class DataTypesConfig(Section):
     """Number formats."""
 
-    grad_accum_dtype: FloatType | None = execution(None, "format in which gradients accumulate; default: the model's")
+    grad_accum_dtype: FloatType | None = execution(
+        None, "format in which gradients accumulate; default: the model's"
+    )
 
 
 class AioConfig(Section):
@@ -133,16 +168,25 @@ class AioConfig(Section):
 
 class _OffloadSection(Section):
     device: Literal["none", "cpu", "nvme"] = execution("none", "where it is kept")
-    nvme_path: str | None = execution(None, "directory on the NVMe drive (device nvme)", min_length=1)
+    nvme_path: str | None = execution(
+        None, "directory on the NVMe drive (device nvme)", min_length=1
+    )
     pin_memory: bool = execution(True, "page-locked host memory")
 
     @model_validator(mode="after")
     def _check_nvme_keys(self) -> _OffloadSection:
         if self.device == "nvme":
-            refuse([("nvme_path", "required with device nvme: a directory on the drive")] if not self.nvme_path else [])
+            refuse(
+                [("nvme_path", "required with device nvme: a directory on the drive")]
+                if not self.nvme_path
+                else []
+            )
         else:
             given = [key for key in self._nvme_only() if getattr(self, key) is not None]
-            refuse((key, f'acts only with device "nvme", and device is "{self.device}"') for key in given)
+            refuse(
+                (key, f'acts only with device "nvme", and device is "{self.device}"')
+                for key in given
+            )
         return self
 
     @staticmethod
@@ -155,7 +199,9 @@ class OffloadOptimizerConfig(_OffloadSection):
 
     buffer_count: int | None = execution(None, "I/O buffers (device nvme); Adam needs 4", ge=4)
     pipeline_read: bool | None = execution(None, "read the next tile during the step (device nvme)")
-    pipeline_write: bool | None = execution(None, "write the previous tile during the step (device nvme)")
+    pipeline_write: bool | None = execution(
+        None, "write the previous tile during the step (device nvme)"
+    )
     fast_init: bool | None = execution(None, "faster initialisation (device nvme)")
 
     @staticmethod
@@ -166,17 +212,23 @@ class OffloadOptimizerConfig(_OffloadSection):
 class OffloadParamConfig(_OffloadSection):
     """Parameters outside the accelerator."""
 
-    buffer_count: int | None = execution(None, "I/O buffers (device nvme); full recomputation needs 2", ge=2)
-    buffer_size: ElementCount | None = execution(None, "elements of one I/O buffer (device nvme)", ge=1)
-    max_in_cpu: ElementCount | None = execution(None, "elements kept in host memory (device nvme)", ge=0)
+    buffer_count: int | None = execution(
+        None, "I/O buffers (device nvme); full recomputation needs 2", ge=2
+    )
+    buffer_size: ElementCount | None = execution(
+        None, "elements of one I/O buffer (device nvme)", ge=1
+    )
+    max_in_cpu: ElementCount | None = execution(
+        None, "elements kept in host memory (device nvme)", ge=0
+    )
 
     @staticmethod
     def _nvme_only() -> tuple[str, ...]:
         return ("nvme_path", "buffer_count", "buffer_size", "max_in_cpu")
 
 
-# Which ZeRO stages read a key (zero/stage_1_and_2.py, zero/stage3.py, zero/parameter_offload.py). At any other stage
-# DeepSpeed accepts it and does nothing.
+# Which ZeRO stages read a key (zero/stage_1_and_2.py, zero/stage3.py, zero/parameter_offload.py).
+# At any other stage DeepSpeed accepts it and does nothing.
 ZERO_KEY_STAGES: dict[str, tuple[int, ...]] = {
     "overlap_comm": (1, 2, 3),
     "contiguous_gradients": (1, 2, 3),
@@ -196,16 +248,29 @@ ZERO_KEY_STAGES: dict[str, tuple[int, ...]] = {
 
 
 class ZeroConfig(Section):
-    """What is partitioned over the data axis, and where it is kept. Sizes are in elements, not bytes."""
+    """What is partitioned over the data axis, and where it is kept.
 
-    stage: int = execution(0, "0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too", ge=0, le=3)
+    Sizes are in elements, not bytes.
+    """
+
+    stage: int = execution(
+        0, "0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too", ge=0, le=3
+    )
     overlap_comm: bool | None = execution(None, "reduce gradients during backward")
-    contiguous_gradients: bool | None = execution(None, "copy gradients into one buffer as they appear")
+    contiguous_gradients: bool | None = execution(
+        None, "copy gradients into one buffer as they appear"
+    )
     reduce_scatter: bool | None = execution(None, "reduce-scatter instead of all-reduce")
     reduce_bucket_size: ElementCount | None = execution(None, "elements reduced at a time", ge=1)
-    allgather_bucket_size: ElementCount | None = execution(None, "elements gathered at a time (stages 1, 2)", ge=1)
-    use_multi_rank_bucket_allreduce: bool | None = execution(None, "one all-reduce for several ranks (stages 1, 2)")
-    sub_group_size: ElementCount | None = execution(None, "elements of one optimizer tile (stage 3)", ge=1)
+    allgather_bucket_size: ElementCount | None = execution(
+        None, "elements gathered at a time (stages 1, 2)", ge=1
+    )
+    use_multi_rank_bucket_allreduce: bool | None = execution(
+        None, "one all-reduce for several ranks (stages 1, 2)"
+    )
+    sub_group_size: ElementCount | None = execution(
+        None, "elements of one optimizer tile (stage 3)", ge=1
+    )
     stage3_prefetch_bucket_size: ElementCount | None = execution(
         None, "elements fetched ahead of use; not with parameters on NVMe", ge=0
     )
@@ -216,14 +281,24 @@ class ZeroConfig(Section):
         None, "bound on the elements that stay whole", ge=0
     )
     stage3_max_live_parameters: ElementCount | None = execution(
-        None, "elements gathered at one time, with those fetched ahead; not with parameters on NVMe", ge=0
+        None,
+        "elements gathered at one time, with those fetched ahead; not with parameters on NVMe",
+        ge=0,
     )
     stage3_max_reuse_distance: ElementCount | None = execution(
-        None, "keep a parameter that is used again within so many elements; not with parameters on NVMe", ge=0
+        None,
+        "keep a parameter that is used again within so many elements; not with parameters on NVMe",
+        ge=0,
     )
-    stage3_use_all_reduce_for_fetch_params: bool | None = execution(None, "gather parameters by all-reduce")
-    stage3_allgather_sequential: bool | None = execution(None, "gather parameter by parameter, without buckets")
-    offload_optimizer: OffloadOptimizerConfig | None = section(None, "optimizer state outside the accelerator")
+    stage3_use_all_reduce_for_fetch_params: bool | None = execution(
+        None, "gather parameters by all-reduce"
+    )
+    stage3_allgather_sequential: bool | None = execution(
+        None, "gather parameter by parameter, without buckets"
+    )
+    offload_optimizer: OffloadOptimizerConfig | None = section(
+        None, "optimizer state outside the accelerator"
+    )
     offload_param: OffloadParamConfig | None = section(None, "parameters outside the accelerator")
 
     @model_validator(mode="after")
@@ -233,7 +308,10 @@ class ZeroConfig(Section):
             for key, stages in ZERO_KEY_STAGES.items()
             if getattr(self, key) is not None and self.stage not in stages
         ]
-        refuse((key, f"does nothing at stage {self.stage}; remove it, or use {_stages(key)}") for key in idle)
+        refuse(
+            (key, f"does nothing at stage {self.stage}; remove it, or use {_stages(key)}")
+            for key in idle
+        )
         return self
 
     @property

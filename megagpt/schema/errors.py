@@ -1,4 +1,6 @@
-"""What is wrong with a run's configuration: every problem at once, each with its key and what to write instead."""
+"""What is wrong with a run's configuration: every problem at once, each with its key and what to
+write instead.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from megagpt.utils import UserError, did_you_mean
 
 KeyPath = tuple[str | int, ...]
 
-AUTO_REFUSED = '"auto" is resolved only in bf16.enabled and scheduler.params.total_num_steps; write the value'
+AUTO_REFUSED = (
+    '"auto" is resolved only in bf16.enabled and scheduler.params.total_num_steps; write the value'
+)
 EXPECTED_KIND = {
     "int_type": "an integer",
     "float_type": "a number",
@@ -32,7 +36,10 @@ BOUND_WORDS = {
 
 
 class ConfigError(UserError):
-    """A configuration that cannot be used. `errors` holds one line for each problem, `str(error)` joins them."""
+    """A configuration that cannot be used.
+
+    `errors` holds one line for each problem, `str(error)` joins them.
+    """
 
     def __init__(self, errors: Iterable[str]) -> None:
         self.errors = list(errors)
@@ -40,7 +47,9 @@ class ConfigError(UserError):
 
 
 class NotFinite:
-    """Stands where a text had NaN, Infinity or a number beyond the range of a float: JSON has no such values."""
+    """Stands where a text had NaN, Infinity or a number beyond the range of a float: JSON has no
+    such values.
+    """
 
     def __init__(self, spelling: str) -> None:
         self.spelling = spelling
@@ -74,7 +83,9 @@ def shown(value: object) -> str:
 def problems_in(
     error: ValidationError, document: object, model: type[BaseModel], refused: Mapping[str, str]
 ) -> list[Problem]:
-    """Translate pydantic's errors; `refused` maps dotted keys that we refuse on purpose to what to use instead."""
+    """Translate pydantic's errors; `refused` maps dotted keys that we refuse on purpose to what
+    to use instead.
+    """
     problems: list[Problem] = []
     for details in error.errors(include_url=False):
         problems += _translate(details, document, model, refused)
@@ -87,10 +98,13 @@ def _translate(
     kind, location = details["type"], details["loc"]
     path = _path_in_document(location, document, keep_last=kind in ("missing", "extra_forbidden"))
     if kind == "default_factory_not_called" or isinstance(details["input"], NotFinite):
-        return []  # reported already: the key that this default follows from, or the number that is none
+        # reported already: the key that this default follows from, or the number that is none
+        return []
     if kind == "section_check":
         found: Sequence[tuple[str, str]] = details["ctx"]["problems"]
-        return [Problem((*path, *(key.split(".") if key else ())), message) for key, message in found]
+        return [
+            Problem((*path, *(key.split(".") if key else ())), message) for key, message in found
+        ]
     if kind == "extra_forbidden":
         return [Problem(path, refused.get(dotted(path)) or _unknown_key(path, location, model))]
     return [Problem(path, _message(details, location, model))]
@@ -108,7 +122,9 @@ def _message(details: ErrorDetails, location: KeyPath, model: type[BaseModel]) -
         key, words = BOUND_WORDS[kind]
         return f"must be {words} {context[key]:g}, got {shown(value)}"
     if kind == "literal_error":
-        return _not_a_choice(value, re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]])
+        return _not_a_choice(
+            value, re.findall(r"'([^']*)'", context["expected"]) or [context["expected"]]
+        )
     if kind == "union_tag_invalid":
         choices = re.findall(r"'([^']*)'", context["expected_tags"])
         return f'"type": {_not_a_choice(context["tag"], choices)}'
@@ -140,7 +156,9 @@ def _unknown_key(path: KeyPath, location: KeyPath, model: type[BaseModel]) -> st
 
 
 def _path_in_document(location: KeyPath, document: object, *, keep_last: bool) -> KeyPath:
-    """Pydantic's location without the tags that it inserts for unions: only keys and indices of the document."""
+    """Pydantic's location without the tags that it inserts for unions: only keys and indices of
+    the document.
+    """
     path: list[str | int] = []
     here = document
     for position, element in enumerate(location):
@@ -171,18 +189,24 @@ def all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The section classes that a type annotation mentions, through unions, tuples and `Annotated`."""
+    """The section classes that a type annotation mentions, through unions, tuples and
+    `Annotated`.
+    """
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for argument in get_args(annotation) for model in models_in(argument)]
 
 
 def _models_at(root: type[BaseModel], location: KeyPath) -> list[type[BaseModel]]:
-    """The section classes that a location may name; a class name in it is the tag of a union's member."""
+    """The section classes that a location may name; a class name in it is the tag of a union's
+    member.
+    """
     models = [root]
     for element in location:
         tagged = [model for model in models if model.__name__ == element]
-        fields = [field for model in models if (field := model.model_fields.get(str(element))) is not None]
+        fields = [
+            field for model in models if (field := model.model_fields.get(str(element))) is not None
+        ]
         if tagged:
             models = tagged
         elif fields:

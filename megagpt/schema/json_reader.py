@@ -1,4 +1,6 @@
-"""Strict JSON for configurations: no duplicate keys, no NaN, syntax errors with line and column, `--set` overrides."""
+"""Strict JSON for configurations: no duplicate keys, no NaN, syntax errors with line and column,
+`--set` overrides.
+"""
 
 from __future__ import annotations
 
@@ -26,21 +28,38 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError([f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8"]) from error
+        raise ConfigError(
+            [f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8"]
+        ) from error
     except FileNotFoundError as error:
-        present = sorted(file.name for file in path.parent.glob("*.json") if file.name != "schema.json")
-        there = f"{path.parent} holds {', '.join(present)}" if present else f"{path.parent} holds no *.json"
-        raise ConfigError([f"{path}: no such file; {there}{did_you_mean(path.name, present)}"]) from error
+        present = sorted(
+            file.name for file in path.parent.glob("*.json") if file.name != "schema.json"
+        )
+        there = (
+            f"{path.parent} holds {', '.join(present)}"
+            if present
+            else f"{path.parent} holds no *.json"
+        )
+        raise ConfigError(
+            [f"{path}: no such file; {there}{did_you_mean(path.name, present)}"]
+        ) from error
     except OSError as error:
         raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from error
 
 
 def parse(text: str, source: str) -> tuple[dict[str, Any], list[Problem]]:
-    """The document and the problems that JSON itself hides (duplicates, NaN); a syntax error ends it at once."""
+    """The document and the problems that JSON itself hides (duplicates, NaN); a syntax error
+    ends it at once.
+    """
     try:
-        document = json.loads(text, object_pairs_hook=JsonObject, parse_constant=NotFinite, parse_float=_parse_float)
+        document = json.loads(
+            text, object_pairs_hook=JsonObject, parse_constant=NotFinite, parse_float=_parse_float
+        )
     except json.JSONDecodeError as error:
-        message = f"{source}: line {error.lineno}, column {error.colno}: {error.msg}{_syntax_hint(text, error.pos)}"
+        message = (
+            f"{source}: line {error.lineno}, column {error.colno}: "
+            f"{error.msg}{_syntax_hint(text, error.pos)}"
+        )
         raise ConfigError([message]) from error
     except (RecursionError, ValueError) as error:
         raise ConfigError([f"{source}: not a usable JSON document: {error}"]) from error
@@ -49,11 +68,14 @@ def parse(text: str, source: str) -> tuple[dict[str, Any], list[Problem]]:
     return document, hidden_problems(document)
 
 
-def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> tuple[list[KeyPath], list[str]]:
-    """Write `a.b=value` items into the document, the last one winning; gives the keys set and the error lines.
+def apply_overrides(
+    document: dict[str, Any], overrides: Sequence[str]
+) -> tuple[list[KeyPath], list[str]]:
+    """Write `a.b=value` items into the document, the last one winning; gives the keys set and the
+    error lines.
 
-    A value is JSON (`3`, `true`, `[1, 2]`, `"text"`); a bare word that is not JSON is taken as a string. `null` is left
-    for `remove`, once it is known whether there is such a key.
+    A value is JSON (`3`, `true`, `[1, 2]`, `"text"`); a bare word that is not JSON is taken as a
+    string. `null` is left for `remove`, once it is known whether there is such a key.
     """
     keys_set: list[KeyPath] = []
     errors: list[str] = []
@@ -61,7 +83,9 @@ def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> tuple
         key, equals, text = item.partition("=")
         path = tuple(key.strip().split("."))
         if not equals or not all(path):
-            errors.append(f"--set {item}: expected KEY.KEY=VALUE, for example megagpt.model.num_layers=24")
+            errors.append(
+                f"--set {item}: expected KEY.KEY=VALUE, for example megagpt.model.num_layers=24"
+            )
             continue
         try:
             _put(document, path, _override_value(text.strip()))
@@ -76,7 +100,9 @@ def _put(document: dict[str, Any], path: tuple[str, ...], value: object) -> None
     for depth, name in enumerate(path[:-1], start=1):
         inner = here.setdefault(name, {})
         if not isinstance(inner, dict):
-            raise ConfigError([f"{'.'.join(path[:depth])} is a value, not an object; set it as a whole"])
+            raise ConfigError(
+                [f"{'.'.join(path[:depth])} is a value, not an object; set it as a whole"]
+            )
         here = inner
     here[path[-1]] = value
 
@@ -101,7 +127,9 @@ def remove(document: dict[str, Any], path: KeyPath) -> None:
 
 def _override_value(text: str) -> object:
     try:
-        value = json.loads(text, object_pairs_hook=JsonObject, parse_constant=NotFinite, parse_float=_parse_float)
+        value = json.loads(
+            text, object_pairs_hook=JsonObject, parse_constant=NotFinite, parse_float=_parse_float
+        )
     except json.JSONDecodeError as error:
         if text.startswith(("{", "[", '"')):
             raise ConfigError([f"column {error.colno} of the value: {error.msg}"]) from error
@@ -115,13 +143,17 @@ def _parse_float(text: str) -> float | NotFinite:
 
 
 def hidden_problems(value: object, path: KeyPath = ()) -> list[Problem]:
-    """The duplicate keys and non-finite numbers of a document, which a plain dict would not show."""
+    """The duplicate keys and non-finite numbers of a document, which a plain dict would not
+    show.
+    """
     if isinstance(value, NotFinite):
         return [Problem(path, f"{value.spelling} is not a JSON number; write a finite one")]
     problems: list[Problem] = []
     children: list[tuple[str | int, object]] = []
     if isinstance(value, JsonObject):
-        problems += [Problem((*path, name), "written more than once; keep one") for name in value.repeated]
+        problems += [
+            Problem((*path, name), "written more than once; keep one") for name in value.repeated
+        ]
         children += value.items()
     elif isinstance(value, list):
         children += enumerate(value)

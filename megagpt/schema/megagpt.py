@@ -27,9 +27,13 @@ DataPath = Annotated[
 class DataConfig(Section):
     """Which tokens are read, and in which order."""
 
-    path: DataPath = identity("data/stdlib", "directory of the dataset, or a list of {path, weight} to blend")
+    path: DataPath = identity(
+        "data/stdlib", "directory of the dataset, or a list of {path, weight} to blend"
+    )
     seed: int = identity(0, "seed of the sample order", ge=0)
-    document_mask: bool = identity(False, "attention never crosses from one packed document into another")
+    document_mask: bool = identity(
+        False, "attention never crosses from one packed document into another"
+    )
 
     @model_validator(mode="after")
     def _check_blend(self) -> DataConfig:
@@ -47,12 +51,19 @@ class ParallelConfig(Section):
 
     tensor: int = execution(1, "ranks that share each layer", ge=1)
     pipeline: int = execution(1, "pipeline stages", ge=1)
-    schedule: Literal["gpipe", "1f1b", "interleaved"] = execution("1f1b", "order of the micro-batches in a pipeline")
-    virtual_stages: int = execution(1, "model chunks of each pipeline rank (interleaved schedule)", ge=1)
-    sequence: bool = execution(False, "split the norm regions along the sequence over the tensor axis")
+    schedule: Literal["gpipe", "1f1b", "interleaved"] = execution(
+        "1f1b", "order of the micro-batches in a pipeline"
+    )
+    virtual_stages: int = execution(
+        1, "model chunks of each pipeline rank (interleaved schedule)", ge=1
+    )
+    sequence: bool = execution(
+        False, "split the norm regions along the sequence over the tensor axis"
+    )
     gradient_reduction: Literal["per_step", "per_micro_batch"] = execution(
         lambda keys: "per_step" if keys["pipeline"] > 1 else "per_micro_batch",
-        "when gradients cross the data axis; default: per_step with a pipeline, else per_micro_batch",
+        "when gradients cross the data axis; default: per_step with a pipeline, else "
+        "per_micro_batch",
     )
     world_size: int | None = execution(
         None, "the ranks that this run expects: a world shrunken by a lost host is refused", ge=1
@@ -65,15 +76,22 @@ class ParallelConfig(Section):
 
 
 class TrainingSection(Section):
-    """How long to train, and what happens on the way, as written in the file. An interval of 0 means never."""
+    """How long to train, and what happens on the way, as written in the file.
 
-    total_steps: int | None = execution(None, "optimizer steps of the run (or give total_tokens)", ge=1)
+    An interval of 0 means never.
+    """
+
+    total_steps: int | None = execution(
+        None, "optimizer steps of the run (or give total_tokens)", ge=1
+    )
     total_tokens: int | None = execution(
         None, "tokens of the run, rounded up to whole steps (or give total_steps)", ge=1
     )
     seed: int = identity(0, "seed of the initial weights and of dropout", ge=0)
     recompute: Literal["none", "selective", "full"] = execution(
-        "none", "activations computed again in backward: none, each block's MLP (selective), or whole blocks (full)"
+        "none",
+        "activations computed again in backward: none, each block's MLP (selective), or whole "
+        "blocks (full)",
     )
     eval_interval_steps: int = execution(100, "steps between evaluations", ge=0)
     eval_batches: int = execution(8, "global batches of one evaluation", ge=1)
@@ -83,7 +101,9 @@ class TrainingSection(Section):
         "skip", "a loss or gradient that is not finite: skip that step, or stop"
     )
     on_spike: Literal["warn", "ignore", "skip", "rewind"] = execution(
-        "warn", "a loss that jumps: report it, say nothing, skip that step, or go back to the last checkpoint"
+        "warn",
+        "a loss that jumps: report it, say nothing, skip that step, or go back to the last "
+        "checkpoint",
     )
     drift_check_interval_steps: int = execution(
         100, "steps between comparisons of what data- or tensor-parallel ranks hold alike", ge=0
@@ -94,9 +114,16 @@ class TrainingSection(Section):
         problems = self._length_problems()
         if self.sample_interval_steps and not self.sample_prompts:
             due = f"a sample is due every {self.sample_interval_steps} steps"
-            problems.append(("sample_prompts", f'empty, while {due}: give ["..."], or sample_interval_steps 0'))
+            problems.append(
+                ("sample_prompts", f'empty, while {due}: give ["..."], or sample_interval_steps 0')
+            )
         if self.sample_prompts and not self.sample_interval_steps:
-            problems.append(("sample_prompts", "given, while sample_interval_steps is 0: no sample is ever written"))
+            problems.append(
+                (
+                    "sample_prompts",
+                    "given, while sample_interval_steps is 0: no sample is ever written",
+                )
+            )
         refuse(problems)
         return self
 
@@ -109,7 +136,9 @@ class TrainingSection(Section):
 
 
 class TrainingConfig(TrainingSection):
-    """Training with its length known in steps; `total_tokens`, where given, is what they were derived from."""
+    """Training with its length known in steps; `total_tokens`, where given, is what they were
+    derived from.
+    """
 
     total_steps: int = execution(..., "optimizer steps of the run", ge=1)
 
@@ -121,10 +150,14 @@ class CheckpointConfig(Section):
     """What is saved, and how often."""
 
     interval_steps: int = execution(500, "steps between checkpoints", ge=0)
-    keep: int = execution(3, "newest checkpoints that are kept; at least two, so that a damaged one is survived", ge=2)
+    keep: int = execution(
+        3, "newest checkpoints that are kept; at least two, so that a damaged one is survived", ge=2
+    )
     asynchronous: bool = execution(False, "write in the background while training goes on")
     milestone_interval_steps: int = execution(
-        0, "every so many steps a checkpoint is kept for good, a multiple of interval_steps; 0: none", ge=0
+        0,
+        "every so many steps a checkpoint is kept for good, a multiple of interval_steps; 0: none",
+        ge=0,
     )
 
     @model_validator(mode="after")
@@ -140,11 +173,13 @@ class CheckpointConfig(Section):
 class MonitorConfig(Section):
     """What is reported."""
 
-    log_interval_steps: int = execution(10, "steps between lines on the screen and in metrics.jsonl", ge=0)
+    log_interval_steps: int = execution(
+        10, "steps between lines on the screen and in metrics.jsonl", ge=0
+    )
     stall_timeout_s: int = execution(
         1800,
-        "seconds that a step, a validation batch, a save or (then at least 900) a stage of the start may last before "
-        "the run counts as hung; 0: no limit",
+        "seconds that a step, a validation batch, a save or (then at least 900) a stage of the "
+        "start may last before the run counts as hung; 0: no limit",
         ge=0,
     )
 

@@ -1,4 +1,6 @@
-"""The `megagpt.model` section: the shape of a GPT, the published presets, and its exact number of parameters."""
+"""The `megagpt.model` section: the shape of a GPT, the published presets, and its exact number
+of parameters.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,10 @@ PresetName = Literal[
 ]
 GPT2_VOCABULARY = 50257  # the byte-level BPE of GPT-2, which GPT-3 uses too
 
-# GPT-2: Radford et al. 2019, table 2, with the released weights' heads. GPT-3: table 2.1 of arXiv 2005.14165, where
-# two rows contradict themselves (hidden size != heads x head size). Nearest consistent shape: the 1.3B row prints 24
-# heads of 128 for a hidden size of 2048 (16 heads fit), and the 13B row prints 5140 for 40 heads of 128 (5120).
+# GPT-2: Radford et al. 2019, table 2, with the released weights' heads. GPT-3: table 2.1 of arXiv
+# 2005.14165, where two rows contradict themselves (hidden size != heads x head size). Nearest
+# consistent shape: the 1.3B row prints 24 heads of 128 for a hidden size of 2048 (16 heads fit),
+# and the 13B row prints 5140 for 40 heads of 128 (5120).
 _SHAPES: dict[str, tuple[int, int, int, int]] = {  # layers, hidden size, heads, sequence length
     "gpt2-124m": (12, 768, 12, 1024),
     "gpt2-355m": (24, 1024, 16, 1024),
@@ -37,36 +40,60 @@ _SHAPES: dict[str, tuple[int, int, int, int]] = {  # layers, hidden size, heads,
     "gpt3-175b": (96, 12288, 96, 2048),
 }
 PRESETS: dict[str, dict[str, int]] = {
-    name: dict(zip(("num_layers", "hidden_size", "num_heads", "sequence_length"), _SHAPES[name], strict=True))
+    name: dict(
+        zip(
+            ("num_layers", "hidden_size", "num_heads", "sequence_length"),
+            _SHAPES[name],
+            strict=True,
+        )
+    )
     for name in get_args(PresetName)
 }
 
 
 class ModelSection(Section):
-    """The model as written in the file: a preset's keys are filled in, keys beside it override it."""
+    """The model as written in the file: a preset's keys are filled in, keys beside it override
+    it.
+    """
 
-    preset: PresetName | None = execution(None, "published shape to start from; keys beside it override it")
+    preset: PresetName | None = execution(
+        None, "published shape to start from; keys beside it override it"
+    )
     vocab_size: int | None = identity(
-        None, "rows of the embedding; default: the data's vocabulary; always rounded up to a multiple of 128", ge=1
+        None,
+        "rows of the embedding; default: the data's vocabulary; always rounded up to a multiple "
+        "of 128",
+        ge=1,
     )
     vocabulary: int | None = identity(
         None,
-        "tokens that exist; rows beyond are padding, never learnt; default: the data's vocabulary, or vocab_size",
+        "tokens that exist; rows beyond are padding, never learnt; default: the data's "
+        "vocabulary, or vocab_size",
         ge=1,
     )
     num_layers: int = identity(..., "number of transformer blocks", ge=1)
     hidden_size: int = identity(..., "width of the residual stream", ge=1)
     num_heads: int = identity(..., "query heads of each attention; must divide hidden_size", ge=1)
     num_kv_heads: int = identity(
-        lambda keys: keys["num_heads"], "key and value heads; must divide num_heads; default: num_heads", ge=1
+        lambda keys: keys["num_heads"],
+        "key and value heads; must divide num_heads; default: num_heads",
+        ge=1,
     )
     sequence_length: int = identity(1024, "tokens of one training sequence", ge=1)
-    position: Literal["learned", "rotary"] = identity("learned", "position information: a table or rotations")
-    norm: Literal["layernorm", "rmsnorm"] = identity("layernorm", "normalisation before each sub-layer")
-    activation: Literal["gelu", "swiglu"] = identity(
-        "gelu", "MLP: gelu is 4 x hidden_size wide, swiglu 8/3 x hidden_size rounded up to a multiple of 128"
+    position: Literal["learned", "rotary"] = identity(
+        "learned", "position information: a table or rotations"
     )
-    bias: bool = identity(True, "bias vectors in the linear layers (never the head) and in layernorm")
+    norm: Literal["layernorm", "rmsnorm"] = identity(
+        "layernorm", "normalisation before each sub-layer"
+    )
+    activation: Literal["gelu", "swiglu"] = identity(
+        "gelu",
+        "MLP: gelu is 4 x hidden_size wide, swiglu 8/3 x hidden_size rounded up to a multiple of "
+        "128",
+    )
+    bias: bool = identity(
+        True, "bias vectors in the linear layers (never the head) and in layernorm"
+    )
     dropout: float = identity(0.0, "probability of dropping an activation in training", ge=0, lt=1)
     tie_embeddings: bool = identity(True, "the head shares the token embedding's weight")
     init_std: float = identity(0.02, "standard deviation of the initial weights", gt=0)
@@ -81,11 +108,20 @@ class ModelSection(Section):
     def _check_heads(self) -> ModelSection:
         problems = []
         if self.hidden_size % self.num_heads:
-            problems.append(("num_heads", _does_not_divide(self.num_heads, "hidden_size", self.hidden_size)))
+            problems.append(
+                ("num_heads", _does_not_divide(self.num_heads, "hidden_size", self.hidden_size))
+            )
         elif self.position == "rotary" and self.head_size % 2:
-            problems.append(("position", f"rotary turns pairs of numbers, and the head size {self.head_size} is odd"))
+            problems.append(
+                (
+                    "position",
+                    f"rotary turns pairs of numbers, and the head size {self.head_size} is odd",
+                )
+            )
         if self.num_heads % self.num_kv_heads:
-            problems.append(("num_kv_heads", _does_not_divide(self.num_kv_heads, "num_heads", self.num_heads)))
+            problems.append(
+                ("num_kv_heads", _does_not_divide(self.num_kv_heads, "num_heads", self.num_heads))
+            )
         refuse(problems)
         return self
 
@@ -103,26 +139,40 @@ class ModelSection(Section):
 
     @property
     def published_vocabulary(self) -> int | None:
-        """The vocabulary that the preset was published with: for planning a run whose data are not here."""
+        """The vocabulary that the preset was published with: for planning a run whose data are
+        not here.
+        """
         return GPT2_VOCABULARY if self.preset else None
 
 
 class ModelConfig(ModelSection):
-    """The model with nothing left to fill in: `vocab_size` is the number of rows of the embedding."""
+    """The model with nothing left to fill in: `vocab_size` is the number of rows of the
+    embedding.
+    """
 
-    vocab_size: int = identity(..., "rows of the embedding, a multiple of 128 where a run resolved it", ge=1)
-    vocabulary: int = identity(lambda keys: keys["vocab_size"], "tokens that exist; rows beyond are padding", ge=1)
+    vocab_size: int = identity(
+        ..., "rows of the embedding, a multiple of 128 where a run resolved it", ge=1
+    )
+    vocabulary: int = identity(
+        lambda keys: keys["vocab_size"], "tokens that exist; rows beyond are padding", ge=1
+    )
 
     @property
     def num_parameters(self) -> int:
         """Every trained number once; a tied head counts with the embedding."""
         tables = self.vocab_size * (1 if self.tie_embeddings else 2)
         positions = self.sequence_length if self.position == "learned" else 0
-        return (tables + positions) * self.hidden_size + self.num_layers * self.block_parameters + self.norm_parameters
+        return (
+            (tables + positions) * self.hidden_size
+            + self.num_layers * self.block_parameters
+            + self.norm_parameters
+        )
 
     @property
     def block_matmul_parameters(self) -> int:
-        """The weights of one block that multiply activations: attention's four matrices and the MLP's."""
+        """The weights of one block that multiply activations: attention's four matrices and the
+        MLP's.
+        """
         key_value_size = self.num_kv_heads * self.head_size
         attention = 2 * self.hidden_size * self.hidden_size + 2 * self.hidden_size * key_value_size
         mlp_matrices = 2 if self.activation == "gelu" else 3

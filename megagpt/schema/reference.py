@@ -1,7 +1,7 @@
 """What a configuration file may hold, for editors (JSON Schema) and for readers (Markdown tables).
 
-`python -m megagpt.schema.reference > ds_configs/schema.json` writes the schema; with `--tables` it prints the last
-section of docs/configuration.md.
+`python -m megagpt.schema.reference > ds_configs/schema.json` writes the schema; with `--tables` it
+prints the last section of docs/configuration.md.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ DERIVED_DEFAULTS = {
 
 
 class _FileSchema(GenerateJsonSchema):
-    """Leaves out the titles that pydantic makes of every key: they repeat it with a capital letter."""
+    """Leaves out the titles that pydantic makes of every key: they repeat it with a capital
+    letter.
+    """
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
@@ -38,7 +40,9 @@ class _FileSchema(GenerateJsonSchema):
 def schema_text() -> str:
     """The JSON Schema of a whole file, as ds_configs/schema.json holds it."""
     schema = RunConfig.model_json_schema(by_alias=True, schema_generator=_FileSchema)
-    schema["$defs"]["ModelSection"].pop("required")  # a preset gives these keys, so an editor must not ask for them
+    schema["$defs"]["ModelSection"].pop(
+        "required"
+    )  # a preset gives these keys, so an editor must not ask for them
     document = {"$schema": SCHEMA_DIALECT, **schema, "title": "A megagpt run"}
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
@@ -53,7 +57,10 @@ def _tables(model: type[BaseModel], prefix: str, title: str, variant: str = "") 
     for name, field in model.model_fields.items():
         key, members = field.alias or name, models_in(field.annotation)
         if _role(field) or not members:
-            rows.append(f"| `{key}` | {field.description} | {_default(model, name, field)} | {_role(field)} |")
+            rows.append(
+                f"| `{key}` | {field.description} | {_default(model, name, field)} | "
+                f"{_role(field)} |"
+            )
         for member in members:
             kind = f" ({member.__name__})" if len(members) > 1 else variant
             below += _tables(member, f"{prefix}{key}.", f"`{prefix}{key}`{kind}", kind)
@@ -76,7 +83,9 @@ def _default(model: type[BaseModel], name: str, field: FieldInfo) -> str:
 def main() -> None:
     """Print the schema, or with `--tables` the tables."""
     parser = argparse.ArgumentParser(description="Describe the configuration file.")
-    parser.add_argument("--tables", action="store_true", help="Markdown tables of every key instead of JSON Schema")
+    parser.add_argument(
+        "--tables", action="store_true", help="Markdown tables of every key instead of JSON Schema"
+    )
     sys.stdout.write(reference_text() if parser.parse_args().tables else schema_text())
 
 

@@ -1,14 +1,17 @@
 """DeepSpeed keys that this trainer refuses, and what to use instead.
 
-DeepSpeed 0.19.8 ignores many of these without a word, and others would act behind the trainer's back. A test compares
-this table and the accepted keys with what the installed DeepSpeed reads, so that a new version's keys are noticed.
+DeepSpeed 0.19.8 ignores many of these without a word, and others would act behind the trainer's
+back. A test compares this table and the accepted keys with what the installed DeepSpeed reads, so
+that a new version's keys are noticed.
 """
 
 from __future__ import annotations
 
 _REMOVED = "removed from DeepSpeed; delete it"
 _OWN_CHECKPOINTS = "checkpoints are this trainer's own: use megagpt.checkpoint"
-_OWN_REPORTS = "use megagpt.monitor.log_interval_steps; metrics.jsonl holds times, memory and FLOP utilisation"
+_OWN_REPORTS = (
+    "use megagpt.monitor.log_interval_steps; metrics.jsonl holds times, memory and FLOP utilisation"
+)
 _MEAN_ONLY = "gradients are always the mean over the data axis, whatever the mesh; delete it"
 _NOT_EXACT = "approximate: not equal to one plain process; delete it"
 _FP32_STATE = "master weights and moments stay fp32, which checkpoints promise; delete it"
@@ -28,13 +31,15 @@ REFUSED_TOP_LEVEL: dict[str, str] = {
     "csv_monitor": "metrics.jsonl is always written; delete it",
     "curriculum_learning": _REMOVED,
     "data_efficiency": "the order of the data is megagpt.data's; delete it",
-    "dataloader_drop_last": "samples are never dropped: batches come from one endless order; delete it",
+    "dataloader_drop_last": "samples are never dropped: batches come from one endless order; "
+    "delete it",
     "datastates_ckpt": _OWN_CHECKPOINTS,
     "disable_allgather": "DeepSpeed reads it and does nothing; delete it",
     "disable_python_gc": "the garbage collector is left alone; delete it",
     "dump_state": _OWN_REPORTS,
     "eigenvalue": _REMOVED,
-    "elasticity": "removed from DeepSpeed; a run resumes on another world size by itself; delete it",
+    "elasticity": "removed from DeepSpeed; a run resumes on another world size by itself; delete "
+    "it",
     "expert_parallel": _NOT_A_LANGUAGE_MODEL,
     "flops_profiler": "metrics.jsonl holds the model's FLOP utilisation; delete it",
     "gradient_allreduce_op": _MEAN_ONLY,
@@ -49,8 +54,10 @@ REFUSED_TOP_LEVEL: dict[str, str] = {
     "prescale_gradients": _MEAN_ONLY,
     "progressive_layer_drop": _REMOVED,
     "quantize_training": _REMOVED,
-    "seq_parallel_communication_data_type": "Ulysses sequence parallelism is not used; see megagpt.parallel.sequence",
-    "sequence_parallel_size": "Ulysses sequence parallelism is not used; see megagpt.parallel.sequence",
+    "seq_parallel_communication_data_type": "Ulysses sequence parallelism is not used; see "
+    "megagpt.parallel.sequence",
+    "sequence_parallel_size": "Ulysses sequence parallelism is not used; see "
+    "megagpt.parallel.sequence",
     "sparse_attention": _REMOVED,
     "sparse_gradients": _REMOVED,
     "steps_per_print": "use megagpt.monitor.log_interval_steps",
@@ -61,7 +68,8 @@ REFUSED_TOP_LEVEL: dict[str, str] = {
     "vocabulary_size": "use megagpt.model.vocab_size",
     "wall_clock_breakdown": _OWN_REPORTS,
     "weight_quantization": "an inference setting; delete it",
-    "zero_allow_untested_optimizer": "Adam and AdamW are the optimizers, and both are tested; delete it",
+    "zero_allow_untested_optimizer": "Adam and AdamW are the optimizers, and both are tested; "
+    "delete it",
     "zero_force_ds_cpu_optimizer": "choose with optimizer.params.torch_adam",
 }
 
@@ -81,16 +89,20 @@ REFUSED_ZERO: dict[str, str] = {
     "memory_efficient_linear": "chosen by the trainer; delete it",
     "mics_hierarchical_params_gather": _REMOVED,
     "mics_shard_size": _REMOVED,
-    "override_module_apply": "parameters are initialised one by one, never through Module.apply; delete it",
+    "override_module_apply": "parameters are initialised one by one, never through Module.apply; "
+    "delete it",
     "parameter_alignment": "chosen by the trainer; delete it",
     "pipeline_loading_checkpoint": _OWN_CHECKPOINTS,
-    "round_robin_gradients": "DeepSpeed then names the pieces of its partitions wrongly, checkpoints too; delete it",
+    "round_robin_gradients": "DeepSpeed then names the pieces of its partitions wrongly, "
+    "checkpoints too; delete it",
     "save_muon_momentum_buffer_in_memory": "Muon is not one of the optimizers; delete it",
-    "stage3_module_granularity_threshold": "fails in the first backward of this model (seen); delete it",
+    "stage3_module_granularity_threshold": "fails in the first backward of this model (seen); "
+    "delete it",
     "stage3_gather_16bit_weights_on_model_save": _OWN_CHECKPOINTS,
     "stage3_gather_fp16_weights_on_model_save": _OWN_CHECKPOINTS,
     "zenflow": _NOT_EXACT,
-    "zero_hpz_partition_size": "secondary partitions (ZeRO++) are not among the shown combinations; delete it",
+    "zero_hpz_partition_size": "secondary partitions (ZeRO++) are not among the shown "
+    "combinations; delete it",
     "zero_quantized_gradients": _NOT_EXACT,
     "zero_quantized_nontrainable_weights": _NOT_EXACT,
     "zero_quantized_weights": _NOT_EXACT,
@@ -101,9 +113,12 @@ REFUSED: dict[str, str] = {
     **REFUSED_TOP_LEVEL,
     **{f"zero_optimization.{key}": reason for key, reason in REFUSED_ZERO.items()},
     "zero_optimization.offload_optimizer.ratio": "everything is offloaded, or nothing; delete it",
-    "zero_optimization.offload_optimizer.super_offload": "needs CUDA superchips and was never shown here; delete it",
-    "zero_optimization.offload_optimizer.cpuadam_cores_perc": "acts only with super_offload; delete it",
-    "bf16.immediate_grad_update": "acts only in an optimizer that this trainer does not use; delete it",
+    "zero_optimization.offload_optimizer.super_offload": "needs CUDA superchips and was never "
+    "shown here; delete it",
+    "zero_optimization.offload_optimizer.cpuadam_cores_perc": "acts only with super_offload; "
+    "delete it",
+    "bf16.immediate_grad_update": "acts only in an optimizer that this trainer does not use; "
+    "delete it",
     "bf16.check_grad_overflow": "use megagpt.training.on_nonfinite",
     "bf16.bf16_master_weights_and_grads": _FP32_STATE,
     "bf16.bf16_optimizer_states": _FP32_STATE,
@@ -113,7 +128,8 @@ REFUSED: dict[str, str] = {
     "data_types.buffer_dtype": "follows from bf16 and fp16; delete it",
     "data_types.keep_in_fp32_modules": "follows from bf16 and fp16; delete it",
     "aio.use_gds": "GPU direct storage was never shown here; delete it",
-    "optimizer.legacy_fusion": "acts only with fp16 at ZeRO 0 and changes nothing in the result; delete it",
+    "optimizer.legacy_fusion": "acts only with fp16 at ZeRO 0 and changes nothing in the result; "
+    "delete it",
     "optimizer.params.max_grad_norm": "use gradient_clipping",
     "optimizer.params.fp32_optimizer_states": _FP32_STATE,
     "optimizer.params.foreach": "chosen by torch; delete it",

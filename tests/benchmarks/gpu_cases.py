@@ -1,4 +1,6 @@
-"""What stands in for a GPU in the tests of benchmarks.gpu: cases that end in every way, and the real ones, tiny."""
+"""What stands in for a GPU in the tests of benchmarks.gpu: cases that end in every way, and the
+real ones, tiny.
+"""
 
 import os
 import signal
@@ -18,7 +20,9 @@ CPU = Machine("cpu", "a stand-in")
 def stand_in(name: str, function: str, limit_s: float = 60.0, **rest: Any) -> Case:
     """A case made of a function below."""
     needs: dict[str, Any] = {"expected_s": 0.0, "packages": (), "compiles": False}
-    return Case("a part", name, f"tests.benchmarks.gpu_cases:{function}", limit_s=limit_s, **needs | rest)
+    return Case(
+        "a part", name, f"tests.benchmarks.gpu_cases:{function}", limit_s=limit_s, **needs | rest
+    )
 
 
 def context(directory: str | Path, case: str = "a case") -> Context:
@@ -76,11 +80,19 @@ def hangs(context: Context, findings: int = 0) -> None:
     time.sleep(600)
 
 
-TINY: dict[str, Any] = {"vocab_size": 128, "num_layers": 2, "hidden_size": 32, "num_heads": 4, "sequence_length": 16}
+TINY: dict[str, Any] = {
+    "vocab_size": 128,
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "sequence_length": 16,
+}
 
 
 def train(directory: str) -> None:
-    """The training cases' own code in a rank of a pool, which has joined and imported everything already."""
+    """The training cases' own code in a rank of a pool, which has joined and imported everything
+    already.
+    """
     from benchmarks.gpu import offload, training
 
     shared = {"model": TINY, "micro_batch": 2}

@@ -1,4 +1,6 @@
-"""python -m benchmarks.gpu without a GPU: its flow with cases that end in every way, and the real cases, tiny."""
+"""python -m benchmarks.gpu without a GPU: its flow with cases that end in every way, and the
+real cases, tiny.
+"""
 
 import dataclasses
 import json
@@ -15,7 +17,18 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import assembler, first_light, host_time, machine, offload, parts, speed, store, suite, targets
+from benchmarks.gpu import (
+    assembler,
+    first_light,
+    host_time,
+    machine,
+    offload,
+    parts,
+    speed,
+    store,
+    suite,
+    targets,
+)
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.case import NOT_RUN, RIGHT, WRONG, Case, Verdict
 from benchmarks.gpu.machine import Machine
@@ -34,7 +47,13 @@ def clean_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_commit", lambda: ("0123456789ab", "clean"))
 
 
-def call(directory: Path, *given: Case, minutes: float = 5.0, on: Machine = CPU, options: Sequence[str] = ()) -> int:
+def call(
+    directory: Path,
+    *given: Case,
+    minutes: float = 5.0,
+    on: Machine = CPU,
+    options: Sequence[str] = (),
+) -> int:
     """One call of the command."""
     arguments = ["all", "--minutes", str(minutes), "--output", str(directory), *options]
     return main(arguments, machine=on, parts=[("a part", given)])
@@ -43,14 +62,19 @@ def call(directory: Path, *given: Case, minutes: float = 5.0, on: Machine = CPU,
 def ends(directory: Path) -> dict[str, str]:
     """The last verdict and reason of each case, as the file has them."""
     records = [record for record in store.read(directory / store.FILE) if record["kind"] == "end"]
-    return {record["case"]: f"{record['verdict']}: {record['reason']}".rstrip(": ") for record in records}
+    return {
+        record["case"]: f"{record['verdict']}: {record['reason']}".rstrip(": ")
+        for record in records
+    }
 
 
-# ----------------------------------------------------------------------------------------------------------------- flow
+# --------------------------------------------------------------------------------------------- flow
 
 
 def test_each_end_has_its_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Right only where something was found to be right; what is absent is not wrong; the rest goes on."""
+    """Right only where something was found to be right; what is absent is not wrong; the rest
+    goes on.
+    """
     code = call(
         tmp_path,
         stand_in("passes", "passes"),
@@ -85,7 +109,9 @@ def test_each_end_has_its_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[
     screen = capsys.readouterr().out
     assert "a part: 3 right, 4 WRONG, 5 not run" in screen
     assert "nothing to say" in (tmp_path / "logs" / "a_part.nothing.log").read_text()
-    assert not alive(int((tmp_path / "pid").read_text())), "what a hanging case had started outlives it"
+    assert not alive(int((tmp_path / "pid").read_text())), (
+        "what a hanging case had started outlives it"
+    )
 
 
 def alive(pid: int) -> bool:
@@ -96,8 +122,12 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_a_budget_ends_and_the_next_call_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Cases that fit are done; one under way is cut short, keeps its findings and does not make them again."""
+def test_a_budget_ends_and_the_next_call_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cases that fit are done; one under way is cut short, keeps its findings and does not make
+    them again.
+    """
     given = [
         stand_in("first", "passes"),
         stand_in("cut", "hangs", limit_s=900.0, arguments={"findings": 1}),
@@ -122,7 +152,8 @@ INTERRUPTED = """
 import sys
 from benchmarks.gpu.__main__ import main
 from tests.benchmarks.gpu_cases import CPU, stand_in
-given = [stand_in("passes", "passes"), stand_in("hangs", "hangs", limit_s=900.0), stand_in("next", "passes")]
+hangs = stand_in("hangs", "hangs", limit_s=900.0)
+given = [stand_in("passes", "passes"), hangs, stand_in("next", "passes")]
 raise SystemExit(main(["--output", sys.argv[1]], machine=CPU, parts=[("a part", given)]))
 """
 
@@ -145,7 +176,10 @@ def test_a_command_that_is_ended_ends_its_case_and_reports(tmp_path: Path) -> No
 
 def test_parts_share_the_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A part that hangs leaves the next its share."""
-    given = [("a part", [stand_in("cut", "hangs", limit_s=900.0)]), ("another", [stand_in("passes", "passes")])]
+    given = [
+        ("a part", [stand_in("cut", "hangs", limit_s=900.0)]),
+        ("another", [stand_in("passes", "passes")]),
+    ]
     began = time.monotonic()
     assert main(["--minutes", "0.1", "--output", str(tmp_path)], machine=CPU, parts=given) == 0
     assert ends(tmp_path) == {"cut": "not run: no time left", "passes": "right"}
@@ -164,7 +198,9 @@ def test_only_what_is_comparable_is_taken_over(
     elif what == "versions":
         on = dataclasses.replace(CPU, versions={"torch": "99"})
     elif what == "ptxas":
-        monkeypatch.setattr(assembler, "in_use", lambda: assembler.Assembler("another", "/ptxas", "99.0.1"))
+        monkeypatch.setattr(
+            assembler, "in_use", lambda: assembler.Assembler("another", "/ptxas", "99.0.1")
+        )
     else:
         on = dataclasses.replace(CPU, name="another")
     capsys.readouterr()
@@ -177,7 +213,9 @@ def test_only_what_is_comparable_is_taken_over(
 def test_a_dirty_tree_is_named_and_takes_nothing_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(machine, "_commit", lambda: ("0123456789ab", "dirty: kernels/fused/norms.py"))
+    monkeypatch.setattr(
+        machine, "_commit", lambda: ("0123456789ab", "dirty: kernels/fused/norms.py")
+    )
     case = stand_in("passes", "passes")
     assert call(tmp_path, case) == call(tmp_path, case) == 0
     assert "dirty: kernels/fused/norms.py" in capsys.readouterr().out
@@ -192,7 +230,9 @@ def test_the_code_itself_is_part_of_the_identity() -> None:
     assert dataclasses.replace(found, sources="other").key != found.key
 
 
-def test_a_directory_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_directory_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
     assert call(tmp_path / "file" / "below", stand_in("passes", "passes")) == 2
     told = capsys.readouterr().out
@@ -224,28 +264,49 @@ def test_a_line_that_was_cut_short_spoils_no_other(tmp_path: Path) -> None:
     ("on", "case", "reason"),
     [
         ({"capability": (7, 5)}, {"capability": (8, 0)}, "compute capability 7.5 is below 8.0"),
-        ({"device_gib": 10.0}, {"device_gib": 60.0}, "too little device memory: 10 GiB free, needs 60"),
+        (
+            {"device_gib": 10.0},
+            {"device_gib": 60.0},
+            "too little device memory: 10 GiB free, needs 60",
+        ),
         ({}, {"host_gib": 1e9}, "too little host memory: "),
-        ({}, {"packages": ("triton", "no_such_package")}, "missing package; type: pip install no_such_package"),
-        ({"assembler_problem": "/x: tells no version"}, {"compiles": True}, "unknown ptxas: /x: tells no version"),
+        (
+            {},
+            {"packages": ("triton", "no_such_package")},
+            "missing package; type: pip install no_such_package",
+        ),
+        (
+            {"assembler_problem": "/x: tells no version"},
+            {"compiles": True},
+            "unknown ptxas: /x: tells no version",
+        ),
         ({}, {"refusal": "unknown ptxas: /y"}, "unknown ptxas: /y"),
     ],
 )
-def test_what_a_case_needs_and_is_not_here(on: dict[str, Any], case: dict[str, Any], reason: str) -> None:
+def test_what_a_case_needs_and_is_not_here(
+    on: dict[str, Any], case: dict[str, Any], reason: str
+) -> None:
     gpu = dataclasses.replace(Machine("cuda", "a GPU", (9, 0), 139.0), **on)
     assert gpu.refusal(stand_in("any", "passes", **case)).startswith(reason)
     other = stand_in("any", "passes", environment={assembler.VARIABLE: "/z"}, **case)
-    assert bool(gpu.refusal(other)) == ("assembler_problem" not in on), "a case with a ptxas of its own needs no other"
+    assert bool(gpu.refusal(other)) == ("assembler_problem" not in on), (
+        "a case with a ptxas of its own needs no other"
+    )
 
 
 def test_an_unknown_ptxas_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one that TRITON_PTXAS_PATH names does not work: its self-check is not run, that of triton's own is."""
+    """The one that TRITON_PTXAS_PATH names does not work: its self-check is not run, that of
+    triton's own is.
+    """
     broken = tmp_path / "ptxas"
     broken.write_text("#!/bin/sh\necho nothing\n")
     broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv(assembler.VARIABLE, str(broken))
     first, second, *_ = parts.self_checks()
-    assert first.refusal == f"unknown ptxas: TRITON_PTXAS_PATH, {broken}: cannot be run, or tells no version"
+    assert (
+        first.refusal
+        == f"unknown ptxas: TRITON_PTXAS_PATH, {broken}: cannot be run, or tells no version"
+    )
     assert not second.refusal
     assert second.environment[assembler.VARIABLE].endswith("backends/nvidia/bin/ptxas")
     assert first.cache != second.cache
@@ -254,8 +315,12 @@ def test_an_unknown_ptxas_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_every_case_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command as typed, to its end: nothing is right, nothing is wrong, and every case has a name of its own."""
+def test_without_a_gpu_every_case_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command as typed, to its end: nothing is right, nothing is wrong, and every case has a
+    name of its own.
+    """
     assert main(["all", "--output", str(tmp_path)]) == 2
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= SCREEN_LINES
@@ -270,7 +335,9 @@ def test_without_a_gpu_every_case_says_so(tmp_path: Path, capsys: pytest.Capture
 
 def test_the_screen_has_forty_lines_and_says_what_matters(tmp_path: Path) -> None:
     case = stand_in("any", "passes")
-    outcome = Outcome([Verdict(case, WRONG, f"reason {n}") for n in range(90)] + [Verdict(case, RIGHT)], [case])
+    outcome = Outcome(
+        [Verdict(case, WRONG, f"reason {n}") for n in range(90)] + [Verdict(case, RIGHT)], [case]
+    )
     lines = Report.of(machine.identity_of(CPU), outcome, tmp_path).screen()
     assert len(lines) == SCREEN_LINES
     assert "a part: 1 right, 90 WRONG, 0 not run" in lines
@@ -299,14 +366,21 @@ assert "torch" not in sys.modules, "the command's own process imports torch"
 from benchmarks.gpu import first_light, host_time, parts, small, speed, suite
 import pytest
 files = [f"tests/kernels/{name}.py" for name in (*parts.KERNEL_TESTS, parts.LARGE_TESTS)]
-raise SystemExit(pytest.main(["-q", "--collect-only", "-m", "gpu", "-p", "no:cacheprovider", *files]))
+options = ["-q", "--collect-only", "-m", "gpu", "-p", "no:cacheprovider"]
+raise SystemExit(pytest.main([*options, *files]))
 """
 
 
 def test_what_concerns_kernels_needs_no_deepspeed() -> None:
-    """Nor anything else that only training needs: torch and triton, and pytest and hypothesis for the tests."""
+    """Nor anything else that only training needs: torch and triton, and pytest and hypothesis
+    for the tests.
+    """
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_DEEPSPEED], cwd=machine.REPOSITORY, capture_output=True, text=True, check=False
+        [sys.executable, "-c", WITHOUT_DEEPSPEED],
+        cwd=machine.REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tests/kernels/test_large_tensors.py::test_attention" in done.stdout
@@ -314,7 +388,13 @@ def test_what_concerns_kernels_needs_no_deepspeed() -> None:
 
 def test_every_file_with_tests_of_the_gpu_is_named() -> None:
     """Each that asks for ``fused_device`` or marks a test with gpu, unless it trains."""
-    training = {*parts.MODEL_TESTS, "test_device", "test_guard", "test_gpu_benchmark", "test_working_memory"}
+    training = {
+        *parts.MODEL_TESTS,
+        "test_device",
+        "test_guard",
+        "test_gpu_benchmark",
+        "test_working_memory",
+    }
     training |= {"test_offload_devices"}
     found = {
         path.stem
@@ -324,12 +404,14 @@ def test_every_file_with_tests_of_the_gpu_is_named() -> None:
     assert found - training == {*parts.KERNEL_TESTS, parts.LARGE_TESTS}
 
 
-# ---------------------------------------------------------------------------------------------- the real cases, tiny
+# ----------------------------------------------------------------------------- the real cases, tiny
 
 
 def findings(directory: Path) -> dict[str, dict[str, Any]]:
     """By the name of case and finding."""
-    records = [record for record in store.read(directory / store.FILE) if record["kind"] == "finding"]
+    records = [
+        record for record in store.read(directory / store.FILE) if record["kind"] == "finding"
+    ]
     return {f"{record['case']}: {record['name']}": record for record in records}
 
 
@@ -362,7 +444,9 @@ def test_first_light(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_self_check_that_failed_is_wrong(
     explained: str, verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where another implementation then computes the right numbers; the plain twin alone shows nothing."""
+    """Also where another implementation then computes the right numbers; the plain twin alone
+    shows nothing.
+    """
     monkeypatch.setattr("benchmarks.gpu.small.chosen", lambda case: explained)
     case = next(cases("attention", Sizes((16,), (8,), (), 16, 0, 16), torch.float32, "cpu"))
     gpu = dataclasses.replace(context(tmp_path), device="cuda")
@@ -387,13 +471,25 @@ def test_a_wrong_operation_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_attention_beside_its_rivals(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every provider that a CPU has computes every variant; what was measured before is not measured again."""
+def test_attention_beside_its_rivals(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every provider that a CPU has computes every variant; what was measured before is not
+    measured again.
+    """
     monkeypatch.setattr("kernels.bench.timing._BUDGET_S", 0.0)
     monkeypatch.setattr("kernels.bench.run.gemm_ceiling_tflops", lambda *_: 1.0)
     monkeypatch.setattr("kernels.bench.run.copy_ceiling_gb_per_s", lambda *_: 1.0)
-    sizes = {"lengths": [32], "head_dims": [8], "tokens": 64, "attention_width": 64, "variant": variant}
-    speed.measure(context(tmp_path), "attention", ["fwd", "both"], "fp32", ["torch", "sdpa"], **sizes)
+    sizes = {
+        "lengths": [32],
+        "head_dims": [8],
+        "tokens": 64,
+        "attention_width": 64,
+        "variant": variant,
+    }
+    speed.measure(
+        context(tmp_path), "attention", ["fwd", "both"], "fp32", ["torch", "sdpa"], **sizes
+    )
     found = findings(tmp_path)
     ran = {name: record for name, record in found.items() if record["verdict"] != NOT_RUN}
     assert {record["verdict"] for record in ran.values()} == {RIGHT}, found
@@ -414,7 +510,9 @@ def test_a_file_of_tests(tmp_path: Path) -> None:
     suite.run_tests(context(tmp_path), str(file), workers=2, marker="not slow")
     (tmp_path / "test_skipped.py").write_text("import pytest\ndef test_a(): pytest.skip('no')\n")
     with pytest.raises(suite.NotRun, match="1 tests skipped, none passed"):
-        suite.run_tests(context(tmp_path), str(tmp_path / "test_skipped.py"), workers=1, marker="not slow")
+        suite.run_tests(
+            context(tmp_path), str(tmp_path / "test_skipped.py"), workers=1, marker="not slow"
+        )
     file.write_text("def test_a(): pass\ndef test_b(): assert 0\ndef test_c(): assert 0\n")
     suite.run_tests(context(tmp_path, "failing"), str(file), workers=1, marker="not slow")
     found = {record["case"]: record for record in findings(tmp_path).values()}
@@ -426,7 +524,8 @@ def test_compute_sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """A stand-in that runs the program it is given: the small case runs; what it finds is wrong."""
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(
-        '#!/bin/sh\nshift 4\n[ $FOUND != 0 ] || "$@" || exit 8\necho "========= ERROR SUMMARY: 3 errors"\nexit $FOUND\n'
+        '#!/bin/sh\nshift 4\n[ $FOUND != 0 ] || "$@" || exit 8\necho "========= ERROR SUMMARY: 3 '
+        'errors"\nexit $FOUND\n'
     )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
@@ -447,7 +546,9 @@ def test_compute_sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_training_and_offload(tmp_path: Path, one_rank: RankPool) -> None:
-    """The real engine at ZeRO 0, 1 and 3, the plain compiled loop, a trace, and Adam in host memory."""
+    """The real engine at ZeRO 0, 1 and 3, the plain compiled loop, a trace, and Adam in host
+    memory.
+    """
     one_rank.run("tests.benchmarks.gpu_cases:train", directory=str(tmp_path))
     found = findings(tmp_path)
     assert {record["verdict"] for record in found.values()} == {RIGHT}, found
@@ -456,7 +557,10 @@ def test_training_and_offload(tmp_path: Path, one_rank: RankPool) -> None:
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-4)
     for figures in stages:
         assert figures["parameters"] == 30_080
-        assert all(figures[name] > 0 for name in ("mfu", "tokens_per_s", "first_step_s", "planned_gib", "host_gib"))
+        assert all(
+            figures[name] > 0
+            for name in ("mfu", "tokens_per_s", "first_step_s", "planned_gib", "host_gib")
+        )
     trace = found["trace: trace"]["figures"]
     assert (tmp_path / trace["file"]).stat().st_size > 1000
     assert 0 < trace["busy_share"] < 1
@@ -467,11 +571,15 @@ def test_training_and_offload(tmp_path: Path, one_rank: RankPool) -> None:
 
 
 def test_offload_shrinks_to_what_fits() -> None:
-    """6.7B takes more than 128 GiB allow; page-locked memory is reckoned at up to twice its size."""
+    """6.7B takes more than 128 GiB allow; page-locked memory is reckoned at up to twice its
+    size.
+    """
     model = {"preset": "gpt3-6.7b"}
     settings = {"micro_batch": 4, "recompute": "full", "sub_group_size": 200_000_000}
     chosen = {
-        (pinned, host): offload.largest(model, pinned, host, 139.0, **settings).megagpt.model.num_layers
+        (pinned, host): offload.largest(
+            model, pinned, host, 139.0, **settings
+        ).megagpt.model.num_layers
         for pinned, host in ((False, 500.0), (False, 60.0), (True, 60.0))
     }
     assert chosen[False, 500.0] == 32
@@ -481,8 +589,16 @@ def test_offload_shrinks_to_what_fits() -> None:
 
 
 def test_a_training_case_as_the_command_runs_it(tmp_path: Path, compiled_ops: None) -> None:
-    """In a process of its own, which joins alone; another kernels' choice comes by its environment."""
-    shared: dict[str, Any] = {"model": TINY, "stage": 1, "micro_batch": 2, "steps": 4, "bf16": False}
+    """In a process of its own, which joins alone; another kernels' choice comes by its
+    environment.
+    """
+    shared: dict[str, Any] = {
+        "model": TINY,
+        "stage": 1,
+        "micro_batch": 2,
+        "steps": 4,
+        "bf16": False,
+    }
     case = Case(
         "a part",
         "one",
@@ -508,12 +624,21 @@ def test_a_gpu_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, name, answer)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
     found = machine._ask_torch()
-    assert (found.device, found.name, found.capability, found.device_gib) == ("cuda", "NVIDIA H200", (9, 0), 128.0)
+    assert (found.device, found.name, found.capability, found.device_gib) == (
+        "cuda",
+        "NVIDIA H200",
+        (9, 0),
+        128.0,
+    )
     answer = json.dumps(dataclasses.asdict(found))
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stdout=answer))
+    monkeypatch.setattr(
+        subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stdout=answer)
+    )
     assert machine.this_machine().capability == (9, 0)
     monkeypatch.setattr(
-        subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stdout="", stderr="a\nlibcuda is broken")
+        subprocess,
+        "run",
+        lambda *_, **__: SimpleNamespace(returncode=1, stdout="", stderr="a\nlibcuda is broken"),
     )
     assert machine.this_machine().lack == "torch cannot be asked for a GPU: libcuda is broken"
 
@@ -528,29 +653,38 @@ def test_memory_of_a_gpu_beside_the_plan(monkeypatch: pytest.MonkeyPatch) -> Non
         "max_memory_reserved": 2**31,
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
-    memory = training.planned(training.configuration({"preset": "gpt2-124m"}, stage=1, micro_batch=8), "cuda")
+    memory = training.planned(
+        training.configuration({"preset": "gpt2-124m"}, stage=1, micro_batch=8), "cuda"
+    )
     assert 4.0 < memory["planned_gib"] < 10.0
     peaks = training.peaks("cuda")
     assert (peaks["allocated_gib"], peaks["reserved_gib"]) == (1.0, 2.0)
     with pytest.raises(suite.NotRun, match="too little device memory: 40 GiB free, planned"):
-        training.planned(training.configuration({"preset": "gpt3-6.7b"}, stage=3, micro_batch=8), "cuda")
+        training.planned(
+            training.configuration({"preset": "gpt3-6.7b"}, stage=3, micro_batch=8), "cuda"
+        )
 
 
-# -------------------------------------------------------------------------------------------------------------- targets
+# ------------------------------------------------------------------------------------------ targets
 
 ROW = dataclasses.asdict(
     Row(
-        "attention", "megagpt triton", "fwd", "batch 1, length 4096, head_dim 64, causal", 4096, "bf16", 0.5, True,
+        "attention", "megagpt triton", "fwd", "batch 1, length 4096, head_dim 64, causal", 4096,
+        "bf16", 0.5, True,
         "a GPU", "torch", 1.0, 1.0, 1.0, tflops=345.0, fraction_of_ceiling=0.5, peak_mib=10.0,
     )
 )  # fmt: skip
 
 
-def compared(*rows: dict[str, Any], measured: str = "megagpt triton", of: str = "") -> list[dict[str, Any]]:
+def compared(
+    *rows: dict[str, Any], measured: str = "megagpt triton", of: str = ""
+) -> list[dict[str, Any]]:
     """The targets' lines about the operation and mode of the first row."""
     operation = f"{rows[0]['op']} {rows[0]['mode']}"
     found = [line for line in targets.compare(rows) if line["operation"] == operation]
-    return [line for line in found if line["measured"].startswith(measured) and of in line["measured"]]
+    return [
+        line for line in found if line["measured"].startswith(measured) and of in line["measured"]
+    ]
 
 
 def test_a_ratio_to_the_rival_of_the_same_shape() -> None:
@@ -558,7 +692,10 @@ def test_a_ratio_to_the_rival_of_the_same_shape() -> None:
     line, other = compared(ROW, rival, rival | {"shape": "another, causal", "tflops": 1.0})
     assert (line["ratio"], line["wanted"], line["verdict"]) == ("1.15", 1.15, "met")
     assert (line["ours_ms"], line["rival_ms"]) == ("1.0000", "1.0000")
-    assert (other["shape"], other["verdict"]) == ("another, causal", "not run: no row of megagpt triton")
+    assert (other["shape"], other["verdict"]) == (
+        "another, causal",
+        "not run: no row of megagpt triton",
+    )
     (line,) = compared(ROW, rival | {"tflops": 301.0})
     assert line["verdict"] == "not met"
     (line,) = compared(ROW)
@@ -588,12 +725,21 @@ def test_the_hopper_kernel_is_held_against_cudnn_by_head_dimension_and_in_traini
 
 
 def test_bandwidth_and_memory() -> None:
-    norm = ROW | {"op": "layer_norm", "tflops": None, "gb_per_s": 3900.0, "fraction_of_ceiling": 0.91}
+    norm = ROW | {
+        "op": "layer_norm",
+        "tflops": None,
+        "gb_per_s": 3900.0,
+        "fraction_of_ceiling": 0.91,
+    }
     (line,) = compared(norm | {"shape": "rows 65536, width 768"})
     assert (line["ratio"], line["wanted"], line["verdict"]) == ("0.91", 0.9, "met")
     (line,) = compared(norm | {"shape": "rows 16384, width 768"})
     assert line["verdict"].startswith(NOT_RUN), "at this size nobody reaches the ceiling"
-    loss = ROW | {"op": "linear_cross_entropy", "mode": "both", "shape": "rows 16384, width 768, vocabulary 50304"}
+    loss = ROW | {
+        "op": "linear_cross_entropy",
+        "mode": "both",
+        "shape": "rows 16384, width 768, vocabulary 50304",
+    }
     faster, _, smaller = compared(loss, loss | {"provider": "torch", "peak_mib": 99.0})
     assert (faster["ratio"], faster["verdict"]) == ("1.00", "met")
     assert (smaller["ratio"], smaller["verdict"]) == ("9.90", "not met")

@@ -9,7 +9,9 @@ from benchmarks.torture import EXECUTIONS, torture
 
 @pytest.mark.slow
 @pytest.mark.parametrize("execution", EXECUTIONS[:2])
-def test_a_tortured_run_ends_where_an_undisturbed_one_does(compiled_ops: None, execution: tuple[int, bool]) -> None:
+def test_a_tortured_run_ends_where_an_undisturbed_one_does(
+    compiled_ops: None, execution: tuple[int, bool]
+) -> None:
     """At ZeRO 1, and at ZeRO 3 with saves in the background."""
     rows = torture(Namespace(minutes=0.5, mean_s=2.0, steps=60, ranks=2, seed=1), [execution])
     assert rows

@@ -1,4 +1,7 @@
-"""The wheels for a bare GPU image: which they are, that a run needs no others, what is refused. Without a network."""
+"""The wheels for a bare GPU image: which they are, that a run needs no others, what is refused.
+
+Without a network.
+"""
 
 import json
 import os
@@ -29,7 +32,8 @@ owners = metadata.packages_distributions()
 class Only(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        found = {owner.lower().replace("_", "-") for owner in owners.get(name.partition(".")[0], ())}
+        owned_by = owners.get(name.partition(".")[0], ())
+        found = {owner.lower().replace("_", "-") for owner in owned_by}
         return None if found and not found & allowed else PathFinder.find_spec(name, path, target)
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Only
@@ -55,13 +59,17 @@ REQUIREMENTS = {
     [(Target(), []), (Target("3.11"), ["old-python"]), (Target(machine="aarch64"), ["arm"])],
     ids=["3.12", "3.11", "aarch64"],
 )
-def test_the_closure_follows_markers_and_extras_of_the_target(target: Target, more: list[str]) -> None:
+def test_the_closure_follows_markers_and_extras_of_the_target(
+    target: Target, more: list[str]
+) -> None:
     found = closure(["trainer"], target.environment, requires=REQUIREMENTS.__getitem__)
     assert found == sorted(["core-library", "fast", "quick", "shared", "trainer", *more])
 
 
 def test_a_run_needs_nothing_but_the_wheels_and_what_the_image_has(tmp_path: Path) -> None:
-    """It trains with ZeRO 3, saves and writes a sample; the same process cannot import anything else."""
+    """It trains with ZeRO 3, saves and writes a sample; the same process cannot import anything
+    else.
+    """
     environment = Target().environment
     carried, image = closure(TRAINING, environment), closure(PROVIDED, environment, provided=())
     assert not PROVIDED.intersection(carried)
@@ -82,7 +90,9 @@ def test_a_run_needs_nothing_but_the_wheels_and_what_the_image_has(tmp_path: Pat
         )
 
     lacking = train(image)
-    assert "ModuleNotFoundError: No module named 'pydantic'" in lacking.stderr, "anything can be imported"
+    assert "ModuleNotFoundError: No module named 'pydantic'" in lacking.stderr, (
+        "anything can be imported"
+    )
     done = train([*image, *carried])
     assert done.returncode == ExitCode.DONE, done.stderr
     history = read_metrics(tmp_path / "run")
@@ -90,7 +100,9 @@ def test_a_run_needs_nothing_but_the_wheels_and_what_the_image_has(tmp_path: Pat
 
 
 def test_what_is_not_installed_has_no_version() -> None:
-    with pytest.raises(UserError, match=r"no-such-package: not installed here.*pip install no-such-package"):
+    with pytest.raises(
+        UserError, match=r"no-such-package: not installed here.*pip install no-such-package"
+    ):
         closure(["no-such-package"], Target().environment)
 
 
@@ -111,14 +123,21 @@ if sys.argv[3:5] == ["--quiet", "--disable-pip-version-check"] and sys.argv[5] =
 DOWNLOAD = """
 if sys.argv[5] == "download":
     (directory,) = (word.partition("=")[2] for word in sys.argv if word.startswith("--dest="))
-    assert "--python-version=3.12" in sys.argv and not any("deepspeed" in word for word in sys.argv)
+    assert "--python-version=3.12" in sys.argv
+    assert not any("deepspeed" in word for word in sys.argv)
     for word in (word for word in sys.argv[6:] if "==" in word):
-        (Path(directory) / (word.replace("==", "-") + "-py3-none-any.whl")).write_bytes(bytes({size}))
+        wheel = Path(directory) / (word.replace("==", "-") + "-py3-none-any.whl")
+        wheel.write_bytes(bytes({size}))
 """
 
 
-def test_the_directory_is_filled_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Too much, a failing pip: nothing stays behind. Otherwise every distribution of the closure is there."""
+def test_the_directory_is_filled_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too much, a failing pip: nothing stays behind.
+
+    Otherwise every distribution of the closure is there.
+    """
     monkeypatch.setenv("DS_BUILD_AIO", "1")
     target = tmp_path / "wheels"
     fail = "if 'download' in sys.argv: sys.exit('ERROR: No matching distribution')"
@@ -126,7 +145,9 @@ def test_the_directory_is_filled_whole_or_not_at_all(tmp_path: Path, monkeypatch
     faults = {
         BUILD + DOWNLOAD.format(size=1_000_000): r"MB of wheels, limit 15 MB \(largest: .*1\.0 MB",
         BUILD + fail: "pip download: No matching distribution; check the network",
-        BUILD.replace("deepspeed-1-py3-none-any.whl", foreign): f"{foreign}: built for this machine",
+        BUILD.replace(
+            "deepspeed-1-py3-none-any.whl", foreign
+        ): f"{foreign}: built for this machine",
     }
     for code, said in faults.items():
         monkeypatch.setattr(sys, "executable", fake_pip(tmp_path, code))

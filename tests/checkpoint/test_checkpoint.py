@@ -1,4 +1,6 @@
-"""Checkpoints on disk: whole or absent, found damaged before they are loaded, written whatever the disk does."""
+"""Checkpoints on disk: whole or absent, found damaged before they are loaded, written whatever
+the disk does.
+"""
 
 import hashlib
 import json
@@ -52,10 +54,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def written(pools: _Pools, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """A run of two ranks under ZeRO-3, saved at steps 2, 4 and 6 of which two are kept, and what its ranks held."""
+def written(
+    pools: _Pools, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, Any]]]:
+    """A run of two ranks under ZeRO-3, saved at steps 2, 4 and 6 of which two are kept, and what
+    its ranks held.
+    """
     directory = tmp_path_factory.mktemp("runs") / "written"
-    ranks = pools.get(2).run(TRAIN, config=run_config(data, 6, ZERO3, save_every=2), directory=directory)
+    ranks = pools.get(2).run(
+        TRAIN, config=run_config(data, 6, ZERO3, save_every=2), directory=directory
+    )
     return directory, ranks
 
 
@@ -80,7 +88,7 @@ def flip_bit(path: Path, bit: int) -> None:
     path.write_bytes(content)
 
 
-# -------------------------------------------------------------------------------------------------------- the format
+# --------------------------------------------------------------------------------------- the format
 
 
 def test_what_is_written_is_what_the_ranks_held(written: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -88,7 +96,9 @@ def test_what_is_written_is_what_the_ranks_held(written: tuple[Path, list[dict[s
     reader = open_checkpoint(directory)
     state = reader.manifest.state
     assert len(state.guard.recent_losses) == 6
-    assert replace(state, guard=GuardMemory()) == TrainState(step=6, cursor=48, tokens=6 * 8 * 16, applied_steps=6)
+    assert replace(state, guard=GuardMemory()) == TrainState(
+        step=6, cursor=48, tokens=6 * 8 * 16, applied_steps=6
+    )
     for (kind, name), values in gathered(ranks, "at_end").items():
         assert torch.equal(reader.tensor(kind, name).flatten(), values)
 
@@ -108,7 +118,11 @@ def test_a_checkpoint_holds_safetensors_and_json_only(run_directory: Path) -> No
     names = {path.name for path in newest(run_directory).iterdir()}
     assert names == {MANIFEST, *read_manifest(newest(run_directory)).files}
     before = step_directory(checkpoints(run_directory), 4)
-    assert {path.name for path in before.iterdir()} == {MANIFEST, NEXT_STEP, *read_manifest(before).files}
+    assert {path.name for path in before.iterdir()} == {
+        MANIFEST,
+        NEXT_STEP,
+        *read_manifest(before).files,
+    }
     for path in newest(run_directory).glob("*.safetensors"):
         (header_size,) = struct.unpack("<Q", path.read_bytes()[:8])
         json.loads(path.read_bytes()[8 : 8 + header_size])
@@ -124,7 +138,7 @@ def test_only_the_newest_are_kept_and_latest_names_one(run_directory: Path) -> N
     assert (checkpoints(run_directory) / "latest").read_text() == "step_00000006\n"
 
 
-# ------------------------------------------------------------------------------------------------------------ damage
+# ------------------------------------------------------------------------------------------- damage
 
 
 def test_each_of_a_hundred_flipped_bits_is_found(run_directory: Path) -> None:
@@ -160,7 +174,9 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_it_used(
 ) -> None:
     damage(newest(run_directory) / name)
     assert open_checkpoint(run_directory).manifest.state.step == 4
-    with pytest.raises(UserError, match=rf"no checkpoint of step 6; it has steps 4, 6\n  step_00000006/{name}: "):
+    with pytest.raises(
+        UserError, match=rf"no checkpoint of step 6; it has steps 4, 6\n  step_00000006/{name}: "
+    ):
         open_checkpoint(run_directory, 6)
 
 
@@ -186,15 +202,25 @@ def test_a_manifest_names_no_file_outside_its_directory(run_directory: Path, nam
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
-        ('"format_version": 1', '"format_version": "2"', "format_version: Input should be a valid integer"),
+        (
+            '"format_version": 1',
+            '"format_version": "2"',
+            "format_version: Input should be a valid integer",
+        ),
         ('"cursor": 48', '"cursor": "48"', "state.cursor: Input should be a valid integer"),
         ('"cursor": 48', '"cursor": -1', "state.cursor: .*greater than or equal to 0"),
         ('"cursor": 48', '"cursor": 48, "__class__": "os.system"', "state.__class__: Unexpected"),
-        ('"versions": {', f'"nested": {"[" * 100_000}{"]" * 100_000}, "versions": {{', "RecursionError"),
+        (
+            '"versions": {',
+            f'"nested": {"[" * 100_000}{"]" * 100_000}, "versions": {{',
+            "RecursionError",
+        ),
         ('"format_version": 1', '"format_version": [', "JSONDecodeError"),
     ],
 )
-def test_a_manifest_of_another_shape_is_refused(run_directory: Path, old: str, new: str, reason: str) -> None:
+def test_a_manifest_of_another_shape_is_refused(
+    run_directory: Path, old: str, new: str, reason: str
+) -> None:
     manifest = (newest(run_directory) / MANIFEST).read_text()
     with pytest.raises(DamagedCheckpointError, match=reason):
         Manifest.from_json(as_attacker(manifest, old, new))
@@ -215,15 +241,24 @@ GIANT_HEADER = struct.pack("<Q", 2**62) + b"{}"
 PICKLE = b"cos\nsystem\n(S'touch executed'\ntR."
 
 
-@pytest.mark.parametrize("content", [GIANT_HEADER, PICKLE, b"", struct.pack("<Q", 2) + b"[]"], ids=repr)
+@pytest.mark.parametrize(
+    "content", [GIANT_HEADER, PICKLE, b"", struct.pack("<Q", 2) + b"[]"], ids=repr
+)
 def test_a_malformed_tensor_file_is_refused_at_once(run_directory: Path, content: bytes) -> None:
-    """Even where the manifest vouches for it; nothing is executed, nothing large allocated (S1, S3)."""
+    """Even where the manifest vouches for it; nothing is executed, nothing large allocated (S1,
+    S3).
+    """
     manifest = read_manifest(newest(run_directory))
     name = "rank_00000_000.safetensors"
-    vouched = {**manifest.files, name: StoredFile(len(content), hashlib.sha256(content).hexdigest())}
+    vouched = {
+        **manifest.files,
+        name: StoredFile(len(content), hashlib.sha256(content).hexdigest()),
+    }
     (newest(run_directory) / name).write_bytes(content)
     (newest(run_directory) / MANIFEST).write_text(replace(manifest, files=vouched).to_json())
-    parameter = next(n for n, t in manifest.tensors.items() if any(piece.file == name for piece in t.slices))
+    parameter = next(
+        n for n, t in manifest.tensors.items() if any(piece.file == name for piece in t.slices)
+    )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.monotonic()
     with pytest.raises(DamagedCheckpointError, match=f"step_00000006/{name}"):
@@ -233,7 +268,7 @@ def test_a_malformed_tensor_file_is_refused_at_once(run_directory: Path, content
     assert not Path("executed").exists()
 
 
-# ------------------------------------------------------------------------------------------------- ranks that resume
+# -------------------------------------------------------------------------------- ranks that resume
 
 
 def test_ranks_fall_back_together_and_set_the_damaged_aside(
@@ -241,9 +276,15 @@ def test_ranks_fall_back_together_and_set_the_damaged_aside(
 ) -> None:
     flip_bit(newest(run_directory) / "rank_00001_000.safetensors", 5000)
     (checkpoints(run_directory) / ".staging_step_00000008").mkdir()
-    ranks = two_ranks.run(TRAIN, config=run_config(data, 6, ZERO3, save_every=1), directory=run_directory)
+    ranks = two_ranks.run(
+        TRAIN, config=run_config(data, 6, ZERO3, save_every=1), directory=run_directory
+    )
     assert [rank["first_step"] for rank in ranks] == [4, 4]
-    assert complete_steps(checkpoints(run_directory)) == [6, 5, 4]  # two, and the one that was loaded
+    assert complete_steps(checkpoints(run_directory)) == [
+        6,
+        5,
+        4,
+    ]  # two, and the one that was loaded
     assert {path.name for path in checkpoints(run_directory).iterdir()} == {
         "damaged_step_00000006",
         "latest",
@@ -266,14 +307,23 @@ def test_ranks_fall_back_together_and_set_the_damaged_aside(
     ],
 )
 def test_every_rank_names_the_same_file_whatever_latest_says(
-    two_ranks: RankPool, data: Path, run_directory: Path, latest: str, damage: Callable[[Path], None] | None, name: str
+    two_ranks: RankPool,
+    data: Path,
+    run_directory: Path,
+    latest: str,
+    damage: Callable[[Path], None] | None,
+    name: str,
 ) -> None:
-    """``latest`` names a checkpoint that is damaged, that is not there, that is older: the scan decides."""
+    """``latest`` names a checkpoint that is damaged, that is not there, that is older: the scan
+    decides.
+    """
     (checkpoints(run_directory) / "latest").write_text(f"{latest}\n")
     if damage:
         damage(newest(run_directory) / name)
     first, second = two_ranks.run(
-        "tests.support.jobs.checkpoint:resumption", config=run_config(data, 7, ZERO3), directory=run_directory
+        "tests.support.jobs.checkpoint:resumption",
+        config=run_config(data, 7, ZERO3),
+        directory=run_directory,
     )
     assert first["step"] == second["step"] == (4 if damage else 6)
     assert first["passed_over"] == second["passed_over"]
@@ -283,11 +333,15 @@ def test_every_rank_names_the_same_file_whatever_latest_says(
     assert f"resuming at step {first['step']}, " in first["said"]
 
 
-@pytest.mark.parametrize(("fault", "failing_rank"), [("unreadable_hash", 0), ("unreadable_tensor", 1)])
+@pytest.mark.parametrize(
+    ("fault", "failing_rank"), [("unreadable_hash", 0), ("unreadable_tensor", 1)]
+)
 def test_a_disk_that_does_not_answer_is_no_damage(
     two_ranks: RankPool, data: Path, run_directory: Path, fault: str, failing_rank: int
 ) -> None:
-    """EIO on one rank: nobody falls back, nothing is set aside, and the run goes on once the disk answers."""
+    """EIO on one rank: nobody falls back, nothing is set aside, and the run goes on once the
+    disk answers.
+    """
     job: dict[str, Any] = {"config": run_config(data, 7, ZERO3), "directory": run_directory}
     told = two_ranks.run(REFUSAL, **job, failing_rank=failing_rank, fault=fault)
     assert told[0] == told[1]
@@ -300,28 +354,46 @@ def test_a_disk_that_does_not_answer_is_no_damage(
     assert two_ranks.run(REFUSAL, **job) == ["started at step 6"] * 2
 
 
-def test_a_directory_that_hosts_do_not_share_is_no_damage(two_ranks: RankPool, data: Path, run_directory: Path) -> None:
-    """Whichever host has the checkpoints: nothing is set aside, and the run does not start from zero."""
+def test_a_directory_that_hosts_do_not_share_is_no_damage(
+    two_ranks: RankPool, data: Path, run_directory: Path
+) -> None:
+    """Whichever host has the checkpoints: nothing is set aside, and the run does not start from
+    zero.
+    """
     job: dict[str, Any] = {"config": run_config(data, 7, ZERO3), "directory": run_directory}
     for told in two_ranks.run("tests.support.jobs.checkpoint:refusal_unless_shared", **job):
         assert re.search(
-            r"data 1, .*does not see .*another_disk/checkpoints/step_00000006: the run directory must", told
+            r"data 1, .*does not see .*another_disk/checkpoints/step_00000006: the run directory "
+            r"must",
+            told,
         )
     assert complete_steps(checkpoints(run_directory)) == [6, 4]
     elsewhere = run_directory.with_name("another_disk")
     run_directory.rename(elsewhere)
     for told in two_ranks.run("tests.support.jobs.checkpoint:refusal_unless_shared", **job):
-        assert re.search(r"data 1, .*sees checkpoints of steps \[6, 4\] in .*, rank 0 sees none: the run dir", told)
+        assert re.search(
+            r"data 1, .*sees checkpoints of steps \[6, 4\] in .*, rank 0 sees none: the run dir",
+            told,
+        )
 
 
-def test_a_checkpoint_of_another_format_is_left_alone(two_ranks: RankPool, data: Path, run_directory: Path) -> None:
-    """A newer version of this program wrote it: no damage, and no reason to lose the steps that it holds."""
+def test_a_checkpoint_of_another_format_is_left_alone(
+    two_ranks: RankPool, data: Path, run_directory: Path
+) -> None:
+    """A newer version of this program wrote it: no damage, and no reason to lose the steps that
+    it holds.
+    """
     manifest = newest(run_directory) / MANIFEST
-    manifest.write_text(as_attacker(manifest.read_text(), '"format_version": 1', '"format_version": 7'))
+    manifest.write_text(
+        as_attacker(manifest.read_text(), '"format_version": 1', '"format_version": 7')
+    )
     job: dict[str, Any] = {"config": run_config(data, 7, ZERO3), "directory": run_directory}
     told = two_ranks.run(REFUSAL, **job)
     assert told[0] == told[1]
-    assert "step_00000006/manifest.json: format 7, this version of megagpt reads format 1: go on with the" in told[0]
+    assert (
+        "step_00000006/manifest.json: format 7, this version of megagpt reads format 1: go on "
+        "with the" in told[0]
+    )
     with pytest.raises(UserError, match="format 7"):
         open_checkpoint(run_directory)
     assert complete_steps(checkpoints(run_directory)) == [6, 4]
@@ -334,7 +406,10 @@ def test_hashing_is_shared_by_bytes_whoever_wrote() -> None:
     """Files stay with the rank of their writer's number while that is fair."""
 
     def share(bytes_of_files: dict[str, int], ranks: int) -> list[list[str]]:
-        files = {f"rank_{name}.safetensors": StoredFile(size, "0" * 64) for name, size in bytes_of_files.items()}
+        files = {
+            f"rank_{name}.safetensors": StoredFile(size, "0" * 64)
+            for name, size in bytes_of_files.items()
+        }
         shares = hashing_shares(files, ranks)
         assert sorted(name for names in shares for name in names) == sorted(files)
         return [[name[5:14] for name in names] for names in shares]
@@ -345,7 +420,12 @@ def test_hashing_is_shared_by_bytes_whoever_wrote() -> None:
         ["00000_000", "00000_001"],
         ["00000_002", "00000_003"],
     ]
-    assert [len(names) for names in share({f"00000_00{index}": 7 for index in range(8)}, 4)] == [2, 2, 2, 2]
+    assert [len(names) for names in share({f"00000_00{index}": 7 for index in range(8)}, 4)] == [
+        2,
+        2,
+        2,
+        2,
+    ]
     assert share({"00000_000": 5}, 3) == [["00000_000"], [], []]
     assert share({}, 2) == [[], []]
 
@@ -366,20 +446,28 @@ def test_a_checkpoint_that_verifies_and_does_not_load_is_passed_over(
     assert [rank["first_step"] for rank in ranks] == [4, 4]
 
 
-def test_a_checkpoint_of_another_run_is_refused(two_ranks: RankPool, data: Path, run_directory: Path) -> None:
+def test_a_checkpoint_of_another_run_is_refused(
+    two_ranks: RankPool, data: Path, run_directory: Path
+) -> None:
     manifest = read_manifest(newest(run_directory))
     identity = manifest.identity | {"optimizer.params.lr": 0.5}
     (newest(run_directory) / MANIFEST).write_text(replace(manifest, identity=identity).to_json())
     told = two_ranks.run(REFUSAL, config=run_config(data, 7, ZERO3), directory=run_directory)
     assert told[0] == told[1]
     assert re.search(
-        r"step_00000006: saved by another run:\n  optimizer.params.lr: 0.5 .*--run_dir", told[0], re.DOTALL
+        r"step_00000006: saved by another run:\n  optimizer.params.lr: 0.5 .*--run_dir",
+        told[0],
+        re.DOTALL,
     )
 
 
-def test_a_parameter_of_another_shape_is_not_read(two_ranks: RankPool, data: Path, run_directory: Path) -> None:
+def test_a_parameter_of_another_shape_is_not_read(
+    two_ranks: RankPool, data: Path, run_directory: Path
+) -> None:
     manifest = read_manifest(newest(run_directory))
-    name, tensor = next((name, tensor) for name, tensor in manifest.tensors.items() if len(set(tensor.shape)) > 1)
+    name, tensor = next(
+        (name, tensor) for name, tensor in manifest.tensors.items() if len(set(tensor.shape)) > 1
+    )
     turned = {**manifest.tensors, name: replace(tensor, shape=tensor.shape[::-1])}
     (newest(run_directory) / MANIFEST).write_text(replace(manifest, tensors=turned).to_json())
     told = two_ranks.run(REFUSAL, config=run_config(data, 7, ZERO3), directory=run_directory)
@@ -392,7 +480,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(
     for step in (4, 6):
         truncate(step_directory(checkpoints(run_directory), step) / "rank_00000_000.safetensors")
     before = sorted(path.relative_to(run_directory) for path in run_directory.rglob("*"))
-    (first, second) = two_ranks.run(REFUSAL, config=run_config(data, 7, ZERO3), directory=run_directory)
+    (first, second) = two_ranks.run(
+        REFUSAL, config=run_config(data, 7, ZERO3), directory=run_directory
+    )
     assert first == second
     assert "every checkpoint is damaged" in first
     assert "step_00000004/rank_00000_000.safetensors: " in first
@@ -400,14 +490,23 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(
     assert sorted(path.relative_to(run_directory) for path in run_directory.rglob("*")) == before
 
 
-# -------------------------------------------------------------------------------------------------------- full disks
+# --------------------------------------------------------------------------------------- full disks
 
 
 @pytest.mark.parametrize(
     ("failing_rank", "fault", "reason"),
     [
-        (0, "full_disk", r"a checkpoint needs .*KiB, the disk has 1000 B.*free some space .*go: .*/step_00000004\)"),
-        (1, "small_files", r"rank_00001_000.safetensors: .*a checkpoint needs .*KiB, the disk has .*\(rank 1\)"),
+        (
+            0,
+            "full_disk",
+            r"a checkpoint needs .*KiB, the disk has 1000 B.*free some space .*go: "
+            r".*/step_00000004\)",
+        ),
+        (
+            1,
+            "small_files",
+            r"rank_00001_000.safetensors: .*a checkpoint needs .*KiB, the disk has .*\(rank 1\)",
+        ),
         (0, "small_files", r"rank_00000_000.safetensors: .*\(rank 0\)"),
     ],
 )
@@ -429,21 +528,29 @@ def test_a_save_that_fails_on_one_rank_ends_on_all_and_leaves_the_last_one(
     assert open_checkpoint(run_directory).manifest.state.step == 6
 
 
-def test_a_weight_that_is_not_finite_is_never_saved(two_ranks: RankPool, data: Path, run_directory: Path) -> None:
+def test_a_weight_that_is_not_finite_is_never_saved(
+    two_ranks: RankPool, data: Path, run_directory: Path
+) -> None:
     config = run_config(data, 7, ZERO3, save_every=0)
     told = two_ranks.run(
-        "tests.support.jobs.checkpoint:spoilt_save", config=config, directory=run_directory, spoilt_rank=1
+        "tests.support.jobs.checkpoint:spoilt_save",
+        config=config,
+        directory=run_directory,
+        spoilt_rank=1,
     )
     assert told[0] == told[1]
     assert re.search(
-        r"weight/.* is not finite, so nothing was saved; .* lower optimizer.params.lr .*\(rank 1\)", told[0]
+        r"weight/.* is not finite, so nothing was saved; .* lower optimizer.params.lr .*\(rank 1\)",
+        told[0],
     )
     assert complete_steps(checkpoints(run_directory)) == [6, 4]
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB: room for one checkpoint of the test's model and the half of another."""
+    """A file system of 1 MiB: room for one checkpoint of the test's model and the half of
+    another.
+    """
     directory = tmp_path / "disk"
     directory.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(directory)]
@@ -479,7 +586,9 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(
 def test_a_disk_that_fills_up_as_a_save_is_committed(
     two_ranks: RankPool, data: Path, small_disk: Path, fault: str, saved_step: int
 ) -> None:
-    """Without its manifest it is no checkpoint; without ``latest`` it is one, and rank 0 warns only."""
+    """Without its manifest it is no checkpoint; without ``latest`` it is one, and rank 0 warns
+    only.
+    """
     run = small_disk / "run"
     two_ranks.run(TRAIN, config=run_config(data, 1, ZERO3), directory=run)
     told = two_ranks.run(
@@ -490,8 +599,14 @@ def test_a_disk_that_fills_up_as_a_save_is_committed(
         fault=fault,
     )
     warned = (two_ranks.directory / "output_0").read_text()
-    said = told[1] if saved_step == 1 else next(line for line in warned.splitlines() if "is complete, but" in line)
-    assert re.search(r"No space left on device.*a checkpoint needs .* KiB, the disk has 0 B", said, re.DOTALL), said
+    said = (
+        told[1]
+        if saved_step == 1
+        else next(line for line in warned.splitlines() if "is complete, but" in line)
+    )
+    assert re.search(
+        r"No space left on device.*a checkpoint needs .* KiB, the disk has 0 B", said, re.DOTALL
+    ), said
     assert (told[1] == "saved") == (saved_step == 2)
     assert open_checkpoint(run).manifest.state.step == saved_step
     assert not list(checkpoints(run).glob(".*"))
@@ -501,11 +616,14 @@ def test_a_disk_that_fills_up_as_a_save_is_committed(
     assert (ranks[0]["first_step"], ranks[0]["state"].step) == (saved_step, 3)
 
 
-# ------------------------------------------------------------------------------------------------------ killed saves
+# ------------------------------------------------------------------------------------- killed saves
 
 QUICK = [("within a file", 1), ("after the manifest", 0)]
 SLOW = [(point, rank) for point in EVERY_RANK for rank in (0, 1)] + [(point, 0) for point in RANK_0]
-KILLS = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW if case not in QUICK)]
+KILLS = [
+    *QUICK,
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW if case not in QUICK),
+]
 COMMITTED = ("after the rename", "before latest", "while retiring", "after the commit")
 
 
@@ -513,15 +631,19 @@ COMMITTED = ("after the rename", "before latest", "while retiring", "after the c
 def test_a_rank_killed_during_a_save_costs_no_sound_checkpoint(
     two_ranks: RankPool, data: Path, tmp_path: Path, point: str, victim: int
 ) -> None:
-    """kill -9: the resumed run picks the newest checkpoint that was committed, and clears away the rest.
+    """kill -9: the resumed run picks the newest checkpoint that was committed, and clears away the
+    rest.
 
-    Once every rank has reported, rank 0 commits by itself: a rank 1 that is killed meanwhile costs nothing.
+    Once every rank has reported, rank 0 commits by itself: a rank 1 that is killed meanwhile costs
+    nothing.
     """
     config = run_config(data, 6, ZERO3, save_every=2)
     codes = train_and_die(config, tmp_path, victim, point)
     assert codes[victim] == -9
     committed = point in COMMITTED or (point, victim) == ("after the report", 1)
-    ranks = two_ranks.run(TRAIN, config=run_config(data, 7, ZERO3, save_every=0), directory=tmp_path)
+    ranks = two_ranks.run(
+        TRAIN, config=run_config(data, 7, ZERO3, save_every=0), directory=tmp_path
+    )
     assert [rank["first_step"] for rank in ranks] == [6 if committed else 4] * 2
     assert ranks[0]["state"].step == 7
     left = {path.name for path in checkpoints(tmp_path).iterdir()}

@@ -1,4 +1,6 @@
-"""A run that was interrupted goes on as if it never had been, on the same mesh bit for bit, on any other in value."""
+"""A run that was interrupted goes on as if it never had been, on the same mesh bit for bit, on
+any other in value.
+"""
 
 import shutil
 from dataclasses import dataclass, field
@@ -18,13 +20,19 @@ from tests.support.trained_run import write_dataset
 HALF, WHOLE = 6, 12
 FOLLOWING = 10  # steps that are compared after a resume elsewhere
 TRAIN = "tests.support.jobs.checkpoint:train"
-MODELS: tuple[dict[str, Any], ...] = ({"dropout": 0.1}, STACKED, {"hidden_size": 512, "num_layers": 1})
+MODELS: tuple[dict[str, Any], ...] = (
+    {"dropout": 0.1},
+    STACKED,
+    {"hidden_size": 512, "num_layers": 1},
+)
 PLAIN = ("none", "none")
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How a run is executed: ZeRO stage, where optimizer and parameters lie, ranks and their mesh, precision."""
+    """How a run is executed: ZeRO stage, where optimizer and parameters lie, ranks and their
+    mesh, precision.
+    """
 
     zero: tuple[int, str, str]
     ranks: int = 2
@@ -41,11 +49,17 @@ class Execution:
     @property
     def on_nvme(self) -> set[str]:
         """What DeepSpeed has to swap."""
-        return {kind for kind, place in zip(("optimizer", "parameters"), self.zero[1:], strict=True) if place == "nvme"}
+        return {
+            kind
+            for kind, place in zip(("optimizer", "parameters"), self.zero[1:], strict=True)
+            if place == "nvme"
+        }
 
     @property
     def model(self) -> int:
-        """Index of the smallest of ``MODELS`` of which DeepSpeed moves to NVMe what it is told to."""
+        """Index of the smallest of ``MODELS`` of which DeepSpeed moves to NVMe what it is told
+        to.
+        """
         return 2 if "parameters" in self.on_nvme else 1 if self.on_nvme else 0
 
 
@@ -76,27 +90,38 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recorded(directory: Path) -> list[tuple[Any, ...]]:
     """What metrics.jsonl says of each step, but its speed."""
     steps = read_metrics(directory).steps
-    return [(s.step, s.tokens, s.loss, s.grad_norm, s.learning_rate, s.skipped_steps) for s in steps]
+    return [
+        (s.step, s.tokens, s.loss, s.grad_norm, s.learning_rate, s.skipped_steps) for s in steps
+    ]
 
 
 def swapped(directory: Path) -> set[str]:
-    """What lies there: zero_stage_3/optimizer/rank0/... and zero_stage_3/bfloat16params/rank0/..."""
+    """What lies there: zero_stage_3/optimizer/rank0/... and
+    zero_stage_3/bfloat16params/rank0/...
+    """
     kinds = {path.relative_to(directory).parts[1] for path in directory.rglob("*.swp")}
     return {"parameters" if kind.endswith("params") else kind for kind in kinds}
 
 
 def samples_by_step(*runs: list[dict[str, Any]]) -> dict[int, list[int]]:
-    """The samples of each step over all ranks of runs that continue each other; pipeline ranks read alike."""
+    """The samples of each step over all ranks of runs that continue each other; pipeline ranks
+    read alike.
+    """
     steps = sorted({step for ranks in runs for rank in ranks for step in rank["samples"]})
     read = [rank["samples"] for ranks in runs for rank in ranks]
-    return {step: sorted({sample for samples in read for sample in samples.get(step, ())}) for step in steps}
+    return {
+        step: sorted({sample for samples in read for sample in samples.get(step, ())})
+        for step in steps
+    }
 
 
 @pytest.mark.parametrize("execution", SAME_MESH, ids=str)
 def test_six_and_six_steps_are_twelve(
     request: pytest.FixtureRequest, pools: _Pools, data: Path, tmp_path: Path, execution: Execution
 ) -> None:
-    """Weights, moments, losses, norms, learning rates and samples; the data's first epoch ends on the way."""
+    """Weights, moments, losses, norms, learning rates and samples; the data's first epoch ends
+    on the way.
+    """
     if execution.on_nvme:
         request.getfixturevalue("nvme")
     model = MODELS[execution.model] | {"dropout": 0.1}
@@ -120,7 +145,9 @@ def test_six_and_six_steps_are_twelve(
 def epoch_samples(data: Path) -> int:
     from megagpt.dataset import SampleStream
 
-    stream = SampleStream.open([(data, 1.0)], split="train", sequence_length=16, seed=0, document_mask=False)
+    stream = SampleStream.open(
+        [(data, 1.0)], split="train", sequence_length=16, seed=0, document_mask=False
+    )
     return stream.samples_per_epoch
 
 
@@ -128,8 +155,12 @@ def test_the_runs_above_cross_the_end_of_an_epoch_after_they_resume(epoch_sample
     assert 8 * HALF < epoch_samples < 8 * WHOLE
 
 
-def test_a_run_goes_on_in_the_middle_of_an_evaluation_interval(two_ranks: RankPool, data: Path, tmp_path: Path) -> None:
-    """Evaluations after steps 4, 8 and 12, the interruption after 6: the same validation losses, the same state."""
+def test_a_run_goes_on_in_the_middle_of_an_evaluation_interval(
+    two_ranks: RankPool, data: Path, tmp_path: Path
+) -> None:
+    """Evaluations after steps 4, 8 and 12, the interruption after 6: the same validation losses,
+    the same state.
+    """
 
     def train(steps: int, directory: Path) -> list[dict[str, Any]]:
         config = run_config(data, steps, (3, "none", "none"), dropout=0.1)
@@ -137,13 +168,18 @@ def test_a_run_goes_on_in_the_middle_of_an_evaluation_interval(two_ranks: RankPo
         return two_ranks.run(TRAIN, config=config, directory=directory)
 
     def evaluations(directory: Path) -> list[tuple[int, float]]:
-        return [(event["step"], event["val_loss"]) for event in read_metrics(directory).events_named("eval")]
+        return [
+            (event["step"], event["val_loss"])
+            for event in read_metrics(directory).events_named("eval")
+        ]
 
     whole = train(WHOLE, tmp_path / "whole")
     train(HALF, tmp_path / "parts")
     parts = train(WHOLE, tmp_path / "parts")
     assert [step for step, _ in evaluations(tmp_path / "whole")] == [4, 8, 12]
-    assert [event for event in evaluations(tmp_path / "parts") if event[0] != HALF] == evaluations(tmp_path / "whole")
+    assert [event for event in evaluations(tmp_path / "parts") if event[0] != HALF] == evaluations(
+        tmp_path / "whole"
+    )
     assert_same_state(gathered(whole, "at_end"), gathered(parts, "at_end"))
     assert recorded(tmp_path / "whole") == recorded(tmp_path / "parts")
 
@@ -177,15 +213,20 @@ IN_MAKE_TEST = {
     ("one process", "data 2, ZeRO 3, bf16"),
 }
 TOPOLOGIES = list(permutations(EXECUTIONS, 2))
-CHANGES = [pair for name in IN_BF16 | ON_DISK for pair in (("one process", name), (name, "one process"))]
+CHANGES = [
+    pair for name in IN_BF16 | ON_DISK for pair in (("one process", name), (name, "one process"))
+]
 CHANGES += permutations(IN_BF16, 2)
 PAIRS = [
-    pytest.param(*pair, marks=() if pair in IN_MAKE_TEST else pytest.mark.slow) for pair in [*TOPOLOGIES, *CHANGES]
+    pytest.param(*pair, marks=() if pair in IN_MAKE_TEST else pytest.mark.slow)
+    for pair in [*TOPOLOGIES, *CHANGES]
 ]
 
 
 class Written:
-    """Runs stopped half-way, one an execution, each made when first asked for and continued where it is."""
+    """Runs stopped half-way, one an execution, each made when first asked for and continued
+    where it is.
+    """
 
     def __init__(self, request: pytest.FixtureRequest, data: Path, directory: Path) -> None:
         self.request, self.data, self.directory = request, data, directory
@@ -197,7 +238,9 @@ class Written:
         return pool.run(TRAIN, config=config, directory=directory)
 
     def half(self, name: str, model: int) -> tuple[Path, Any, Any]:
-        """The directory of the half run, what its ranks held, and what they read and held after going on."""
+        """The directory of the half run, what its ranks held, and what they read and held after
+        going on.
+        """
         if (name, model) not in self.made:
             directory = self.directory / f"{name} {model}"
             half = self.train(HALF, name, directory / "half", model)
@@ -208,7 +251,9 @@ class Written:
 
 
 @pytest.fixture(scope="module")
-def written(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Written:
+def written(
+    request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Written:
     return Written(request, data, tmp_path_factory.mktemp("written"))
 
 
@@ -216,7 +261,9 @@ def written(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest
 def test_a_run_goes_on_under_any_other_execution(
     request: pytest.FixtureRequest, written: Written, tmp_path: Path, writer: str, reader: str
 ) -> None:
-    """The gathered state bit for bit; the ten losses that follow within 1e-5 in fp32, 2 % in bf16; the same samples."""
+    """The gathered state bit for bit; the ten losses that follow within 1e-5 in fp32, 2 % in
+    bf16; the same samples.
+    """
     model = max(ALL[writer].model, ALL[reader].model)
     if model:
         request.getfixturevalue("nvme")
@@ -234,8 +281,12 @@ def test_a_run_goes_on_under_any_other_execution(
     assert [step[4] for step in after] == [step[4] for step in expected]  # learning rates
 
 
-def test_a_skipped_step_counts_on_both_sides_of_a_resume(two_ranks: RankPool, data: Path, tmp_path: Path) -> None:
-    """Adam's count and the schedule lag behind the steps by the skipped one, and still do after the resume."""
+def test_a_skipped_step_counts_on_both_sides_of_a_resume(
+    two_ranks: RankPool, data: Path, tmp_path: Path
+) -> None:
+    """Adam's count and the schedule lag behind the steps by the skipped one, and still do after
+    the resume.
+    """
     poison = {"steps": [3], "rank": 1, "kind": "nan"}
 
     def train(steps: int, directory: Path) -> list[dict[str, Any]]:
@@ -249,4 +300,6 @@ def test_a_skipped_step_counts_on_both_sides_of_a_resume(two_ranks: RankPool, da
     assert (state.step, state.applied_steps, state.skipped_steps) == (WHOLE, WHOLE - 1, 1)
     assert state == whole[0]["state"]
     assert_same_state(gathered(whole, "at_end"), gathered(parts, "at_end"))
-    assert str(recorded(tmp_path / "whole")) == str(recorded(tmp_path / "parts"))  # the text, as NaN is not NaN
+    assert str(recorded(tmp_path / "whole")) == str(
+        recorded(tmp_path / "parts")
+    )  # the text, as NaN is not NaN

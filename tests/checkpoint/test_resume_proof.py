@@ -1,4 +1,6 @@
-"""The step that followed a save is made again after a resume: equal to the last bit, or a warning with both numbers."""
+"""The step that followed a save is made again after a resume: equal to the last bit, or a
+warning with both numbers.
+"""
 
 import math
 import shutil
@@ -31,7 +33,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def interrupted(pools: _Pools, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two ranks that went on for two steps after its save of step 3, and was killed."""
     directory = tmp_path_factory.mktemp("runs") / "interrupted"
-    pools.get(2).run(TRAIN, config=run_config(data, SAVED + 2, ZERO3, save_every=SAVED), directory=directory)
+    pools.get(2).run(
+        TRAIN, config=run_config(data, SAVED + 2, ZERO3, save_every=SAVED), directory=directory
+    )
     shutil.rmtree(step_directory(directory / "checkpoints", SAVED + 2))
     return directory
 
@@ -47,9 +51,13 @@ def checkpoint(run_directory: Path) -> Path:
     return step_directory(run_directory / "checkpoints", SAVED)
 
 
-def resumed(ranks: RankPool, data: Path, directory: Path, zero: tuple[int, str, str] = ZERO3) -> History:
+def resumed(
+    ranks: RankPool, data: Path, directory: Path, zero: tuple[int, str, str] = ZERO3
+) -> History:
     """What the run records of going on to step 5."""
-    outcome = ranks.run(TRAIN, config=run_config(data, SAVED + 2, zero, save_every=0), directory=directory)
+    outcome = ranks.run(
+        TRAIN, config=run_config(data, SAVED + 2, zero, save_every=0), directory=directory
+    )
     assert outcome[0]["first_step"] == SAVED
     return read_metrics(directory)
 
@@ -80,7 +88,9 @@ def test_a_resume_on_other_ranks_is_proven_within_rounding(
 ) -> None:
     history = resumed(one_rank, data, run_directory, zero)
     (proof,) = history.events_named("proof")
-    assert proof["message"].endswith("(allowed 1e-05)") or proof["message"].endswith("to the last bit")
+    assert proof["message"].endswith("(allowed 1e-05)") or proof["message"].endswith(
+        "to the last bit"
+    )
     assert not history.events_named("warning")
 
 
@@ -92,18 +102,27 @@ def tamper(checkpoint: Path, by: float) -> None:
     tensors["weight/blocks.0.attention_norm.weight"][0] += by
     save_file(tensors, checkpoint / file)
     entry = StoredFile((checkpoint / file).stat().st_size, hash_file(checkpoint / file))
-    (checkpoint / MANIFEST).write_text(replace(manifest, files=manifest.files | {file: entry}).to_json())
+    (checkpoint / MANIFEST).write_text(
+        replace(manifest, files=manifest.files | {file: entry}).to_json()
+    )
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_weights_that_were_tampered_with_are_noticed(
     pools: _Pools, data: Path, run_directory: Path, checkpoint: Path, world_size: int
 ) -> None:
-    """The hashes agree, the loss does not: with one weight of one norm changed, also on another mesh."""
+    """The hashes agree, the loss does not: with one weight of one norm changed, also on another
+    mesh.
+    """
     tamper(checkpoint, by=0.5)
     before = NextStep.read(checkpoint)
     assert before is not None
-    history = resumed(pools.get(world_size), data, run_directory, ZERO3 if world_size == 2 else (0, "none", "none"))
+    history = resumed(
+        pools.get(world_size),
+        data,
+        run_directory,
+        ZERO3 if world_size == 2 else (0, "none", "none"),
+    )
     assert not history.events_named("proof")
     (warning,) = history.events_named("warning")
     (now,) = [step for step in history.steps if step.step == SAVED + 1]
@@ -136,12 +155,14 @@ def test_without_the_record_a_run_resumes_unproven(
     assert record.read_text() == text  # what the same step gave again
 
 
-# ---------------------------------------------------------------------------------------------------- the comparison
+# ----------------------------------------------------------------------------------- the comparison
 
 CPU = {"precision": "float32", "device": "cpu", "data": 2}
 
 
-def record(loss: float = 2.0, grad_norm: float = 0.5, samples: range = range(8, 16), **changed: Any) -> NextStep:
+def record(
+    loss: float = 2.0, grad_norm: float = 0.5, samples: range = range(8, 16), **changed: Any
+) -> NextStep:
     return NextStep.of(2, samples, loss, grad_norm, CPU | changed)
 
 
@@ -155,7 +176,11 @@ def record(loss: float = 2.0, grad_norm: float = 0.5, samples: range = range(8, 
         (record(), record(grad_norm=0.5001, data=1), False),
         (record(), record(2.01, precision="bfloat16"), True),
         (record(), record(2.1, precision="bfloat16"), False),
-        (record(device="cuda"), record(2.0 + 1e-5, device="cuda"), True),  # atomic additions come in any order
+        (
+            record(device="cuda"),
+            record(2.0 + 1e-5, device="cuda"),
+            True,
+        ),  # atomic additions come in any order
         (record(math.nan, math.nan), record(math.nan, math.nan), True),
         (record(), record(math.nan, math.nan), False),
         (record(math.inf), record(), False),

@@ -1,4 +1,6 @@
-"""Saving beside training: in the background, one save at a time, of the state that was; which checkpoints are kept."""
+"""Saving beside training: in the background, one save at a time, of the state that was; which
+checkpoints are kept.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -35,10 +37,12 @@ def asynchronous(data: Path, steps: int, zero: tuple[int, str, str] = ZERO3, **k
 
 def saves(directory: Path) -> list[tuple[int, int]]:
     """(step of the checkpoint, step at which it was committed) in the order of the commits."""
-    return [(event["step"], event["at_step"]) for event in read_metrics(directory).events_named("save")]
+    return [
+        (event["step"], event["at_step"]) for event in read_metrics(directory).events_named("save")
+    ]
 
 
-# ---------------------------------------------------------------------------------------------------- in the background
+# -------------------------------------------------------------------------------- in the background
 
 
 SLOW_WRITERS = [pytest.param((2, "cpu", "none"), marks=pytest.mark.slow)]
@@ -47,15 +51,23 @@ SLOW_WRITERS += [pytest.param((3, "nvme", "none"), marks=pytest.mark.slow)]
 
 @pytest.mark.parametrize("zero", [(0, "none", "none"), ZERO3, *SLOW_WRITERS], ids=str)
 def test_training_goes_on_while_a_save_is_written(
-    request: pytest.FixtureRequest, two_ranks: RankPool, data: Path, tmp_path: Path, zero: tuple[int, str, str]
+    request: pytest.FixtureRequest,
+    two_ranks: RankPool,
+    data: Path,
+    tmp_path: Path,
+    zero: tuple[int, str, str],
 ) -> None:
-    """The disk of both ranks stands still until step 4 is made; what is committed is step 2 bit for bit."""
+    """The disk of both ranks stands still until step 4 is made; what is committed is step 2 bit
+    for bit.
+    """
     model: dict[str, Any] = {}
     if "nvme" in zero:
         request.getfixturevalue("nvme")
         model = {"hidden_size": 128, "num_layers": 4}
     config = asynchronous(data, 5, zero, save_every=2, nvme=tmp_path / "swap", **model)
-    ranks = two_ranks.run(HELD_BACK, config=config, directory=tmp_path / "run", saved_step=2, until_step=4)
+    ranks = two_ranks.run(
+        HELD_BACK, config=config, directory=tmp_path / "run", saved_step=2, until_step=4
+    )
     assert saves(tmp_path / "run")[0] == (2, 4)
     assert any((tmp_path / "swap").rglob("*.swp")) == ("nvme" in zero)
     at_save, later = (whole_tensors(rank[key] for rank in ranks) for key in ("at_save", "later"))
@@ -80,7 +92,10 @@ def test_a_save_that_is_due_waits_for_the_one_before_and_says_so(
     assert complete_steps(tmp_path / "checkpoints") == [4, 2]
     (warning,) = read_metrics(tmp_path).events_named("warning")
     assert warning["step"] == 4
-    assert "to be saved while the checkpoint before was written; raise megagpt.checkpoint" in warning["message"]
+    assert (
+        "to be saved while the checkpoint before was written; raise megagpt.checkpoint"
+        in warning["message"]
+    )
     assert open_checkpoint(tmp_path, 4).manifest.state.step == 4
 
 
@@ -88,7 +103,9 @@ def test_a_save_that_is_due_waits_for_the_one_before_and_says_so(
 def test_an_error_in_the_background_ends_all_ranks_with_its_reason(
     two_ranks: RankPool, data: Path, tmp_path: Path, failing_rank: int
 ) -> None:
-    two_ranks.run("tests.support.jobs.checkpoint:train", config=run_config(data, 2, ZERO3), directory=tmp_path)
+    two_ranks.run(
+        "tests.support.jobs.checkpoint:train", config=run_config(data, 2, ZERO3), directory=tmp_path
+    )
     told = two_ranks.run(
         "tests.support.jobs.saving:background_failure",
         config=asynchronous(data, 9, save_every=4),
@@ -106,11 +123,17 @@ def test_an_error_in_the_background_ends_all_ranks_with_its_reason(
 
 
 KILLS = [("within a file", 1)]
-SLOW_KILLS = [("within a file", 0), ("before the report", 1), ("after the report", 1), ("after the manifest", 0)]
+SLOW_KILLS = [
+    ("within a file", 0),
+    ("before the report", 1),
+    ("after the report", 1),
+    ("after the manifest", 0),
+]
 
 
 @pytest.mark.parametrize(
-    ("point", "victim"), [*KILLS, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_KILLS)]
+    ("point", "victim"),
+    [*KILLS, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_KILLS)],
 )
 def test_a_rank_killed_while_it_writes_in_the_background_leaves_nothing_readable(
     two_ranks: RankPool, data: Path, tmp_path: Path, point: str, victim: int
@@ -120,28 +143,43 @@ def test_a_rank_killed_while_it_writes_in_the_background_leaves_nothing_readable
     codes = train_and_die(asynchronous(data, 6, save_every=3), tmp_path, victim, point)
     assert codes[victim] == -9
     assert complete_steps(tmp_path / "checkpoints")[0] == newest
-    ranks = two_ranks.run("tests.support.jobs.checkpoint:train", config=asynchronous(data, 7), directory=tmp_path)
+    ranks = two_ranks.run(
+        "tests.support.jobs.checkpoint:train", config=asynchronous(data, 7), directory=tmp_path
+    )
     assert [rank["first_step"] for rank in ranks] == [newest] * 2
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
-def test_a_signal_is_obeyed_only_when_the_save_is_committed(two_ranks: RankPool, data: Path, tmp_path: Path) -> None:
+def test_a_signal_is_obeyed_only_when_the_save_is_committed(
+    two_ranks: RankPool, data: Path, tmp_path: Path
+) -> None:
     config, wishes = asynchronous(data, 9), {3: Wish.SIGTERM}
     two_ranks.run(
-        "tests.support.jobs.survival:train_with_wishes", config=config, directory=tmp_path, rank=1, wishes=wishes
+        "tests.support.jobs.survival:train_with_wishes",
+        config=config,
+        directory=tmp_path,
+        rank=1,
+        wishes=wishes,
     )
     assert saves(tmp_path) == [(3, 3)]
     assert complete_steps(tmp_path / "checkpoints") == [3]
 
 
-def test_both_ways_of_saving_write_the_same_files(two_ranks: RankPool, data: Path, tmp_path: Path) -> None:
+def test_both_ways_of_saving_write_the_same_files(
+    two_ranks: RankPool, data: Path, tmp_path: Path
+) -> None:
     for name, config in {"now": run_config(data, 3, ZERO3), "later": asynchronous(data, 3)}.items():
-        two_ranks.run("tests.support.jobs.checkpoint:train", config=config, directory=tmp_path / name)
-    now, later = (read_manifest(step_directory(tmp_path / name / "checkpoints", 3)) for name in ("now", "later"))
+        two_ranks.run(
+            "tests.support.jobs.checkpoint:train", config=config, directory=tmp_path / name
+        )
+    now, later = (
+        read_manifest(step_directory(tmp_path / name / "checkpoints", 3))
+        for name in ("now", "later")
+    )
     assert (now.files, now.tensors, now.state) == (later.files, later.tensors, later.state)
 
 
-# ------------------------------------------------------------------------------------------------------------- keeping
+# ------------------------------------------------------------------------------------------ keeping
 
 
 def test_milestones_are_kept_for_good(two_ranks: RankPool, data: Path, tmp_path: Path) -> None:
@@ -163,13 +201,17 @@ def test_what_has_no_sound_manifest_pushes_nothing_out(data: Path, tmp_path: Pat
     assert steps_after_retiring(run, last_good_step=3) == [8, 7, 3, 2]
 
 
-def test_the_last_checkpoint_that_is_known_to_load_is_never_retired(data: Path, tmp_path: Path) -> None:
+def test_the_last_checkpoint_that_is_known_to_load_is_never_retired(
+    data: Path, tmp_path: Path
+) -> None:
     run = write_run(tmp_path / "run", data, steps=(1, 2, 3, 7, 8))
     assert steps_after_retiring(run, last_good_step=2) == [8, 7, 2]
 
 
 @pytest.mark.slow
-def test_the_checkpoint_that_a_run_went_on_from_stays(two_ranks: RankPool, data: Path, tmp_path: Path) -> None:
+def test_the_checkpoint_that_a_run_went_on_from_stays(
+    two_ranks: RankPool, data: Path, tmp_path: Path
+) -> None:
     for steps in (2, 6):
         config = run_config(data, steps, ZERO3, save_every=1)
         two_ranks.run("tests.support.jobs.checkpoint:train", config=config, directory=tmp_path)

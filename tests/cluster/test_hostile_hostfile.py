@@ -1,4 +1,6 @@
-"""A hostile hostfile, given to every command of ours that reads one: each line is refused, nothing is started (S5)."""
+"""A hostile hostfile, given to every command of ours that reads one: each line is refused,
+nothing is started (S5).
+"""
 
 import os
 import subprocess
@@ -10,17 +12,41 @@ import pytest
 from megagpt.utils import ExitCode
 from tests import REPOSITORY
 
-PROGRAMS = ("ssh", "pdsh", "touch", "reboot")  # whatever a hostile line would have run leaves a file behind
+PROGRAMS = (
+    "ssh",
+    "pdsh",
+    "touch",
+    "reboot",
+)  # whatever a hostile line would have run leaves a file behind
 
-# A command named `deepspeed`, as far as the ranks that it starts can see: its own reader of hostfiles is left out.
-LAUNCHER = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, *sys.argv[3:]]).returncode)"
+# A command named `deepspeed`, as far as the ranks that it starts can see: its own reader of
+# hostfiles is left out.
+LAUNCHER = (
+    "import subprocess, sys; sys.exit(subprocess.run([sys.executable, *sys.argv[3:]]).returncode)"
+)
 
 COMMANDS = {
     "plan": [sys.executable, "launch/plan.py", "--hostfile", "HOSTS"],
     "preflight": [sys.executable, "launch/preflight.py", "--hostfile", "HOSTS", "--bandwidth"],
-    "train": [sys.executable, "LAUNCHER", "--hostfile", "HOSTS", "launch/train.py", "--run_dir", "RUN"],
+    "train": [
+        sys.executable,
+        "LAUNCHER",
+        "--hostfile",
+        "HOSTS",
+        "launch/train.py",
+        "--run_dir",
+        "RUN",
+    ],
     "parity": [sys.executable, "LAUNCHER", "--hostfile", "HOSTS", "launch/parity.py"],
-    "supervise": [sys.executable, "launch/supervise.py", "--", "LAUNCHER", "--hostfile", "HOSTS", "launch/train.py"],
+    "supervise": [
+        sys.executable,
+        "launch/supervise.py",
+        "--",
+        "LAUNCHER",
+        "--hostfile",
+        "HOSTS",
+        "launch/train.py",
+    ],
 }
 
 
@@ -52,7 +78,9 @@ def attacks(canary: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_hostile_hostfile_is_refused_line_by_line(command: str, canary: Path, tmp_path: Path) -> None:
+def test_a_hostile_hostfile_is_refused_line_by_line(
+    command: str, canary: Path, tmp_path: Path
+) -> None:
     hosts, launcher, run = tmp_path / "hosts", tmp_path / "deepspeed", tmp_path / "run"
     lines = attacks(canary)
     hosts.write_text("good slots=1\n" + "\n".join(lines) + "\n")
@@ -69,7 +97,9 @@ def test_a_hostile_hostfile_is_refused_line_by_line(command: str, canary: Path, 
     )
     assert done.returncode == ExitCode.BAD_INPUT, done.stderr
     refused = [line for line in done.stderr.splitlines() if line.startswith(str(hosts))]
-    assert [line.split(": ")[1] for line in refused] == [f"line {number}" for number in range(2, 2 + len(lines))]
+    assert [line.split(": ")[1] for line in refused] == [
+        f"line {number}" for number in range(2, 2 + len(lines))
+    ]
     assert "".join(refused).isascii()
     assert "".join(refused).isprintable()
     assert "Traceback" not in done.stderr
@@ -79,5 +109,7 @@ def test_a_hostile_hostfile_is_refused_line_by_line(command: str, canary: Path, 
 
 def test_the_canary_would_have_sung(canary: Path, tmp_path: Path) -> None:
     environment = os.environ | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
-    subprocess.run(["sh", "-c", attacks(canary)[1]], env=environment, check=False, capture_output=True)
+    subprocess.run(
+        ["sh", "-c", attacks(canary)[1]], env=environment, check=False, capture_output=True
+    )
     assert canary.exists()

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagpt.cluster.hosts import HOST_PATTERN, Host, HostfileError, parse_hostfile, read_hostfile, world_size
+from megagpt.cluster.hosts import (
+    HOST_PATTERN,
+    Host,
+    HostfileError,
+    parse_hostfile,
+    read_hostfile,
+    world_size,
+)
 from tests import REPOSITORY
 
 
@@ -61,7 +68,9 @@ def test_hostile_lines_are_refused(line: str) -> None:
     assert len(error) < 250
 
 
-@pytest.mark.parametrize("line", ["host", "host slots=", "host slots=0", "host slots=-1", "host slots=2.5", "host 8"])
+@pytest.mark.parametrize(
+    "line", ["host", "host slots=", "host slots=0", "host slots=-1", "host slots=2.5", "host 8"]
+)
 def test_malformed_lines_say_what_is_expected(line: str) -> None:
     (error,) = errors_of(line)
     assert "expected `NAME slots=N`" in error
@@ -104,4 +113,6 @@ def test_accepted_names_are_always_plain(text: str) -> None:
     else:
         names, complaints = [host.name for host in hosts], []
     assert bool(names) != bool(complaints)
-    assert all(name.isascii() and name[0].isalnum() and HOST_PATTERN.fullmatch(name) for name in names)
+    assert all(
+        name.isascii() and name[0].isalnum() and HOST_PATTERN.fullmatch(name) for name in names
+    )

@@ -1,4 +1,6 @@
-"""The command above a rank: found among its ancestors, across ssh too, and what it says of hosts and hostfiles."""
+"""The command above a rank: found among its ancestors, across ssh too, and what it says of hosts
+and hostfiles.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,16 @@ from megagpt.cluster.processes import Process
 from tests import REPOSITORY
 
 WORLD = base64.urlsafe_b64encode(json.dumps({"host-a": [0, 1], "host-b": [0, 1]}).encode()).decode()
-LAUNCH = [f"--world_info={WORLD}", "--node_rank=1", "--master_addr=192.0.2.1", "--master_port=29500"]
+LAUNCH = [
+    f"--world_info={WORLD}",
+    "--node_rank=1",
+    "--master_addr=192.0.2.1",
+    "--master_port=29500",
+]
 RANK = """
 from megagpt.cluster import launch_command as found
-print(found.hostfile_of_launcher(), found.command_of_launcher(), found.hosts_of_launcher(), sep=chr(10))
+print(found.hostfile_of_launcher(), found.command_of_launcher(), sep=chr(10))
+print(found.hosts_of_launcher())
 """
 PARENT = "import subprocess, sys; subprocess.run(eval(sys.argv[1]), check=True)"
 
@@ -40,11 +48,16 @@ def test_a_rank_finds_the_hostfile_of_the_command_that_started_it(
     """Two processes below it, as DeepSpeed's launcher has one between the command and the ranks."""
     (tmp_path / "deepspeed").write_text(
         "import subprocess, sys\n"
-        f"node = [sys.executable, '-c', {PARENT!r}, repr([sys.executable, '-c', {RANK!r}]), *{LAUNCH!r}]\n"
+        f"node = [sys.executable, '-c', {PARENT!r}, repr([sys.executable, '-c', {RANK!r}]), "
+        f"*{LAUNCH!r}]\n"
         f"subprocess.run([*node, '-m', {launch_command.NODE_LAUNCHER!r}], check=True)\n"
     )
     done = subprocess.run(
-        [sys.executable, tmp_path / "deepspeed", *options], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        [sys.executable, tmp_path / "deepspeed", *options],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.splitlines() == [
         found,
@@ -63,20 +76,31 @@ def member(number: int, parent: int, *words: str) -> Process:
     return Process(number, parent, started=0, words=words)
 
 
-DEEPSPEED = member(10, 1, "python3", "/venv/bin/deepspeed", "--hostfile", "hosts", "launch/train.py")
+DEEPSPEED = member(
+    10, 1, "python3", "/venv/bin/deepspeed", "--hostfile", "hosts", "launch/train.py"
+)
 PDSH = member(11, 10, "pdsh", "-S", "-w", "host-a,host-b", "cd /work;", *LAUNCH, "launch/train.py")
-OTHERS_PDSH = member(12, 1, "pdsh", "-S", "-w", "c", "cd /work;", "--world_info=e30=", *LAUNCH[2:], "launch/train.py")
-NODE = member(21, 20, "python3", "-u", "-m", launch_command.NODE_LAUNCHER, *LAUNCH, "launch/train.py")
+OTHERS_PDSH = member(
+    12, 1, "pdsh", "-S", "-w", "c", "cd /work;", "--world_info=e30=", *LAUNCH[2:], "launch/train.py"
+)
+NODE = member(
+    21, 20, "python3", "-u", "-m", launch_command.NODE_LAUNCHER, *LAUNCH, "launch/train.py"
+)
 SSHD = member(19, 1, "sshd: root@notty")
 SHELL = member(20, 19, "bash", "-c", "cd /work; python3 ...")
 
 
-@pytest.mark.parametrize(("here", "found"), [([OTHERS_PDSH, PDSH], typed(DEEPSPEED)), ([OTHERS_PDSH], None)])
+@pytest.mark.parametrize(
+    ("here", "found"), [([OTHERS_PDSH, PDSH], typed(DEEPSPEED)), ([OTHERS_PDSH], None)]
+)
 def test_across_ssh_the_command_is_seen_where_its_pdsh_runs(
     monkeypatch: pytest.MonkeyPatch, here: list[Process], found: list[str] | None
 ) -> None:
     """Of the launches on this machine, the one that started this rank counts."""
-    lineages = {PDSH.number: [DEEPSPEED], OTHERS_PDSH.number: [member(9, 1, "python3", "/bin/deepspeed", "other.py")]}
+    lineages = {
+        PDSH.number: [DEEPSPEED],
+        OTHERS_PDSH.number: [member(9, 1, "python3", "/bin/deepspeed", "other.py")],
+    }
     monkeypatch.setattr(launch_command, "_lineage", lambda number: [NODE, SHELL, SSHD])
     monkeypatch.setattr(launch_command, "all_processes", lambda: here)
     monkeypatch.setattr(launch_command, "ancestors", lineages.__getitem__)
@@ -87,12 +111,20 @@ def test_across_ssh_the_command_is_seen_where_its_pdsh_runs(
 @pytest.mark.parametrize(
     ("words", "command"),
     [
-        (["python3", "/venv/bin/deepspeed", "-H", "hosts", "x.py"], ["deepspeed", "-H", "hosts", "x.py"]),
+        (
+            ["python3", "/venv/bin/deepspeed", "-H", "hosts", "x.py"],
+            ["deepspeed", "-H", "hosts", "x.py"],
+        ),
         (["/venv/bin/torchrun", "x.py"], ["torchrun", "x.py"]),
-        (["python3", "-m", "torch.distributed.run", "--nnodes", "2", "x.py"], ["torchrun", "--nnodes", "2", "x.py"]),
+        (
+            ["python3", "-m", "torch.distributed.run", "--nnodes", "2", "x.py"],
+            ["torchrun", "--nnodes", "2", "x.py"],
+        ),
         (["vim", "notes", "deepspeed"], None),
         ([], None),
     ],
 )
-def test_launchers_are_told_from_other_programs(words: list[str], command: list[str] | None) -> None:
+def test_launchers_are_told_from_other_programs(
+    words: list[str], command: list[str] | None
+) -> None:
     assert typed(member(1, 0, *words)) == command

@@ -1,4 +1,6 @@
-"""Which rank a process is, from the variables of each launcher; and that half of them is an error, never a guess."""
+"""Which rank a process is, from the variables of each launcher; and that half of them is an
+error, never a guess.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,9 @@ def test_without_a_launcher_a_process_is_the_only_rank() -> None:
     ],
     ids=["deepspeed", "torchrun", "by hand", "torchrun by srun"],
 )
-def test_launchers_that_set_torchs_names_are_believed(environment: dict[str, str], expected: Launch) -> None:
+def test_launchers_that_set_torchs_names_are_believed(
+    environment: dict[str, str], expected: Launch
+) -> None:
     environment = dict(environment)
     before = dict(environment)
     assert adopt_launch(environment) == expected
@@ -94,7 +98,10 @@ def test_tasks_of_srun_find_their_ranks_and_one_another() -> None:
     hosts = (Host("gpu09", 2), Host("gpu10", 2))
     assert launches == [Launch("srun python", rank, 4, rank % 2, 2, 2, hosts) for rank in range(4)]
     assert [launches[0].host_of(rank) for rank in range(4)] == ["gpu09", "gpu09", "gpu10", "gpu10"]
-    meetings = {(environment["MASTER_ADDR"], int(environment["MASTER_PORT"])) for environment in environments}
+    meetings = {
+        (environment["MASTER_ADDR"], int(environment["MASTER_PORT"]))
+        for environment in environments
+    }
     assert len(meetings) == 1
     address, port = meetings.pop()
     assert address == "gpu09"
@@ -118,7 +125,10 @@ def test_a_meeting_place_of_the_job_script_is_kept() -> None:
 @pytest.mark.parametrize("missing", OF_A_RANK)
 def test_half_of_the_variables_is_no_start(missing: str) -> None:
     said = refusal({name: value for name, value in BY_HAND.items() if name != missing})
-    assert f"and {missing} missing: unset all of them, or let a launcher set them: deepspeed launch/train.py" in said
+    assert (
+        f"and {missing} missing: unset all of them, or let a launcher set them: deepspeed "
+        f"launch/train.py" in said
+    )
 
 
 @pytest.mark.parametrize(
@@ -130,16 +140,37 @@ def test_half_of_the_variables_is_no_start(missing: str) -> None:
         (BY_HAND | {"MASTER_PORT": "http"}, "MASTER_PORT='http' is no whole number"),
         (DEEPSPEED | {"LOCAL_RANK": "2"}, "LOCAL_RANK=2 is not among the 2 ranks of this host"),
         (DEEPSPEED | {"WORLD_SIZE": "5"}, "5 on 2 hosts: give every host the same number"),
-        (TORCHRUN | {"LOCAL_WORLD_SIZE": "3"}, "3 ranks on host .*, 4 on 2 hosts: give every host the same number"),
-        (slurm(SLURM_STEP_TASKS_PER_NODE="2,1"), "gpu10 has 1 slots and most hosts have 2; give every host the same"),
-        (slurm(1, SLURM_LOCALID="0", SLURM_NODEID="1"), "dealt to the hosts in turns.*--distribution=block"),
-        (slurm(SLURM_STEP_NODELIST="gpu[09-11]"), "are 3 hosts and SLURM_STEP_TASKS_PER_NODE=2.x2. are 2"),
+        (
+            TORCHRUN | {"LOCAL_WORLD_SIZE": "3"},
+            "3 ranks on host .*, 4 on 2 hosts: give every host the same number",
+        ),
+        (
+            slurm(SLURM_STEP_TASKS_PER_NODE="2,1"),
+            "gpu10 has 1 slots and most hosts have 2; give every host the same",
+        ),
+        (
+            slurm(1, SLURM_LOCALID="0", SLURM_NODEID="1"),
+            "dealt to the hosts in turns.*--distribution=block",
+        ),
+        (
+            slurm(SLURM_STEP_NODELIST="gpu[09-11]"),
+            "are 3 hosts and SLURM_STEP_TASKS_PER_NODE=2.x2. are 2",
+        ),
         (slurm(SLURM_NODEID="2"), "SLURM_NODEID=2 is not among the hosts"),
-        (slurm(CUDA_VISIBLE_DEVICES="1"), "--gpus-per-node=2 in place of --gpus-per-task, or --gpu-bind=none"),
+        (
+            slurm(CUDA_VISIBLE_DEVICES="1"),
+            "--gpus-per-node=2 in place of --gpus-per-task, or --gpu-bind=none",
+        ),
         (slurm(WORLD_SIZE="8"), "WORLD_SIZE=8, and the launcher says 4: unset WORLD_SIZE"),
         (slurm(SLURM_PROCID=""), "SLURM_PROCID missing: start with"),
-        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}, "granted 8 tasks and this is the only .*: start all with srun"),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2 and no RANK: each process would train alone"),
+        (
+            {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"},
+            "granted 8 tasks and this is the only .*: start all with srun",
+        ),
+        (
+            {"OMPI_COMM_WORLD_SIZE": "2"},
+            "OMPI_COMM_WORLD_SIZE=2 and no RANK: each process would train alone",
+        ),
     ],
 )
 def test_variables_that_make_no_sense_are_named(environment: dict[str, str], reason: str) -> None:
@@ -150,7 +181,9 @@ def test_variables_that_make_no_sense_are_named(environment: dict[str, str], rea
 def test_uneven_hosts_of_deepspeed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its launcher starts them, and numbers the local ranks of the second host from the middle."""
     monkeypatch.setattr(
-        launchers, "hosts_of_launcher", lambda: [Host("host-a", 2), Host("host-b", 2), Host("host-c", 1)]
+        launchers,
+        "hosts_of_launcher",
+        lambda: [Host("host-a", 2), Host("host-b", 2), Host("host-c", 1)],
     )
     assert refusal(DEEPSPEED | {"WORLD_SIZE": "5", "CROSS_SIZE": "3"}) == (
         "deepspeed: host-c has 1 slots and most hosts have 2; give every host the same number"
@@ -164,7 +197,18 @@ def test_uneven_hosts_of_deepspeed_are_named(monkeypatch: pytest.MonkeyPatch) ->
         ("gpu[01-03]", ["gpu01", "gpu02", "gpu03"]),
         (
             "gpu[1,8-11],x,rack[1-2]node[07-08]",
-            ["gpu1", "gpu8", "gpu9", "gpu10", "gpu11", "x", "rack1node07", "rack1node08", "rack2node07", "rack2node08"],
+            [
+                "gpu1",
+                "gpu8",
+                "gpu9",
+                "gpu10",
+                "gpu11",
+                "x",
+                "rack1node07",
+                "rack1node08",
+                "rack2node07",
+                "rack2node08",
+            ],
         ),
         ("a.cluster.example,b-2", ["a.cluster.example", "b-2"]),
     ],
@@ -204,7 +248,9 @@ def test_any_text_is_a_list_of_hosts_or_refused(nodes: str) -> None:
     assert all(host and host[0].isalnum() and not {*host} & {*"[],"} for host in hosts)
 
 
-@pytest.mark.parametrize(("tasks", "counts"), [("4", [4]), ("2(x3),1", [2, 2, 2, 1]), ("1,2", [1, 2])])
+@pytest.mark.parametrize(
+    ("tasks", "counts"), [("4", [4]), ("2(x3),1", [2, 2, 2, 1]), ("1,2", [1, 2])]
+)
 def test_lists_of_tasks(tasks: str, counts: list[int]) -> None:
     assert expand_tasks(tasks) == counts
 

@@ -1,4 +1,6 @@
-"""A rank ends with its launcher: kill any process between it and the command, and it goes within seconds."""
+"""A rank ends with its launcher: kill any process between it and the command, and it goes within
+seconds.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ class Launch:
         shell = [sys.executable, "-c", PARENT, repr(typed), "/dev/null"]
         with (directory / "output").open("w") as output:
             self.shell = subprocess.Popen(shell, cwd=REPOSITORY, stdout=output, stderr=output)
-        number = int(wait_for(lambda: (directory / "rank").exists() and (directory / "rank").read_text()))
+        number = int(
+            wait_for(lambda: (directory / "rank").exists() and (directory / "rank").read_text())
+        )
         found = process(number)
         assert found is not None
         self.rank = found
@@ -81,12 +85,17 @@ def code_in(directory: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(("position", "name"), [(1, "node launcher"), (2, "deepspeed")])
-def test_a_rank_ends_with_every_process_of_its_launcher(tmp_path: Path, position: int, name: str) -> None:
+def test_a_rank_ends_with_every_process_of_its_launcher(
+    tmp_path: Path, position: int, name: str
+) -> None:
     launch = Launch(tmp_path)
     try:
         os.kill(launch.chain[position].number, signal.SIGKILL)
         wait_for(lambda: not launch.rank.is_alive())
-        assert f"the launcher has died (process {launch.chain[position].number}, " in (tmp_path / "output").read_text()
+        assert (
+            f"the launcher has died (process {launch.chain[position].number}, "
+            in (tmp_path / "output").read_text()
+        )
         if name == "deepspeed":  # the node launcher lives, and hears of it
             assert code_in(tmp_path) == [str(int(ExitCode.FAILED))]
     finally:
@@ -124,14 +133,21 @@ def named(*words: str) -> Process:
 TORCHRUN = named("python3", "/venv/bin/torchrun", "launch/train.py")
 DEEPSPEED = named("python3", "/venv/bin/deepspeed", "launch/train.py")
 NODE = named("python3", "-u", "-m", NODE_LAUNCHER, "launch/train.py")
-SHELL, SSHD, INIT = named("bash", "-c", "cd /work; ..."), named("sshd: root@notty"), named("/sbin/init")
+SHELL, SSHD, INIT = (
+    named("bash", "-c", "cd /work; ..."),
+    named("sshd: root@notty"),
+    named("/sbin/init"),
+)
 STEP = named("slurmstepd: [4711.0]")
 
 
 @pytest.mark.parametrize(
     ("lineage", "watched"),
     [
-        ([NODE, DEEPSPEED, SHELL, SSHD, INIT], 2),  # on one machine, typed in a session that may end
+        (
+            [NODE, DEEPSPEED, SHELL, SSHD, INIT],
+            2,
+        ),  # on one machine, typed in a session that may end
         ([NODE, SHELL, SSHD, INIT], 3),  # through pdsh
         ([SHELL, NODE, SHELL, SSHD, INIT], 4),  # with a wrapper round the rank
         ([NODE, INIT], 1),

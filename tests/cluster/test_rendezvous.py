@@ -1,4 +1,6 @@
-"""Ranks that never come are named, with their hosts, within the time that is allowed; nothing hangs."""
+"""Ranks that never come are named, with their hosts, within the time that is allowed; nothing
+hangs.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def refusal(monkeypatch: pytest.MonkeyPatch, rank: int) -> str:
     """What one of four ranks says that finds itself alone."""
-    monkeypatch.setattr(rendezvous, "adopt_launch", lambda: Launch("deepspeed", rank, 4, rank % 2, 2, 2, HOSTS))
+    monkeypatch.setattr(
+        rendezvous, "adopt_launch", lambda: Launch("deepspeed", rank, 4, rank % 2, 2, 2, HOSTS)
+    )
     with pytest.raises(UserError) as error, gathered_ranks():
         raise AssertionError("nobody else has come")
     return str(error.value)
@@ -48,7 +52,9 @@ def test_missing_ranks_are_named_with_their_hosts(
     monkeypatch.setattr(rendezvous, "NOTICE_S", 0.0)
     said = refusal(monkeypatch, 0)
     missing = "rank 1 (host host-a), rank 2 (host host-b), rank 3 (host host-b)"
-    assert said.startswith(f"{missing} did not join within 1 s: look there for an error, or check all hosts: python")
+    assert said.startswith(
+        f"{missing} did not join within 1 s: look there for an error, or check all hosts: python"
+    )
     shown = capfd.readouterr().err
     notice = rf"^waiting for {re.escape(missing)}; [01] s left \({TIMEOUT_VARIABLE} allows more\)$"
     assert re.search(notice, shown, re.MULTILINE)
@@ -57,7 +63,10 @@ def test_missing_ranks_are_named_with_their_hosts(
 def test_a_first_rank_that_never_comes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     said = refusal(monkeypatch, 3)
     assert said.startswith("rank 0 (host host-a) did not answer at 127.0.0.1:")
-    assert "within 1 s ([Errno 111] Connection refused): is its host up, did it end with an error" in said
+    assert (
+        "within 1 s ([Errno 111] Connection refused): is its host up, did it end with an error"
+        in said
+    )
 
 
 def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,15 +76,25 @@ def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         port = other.getsockname()[1]
         monkeypatch.setenv("MASTER_PORT", str(port))
         said = refusal(monkeypatch, 0)
-    own = re.escape(f"port {port} of host {socket.gethostname()} is in use by process {os.getpid()} (")
+    own = re.escape(
+        f"port {port} of host {socket.gethostname()} is in use by process {os.getpid()} ("
+    )
     assert re.match(
-        rf"{own}.*; to end it: kill {os.getpid()}\); end what uses it, or choose another: deepspeed --master_port", said
+        rf"{own}.*; to end it: kill {os.getpid()}\); end what uses it, or choose another: "
+        rf"deepspeed --master_port",
+        said,
     )
 
 
 def test_a_leftover_rank_that_holds_the_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A first rank whose peers never came, of a launch that nobody remembers."""
-    ours = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu", TIMEOUT_VARIABLE: "300"}
+    ours = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "DS_ACCELERATOR": "cpu",
+        TIMEOUT_VARIABLE: "300",
+    }
     command = [sys.executable, "-c", RANK, "None", "leftover"]
     leftover = subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | ENVIRONMENT | ours)
     try:
@@ -93,7 +112,9 @@ def test_a_leftover_rank_that_holds_the_port_is_named(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "1.5"])
 def test_a_time_limit_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv(TIMEOUT_VARIABLE, text)
-    assert f"{TIMEOUT_VARIABLE}='{text}' is no whole number of seconds, such as 300" in refusal(monkeypatch, 0)
+    assert f"{TIMEOUT_VARIABLE}='{text}' is no whole number of seconds, such as 300" in refusal(
+        monkeypatch, 0
+    )
 
 
 def test_a_rank_alone_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,17 +141,28 @@ def two_processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[subprocess.P
     monkeypatch.setenv(TIMEOUT_VARIABLE, "100")
     processes = []
     for rank, sees in ((0, None), (1, ["deepspeed", "--hostfile", "my hosts"])):
-        ours = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu"}
+        ours = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "DS_ACCELERATOR": "cpu",
+        }
         command = [sys.executable, "-c", RANK, repr(sees)]
         environment = dict(rendezvous.os.environ) | ENVIRONMENT | ours
-        processes.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True))
+        processes.append(
+            subprocess.Popen(
+                command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True
+            )
+        )
     yield processes
     for process in processes:
         process.kill()
         process.wait()
 
 
-def test_all_learn_what_one_can_see_and_go_on_to_torchs_own_group(two_processes: list[subprocess.Popen[str]]) -> None:
+def test_all_learn_what_one_can_see_and_go_on_to_torchs_own_group(
+    two_processes: list[subprocess.Popen[str]],
+) -> None:
     answers = [process.communicate(timeout=100)[0].splitlines()[-1] for process in two_processes]
     assert answers == [shlex.join(["deepspeed", "--hostfile", "my hosts"])] * 2
     assert [process.returncode for process in two_processes] == [0, 0]

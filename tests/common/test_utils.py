@@ -1,4 +1,6 @@
-"""The standard-library helpers: files that are never half-written, exit codes, suggestions, sizes."""
+"""The standard-library helpers: files that are never half-written, exit codes, suggestions,
+sizes.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,12 @@ from megagpt.utils import (
 )
 
 
-@pytest.mark.parametrize(("data", "stored"), [("tëxt\n", "tëxt\n".encode()), (b"\x00\xff", b"\x00\xff"), ("", b"")])
-def test_text_and_bytes_are_written_in_a_new_directory(tmp_path: Path, data: str | bytes, stored: bytes) -> None:
+@pytest.mark.parametrize(
+    ("data", "stored"), [("tëxt\n", "tëxt\n".encode()), (b"\x00\xff", b"\x00\xff"), ("", b"")]
+)
+def test_text_and_bytes_are_written_in_a_new_directory(
+    tmp_path: Path, data: str | bytes, stored: bytes
+) -> None:
     path = tmp_path / "new" / "file"
     write_atomically(path, data)
     assert path.read_bytes() == stored
@@ -49,11 +55,17 @@ def test_a_failure_leaves_the_old_file_and_no_litter(
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_the_content_is_on_disk_before_its_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_content_is_on_disk_before_its_name_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     order: list[str] = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(utils.os, "fsync", lambda descriptor: (order.append("fsync"), fsync(descriptor)))
-    monkeypatch.setattr(utils.os, "replace", lambda old, new: (order.append("rename"), replace(old, new)))
+    monkeypatch.setattr(
+        utils.os, "fsync", lambda descriptor: (order.append("fsync"), fsync(descriptor))
+    )
+    monkeypatch.setattr(
+        utils.os, "replace", lambda old, new: (order.append("rename"), replace(old, new))
+    )
     write_atomically(tmp_path / "file", "x")
     assert order == ["fsync", "rename", "fsync"]  # content, name, directory
 
@@ -97,14 +109,19 @@ def run_with_a_reader_that_has_gone(stream: str, script: str) -> subprocess.Comp
     os.close(reader)
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: writer}
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, env=os.environ | {"PYTHONUNBUFFERED": ""}, check=False, **streams)
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONUNBUFFERED": ""}, check=False, **streams
+    )
     os.close(writer)
     return done
 
 
 @pytest.mark.parametrize("code", [0, 2])
 def test_a_reader_that_leaves_does_not_change_a_commands_exit_code(code: int) -> None:
-    script = f"import sys; from megagpt.utils import run_command; sys.exit(run_command(lambda: print('x') or {code}))"
+    script = (
+        f"import sys; from megagpt.utils import run_command; sys.exit(run_command(lambda: "
+        f"print('x') or {code}))"
+    )
     done = run_with_a_reader_that_has_gone("stdout", script)
     assert (done.returncode, done.stderr) == (code, b"")
 
@@ -131,6 +148,8 @@ def test_a_terminal_that_has_gone_does_not_change_the_code_of_bad_input(end: str
 def test_a_rank_that_failed_waits_for_no_thread() -> None:
     lingering = "import threading, time; threading.Thread(target=time.sleep, args=[1000]).start()\n"
     done = subprocess.run(
-        [sys.executable, "-c", lingering + REFUSING.format(end="end_process")], capture_output=True, timeout=60
+        [sys.executable, "-c", lingering + REFUSING.format(end="end_process")],
+        capture_output=True,
+        timeout=60,
     )
     assert (done.returncode, done.stdout, done.stderr) == (2, b"so far", b"bad input\n")

@@ -1,4 +1,6 @@
-"""Reading prepared data: what is written is read, damage is named, and the order is a pure function."""
+"""Reading prepared data: what is written is read, damage is named, and the order is a pure
+function.
+"""
 
 from __future__ import annotations
 
@@ -24,23 +26,39 @@ Documents = list[list[int]]
 
 
 def write_dataset(
-    directory: Path, train: Documents, val: Documents = (), *, vocabulary: int = 257, shard_tokens: int = 10**9
+    directory: Path,
+    train: Documents,
+    val: Documents = (),
+    *,
+    vocabulary: int = 257,
+    shard_tokens: int = 10**9,
 ) -> Path:
     """A dataset of given token ids, as a preparation would leave it."""
     directory.mkdir(parents=True)
     save_tokenizer(build_tokenizer("bytes", list), directory)
-    writer = DatasetWriter(directory, Progress(request={}), vocabulary=vocabulary, shard_tokens=shard_tokens)
+    writer = DatasetWriter(
+        directory, Progress(request={}), vocabulary=vocabulary, shard_tokens=shard_tokens
+    )
     for split, documents in (("train", train), ("val", val)):
         for document in documents:
             writer.write(split, np.array(document, np.uint32), starts_document=True)
-    tokenizer = TokenizerRecord(**integrity.record_file(directory / "tokenizer.json").model_dump(), name="bytes")
+    tokenizer = TokenizerRecord(
+        **integrity.record_file(directory / "tokenizer.json").model_dump(), name="bytes"
+    )
     writer.finish(tokenizer=tokenizer, end_of_document=256, source={"dataset": "test"})
     return directory
 
 
-def open_stream(*directories: Path, split="train", sequence_length=4, seed=0, document_mask=False, weights=None):
-    data = [(path, weight) for path, weight in zip(directories, weights or [1] * len(directories), strict=True)]
-    return SampleStream.open(data, split=split, sequence_length=sequence_length, seed=seed, document_mask=document_mask)
+def open_stream(
+    *directories: Path, split="train", sequence_length=4, seed=0, document_mask=False, weights=None
+):
+    data = [
+        (path, weight)
+        for path, weight in zip(directories, weights or [1] * len(directories), strict=True)
+    ]
+    return SampleStream.open(
+        data, split=split, sequence_length=sequence_length, seed=seed, document_mask=document_mask
+    )
 
 
 def edit_manifest(directory: Path, edit) -> None:
@@ -52,13 +70,17 @@ def edit_manifest(directory: Path, edit) -> None:
 
 @pytest.fixture
 def small(tmp_path) -> Path:
-    return write_dataset(tmp_path / "small", [list(range(100)), list(range(50, 150))], [list(range(20))])
+    return write_dataset(
+        tmp_path / "small", [list(range(100)), list(range(50, 150))], [list(range(20))]
+    )
 
 
 # Round trips
 
 
-@pytest.mark.parametrize(("vocabulary", "dtype"), [(257, "<u2"), (65536, "<u2"), (65537, "<u4"), (200019, "<u4")])
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype"), [(257, "<u2"), (65536, "<u2"), (65537, "<u4"), (200019, "<u4")]
+)
 def test_every_id_of_the_vocabulary_survives(tmp_path, vocabulary, dtype):
     tokens = [0, 1, vocabulary - 1, 255, vocabulary - 2]
     directory = write_dataset(tmp_path / "data", [tokens], vocabulary=vocabulary)
@@ -72,14 +94,22 @@ def test_an_id_that_the_vocabulary_does_not_have_is_not_written(tmp_path):
         write_dataset(tmp_path / "data", [[70000]], vocabulary=65536)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
-    documents=st.lists(st.lists(st.integers(0, 256), min_size=1, max_size=9), min_size=1, max_size=12),
+    documents=st.lists(
+        st.lists(st.integers(0, 256), min_size=1, max_size=9), min_size=1, max_size=12
+    ),
     shard_tokens=st.integers(1, 30),
     data=st.data(),
 )
-def test_shards_read_as_one_stream_with_its_documents(tmp_path_factory, documents, shard_tokens, data):
-    directory = write_dataset(tmp_path_factory.mktemp("shards") / "data", documents, shard_tokens=shard_tokens)
+def test_shards_read_as_one_stream_with_its_documents(
+    tmp_path_factory, documents, shard_tokens, data
+):
+    directory = write_dataset(
+        tmp_path_factory.mktemp("shards") / "data", documents, shard_tokens=shard_tokens
+    )
     stream = open_dataset(directory).split("train")
     tokens = [token for document in documents for token in document]
     numbers = [number for number, document in enumerate(documents) for _ in document]
@@ -95,12 +125,24 @@ def test_a_document_that_runs_over_shards_keeps_its_number(tmp_path):
     directory.mkdir()
     save_tokenizer(build_tokenizer("bytes", list), directory)
     writer = DatasetWriter(directory, Progress(request={}), vocabulary=257, shard_tokens=3)
-    for starts, tokens in ((True, [1]), (True, [2, 2, 2]), (False, [2, 2, 2]), (False, [2]), (True, [3, 3])):
+    for starts, tokens in (
+        (True, [1]),
+        (True, [2, 2, 2]),
+        (False, [2, 2, 2]),
+        (False, [2]),
+        (True, [3, 3]),
+    ):
         writer.write("train", np.array(tokens, np.uint32), starts_document=starts)
-    tokenizer = TokenizerRecord(**integrity.record_file(directory / "tokenizer.json").model_dump(), name="bytes")
+    tokenizer = TokenizerRecord(
+        **integrity.record_file(directory / "tokenizer.json").model_dump(), name="bytes"
+    )
     writer.finish(tokenizer=tokenizer, end_of_document=256, source={})
     stream = open_dataset(directory).split("train")
-    assert [shard.documents for shard in open_dataset(directory).manifest.shards("train")] == [2, 0, 1]
+    assert [shard.documents for shard in open_dataset(directory).manifest.shards("train")] == [
+        2,
+        0,
+        1,
+    ]
     assert stream.document_ids(0, 10).tolist() == [0, 1, 1, 1, 1, 1, 1, 1, 2, 2]
     assert stream.document_ids(5, 9).tolist() == [1, 1, 1, 2]
 
@@ -113,8 +155,12 @@ def test_reading_outside_the_stream_is_an_error(small):
 
 
 def test_fingerprint_is_of_the_contents(tmp_path, small):
-    twin = write_dataset(tmp_path / "twin", [list(range(100)), list(range(50, 150))], [list(range(20))])
-    other = write_dataset(tmp_path / "other", [list(range(100)), list(range(49, 149))], [list(range(20))])
+    twin = write_dataset(
+        tmp_path / "twin", [list(range(100)), list(range(50, 150))], [list(range(20))]
+    )
+    other = write_dataset(
+        tmp_path / "other", [list(range(100)), list(range(49, 149))], [list(range(20))]
+    )
     joined = write_dataset(tmp_path / "joined", [[*range(100), *range(50, 150)]], [list(range(20))])
     fingerprints = {open_dataset(path).fingerprint for path in (small, twin, other, joined)}
     assert open_dataset(small).fingerprint == open_dataset(twin).fingerprint
@@ -150,15 +196,39 @@ def shard(content, split="train"):
 
 
 DAMAGE = {
-    "truncated by a byte": (truncate_by_a_byte, r"train-00000\.bin: 399 bytes found, 400 expected \(truncated at byte"),
-    "empty": (lambda d: (d / "val-00000.bin").write_bytes(b""), r"val-00000\.bin: empty, 40 bytes expected"),
-    "appended": (lambda d: (d / "train-00000.bin").open("ab").write(b"x"), "401 bytes found.*appended at byte 400"),
-    "missing": (lambda d: (d / "train-00000.bin").unlink(), r"train-00000\.bin: cannot be read \(No such file"),
-    "changed": (change_a_token, r"train-00000\.bin: changed since preparation at byte 0 .* found, .* expected"),
+    "truncated by a byte": (
+        truncate_by_a_byte,
+        r"train-00000\.bin: 399 bytes found, 400 expected \(truncated at byte",
+    ),
+    "empty": (
+        lambda d: (d / "val-00000.bin").write_bytes(b""),
+        r"val-00000\.bin: empty, 40 bytes expected",
+    ),
+    "appended": (
+        lambda d: (d / "train-00000.bin").open("ab").write(b"x"),
+        "401 bytes found.*appended at byte 400",
+    ),
+    "missing": (
+        lambda d: (d / "train-00000.bin").unlink(),
+        r"train-00000\.bin: cannot be read \(No such file",
+    ),
+    "changed": (
+        change_a_token,
+        r"train-00000\.bin: changed since preparation at byte 0 .* found, .* expected",
+    ),
     "other dtype": (as_uint32, r"800 bytes found, 400 expected: the other dtype"),
-    "offsets cut": (lambda d: (d / "train-00000.offsets").write_bytes(b"\0" * 8), r"\.offsets: 8 bytes found, 16"),
-    "offsets changed": (lambda d: (d / "train-00000.offsets").write_bytes(b"\1" * 16), r"\.offsets: changed since"),
-    "tokenizer changed": (lambda d: (d / "tokenizer.json").write_bytes(b"{}"), r"tokenizer\.json: 2 bytes found"),
+    "offsets cut": (
+        lambda d: (d / "train-00000.offsets").write_bytes(b"\0" * 8),
+        r"\.offsets: 8 bytes found, 16",
+    ),
+    "offsets changed": (
+        lambda d: (d / "train-00000.offsets").write_bytes(b"\1" * 16),
+        r"\.offsets: changed since",
+    ),
+    "tokenizer changed": (
+        lambda d: (d / "tokenizer.json").write_bytes(b"{}"),
+        r"tokenizer\.json: 2 bytes found",
+    ),
     "manifest of another dtype": (
         lambda d: edit_manifest(d, lambda m: m.update(dtype="uint32")),
         r"2 bytes a token found, uint32 has 4",
@@ -181,7 +251,9 @@ def test_damage_is_named(small, name):
     damage(small)
     with pytest.raises(UserError, match=message) as caught:
         open_dataset(small)
-    assert f"python launch/download_data.py --dataset ... --output {small} --force" in str(caught.value)
+    assert f"python launch/download_data.py --dataset ... --output {small} --force" in str(
+        caught.value
+    )
 
 
 def test_all_damage_is_named_at_once(small):
@@ -197,18 +269,39 @@ def set_file_name(name):
 
 BAD_MANIFESTS = {
     "missing": (lambda d: (d / "manifest.json").unlink(), "not a dataset, it has no manifest.json"),
-    "a pickle": (lambda d: (d / "manifest.json").write_bytes(pickle.dumps({"format_version": 1})), "Invalid JSON"),
+    "a pickle": (
+        lambda d: (d / "manifest.json").write_bytes(pickle.dumps({"format_version": 1})),
+        "Invalid JSON",
+    ),
     "not JSON": (lambda d: (d / "manifest.json").write_text("{"), "Invalid JSON"),
-    "another version": (lambda d: edit_manifest(d, lambda m: m.update(format_version=2)), "format_version: Input"),
-    "an unknown key": (lambda d: edit_manifest(d, lambda m: m.update(extra=1)), "extra: Extra inputs"),
-    "a path upwards": (set_file_name("../train-00000.bin"), r"splits\.train\.0\.file: String should match"),
-    "an absolute path": (set_file_name("/etc/passwd"), r"splits\.train\.0\.file: String should match"),
-    "a line break": (set_file_name("train-00000.bin\n"), r"splits\.train\.0\.file: String should match"),
+    "another version": (
+        lambda d: edit_manifest(d, lambda m: m.update(format_version=2)),
+        "format_version: Input",
+    ),
+    "an unknown key": (
+        lambda d: edit_manifest(d, lambda m: m.update(extra=1)),
+        "extra: Extra inputs",
+    ),
+    "a path upwards": (
+        set_file_name("../train-00000.bin"),
+        r"splits\.train\.0\.file: String should match",
+    ),
+    "an absolute path": (
+        set_file_name("/etc/passwd"),
+        r"splits\.train\.0\.file: String should match",
+    ),
+    "a line break": (
+        set_file_name("train-00000.bin\n"),
+        r"splits\.train\.0\.file: String should match",
+    ),
     "too narrow a dtype": (
         lambda d: edit_manifest(d, lambda m: m.update(vocabulary=70000)),
         "does not fit into uint16",
     ),
-    "no tokens": (lambda d: edit_manifest(d, lambda m: shard(m).update(tokens=0)), r"tokens: Input should be greater"),
+    "no tokens": (
+        lambda d: edit_manifest(d, lambda m: shard(m).update(tokens=0)),
+        r"tokens: Input should be greater",
+    ),
 }
 
 
@@ -221,7 +314,9 @@ def test_a_bad_manifest_is_refused(small, name):
 
 
 def test_missing_data_says_what_to_type(tmp_path):
-    with pytest.raises(UserError, match=r"no dataset here; prepare one: python launch/download_data\.py"):
+    with pytest.raises(
+        UserError, match=r"no dataset here; prepare one: python launch/download_data\.py"
+    ):
         open_dataset(tmp_path / "none")
     (tmp_path / "half.partial").mkdir()
     with pytest.raises(UserError, match="has not finished; the same command again continues it"):
@@ -249,7 +344,10 @@ def test_an_id_out_of_range_between_the_probes_is_never_trained_on(tmp_path):
     tokens.flush()
     stream = open_dataset(directory).split("train")
     assert set(stream.read(0, 35_000)) == {1}
-    with pytest.raises(UserError, match=r"train-00000\.bin: token id 300 found at byte 70000, ids below 257 expected"):
+    with pytest.raises(
+        UserError,
+        match=r"train-00000\.bin: token id 300 found at byte 70000, ids below 257 expected",
+    ):
         stream.read(34_990, 35_010)
 
 
@@ -262,15 +360,25 @@ def test_ids_and_offsets_that_a_wrong_manifest_vouches_for_are_found(small):
     def vouch(content):
         tokens.tofile(small / "val-00000.bin")
         record = shard(content, "val")
-        record.update(integrity.record_file(small / "val-00000.bin").model_dump(mode="json"), tokens=2**20, max_token=4)
-        record["offsets"] = integrity.record_file(small / "val-00000.offsets").model_dump(mode="json")
+        record.update(
+            integrity.record_file(small / "val-00000.bin").model_dump(mode="json"),
+            tokens=2**20,
+            max_token=4,
+        )
+        record["offsets"] = integrity.record_file(small / "val-00000.offsets").model_dump(
+            mode="json"
+        )
 
     edit_manifest(small, vouch)
     verify(small)
     with pytest.raises(UserError) as caught:
         verify(small, full=True)
-    assert "val-00000.bin: token id 900 found at byte 70000, ids below 257 expected" in str(caught.value)
-    assert f"offsets: offset {2**21} at byte 0, increasing offsets below {2**20} expected" in str(caught.value)
+    assert "val-00000.bin: token id 900 found at byte 70000, ids below 257 expected" in str(
+        caught.value
+    )
+    assert f"offsets: offset {2**21} at byte 0, increasing offsets below {2**20} expected" in str(
+        caught.value
+    )
     tokens[1] = 901
     edit_manifest(small, vouch)
     with pytest.raises(UserError, match="token id 901 found at byte 2, ids below 257 expected"):
@@ -285,9 +393,13 @@ def test_full_verification_passes_what_was_prepared(small):
 
 
 @settings(deadline=None)
-@given(count=st.integers(1, 700), seed=st.integers(-(2**63), 2**63 - 1), epoch=st.integers(0, 2**40))
+@given(
+    count=st.integers(1, 700), seed=st.integers(-(2**63), 2**63 - 1), epoch=st.integers(0, 2**40)
+)
 def test_each_epoch_is_a_permutation(count, seed, epoch):
-    assert sorted(permute(index, count, seed=seed, epoch=epoch) for index in range(count)) == list(range(count))
+    assert sorted(permute(index, count, seed=seed, epoch=epoch) for index in range(count)) == list(
+        range(count)
+    )
 
 
 @settings(deadline=None)
@@ -300,7 +412,9 @@ def test_large_epochs_stay_in_range_and_do_not_collide(count, data):
 
 
 def test_the_order_looks_random():
-    """For a random permutation |place - index| has mean n / 3, and neighbours are as far apart as strangers."""
+    """For a random permutation |place - index| has mean n / 3, and neighbours are as far apart
+    as strangers.
+    """
     count = 4096
     for epoch in range(3):
         places = np.array([permute(index, count, seed=0, epoch=epoch) for index in range(count)])
@@ -311,7 +425,9 @@ def test_the_order_looks_random():
 
 def test_the_order_depends_on_seed_and_epoch():
     orders = {
-        tuple(permute(index, 50, seed=seed, epoch=epoch) for index in range(50)) for seed in (0, 1) for epoch in (0, 1)
+        tuple(permute(index, 50, seed=seed, epoch=epoch) for index in range(50))
+        for seed in (0, 1)
+        for epoch in (0, 1)
     }
     assert len(orders) == 4
 
@@ -381,7 +497,11 @@ def test_a_batch_stacks_its_samples(small):
         assert batch.tokens[row].tolist() == sample.tokens.tolist()
         assert batch.targets[row].tolist() == sample.targets.tolist()
         assert batch.document_ids[row].tolist() == sample.document_ids.tolist()
-    assert (batch.tokens.dtype, batch.targets.dtype, batch.document_ids.dtype) == (np.int64, np.int64, np.int32)
+    assert (batch.tokens.dtype, batch.targets.dtype, batch.document_ids.dtype) == (
+        np.int64,
+        np.int64,
+        np.int32,
+    )
     assert batch.sample_ids.tolist() == indices
 
 
@@ -401,7 +521,8 @@ def test_document_ids_separate_the_documents_of_a_sample(tmp_path):
 
 def test_a_split_too_short_for_a_sample_is_refused(small, tmp_path):
     with pytest.raises(
-        UserError, match=r"val split has 20 tokens, a sample takes 33; use a model.sequence_length of at"
+        UserError,
+        match=r"val split has 20 tokens, a sample takes 33; use a model.sequence_length of at",
     ):
         open_stream(small, split="val", sequence_length=32)
     without = write_dataset(tmp_path / "without", [[1, 2, 3]])
@@ -457,5 +578,7 @@ def test_a_blend_draws_from_each_dataset_at_its_own_pace(tmp_path):
 def test_a_blend_of_two_tokenizers_is_refused(tmp_path, small):
     other = write_dataset(tmp_path / "other", [[1, 2, 3, 4, 5, 6]])
     edit_manifest(other, lambda m: m["tokenizer"].update(sha256="0" * 64, name="bpe:500"))
-    with pytest.raises(UserError, match=r"its tokenizer \(bpe:500\) is not that of .*small \(bytes\)"):
+    with pytest.raises(
+        UserError, match=r"its tokenizer \(bpe:500\) is not that of .*small \(bytes\)"
+    ):
         open_stream(small, other)

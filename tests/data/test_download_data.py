@@ -1,4 +1,6 @@
-"""Preparing datasets: sources, splits, interruption, full disks, and nothing overwritten by accident."""
+"""Preparing datasets: sources, splits, interruption, full disks, and nothing overwritten by
+accident.
+"""
 
 from __future__ import annotations
 
@@ -28,16 +30,24 @@ from megagpt.download_data import Request, prepare, prepare_embedded_corpus
 from megagpt.utils import UserError
 from tests import REPOSITORY
 
-DOCUMENTS = [f"Document {number}: naïve 🙂\n" + f"word{number} " * (number % 7 * 10) for number in range(60)]
+DOCUMENTS = [
+    f"Document {number}: naïve 🙂\n" + f"word{number} " * (number % 7 * 10) for number in range(60)
+]
 
 
 def write_jsonl(path: Path, documents=DOCUMENTS, column="text") -> Path:
-    path.write_text("".join(json.dumps({column: text, "number": n}) + "\n" for n, text in enumerate(documents)))
+    path.write_text(
+        "".join(json.dumps({column: text, "number": n}) + "\n" for n, text in enumerate(documents))
+    )
     return path
 
 
 def write_text(path: Path, lines=4000) -> Path:
-    path.write_text("".join(f"line {number} says\n{number * number}\n\n" * (number % 3) for number in range(lines)))
+    path.write_text(
+        "".join(
+            f"line {number} says\n{number * number}\n\n" * (number % 3) for number in range(lines)
+        )
+    )
     return path
 
 
@@ -115,9 +125,9 @@ def test_a_long_text_file_comes_in_pieces_that_tokenise_as_the_whole(tmp_path, m
     encoding = build_tokenizer("bpe:400", lambda: [whole])
     assert len(pieces) > 50
     assert "".join(piece.text for piece in pieces) == whole
-    assert [token for piece in pieces for token in encoding.encode_ordinary(piece.text)] == encoding.encode_ordinary(
-        whole
-    )
+    assert [
+        token for piece in pieces for token in encoding.encode_ordinary(piece.text)
+    ] == encoding.encode_ordinary(whole)
     assert [piece.starts for piece in pieces] == [True] + [False] * (len(pieces) - 1)
     assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
 
@@ -126,7 +136,10 @@ def test_a_character_cut_by_a_block_survives(tmp_path, monkeypatch):
     monkeypatch.setattr(corpora, "TEXT_BLOCK_BYTES", 3)
     path = tmp_path / "a.txt"
     path.write_text("aé🙂\nb🙂🙂\nc", encoding="utf-8")
-    assert "".join(piece.text for piece in TextFiles([path], {}, None, None).pieces()) == "aé🙂\nb🙂🙂\nc"
+    assert (
+        "".join(piece.text for piece in TextFiles([path], {}, None, None).pieces())
+        == "aé🙂\nb🙂🙂\nc"
+    )
 
 
 def test_workers_change_nothing_but_the_time(tmp_path, monkeypatch):
@@ -140,7 +153,10 @@ def test_workers_change_nothing_but_the_time(tmp_path, monkeypatch):
 def test_a_text_cannot_end_a_document(tmp_path):
     path = write_jsonl(tmp_path / "data.jsonl", ["before<|endoftext|>after", "", "next"])
     prepared = quietly(request(path, tmp_path / "out", validation_fraction=0))
-    assert texts(prepared, "train") == ["before<|endoftext|>after<|endoftext|>", "next<|endoftext|>"]
+    assert texts(prepared, "train") == [
+        "before<|endoftext|>after<|endoftext|>",
+        "next<|endoftext|>",
+    ]
     stream = prepared.split("train")
     assert (stream.read(0, len(stream)) == 256).sum() == 2
 
@@ -194,7 +210,9 @@ def test_many_documents_are_held_out_at_even_distances(tmp_path, fraction):
 
 def test_max_tokens_is_exact_and_shards_are_cut_at_documents(tmp_path):
     path = write_jsonl(tmp_path / "data.jsonl")
-    prepared = quietly(request(path, tmp_path / "out", max_tokens=3000, shard_tokens=500, validation_fraction=0.1))
+    prepared = quietly(
+        request(path, tmp_path / "out", max_tokens=3000, shard_tokens=500, validation_fraction=0.1)
+    )
     manifest = prepared.manifest
     assert (manifest.tokens("train"), manifest.tokens("val")) == (2700, 300)
     assert len(manifest.shards("train")) > 3
@@ -219,9 +237,18 @@ def test_the_manifest_says_what_the_data_are(tmp_path):
 
 BAD_REQUESTS = {
     "no such file": ({"dataset": "none/*.jsonl"}, "no such file; a pattern needs quotes"),
-    "no such kind": ({"dataset": "a/b/c.csv"}, r"use stdlib, a Hugging Face dataset \(owner/name\), or a path"),
-    "no such column": ({"column": "body"}, "row 0 has no column 'body'; choose one with --column: text, number"),
-    "not a text": ({"column": "number"}, "column 'number' holds int, not text; choose another with --column"),
+    "no such kind": (
+        {"dataset": "a/b/c.csv"},
+        r"use stdlib, a Hugging Face dataset \(owner/name\), or a path",
+    ),
+    "no such column": (
+        {"column": "body"},
+        "row 0 has no column 'body'; choose one with --column: text, number",
+    ),
+    "not a text": (
+        {"column": "number"},
+        "column 'number' holds int, not text; choose another with --column",
+    ),
     "no such tokenizer": ({"tokenizer": "gpt3"}, 'did you mean "gpt2"'),
     "fraction of one": ({"validation_fraction": 1.0}, "use a number from 0 to below 1"),
     "no workers": ({"workers": 0}, "--workers 0: use a whole number above 0"),
@@ -262,13 +289,18 @@ def test_text_in_another_encoding_is_refused_with_its_place(tmp_path, monkeypatc
 
 def test_the_command_answers_without_heavy_imports(tmp_path):
     heavy = {"torch", "deepspeed", "datasets", "tokenizers", "tiktoken", "pyarrow"}
-    code = f"import sys, megagpt.download_data as d; d._parser(); sys.exit(bool({heavy} & set(sys.modules)))"
+    code = (
+        f"import sys, megagpt.download_data as d; d._parser(); sys.exit(bool({heavy} & "
+        f"set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
 
 
 def run_command_line(*arguments) -> subprocess.CompletedProcess:
     script = str(REPOSITORY / "launch" / "download_data.py")
-    return subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, script, *map(str, arguments)], capture_output=True, text=True
+    )
 
 
 def test_the_command_line(tmp_path):
@@ -281,7 +313,10 @@ def test_the_command_line(tmp_path):
     assert (again.returncode, again.stdout.split(": ")[1]) == (0, "already prepared")
     refused = run_command_line(*options, "--max-tokens", 5)
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert "differs in max_tokens; choose another --output, or replace it with --force" in refused.stderr
+    assert (
+        "differs in max_tokens; choose another --output, or replace it with --force"
+        in refused.stderr
+    )
     assert run_command_line("--help").returncode == 0
     assert run_command_line("--output", "x").returncode == 2
 
@@ -308,11 +343,15 @@ def test_a_directory_of_something_else_is_never_touched(tmp_path):
     for force in (False, True):
         with pytest.raises(UserError, match=r"out: in the way, and not a dataset"):
             quietly(request(path, tmp_path / "out", force=force))
-        with pytest.raises(UserError, match=r"other\.partial: in the way, and no preparation wrote thesis\.tex"):
+        with pytest.raises(
+            UserError, match=r"other\.partial: in the way, and no preparation wrote thesis\.tex"
+        ):
             quietly(request(path, tmp_path / "other", force=force))
     quietly(request(path, tmp_path / "done"))
     shutil.copytree(tmp_path / "other.partial", tmp_path / "done.partial")
-    quietly(request(path, tmp_path / "done"))  # already prepared: what lies beside it is none of our business
+    quietly(
+        request(path, tmp_path / "done")
+    )  # already prepared: what lies beside it is none of our business
     assert (tmp_path / "done.partial" / "thesis.tex").exists()
     assert names(tmp_path) == {"data.jsonl", "out", "other.partial", "done", "done.partial"}
     assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
@@ -333,10 +372,13 @@ def test_a_damaged_dataset_is_not_called_prepared(tmp_path):
 WORKER = """
     import os, signal, sys
     from pathlib import Path
-    from megagpt.data import corpora, writer as dataset_writer, encoding_pool; from megagpt import download_data
+    from megagpt import download_data
+    from megagpt.data import corpora, encoding_pool
+    from megagpt.data import writer as dataset_writer
     from megagpt.utils import run_command
 
-    download_data.COMMIT_TOKENS, encoding_pool.BATCH_CHARACTERS, corpora.TEXT_BLOCK_BYTES = 700, 200, 200
+    download_data.COMMIT_TOKENS = 700
+    encoding_pool.BATCH_CHARACTERS = corpora.TEXT_BLOCK_BYTES = 200
     {trouble}
     if __name__ == "__main__":
         arguments = {arguments}
@@ -345,12 +387,18 @@ WORKER = """
 
 
 def run_with_trouble(tmp_path: Path, trouble: str, *arguments) -> subprocess.CompletedProcess:
-    """The command in a process of its own, with commit points close together and something going wrong."""
+    """The command in a process of its own, with commit points close together and something going
+    wrong.
+    """
     script = tmp_path / "worker.py"
     trouble = textwrap.indent(textwrap.dedent(trouble), "    ").strip()
-    script.write_text(textwrap.dedent(WORKER.format(trouble=trouble, arguments=[str(a) for a in arguments])))
+    script.write_text(
+        textwrap.dedent(WORKER.format(trouble=trouble, arguments=[str(a) for a in arguments]))
+    )
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True
+    )
 
 
 KILL_AFTER_COMMITS = """
@@ -367,7 +415,8 @@ KILL_AFTER_COMMITS = """
     dataset_writer.SplitWriter.write = killing_write
 """
 KILL_BEFORE = """
-    dataset_writer.{function} = download_data.{function} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    dataset_writer.{function} = download_data.{function} = kill
 """
 
 
@@ -377,7 +426,14 @@ def killed(commits: int | str) -> str:
     return KILL_BEFORE.format(function=commits)
 
 
-CASES = [("txt", 0), ("txt", 1), ("txt", 3), ("txt", "_sealed_shard"), ("txt", "publish"), ("jsonl", 2)]
+CASES = [
+    ("txt", 0),
+    ("txt", 1),
+    ("txt", 3),
+    ("txt", "_sealed_shard"),
+    ("txt", "publish"),
+    ("jsonl", 2),
+]
 
 
 @pytest.mark.parametrize(("suffix", "when"), CASES)
@@ -413,7 +469,16 @@ def test_workers_end_with_a_killed_parent(tmp_path):
         dataset_writer.DatasetWriter.commit = killing_commit
     """
     path = write_jsonl(tmp_path / "data.jsonl")
-    arguments = ("--dataset", path, "--tokenizer", "bytes", "--workers", 2, "--output", tmp_path / "out")
+    arguments = (
+        "--dataset",
+        path,
+        "--tokenizer",
+        "bytes",
+        "--workers",
+        2,
+        "--output",
+        tmp_path / "out",
+    )
     dead = run_with_trouble(tmp_path, trouble, *arguments)
     workers = [int(pid) for pid in dead.stdout.split()]
     assert workers
@@ -432,10 +497,21 @@ def is_zombie(pid: int) -> bool:
 
 def test_unfinished_work_for_another_request_is_kept(tmp_path):
     path = write_jsonl(tmp_path / "data.jsonl")
-    arguments = ("--dataset", path, "--tokenizer", "bytes", "--workers", 1, "--output", tmp_path / "out")
+    arguments = (
+        "--dataset",
+        path,
+        "--tokenizer",
+        "bytes",
+        "--workers",
+        1,
+        "--output",
+        tmp_path / "out",
+    )
     run_with_trouble(tmp_path, killed(2), *arguments)
     left = names(tmp_path / "out.partial")
-    with pytest.raises(UserError, match="unfinished preparation of other data or with other options; --force"):
+    with pytest.raises(
+        UserError, match="unfinished preparation of other data or with other options; --force"
+    ):
         quietly(request(path, tmp_path / "out", max_tokens=100))
     write_jsonl(path, DOCUMENTS[:50])  # the corpus changed meanwhile
     with pytest.raises(UserError, match="unfinished preparation of other data"):
@@ -450,8 +526,20 @@ def test_unfinished_work_for_another_request_is_kept(tmp_path):
 def test_a_full_disk_says_need_and_have_and_the_work_continues(tmp_path):
     """RLIMIT_FSIZE stands in for a full disk: the write is cut short and the next one fails."""
     path = write_text(tmp_path / "data.txt", lines=800)
-    arguments = ("--dataset", path, "--tokenizer", "bytes", "--workers", 1, "--output", tmp_path / "out")
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, resource.getrlimit(1)[1]))"
+    arguments = (
+        "--dataset",
+        path,
+        "--tokenizer",
+        "bytes",
+        "--workers",
+        1,
+        "--output",
+        tmp_path / "out",
+    )
+    limit = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, "
+        "resource.getrlimit(1)[1]))"
+    )
     full = run_with_trouble(tmp_path, limit, *arguments)
     assert full.returncode == 2
     assert "File too large: need" in full.stderr
@@ -460,9 +548,9 @@ def test_a_full_disk_says_need_and_have_and_the_work_continues(tmp_path):
     resumed = run_with_trouble(tmp_path, "", *arguments)
     assert resumed.returncode == 0, resumed.stderr
     assert "continuing after" in resumed.stdout
-    assert "".join(t for s in ("train", "val") for t in texts(open_dataset(tmp_path / "out"), s)) == (
-        path.read_text() + "<|endoftext|>"
-    )
+    assert "".join(
+        t for s in ("train", "val") for t in texts(open_dataset(tmp_path / "out"), s)
+    ) == (path.read_text() + "<|endoftext|>")
 
 
 @pytest.mark.root
@@ -471,14 +559,18 @@ def test_a_small_disk_is_refused_before_anything_is_written(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=17m", "tmpfs", str(disk)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=17m", "tmpfs", str(disk)],
+        capture_output=True,
+        text=True,
     )
     if mount.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {mount.stderr.strip()}")
     try:
         path = tmp_path / "data.txt"
         path.write_text("0123456789abcde\n" * 100_000)
-        with pytest.raises(UserError, match=r"need 19\.05 MiB more at least, have 1\d\.\d\d MiB\. Free some space"):
+        with pytest.raises(
+            UserError, match=r"need 19\.05 MiB more at least, have 1\d\.\d\d MiB\. Free some space"
+        ):
             quietly(request(path, disk / "out"))
         assert names(disk) == set()
         shutil.copy(write_jsonl(tmp_path / "data.jsonl"), disk)
@@ -492,9 +584,20 @@ def test_a_small_disk_is_refused_before_anything_is_written(tmp_path):
 
 def test_the_embedded_corpus_is_prepared_once_by_whoever_comes_first(tmp_path):
     """Several ranks of one host find it missing at the same moment."""
-    code = "import sys; from pathlib import Path; from megagpt.download_data import prepare_embedded_corpus as p;"
-    command = [sys.executable, "-c", code + "p(Path(sys.argv[1]))", str(tmp_path / "data" / "stdlib")]
-    ranks = [subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    code = (
+        "import sys; from pathlib import Path; from megagpt.download_data import "
+        "prepare_embedded_corpus as p;"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        code + "p(Path(sys.argv[1]))",
+        str(tmp_path / "data" / "stdlib"),
+    ]
+    ranks = [
+        subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
     outputs = [rank.communicate()[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0, 0]
     assert sum(", in " in output for output in outputs) == 1

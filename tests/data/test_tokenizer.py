@@ -1,4 +1,6 @@
-"""The stored tokenizer: one file, the same ids through tiktoken and through Hugging Face tokenizers."""
+"""The stored tokenizer: one file, the same ids through tiktoken and through Hugging Face
+tokenizers.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from megagpt.utils import UserError
 
 CORPUS = [
     Path(tokenizer.__file__).read_text(),
-    "naïve café, Ελληνικά, 日本語のテキスト, العربية, 한국어 🙂🙂👩‍👩‍👧 e\u0301 it's we'll they've " * 20,
+    "naïve café, Ελληνικά, 日本語のテキスト, العربية, 한국어 🙂🙂👩‍👩‍👧 e\u0301 it's we'll they've "
+    * 20,
     "aaa aaaa aaaaaaa 0000000 --------- \t\t\n\n\n    \r\n " * 40,
 ]
 PIECES = [
@@ -46,11 +49,15 @@ def stored(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def both(stored):
-    return tokenizer.load_tokenizer(stored), tokenizers.Tokenizer.from_file(str(stored / "tokenizer.json"))
+    return tokenizer.load_tokenizer(stored), tokenizers.Tokenizer.from_file(
+        str(stored / "tokenizer.json")
+    )
 
 
 def ids_without_special_tokens(hugging_face: tokenizers.Tokenizer, text: str) -> list[int]:
-    hugging_face.encode_special_tokens = True  # reads "<|endoftext|>" in a text as text, as encode_ordinary does
+    hugging_face.encode_special_tokens = (
+        True  # reads "<|endoftext|>" in a text as text, as encode_ordinary does
+    )
     return hugging_face.encode(text, add_special_tokens=False).ids
 
 
@@ -75,7 +82,9 @@ def periodic(tmp_path_factory):
     directory = tmp_path_factory.mktemp("periodic")
     corpus = ["aabab" * 9 + "a" * 11, "abaaabb" * 7, "b" * 13]
     tokenizer.save_tokenizer(tokenizer.train_byte_level_bpe(corpus, 290), directory)
-    return tokenizer.load_tokenizer(directory), tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    return tokenizer.load_tokenizer(directory), tokenizers.Tokenizer.from_file(
+        str(directory / "tokenizer.json")
+    )
 
 
 @settings(deadline=None)
@@ -87,13 +96,18 @@ def test_ids_equal_on_periodic_text(periodic, text):
 
 
 def test_training_is_deterministic_across_processes():
-    """Another process has other hash seeds; the fingerprint of a prepared corpus must not depend on them."""
+    """Another process has other hash seeds; the fingerprint of a prepared corpus must not depend
+    on them.
+    """
     code = (
         "from megagpt.data import tokenizer; import hashlib;"
         "e = tokenizer.train_byte_level_bpe([open(tokenizer.__file__).read()], 500);"
         "print(hashlib.sha256(repr(sorted(e._mergeable_ranks.items())).encode()).hexdigest())"
     )
-    outputs = {subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout for _ in range(2)}
+    outputs = {
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+        for _ in range(2)
+    }
     assert len(outputs) == 1
 
 
@@ -119,7 +133,9 @@ def test_a_small_corpus_gives_a_smaller_vocabulary():
 
 @pytest.mark.parametrize("name", ["cl100k_base", "o200k_base"])
 def test_published_encodings_are_stored_and_read_back(name, tmp_path, monkeypatch, both):
-    """tiktoken's own pattern and special tokens with a small merge table: the real one needs the network."""
+    """tiktoken's own pattern and special tokens with a small merge table: the real one needs the
+    network.
+    """
     ranks = both[0]._mergeable_ranks
     monkeypatch.setattr(tiktoken_ext.openai_public, "load_tiktoken_bpe", lambda *_, **__: ranks)
     monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
@@ -144,7 +160,12 @@ def test_unreachable_network_says_what_to_type(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("gtp2", 'did you mean "gpt2"'), ("bpe:100", "at least 257"), ("bpe:", "unknown"), ("../x", "unknown")],
+    [
+        ("gtp2", 'did you mean "gpt2"'),
+        ("bpe:100", "at least 257"),
+        ("bpe:", "unknown"),
+        ("../x", "unknown"),
+    ],
 )
 def test_bad_names_are_refused(name, message):
     with pytest.raises(UserError, match=message):

@@ -1,5 +1,7 @@
-"""Training in bf16 loses no more than a plain process does, also where gradients add up in fp32 (the matrix,
-tests/equality/test_matrix.py, has the others): `megagpt/parity/tolerance.py` says how far it may stray."""
+"""Training in bf16 loses no more than a plain process does, also where gradients add up in fp32
+(the matrix, tests/equality/test_matrix.py, has the others): `megagpt/parity/tolerance.py` says
+how far it may stray.
+"""
 
 from functools import cache
 from typing import Any

@@ -1,4 +1,6 @@
-"""Every configuration that ships is read, is legal at the size it is meant for, and trains as a plain process does."""
+"""Every configuration that ships is read, is legal at the size it is meant for, and trains as a
+plain process does.
+"""
 
 import json
 import math
@@ -48,19 +50,29 @@ def test_each_shipped_file_has_a_row_here() -> None:
 @pytest.mark.parametrize("ranks", [8, 16])
 def test_it_is_legal_where_it_is_meant_to_run(path: Path, ranks: int) -> None:
     config = load_config(path)
-    world = World(config.megagpt.parallel.world_size or ranks, vocabulary=GPT_VOCABULARY, bf16_native=True)
+    world = World(
+        config.megagpt.parallel.world_size or ranks, vocabulary=GPT_VOCABULARY, bf16_native=True
+    )
     require_legal(config, world=world)
     resolved = world.resolve(config)
     stage, optimizer, parameters = MECHANISMS[path.stem]
     zero = resolved.zero_optimization
-    assert (zero.stage, zero.optimizer_device, zero.parameter_device) == (stage, optimizer, parameters)
+    assert (zero.stage, zero.optimizer_device, zero.parameter_device) == (
+        stage,
+        optimizer,
+        parameters,
+    )
 
 
 def scaled_down(path: Path, swap: Path, samples: int) -> dict[str, Any]:
-    """The file with a small model, a small batch and few steps, in bf16 as on the GPU it is meant for."""
+    """The file with a small model, a small batch and few steps, in bf16 as on the GPU it is
+    meant for.
+    """
     document = json.loads(path.read_text())
     document.pop("$schema")
-    width = 512 if "nvme" in MECHANISMS[path.stem] else 64  # DeepSpeed swaps shards of 1 MiB and more
+    width = (
+        512 if "nvme" in MECHANISMS[path.stem] else 64
+    )  # DeepSpeed swaps shards of 1 MiB and more
     document |= {"train_batch_size": samples, "train_micro_batch_size_per_gpu": 1}
     document["scheduler"]["params"] |= {"total_num_steps": SCHEDULE, "warmup_num_steps": WARM_UP}
     document["megagpt"]["model"] = {
@@ -83,12 +95,15 @@ def scaled_down(path: Path, swap: Path, samples: int) -> dict[str, Any]:
                 zero[part]["buffer_size"] = 2**20
         zero.get(part, {}).pop("pin_memory", None)  # pages are pinned for a GPU
     if zero["stage"] == 3:
-        zero["stage3_param_persistence_threshold"] = 0  # its smallest parameters are this model's largest
+        zero["stage3_param_persistence_threshold"] = (
+            0  # its smallest parameters are this model's largest
+        )
     return document
 
 
 def rate(step: int) -> float:
-    """The share of the learning rate that each file's schedule, warm-up and cosine, gives to a step (from 0).
+    """The share of the learning rate that each file's schedule, warm-up and cosine, gives to a step
+    (from 0).
 
     DeepSpeed counts from the second: the first two are made at zero.
     """
@@ -102,8 +117,9 @@ def rate(step: int) -> float:
 def plain_runs(config: dict[str, Any]) -> tuple[PlainRun, PlainRun]:
     """The plain process in fp32, and in bf16: with the schedule, and from where DeepSpeed starts.
 
-    That is from master weights copied from bf16 parameters. From there updates of less than half a step of bf16, as
-    the largest models' learning rates make them, reach a forward only once several have added up.
+    That is from master weights copied from bf16 parameters. From there updates of less than half a
+    step of bf16, as the largest models' learning rates make them, reach a forward only once several
+    have added up.
     """
     adam, initialise = plain_process._adam, plain_process.initialise_
 
@@ -122,7 +138,11 @@ def plain_runs(config: dict[str, Any]) -> tuple[PlainRun, PlainRun]:
 
 RUNS = [
     *((path, "four_ranks" if path.stem in MESHES else "two_ranks") for path in CONFIGS),
-    *(pytest.param(path, "eight_ranks", marks=pytest.mark.slow) for path in CONFIGS if path.stem in MESHES),
+    *(
+        pytest.param(path, "eight_ranks", marks=pytest.mark.slow)
+        for path in CONFIGS
+        if path.stem in MESHES
+    ),
 ]
 
 
@@ -157,7 +177,9 @@ def test_it_trains_as_a_plain_process_when_scaled_down_and_its_mechanism_acts(
         assert (seen["elements_on_nvme"] > 0) == (parameters == "nvme")
         assert bool(seen["swap_files"]) == (optimizer == "nvme")
         assert (("pipeline", "send") in rank["traffic"]) == (path.stem in MESHES)
-        if path.stem in MESHES:  # hidden states of four micro-batches of 16 tokens; losses and norms are a number each
+        if (
+            path.stem in MESHES
+        ):  # hidden states of four micro-batches of 16 tokens; losses and norms are a number each
             hidden = 4 * LENGTH * 64
             assert rank["traffic"]["pipeline", "send"][1] >= hidden
             assert rank["traffic"]["tensor", "all_reduce"][1] >= 4 * hidden

@@ -1,4 +1,6 @@
-"""Pipelines in fp16: the loss is scaled once, whatever the number of stages, and all ranks agree on an overflow."""
+"""Pipelines in fp16: the loss is scaled once, whatever the number of stages, and all ranks agree
+on an overflow.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -38,9 +40,16 @@ def same_run_in_fp32(config: Config) -> plain.plain.PlainRun:
 CASES = [
     (3, {"pipeline": 2}, "none"),
     pytest.param(1, {"pipeline": 4}, "none", marks=pytest.mark.slow),
-    pytest.param(2, {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 2}, "cpu", marks=pytest.mark.slow),
+    pytest.param(
+        2,
+        {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 2},
+        "cpu",
+        marks=pytest.mark.slow,
+    ),
     pytest.param(3, {"pipeline": 2, "tensor": 2, "sequence": True}, "cpu", marks=pytest.mark.slow),
-    pytest.param(3, {"pipeline": 2, "gradient_reduction": "per_micro_batch"}, "none", marks=pytest.mark.slow),
+    pytest.param(
+        3, {"pipeline": 2, "gradient_reduction": "per_micro_batch"}, "none", marks=pytest.mark.slow
+    ),
 ]
 
 
@@ -48,7 +57,9 @@ CASES = [
 def test_a_pipeline_in_fp16_strays_from_fp32_by_its_rounding_only(
     four_ranks: RankPool, stage: int, parallel: dict[str, Any], optimizer: str
 ) -> None:
-    """A second scaling of what stages send each other would be seen in the norm, 4,096 times too large."""
+    """A second scaling of what stages send each other would be seen in the norm, 4,096 times too
+    large.
+    """
     config = in_fp16(stage, parallel, optimizer)
     reference = same_run_in_fp32(config)
     for rank in AllowingFp16(four_ranks).run(
@@ -57,8 +68,12 @@ def test_a_pipeline_in_fp16_strays_from_fp32_by_its_rounding_only(
         assert rank["evidence"]["parameter_type"] == "torch.float16"
         assert rank["scales"] == [2.0**12] * STEPS
         assert all(result.applied for result in rank["results"])
-        assert [result.loss for result in rank["results"]] == pytest.approx(reference.losses, rel=2e-3)
-        assert [result.grad_norm for result in rank["results"]] == pytest.approx(reference.norms, rel=2e-2)
+        assert [result.loss for result in rank["results"]] == pytest.approx(
+            reference.losses, rel=2e-3
+        )
+        assert [result.grad_norm for result in rank["results"]] == pytest.approx(
+            reference.norms, rel=2e-2
+        )
 
 
 @pytest.mark.slow
@@ -66,9 +81,13 @@ def test_a_pipeline_in_fp16_strays_from_fp32_by_its_rounding_only(
 def test_all_stages_skip_a_step_that_overflows_on_one_and_lower_the_scale_together(
     four_ranks: RankPool, stage: int
 ) -> None:
-    """The scale begins too high: gradients overflow, every rank skips and halves the scale until all of them fit."""
+    """The scale begins too high: gradients overflow, every rank skips and halves the scale until
+    all of them fit.
+    """
     config = in_fp16(stage, {"pipeline": 2}, initial_scale_power=30, hysteresis=1)
-    ranks = AllowingFp16(four_ranks).run("tests.support.jobs.training:train_with_loss_scale", config=config, steps=20)
+    ranks = AllowingFp16(four_ranks).run(
+        "tests.support.jobs.training:train_with_loss_scale", config=config, steps=20
+    )
     scales = ranks[0]["scales"]
     assert scales[0] == 2.0**30
     applied = [result.applied for result in ranks[0]["results"]]
@@ -106,11 +125,15 @@ def fp16_run(data: Path, steps: int, **fp16: Any) -> Config:
 
 
 @pytest.mark.slow
-def test_a_scale_that_can_fall_no_further_ends_the_run_by_its_guard(two_ranks: RankPool, tmp_path: Path) -> None:
+def test_a_scale_that_can_fall_no_further_ends_the_run_by_its_guard(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
     """DeepSpeed would raise an exception at the third overflow: 4, 2, 1 and no smaller."""
     config = fp16_run(write_dataset(tmp_path / "data"), 12, initial_scale_power=2)
     poison = {"steps": range(3, 12), "rank": 1, "kind": "inf"}
-    for rank in AllowingFp16(two_ranks).run(TRAIN, config=config, directory=tmp_path / "run", poison=poison):
+    for rank in AllowingFp16(two_ranks).run(
+        TRAIN, config=config, directory=tmp_path / "run", poison=poison
+    ):
         assert "step 7: a gradient is not finite" in rank["stopped"]
         assert "5 steps in a row: lower optimizer.params.lr" in rank["stopped"]
         assert rank["scaler_at_end"]["cur_scale"] == 1
@@ -118,12 +141,24 @@ def test_a_scale_that_can_fall_no_further_ends_the_run_by_its_guard(two_ranks: R
 
 
 @pytest.mark.slow
-def test_the_loss_scale_goes_on_or_begins_as_configured(two_ranks: RankPool, tmp_path: Path) -> None:
-    """From fp32 there is none to go on with; between runs in fp16 it is part of the state; bf16 has no use for it."""
-    ranks, data, directory = AllowingFp16(two_ranks), write_dataset(tmp_path / "data"), tmp_path / "run"
+def test_the_loss_scale_goes_on_or_begins_as_configured(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    """From fp32 there is none to go on with; between runs in fp16 it is part of the state; bf16
+    has no use for it.
+    """
+    ranks, data, directory = (
+        AllowingFp16(two_ranks),
+        write_dataset(tmp_path / "data"),
+        tmp_path / "run",
+    )
     ranks.run(TRAIN, config=guarded_config(data, 2, 1), directory=directory)
-    switched = ranks.run(TRAIN, config=fp16_run(data, 8, initial_scale_power=30), directory=directory)
-    resumed = ranks.run(TRAIN, config=fp16_run(data, 10, initial_scale_power=4), directory=directory)
+    switched = ranks.run(
+        TRAIN, config=fp16_run(data, 8, initial_scale_power=30), directory=directory
+    )
+    resumed = ranks.run(
+        TRAIN, config=fp16_run(data, 10, initial_scale_power=4), directory=directory
+    )
     left = ranks.run(TRAIN, config=guarded_config(data, 11, 1, "bf16"), directory=directory)
     for rank in (0, 1):
         assert switched[rank]["scaler_at_start"]["cur_scale"] == 2**30

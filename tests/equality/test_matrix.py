@@ -1,8 +1,10 @@
-"""Every legal combination of mesh, schedule, ZeRO stage, offload and batch trains as one plain PyTorch process does.
+"""Every legal combination of mesh, schedule, ZeRO stage, offload and batch trains as one plain
+PyTorch process does.
 
-In ``make test`` a selection in which every two levels of the axes meet (``tests/support/matrix.py``). In ``make test-all`` all
-in fp32 with the default reduction, and of the others a selection in which every three levels meet. Each row also shows,
-on every rank, that what it asks for acted.
+In ``make test`` a selection in which every two levels of the axes meet
+(``tests/support/matrix.py``). In ``make test-all`` all in fp32 with the default reduction, and of
+the others a selection in which every three levels meet. Each row also shows, on every rank, that
+what it asks for acted.
 """
 
 import itertools
@@ -80,12 +82,21 @@ SELECTED = (  # printed by `python -m tests.support.matrix`
     Row(3, "nvme", "nvme", "1f1b", "none", 2, "per_micro_batch", "gpt2", False, 6, "bf16"),
     Row(3, "nvme", "nvme", "none", "sequence", 2, "per_step", "llama", True, 2, "bf16"),
 )
-ALL_AXES = Row(3, "cpu", "cpu", "1f1b", "sequence", 2, "per_step", "gpt2", True, 2, "fp32")  # on eight ranks
+ALL_AXES = Row(
+    3, "cpu", "cpu", "1f1b", "sequence", 2, "per_step", "gpt2", True, 2, "fp32"
+)  # on eight ranks
 ONE_PROCESS = tuple(
     Row(stage, *places, "none", "none", 1, "per_micro_batch", "gpt2", True, 2, "fp32")
-    for stage, *places in ((0, "none", "none"), (1, "none", "none"), (3, "none", "none"), (3, "cpu", "cpu"))
+    for stage, *places in (
+        (0, "none", "none"),
+        (1, "none", "none"),
+        (3, "none", "none"),
+        (3, "cpu", "cpu"),
+    )
 )
-BOTH_STACKS = {  # `make test-torch-2.11` trains these, too: one process, two tensor ranks, two stages of each schedule
+# `make test-torch-2.11` trains these, too: one process, two tensor ranks, two stages of each
+# schedule
+BOTH_STACKS = {
     *ONE_PROCESS,
     Row(0, "none", "none", "none", "sequence", 1, "per_micro_batch", "gpt2", True, 2, "fp32"),
     Row(1, "cpu", "none", "interleaved", "sequence", 1, "per_step", "gpt2", True, 6, "fp32"),
@@ -96,8 +107,9 @@ Cell = tuple[int, str, str, str]  # ZeRO stage, where optimizer and parameters l
 
 
 def rows_of(cell: Cell) -> list[Row]:
-    """Those that are legal, in fp32, with the reduction that is the default; parameters on NVMe in bf16, as they need
-    it. Both kinds of model take turns."""
+    """Those that are legal, in fp32, with the reduction that is the default; parameters on NVMe
+    in bf16, as they need it. Both kinds of model take turns.
+    """
     *_, parameters, pipeline = cell
     reduction = "per_micro_batch" if pipeline == "none" else "per_step"
     precision = "bf16" if parameters == "nvme" else "fp32"
@@ -136,13 +148,17 @@ def marked(row: Row) -> Any:
 
 
 @pytest.mark.parametrize("row", [*map(marked, [*ONE_PROCESS, *SELECTED]), ALL_AXES], ids=str)
-def test_a_row_equals_one_plain_process(request: pytest.FixtureRequest, tmp_path: Path, row: Row) -> None:
+def test_a_row_equals_one_plain_process(
+    request: pytest.FixtureRequest, tmp_path: Path, row: Row
+) -> None:
     train_and_check([row], request, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", CELLS, ids=str)
-def test_every_row_equals_one_plain_process(request: pytest.FixtureRequest, tmp_path: Path, cell: Cell) -> None:
+def test_every_row_equals_one_plain_process(
+    request: pytest.FixtureRequest, tmp_path: Path, cell: Cell
+) -> None:
     train_and_check(rows_of(cell), request, tmp_path)
 
 
@@ -177,7 +193,9 @@ def train_and_check(rows: list[Row], request: pytest.FixtureRequest, swap: Path)
 def check(pool: RankPool, row: Row, swap: Path) -> None:
     """Train a row and assert all that is to be seen of it."""
     config = document(row, swap)
-    ranks = pool.run("tests.support.jobs.training:train_swapping_small_tensors", config=config, steps=STEPS)
+    ranks = pool.run(
+        "tests.support.jobs.training:train_swapping_small_tensors", config=config, steps=STEPS
+    )
     reference = plain_run(identity(config), torch.float32)
     if row.precision == "fp32":
         head_size = (
@@ -186,7 +204,9 @@ def check(pool: RankPool, row: Row, swap: Path) -> None:
         assert_equal_training(ranks, reference, head_size, tolerance=2e-5)
     else:
         rounded = plain_run(identity(config), torch.bfloat16)
-        assert_strays_no_further_than_bf16(ranks, reference, rounded, LENGTH * config["train_batch_size"])
+        assert_strays_no_further_than_bf16(
+            ranks, reference, rounded, LENGTH * config["train_batch_size"]
+        )
     assert_padding_is_zero(ranks, config)
     layout = Layout.of(resolved(config, row.ranks))
     for index, rank in enumerate(ranks):
@@ -200,7 +220,9 @@ def identity(config: Config) -> str:
     """What one plain process makes the same of: a key for its result."""
     left_out = ("zero_optimization", "aio", "bf16")
     megagpt = {key: section for key, section in config["megagpt"].items() if key != "parallel"}
-    return json.dumps({key: value for key, value in config.items() if key not in left_out} | {"megagpt": megagpt})
+    return json.dumps(
+        {key: value for key, value in config.items() if key not in left_out} | {"megagpt": megagpt}
+    )
 
 
 @cache
@@ -211,7 +233,10 @@ def plain_run(document: str, dtype: torch.dtype) -> PlainRun:
 
 def assert_padding_is_zero(ranks: Ranks, config: Config) -> None:
     """Rows of the vocabulary that stand for no token."""
-    state, width = whole_tensors(rank["state"] for rank in ranks), config["megagpt"]["model"]["hidden_size"]
+    state, width = (
+        whole_tensors(rank["state"] for rank in ranks),
+        config["megagpt"]["model"]["hidden_size"],
+    )
     for kind, name in itertools.product(KINDS, ("embedding.tokens.weight", "head.weight")):
         if (kind, name) in state:
             rows = state[kind, name].view(-1, width)
@@ -221,10 +246,14 @@ def assert_padding_is_zero(ranks: Ranks, config: Config) -> None:
 
 
 def assert_rank_holds_its_part(seen: dict[str, Any], row: Row) -> None:
-    """Of its stage and layers the share of one replica, in the precision and at the place that was asked for."""
+    """Of its stage and layers the share of one replica, in the precision and at the place that
+    was asked for.
+    """
     assert seen["wrapper"] == WRAPPERS[row.stage]
     assert seen["adam"] == ("AdamW" if row.optimizer == "none" else "DeepSpeedCPUAdam")
-    assert seen["parameter_type"] == {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[row.precision]
+    assert (
+        seen["parameter_type"] == {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[row.precision]
+    )
     assert seen["optimizer_offloaded"] == (row.optimizer != "none")
     assert seen["parameters_offloaded"] == (row.parameters != "none")
     parts = row.stages * row.shards
@@ -234,7 +263,11 @@ def assert_rank_holds_its_part(seen: dict[str, Any], row: Row) -> None:
     on_disk = {"optimizer": 0, "param": 0}
     for name, size in seen["swap_files"]:
         on_disk["param" if "param" in name else "optimizer"] += size
-    assert (on_disk["optimizer"] >= 0.95 * 12 * share) if row.optimizer == "nvme" else on_disk["optimizer"] == 0
+    assert (
+        (on_disk["optimizer"] >= 0.95 * 12 * share)
+        if row.optimizer == "nvme"
+        else on_disk["optimizer"] == 0
+    )
     if row.stage == 3:
         assert seen["parameter_elements"] == 0
         assert seen["shard_elements"] == pytest.approx(share, rel=0.02)
@@ -246,7 +279,9 @@ def assert_rank_holds_its_part(seen: dict[str, Any], row: Row) -> None:
         assert seen["elements_on_nvme"] == on_disk["param"] == 0
 
 
-def assert_rank_sent_its_part(rank: dict[str, Any], row: Row, layout: Layout, pipeline_rank: int) -> None:
+def assert_rank_sent_its_part(
+    rank: dict[str, Any], row: Row, layout: Layout, pipeline_rank: int
+) -> None:
     """In the last step: elements over each axis. Losses, norms and overflows are a number each."""
     traffic, numbers = rank["traffic"], 16
     stages, last = layout.stages_of(pipeline_rank), layout.num_stages - 1
@@ -258,13 +293,20 @@ def assert_rank_sent_its_part(rank: dict[str, Any], row: Row, layout: Layout, pi
         assert traffic["pipeline", "send"] == (calls, neighbours * hidden // shares)
     if row.data > 1:
         operation = "reduce_scatter" if row.stage == 3 else "all_reduce"
-        times = row.micro_batches if row.reduction == "per_micro_batch" and row.stage > 1 else 1  # ZeRO 1 waits
+        times = (
+            row.micro_batches if row.reduction == "per_micro_batch" and row.stage > 1 else 1
+        )  # ZeRO 1 waits
         elements = times * rank["evidence"]["stage_elements"]
         assert traffic["data", operation][1] == pytest.approx(elements, rel=0.01, abs=numbers)
         if row.stage == 3:
             assert traffic["data", "all_gather"][1] >= 0.95 * rank["evidence"]["stage_elements"]
-    if row.tensor != "none":  # docs/parallelism.md: the two row layers forward, the two column layers backward
+    if (
+        row.tensor != "none"
+    ):  # docs/parallelism.md: the two row layers forward, the two column layers backward
         operation = "reduce_scatter" if row.tensor == "sequence" else "all_reduce"
         held = [model_layers(layout.model, layout.stages[stage]) for stage in stages]
-        sums = sum(4 * blocks + embedding + (head and row.tensor == "layers") for blocks, embedding, head in held)
+        sums = sum(
+            4 * blocks + embedding + (head and row.tensor == "layers")
+            for blocks, embedding, head in held
+        )
         assert traffic["tensor", operation][1] == pytest.approx(sums * hidden, abs=numbers)

@@ -1,4 +1,6 @@
-"""What the matrix (tests/equality/test_matrix.py) does not show of layers shared by ranks: four of them, and fused kernels."""
+"""What the matrix (tests/equality/test_matrix.py) does not show of layers shared by ranks: four
+of them, and fused kernels.
+"""
 
 from typing import Any
 
@@ -7,7 +9,11 @@ import pytest
 from tests.conftest import HAS_GPU
 from tests.support import plain
 from tests.support.configurations import tiny, with_zero
-from tests.support.equality import STEPS, assert_a_rank_holds_and_reduces_its_share, assert_equal_training
+from tests.support.equality import (
+    STEPS,
+    assert_a_rank_holds_and_reduces_its_share,
+    assert_equal_training,
+)
 from tests.support.ranks import RankPool
 
 MICRO_BATCHES = 4
@@ -24,33 +30,49 @@ def test_four_ranks_that_share_every_layer_equal_one_plain_process(
     four_ranks: RankPool, stage: int, sequence: bool, model: dict[str, Any]
 ) -> None:
     """Of the vocabulary's 128 rows, the last rank has none that stands for a token."""
-    config = with_zero(tiny(batch=2 * MICRO_BATCHES, micro=2, steps=STEPS, num_layers=3, **model), stage)
+    config = with_zero(
+        tiny(batch=2 * MICRO_BATCHES, micro=2, steps=STEPS, num_layers=3, **model), stage
+    )
     parallel = config["megagpt"]["parallel"] = {"tensor": 4, "sequence": sequence}
     ranks = four_ranks.run("tests.support.jobs.training:train", config=config, steps=STEPS)
     assert_equal_training(ranks, plain.train(config, STEPS), 8, tolerance=2e-5)
     sums = (4 * 3 + (1 if sequence else 2)) * MICRO_BATCHES
     for rank in ranks:
         assert rank["evidence"]["stage_elements"] < 0.35 * rank["evidence"]["whole_elements"]
-        assert_a_rank_holds_and_reduces_its_share(rank, stage, ("none", "none"), parallel, 1, MICRO_BATCHES)
+        assert_a_rank_holds_and_reduces_its_share(
+            rank, stage, ("none", "none"), parallel, 1, MICRO_BATCHES
+        )
         _, elements = rank["traffic"]["tensor", "reduce_scatter" if sequence else "all_reduce"]
         assert elements == pytest.approx(sums * 2 * 16 * 32, abs=16)  # norms are a number each
 
 
 @pytest.mark.skipif(HAS_GPU, reason="the interpreter works on CPU tensors")
 @pytest.mark.parametrize(
-    ("replicas", "micro_batches", "steps"), [(1, 2, 1), pytest.param(2, 4, 2, marks=pytest.mark.slow)]
+    ("replicas", "micro_batches", "steps"),
+    [(1, 2, 1), pytest.param(2, 4, 2, marks=pytest.mark.slow)],
 )
 def test_interpreted_kernels_inside_pipeline_2_x_tensor_2_x_zero_3(
     request: pytest.FixtureRequest, replicas: int, micro_batches: int, steps: int
 ) -> None:
     pool: RankPool = request.getfixturevalue({1: "four_ranks", 2: "eight_ranks"}[replicas])
-    config = with_zero(tiny(batch=2 * micro_batches * replicas, micro=2, steps=steps, dropout=0.1), 3)
+    config = with_zero(
+        tiny(batch=2 * micro_batches * replicas, micro=2, steps=steps, dropout=0.1), 3
+    )
     config["megagpt"]["parallel"] = {"pipeline": 2, "tensor": 2, "sequence": True}
     ranks = pool.run(
-        "tests.support.jobs.training:train_on_interpreted_kernels", config=config, steps=steps, deadline_s=400
+        "tests.support.jobs.training:train_on_interpreted_kernels",
+        config=config,
+        steps=steps,
+        deadline_s=400,
     )
     assert_equal_training(ranks, plain.train(config, steps), 8, tolerance=2e-5)
-    everywhere = {"norm_forward", "norm_backward", "attention_forward", "attention_backward_keys", "dropout_apply"}
+    everywhere = {
+        "norm_forward",
+        "norm_backward",
+        "attention_forward",
+        "attention_backward_keys",
+        "dropout_apply",
+    }
     for rank in ranks:
         assert rank["launches"].keys() >= everywhere
         assert rank["traffic"]["tensor", "reduce_scatter"][0] >= 4 * micro_batches

@@ -40,7 +40,11 @@ def test_only_rank_0_warns_on_the_screen_and_every_rank_logs(
     assert capsys.readouterr().err == "WARNING megagpt.test: warning of 0\n"
     for rank in (0, 1):
         log = (tmp_path / "logs" / f"rank_{rank:05d}.log").read_text()
-        for text in (f"INFO    megagpt.test: chatter of {rank}", f"warning of {rank}", f"for developers, rank {rank}"):
+        for text in (
+            f"INFO    megagpt.test: chatter of {rank}",
+            f"warning of {rank}",
+            f"for developers, rank {rank}",
+        ):
             assert text in log
         assert f"of {1 - rank}" not in log
 
@@ -59,7 +63,10 @@ logger.warning("a warning")
     done = run_script(script)
     assert done.stdout.split(b"---\n")[1] == b""
     log = (tmp_path / "logs" / "rank_00001.log").read_text()
-    assert re.findall(r"(\w+) +DeepSpeed: (.*)", log) == [("INFO", "a detail"), ("WARNING", "a warning")]
+    assert re.findall(r"(\w+) +DeepSpeed: (.*)", log) == [
+        ("INFO", "a detail"),
+        ("WARNING", "a warning"),
+    ]
 
 
 def failure(message: str) -> Exception:
@@ -98,7 +105,9 @@ def test_the_crash_page_says_what_is_needed_on_one_screen() -> None:
 
 
 def test_the_crash_page_of_a_run_that_saved_nothing() -> None:
-    page = crash_page(ValueError(), rank_name="rank 0", last_step=None, last_checkpoint=None, resume_command=None)
+    page = crash_page(
+        ValueError(), rank_name="rank 0", last_step=None, last_checkpoint=None, resume_command=None
+    )
     assert "(no message)" in page
     assert "nothing was saved: start again" in page
     assert "(no traceback)" in page

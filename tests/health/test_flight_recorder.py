@@ -1,4 +1,6 @@
-"""The rank that keeps the others waiting on the device is found from what torch recorded on each."""
+"""The rank that keeps the others waiting on the device is found from what torch recorded on
+each.
+"""
 
 import pickle
 from collections.abc import Sequence
@@ -18,8 +20,12 @@ WORLD, STAGES = ("0", "default_pg"), ("5", "mesh_pipeline")
 RANKS_OF = {"0": "[0, 1, 2, 3]", "5": "[1, 3]"}  # the second group's rank 0 is rank 1
 
 
-def entry(group: tuple[str, str], number: int, name: str, state: str, retired: bool, **fields: Any) -> dict[str, Any]:
-    """One entry as NCCL's recorder of torch 2.13 writes it (version 2.10); states are scheduled, started, completed."""
+def entry(
+    group: tuple[str, str], number: int, name: str, state: str, retired: bool, **fields: Any
+) -> dict[str, Any]:
+    """One entry as NCCL's recorder of torch 2.13 writes it (version 2.10); states are scheduled,
+    started, completed.
+    """
     p2p = fields.get("is_p2p", False)
     return {
         "record_id": number,
@@ -49,7 +55,10 @@ def dump(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"version": "2.10", "pg_config": config, "pg_status": {}, "entries": list(entries)}
 
 
-DONE = [entry(WORLD, 1, "all_reduce", "completed", True), entry(WORLD, 2, "broadcast", "completed", True)]
+DONE = [
+    entry(WORLD, 1, "all_reduce", "completed", True),
+    entry(WORLD, 2, "broadcast", "completed", True),
+]
 WAITING = [
     *DONE,
     entry(WORLD, 3, "all_reduce", "started", False),
@@ -72,9 +81,13 @@ def found(**dumps: Sequence[dict[str, Any]]) -> Finding | None:
 
 def test_the_rank_that_has_not_begun_what_others_wait_in_is_named() -> None:
     (state,) = read(dump(WAITING))
-    assert state == GroupState("0 (default_pg)", (0, 1, 2, 3), begun=4, waiting=3, operation="all_reduce")
+    assert state == GroupState(
+        "0 (default_pg)", (0, 1, 2, 3), begun=4, waiting=3, operation="all_reduce"
+    )
     absent = found(r0=WAITING, r1=WAITING, r2=DONE, r3=WAITING)
-    assert absent == Finding((2,), "not yet in all_reduce 3 of process group 0 (default_pg), in which others wait")
+    assert absent == Finding(
+        (2,), "not yet in all_reduce 3 of process group 0 (default_pg), in which others wait"
+    )
     assert found(r0=WAITING, r1=WAITING, r3=WAITING) == absent  # one that does not answer
     assert found(r0=WAITING, r1=WAITING, r2=WAITING, r3=WAITING) is None
     assert found(r0=DONE, r1=DONE) is None
@@ -83,7 +96,9 @@ def test_the_rank_that_has_not_begun_what_others_wait_in_is_named() -> None:
 def test_who_waits_for_another_is_not_the_cause() -> None:
     """Ranks 0 and 2 wait for 1, which waits in a pipeline for what 3 has not sent."""
     receives = [
-        entry(STAGES, 7, "recv 0<-1", "scheduled", True, is_p2p=True),  # of a batch, only the end is followed
+        entry(
+            STAGES, 7, "recv 0<-1", "scheduled", True, is_p2p=True
+        ),  # of a batch, only the end is followed
         entry(STAGES, 7, "coalesced", "started", False, is_p2p=True),
     ]
     (_, pipeline) = read(dump([*DONE, *receives]))
@@ -100,27 +115,46 @@ def test_who_waits_for_another_is_not_the_cause() -> None:
 def test_another_operation_in_the_same_place_is_named() -> None:
     other = [*DONE, entry(WORLD, 3, "broadcast", "started", False)]
     absent = found(r0=WAITING, r1=other, r2=WAITING, r3=WAITING)
-    reason = "in broadcast as number 3 of process group 0 (default_pg), where others are in all_reduce"
+    reason = (
+        "in broadcast as number 3 of process group 0 (default_pg), where others are in all_reduce"
+    )
     assert absent == Finding((1,), reason)
 
 
 def test_the_page_names_the_rank_although_all_stacks_are_alike() -> None:
     """With NCCL every rank waits in the same line for a number from the device."""
     state = RankState(
-        0, "", 7, "training", 9.0, None, None, "megagpt/parallel/pipeline.py:113 mean_loss", (), final=True
+        0,
+        "",
+        7,
+        "training",
+        9.0,
+        None,
+        None,
+        "megagpt/parallel/pipeline.py:113 mean_loss",
+        (),
+        final=True,
     )
-    ranks = [replace(state, rank=r, groups=tuple(read(dump(DONE if r == 2 else WAITING)))) for r in range(4)]
+    ranks = [
+        replace(state, rank=r, groups=tuple(read(dump(DONE if r == 2 else WAITING))))
+        for r in range(4)
+    ]
     assert odd_ranks([replace(state, groups=()) for state in ranks]) == []
     assert odd_ranks(ranks) == [2]
     assert verdict(ranks).endswith(
-        "torch's flight recorder: rank 2 not yet in all_reduce 3 of process group 0 (default_pg), in which others wait"
+        "torch's flight recorder: rank 2 not yet in all_reduce 3 of process group 0 (default_pg), "
+        "in which others wait"
     )
 
 
-def test_a_recorder_that_does_not_answer_or_is_not_understood_is_no_hindrance(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recorder_that_does_not_answer_or_is_not_understood_is_no_hindrance(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     module = "torch._C._distributed_c10d"
     monkeypatch.setitem(
-        flight_recorder.sys.modules, module, type("", (), {"_dump_nccl_trace": lambda **_: b"no pickle"})
+        flight_recorder.sys.modules,
+        module,
+        type("", (), {"_dump_nccl_trace": lambda **_: b"no pickle"}),
     )
     (state,) = group_states()
     assert state.group.startswith("the flight recorder cannot be read (")
@@ -130,7 +164,9 @@ def test_a_recorder_that_does_not_answer_or_is_not_understood_is_no_hindrance(mo
 
 @pytest.mark.gpu
 def test_nccl_records_what_is_read(tmp_path: Any) -> None:
-    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
     try:
         torch.distributed.all_reduce(torch.ones(1, device="cuda"))
         torch.cuda.synchronize()

@@ -1,4 +1,6 @@
-"""A gradient that is not finite: the step is skipped on every rank, it is on record, and five in a row end the run."""
+"""A gradient that is not finite: the step is skipped on every rank, it is on record, and five in
+a row end the run.
+"""
 
 import json
 import os
@@ -36,7 +38,10 @@ CASES = [
     pytest.param(2, "inf", "bf16", marks=pytest.mark.slow),
     (3, "nan", "bf16"),
 ]
-PIPELINE, TENSOR = {"pipeline": 2}, {"tensor": 2}  # of four ranks, so that there are two replicas as well
+PIPELINE, TENSOR = (
+    {"pipeline": 2},
+    {"tensor": 2},
+)  # of four ranks, so that there are two replicas as well
 MESHES = [  # the rank that is spoilt: of the first or the last stage
     (PIPELINE, 1, 0, "nan"),
     *(
@@ -57,7 +62,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("dataset"))
 
 
-def guarded_config(data: Path, steps: int, stage: int, precision: str = "fp32", **training: Any) -> dict[str, Any]:
+def guarded_config(
+    data: Path, steps: int, stage: int, precision: str = "fp32", **training: Any
+) -> dict[str, Any]:
     config = run_config(data, steps, (stage, "none", "none"))
     config["megagpt"]["training"] |= training
     return config | {"bf16": {"enabled": precision == "bf16"}}
@@ -73,7 +80,13 @@ def test_one_bad_gradient_on_one_rank_changes_no_weight_anywhere(
 
 @pytest.mark.parametrize(("parallel", "stage", "rank", "kind"), MESHES, ids=str)
 def test_one_bad_gradient_on_one_rank_of_a_mesh_changes_no_weight_anywhere(
-    four_ranks: RankPool, data: Path, tmp_path: Path, parallel: dict[str, int], stage: int, rank: int, kind: str
+    four_ranks: RankPool,
+    data: Path,
+    tmp_path: Path,
+    parallel: dict[str, int],
+    stage: int,
+    rank: int,
+    kind: str,
 ) -> None:
     """Nor on the stage or the tensor-parallel rank whose own gradients are all finite."""
     config = guarded_config(data, CLEAN_STEPS, stage)
@@ -81,8 +94,12 @@ def test_one_bad_gradient_on_one_rank_of_a_mesh_changes_no_weight_anywhere(
     assert_nothing_changes(four_ranks, config, tmp_path, rank=rank, kind=kind)
 
 
-def assert_nothing_changes(ranks: Any, config: dict[str, Any], directory: Path, rank: int, kind: str) -> None:
-    """By a step that is spoilt on one rank, compared with a run that ends before it; and it is on record."""
+def assert_nothing_changes(
+    ranks: Any, config: dict[str, Any], directory: Path, rank: int, kind: str
+) -> None:
+    """By a step that is spoilt on one rank, compared with a run that ends before it; and it is
+    on record.
+    """
     bad_step = CLEAN_STEPS + 1
     clean = ranks.run(TRAIN, config=config, directory=directory / "clean")
     config["megagpt"]["training"]["total_steps"] = bad_step
@@ -92,11 +109,17 @@ def assert_nothing_changes(ranks: Any, config: dict[str, Any], directory: Path, 
     counts = [(held["state"].step, held["state"].skipped_steps) for held in bad]
     assert counts == [(bad_step, 1)] * ranks.world_size
     (skip,) = read_metrics(directory / "bad").events_named("skip")
-    assert (skip["step"], skip["first_sample"], skip["last_sample"]) == (bad_step, 8 * CLEAN_STEPS, 8 * bad_step - 1)
+    assert (skip["step"], skip["first_sample"], skip["last_sample"]) == (
+        bad_step,
+        8 * CLEAN_STEPS,
+        8 * bad_step - 1,
+    )
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_training_goes_on_after_a_skip(two_ranks: RankPool, data: Path, tmp_path: Path, stage: int) -> None:
+def test_training_goes_on_after_a_skip(
+    two_ranks: RankPool, data: Path, tmp_path: Path, stage: int
+) -> None:
     poison = {"steps": [2, 4], "rank": 0, "kind": "nan"}
     config = guarded_config(data, 6, stage)
     ranks = two_ranks.run(TRAIN, config=config, directory=tmp_path, poison=poison)
@@ -104,7 +127,9 @@ def test_training_goes_on_after_a_skip(two_ranks: RankPool, data: Path, tmp_path
     assert all(values.isfinite().all() for values in gathered(ranks, "at_end").values())
     records = read_metrics(tmp_path).steps
     assert [record.skipped_steps for record in records] == [0, 1, 1, 2, 2, 2]
-    assert [record.step for record in records if record.loss is None or record.loss != record.loss] == [2, 4]
+    assert [
+        record.step for record in records if record.loss is None or record.loss != record.loss
+    ] == [2, 4]
 
 
 def test_five_skips_in_a_row_stop_the_run(two_ranks: RankPool, data: Path, tmp_path: Path) -> None:
@@ -116,11 +141,15 @@ def test_five_skips_in_a_row_stop_the_run(two_ranks: RankPool, data: Path, tmp_p
         assert "step 7: the loss is not finite (loss nan)" in rank["stopped"]
         assert "5 steps in a row: lower optimizer.params.lr" in rank["stopped"]
         assert rank["state"].step == 7
-    assert complete_steps(tmp_path / "checkpoints") == [7]  # the weights of step 2, which no later step changed
+    assert complete_steps(tmp_path / "checkpoints") == [
+        7
+    ]  # the weights of step 2, which no later step changed
     assert [skip["step"] for skip in read_metrics(tmp_path).events_named("skip")] == [3, 4, 5, 6, 7]
 
 
-def test_a_run_may_be_told_to_stop_at_the_first(two_ranks: RankPool, data: Path, tmp_path: Path) -> None:
+def test_a_run_may_be_told_to_stop_at_the_first(
+    two_ranks: RankPool, data: Path, tmp_path: Path
+) -> None:
     poison = {"steps": [2], "rank": 0, "kind": "inf"}
     config = guarded_config(data, 4, 2, on_nonfinite="stop")
     ranks = two_ranks.run(TRAIN, config=config, directory=tmp_path, poison=poison)
@@ -128,7 +157,7 @@ def test_a_run_may_be_told_to_stop_at_the_first(two_ranks: RankPool, data: Path,
     assert [skip["step"] for skip in read_metrics(tmp_path).events_named("skip")] == [2]
 
 
-# ---------------------------------------------------------------------------------------------- verdicts, one by one
+# ----------------------------------------------------------------------------- verdicts, one by one
 
 
 def step_of(loss: float, *, applied: bool = True) -> StepResult:
@@ -178,7 +207,9 @@ def test_rewinds_come_to_an_end() -> None:
     for step in range(51, 51 + MOST_REWINDS + 1):
         verdicts.append(guard.judge(step, step_of(9.0, applied=False)))
         assert guard.judge(step, step_of(3.0)) is None
-    assert [(v.rewind, v.fatal) for v in verdicts if v] == [(True, False)] * MOST_REWINDS + [(False, True)]
+    assert [(v.rewind, v.fatal) for v in verdicts if v] == [(True, False)] * MOST_REWINDS + [
+        (False, True)
+    ]
 
 
 def test_a_loss_that_is_not_finite_is_no_spike() -> None:
@@ -205,19 +236,31 @@ def test_a_step_that_was_applied_ends_a_row_of_skips() -> None:
 
 def test_a_dynamic_loss_scale_may_use_up_its_hysteresis_and_then_halve(data: Path) -> None:
     fp16 = {"enabled": True, "initial_scale_power": 16, "hysteresis": 4}
-    config = RunConfig.from_json(json.dumps(guarded_config(data, 60, 1) | {"bf16": {"enabled": False}, "fp16": fp16}))
+    config = RunConfig.from_json(
+        json.dumps(guarded_config(data, 60, 1) | {"bf16": {"enabled": False}, "fp16": fp16})
+    )
     resolved = config.resolved(world_size=1, vocabulary=384, bf16_native=False)
     assert Guard.of(resolved).most_skips_in_a_row == 20
 
 
 @pytest.mark.gpu
 def test_a_dynamic_loss_scale_halves_until_gradients_fit(data: Path, tmp_path: Path) -> None:
-    """Of a whole run, which needs a GPU in fp16. From 2**30 the scale halves more often than five times in a row."""
+    """Of a whole run, which needs a GPU in fp16.
+
+    From 2**30 the scale halves more often than five times in a row.
+    """
     fp16 = {"enabled": True, "initial_scale_power": 30, "hysteresis": 1}
     config = guarded_config(data, 60, 3) | {"fp16": fp16}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    command = [sys.executable, "launch/train.py", "--deepspeed_config", str(tmp_path / "config.json")]
-    environment = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"} | ENVIRONMENT
+    command = [
+        sys.executable,
+        "launch/train.py",
+        "--deepspeed_config",
+        str(tmp_path / "config.json"),
+    ]
+    environment = {
+        key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"
+    } | ENVIRONMENT
     result = subprocess.run(
         [*command, "--run_dir", str(tmp_path / "run")],
         cwd=REPOSITORY,

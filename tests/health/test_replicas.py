@@ -1,4 +1,6 @@
-"""Replicas that drift apart: one flipped bit on one rank is found at the next comparison, and the rank is named."""
+"""Replicas that drift apart: one flipped bit on one rank is found at the next comparison, and
+the rank is named.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -40,13 +42,23 @@ AMONG_FOUR, AMONG_TWO = "on rank 3 from the others", "between ranks 2, 3"
         (2, {}, "head.norm.bias", AMONG_FOUR),
         pytest.param(1, {"pipeline": 2}, "head.norm.bias", AMONG_TWO, marks=pytest.mark.slow),
         (3, {}, "head.norm.bias", AMONG_FOUR),
-        pytest.param(0, {"tensor": 4}, "exp_avg_sq of head.norm.bias", AMONG_FOUR, marks=pytest.mark.slow),
-        pytest.param(1, {"tensor": 4}, "exp_avg_sq of head.norm.bias", AMONG_FOUR, marks=pytest.mark.slow),
+        pytest.param(
+            0, {"tensor": 4}, "exp_avg_sq of head.norm.bias", AMONG_FOUR, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            1, {"tensor": 4}, "exp_avg_sq of head.norm.bias", AMONG_FOUR, marks=pytest.mark.slow
+        ),
         (3, {"tensor": 2, "sequence": True}, "exp_avg_sq of head.norm.bias", AMONG_TWO),
     ],
 )
 def test_a_flipped_bit_is_found_and_the_rank_named(
-    four_ranks: RankPool, data: Path, tmp_path: Path, stage: int, parallel: dict[str, Any], what: str, who: str
+    four_ranks: RankPool,
+    data: Path,
+    tmp_path: Path,
+    stage: int,
+    parallel: dict[str, Any],
+    what: str,
+    who: str,
 ) -> None:
     """Nothing that was trained since the last comparison is saved after it was found."""
     job = config(data, stage, **parallel)
@@ -71,7 +83,9 @@ def test_each_bit_counts(dtype: torch.dtype) -> None:
     clean = checksum(values)
     for bit in range(8 * values.element_size()):
         flipped = values.clone()
-        flipped.view(integers)[3, 4] ^= 1 << bit if bit < 8 * values.element_size() - 1 else -(1 << bit)
+        flipped.view(integers)[3, 4] ^= (
+            1 << bit if bit < 8 * values.element_size() - 1 else -(1 << bit)
+        )
         assert checksum(flipped) != clean, bit
     assert checksum(values.T) == clean
     assert checksum(torch.tensor(1.0, dtype=dtype)).shape == ()

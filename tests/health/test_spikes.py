@@ -1,4 +1,6 @@
-"""A loss that jumps: its update is made nowhere, or the run goes back to its last checkpoint and past those samples."""
+"""A loss that jumps: its update is made nowhere, or the run goes back to its last checkpoint and
+past those samples.
+"""
 
 import shutil
 from dataclasses import replace
@@ -23,25 +25,41 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("dataset"))
 
 
-def config(data: Path, steps: int, stage: int, on_spike: str, save_every: int = 0) -> dict[str, Any]:
+def config(
+    data: Path, steps: int, stage: int, on_spike: str, save_every: int = 0
+) -> dict[str, Any]:
     whole = run_config(data, steps, (stage, "none", "none"), save_every=save_every)
     whole["megagpt"]["training"] |= {"on_spike": on_spike}
     return whole
 
 
-@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2, 3))])
-def test_a_spike_is_skipped_on_all_ranks(two_ranks: RankPool, data: Path, tmp_path: Path, stage: int) -> None:
-    """Weights, moments and Adam's count are those of the step before; the next step is applied again."""
+@pytest.mark.parametrize(
+    "stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2, 3))]
+)
+def test_a_spike_is_skipped_on_all_ranks(
+    two_ranks: RankPool, data: Path, tmp_path: Path, stage: int
+) -> None:
+    """Weights, moments and Adam's count are those of the step before; the next step is applied
+    again.
+    """
 
     def train(steps: int, faults: str, directory: Path) -> list[dict[str, Any]]:
-        return two_ranks.run(TRAIN, config=config(data, steps, stage, "skip"), directory=directory, faults=faults)
+        return two_ranks.run(
+            TRAIN, config=config(data, steps, stage, "skip"), directory=directory, faults=faults
+        )
 
     clean = train(SPIKED - 1, "", tmp_path / "clean")
     spiked = train(SPIKED, f"spike@step={SPIKED}", tmp_path / "spiked")
     assert_same_state(gathered(clean, "at_end"), gathered(spiked, "at_end"))
-    assert [(rank["state"].applied_steps, rank["state"].skipped_steps) for rank in spiked] == [(SPIKED - 1, 1)] * 2
+    assert [(rank["state"].applied_steps, rank["state"].skipped_steps) for rank in spiked] == [
+        (SPIKED - 1, 1)
+    ] * 2
     (skip,) = read_metrics(tmp_path / "spiked").events_named("skip")
-    assert (skip["step"], skip["first_sample"], skip["last_sample"]) == (SPIKED, 8 * (SPIKED - 1), 8 * SPIKED - 1)
+    assert (skip["step"], skip["first_sample"], skip["last_sample"]) == (
+        SPIKED,
+        8 * (SPIKED - 1),
+        8 * SPIKED - 1,
+    )
     if stage == 1:
         longer = train(SPIKED + 1, f"spike@step={SPIKED}", tmp_path / "longer")
         assert longer[0]["state"].applied_steps == SPIKED
@@ -50,8 +68,12 @@ def test_a_spike_is_skipped_on_all_ranks(two_ranks: RankPool, data: Path, tmp_pa
 
 
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 3])
-def test_a_spike_is_rewound_past_its_samples(two_ranks: RankPool, data: Path, tmp_path: Path, stage: int) -> None:
-    """As if the run had been resumed from its checkpoint, bit for bit, with the cursor behind the spike."""
+def test_a_spike_is_rewound_past_its_samples(
+    two_ranks: RankPool, data: Path, tmp_path: Path, stage: int
+) -> None:
+    """As if the run had been resumed from its checkpoint, bit for bit, with the cursor behind
+    the spike.
+    """
     saved = SPIKED - 2
 
     def train(directory: Path, faults: str) -> list[dict[str, Any]]:
@@ -78,17 +100,26 @@ def test_a_spike_is_rewound_past_its_samples(two_ranks: RankPool, data: Path, tm
     assert_same_state(gathered(ranks, "at_end"), gathered(train(moved, ""), "at_end"))
 
 
-def test_a_resumed_guard_knows_the_losses_before_the_save(two_ranks: RankPool, data: Path, tmp_path: Path) -> None:
+def test_a_resumed_guard_knows_the_losses_before_the_save(
+    two_ranks: RankPool, data: Path, tmp_path: Path
+) -> None:
     """It refuses the step that an undisturbed run refuses."""
     jobs = [config(data, steps, 1, "skip", save_every=SPIKED - 1) for steps in (SPIKED - 1, SPIKED)]
     first, second = (
-        two_ranks.run(TRAIN, config=job, directory=tmp_path, faults=f"spike@step={SPIKED}") for job in jobs
+        two_ranks.run(TRAIN, config=job, directory=tmp_path, faults=f"spike@step={SPIKED}")
+        for job in jobs
     )
-    assert [(rank["state"].step, rank["state"].skipped_steps) for rank in second] == [(SPIKED, 1)] * 2
+    assert [(rank["state"].step, rank["state"].skipped_steps) for rank in second] == [
+        (SPIKED, 1)
+    ] * 2
     assert_same_state(gathered(first, "at_end"), gathered(second, "at_end"))
 
 
-def test_without_a_checkpoint_a_rewind_is_a_skip(two_ranks: RankPool, data: Path, tmp_path: Path) -> None:
+def test_without_a_checkpoint_a_rewind_is_a_skip(
+    two_ranks: RankPool, data: Path, tmp_path: Path
+) -> None:
     job = config(data, SPIKED, 1, "rewind")
     ranks = two_ranks.run(TRAIN, config=job, directory=tmp_path, faults=f"spike@step={SPIKED - 1}")
-    assert [(rank["state"].step, rank["state"].skipped_steps) for rank in ranks] == [(SPIKED, 1)] * 2
+    assert [(rank["state"].step, rank["state"].skipped_steps) for rank in ranks] == [
+        (SPIKED, 1)
+    ] * 2

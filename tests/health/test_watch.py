@@ -35,10 +35,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("dataset"))
 
 
-def hung(start: Start, data: Path, tmp_path: Path, fault: str, ranks: int, stage: int) -> tuple[Path, list[Process]]:
-    """A run of which rank 1 does not end step 4: its directory, and its ranks once all but a stopped one have ended.
+def hung(
+    start: Start, data: Path, tmp_path: Path, fault: str, ranks: int, stage: int
+) -> tuple[Path, list[Process]]:
+    """A run of which rank 1 does not end step 4: its directory, and its ranks once all but a
+    stopped one have ended.
 
-    They have within the timeout and five seconds, from the moment that the fault struck, by the clock of the files.
+    They have within the timeout and five seconds, from the moment that the fault struck, by the
+    clock of the files.
     """
     config = run_config(data, 100, (stage, "none", "none"), save_every=2)
     config["megagpt"]["monitor"]["stall_timeout_s"] = TIMEOUT_S
@@ -80,7 +84,10 @@ def test_a_rank_that_hangs_is_named_with_what_it_does(
     assert record is not None
     assert (record.reason, record.exit_code, record.step) == ("hung", 1, HUNG_STEP - 1)
     assert "rank 1 differs" in record.detail
-    states = [json.loads(path.read_text()) for path in sorted((run / "logs" / "watch").glob("rank_*.json"))]
+    states = [
+        json.loads(path.read_text())
+        for path in sorted((run / "logs" / "watch").glob("rank_*.json"))
+    ]
     assert [state["rank"] for state in states] == [0, 1, 2]
     assert any("megagpt/run/faults.py" in frame for frame in states[1]["stack"])
     assert [bool(state["collective"]) for state in states] == [True, False, True]
@@ -89,17 +96,23 @@ def test_a_rank_that_hangs_is_named_with_what_it_does(
 
 
 @pytest.mark.slow
-def test_a_stopped_process_is_named_with_the_last_that_was_seen_of_it(start: Start, data: Path, tmp_path: Path) -> None:
+def test_a_stopped_process_is_named_with_the_last_that_was_seen_of_it(
+    start: Start, data: Path, tmp_path: Path
+) -> None:
     run, processes = hung(start, data, tmp_path, "stop", ranks=2, stage=1)
     assert processes[1].poll() is None
     flowing = " ".join((run / "logs" / "crash.txt").read_text().split())
     assert "rank 1 differs: no sign of life for" in flowing
-    states = [json.loads(path.read_text()) for path in sorted((run / "logs" / "watch").glob("rank_*.json"))]
+    states = [
+        json.loads(path.read_text())
+        for path in sorted((run / "logs" / "watch").glob("rank_*.json"))
+    ]
     assert [state["rank"] for state in states] == [0, 1]
     assert all(state["stack"] for state in states)
 
 
-# Rank 1 never comes back from the disk that holds the checkpoint; the start may last no longer than a step.
+# Rank 1 never comes back from the disk that holds the checkpoint; the start may last no longer than
+# a step.
 HANGING_START = """
 import os, sys, time
 sys.path[0] = {repository!r}
@@ -128,17 +141,24 @@ def test_a_rank_that_hangs_while_it_loads_is_named_before_the_first_step(
     """And an alarm of an earlier end in the same directory is nobody's any more."""
     config = run_config(data, 100, (1, "none", "none"))
     config["megagpt"]["monitor"]["stall_timeout_s"] = START_TIMEOUT_S
-    path, run, script, hangs = (tmp_path / name for name in ("config.json", "run", "hanging.py", "hangs"))
+    path, run, script, hangs = (
+        tmp_path / name for name in ("config.json", "run", "hanging.py", "hangs")
+    )
     path.write_text(json.dumps(config))
     script.write_text(HANGING_START.format(repository=str(REPOSITORY), hangs=str(hangs)))
     (run / "logs" / "watch").mkdir(parents=True)
     (run / "logs" / "watch" / "alarm").touch()
     processes = start("--deepspeed_config", path, "--run_dir", run, ranks=2, script=script)
     assert [process.wait(PATIENCE_S) for process in processes] == [1, 1]
-    assert (run / "logs" / "watch" / "reported").stat().st_mtime - hangs.stat().st_mtime < START_TIMEOUT_S + 5
+    assert (
+        run / "logs" / "watch" / "reported"
+    ).stat().st_mtime - hangs.stat().st_mtime < START_TIMEOUT_S + 5
     flowing = " ".join((run / "logs" / "crash.txt").read_text().split())
     assert f"nothing has ended for {START_TIMEOUT_S} s" in flowing
-    assert "rank 1 differs: loading the checkpoint before the first step, while rank 0 is loading" in flowing
+    assert (
+        "rank 1 differs: loading the checkpoint before the first step, while rank 0 is loading"
+        in flowing
+    )
     assert "hanging.py" in flowing
     record = EndRecord.read(run)
     assert record is not None
@@ -159,12 +179,17 @@ with Watch(Path(sys.argv[1]), pulse, rank=0, world_size=1, timeout_s=1, report=p
 
 @pytest.mark.slow
 def test_a_watch_whose_disk_does_not_answer_still_ends_its_rank(tmp_path: Path) -> None:
-    """As when the network goes and a shared disk with it. Whoever opens a pipe that nobody reads waits like that."""
+    """As when the network goes and a shared disk with it.
+
+    Whoever opens a pipe that nobody reads waits like that.
+    """
     written = tmp_path / "logs" / "watch" / "rank_00000.partial"
     written.parent.mkdir(parents=True)
     os.mkfifo(written)
     command = [sys.executable, "-c", WATCHING, str(tmp_path)]
-    done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, timeout=PATIENCE_S, check=False)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, timeout=PATIENCE_S, check=False
+    )
     assert (done.returncode, done.stdout) == (ExitCode.FAILED, b"")  # it had no chance to report
     assert [path.name for path in written.parent.iterdir()] == [written.name]
 
@@ -175,10 +200,15 @@ def test_a_slow_rank_is_named_within_twenty_steps_and_the_run_goes_on(
     config = run_config(data, 22, (1, "none", "none"), save_every=0)
     faults = "slow@rank=1,step=3,seconds=0.1"
     ranks = two_ranks.run(
-        "tests.support.jobs.survival:train_sabotaged", config=config, directory=tmp_path, faults=faults
+        "tests.support.jobs.survival:train_sabotaged",
+        config=config,
+        directory=tmp_path,
+        faults=faults,
     )
     assert [rank["state"].step for rank in ranks] == [22, 22]
-    (named,) = [event for event in read_metrics(tmp_path).events_named("straggler") if event["rank"] == 1]
+    (named,) = [
+        event for event in read_metrics(tmp_path).events_named("straggler") if event["rank"] == 1
+    ]
     assert named["step"] <= 3 + 20
     assert named["who"].startswith("pipeline 0, data 1, tensor 0 (rank 1, host ")
     assert named["times_as_long"] > 1.3
@@ -188,7 +218,9 @@ def test_a_slow_device_is_named_although_no_host_waits(two_ranks: RankPool) -> N
     """The host's clock sees nothing of it, and names nobody."""
     arguments = {"work_s": [0.1, 0.2], "steps": 16}
     for by_host, named in ((False, [(1, pytest.approx(2.0))]), (True, [])):
-        for rank in two_ranks.run("tests.support.jobs.survival:named_by_a_device", by_host=by_host, **arguments):
+        for rank in two_ranks.run(
+            "tests.support.jobs.survival:named_by_a_device", by_host=by_host, **arguments
+        ):
             assert rank[14] == named  # three windows of five steps
             assert not any(rank[:14] + rank[15:])
 
@@ -210,7 +242,7 @@ def test_a_stream_that_waits_for_another_stands_still() -> None:
     assert 0.3 < clock.between_s(*stall) / clock.between_s(begun, ended) < 0.7
 
 
-# -------------------------------------------------------------------------------------------------------- the verdict
+# -------------------------------------------------------------------------------------- the verdict
 
 
 def waiting(rank: int) -> RankState:
@@ -223,7 +255,11 @@ def waiting(rank: int) -> RankState:
         module=None,
         collective="all_reduce",
         place="megagpt/parallel/pipeline.py:120 mean_loss",
-        stack=("torch/c10d.py:1 all_reduce", "megagpt/parallel/pipeline.py:120 mean_loss", "megagpt/train.py:70 train"),
+        stack=(
+            "torch/c10d.py:1 all_reduce",
+            "megagpt/parallel/pipeline.py:120 mean_loss",
+            "megagpt/train.py:70 train",
+        ),
         final=True,
     )
 
@@ -236,11 +272,22 @@ ALL = [waiting(rank) for rank in range(4)]
     [
         (
             {"silent_s": 31.2},
-            "rank 2 differs: no sign of life for 31 s, last seen training in step 7, while ranks 0-1, 3",
+            "rank 2 differs: no sign of life for 31 s, last seen training in step 7, while ranks "
+            "0-1, 3",
         ),
-        ({"step": 6}, "rank 2 differs: training in step 6, waiting in all_reduce, while ranks 0-1, 3 are training in"),
-        ({"collective": None, "module": "blocks.3.mlp"}, "rank 2 differs: training in step 7 in module blocks.3.mlp, "),
-        ({"collective": "broadcast"}, "rank 2 differs: training in step 7, waiting in broadcast, while ranks 0-1, 3 "),
+        (
+            {"step": 6},
+            "rank 2 differs: training in step 6, waiting in all_reduce, while ranks 0-1, 3 are "
+            "training in",
+        ),
+        (
+            {"collective": None, "module": "blocks.3.mlp"},
+            "rank 2 differs: training in step 7 in module blocks.3.mlp, ",
+        ),
+        (
+            {"collective": "broadcast"},
+            "rank 2 differs: training in step 7, waiting in broadcast, while ranks 0-1, 3 ",
+        ),
     ],
 )
 def test_the_rank_that_differs_is_found(changes: dict[str, Any], said: str) -> None:
@@ -259,9 +306,14 @@ def test_where_all_wait_alike_nobody_is_accused() -> None:
 def test_the_page_fits_a_screen_however_many_ranks_there_are() -> None:
     states = [waiting(rank) for rank in range(500)]
     states[77] = replace(
-        states[77], collective=None, place="megagpt/parallel/batches.py:31 load", stack=("x" * 200,) * 40
+        states[77],
+        collective=None,
+        place="megagpt/parallel/batches.py:31 load",
+        stack=("x" * 200,) * 40,
     )
-    page = hang_page(states, timeout_s=900, last_checkpoint=None, resume_command=None, stacks=Path("logs/watch"))
+    page = hang_page(
+        states, timeout_s=900, last_checkpoint=None, resume_command=None, stacks=Path("logs/watch")
+    )
     lines = page.splitlines()
     assert len(lines) <= 30
     assert max(map(len, lines)) <= 80
@@ -273,7 +325,9 @@ def test_slowness_counts_against_ones_peers_only() -> None:
     everyone = list(range(4))
     peers = {rank: [other for other in everyone if other != rank] for rank in everyone}
     assert slower_ranks([1.0, 1.1, 1.0, 2.0], 2.5, peers.__getitem__) == {3: 2.0}
-    assert slower_ranks([0.01, 0.01, 0.01, 0.02], 2.5, peers.__getitem__) == {}  # it costs nobody anything
+    assert (
+        slower_ranks([0.01, 0.01, 0.01, 0.02], 2.5, peers.__getitem__) == {}
+    )  # it costs nobody anything
     stages = {0: [1], 1: [0], 2: [3], 3: [2]}
     assert slower_ranks([1.0, 1.0, 2.0, 2.0], 2.5, stages.__getitem__) == {}
     assert slower_ranks([1.0], 2.5, {0: []}.__getitem__) == {}

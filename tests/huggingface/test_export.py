@@ -25,7 +25,14 @@ from megagpt.inference.stored_model import load_model
 from megagpt.rundir.directory import CONFIG_FILE
 from megagpt.utils import UserError
 from tests.conftest import _Pools
-from tests.support.exported_models import ROWS, TRAIN, VOCABULARY, assert_near, import_into, tokens_of
+from tests.support.exported_models import (
+    ROWS,
+    TRAIN,
+    VOCABULARY,
+    assert_near,
+    import_into,
+    tokens_of,
+)
 from tests.support.jobs.checkpoint import full_disk, run_config, small_files
 from tests.support.trained_run import SEQUENCE_LENGTH, write_dataset, write_run
 
@@ -36,14 +43,21 @@ STARCODER2 = {"position": "rotary", "norm": "layernorm", "activation": "gelu"}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2LMHeadModel", {}),
     "gpt2-untied-unbiased": ("GPT2LMHeadModel", {"tie_embeddings": False, "bias": False}),
-    "llama": ("LlamaForCausalLM", {**LLAMA, "num_kv_heads": 2, "bias": False, "tie_embeddings": False}),
+    "llama": (
+        "LlamaForCausalLM",
+        {**LLAMA, "num_kv_heads": 2, "bias": False, "tie_embeddings": False},
+    ),
     "llama-tied-biased": ("LlamaForCausalLM", {**LLAMA, "num_kv_heads": 1, "bias": True}),
     "starcoder2": ("Starcoder2ForCausalLM", {**STARCODER2, "num_kv_heads": 2, "bias": True}),
-    "starcoder2-untied-unbiased": ("Starcoder2ForCausalLM", {**STARCODER2, "bias": False, "tie_embeddings": False}),
+    "starcoder2-untied-unbiased": (
+        "Starcoder2ForCausalLM",
+        {**STARCODER2, "bias": False, "tie_embeddings": False},
+    ),
 }
 LONGER = ("llama-tied-biased", "starcoder2")
 EVERY_MODEL = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONGER else name for name in MODELS]
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in LONGER else name for name in MODELS],
 )
 
 
@@ -53,8 +67,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(pools: _Pools, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A run of two ranks by the name of its model, trained so fast that no bias and no norm stays what it was."""
+def trained(
+    pools: _Pools, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """A run of two ranks by the name of its model, trained so fast that no bias and no norm
+    stays what it was.
+    """
     place, runs = tmp_path_factory.mktemp("runs"), {}
 
     def run(name: str) -> Path:
@@ -71,7 +89,9 @@ def trained(pools: _Pools, data: Path, tmp_path_factory: pytest.TempPathFactory)
 def their_model(directory: Path) -> Any:
     """What transformers makes of a directory; every tensor must have found its place."""
     model, loading = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
-    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), loading
+    assert not any(
+        loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    ), loading
     return model
 
 
@@ -83,7 +103,7 @@ def stored_shapes(directory: Path) -> dict[str, list[int]]:
     return shapes
 
 
-# -------------------------------------------------------------------------------------------------------------- export
+# ------------------------------------------------------------------------------------------- export
 
 
 @torch.no_grad()
@@ -107,7 +127,9 @@ def assert_exported(run: Path, output: Path, data: Path, architecture: str) -> N
         max_new_tokens=10,
         temperature=0,
     )
-    written = theirs.generate(**tokenizer("The q", return_tensors="pt"), max_new_tokens=10, do_sample=False)[0]
+    written = theirs.generate(
+        **tokenizer("The q", return_tensors="pt"), max_new_tokens=10, do_sample=False
+    )[0]
     assert tokenizer.decode(written, skip_special_tokens=True) == "The q" + text
 
 
@@ -129,7 +151,9 @@ def test_so_it_does_with_what_a_pipeline_of_tensor_shards_wrote(
     assert_exported(tmp_path / "run", tmp_path / "out", data, MODELS[name][0])
 
 
-def test_the_head_says_no_more_than_the_tokenizer(trained: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_head_says_no_more_than_the_tokenizer(
+    trained: Callable[[str], Path], tmp_path: Path
+) -> None:
     """Of an untied head, too."""
     export(trained("llama"), tmp_path / "out")
     shapes = stored_shapes(tmp_path / "out")
@@ -141,24 +165,36 @@ def test_half_of_the_bytes(trained: Callable[[str], Path], tmp_path: Path, dtype
     run, formats = trained("gpt2"), {"bf16": torch.bfloat16, "fp16": torch.float16}
     whole, half = export(run, tmp_path / "whole"), export(run, tmp_path / "half", dtype=dtype)
     assert (half.bytes, half.parameters) == (whole.bytes // 2, whole.parameters)
-    exact, rounded = load_file(tmp_path / "whole/model.safetensors"), load_file(tmp_path / "half/model.safetensors")
+    exact, rounded = (
+        load_file(tmp_path / "whole/model.safetensors"),
+        load_file(tmp_path / "half/model.safetensors"),
+    )
     assert all(torch.equal(rounded[name], exact[name].to(formats[dtype])) for name in exact)
     assert their_model(tmp_path / "half").dtype == formats[dtype]
 
 
-def test_large_models_come_in_several_files(trained: Callable[[str], Path], data: Path, tmp_path: Path) -> None:
+def test_large_models_come_in_several_files(
+    trained: Callable[[str], Path], data: Path, tmp_path: Path
+) -> None:
     whole = export(trained("llama"), tmp_path / "whole")
     export(trained("llama"), tmp_path / "cut", shard_bytes=40_000)
     files = sorted(path.name for path in (tmp_path / "cut").glob("*.safetensors"))
-    assert files == [f"model-{index:05d}-of-{len(files):05d}.safetensors" for index in range(1, len(files) + 1)]
+    assert files == [
+        f"model-{index:05d}-of-{len(files):05d}.safetensors" for index in range(1, len(files) + 1)
+    ]
     assert len(files) > 3
     index = json.loads((tmp_path / "cut/model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == whole.bytes
     tokens = tokens_of(data)
-    assert torch.equal(their_model(tmp_path / "cut")(tokens).logits, their_model(tmp_path / "whole")(tokens).logits)
+    assert torch.equal(
+        their_model(tmp_path / "cut")(tokens).logits, their_model(tmp_path / "whole")(tokens).logits
+    )
     for file in files:
         held = stored_shapes_of(tmp_path / "cut" / file)
-        assert 4 * sum(torch.Size(shape).numel() for shape in held.values()) <= 40_000 or len(held) == 1
+        assert (
+            4 * sum(torch.Size(shape).numel() for shape in held.values()) <= 40_000
+            or len(held) == 1
+        )
         assert {name for name, place in index["weight_map"].items() if place == file} == held.keys()
 
 
@@ -187,11 +223,15 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path: Path, tokenizer: str) -> Non
         assert theirs.decode(theirs.encode(text)) == text
     two = "One document.<|endoftext|>Another one."
     assert theirs.encode(two) == ours.encode(two, allowed_special="all")
-    assert (theirs.eos_token, theirs.eos_token_id, len(theirs)) == ("<|endoftext|>", ours.eot_token, ours.n_vocab)
+    assert (theirs.eos_token, theirs.eos_token_id, len(theirs)) == (
+        "<|endoftext|>",
+        ours.eot_token,
+        ours.n_vocab,
+    )
     assert their_model(tmp_path / "out").generation_config.eos_token_id == ours.eot_token
 
 
-# ------------------------------------------------------------------------------------------------- what is not exported
+# ----------------------------------------------------------------------------- what is not exported
 
 
 @pytest.mark.parametrize(
@@ -200,7 +240,10 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path: Path, tokenizer: str) -> Non
         ({"norm": "rmsnorm"}, "GPT2LMHeadModel needs norm layernorm (not rmsnorm)\n"),
         ({"num_kv_heads": 2}, "GPT2LMHeadModel needs num_kv_heads 4 (not 2)\n"),
         ({**LLAMA, "norm": "layernorm"}, "LlamaForCausalLM needs norm rmsnorm (not layernorm)\n"),
-        ({**LLAMA, "position": "learned"}, "Starcoder2ForCausalLM needs position rotary (not learned), norm layernorm"),
+        (
+            {**LLAMA, "position": "learned"},
+            "Starcoder2ForCausalLM needs position rotary (not learned), norm layernorm",
+        ),
     ],
 )
 def test_a_mixture_that_nobody_published_is_refused(
@@ -221,7 +264,9 @@ def test_what_is_there_stays(run: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     export(run, output)
     before = (output / "model.safetensors").read_bytes()
-    with pytest.raises(UserError, match=r"out: exists already; add --overwrite, or choose another --output"):
+    with pytest.raises(
+        UserError, match=r"out: exists already; add --overwrite, or choose another --output"
+    ):
         export(run, output, dtype="bf16")
     assert (output / "model.safetensors").read_bytes() == before
     export(run, output, dtype="bf16", overwrite=True)
@@ -232,10 +277,16 @@ def test_what_is_there_stays(run: Path, tmp_path: Path) -> None:
     assert (output / "thesis.txt").exists()
 
 
-def test_a_weight_that_half_precision_cannot_hold_is_refused(run: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_weight_that_half_precision_cannot_hold_is_refused(
+    run: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     step, weight = exporting.open_weights(run)
-    monkeypatch.setattr(exporting, "open_weights", lambda *_: (step, lambda name: weight(name) * 1e6))
-    with pytest.raises(UserError, match=r"embedding\.tokens\.weight: \S+ does not fit into fp16; use --dtype bf16"):
+    monkeypatch.setattr(
+        exporting, "open_weights", lambda *_: (step, lambda name: weight(name) * 1e6)
+    )
+    with pytest.raises(
+        UserError, match=r"embedding\.tokens\.weight: \S+ does not fit into fp16; use --dtype bf16"
+    ):
         export(run, tmp_path / "out", dtype="fp16")
     assert not (tmp_path / "out").exists()
     export(run, tmp_path / "out", dtype="bf16")
@@ -248,9 +299,13 @@ def test_a_weight_that_is_not_finite_is_refused(
 ) -> None:
     step, weight = exporting.open_weights(run)
     monkeypatch.setattr(
-        exporting, "open_weights", lambda *_: (step, lambda name: weight(name).index_fill(0, torch.tensor(3), value))
+        exporting,
+        "open_weights",
+        lambda *_: (step, lambda name: weight(name).index_fill(0, torch.tensor(3), value)),
     )
-    with pytest.raises(UserError, match=r"embedding\.tokens\.weight: not finite in the checkpoint; .* with --step"):
+    with pytest.raises(
+        UserError, match=r"embedding\.tokens\.weight: not finite in the checkpoint; .* with --step"
+    ):
         export(run, tmp_path / "out", dtype=dtype)
     assert not (tmp_path / "out").exists()
 
@@ -259,7 +314,9 @@ def test_a_configuration_of_another_model_is_refused(run: Path, tmp_path: Path) 
     document = json.loads((run / CONFIG_FILE).read_text())
     document["megagpt"]["model"]["hidden_size"] = 64
     (run / CONFIG_FILE).write_text(json.dumps(document))
-    with pytest.raises(UserError, match=r"of shape \(384, 32\) in the checkpoint, of \(384, 64\) in config\.json"):
+    with pytest.raises(
+        UserError, match=r"of shape \(384, 32\) in the checkpoint, of \(384, 64\) in config\.json"
+    ):
         export(run, tmp_path / "out")
 
 
@@ -270,7 +327,9 @@ def test_a_configuration_of_another_model_is_refused(run: Path, tmp_path: Path) 
         (small_files, r"\.safetensors: File too large; .*out was left as it was"),
     ],
 )
-def test_a_disk_that_is_full_shows_no_export(run: Path, tmp_path: Path, fault: Any, said: str) -> None:
+def test_a_disk_that_is_full_shows_no_export(
+    run: Path, tmp_path: Path, fault: Any, said: str
+) -> None:
     with fault(), pytest.raises(UserError, match=said):
         export(run, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -306,9 +365,13 @@ def test_a_kill_shows_no_export_and_the_next_one_clears_up(run: Path, tmp_path: 
 def test_what_cannot_be_read_is_not_blamed_on_the_output(tmp_path: Path) -> None:
     source = tmp_path / "run" / "weights"
     failed = pytest.raises(
-        UserError, match=rf"{source}: Input/output error; .* look at the disk of what was to be read"
+        UserError,
+        match=rf"{source}: Input/output error; .* look at the disk of what was to be read",
     )
-    with failed, whole_directory(tmp_path / "new" / "out", option="--output", room_bytes=0) as staging:
+    with (
+        failed,
+        whole_directory(tmp_path / "new" / "out", option="--output", room_bytes=0) as staging,
+    ):
         assert staging.is_dir()
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(source))
     assert list(tmp_path.iterdir()) == []  # nor are the directories above it left
@@ -317,13 +380,16 @@ def test_what_cannot_be_read_is_not_blamed_on_the_output(tmp_path: Path) -> None
 def test_two_at_once_do_not_mix(run: Path, tmp_path: Path) -> None:
     with whole_directory(tmp_path / "out", option="--output", room_bytes=0) as staging:
         (staging / "config.json").touch()
-        with pytest.raises(UserError, match="another process is writing it; wait for it, or choose another --output"):
+        with pytest.raises(
+            UserError,
+            match="another process is writing it; wait for it, or choose another --output",
+        ):
             export(run, tmp_path / "out")
         assert (staging / "config.json").exists()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
 
 
-# ------------------------------------------------------------------------------------------------------------ and back
+# ----------------------------------------------------------------------------------------- and back
 
 
 @EVERY_MODEL
@@ -341,4 +407,6 @@ def test_there_and_back_again_is_byte_equal(
     model, _, step = load_model(tmp_path / "run")
     original = load_model(trained(name))[0]
     assert step == 0
-    assert all(torch.equal(p, dict(original.named_parameters())[n]) for n, p in model.named_parameters())
+    assert all(
+        torch.equal(p, dict(original.named_parameters())[n]) for n, p in model.named_parameters()
+    )

@@ -33,14 +33,27 @@ from tests.support.jobs.checkpoint import SCHEDULE_STEPS, assert_same_state, gat
 from tests.support.trained_run import write_dataset, write_run
 
 STEPS = 3
-SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 PUBLISHED: dict[str, Callable[[], PreTrainedModel]] = {
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=32, n_layer=2, n_head=4)),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=32, n_layer=2, n_head=4)
+    ),
     "llama": lambda: LlamaForCausalLM(
         LlamaConfig(**SHAPE, intermediate_size=128, num_key_value_heads=2, rms_norm_eps=1e-5)
     ),
     "starcoder2": lambda: Starcoder2ForCausalLM(
-        Starcoder2Config(**SHAPE, intermediate_size=128, num_key_value_heads=2, bos_token_id=256, eos_token_id=256)
+        Starcoder2Config(
+            **SHAPE,
+            intermediate_size=128,
+            num_key_value_heads=2,
+            bos_token_id=256,
+            eos_token_id=256,
+        )
     ),
 }
 
@@ -52,7 +65,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=PUBLISHED)
 def published(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, PreTrainedModel]:
-    """A directory as transformers writes it, and its model; every tensor is far from the usual start."""
+    """A directory as transformers writes it, and its model; every tensor is far from the usual
+    start.
+    """
     model = PUBLISHED[request.param]()
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -73,7 +88,9 @@ def test_what_transformers_saved_goes_on_here(
     published: tuple[Path, PreTrainedModel], data: Path, tmp_path: Path
 ) -> None:
     directory, theirs = published
-    made = import_model(directory, RunConfig.from_json(json.dumps(run_config(data, STEPS))), tmp_path / "run")
+    made = import_model(
+        directory, RunConfig.from_json(json.dumps(run_config(data, STEPS))), tmp_path / "run"
+    )
     assert made.architecture == type(theirs).__name__
     assert not made.tokenizer_compared  # there is none
     assert_same_logits(tmp_path / "run", theirs, data)
@@ -83,7 +100,9 @@ def test_what_transformers_saved_goes_on_here(
 def test_files_of_the_model_without_its_head_are_read(
     published: tuple[Path, PreTrainedModel], data: Path, tmp_path: Path
 ) -> None:
-    """As GPT-2 was published: shorter names, the mask of attention among the tensors; and a copy of the tied weight."""
+    """As GPT-2 was published: shorter names, the mask of attention among the tensors; and a copy
+    of the tied weight.
+    """
     directory, theirs = published
     tensors = load_file(directory / "model.safetensors")
     old = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
@@ -95,11 +114,15 @@ def test_files_of_the_model_without_its_head_are_read(
     import_into(tmp_path / "run", directory, run_config(data, STEPS))
     assert_same_logits(tmp_path / "run", theirs, data)
     save_file(old | {"lm_head.weight": old["lm_head.weight"] * 2}, directory / "model.safetensors")
-    assert "lm_head.weight: megagpt has no such tensor" in refusal(directory, data, tmp_path / "another")
+    assert "lm_head.weight: megagpt has no such tensor" in refusal(
+        directory, data, tmp_path / "another"
+    )
 
 
 @pytest.mark.parametrize(
-    ("ranks", "parallel"), [(2, {}), pytest.param(4, {"pipeline": 2, "tensor": 2}, marks=pytest.mark.slow)], ids=str
+    ("ranks", "parallel"),
+    [(2, {}), pytest.param(4, {"pipeline": 2, "tensor": 2}, marks=pytest.mark.slow)],
+    ids=str,
 )
 def test_training_begins_with_the_loss_that_transformers_computes(
     pools: _Pools,
@@ -114,10 +137,14 @@ def test_training_begins_with_the_loss_that_transformers_computes(
     config["megagpt"]["parallel"] = parallel
     imported = import_into(tmp_path / "run", directory, config)
     pools.get(ranks).run(TRAIN, config=imported, directory=tmp_path / "run")
-    stream = SampleStream.open([(data, 1.0)], split="train", sequence_length=16, seed=0, document_mask=False)
+    stream = SampleStream.open(
+        [(data, 1.0)], split="train", sequence_length=16, seed=0, document_mask=False
+    )
     batch = stream.batch(range(imported["train_batch_size"]))
     logits = theirs.eval()(torch.from_numpy(batch.tokens)).logits
-    expected = F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(batch.targets).long().flatten())
+    expected = F.cross_entropy(
+        logits.flatten(0, 1), torch.from_numpy(batch.targets).long().flatten()
+    )
     assert read_metrics(tmp_path / "run").steps[0].loss == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -137,7 +164,11 @@ LINEAR = {
         ((3, "none", "none"), {"scheduler": COSINE}),
         pytest.param((0, "none", "none"), {"scheduler": None}, marks=pytest.mark.slow),
         pytest.param((1, "none", "none"), {"scheduler": LINEAR}, marks=pytest.mark.slow),
-        pytest.param((1, "none", "none"), {"scheduler": LINEAR, "fp16": {"enabled": True}}, marks=pytest.mark.slow),
+        pytest.param(
+            (1, "none", "none"),
+            {"scheduler": LINEAR, "fp16": {"enabled": True}},
+            marks=pytest.mark.slow,
+        ),
         pytest.param((3, "cpu", "cpu"), {"scheduler": LINEAR}, marks=pytest.mark.slow),
     ],
     ids=["zero-3", "zero-0", "zero-1", "zero-1-fp16", "zero-3-offload"],
@@ -145,9 +176,11 @@ LINEAR = {
 def test_it_is_the_run_that_would_have_begun_with_these_weights(
     pools: _Pools, data: Path, tmp_path: Path, zero: tuple[int, str, str], keys: dict[str, Any]
 ) -> None:
-    """Bit for bit, moments and learning rates too: the model of a seed, imported, against a run from that seed.
+    """Bit for bit, moments and learning rates too: the model of a seed, imported, against a run
+    from that seed.
 
-    DeepSpeed takes its first master weights from what the model computes in, so in fp16 the model is exported in it.
+    DeepSpeed takes its first master weights from what the model computes in, so in fp16 the model
+    is exported in it.
     """
     seed, dtype = 10, "fp16" if "fp16" in keys else "fp32"
     export(write_run(tmp_path / "initial", data, steps=(seed,)), tmp_path / "model", dtype=dtype)
@@ -158,52 +191,85 @@ def test_it_is_the_run_that_would_have_begun_with_these_weights(
     imported = import_into(tmp_path / "imported", tmp_path / "model", config)
     ends = [
         pools.get(2).run(
-            "tests.support.jobs.training:allowing_fp16", of=TRAIN, config=of_run, directory=tmp_path / name
+            "tests.support.jobs.training:allowing_fp16",
+            of=TRAIN,
+            config=of_run,
+            directory=tmp_path / name,
         )
         for name, of_run in [("imported", imported), ("fresh", config)]
     ]
     assert_same_state(*(gathered(ranks, "at_end") for ranks in ends))
     assert ends[0][0]["state"] == ends[1][0]["state"]
     assert ends[0][0]["scaler_at_end"] == ends[1][0]["scaler_at_end"]
-    imported_steps, fresh_steps = (read_metrics(tmp_path / name).steps for name in ("imported", "fresh"))
+    imported_steps, fresh_steps = (
+        read_metrics(tmp_path / name).steps for name in ("imported", "fresh")
+    )
     assert [(s.loss, s.grad_norm, s.learning_rate) for s in imported_steps] == [
         (s.loss, s.grad_norm, s.learning_rate) for s in fresh_steps
     ]
 
 
-# ------------------------------------------------------------------------------------------------- what is not imported
+# ----------------------------------------------------------------------------- what is not imported
 
 LLAMA_REFUSALS = [
     ({"rms_norm_eps": 1e-6}, "rms_norm_eps 1e-06: megagpt has 1e-05 only"),
-    ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, "rope_theta 500000.0: megagpt has 10000.0 only"),
+    (
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+        "rope_theta 500000.0: megagpt has 10000.0 only",
+    ),
     (
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
-        'rope_scaling.type "linear": megagpt has nothing like it\n*rope_scaling.factor 2.0: megagpt has nothing',
+        'rope_scaling.type "linear": megagpt has nothing like it\n*rope_scaling.factor 2.0: '
+        "megagpt has nothing",
     ),
     ({"hidden_act": "gelu"}, 'hidden_act "gelu": megagpt has "silu" only'),
     ({"head_dim": 16}, "head_dim 16: megagpt's is 8 at hidden_size 32"),
     ({"intermediate_size": 96}, "intermediate_size 96: megagpt's is 128 at hidden_size 32"),
     ({"attention_bias": True}, "mlp_bias false: megagpt has one bias for all layers"),
     ({"sliding_window": 4096}, "sliding_window 4096: megagpt has nothing like it"),
-    ({"quantization_config": {"bits": 4}}, 'quantization_config {"bits": 4}: megagpt has nothing like it'),
+    (
+        {"quantization_config": {"bits": 4}},
+        'quantization_config {"bits": 4}: megagpt has nothing like it',
+    ),
     ({"max_position_embeddings": 8}, "max_position_embeddings 8: shorter than the run's sequences"),
-    ({"num_attention_heads": 5}, "megagpt.model.num_heads: 5 does not divide hidden_size 32: use 4 or 8"),
-    ({"num_hidden_layers": "two"}, 'num_hidden_layers: megagpt.model.num_layers: expected an integer, got "two"'),
+    (
+        {"num_attention_heads": 5},
+        "megagpt.model.num_heads: 5 does not divide hidden_size 32: use 4 or 8",
+    ),
+    (
+        {"num_hidden_layers": "two"},
+        'num_hidden_layers: megagpt.model.num_layers: expected an integer, got "two"',
+    ),
     ({"num_hidden_layers": ...}, "num_hidden_layers: missing; download it again"),
     ({"vocab_size": None}, "vocab_size: missing; download it again"),
-    ({"hidden_size": [32]}, "hidden_size: megagpt.model.hidden_size: expected an integer, got [32]"),
+    (
+        {"hidden_size": [32]},
+        "hidden_size: megagpt.model.hidden_size: expected an integer, got [32]",
+    ),
     ({"hidden_size": -32}, "hidden_size: megagpt.model.hidden_size: must be at least 1, got -32"),
     ({"hidden_size": 10**30 + 1}, "bytes only"),
     ({"hidden_size": 100_000}, "parameters: its tensor files have"),
     ({"num_hidden_layers": 100_000}, "parameters: its tensor files have"),
-    ({"hidden_size": float("inf")}, "config.json: not JSON (Infinity is not finite); download it again"),
+    (
+        {"hidden_size": float("inf")},
+        "config.json: not JSON (Infinity is not finite); download it again",
+    ),
     ({"rope_scaling": "linear"}, 'rope_scaling "linear": megagpt has nothing like it'),
     ({"rope_parameters": [1, 2]}, "rope_parameters [1, 2]: megagpt has nothing like it"),
     ({"num_hidden_layers": 1}, "model.layers.1.input_layernorm.weight: megagpt has no such tensor"),
     ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight: missing"),
-    ({"vocab_size": 256}, "megagpt.model.vocab_size: 256 is smaller than the data's vocabulary of 257"),
-    ({"vocab_size": 258}, "model.embed_tokens.weight: F32 of shape (257, 32), the model's is (258, 32)"),
-    ({"architectures": ["MistralForCausalLM"]}, "megagpt has GPT2LMHeadModel, LlamaForCausalLM, Starcoder2ForCausalLM"),
+    (
+        {"vocab_size": 256},
+        "megagpt.model.vocab_size: 256 is smaller than the data's vocabulary of 257",
+    ),
+    (
+        {"vocab_size": 258},
+        "model.embed_tokens.weight: F32 of shape (257, 32), the model's is (258, 32)",
+    ),
+    (
+        {"architectures": ["MistralForCausalLM"]},
+        "megagpt has GPT2LMHeadModel, LlamaForCausalLM, Starcoder2ForCausalLM",
+    ),
 ]
 
 
@@ -224,7 +290,9 @@ def llama(saved: Path, tmp_path: Path) -> Path:
 def refusal(model: Path, data: Path, run: Path, **keys: Any) -> str:
     """Why it is not imported; nothing may be left of the run."""
     with pytest.raises(UserError) as refused:
-        import_into(run, model, {k: v for k, v in (run_config(data, STEPS) | keys).items() if v is not None})
+        import_into(
+            run, model, {k: v for k, v in (run_config(data, STEPS) | keys).items() if v is not None}
+        )
     assert not run.exists()
     assert not run.with_name(f".staging_{run.name}").exists()
     return str(refused.value)
@@ -235,7 +303,9 @@ def test_what_computes_otherwise_is_refused(
     llama: Path, data: Path, tmp_path: Path, changes: dict[str, Any], said: str
 ) -> None:
     document = json.loads((llama / "config.json").read_text()) | changes
-    (llama / "config.json").write_text(json.dumps({key: value for key, value in document.items() if value is not ...}))
+    (llama / "config.json").write_text(
+        json.dumps({key: value for key, value in document.items() if value is not ...})
+    )
     reason = refusal(llama, data, tmp_path / "run")
     assert all(line in reason for line in said.split("\n*")), reason
 
@@ -257,7 +327,9 @@ def test_data_of_another_tokenizer_are_refused(llama: Path, data: Path, tmp_path
     assert "'a' is 97 here, 98 there; prepare the data with the model's tokenizer" in reason
 
 
-def test_weights_that_are_spoilt_or_missing_are_refused(llama: Path, data: Path, tmp_path: Path) -> None:
+def test_weights_that_are_spoilt_or_missing_are_refused(
+    llama: Path, data: Path, tmp_path: Path
+) -> None:
     weights = llama / "model.safetensors"
     tensors = load_file(weights)
     tensors["model.norm.weight"][3] = float("nan")
@@ -266,17 +338,23 @@ def test_weights_that_are_spoilt_or_missing_are_refused(llama: Path, data: Path,
     weights.write_bytes(weights.read_bytes()[:-1])
     assert "model.safetensors: cannot be read" in refusal(llama, data, tmp_path / "run")
     weights.rename(llama / "pytorch_model.bin")
-    assert "model.safetensors: not found; where the weights are in another format, such as pickle" in refusal(
-        llama, data, tmp_path / "run"
+    assert (
+        "model.safetensors: not found; where the weights are in another format, such as pickle"
+        in refusal(llama, data, tmp_path / "run")
     )
     outside = {"weight_map": {"model.norm.weight": "../other/model.safetensors"}}
     (llama / "model.safetensors.index.json").write_text(json.dumps(outside))
     assert "its weight_map names other things than files" in refusal(llama, data, tmp_path / "run")
 
 
-def test_an_index_that_names_the_wrong_files_is_refused(llama: Path, data: Path, tmp_path: Path) -> None:
+def test_an_index_that_names_the_wrong_files_is_refused(
+    llama: Path, data: Path, tmp_path: Path
+) -> None:
     tensors = load_file(llama / "model.safetensors")
-    index, places = llama / "model.safetensors.index.json", dict.fromkeys(tensors, "model.safetensors")
+    index, places = (
+        llama / "model.safetensors.index.json",
+        dict.fromkeys(tensors, "model.safetensors"),
+    )
     save_file({"another": torch.zeros(1)}, llama / "other.safetensors")
     for wrong, said in [
         ("other.safetensors", "model.norm.weight is not in other.safetensors"),
@@ -293,16 +371,29 @@ def test_an_index_that_names_the_wrong_files_is_refused(llama: Path, data: Path,
 @pytest.mark.parametrize(
     ("spoilt", "said"),
     [
-        (lambda tensor: tensor.long(), "model.norm.weight: I64 of shape (32,), the model's is (32,) in F64, F32, BF16"),
-        (lambda tensor: tensor.to(torch.float8_e4m3fn), "model.norm.weight: F8_E4M3 of shape (32,)"),
-        (lambda tensor: tensor[None], "model.norm.weight: F32 of shape (1, 32), the model's is (32,)"),
+        (
+            lambda tensor: tensor.long(),
+            "model.norm.weight: I64 of shape (32,), the model's is (32,) in F64, F32, BF16",
+        ),
+        (
+            lambda tensor: tensor.to(torch.float8_e4m3fn),
+            "model.norm.weight: F8_E4M3 of shape (32,)",
+        ),
+        (
+            lambda tensor: tensor[None],
+            "model.norm.weight: F32 of shape (1, 32), the model's is (32,)",
+        ),
         (lambda tensor: tensor.sum(), "model.norm.weight: F32 of shape (), the model's is (32,)"),
         (lambda tensor: tensor[:0], "model.norm.weight: F32 of shape (0,), the model's is (32,)"),
     ],
     ids=["integers", "float8", "more-dimensions", "none", "empty"],
 )
 def test_a_tensor_of_another_kind_is_refused(
-    llama: Path, data: Path, tmp_path: Path, spoilt: Callable[[torch.Tensor], torch.Tensor], said: str
+    llama: Path,
+    data: Path,
+    tmp_path: Path,
+    spoilt: Callable[[torch.Tensor], torch.Tensor],
+    said: str,
 ) -> None:
     tensors = load_file(llama / "model.safetensors")
     tensors["model.norm.weight"] = spoilt(tensors["model.norm.weight"]).contiguous().clone()
@@ -310,9 +401,13 @@ def test_a_tensor_of_another_kind_is_refused(
     assert said in refusal(llama, data, tmp_path / "run")
 
 
-@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "file", ["config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+)
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff" * 9], ids=repr)
-def test_a_file_of_other_content_is_refused(llama: Path, data: Path, tmp_path: Path, file: str, content: bytes) -> None:
+def test_a_file_of_other_content_is_refused(
+    llama: Path, data: Path, tmp_path: Path, file: str, content: bytes
+) -> None:
     (llama / file).write_bytes(content)
     reason = refusal(llama, data, tmp_path / "run")
     assert f"{llama / file}: " in reason
@@ -321,7 +416,9 @@ def test_a_file_of_other_content_is_refused(llama: Path, data: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("published", ["gpt2"], indirect=True)
-def test_biases_are_not_dropped(published: tuple[Path, PreTrainedModel], data: Path, tmp_path: Path) -> None:
+def test_biases_are_not_dropped(
+    published: tuple[Path, PreTrainedModel], data: Path, tmp_path: Path
+) -> None:
     model = run_config(data, STEPS, bias=False)["megagpt"]
     reason = refusal(published[0], data, tmp_path / "run", megagpt=model)
     assert "not zero, so biases are needed; --set megagpt.model.bias=true" in reason
@@ -333,5 +430,9 @@ def test_a_run_is_never_replaced(llama: Path, data: Path, tmp_path: Path) -> Non
         import_into(tmp_path / "run", llama, run_config(data, STEPS))
 
 
-def test_the_batch_must_not_depend_on_the_number_of_ranks(llama: Path, data: Path, tmp_path: Path) -> None:
-    assert "train_batch_size: needed" in refusal(llama, data, tmp_path / "run", train_batch_size=None)
+def test_the_batch_must_not_depend_on_the_number_of_ranks(
+    llama: Path, data: Path, tmp_path: Path
+) -> None:
+    assert "train_batch_size: needed" in refusal(
+        llama, data, tmp_path / "run", train_batch_size=None
+    )

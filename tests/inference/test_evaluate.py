@@ -1,4 +1,6 @@
-"""Evaluation: every token once and alike, against sums done by hand; the commands evaluate and generate on a run."""
+"""Evaluation: every token once and alike, against sums done by hand; the commands evaluate and
+generate on a run.
+"""
 
 import json
 import math
@@ -16,7 +18,13 @@ from torch import Tensor
 
 from megagpt.data.tokenizer import build_tokenizer
 from megagpt.dataset import Batch
-from megagpt.inference.evaluate import Evaluation, evaluate, model_loss, open_validation, token_bytes
+from megagpt.inference.evaluate import (
+    Evaluation,
+    evaluate,
+    model_loss,
+    open_validation,
+    token_bytes,
+)
 from megagpt.inference.generate import generate
 from megagpt.rundir.directory import read_config
 from megagpt.utils import UserError
@@ -37,7 +45,9 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
 
 
 class SevenSamples:
-    """Seven samples of five random bytes each, the last of every sample being the end of a document."""
+    """Seven samples of five random bytes each, the last of every sample being the end of a
+    document.
+    """
 
     samples_per_epoch = 7
 
@@ -108,20 +118,31 @@ def test_a_dataset_that_outgrew_the_model_is_refused(run_directory):
         open_validation(small)
 
 
-# ------------------------------------------------------------------------------------------------------------ commands
+# ----------------------------------------------------------------------------------------- commands
 
 
-def command(name: str, *arguments: object, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def command(
+    name: str, *arguments: object, python: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     """Run launch/NAME.py from another directory than the repository's."""
-    line = [sys.executable, *python, str(REPOSITORY / "launch" / f"{name}.py"), *map(str, arguments)]
+    line = [
+        sys.executable,
+        *python,
+        str(REPOSITORY / "launch" / f"{name}.py"),
+        *map(str, arguments),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(line, capture_output=True, text=True, cwd=REPOSITORY.parent, env=environment, check=False)
+    return subprocess.run(
+        line, capture_output=True, text=True, cwd=REPOSITORY.parent, env=environment, check=False
+    )
 
 
 def test_generate_writes_each_prompt_with_its_continuation(run_directory):
     settings = {"max_new_tokens": 12, "temperature": 0.7, "top_k": 50, "top_p": 0.95, "seed": 3}
     options = [part for name, value in settings.items() for part in (f"--{name}", value)]
-    result = command("generate", "--run_dir", run_directory, "--prompt", "The", "--prompt", "日本", *options)
+    result = command(
+        "generate", "--run_dir", run_directory, "--prompt", "The", "--prompt", "日本", *options
+    )
     assert result.returncode == 0, result.stderr
     config = read_config(run_directory)
     model = trained_model(config, 20)
@@ -136,14 +157,20 @@ def test_generate_writes_each_prompt_with_its_continuation(run_directory):
 
 
 def test_evaluate_prints_a_sentence_and_a_line_of_json(run_directory, data):
-    result = command("evaluate", "--run_dir", run_directory, "--step", 10, "--batch_size", 2, "--batches", 3)
+    result = command(
+        "evaluate", "--run_dir", run_directory, "--step", 10, "--batch_size", 2, "--batches", 3
+    )
     assert result.returncode == 0, result.stderr
     config = read_config(run_directory)
     ((_, stream),) = open_validation(config.megagpt)
     loss = model_loss(trained_model(config, 10), torch.device("cpu"))
     expected = evaluate(loss, stream, BYTES, batch_size=2, batches=3)
     line = json.loads(result.stdout.splitlines()[-1])
-    assert line == {"step": 10, "data": str(data), **{k: pytest.approx(v) for k, v in expected.as_json().items()}}
+    assert line == {
+        "step": 10,
+        "data": str(data),
+        **{k: pytest.approx(v) for k, v in expected.as_json().items()},
+    }
     assert f"step 10, {data}: loss {expected.loss:.4f}" in result.stderr
 
 
@@ -151,7 +178,11 @@ def test_evaluate_prints_a_sentence_and_a_line_of_json(run_directory, data):
     ("name", "options", "reason"),
     [
         ("generate", ["--run_dir", "nowhere"], "nowhere/config.json: cannot be read"),
-        ("evaluate", ["--run_dir", "{run}", "--step", "15"], "no checkpoint of step 15; it has steps 10, 20"),
+        (
+            "evaluate",
+            ["--run_dir", "{run}", "--step", "15"],
+            "no checkpoint of step 15; it has steps 10, 20",
+        ),
     ],
 )
 def test_what_cannot_be_read_costs_one_line_and_exit_code_2(run_directory, name, options, reason):

@@ -1,4 +1,6 @@
-"""Generation: equal to the plain loop without a cache, whole characters, honest sampling, stops where it should."""
+"""Generation: equal to the plain loop without a cache, whole characters, honest sampling, stops
+where it should.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -11,7 +13,14 @@ from torch import Tensor
 
 from megagpt.config import ModelConfig
 from megagpt.data.tokenizer import build_tokenizer, save_tokenizer
-from megagpt.inference.generate import Sampler, allowed_tokens, continuation, decode_stream, generate, open_tokenizer
+from megagpt.inference.generate import (
+    Sampler,
+    allowed_tokens,
+    continuation,
+    decode_stream,
+    generate,
+    open_tokenizer,
+)
 from megagpt.model import GPT, KeyValueCache, initialise_
 from megagpt.schema.megagpt import MegagptConfig
 from megagpt.utils import UserError
@@ -19,12 +28,26 @@ from megagpt.utils import UserError
 LENGTH = 16
 BYTES = build_tokenizer("bytes", list)
 END = BYTES.eot_token
-SHAPE = {"vocab_size": 384, "num_layers": 2, "hidden_size": 32, "num_heads": 4, "sequence_length": LENGTH}
-ROTARY = {"position": "rotary", "norm": "rmsnorm", "activation": "swiglu", "num_kv_heads": 2, "bias": False}
+SHAPE = {
+    "vocab_size": 384,
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "sequence_length": LENGTH,
+}
+ROTARY = {
+    "position": "rotary",
+    "norm": "rmsnorm",
+    "activation": "swiglu",
+    "num_kv_heads": 2,
+    "bias": False,
+}
 
 
 def random_model(**keys: object) -> GPT:
-    """A model with weights so large that its next tokens differ from one another and from step to step."""
+    """A model with weights so large that its next tokens differ from one another and from step
+    to step.
+    """
     return initialise_(GPT(ModelConfig(**SHAPE, **keys, init_std=0.3)), seed=0).double()
 
 
@@ -44,10 +67,12 @@ def scripted(tokens: Sequence[int], rows: int = 384) -> Callable[[Tensor, KeyVal
 
 
 def greedy(forward: Callable[[Tensor, KeyValueCache], Tensor], prompt: str, limit: int) -> str:
-    return generate(forward, BYTES, [prompt], sequence_length=LENGTH, max_new_tokens=limit, temperature=0)[0]
+    return generate(
+        forward, BYTES, [prompt], sequence_length=LENGTH, max_new_tokens=limit, temperature=0
+    )[0]
 
 
-# -------------------------------------------------------------------------------------------------------- continuation
+# ------------------------------------------------------------------------------------- continuation
 
 
 @torch.no_grad()
@@ -66,7 +91,9 @@ def plain_loop(model: GPT, tokens: list[int], limit: int) -> Iterator[int]:
 def test_cached_generation_equals_the_plain_loop_past_the_window_too(keys, prompt_length):
     model, prompt = random_model(**keys), list(range(60, 60 + prompt_length))
     sampler = Sampler(torch.arange(END + 1), temperature=0, top_k=None, top_p=1.0, seed=0)
-    tokens = continuation(cached(model), prompt, sampler, sequence_length=LENGTH, end_token=-1, limit=3 * LENGTH)
+    tokens = continuation(
+        cached(model), prompt, sampler, sequence_length=LENGTH, end_token=-1, limit=3 * LENGTH
+    )
     written = list(tokens)
     assert written == list(plain_loop(model, prompt, limit=3 * LENGTH))
     assert len(set(written)) > 5  # a model that repeats itself would prove little
@@ -98,15 +125,25 @@ def test_gradients_are_not_recorded():
 
 def test_several_prompts_give_what_each_gives_alone():
     model, prompts = random_model(), ["def ", "", "日本語のとても長い書き出し", "def "]
-    keywords = {"sequence_length": LENGTH, "max_new_tokens": 20, "temperature": 0.9, "top_k": 40, "seed": 5}
+    keywords = {
+        "sequence_length": LENGTH,
+        "max_new_tokens": 20,
+        "temperature": 0.9,
+        "top_k": 40,
+        "seed": 5,
+    }
     together = generate(cached(model), BYTES, prompts, **keywords)
-    assert together == [generate(cached(model), BYTES, [prompt], **keywords)[0] for prompt in prompts]
+    assert together == [
+        generate(cached(model), BYTES, [prompt], **keywords)[0] for prompt in prompts
+    ]
     assert generate(cached(model), BYTES, prompts[::-1], **keywords) == together[::-1]
 
 
 def test_the_seed_decides_the_text():
     def text(seed: int) -> str:
-        return generate(cached(model), BYTES, ["x"], sequence_length=LENGTH, max_new_tokens=20, seed=seed)[0]
+        return generate(
+            cached(model), BYTES, ["x"], sequence_length=LENGTH, max_new_tokens=20, seed=seed
+        )[0]
 
     model = random_model()
     assert text(1) == text(1)
@@ -131,7 +168,7 @@ def test_an_empty_prompt_follows_the_end_of_a_document():
     assert seen == [END, *b"<|endoftext|>"]
 
 
-# ---------------------------------------------------------------------------------------------------------------- text
+# --------------------------------------------------------------------------------------------- text
 
 
 def test_pieces_hold_whole_characters_and_sum_to_the_text():
@@ -160,10 +197,12 @@ def test_decoding_in_pieces_gives_the_text_back(text):
     assert "".join(decode_stream(BYTES.encode_ordinary(text), BYTES)) == text
 
 
-# ------------------------------------------------------------------------------------------------------------ sampling
+# ----------------------------------------------------------------------------------------- sampling
 
 
-def sampler(*, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0, seed: int = 0) -> Sampler:
+def sampler(
+    *, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0, seed: int = 0
+) -> Sampler:
     return Sampler(torch.arange(6), temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
 
 
@@ -171,14 +210,19 @@ LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0, 2.5, 0.0])  # best first: 1, 4, 2, 0
 
 
 def shares(chooser: Sampler, logits: Tensor = LOGITS, draws: int = 4000) -> Tensor:
-    return torch.bincount(torch.tensor([chooser.pick(logits) for _ in range(draws)]), minlength=6) / draws
+    return (
+        torch.bincount(torch.tensor([chooser.pick(logits) for _ in range(draws)]), minlength=6)
+        / draws
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_draws_follow_the_softmax_at_their_temperature(temperature):
     expected = (LOGITS / temperature).softmax(dim=0)
     deviation = (expected * (1 - expected) / 4000).sqrt()
-    assert ((shares(sampler(temperature=temperature)) - expected).abs() < 4 * deviation + 1e-4).all()
+    assert (
+        (shares(sampler(temperature=temperature)) - expected).abs() < 4 * deviation + 1e-4
+    ).all()
 
 
 def test_top_k_keeps_the_k_best_in_proportion():
@@ -186,16 +230,22 @@ def test_top_k_keeps_the_k_best_in_proportion():
     found = shares(sampler(top_k=3))
     assert found[[0, 3, 5]].sum() == 0
     assert (found - expected / expected.sum()).abs().max() < 0.03
-    assert shares(sampler(top_k=2), torch.zeros(6), draws=200).count_nonzero() == 2  # ties do not widen it
+    assert (
+        shares(sampler(top_k=2), torch.zeros(6), draws=200).count_nonzero() == 2
+    )  # ties do not widen it
 
 
-@pytest.mark.parametrize(("top_p", "kept"), [(1e-9, {1}), (0.4, {1}), (0.5, {1, 4}), (0.95, {0, 1, 2, 4})])
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(1e-9, {1}), (0.4, {1}), (0.5, {1, 4}), (0.95, {0, 1, 2, 4})]
+)
 def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, kept):
     """The probabilities sum, best first, to 0.459, 0.738, 0.907, 0.969, ..."""
     assert set(shares(sampler(top_p=top_p)).nonzero().flatten().tolist()) == kept
 
 
-@pytest.mark.parametrize("choice", [{"temperature": 0}, {"temperature": 1e-300}, {"top_k": 1}, {"top_p": 1e-12}])
+@pytest.mark.parametrize(
+    "choice", [{"temperature": 0}, {"temperature": 1e-300}, {"top_k": 1}, {"top_p": 1e-12}]
+)
 def test_every_way_to_be_greedy_takes_the_best(choice):
     chooser = sampler(**choice)
     assert {chooser.pick(LOGITS) for _ in range(50)} == {1}
@@ -204,7 +254,9 @@ def test_every_way_to_be_greedy_takes_the_best(choice):
 def gapped_encoding() -> tiktoken.Encoding:
     """Two letters, a number that stands for nothing, the end of a document, and a control token."""
     special = {"<|endoftext|>": 3, "<|control|>": 5}
-    return tiktoken.Encoding("gapped", pat_str=".", mergeable_ranks={b"a": 0, b"b": 1}, special_tokens=special)
+    return tiktoken.Encoding(
+        "gapped", pat_str=".", mergeable_ranks={b"a": 0, b"b": 1}, special_tokens=special
+    )
 
 
 def test_only_text_and_the_end_of_a_document_may_be_written():
@@ -244,11 +296,15 @@ def test_logits_that_are_not_finite_are_refused(spoilt):
         greedy(lambda tokens, cache: torch.full((1, 1, 384), spoilt), "a", limit=1)
 
 
-# --------------------------------------------------------------------------------------------------- a run's tokenizer
+# -------------------------------------------------------------------------------- a run's tokenizer
 
 
 def run_config(path: object, **keys: object) -> MegagptConfig:
-    document = {"model": {**SHAPE, **keys}, "data": {"path": str(path)}, "training": {"total_steps": 1}}
+    document = {
+        "model": {**SHAPE, **keys},
+        "data": {"path": str(path)},
+        "training": {"total_steps": 1},
+    }
     return MegagptConfig.model_validate(document)
 
 

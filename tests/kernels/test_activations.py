@@ -10,7 +10,11 @@ import kernels
 from kernels import reference
 from kernels.fused import activations
 from kernels.launcher import launch
-from tests.support.kernels.accuracy import DTYPES, assert_as_accurate_as_torch, outputs_and_gradients
+from tests.support.kernels.accuracy import (
+    DTYPES,
+    assert_as_accurate_as_torch,
+    outputs_and_gradients,
+)
 from tests.support.kernels.refusals import refused
 
 OPS = ("bias_gelu", "swiglu")
@@ -39,7 +43,9 @@ def test_the_tails_are_exact(fused_device: str, op: str) -> None:
     """Far from zero both activations are the identity or nothing, with slope 1 or 0."""
     values = torch.tensor([[-4096.0, -200.0, 200.0, 4096.0]], device=fused_device)
     if op == "bias_gelu":
-        result = outputs_and_gradients(kernels.bias_gelu, {"x": values, "bias": 0 * values[0]}, torch.float32)
+        result = outputs_and_gradients(
+            kernels.bias_gelu, {"x": values, "bias": 0 * values[0]}, torch.float32
+        )
     else:
         pairs = torch.stack((values, torch.ones_like(values)), dim=-1).flatten(-2)
         result = outputs_and_gradients(kernels.swiglu, {"x": pairs}, torch.float32)
@@ -68,8 +74,12 @@ def test_a_bias_of_any_stride(fused_device: str) -> None:
 
 
 def test_twice_as_many_channels_as_fit_into_31_bits(fused_device: str) -> None:
-    """The first program alone, told that 2^30 results are wanted: it reads and writes its own block only."""
-    x = torch.randn(2 * activations._BLOCK, generator=torch.Generator().manual_seed(0)).to(fused_device)
+    """The first program alone, told that 2^30 results are wanted: it reads and writes its own
+    block only.
+    """
+    x = torch.randn(2 * activations._BLOCK, generator=torch.Generator().manual_seed(0)).to(
+        fused_device
+    )
     y, dx = x.new_zeros(activations._BLOCK), torch.zeros_like(x)
     launch(activations.swiglu_forward, (1,), x, x, y, 2**30, BLOCK=activations._BLOCK)
     launch(activations.swiglu_backward, (1,), x, y, x, dx, 2**30, BLOCK=activations._BLOCK)
@@ -82,15 +92,21 @@ def test_twice_as_many_channels_as_fit_into_31_bits(fused_device: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_repeated_runs_are_equal_and_nothing_is_nothing(fused_device: str, op: str) -> None:
     tensors = case(op, (50, 20), torch.bfloat16, fused_device)
-    first, second = (outputs_and_gradients(getattr(kernels, op), tensors, torch.bfloat16) for _ in range(2))
+    first, second = (
+        outputs_and_gradients(getattr(kernels, op), tensors, torch.bfloat16) for _ in range(2)
+    )
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
-    empty = outputs_and_gradients(getattr(kernels, op), case(op, (0, 4), torch.float32, fused_device), torch.float32)
+    empty = outputs_and_gradients(
+        getattr(kernels, op), case(op, (0, 4), torch.float32, fused_device), torch.float32
+    )
     assert empty["output 0"].shape == (0, 4)
 
 
 def test_a_bias_freed_between_forward_and_backward(fused_device: str) -> None:
-    """ZeRO-3 empties a gathered parameter after forward and fills it again, elsewhere, before backward."""
+    """ZeRO-3 empties a gathered parameter after forward and fills it again, elsewhere, before
+    backward.
+    """
     tensors = case("bias_gelu", (3, 12), torch.float32, fused_device)
     expected = outputs_and_gradients(kernels.bias_gelu, tensors, torch.float32)["gradient of x"]
     bias, x = torch.nn.Parameter(tensors["bias"]), tensors["x"].requires_grad_()
@@ -106,19 +122,36 @@ def test_operators_are_sound_for_compilers(fused_device: str) -> None:
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     for op, operator in (("bias_gelu", activations._bias_gelu), ("swiglu", activations._swiglu)):
         tensors = case(op, (3, 8), torch.float32, fused_device)
-        torch.library.opcheck(operator, tuple(x.requires_grad_() for x in tensors.values()), test_utils=checks)
+        torch.library.opcheck(
+            operator, tuple(x.requires_grad_() for x in tensors.values()), test_utils=checks
+        )
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(op=st.sampled_from(OPS), rows=st.integers(2, 20), channels=st.integers(4, 90), dtype=st.sampled_from(DTYPES))
-def test_any_shape(fused_device: str, op: str, rows: int, channels: int, dtype: torch.dtype) -> None:
+@settings(
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    op=st.sampled_from(OPS),
+    rows=st.integers(2, 20),
+    channels=st.integers(4, 90),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_shape(
+    fused_device: str, op: str, rows: int, channels: int, dtype: torch.dtype
+) -> None:
     assert_as_accurate_as_torch(op, case(op, (rows, channels), dtype, fused_device))
 
 
 def test_bad_arguments_are_named(fused_device: str, mode_of_bad_input: None) -> None:
     x = torch.ones(2, 7, device=fused_device)
     refused("bias_gelu", r"bias has shape \(2,\), expected \(7,\)", {"x": x, "bias": x[:, 0]})
-    refused("bias_gelu", "bias has dtype torch.float16, expected torch.float32", {"x": x, "bias": x[0].half()})
+    refused(
+        "bias_gelu",
+        "bias has dtype torch.float16, expected torch.float32",
+        {"x": x, "bias": x[0].half()},
+    )
     refused("bias_gelu", "bias is on meta, expected", {"x": x, "bias": x[0].to("meta")})
     refused("swiglu", r"x has shape \(2, 7\), expected an even number of channels", {"x": x})
-    refused("swiglu", "x has dtype torch.int32, expected floating-point numbers", {"x": x[:, 1:].int()})
+    refused(
+        "swiglu", "x has dtype torch.int32, expected floating-point numbers", {"x": x[:, 1:].int()}
+    )

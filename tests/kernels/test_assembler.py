@@ -25,7 +25,10 @@ def program(path: Path, text: str) -> str:
 
 def test_triton_s_own() -> None:
     """That of the wheel, of which Blackwell has another."""
-    for capability, variable in (((9, 0), "TRITON_PTXAS_PATH"), ((10, 0), "TRITON_PTXAS_BLACKWELL_PATH")):
+    for capability, variable in (
+        ((9, 0), "TRITON_PTXAS_PATH"),
+        ((10, 0), "TRITON_PTXAS_BLACKWELL_PATH"),
+    ):
         used = assembler(capability)
         assert used.variable == variable
         assert used.origin == "triton's own"
@@ -46,11 +49,18 @@ def test_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton takes its own without a word."""
     monkeypatch.setenv("TRITON_PTXAS_PATH", "/nowhere/ptxas")
-    assert str(assembler((9, 0))) == "ptxas 12.8.93 (triton's own, as TRITON_PTXAS_PATH=/nowhere/ptxas does not run)"
+    assert (
+        str(assembler((9, 0)))
+        == "ptxas 12.8.93 (triton's own, as TRITON_PTXAS_PATH=/nowhere/ptxas does not run)"
+    )
 
 
-@pytest.mark.parametrize("text", ["#!/bin/sh\nexit 1\n", "#!/bin/sh\necho nonsense\n", "#!/nowhere/sh\n", "no program"])
-def test_one_whose_version_cannot_be_read(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "text", ["#!/bin/sh\nexit 1\n", "#!/bin/sh\necho nonsense\n", "#!/nowhere/sh\n", "no program"]
+)
+def test_one_whose_version_cannot_be_read(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = program(tmp_path / "ptxas", text)
     monkeypatch.setenv("TRITON_PTXAS_PATH", path)
     assert assemblers.version_of(path) is None
@@ -65,11 +75,21 @@ def test_none_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
         return None
 
     monkeypatch.setattr(triton.knobs.NvidiaTool, "from_path", missing)
-    assert str(assembler((9, 0))) == "ptxas of unknown version (triton cannot use it: Cannot find ptxas)"
+    assert (
+        str(assembler((9, 0)))
+        == "ptxas of unknown version (triton cannot use it: Cannot find ptxas)"
+    )
 
 
 def test_what_to_type_names_an_installed_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assemblers, "_installed", lambda: "/site/nvidia/cu13/bin/ptxas")
-    assert assembler((9, 0)).advice().endswith("; export TRITON_PTXAS_PATH=/site/nvidia/cu13/bin/ptxas")
+    assert (
+        assembler((9, 0))
+        .advice()
+        .endswith("; export TRITON_PTXAS_PATH=/site/nvidia/cu13/bin/ptxas")
+    )
     monkeypatch.setattr(assemblers, "_installed", lambda: None)
-    assert "pip install 'nvidia-cuda-nvcc>=13.3'; export TRITON_PTXAS_PATH=" in assembler((9, 0)).advice()
+    assert (
+        "pip install 'nvidia-cuda-nvcc>=13.3'; export TRITON_PTXAS_PATH="
+        in assembler((9, 0)).advice()
+    )

@@ -1,4 +1,6 @@
-"""Fused attention: accuracy of the output and every gradient, odd shapes, strides, documents, dropout, exactness."""
+"""Fused attention: accuracy of the output and every gradient, odd shapes, strides, documents,
+dropout, exactness.
+"""
 
 from typing import Any
 
@@ -16,7 +18,12 @@ from kernels.fused import attention as fused_attention
 from kernels.launcher import reset_launches
 from kernels.philox import keep_mask
 from tests.conftest import HAS_GPU
-from tests.support.kernels.accuracy import DTYPES, assert_as_accurate_as_torch, largest_error, outputs_and_gradients
+from tests.support.kernels.accuracy import (
+    DTYPES,
+    assert_as_accurate_as_torch,
+    largest_error,
+    outputs_and_gradients,
+)
 from tests.support.kernels.attention_rounding import attention_rounding
 from tests.support.kernels.refusals import moved, refused
 
@@ -39,7 +46,8 @@ def case(
     sizes = {"q": (heads, length), "k": (key_heads or heads, key_length or length)}
     sizes["v"] = sizes["k"]
     return {
-        name: torch.randn(batch, *size, head_dim, generator=generator).to(device, dtype) for name, size in sizes.items()
+        name: torch.randn(batch, *size, head_dim, generator=generator).to(device, dtype)
+        for name, size in sizes.items()
     }
 
 
@@ -52,7 +60,9 @@ def assert_accurate(tensors: dict[str, Tensor], **options: Any) -> None:
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("length", "key_length"), [(1, 1), (33, 33), (5, 40), (40, 7)])
-def test_accuracy(fused_device: str, length: int, key_length: int, dtype: torch.dtype, causal: bool) -> None:
+def test_accuracy(
+    fused_device: str, length: int, key_length: int, dtype: torch.dtype, causal: bool
+) -> None:
     assert_accurate(case(fused_device, length, key_length, dtype=dtype), causal=causal)
     assert kernels.launches() == ONE_PASS
 
@@ -74,8 +84,12 @@ def test_long_sequences(fused_device: str, length: int, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_shipped_tiles(fused_device: str, dtype: torch.dtype, head_dim: int, dropout: float) -> None:
-    tensors = case(fused_device, 1023, batch=2, heads=4, key_heads=2, head_dim=head_dim, dtype=dtype)
+def test_shipped_tiles(
+    fused_device: str, dtype: torch.dtype, head_dim: int, dropout: float
+) -> None:
+    tensors = case(
+        fused_device, 1023, batch=2, heads=4, key_heads=2, head_dim=head_dim, dtype=dtype
+    )
     tensors["dropout_seed"] = torch.tensor([3, 4], device=fused_device)
     for deterministic in (False, True):
         assert_accurate(tensors, dropout=dropout, deterministic=deterministic)
@@ -96,7 +110,9 @@ def test_grouped_query_heads(fused_device: str, group: int, deterministic: bool)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("length", "key_length"), [(40, 40), (5, 40), (40, 7)])
-def test_deterministic_backward(fused_device: str, length: int, key_length: int, dtype: torch.dtype) -> None:
+def test_deterministic_backward(
+    fused_device: str, length: int, key_length: int, dtype: torch.dtype
+) -> None:
     tensors = case(fused_device, length, key_length, dtype=dtype)
     assert_accurate(tensors, deterministic=True)
     assert kernels.launches() == {**ONE_PASS, "attention_backward_queries": 1}
@@ -117,10 +133,14 @@ def run_programs_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.interpreter import interpreter_builder as builder
 
     forwards = builder.set_grid_idx
-    monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: forwards(builder.grid_dim[0] - 1 - x, y, z))
+    monkeypatch.setattr(
+        builder, "set_grid_idx", lambda x, y, z: forwards(builder.grid_dim[0] - 1 - x, y, z)
+    )
 
 
-def test_deterministic_backward_repeats_its_bits(fused_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deterministic_backward_repeats_its_bits(
+    fused_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Several tiles of keys, of which the interpreter runs the last one first the second time.
 
     Added up by atomics, that changes the gradient of q; a GPU's order changes by itself.
@@ -149,7 +169,9 @@ DOCUMENTS = {
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(("length", "causal"), [(40, True), (40, False), (9, True)])
 @pytest.mark.parametrize("layout", DOCUMENTS)
-def test_documents(fused_device: str, layout: str, length: int, causal: bool, deterministic: bool) -> None:
+def test_documents(
+    fused_device: str, layout: str, length: int, causal: bool, deterministic: bool
+) -> None:
     tensors = case(fused_device, length, 40, batch=2, heads=1)
     tensors["document_ids"] = torch.tensor(DOCUMENTS[layout], device=fused_device)
     assert_accurate(tensors, causal=causal, deterministic=deterministic)
@@ -169,7 +191,9 @@ def test_document_bounds_of_any_ids(length: int) -> None:
     index = torch.arange(length)
     first = torch.where(same, index, length).amin(dim=2) if length else ids
     last = torch.where(same, index, -1).amax(dim=2) if length else ids
-    assert torch.equal(kernels.document_bounds(ids).positions, torch.stack((first, last), dim=1).int())
+    assert torch.equal(
+        kernels.document_bounds(ids).positions, torch.stack((first, last), dim=1).int()
+    )
 
 
 @pytest.mark.parametrize("length", [40, 9])
@@ -190,7 +214,9 @@ def test_bounds_stand_for_their_ids(fused_device: str, layout: str, length: int)
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_ids_whose_memory_changes_unseen_are_read_again(fused_device: str, compiled: bool) -> None:
-    """A buffer that batch after batch is received into: torch's version counter does not see who writes there."""
+    """A buffer that batch after batch is received into: torch's version counter does not see who
+    writes there.
+    """
     q = case(fused_device, 20, heads=1)["q"]
 
     def attend(ids: Tensor) -> Tensor:
@@ -212,13 +238,20 @@ def test_ids_whose_memory_changes_unseen_are_read_again(fused_device: str, compi
 def test_dropout(fused_device: str, probability: float, causal: bool, deterministic: bool) -> None:
     tensors = case(fused_device, 21, 37, batch=2)
     tensors["dropout_seed"] = torch.tensor([2**40 + 5, -3], device=fused_device)
-    options = {"dropout": probability, "causal": causal, "head_offset": 3, "deterministic": deterministic}
+    options = {
+        "dropout": probability,
+        "causal": causal,
+        "head_offset": 3,
+        "deterministic": deterministic,
+    }
     assert_accurate(tensors, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_yardstick_loses_nothing_on_the_way(dtype: torch.dtype) -> None:
-    """Where the twin writes its probabilities out, fp64 stays fp64, and scores are not rounded to 16 bits."""
+    """Where the twin writes its probabilities out, fp64 stays fp64, and scores are not rounded
+    to 16 bits.
+    """
     q, k, v = case("cpu", 40, 7, dtype=dtype).values()
     scores = (q.double() @ k.double().mT * q.shape[-1] ** -0.5)[:, :, 33:]
     mask = torch.ones(7, 7, dtype=torch.bool).tril()
@@ -233,7 +266,9 @@ def test_dropout_drops_the_twins_elements(fused_device: str, probability: float)
     q = torch.zeros(1, 2, 50, 50, device=fused_device)
     v = torch.eye(50, device=fused_device).expand(1, 2, 50, 50)
     seed = torch.tensor([11], device=fused_device)
-    out = kernels.attention(q, q, v, causal=False, dropout=probability, dropout_seed=seed, head_offset=5)
+    out = kernels.attention(
+        q, q, v, causal=False, dropout=probability, dropout_seed=seed, head_offset=5
+    )
     planes, rows = torch.tensor([5, 6], device=fused_device), torch.arange(50, device=fused_device)
     keep = keep_mask(probability, seed[:, None, None], planes[None, :, None], rows[None, None], 50)
     assert torch.equal(out != 0, keep)
@@ -244,7 +279,10 @@ def test_dropout_does_not_depend_on_how_heads_are_sharded(fused_device: str) -> 
     seed = torch.tensor([11], device=fused_device)
     whole = kernels.attention(**tensors, dropout=0.5, dropout_seed=seed)
     shard = kernels.attention(
-        **{name: x[:, 2:] for name, x in tensors.items()}, dropout=0.5, dropout_seed=seed, head_offset=2
+        **{name: x[:, 2:] for name, x in tensors.items()},
+        dropout=0.5,
+        dropout_seed=seed,
+        head_offset=2,
     )
     assert torch.equal(whole[:, 2:], shard)
 
@@ -261,16 +299,22 @@ def columns_first(device: str) -> tuple[Tensor, ...]:
 
 def every_other(device: str) -> tuple[Tensor, ...]:
     """A stride of two in memory, and one batch repeated by a stride of zero."""
-    return tuple(torch.randn(1, 2, 20, 32, device=device)[..., ::2].expand(2, -1, -1, -1) for _ in range(3))
+    return tuple(
+        torch.randn(1, 2, 20, 32, device=device)[..., ::2].expand(2, -1, -1, -1) for _ in range(3)
+    )
 
 
 @pytest.mark.parametrize("layout", [fused_projection, columns_first, every_other])
 def test_strides(fused_device: str, layout: Any) -> None:
     strided = [x.detach().requires_grad_() for x in layout(fused_device)]
-    dense = [x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in strided]
+    dense = [
+        x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in strided
+    ]
     outputs = [kernels.attention(*arguments, deterministic=True) for arguments in (strided, dense)]
     assert torch.equal(outputs[0], outputs[1])
-    gradients = [torch.autograd.grad(out.sum(), x) for out, x in zip(outputs, (strided, dense), strict=True)]
+    gradients = [
+        torch.autograd.grad(out.sum(), x) for out, x in zip(outputs, (strided, dense), strict=True)
+    ]
     for ours, truth in zip(*gradients, strict=True):
         assert torch.equal(ours, truth)
 
@@ -300,22 +344,30 @@ def test_queries_that_see_nothing(fused_device: str) -> None:
         assert all(x.isfinite().all() for x in (dq, dk, dv))
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # of masked scores, in the interpreter
+@pytest.mark.filterwarnings(
+    "ignore:overflow encountered:RuntimeWarning"
+)  # of masked scores, in the interpreter
 @pytest.mark.parametrize("size", [1e4, -1e3])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_huge_logits(fused_device: str, size: float, deterministic: bool) -> None:
-    """Backward knows a row by one fp32 log-sum-exp, so its weights are relatively wrong by its last place, no more.
+    """Backward knows a row by one fp32 log-sum-exp, so its weights are relatively wrong by its last
+    place, no more.
 
-    Negative: the exponentials of all scores would underflow, while keys beyond the end would score 0.
+    Negative: the exponentials of all scores would underflow, while keys beyond the end would score
+    0.
     """
     tensors = {name: x.abs() for name, x in case(fused_device, 35).items()}
     tensors["q"] *= size
-    ours = outputs_and_gradients(kernels.attention, tensors, torch.float32, deterministic=deterministic)
+    ours = outputs_and_gradients(
+        kernels.attention, tensors, torch.float32, deterministic=deterministic
+    )
     truth = outputs_and_gradients(reference.attention, tensors, torch.float64)
     scores = tensors["q"] @ tensors["k"].mT / 4
     relative = 4 * torch.finfo(torch.float32).eps * scores.abs().max().item()
     for name, value in ours.items():
-        assert largest_error(value, truth[name]) <= relative * max(1.0, truth[name].abs().max().item()), name
+        assert largest_error(value, truth[name]) <= relative * max(
+            1.0, truth[name].abs().max().item()
+        ), name
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
@@ -331,8 +383,12 @@ def test_integers_are_exact(fused_device: str, dtype: torch.dtype, deterministic
     """Equal scores over a power of two of keys: every sum is exact, so every bit must be right."""
     generator = torch.Generator().manual_seed(0)
     shape = (1, 2, 64, 16)
-    q, k, v = (torch.randint(-1, 2, shape, generator=generator).to(fused_device, dtype) for _ in range(3))
-    v[:, :, 32:] = 2 - v[:, :, :32]  # so that every output is 1, and the score gradients fit bf16's 8 bits
+    q, k, v = (
+        torch.randint(-1, 2, shape, generator=generator).to(fused_device, dtype) for _ in range(3)
+    )
+    v[:, :, 32:] = (
+        2 - v[:, :, :32]
+    )  # so that every output is 1, and the score gradients fit bf16's 8 bits
     q[..., 1:], k[..., :2] = 0, 1
     q[..., 1] = -q[..., 0]  # scores are 0, but q is not, which the gradient of k is made of
     tensors = {"q": q, "k": k * 4, "v": v}
@@ -346,7 +402,9 @@ def test_integers_are_exact(fused_device: str, dtype: torch.dtype, deterministic
         return (out, *torch.autograd.grad(out, (q, k, v), sign))
 
     for ours, truth in zip(
-        gradients(kernels.attention, dtype), gradients(reference.attention, torch.float64), strict=True
+        gradients(kernels.attention, dtype),
+        gradients(reference.attention, torch.float64),
+        strict=True,
     ):
         exact = (truth * 64).round() / 64  # fp64's softmax strays from it by its last place
         assert exact.any()
@@ -355,7 +413,9 @@ def test_integers_are_exact(fused_device: str, dtype: torch.dtype, deterministic
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_selecting_one_key_is_exact(fused_device: str, dtype: torch.dtype) -> None:
-    """Scores so far apart that softmax selects the query's own key: the output is v, its gradient passes through."""
+    """Scores so far apart that softmax selects the query's own key: the output is v, its
+    gradient passes through.
+    """
     q = torch.eye(40, device=fused_device, dtype=dtype).expand(1, 2, 40, 40) * 64
     v = case(fused_device, 40, head_dim=40, dtype=dtype)["v"].requires_grad_()
     out = kernels.attention(q, q, v, causal=False, scale=1.0)
@@ -387,16 +447,32 @@ def test_heads_of_no_channels(fused_device: str, function: Any, dropout: float) 
     assert kernels.launches() == {}
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
-    length=st.integers(1, 40), extra=st.integers(-8, 20), group=st.sampled_from([1, 2]), head_dim=st.integers(1, 40),
+    length=st.integers(1, 40), extra=st.integers(-8, 20), group=st.sampled_from([1, 2]),
+    head_dim=st.integers(1, 40),
     dtype=st.sampled_from(DTYPES), causal=st.booleans(), deterministic=st.booleans(),
 )  # fmt: skip
 def test_any_shape(
-    fused_device: str, length: int, extra: int, group: int, head_dim: int, dtype: Any, causal: bool, deterministic: bool
+    fused_device: str,
+    length: int,
+    extra: int,
+    group: int,
+    head_dim: int,
+    dtype: Any,
+    causal: bool,
+    deterministic: bool,
 ) -> None:
     tensors = case(
-        fused_device, length, max(1, length + extra), heads=2, key_heads=2 // group, head_dim=head_dim, dtype=dtype
+        fused_device,
+        length,
+        max(1, length + extra),
+        heads=2,
+        key_heads=2 // group,
+        head_dim=head_dim,
+        dtype=dtype,
     )
     assert_accurate(tensors, causal=causal, deterministic=deterministic)
 
@@ -405,26 +481,40 @@ BAD_INPUT = {
     "q has shape .2, 20, 16., expected .batch, heads": {"q": torch.zeros(2, 20, 16)},
     "v has shape .1, 2, 19, 16., expected .1, 2, 20, 16.": {"v": torch.zeros(1, 2, 19, 16)},
     "k has shape .1, 2, 20, 8., expected .1, 2, 20, 16.": {"k": torch.zeros(1, 2, 20, 8)},
-    "k has dtype torch.float16, expected torch.float32": {"k": torch.zeros(1, 2, 20, 16, dtype=torch.float16)},
+    "k has dtype torch.float16, expected torch.float32": {
+        "k": torch.zeros(1, 2, 20, 16, dtype=torch.float16)
+    },
     "k is on meta, expected": {"k": torch.zeros(1, 2, 20, 16, device="meta")},
     "q has 3 heads, expected a multiple of k's 2": {"q": torch.zeros(1, 3, 20, 16)},
     "dropout is 1.5, expected a probability": {"dropout": 1.5},
     "dropout needs dropout_seed": {"dropout": 0.5},
-    "dropout_seed has shape .3,., expected .1,.": {"dropout": 0.5, "dropout_seed": torch.zeros(3, dtype=torch.int64)},
-    "dropout_seed has dtype torch.float32, expected torch.int64": {"dropout": 0.5, "dropout_seed": torch.zeros(1)},
+    "dropout_seed has shape .3,., expected .1,.": {
+        "dropout": 0.5,
+        "dropout_seed": torch.zeros(3, dtype=torch.int64),
+    },
+    "dropout_seed has dtype torch.float32, expected torch.int64": {
+        "dropout": 0.5,
+        "dropout_seed": torch.zeros(1),
+    },
     "dropout_seed is on meta, expected": {
         "dropout": 0.5,
         "dropout_seed": torch.zeros(1, dtype=torch.int64, device="meta"),
     },
-    "q has dtype torch.int64, expected floating-point numbers": {"q": torch.zeros(1, 2, 20, 16, dtype=torch.int64)},
-    "document_ids has shape .1, 7., expected .1, 20.": {"document_ids": torch.zeros(1, 7, dtype=torch.int64)},
+    "q has dtype torch.int64, expected floating-point numbers": {
+        "q": torch.zeros(1, 2, 20, 16, dtype=torch.int64)
+    },
+    "document_ids has shape .1, 7., expected .1, 20.": {
+        "document_ids": torch.zeros(1, 7, dtype=torch.int64)
+    },
     "document_ids.positions has shape .1, 2, 7., expected .1, 2, 20.": {
         "document_ids": kernels.DocumentBounds(torch.zeros(1, 2, 7, dtype=torch.int32))
     },
     "document_ids.positions has dtype torch.int64, expected torch.int32": {
         "document_ids": kernels.DocumentBounds(torch.zeros(1, 2, 20, dtype=torch.int64))
     },
-    "document_ids is on meta, expected": {"document_ids": torch.zeros(1, 20, dtype=torch.int64, device="meta")},
+    "document_ids is on meta, expected": {
+        "document_ids": torch.zeros(1, 20, dtype=torch.int64, device="meta")
+    },
     "q has length 21, expected at most k's 20 with document_ids": {
         "q": torch.zeros(1, 2, 21, 16),
         "document_ids": torch.zeros(1, 20, dtype=torch.int64),
@@ -433,7 +523,9 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("message", BAD_INPUT)
-def test_bad_input_is_refused_before_any_launch(fused_device: str, mode_of_bad_input: None, message: str) -> None:
+def test_bad_input_is_refused_before_any_launch(
+    fused_device: str, mode_of_bad_input: None, message: str
+) -> None:
     refused("attention", message, case(fused_device, 20) | moved(BAD_INPUT[message], fused_device))
 
 
@@ -456,7 +548,8 @@ def test_the_operators_declare_shapes_and_gradients(fused_device: str) -> None:
     q, k, v = (x.requires_grad_() for x in case(fused_device, 20, heads=2, key_heads=1).values())
     seed = torch.tensor([1], device=fused_device)
     torch.library.opcheck(
-        torch.ops.megagpt.attention_forward.default, (q, k, v, None, seed, 0.25, True, 0.5, 0, False),
+        torch.ops.megagpt.attention_forward.default, (q, k, v, None, seed, 0.25, True, 0.5, 0,
+        False),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )  # fmt: skip
 
@@ -468,7 +561,9 @@ class Zeros(TorchDispatchMode):
         super().__init__()
         self.shapes: list[tuple[int, ...]] = []
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         if function.name() in ("aten::zeros", "aten::zeros_like", "aten::new_zeros"):
             self.shapes.append(tuple(result.shape))
@@ -486,7 +581,9 @@ def test_no_gradient_is_made_up_for_the_log_sum_exp(fused_device: str) -> None:
 def test_torch_compile_sees_one_graph(fused_device: str) -> None:
     tensors = case(fused_device, 20)
     eager = kernels.attention(**tensors)
-    compiled = torch.compile(lambda q, k, v: kernels.attention(q, k, v) * 2, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(
+        lambda q, k, v: kernels.attention(q, k, v) * 2, backend="aot_eager", fullgraph=True
+    )
     reset_launches()
     assert torch.equal(compiled(**tensors), eager * 2)
     assert kernels.launches() == {"attention_forward": 1}
@@ -498,7 +595,9 @@ def test_flops_are_counted_as_declared(fused_device: str, causal: bool) -> None:
     with FlopCounterMode(display=False) as counter:
         kernels.attention(q, k, v, causal=causal).sum().backward()
     declared = [
-        costs.attention(1, 2, 20, 16, key_length=30, causal=causal, itemsize=4, backward=backward).flops
+        costs.attention(
+            1, 2, 20, 16, key_length=30, causal=causal, itemsize=4, backward=backward
+        ).flops
         for backward in (False, True)
     ]
     assert counter.get_total_flops() == sum(declared)

@@ -1,4 +1,6 @@
-"""The kernel benchmark: its command line, its report, its costs, and that a fast wrong kernel is shown as wrong."""
+"""The kernel benchmark: its command line, its report, its costs, and that a fast wrong kernel is
+shown as wrong.
+"""
 
 import csv
 import subprocess
@@ -36,18 +38,40 @@ def first_case(op: str) -> Case:
 
 
 def row(**changes: object) -> Row:
-    timed = {"p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 3.0, "gb_per_s": 40.0, "fraction_of_ceiling": 0.5}
+    timed = {
+        "p20_ms": 1.0,
+        "p50_ms": 2.0,
+        "p80_ms": 3.0,
+        "gb_per_s": 40.0,
+        "fraction_of_ceiling": 0.5,
+    }
     return replace(
-        Row("rms_norm", "torch", "fwd", "rows 8, width 16", 16, "fp32", 0.5, True, "a CPU", "torch"), **timed | changes
+        Row(
+            "rms_norm", "torch", "fwd", "rows 8, width 16", 16, "fp32", 0.5, True, "a CPU", "torch"
+        ),
+        **timed | changes,
     )
 
 
 def test_a_run_writes_one_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The command as typed: torch is timed, our kernel is in the same table (checked only, without a GPU)."""
+    """The command as typed: torch is timed, our kernel is in the same table (checked only,
+    without a GPU).
+    """
     monkeypatch.setattr("kernels.bench.timing._BUDGET_S", 0.0)
-    arguments = ["rmsnorm", "attention", "--dtype", "fp32", "--lengths", "32", "--head-dim", "16", "--widths", "24"]
+    arguments = [
+        "rmsnorm",
+        "attention",
+        "--dtype",
+        "fp32",
+        "--lengths",
+        "32",
+        "--head-dim",
+        "16",
+        "--widths",
+        "24",
+    ]
     output = tmp_path / "new" / "folder"
     arguments += ["--providers", "torch", "sdpa", "--tokens", "64", "--output", str(output)]
     assert benchmark.main(arguments) == 0
@@ -61,7 +85,8 @@ def test_a_run_writes_one_report(
     assert all(float(r["p20_ms"]) <= float(r["p50_ms"]) <= float(r["p80_ms"]) for r in others)
     assert all(r["tflops"] if r["op"] == "attention" else r["gb_per_s"] for r in others)
     assert {p.name for p in output.iterdir()} == {
-        "results.csv", "results.md", "rms_norm_fwd.png", "rms_norm_both.png", "attention_fwd.png", "attention_both.png",
+        "results.csv", "results.md", "rms_norm_fwd.png", "rms_norm_both.png", "attention_fwd.png",
+        "attention_both.png",
     }  # fmt: skip
     if DEVICE == "cpu":
         assert all(not r["p50_ms"] for r in ours)
@@ -87,14 +112,19 @@ def test_a_wrong_command_line_is_refused(
 
 
 def test_help_and_costs_need_no_torch() -> None:
-    code = "import sys, kernels.benchmark, kernels.costs; sys.exit('torch' in sys.modules or 'triton' in sys.modules)"
+    code = (
+        "import sys, kernels.benchmark, kernels.costs; sys.exit('torch' in sys.modules or "
+        "'triton' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
 
 
 def test_a_wrong_kernel_is_shown_as_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong in its row, in the table and in the exit code, however fast."""
 
-    def half(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
+    def half(
+        x: Tensor, weight: Tensor, residual: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, ...]:
         result = reference.rms_norm(x, weight, residual=residual)
         return (result[0], result[1] * 0.5) if isinstance(result, tuple) else result * 0.5
 
@@ -106,7 +136,9 @@ def test_a_wrong_kernel_is_shown_as_wrong(tmp_path: Path, monkeypatch: pytest.Mo
     assert next(csv.DictReader((tmp_path / "results.csv").open()))["correct"] == "False"
 
 
-def test_a_provider_that_cannot_run_is_named_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_provider_that_cannot_run_is_named_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def missing(case: Case) -> None:
         raise UnavailableError("not installed (no module)")
 
@@ -116,7 +148,11 @@ def test_a_provider_that_cannot_run_is_named_with_its_reason(tmp_path: Path, mon
     def odd(**arguments: object) -> None:
         raise TypeError("no such argument")
 
-    several = [Provider("absent", missing), Provider("broken", lambda case: fails), Provider("odd", lambda case: odd)]
+    several = [
+        Provider("absent", missing),
+        Provider("broken", lambda case: fails),
+        Provider("odd", lambda case: odd),
+    ]
     monkeypatch.setattr(benchmark_run, "providers", lambda op, device: several)
     monkeypatch.setattr(benchmark_run, "_check_interpreted", lambda *arguments: None)
     assert benchmark_run.run(("dropout",), CHECK_SIZES, "fp32", ("fwd",), tmp_path, "command") == 0
@@ -145,9 +181,17 @@ def test_a_kernel_of_ours_that_fails_is_a_row_and_an_exit_code(
     others = [Provider("torch", lambda case: getattr(reference, case.op))]
     monkeypatch.setattr(benchmark_run, "providers", lambda op, device: [ours, *others])
     monkeypatch.setattr(benchmark_run, "_check_interpreted", lambda *arguments: None)
-    assert benchmark_run.run(("dropout", "rms_norm"), CHECK_SIZES, "fp32", ("fwd",), tmp_path, "command") == 1
+    assert (
+        benchmark_run.run(
+            ("dropout", "rms_norm"), CHECK_SIZES, "fp32", ("fwd",), tmp_path, "command"
+        )
+        == 1
+    )
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
-    assert {r["op"] for r in rows if r["provider"] == "torch" and r["p50_ms"]} == {"dropout", "rms_norm"}
+    assert {r["op"] for r in rows if r["provider"] == "torch" and r["p50_ms"]} == {
+        "dropout",
+        "rms_norm",
+    }
     failed = [r for r in rows if r["provider"] == "megagpt triton"]
     assert {r["failure"] for r in failed} == {"OutOfResources: shared memory, Required: 5 / 4"}
     assert {r["correct"] for r in failed} == {"False"}
@@ -155,12 +199,16 @@ def test_a_kernel_of_ours_that_fails_is_a_row_and_an_exit_code(
 
 
 def test_what_the_self_check_finds_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark_providers, "row_refusal", lambda *_, **__: "self-check: output is wrong")
+    monkeypatch.setattr(
+        benchmark_providers, "row_refusal", lambda *_, **__: "self-check: output is wrong"
+    )
     with pytest.raises(RuntimeError, match="self-check: output is wrong"):
         benchmark_providers._ours(first_case("attention"), dispatch.TABLE["attention"][1])
 
 
-def test_an_operation_that_stops_loses_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_operation_that_stops_loses_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not even where matplotlib is not installed; the report is written after each operation."""
 
     def broken(case: Case, mode: str) -> Any:
@@ -171,8 +219,15 @@ def test_an_operation_that_stops_loses_no_other(tmp_path: Path, monkeypatch: pyt
     found = benchmark_report.importlib.util.find_spec
     monkeypatch.setattr(benchmark_run, "yardstick", broken)
     monkeypatch.setattr(benchmark_run, "_check_interpreted", lambda *arguments: None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else found(name))
-    assert benchmark_run.run(("dropout", "rms_norm"), CHECK_SIZES, "fp32", ("fwd",), tmp_path, "command") == 1
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "matplotlib" else found(name)
+    )
+    assert (
+        benchmark_run.run(
+            ("dropout", "rms_norm"), CHECK_SIZES, "fp32", ("fwd",), tmp_path, "command"
+        )
+        == 1
+    )
     text = (tmp_path / "results.md").read_text()
     assert "## dropout, fwd" in text
     assert "* rms_norm: STOPPED: OutOfMemoryError: full" in text
@@ -180,14 +235,19 @@ def test_an_operation_that_stops_loses_no_other(tmp_path: Path, monkeypatch: pyt
     assert {path.name for path in tmp_path.iterdir()} == {"results.csv", "results.md"}
 
 
-def test_a_benchmark_that_is_killed_keeps_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_benchmark_that_is_killed_keeps_every_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of the operation under way, too: the tables are written after each row."""
 
     def killed(case: Case) -> Any:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(benchmark_timing, "_BUDGET_S", 0.0)
-    several = [Provider("torch", lambda case: getattr(reference, case.op)), Provider("next", killed)]
+    several = [
+        Provider("torch", lambda case: getattr(reference, case.op)),
+        Provider("next", killed),
+    ]
     monkeypatch.setattr(benchmark_run, "providers", lambda op, device: several)
     with pytest.raises(KeyboardInterrupt):
         benchmark_run.run(("dropout",), CHECK_SIZES, "fp32", ("fwd",), tmp_path, "command")
@@ -203,15 +263,22 @@ def test_documents_cost_what_is_visible() -> None:
         for variant in ("causal", "documents")
     )
     ids = packed.options["document_ids"]
-    seen = [reference.visible(64, 64, True, of, ids.device).sum() / len(ids) for of in (ids, torch.zeros_like(ids))]
+    seen = [
+        reference.visible(64, 64, True, of, ids.device).sum() / len(ids)
+        for of in (ids, torch.zeros_like(ids))
+    ]
     assert 0.0 < seen[0] / seen[1] < 0.9
-    assert packed.forward.flops == pytest.approx(whole.forward.flops * float(seen[0] / seen[1]), abs=1)
+    assert packed.forward.flops == pytest.approx(
+        whole.forward.flops * float(seen[0] / seen[1]), abs=1
+    )
 
 
 def test_a_gpu_waits_for_python_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or launches would be timed where a kernel is quicker than they are."""
     happened: list[str] = []
-    event = SimpleNamespace(record=lambda: happened.append("record"), elapsed_time=lambda other: 1.0)
+    event = SimpleNamespace(
+        record=lambda: happened.append("record"), elapsed_time=lambda other: 1.0
+    )
     gpu = SimpleNamespace(
         Event=lambda enable_timing: event,
         _sleep=lambda cycles: happened.append(f"sleep {cycles >= 2 * 2e9 * 0.001}"),
@@ -226,13 +293,18 @@ def test_a_gpu_waits_for_python_before_it_is_timed(monkeypatch: pytest.MonkeyPat
         time.sleep(0.001)
 
     assert benchmark_timing._repeat(run, 2, "cuda") == [1.0, 1.0]
-    assert happened == [*["wait", "run"] * 3, *["flush", "sleep True", "record", "run", "record"] * 2, "wait"]
+    assert happened == [
+        *["wait", "run"] * 3,
+        *["flush", "sleep True", "record", "run", "record"] * 2,
+        "wait",
+    ]
 
 
 def test_attention_is_held_against_every_backend_by_name() -> None:
     names = {provider.name for provider in benchmark_providers.providers("attention", "cuda")}
     assert names >= {
-        "megagpt hopper", "megagpt triton", "torch", "torch.compile", "sdpa flash", "sdpa efficient", "sdpa math",
+        "megagpt hopper", "megagpt triton", "torch", "torch.compile", "sdpa flash",
+        "sdpa efficient", "sdpa math",
         "flex_attention", "flash-attn",
     }  # fmt: skip
 
@@ -248,15 +320,22 @@ def test_every_operation_has_cases_and_the_twin_passes(op: str) -> None:
 
 def test_not_a_number_is_an_infinite_error() -> None:
     case = first_case("rms_norm")
-    assert errors(lambda x, weight: reference.rms_norm(x, weight) * float("nan"), case, "fwd") == float("inf")
+    assert errors(
+        lambda x, weight: reference.rms_norm(x, weight) * float("nan"), case, "fwd"
+    ) == float("inf")
 
 
 def test_the_table_shows_conditions_times_and_checks() -> None:
     heading = Heading("the command", "2026-01-02", "a machine", "Ceilings.", ("a note",))
-    text = as_markdown(heading, [row(), row(provider="other", p50_ms=None, gb_per_s=None), row(mode="both")])
+    text = as_markdown(
+        heading, [row(), row(provider="other", p50_ms=None, gb_per_s=None), row(mode="both")]
+    )
     assert "`the command`, 2026-01-02, on a machine. Ceilings." in text
     assert "* a note" in text
-    assert "| rows 8, width 16 | fp32 | torch | 1.000 / 2.000 / 3.000 | 40 GB/s | 50% |  | 0.50 |" in text
+    assert (
+        "| rows 8, width 16 | fp32 | torch | 1.000 / 2.000 / 3.000 | 40 GB/s | 50% |  | 0.50 |"
+        in text
+    )
     assert "| rows 8, width 16 | fp32 | other | not timed | | | | 0.50 |" in text
     assert text.index("## rms_norm, fwd") < text.index("## rms_norm, both")
 
@@ -269,11 +348,13 @@ def test_a_report_replaces_the_previous_one_whole(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.new"))
 
 
-# ---------------------------------------------------------------------------------------------------------------- costs
+# -------------------------------------------------------------------------------------------- costs
 
 
 def test_attention_flops_follow_the_papers() -> None:
-    """4 B H S^2 D forward, half of it causal, and 2.5 times that backward (FlashAttention-2, section 4.1)."""
+    """4 B H S^2 D forward, half of it causal, and 2.5 times that backward (FlashAttention-2,
+    section 4.1).
+    """
     shape = {"batch": 2, "heads": 3, "length": 64, "head_dim": 16, "itemsize": 2}
     full = costs.attention(**shape, causal=False)
     assert full.flops == 4 * 2 * 3 * 64**2 * 16
@@ -284,30 +365,46 @@ def test_attention_flops_follow_the_papers() -> None:
 
 def test_one_query_of_many_keys_sees_them_all() -> None:
     seen = costs.attention(1, 1, 1, 8, key_length=1000, itemsize=2).flops
-    assert seen == pytest.approx(costs.attention(1, 1, 1, 8, key_length=1000, causal=False, itemsize=2).flops, rel=1e-3)
+    assert seen == pytest.approx(
+        costs.attention(1, 1, 1, 8, key_length=1000, causal=False, itemsize=2).flops, rel=1e-3
+    )
 
 
 def test_full_attention_flops_equal_torchs_counter() -> None:
     q, k, v = (torch.randn(2, 3, 64, 16) for _ in range(3))
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's flash is not counted
+    with (
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):  # the CPU's flash is not counted
         reference.attention(q, k, v, causal=False)
-    assert counter.get_total_flops() == costs.attention(2, 3, 64, 16, causal=False, itemsize=4).flops
+    assert (
+        counter.get_total_flops() == costs.attention(2, 3, 64, 16, causal=False, itemsize=4).flops
+    )
 
 
 def test_matmul_flops_equal_torchs_counter() -> None:
     a, b = torch.randn(5, 7, requires_grad=True), torch.randn(7, 11, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         (a @ b).sum().backward()
-    expected = costs.matmul(5, 7, 11, itemsize=4) + costs.matmul(5, 7, 11, itemsize=4, backward=True)
+    expected = costs.matmul(5, 7, 11, itemsize=4) + costs.matmul(
+        5, 7, 11, itemsize=4, backward=True
+    )
     assert counter.get_total_flops() == expected.flops
 
 
 def test_norm_bytes_are_each_tensor_once() -> None:
-    """Forward reads x and writes y, backward reads dy and x and writes dx; a residual moves one or two more."""
+    """Forward reads x and writes y, backward reads dy and x and writes dx; a residual moves one
+    or two more.
+    """
     rows, columns = 1000, 64
     element = 2 * rows * columns
     small = 0.02 * element  # parameters and statistics
-    for residual, backward, passes in ((False, False, 2), (False, True, 3), (True, False, 4), (True, True, 4)):
+    for residual, backward, passes in (
+        (False, False, 2),
+        (False, True, 3),
+        (True, False, 4),
+        (True, True, 4),
+    ):
         cost = costs.layer_norm(rows, columns, residual=residual, itemsize=2, backward=backward)
         assert cost.bytes == pytest.approx(passes * element, abs=small + 8 * rows)
         assert cost.flops == 0
@@ -315,10 +412,13 @@ def test_norm_bytes_are_each_tensor_once() -> None:
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_norm_costs_count_the_bytes_of_each_dtype(backward: bool) -> None:
-    """x and y in 16 bits, parameters, residual, sum and their gradients in fp32: counted tensor by tensor."""
+    """x and y in 16 bits, parameters, residual, sum and their gradients in fp32: counted tensor
+    by tensor.
+    """
     rows, columns = 5, 7
     narrow, wide = 2 * rows * columns, 4 * rows * columns
-    # Forward: x, residual -> y, sum. Backward: dy, sum, its gradient -> dx, the residual's gradient.
+    # Forward: x, residual -> y, sum. Backward: dy, sum, its gradient -> dx, the residual's
+    # gradient.
     tensors = 2 * narrow + (3 if backward else 2) * wide
     parameters = (3 if backward else 2) * 4 * columns
     itemsizes = {"itemsize": 2, "parameter_itemsize": 4, "residual_itemsize": 4}

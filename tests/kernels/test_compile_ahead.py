@@ -1,8 +1,11 @@
-"""Shipped kernels compile for GPUs that are not here: no spills, no serialised wgmma, wide loads; and never get worse.
+"""Shipped kernels compile for GPUs that are not here: no spills, no serialised wgmma, wide loads;
+and never get worse.
 
-In ``make test`` a selection does, in seconds; the slow tests compile all, for each compute capability.
+In ``make test`` a selection does, in seconds; the slow tests compile all, for each compute
+capability.
 
-``tests/kernels/compiled_kernels.json`` holds every shipped configuration: python -m kernels.ahead.compiler --write it.
+``tests/kernels/compiled_kernels.json`` holds every shipped configuration: python -m
+kernels.ahead.compiler --write it.
 """
 
 import json
@@ -30,19 +33,35 @@ MUST_BE_CLEAN = (
     "rms_norm_residual_4096_forward",
     "rms_norm_residual_8192_backward",
 )
-# They load nothing but rows, of whole 16 bytes. Others load numbers of a row too: its mean, its log-sum-exp.
-ROWS_ALONE = ("attention_forward_64_bf16", "attention_forward_128_bf16", "rms_norm_residual_4096_forward")
-ELSEWHERE = ("attention_forward_64_bf16", "attention_backward_keys_64_bf16", "layer_norm_768_backward")
+# They load nothing but rows, of whole 16 bytes. Others load numbers of a row too: its mean, its
+# log-sum-exp.
+ROWS_ALONE = (
+    "attention_forward_64_bf16",
+    "attention_forward_128_bf16",
+    "rms_norm_residual_4096_forward",
+)
+ELSEWHERE = (
+    "attention_forward_64_bf16",
+    "attention_backward_keys_64_bf16",
+    "layer_norm_768_backward",
+)
 CAPABILITIES = (80, 90, 100)
 WORSE_WHEN_LARGER = (
-    "registers", "spill_bytes", "serialised_wgmma", "narrow_loads", "overwritten_operands", "missing_fences",
+    "registers", "spill_bytes", "serialised_wgmma", "narrow_loads", "overwritten_operands",
+    "missing_fences",
 )  # fmt: skip
 WORSE_WHEN_SMALLER = ("wide_loads",)
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own: this one may interpret kernels, and compiling needs one that does not."""
-    inherited = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "MEGAGPT_KERNELS")}
+    """The command in a process of its own: this one may interpret kernels, and compiling needs
+    one that does not.
+    """
+    inherited = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("TRITON_INTERPRET", "MEGAGPT_KERNELS")
+    }
     return subprocess.run(
         [sys.executable, "-m", "kernels.ahead.compiler", *arguments],
         env=inherited | environment, capture_output=True, text=True, timeout=900, check=False,

@@ -1,4 +1,6 @@
-"""Linear cross-entropy in chunks: accuracy, every reduction, ignored targets, a vocabulary split between ranks."""
+"""Linear cross-entropy in chunks: accuracy, every reduction, ignored targets, a vocabulary split
+between ranks.
+"""
 
 import itertools
 from typing import Any
@@ -14,14 +16,20 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 from kernels import checks, chunked_cross_entropy, reference
 from kernels.launcher import reset_launches
-from tests.support.kernels.accuracy import DTYPES, assert_as_accurate_as_torch, outputs_and_gradients
+from tests.support.kernels.accuracy import (
+    DTYPES,
+    assert_as_accurate_as_torch,
+    outputs_and_gradients,
+)
 from tests.support.kernels.refusals import moved, refused
 from tests.support.ranks import RankPool
 
 BOTH = {"cross_entropy_statistics", "cross_entropy_gradient"}
 
 
-def case(rows: int, hidden_size: int, vocabulary: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+def case(
+    rows: int, hidden_size: int, vocabulary: int, dtype: torch.dtype, device: str
+) -> dict[str, Tensor]:
     """Random arguments, every fifth target ignored."""
     generator = torch.Generator().manual_seed(0)
     targets = torch.randint(vocabulary, (rows,), generator=generator)
@@ -51,7 +59,9 @@ def test_accuracy(fused_device: str, dtype: torch.dtype, reduction: str, z_loss:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.usefixtures("several_chunks")
-def test_accuracy_over_chunks_and_blocks(fused_device: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accuracy_over_chunks_and_blocks(
+    fused_device: str, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three chunks of rows, and a vocabulary of several blocks with a ragged end."""
     from kernels.fused import cross_entropy
 
@@ -68,12 +78,16 @@ def test_accuracy_over_chunks_and_blocks(fused_device: str, reduction: str, monk
 def test_the_plain_torch_chunks(reduction: str, dtype: torch.dtype) -> None:
     chunked = chunked_cross_entropy.linear_cross_entropy
     tensors = case(50, 8, 133, dtype, "cpu")
-    assert_as_accurate_as_torch("linear_cross_entropy", tensors, chunked, reduction=reduction, z_loss=1e-2)
+    assert_as_accurate_as_torch(
+        "linear_cross_entropy", tensors, chunked, reduction=reduction, z_loss=1e-2
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_huge_integer_logits_are_exact(fused_device: str, dtype: torch.dtype) -> None:
-    """Logits of 0 and 4096: the softmax is exactly one-hot, so the loss and every gradient are integers."""
+    """Logits of 0 and 4096: the softmax is exactly one-hot, so the loss and every gradient are
+    integers.
+    """
     hidden = torch.eye(4, device=fused_device, dtype=dtype).requires_grad_()
     weight = (4096 * torch.eye(4, device=fused_device, dtype=dtype)).requires_grad_()
     targets = torch.tensor([0, 1, 3, -100], device=fused_device)
@@ -87,7 +101,9 @@ def test_huge_integer_logits_are_exact(fused_device: str, dtype: torch.dtype) ->
 
 
 def test_large_logits_keep_their_differences(fused_device: str) -> None:
-    """Logits of 2^20 plus small integers, exact in fp32: log-sum-exp rounded to fp32 would be off by a sixteenth."""
+    """Logits of 2^20 plus small integers, exact in fp32: log-sum-exp rounded to fp32 would be
+    off by a sixteenth.
+    """
     steps = torch.arange(7.0, device=fused_device)
     tensors = {
         "hidden": torch.stack((torch.ones_like(steps), steps / 4), dim=1),
@@ -122,11 +138,15 @@ def test_rows_that_pad_the_vocabulary_have_no_probability(
     tensors = case(30, 16, 77, dtype, fused_device)
     tensors["targets"] = tensors["targets"].clamp(max=49)
     tensors["weight"][50:] = 100.0
-    padded = outputs_and_gradients(kernels.linear_cross_entropy, tensors, dtype, vocabulary=50, reduction=reduction)
+    padded = outputs_and_gradients(
+        kernels.linear_cross_entropy, tensors, dtype, vocabulary=50, reduction=reduction
+    )
     assert set(kernels.launches()) == BOTH
     short = tensors | {"weight": tensors["weight"][:50].clone()}
     cut = outputs_and_gradients(kernels.linear_cross_entropy, short, dtype, reduction=reduction)
-    plain = outputs_and_gradients(reference.linear_cross_entropy, tensors, dtype, vocabulary=50, reduction=reduction)
+    plain = outputs_and_gradients(
+        reference.linear_cross_entropy, tensors, dtype, vocabulary=50, reduction=reduction
+    )
     for results in (padded, plain):
         assert not results["gradient of weight"][50:].any()
         results["gradient of weight"] = results["gradient of weight"][:50]
@@ -137,13 +157,19 @@ def test_rows_that_pad_the_vocabulary_have_no_probability(
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("mode", ["fused", "torch"])
-def test_every_target_ignored(fused_device: str, mode: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_target_ignored(
+    fused_device: str, mode: str, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Liger-Kernel's loss of 0; gradients of 0, as torch, Liger-Kernel and flash-attn have them."""
     if mode == "torch":
         monkeypatch.setenv("MEGAGPT_KERNELS", "torch")
-    tensors = case(4, 8, 16, torch.float32, fused_device) | {"targets": torch.full((4,), -100, device=fused_device)}
+    tensors = case(4, 8, 16, torch.float32, fused_device) | {
+        "targets": torch.full((4,), -100, device=fused_device)
+    }
     for function in (kernels.linear_cross_entropy, reference.linear_cross_entropy):
-        results = outputs_and_gradients(function, tensors, torch.float32, reduction=reduction, z_loss=1e-2)
+        results = outputs_and_gradients(
+            function, tensors, torch.float32, reduction=reduction, z_loss=1e-2
+        )
         assert all(torch.equal(value, torch.zeros_like(value)) for value in results.values())
 
 
@@ -154,30 +180,38 @@ def test_every_target_ignored(fused_device: str, mode: str, reduction: str, monk
 def test_the_gradient_of_hidden_is_rounded_once(
     fused_device: str, dtype: torch.dtype, factor: float, ulps: float
 ) -> None:
-    """The mean is over 54 targets, no power of two, and the weight's products are exact: they pick logits out.
+    """The mean is over 54 targets, no power of two, and the weight's products are exact: they pick
+    logits out.
 
-    Scaling by 1 / 54 what had been rounded gave 1.07 units in the last place. A factor that arrives in backward and is
-    no power of two still rounds a second time.
+    Scaling by 1 / 54 what had been rounded gave 1.07 units in the last place. A factor that arrives
+    in backward and is no power of two still rounds a second time.
     """
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(64, 515, generator=generator).to(fused_device, dtype)
     targets = torch.randint(515, (64,), generator=generator).to(fused_device)
     targets[:10] = -100
     gradients = []
-    for function, wide in ((kernels.linear_cross_entropy, dtype), (reference.linear_cross_entropy, torch.float64)):
+    for function, wide in (
+        (kernels.linear_cross_entropy, dtype),
+        (reference.linear_cross_entropy, torch.float64),
+    ):
         leaf = hidden.detach().to(wide).requires_grad_()
         eye = torch.eye(515, device=fused_device, dtype=wide)
         (factor * function(leaf, eye, targets)).backward()
         gradients.append(leaf.grad[10:].double())
     ours, exact = gradients
-    normal = exact.abs() * 54 / factor >= torch.finfo(dtype).tiny  # before the mean and the factor scale it
+    normal = (
+        exact.abs() * 54 / factor >= torch.finfo(dtype).tiny
+    )  # before the mean and the factor scale it
     assert normal.float().mean() > 0.9
     unit = torch.exp2(exact.abs().log2().floor()) * torch.finfo(dtype).eps
     assert ((ours - exact).abs() / unit)[normal].max() < ulps + 0.01
 
 
 def test_a_target_outside_the_vocabulary_is_not_quietly_wrong(fused_device: str) -> None:
-    tensors = case(4, 8, 16, torch.float32, fused_device) | {"targets": torch.tensor([3, 16, -1, 5]).to(fused_device)}
+    tensors = case(4, 8, 16, torch.float32, fused_device) | {
+        "targets": torch.tensor([3, 16, -1, 5]).to(fused_device)
+    }
     losses = kernels.linear_cross_entropy(**tensors, reduction="none")
     assert losses.isinf().tolist() == [False, True, True, False]
 
@@ -190,7 +224,9 @@ def test_shapes_and_strides(fused_device: str) -> None:
     for reduction in ("mean", "none"):
         options: dict[str, Any] = {"ignore_index": 7, "reduction": reduction}
         ours = kernels.linear_cross_entropy(hidden, tensors["weight"], targets, **options)
-        torch.testing.assert_close(ours, reference.linear_cross_entropy(hidden, tensors["weight"], targets, **options))
+        torch.testing.assert_close(
+            ours, reference.linear_cross_entropy(hidden, tensors["weight"], targets, **options)
+        )
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
@@ -238,9 +274,13 @@ def test_backward_twice_gives_the_same(fused_device: str) -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_parameter_freed_between_forward_and_backward(fused_device: str, reduction: str) -> None:
-    """ZeRO-3 empties a gathered parameter after forward and fills it again, elsewhere, before backward."""
+    """ZeRO-3 empties a gathered parameter after forward and fills it again, elsewhere, before
+    backward.
+    """
     tensors = case(10, 8, 40, torch.float32, fused_device)
-    expected = outputs_and_gradients(reference.linear_cross_entropy, tensors, torch.float32, reduction=reduction)
+    expected = outputs_and_gradients(
+        reference.linear_cross_entropy, tensors, torch.float32, reduction=reduction
+    )
     weight = torch.nn.Parameter(tensors["weight"])
     hidden = tensors["hidden"].requires_grad_()
     loss = kernels.linear_cross_entropy(hidden, weight, tensors["targets"], reduction=reduction)
@@ -249,7 +289,9 @@ def test_a_parameter_freed_between_forward_and_backward(fused_device: str, reduc
     gathered_again = gathered.clone()
     gathered.fill_(float("nan"))
     weight.data = gathered_again
-    loss.backward(torch.randn(loss.shape, generator=torch.Generator().manual_seed(1)).to(fused_device))
+    loss.backward(
+        torch.randn(loss.shape, generator=torch.Generator().manual_seed(1)).to(fused_device)
+    )
     torch.testing.assert_close(hidden.grad, expected["gradient of hidden"])
     torch.testing.assert_close(weight.grad, expected["gradient of weight"])
 
@@ -275,24 +317,34 @@ def test_flops_are_counted(fused_device: str, reduction: str, products: int) -> 
     assert counter.get_total_flops() == products * 2 * 10 * 8 * 40
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     rows=st.integers(8, 24),
     hidden_size=st.integers(4, 24),
     vocabulary=st.integers(8, 90),
     dtype=st.sampled_from(DTYPES),
 )
-def test_any_shape(fused_device: str, rows: int, hidden_size: int, vocabulary: int, dtype: torch.dtype) -> None:
+def test_any_shape(
+    fused_device: str, rows: int, hidden_size: int, vocabulary: int, dtype: torch.dtype
+) -> None:
     tensors = case(rows, hidden_size, vocabulary, dtype, fused_device)
     assert_as_accurate_as_torch("linear_cross_entropy", tensors, reduction="sum")
 
 
-@pytest.mark.parametrize(("rows", "hidden_size", "vocabulary"), [(1, 1, 1), (1, 5, 3), (6, 1, 2), (0, 4, 7)])
-def test_the_smallest_shapes(fused_device: str, rows: int, hidden_size: int, vocabulary: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "hidden_size", "vocabulary"), [(1, 1, 1), (1, 5, 3), (6, 1, 2), (0, 4, 7)]
+)
+def test_the_smallest_shapes(
+    fused_device: str, rows: int, hidden_size: int, vocabulary: int
+) -> None:
     """Too few numbers for the statistics of the rule above: compared with torch directly."""
     tensors = case(rows, hidden_size, vocabulary, torch.float32, fused_device)
     functions = (kernels.linear_cross_entropy, reference.linear_cross_entropy)
-    ours, theirs = (outputs_and_gradients(f, tensors, torch.float32, reduction="sum") for f in functions)
+    ours, theirs = (
+        outputs_and_gradients(f, tensors, torch.float32, reduction="sum") for f in functions
+    )
     torch.testing.assert_close(ours, theirs)
 
 
@@ -315,18 +367,33 @@ def test_peak_memory_is_a_tenth(fused_device: str) -> None:
     ("change", "message"),
     [
         ({"weight": torch.ones(9, 7)}, r"weight has shape \(9, 7\), expected \(9, 8\)"),
-        ({"weight": torch.ones(9, 8).half()}, "weight has dtype torch.float16, expected torch.float32"),
-        ({"targets": torch.ones(5, dtype=torch.int64)}, r"targets has shape \(5,\), expected \(4,\)"),
+        (
+            {"weight": torch.ones(9, 8).half()},
+            "weight has dtype torch.float16, expected torch.float32",
+        ),
+        (
+            {"targets": torch.ones(5, dtype=torch.int64)},
+            r"targets has shape \(5,\), expected \(4,\)",
+        ),
         ({"targets": torch.ones(4)}, "targets has dtype torch.float32, expected torch.int64"),
         ({"weight": torch.ones(8)}, r"weight has shape \(8,\), expected \(vocabulary, 8\)"),
         ({"targets": torch.ones(4, device="meta")}, "targets is on meta, expected c"),
         ({"reduction": "median"}, 'reduction is "median", expected "mean", "sum" or "none"'),
         ({"vocabulary": 10}, "vocabulary is 10, expected at most 9: weight has 9 rows"),
-        ({"vocabulary": 13, "vocabulary_start": 3}, "vocabulary is 13, expected at most 12: weight has 9 rows"),
+        (
+            {"vocabulary": 13, "vocabulary_start": 3},
+            "vocabulary is 13, expected at most 12: weight has 9 rows",
+        ),
         ({"vocabulary": 0}, "vocabulary is 0, expected at least 1"),
         ({"vocabulary": -1, "group": "some"}, "vocabulary is -1, expected at least 1"),
-        ({"vocabulary": 3, "vocabulary_start": 3}, "vocabulary is 3, expected more than vocabulary_start, which is 3"),
-        ({"vocabulary_start": -1}, "vocabulary_start is -1, expected the first row's index, at least 0"),
+        (
+            {"vocabulary": 3, "vocabulary_start": 3},
+            "vocabulary is 3, expected more than vocabulary_start, which is 3",
+        ),
+        (
+            {"vocabulary_start": -1},
+            "vocabulary_start is -1, expected the first row's index, at least 0",
+        ),
         ({"weight": torch.ones(0, 8)}, r"weight has shape \(0, 8\), expected at least one row"),
         ({"hidden": torch.ones(8)}, r"hidden has shape \(8,\), expected \(..., hidden_size\)"),
     ],
@@ -334,23 +401,33 @@ def test_peak_memory_is_a_tenth(fused_device: str) -> None:
 def test_bad_arguments_are_named(
     fused_device: str, mode_of_bad_input: None, change: dict[str, Any], message: str
 ) -> None:
-    refused("linear_cross_entropy", message, case(4, 8, 9, torch.float32, fused_device) | moved(change, fused_device))
+    refused(
+        "linear_cross_entropy",
+        message,
+        case(4, 8, 9, torch.float32, fused_device) | moved(change, fused_device),
+    )
 
 
 def test_a_rank_of_a_group_may_hold_padding_only_or_rows_of_others_beside() -> None:
     arguments = case(4, 8, 9, torch.float32, "cpu")
     for vocabulary in (3, 9, 12, 100):
-        checks.linear_cross_entropy(**arguments, vocabulary=vocabulary, vocabulary_start=9, group="some")
+        checks.linear_cross_entropy(
+            **arguments, vocabulary=vocabulary, vocabulary_start=9, group="some"
+        )
 
 
-# ------------------------------------------------------------------------------------- a vocabulary split between ranks
+# ----------------------------------------------------------------- a vocabulary split between ranks
 
 SHARES = ((0, 50), (50, 77))  # uneven on purpose
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the pool's ranks are CPU processes and need the interpreter")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the pool's ranks are CPU processes and need the interpreter"
+)
 def test_vocabulary_parallel(two_ranks: RankPool) -> None:
-    """Two ranks with their rows of the weight: each has the loss and gradients of one process with all of them."""
+    """Two ranks with their rows of the weight: each has the loss and gradients of one process
+    with all of them.
+    """
     for launched in two_ranks.run("tests.kernels.test_cross_entropy:compare_shards"):
         assert launched == BOTH
 
@@ -363,7 +440,9 @@ def compare_shards() -> set[str]:
         for mode in ("torch", "interpret"):
             patch.setenv("MEGAGPT_KERNELS", mode)
             reset_launches()
-            for dtype, reduction in itertools.product((torch.float32, torch.bfloat16), ("mean", "none")):
+            for dtype, reduction in itertools.product(
+                (torch.float32, torch.bfloat16), ("mean", "none")
+            ):
                 _compare_shard(share, dtype, reduction)
     return set(kernels.launches())
 
@@ -376,6 +455,8 @@ def _compare_shard(share: tuple[int, int], dtype: torch.dtype, reduction: str) -
     options |= {"group": dist.group.WORLD, "vocabulary_start": share[0]}
     ours = outputs_and_gradients(kernels.linear_cross_entropy, tensors, dtype, **options)
     whole["gradient of weight"] = whole["gradient of weight"][slice(*share)]
-    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 4e-2}
+    tolerance = (
+        {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 4e-2}
+    )
     for name, truth in whole.items():
         torch.testing.assert_close(ours[name].double(), truth, **tolerance)

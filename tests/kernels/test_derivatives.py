@@ -1,4 +1,6 @@
-"""What differentiation may ask of the fused operations: right, or refused by name; never wrong without a word."""
+"""What differentiation may ask of the fused operations: right, or refused by name; never wrong
+without a word.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +24,9 @@ CALLS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "layer_norm": lambda ops, x: ops.layer_norm(x, WEIGHT[0], WEIGHT[1]),
     "rms_norm": lambda ops, x: ops.rms_norm(x, WEIGHT[0], residual=2 * x)[0],
     "linear_cross_entropy": lambda ops, x: ops.linear_cross_entropy(x, WEIGHT, TARGETS),
-    "linear_cross_entropy, none": lambda ops, x: ops.linear_cross_entropy(x, WEIGHT, TARGETS, reduction="none"),
+    "linear_cross_entropy, none": lambda ops, x: ops.linear_cross_entropy(
+        x, WEIGHT, TARGETS, reduction="none"
+    ),
     "bias_gelu": lambda ops, x: ops.bias_gelu(x, WEIGHT[0]),
     "swiglu": lambda ops, x: ops.swiglu(x),
     "rotary": lambda ops, x: ops.rotary(x[:, None], *ANGLES),
@@ -33,7 +37,9 @@ LINEAR = ("rotary", "dropout")  # their gradient is the operation itself
 every_operation = pytest.mark.parametrize("name", CALLS)
 pytestmark = [
     pytest.mark.usefixtures("fused_device"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter shows it; arguments are on the CPU"),
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="the interpreter shows it; arguments are on the CPU"
+    ),
 ]
 
 
@@ -45,7 +51,10 @@ def x_and_tangent() -> tuple[Tensor, Tensor]:
 @every_operation
 def test_forward_mode_is_refused(name: str) -> None:
     x, tangent = x_and_tangent()
-    message = f"kernels.{name.partition(',')[0]}: no forward-mode derivative .*use reverse mode, or kernels.reference"
+    message = (
+        f"kernels.{name.partition(',')[0]}: no forward-mode derivative .*use reverse mode, "
+        f"or kernels.reference"
+    )
     with pytest.raises(NotImplementedError, match=message):
         torch.func.jvp(lambda x: CALLS[name](kernels, x), (x,), (tangent,))
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
@@ -58,21 +67,29 @@ def test_forward_mode_is_refused(name: str) -> None:
 def test_a_tangent_of_the_incoming_gradient_is_refused(name: str) -> None:
     x = x_and_tangent()[0].requires_grad_()
     y = CALLS[name](kernels, x)
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match="no forward-mode derivative"),
+    ):
         torch.autograd.grad(y, x, forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y)))
 
 
 def test_torch_compile_refuses_forward_mode_too() -> None:
     x, tangent = x_and_tangent()
     compiled = torch.compile(
-        lambda x: torch.func.jvp(lambda x: CALLS["layer_norm"](kernels, x), (x,), (tangent,)), backend="eager"
+        lambda x: torch.func.jvp(lambda x: CALLS["layer_norm"](kernels, x), (x,), (tangent,)),
+        backend="eager",
     )
-    with pytest.raises(NotImplementedError, match=r"kernels\.layer_norm: no forward-mode derivative"):
+    with pytest.raises(
+        NotImplementedError, match=r"kernels\.layer_norm: no forward-mode derivative"
+    ):
         compiled(x)
 
 
 def test_the_twin_has_forward_mode() -> None:
-    """Where the table chooses the twin, torch's own derivative comes out, which finite differences confirm."""
+    """Where the table chooses the twin, torch's own derivative comes out, which finite
+    differences confirm.
+    """
     x, tangent = (value.double() for value in x_and_tangent())
 
     def norm(x: Tensor) -> Tensor:
@@ -84,8 +101,12 @@ def test_the_twin_has_forward_mode() -> None:
 
 @pytest.mark.parametrize("mode", ["fused", "torch"])
 @every_operation
-def test_a_second_derivative_is_right_or_refused(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gradient with create_graph is right; differentiating it again is an error, or right where it is linear."""
+def test_a_second_derivative_is_right_or_refused(
+    name: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gradient with create_graph is right; differentiating it again is an error, or right
+    where it is linear.
+    """
     if mode == "torch":
         monkeypatch.setenv("MEGAGPT_KERNELS", "torch")
     x = x_and_tangent()[0].requires_grad_()
@@ -99,7 +120,9 @@ def test_a_second_derivative_is_right_or_refused(name: str, mode: str, monkeypat
         (plain,) = torch.autograd.grad(twin.square().sum(), x, create_graph=True)
         torch.testing.assert_close(second, torch.autograd.grad(plain.square().sum(), x)[0])
     elif mode == "fused" or name.startswith("linear_cross_entropy"):  # its chunks run on a CPU, too
-        with pytest.raises(NotImplementedError, match=f"kernels.*{name.partition(',')[0]}.*: no second derivative"):
+        with pytest.raises(
+            NotImplementedError, match=f"kernels.*{name.partition(',')[0]}.*: no second derivative"
+        ):
             gradient.square().sum().backward()
 
 
@@ -108,12 +131,16 @@ def test_vmap_is_right(name: str) -> None:
     """torch loops over what an operator has no batching rule for."""
     x, other = x_and_tangent()
     mapped = torch.func.vmap(lambda x: CALLS[name](kernels, x))(torch.stack((x, other)))
-    torch.testing.assert_close(mapped, torch.stack((CALLS[name](reference, x), CALLS[name](reference, other))))
+    torch.testing.assert_close(
+        mapped, torch.stack((CALLS[name](reference, x), CALLS[name](reference, other)))
+    )
 
 
 @every_operation
 def test_functional_gradients_are_right_or_refused(name: str) -> None:
-    """torch.func.grad cannot enter custom operators' gradients; the day that it can, it must be right."""
+    """torch.func.grad cannot enter custom operators' gradients; the day that it can, it must be
+    right.
+    """
     x, _ = x_and_tangent()
     try:
         gradient = torch.func.grad(lambda x: CALLS[name](kernels, x).square().sum())(x)

@@ -1,4 +1,6 @@
-"""The table that chooses implementations: every row reachable, every choice explained, every force obeyed."""
+"""The table that chooses implementations: every row reachable, every choice explained, every
+force obeyed.
+"""
 
 import functools
 import multiprocessing
@@ -30,44 +32,75 @@ def unforced(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter: what is imported, and when variables count, is the question."""
     return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 
 def test_a_cpu_runs_the_twin(q: torch.Tensor) -> None:
-    assert kernels.explain("attention", q, q, q) == "attention: torch (hopper, triton: tensors on cpu, not on a GPU)"
+    assert (
+        kernels.explain("attention", q, q, q)
+        == "attention: torch (hopper, triton: tensors on cpu, not on a GPU)"
+    )
     assert torch.equal(kernels.attention(q, q, q), reference.attention(q, q, q))
     assert kernels.launches() == {}
 
 
 def test_torch_is_obeyed(q: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(dispatch.VARIABLE, "torch")
-    assert kernels.explain("attention", q, q, q) == "attention: torch (hopper, triton: MEGAGPT_KERNELS=torch)"
+    assert (
+        kernels.explain("attention", q, q, q)
+        == "attention: torch (hopper, triton: MEGAGPT_KERNELS=torch)"
+    )
 
 
-def test_triton_is_obeyed_or_refused_with_the_reason(q: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_is_obeyed_or_refused_with_the_reason(
+    q: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(dispatch.VARIABLE, "triton")
     with pytest.raises(
-        ValueError, match="no implementation for MEGAGPT_KERNELS=triton: hopper, triton: tensors on cpu, not on"
+        ValueError,
+        match="no implementation for MEGAGPT_KERNELS=triton: hopper, triton: tensors on cpu, not "
+        "on",
     ):
         kernels.attention(q, q, q)
 
 
-@pytest.mark.skipif(not launcher.INTERPRETED, reason="needs TRITON_INTERPRET=1, which conftest sets without a GPU")
-def test_the_interpreter_is_obeyed_and_counted(q: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(
+    not launcher.INTERPRETED, reason="needs TRITON_INTERPRET=1, which conftest sets without a GPU"
+)
+def test_the_interpreter_is_obeyed_and_counted(
+    q: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(dispatch.VARIABLE, "interpret")
-    assert kernels.explain("attention", q, q, q) == "attention: triton (hopper: the interpreter does not know Gluon)"
+    assert (
+        kernels.explain("attention", q, q, q)
+        == "attention: triton (hopper: the interpreter does not know Gluon)"
+    )
     kernels.attention(q, q, q)
     assert kernels.launches() == {"attention_forward": 1}
-    with pytest.raises(ValueError, match=r"triton: head_dim 300 is above 256; torch: MEGAGPT_KERNELS asks for fused"):
+    with pytest.raises(
+        ValueError,
+        match=r"triton: head_dim 300 is above 256; torch: MEGAGPT_KERNELS asks for fused",
+    ):
         kernels.attention(*[torch.zeros(1, 1, 2, 300)] * 3)
-    with pytest.raises(ValueError, match=r"dtype torch\.float64 is not bfloat16, float16 or float32"):
+    with pytest.raises(
+        ValueError, match=r"dtype torch\.float64 is not bfloat16, float16 or float32"
+    ):
         kernels.attention(q.double(), q.double(), q.double())
 
 
-def test_an_unknown_value_names_the_known_ones(q: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_value_names_the_known_ones(
+    q: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(dispatch.VARIABLE, "cuda")
-    with pytest.raises(ValueError, match="MEGAGPT_KERNELS=cuda: unknown value; set it to triton, torch, interpret"):
+    with pytest.raises(
+        ValueError, match="MEGAGPT_KERNELS=cuda: unknown value; set it to triton, torch, interpret"
+    ):
         kernels.attention(q, q, q)
 
 
@@ -85,9 +118,13 @@ def test_what_gpus_that_are_not_here_would_run(q: torch.Tensor) -> None:
         "rms_norm: torch (triton: compute capability 7.5 is below 8.0)"
     )
     assert kernels.explain("attention", q, q, q, capability=(7, 5)) == (
-        "attention: torch (hopper: compute capability 7.5 is not 9.0; triton: compute capability 7.5 is below 8.0)"
+        "attention: torch (hopper: compute capability 7.5 is not 9.0; triton: compute capability "
+        "7.5 is below 8.0)"
     )
-    assert kernels.explain("attention", q, q, q) == "attention: torch (hopper, triton: tensors on cpu, not on a GPU)"
+    assert (
+        kernels.explain("attention", q, q, q)
+        == "attention: torch (hopper, triton: tensors on cpu, not on a GPU)"
+    )
 
 
 @pytest.fixture
@@ -103,15 +140,22 @@ def test_hopper_runs_its_own_attention(halves: torch.Tensor) -> None:
     for capability in ((8, 0), (8, 9), (10, 0), (12, 0)):
         line = kernels.explain("attention", halves, halves, halves, capability=capability)
         name = ".".join(map(str, capability))
-        assert line == f"attention: triton (hopper: compute capability {name} is not 9.0){by(capability)}"
+        assert (
+            line
+            == f"attention: triton (hopper: compute capability {name} is not 9.0){by(capability)}"
+        )
 
 
 LEFT_TO_TRITON = {
     "it has no dropout": {"dropout": 0.1, "dropout_seed": torch.tensor([1])},
     "it has no document masks": {"document_ids": torch.zeros(1, 20, dtype=torch.int64)},
-    "dtype torch.float32 is not bfloat16 or float16": dict.fromkeys("qkv", torch.zeros(1, 2, 20, 64)),
+    "dtype torch.float32 is not bfloat16 or float16": dict.fromkeys(
+        "qkv", torch.zeros(1, 2, 20, 64)
+    ),
     "head_dim 80 is neither 64 nor 128": dict.fromkeys("qkv", torch.zeros(1, 2, 20, 80).half()),
-    "the first of 20 queries see none of 7 keys": dict.fromkeys("kv", torch.zeros(1, 2, 7, 64).bfloat16()),
+    "the first of 20 queries see none of 7 keys": dict.fromkeys(
+        "kv", torch.zeros(1, 2, 7, 64).bfloat16()
+    ),
     "there is nothing to attend to": dict.fromkeys("kv", torch.zeros(1, 2, 0, 64).bfloat16()),
     "k has stride 20 between channels, not 1": {"k": torch.zeros(1, 2, 64, 20).bfloat16().mT},
     "v has a stride of 0 elements, not a positive multiple of 8": {
@@ -124,18 +168,24 @@ LEFT_TO_TRITON = {
 
 
 @pytest.mark.parametrize("reason", LEFT_TO_TRITON)
-def test_what_the_hopper_kernel_cannot_do_is_left_to_the_portable_one(reason: str, halves: torch.Tensor) -> None:
+def test_what_the_hopper_kernel_cannot_do_is_left_to_the_portable_one(
+    reason: str, halves: torch.Tensor
+) -> None:
     arguments = {"q": halves, "k": halves, "v": halves} | LEFT_TO_TRITON[reason]
     line = kernels.explain("attention", **arguments, capability=(9, 0))
     assert line == f"attention: triton (hopper: {reason}){by((9, 0))}"
 
 
-def test_the_hopper_kernel_can_be_switched_off(halves: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hopper_kernel_can_be_switched_off(
+    halves: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MEGAGPT_HOPPER", "0")
     line = kernels.explain("attention", halves, halves, halves, capability=(9, 0))
     assert line == f"attention: triton (hopper: MEGAGPT_HOPPER=0){by((9, 0))}"
     monkeypatch.setenv("MEGAGPT_HOPPER", "off")
-    with pytest.raises(ValueError, match="MEGAGPT_HOPPER=off: unknown value; set it to 0 or 1, or unset it"):
+    with pytest.raises(
+        ValueError, match="MEGAGPT_HOPPER=off: unknown value; set it to 0 or 1, or unset it"
+    ):
         kernels.attention(halves, halves, halves)
 
 
@@ -190,7 +240,9 @@ def _load_and_call(path: Path) -> list[list[float]]:
 
 
 def test_importing_kernels_imports_neither_torch_nor_triton() -> None:
-    done = run_python("import kernels, kernels.costs, sys; print(sorted({'torch', 'triton'} & set(sys.modules)))")
+    done = run_python(
+        "import kernels, kernels.costs, sys; print(sorted({'torch', 'triton'} & set(sys.modules)))"
+    )
     assert done.stdout.strip() == "[]", done.stderr
 
 
@@ -218,9 +270,13 @@ print(sorted(kernels.launches()))
 
 
 def test_torch_compile_may_be_the_first_to_use_an_operation() -> None:
-    """In a fresh process, several operations in one graph: it cannot trace the imports that a first use makes."""
+    """In a fresh process, several operations in one graph: it cannot trace the imports that a
+    first use makes.
+    """
     done = run_python(COLD, MEGAGPT_KERNELS="interpret")
-    assert done.stdout.strip() == "['attention_forward', 'cross_entropy_statistics', 'norm_forward']", done.stderr
+    assert (
+        done.stdout.strip() == "['attention_forward', 'cross_entropy_statistics', 'norm_forward']"
+    ), done.stderr
 
 
 def test_interpret_set_after_the_start_is_refused() -> None:

@@ -1,4 +1,6 @@
-"""Dropout: the twin's mask bit for bit, forward and backward, and its independence of how a batch is shared."""
+"""Dropout: the twin's mask bit for bit, forward and backward, and its independence of how a
+batch is shared.
+"""
 
 import pytest
 import torch
@@ -33,7 +35,9 @@ def test_equals_the_twin(fused_device: str, dtype: torch.dtype, probability: flo
     torch.testing.assert_close(gradient, expected_gradient)
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(length=st.integers(0, 9), channels=st.integers(1, 1100), offset=st.integers(0, 2**20))
 def test_any_shape(fused_device: str, length: int, channels: int, offset: int) -> None:
     x = torch.ones(3, length, channels, device=fused_device)
@@ -42,9 +46,14 @@ def test_any_shape(fused_device: str, length: int, channels: int, offset: int) -
 
 
 def test_strides(fused_device: str) -> None:
-    x = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0)).to(fused_device).transpose(0, 1)
+    x = (
+        torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0))
+        .to(fused_device)
+        .transpose(0, 1)
+    )
     torch.testing.assert_close(
-        kernels.dropout(x, 0.5, seed=SEEDS.to(fused_device)), reference.dropout(x, 0.5, seed=SEEDS.to(fused_device))
+        kernels.dropout(x, 0.5, seed=SEEDS.to(fused_device)),
+        reference.dropout(x, 0.5, seed=SEEDS.to(fused_device)),
     )
 
 
@@ -52,17 +61,25 @@ def test_the_mask_does_not_depend_on_the_share_of_the_batch(fused_device: str) -
     x = torch.ones(3, 6, 16, device=fused_device)
     whole = kernels.dropout(x, 0.5, seed=SEEDS.to(fused_device))
     assert torch.equal(whole[1:], kernels.dropout(x[1:], 0.5, seed=SEEDS[1:].to(fused_device)))
-    assert torch.equal(whole[:, 2:], kernels.dropout(x[:, 2:], 0.5, seed=SEEDS.to(fused_device), position_offset=2))
+    assert torch.equal(
+        whole[:, 2:], kernels.dropout(x[:, 2:], 0.5, seed=SEEDS.to(fused_device), position_offset=2)
+    )
 
 
 def test_the_operator_is_sound_for_compilers(fused_device: str) -> None:
     x = torch.ones(3, 2, 8, device=fused_device, requires_grad=True)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(fused_dropout._dropout, (x, 0.5, SEEDS.to(fused_device), 0), test_utils=checks)
+    torch.library.opcheck(
+        fused_dropout._dropout, (x, 0.5, SEEDS.to(fused_device), 0), test_utils=checks
+    )
 
 
 def test_bad_arguments_are_named(fused_device: str, mode_of_bad_input: None) -> None:
-    good = {"x": torch.ones(3, 2, 8, device=fused_device), "probability": 0.5, "seed": SEEDS.to(fused_device)}
+    good = {
+        "x": torch.ones(3, 2, 8, device=fused_device),
+        "probability": 0.5,
+        "seed": SEEDS.to(fused_device),
+    }
     for changes, message in (
         ({"probability": 1.0}, "probability is 1.0, expected 0 <= probability < 1"),
         ({"seed": good["seed"][1:]}, r"seed has shape \(2,\), expected \(3,\)"),

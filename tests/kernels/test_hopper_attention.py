@@ -1,7 +1,8 @@
-"""Attention in Gluon: what its source computes, what the compiler makes of it, and, on a Hopper GPU, that it runs.
+"""Attention in Gluon: what its source computes, what the compiler makes of it, and, on a Hopper
+GPU, that it runs.
 
-Triton's interpreter knows no Gluon, so without a GPU the source runs under tests/support/kernels/gluon_interpreter.py, and
-kernels.ahead.compiler compiles it.
+Triton's interpreter knows no Gluon, so without a GPU the source runs under
+tests/support/kernels/gluon_interpreter.py, and kernels.ahead.compiler compiles it.
 """
 
 import math
@@ -38,7 +39,9 @@ HOPPER = HAS_GPU and torch.cuda.get_device_capability() == (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
 SHIPPED = [entry.name for entry in hopper_attention.AHEAD_OF_TIME]
 CAUSAL_BF16 = [name for name in SHIPPED if name.endswith("bf16")]
-needs_the_interpreters = pytest.mark.skipif(not INTERPRETED, reason="the backward needs TRITON_INTERPRET=1")
+needs_the_interpreters = pytest.mark.skipif(
+    not INTERPRETED, reason="the backward needs TRITON_INTERPRET=1"
+)
 
 
 def case(
@@ -67,7 +70,9 @@ def interpret(monkeypatch: pytest.MonkeyPatch, source: Path, early: bool) -> Non
     """Let the operator run this source under the interpreter instead of launching its kernel."""
     kernel = gluon_interpreter.load(source).attention_forward_hopper
 
-    def launch(_: Any, grid: tuple[int], like: Tensor, *arguments: Any, num_warps: int, **constants: Any) -> None:
+    def launch(
+        _: Any, grid: tuple[int], like: Tensor, *arguments: Any, num_warps: int, **constants: Any
+    ) -> None:
         *descriptors, statistics = arguments[:5]
         pointers = (*descriptors, gluon_interpreter.Pointer(statistics))
         gluon_interpreter.run(kernel, grid[0], *pointers, *arguments[5:], early=early, **constants)
@@ -83,14 +88,22 @@ def interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 def assert_right(tensors: dict[str, Tensor], causal: bool) -> None:
-    """Output and log-sum-exp against fp64. The weights are rounded to the dtype of the values, as is the output."""
+    """Output and log-sum-exp against fp64.
+
+    The weights are rounded to the dtype of the values, as is the output.
+    """
     group = tensors["q"].shape[1] // tensors["k"].shape[1]
-    q, k, v = (x.double().repeat_interleave(n, 1) for x, n in zip(tensors.values(), (1, group, group), strict=True))
+    q, k, v = (
+        x.double().repeat_interleave(n, 1)
+        for x, n in zip(tensors.values(), (1, group, group), strict=True)
+    )
     out, log_sum_exp = hopper_attention._forward(*tensors.values(), 0.125, causal, False)
     scores = q @ k.mT * 0.125
     if causal:
         length, key_length = scores.shape[2:]
-        scores = scores.masked_fill(scores.new_ones(length, key_length).triu(1 + key_length - length) > 0, -math.inf)
+        scores = scores.masked_fill(
+            scores.new_ones(length, key_length).triu(1 + key_length - length) > 0, -math.inf
+        )
     last_place = torch.finfo(out.dtype).eps
     assert largest_error(out, scores.softmax(-1) @ v) <= 1.5 * last_place * v.abs().max()
     assert largest_error(log_sum_exp, scores.logsumexp(-1) * math.log2(math.e)) <= 1e-5
@@ -100,7 +113,18 @@ def assert_right(tensors: dict[str, Tensor], causal: bool) -> None:
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
     ("length", "key_length"),
-    [(1, 1), (1, 300), (63, 65), (64, 64), (127, 127), (128, 128), (129, 129), (5, 1023), (300, 364), (1000, 1000)],
+    [
+        (1, 1),
+        (1, 300),
+        (63, 65),
+        (64, 64),
+        (127, 127),
+        (128, 128),
+        (129, 129),
+        (5, 1023),
+        (300, 364),
+        (1000, 1000),
+    ],
 )
 def test_any_length(length: int, key_length: int, causal: bool) -> None:
     """Around tiles and blocks of rows, and more tiles than the ring holds."""
@@ -114,8 +138,15 @@ def test_head_dimension_128_and_grouped_heads(group: int, dtype: torch.dtype) ->
     assert_right(case(400, batch=2, heads=4, key_heads=4 // group, head_dim=128, dtype=dtype), True)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(length=st.integers(1, 400), extra=st.integers(0, 700), group=st.sampled_from([1, 2]), causal=st.booleans())
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    length=st.integers(1, 400),
+    extra=st.integers(0, 700),
+    group=st.sampled_from([1, 2]),
+    causal=st.booleans(),
+)
 @pytest.mark.usefixtures("interpreted")
 def test_any_shape(length: int, extra: int, group: int, causal: bool) -> None:
     assert_right(case(length, length + extra, key_heads=2 // group), causal)
@@ -129,20 +160,31 @@ def test_the_portable_backward_takes_its_log_sum_exp(causal: bool) -> None:
     for deterministic in (False, True):
         options = {"causal": causal, "deterministic": deterministic}
         rounding = attention_rounding(tensors, **options)
-        assert_as_accurate_as_torch("attention", tensors, ours=hopper_attention.attention, rounding=rounding, **options)
+        assert_as_accurate_as_torch(
+            "attention", tensors, ours=hopper_attention.attention, rounding=rounding, **options
+        )
 
 
 @needs_the_interpreters
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("variant", [Variant(64), Variant(64, length=0, key_length=0, group=0, causal=False)], ids=str)
+@pytest.mark.parametrize(
+    "variant", [Variant(64), Variant(64, length=0, key_length=0, group=0, causal=False)], ids=str
+)
 def test_the_self_check_passes(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exact_attention, "LENGTH", 256)  # two tiles of keys
-    assert self_check.disagreement(hopper_attention.attention, torch.device("cpu"), torch.bfloat16, variant) is None
+    assert (
+        self_check.disagreement(
+            hopper_attention.attention, torch.device("cpu"), torch.bfloat16, variant
+        )
+        is None
+    )
 
 
 @needs_the_interpreters
 def test_the_self_check_finds_a_faulty_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The portable one, which this kernel's forward relies on: no check of the portable forward is needed for that."""
+    """The portable one, which this kernel's forward relies on: no check of the portable forward
+    is needed for that.
+    """
     interpret(monkeypatch, SOURCE, True)
     monkeypatch.setattr(exact_attention, "LENGTH", 64)
     monkeypatch.setattr(self_check, "_VERDICTS", {})
@@ -154,7 +196,9 @@ def test_the_self_check_finds_a_faulty_backward(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(fused_attention, "backward", wrong)
     q = case(20)["q"].requires_grad_()
-    assert hopper_attention.fault("attention", q, q, q) == "self-check: gradient of k is wrong for " + (
+    assert hopper_attention.fault(
+        "attention", q, q, q
+    ) == "self-check: gradient of k is wrong for " + (
         "head_dim 64, lengths that are no multiples of 16"
     )
     assert [module for module, *_ in self_check._VERDICTS] == ["kernels.hopper.attention"]
@@ -166,7 +210,10 @@ def test_huge_logits() -> None:
     for size in (100.0, -100.0):
         q, k, v = tensors["q"] * size, tensors["k"], tensors["v"]
         out, _ = hopper_attention._forward(q, k, v, 1.0, True, False)
-        assert largest_error(out, reference.attention(q.double(), k.double(), v.double(), scale=1.0)) <= 0.02
+        assert (
+            largest_error(out, reference.attention(q.double(), k.double(), v.double(), scale=1.0))
+            <= 0.02
+        )
 
 
 MISTAKES = {
@@ -174,14 +221,18 @@ MISTAKES = {
         "    mbarrier.wait(k_ready.index(stage), phase)\n",
         "",
     ),
-    "a tile of values is read before it is there": ("    mbarrier.wait(v_ready.index(stage), phase)\n", ""),
+    "a tile of values is read before it is there": (
+        "    mbarrier.wait(v_ready.index(stage), phase)\n",
+        "",
+    ),
     "a tile is copied over while it is read": (
         "    mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)\n",
         "",
     ),
     "values are released before they are read": (
         "    scores = warpgroup_mma_wait(1, deps=(scores,))\n",
-        "    scores = warpgroup_mma_wait(1, deps=(scores,))\n    mbarrier.arrive(v_empty.index(before), count=1)\n",
+        "    scores = warpgroup_mma_wait(1, deps=(scores,))\n    "
+        "mbarrier.arrive(v_empty.index(before), count=1)\n",
     ),
     "scores are used before they are there": (
         "    scores = warpgroup_mma_wait(1, ",
@@ -196,7 +247,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_the_interpreter_finds_mistakes(mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_interpreter_finds_mistakes(
+    mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     right, wrong = MISTAKES[mistake]
     text = SOURCE.read_text()
     assert right in text
@@ -208,14 +261,21 @@ def test_the_interpreter_finds_mistakes(mistake: str, tmp_path: Path, monkeypatc
         interpret(monkeypatch, changed, early)
         try:
             assert_right(case(900), True)
-        except (AssertionError, TypeError):  # TypeError: arithmetic on a product that nobody waited for
+        except (
+            AssertionError,
+            TypeError,
+        ):  # TypeError: arithmetic on a product that nobody waited for
             found += 1
     assert found
 
 
-@pytest.mark.parametrize("names", [CAUSAL_BF16, pytest.param(SHIPPED, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize(
+    "names", [CAUSAL_BF16, pytest.param(SHIPPED, marks=pytest.mark.slow)], ids=["some", "all"]
+)
 def test_what_the_compiler_makes_of_it(names: list[str], tmp_path: Path) -> None:
-    """No spills, no product that waits for another, and softmax runs while products do, on tiles that TMA brought."""
+    """No spills, no product that waits for another, and softmax runs while products do, on tiles
+    that TMA brought.
+    """
     rows = compiled("--ptx", str(tmp_path), "--names", *names)
     assert len(rows) == len(names)
     for row in rows:
@@ -223,9 +283,16 @@ def test_what_the_compiler_makes_of_it(names: list[str], tmp_path: Path) -> None
         assert row["serialised_wgmma"] == 0, row
         assert row["overwritten_operands"] == 0, row
         head_dim = 128 if "128" in row["name"] else 64
-        scores, values = head_dim // 16, 128 // 16  # instructions of 16 channels, or of 16 keys, each
-        assert row["wgmma"] == 2 * (scores + 2 * (scores + values) + values), row  # 2 consumers; before, 2 loops, after
-        exponentials = 64 * 128 // 128 + 2  # a thread's share of a tile, and the rescaling of its two rows
+        scores, values = (
+            head_dim // 16,
+            128 // 16,
+        )  # instructions of 16 channels, or of 16 keys, each
+        assert row["wgmma"] == 2 * (scores + 2 * (scores + values) + values), (
+            row
+        )  # 2 consumers; before, 2 loops, after
+        exponentials = (
+            64 * 128 // 128 + 2
+        )  # a thread's share of a tile, and the rescaling of its two rows
         assert row["overlapped_exponentials"] >= 2 * 2 * exponentials, row
         assert row["tma"] >= 6, row  # q twice, k, v and the result of each consumer
         assert row["shared_bytes"] <= 227 * 1024, row
@@ -241,14 +308,19 @@ def instructions(ptx: str, *names: str) -> list[str]:
 
 
 def assert_barriers_are_seen_by_all(ptx: str) -> None:
-    """They are made, a fence shows them to TMA, and all warps meet, before anything is copied or waited for."""
+    """They are made, a fence shows them to TMA, and all warps meet, before anything is copied or
+    waited for.
+    """
     names = (
         r"mbarrier\.init",
         r"fence\.proxy\.async",
         r"bar\.sync|barrier\.sync",
         r"mbarrier\.try_wait|cp\.async\.bulk",
     )
-    order = [next(i for i, name in enumerate(names) if re.match(name, x)) for x in instructions(ptx, *names)]
+    order = [
+        next(i for i, name in enumerate(names) if re.match(name, x))
+        for x in instructions(ptx, *names)
+    ]
     first_use = order.index(3)
     assert order.count(0) == order[:first_use].count(0) > 0
     made = max(i for i, kind in enumerate(order) if kind == 0)
@@ -257,7 +329,9 @@ def assert_barriers_are_seen_by_all(ptx: str) -> None:
 
 
 def assert_results_are_seen_by_tma(ptx: str) -> None:
-    """Of each consumer: written to shared memory, a fence, all of its warps meet, a copy, and that is waited for."""
+    """Of each consumer: written to shared memory, a fence, all of its warps meet, a copy, and
+    that is waited for.
+    """
     names = (
         r"stmatrix",
         r"fence\.proxy\.async",
@@ -266,17 +340,22 @@ def assert_results_are_seen_by_tma(ptx: str) -> None:
     )
     names += (r"cp\.async\.bulk\.wait_group",)
     order = "".join(
-        str(next(i for i, name in enumerate(names) if re.match(name, x))) for x in instructions(ptx, *names)
+        str(next(i for i, name in enumerate(names) if re.match(name, x)))
+        for x in instructions(ptx, *names)
     )
     assert len(re.findall(r"0+2*12*34", order)) == 2, order
 
 
 def assert_registers_suffice(ptx: str) -> None:
-    """Three warp groups have what they begin with, shared out anew: while they work, and before (triton's own)."""
+    """Three warp groups have what they begin with, shared out anew: while they work, and before
+    (triton's own).
+    """
     at_first = re.search(r"^\.maxnreg (\d+)", ptx, re.MULTILINE)
     assert at_first is not None
     had = 3 * int(at_first[1])
-    asked = {int(count) for count in re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", ptx)}
+    asked = {
+        int(count) for count in re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", ptx)
+    }
     assert had * 128 <= 65536
     assert had == 240 + 240 + 24
     idle, main = sorted(asked - {24, 240})
@@ -308,20 +387,26 @@ def test_flops_are_counted_as_declared() -> None:
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         q, k = torch.empty(1, 4, 20, 64).half(), torch.empty(1, 2, 30, 64).half()
         hopper_attention._forward(q, k, k, 0.1, True, False)
-    assert counter.get_total_flops() == costs.attention(1, 4, 20, 64, key_length=30, itemsize=2).flops
+    assert (
+        counter.get_total_flops() == costs.attention(1, 4, 20, 64, key_length=30, itemsize=2).flops
+    )
 
 
 def test_the_operator_declares_shapes_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     interpret(monkeypatch, SOURCE, True)
     arguments = (*(x.requires_grad_() for x in case(20, key_heads=1).values()), 0.125, True, False)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.megagpt.attention_forward_hopper.default, arguments, test_utils=checks)
+    torch.library.opcheck(
+        torch.ops.megagpt.attention_forward_hopper.default, arguments, test_utils=checks
+    )
 
 
 def test_a_fault_is_asked_for_once_and_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A kernel that computes wrongly, or cannot be launched at all, is at fault; the log says so when it is found."""
+    """A kernel that computes wrongly, or cannot be launched at all, is at fault; the log says so
+    when it is found.
+    """
     calls: list[int] = []
 
     def broken(*tensors: Tensor, **options: Any) -> Tensor:
@@ -330,7 +415,12 @@ def test_a_fault_is_asked_for_once_and_logged(
 
     monkeypatch.setattr(hopper_attention, "attention", broken)
     monkeypatch.setattr(self_check, "_VERDICTS", {})
-    key = ("kernels.hopper.attention", torch.device("cpu"), torch.bfloat16, Variant(64, documents=True))
+    key = (
+        "kernels.hopper.attention",
+        torch.device("cpu"),
+        torch.bfloat16,
+        Variant(64, documents=True),
+    )
     for _ in range(2):
         assert self_check.verdict(*key) == "self-check: RuntimeError: no such instruction"
     assert len(calls) == 1
@@ -340,7 +430,9 @@ def test_a_fault_is_asked_for_once_and_logged(
     ]
 
 
-def caught_in(surroundings: AbstractContextManager[Any], monkeypatch: pytest.MonkeyPatch) -> str | None:
+def caught_in(
+    surroundings: AbstractContextManager[Any], monkeypatch: pytest.MonkeyPatch
+) -> str | None:
     """The verdict on a right kernel, if first asked for in these surroundings."""
 
     def right(q: Tensor, k: Tensor, v: Tensor, *, deterministic: bool, **options: Any) -> Tensor:
@@ -350,7 +442,9 @@ def caught_in(surroundings: AbstractContextManager[Any], monkeypatch: pytest.Mon
     monkeypatch.setattr(self_check, "_VERDICTS", {})
     monkeypatch.setattr(hopper_attention, "attention", right)
     with surroundings:
-        return self_check.verdict("kernels.hopper.attention", torch.device("cpu"), torch.float32, Variant(64))
+        return self_check.verdict(
+            "kernels.hopper.attention", torch.device("cpu"), torch.float32, Variant(64)
+        )
 
 
 @contextmanager
@@ -360,7 +454,9 @@ def deterministic_algorithms() -> Iterator[None]:
 
     def refuse(*operands: Tensor) -> Tensor:
         if torch.are_deterministic_algorithms_enabled():
-            raise RuntimeError("Deterministic behavior was enabled, but this operation is not deterministic")
+            raise RuntimeError(
+                "Deterministic behavior was enabled, but this operation is not deterministic"
+            )
         return product(*operands)
 
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -379,7 +475,9 @@ SURROUNDINGS = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "inference": torch.inference_mode,
     "fake tensors": FakeTensorMode,
-    "hooks that save nothing": lambda: torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: x),
+    "hooks that save nothing": lambda: torch.autograd.graph.saved_tensors_hooks(
+        lambda x: None, lambda x: x
+    ),
 }
 
 
@@ -395,14 +493,24 @@ def test_a_verdict_counts_no_flops(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counter.get_total_flops() == 0
 
 
-def test_a_want_of_memory_is_no_verdict(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Nor is a captured CUDA graph, or a backward whose thread the check would wait for: they are asked again."""
+def test_a_want_of_memory_is_no_verdict(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor is a captured CUDA graph, or a backward whose thread the check would wait for: they
+    are asked again.
+    """
     with pytest.MonkeyPatch.context() as full:
-        full.setattr(self_check, "answers", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+        full.setattr(
+            self_check,
+            "answers",
+            lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("full")),
+        )
         assert caught_in(nullcontext(), full) == "self-check: no memory for it now"
     with pytest.MonkeyPatch.context() as capturing:
         capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        found = self_check.verdict("kernels.hopper.attention", torch.device("cuda"), torch.bfloat16, Variant(64))
+        found = self_check.verdict(
+            "kernels.hopper.attention", torch.device("cuda"), torch.bfloat16, Variant(64)
+        )
         assert found == "self-check: impossible while a CUDA graph is captured; call it once before"
     monkeypatch.setattr(self_check, "_VERDICTS", {})
     x, found = torch.ones(1, requires_grad=True), []
@@ -414,14 +522,20 @@ def test_a_want_of_memory_is_no_verdict(monkeypatch: pytest.MonkeyPatch, caplog:
     assert caught_in(nullcontext(), monkeypatch) is None
 
 
-def test_torch_compile_asks_for_the_verdict_while_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_compile_asks_for_the_verdict_while_it_compiles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Once for each variant, whatever sizes it traces."""
     asked: list[Variant] = []
     monkeypatch.setattr(self_check, "disagreement", lambda *key: asked.append(key[-1]))
     monkeypatch.setattr(self_check, "_VERDICTS", {})
 
     def run(x: Tensor, documents: Tensor) -> Tensor:
-        return x * 2 if fused_attention.fault("attention", x, x, x, document_ids=documents) is None else x
+        return (
+            x * 2
+            if fused_attention.fault("attention", x, x, x, document_ids=documents) is None
+            else x
+        )
 
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=True)
     for length in (32, 48, 33):
@@ -430,7 +544,7 @@ def test_torch_compile_asks_for_the_verdict_while_it_compiles(monkeypatch: pytes
     assert asked == [Variant(16, documents=True), Variant(16, 0, 0, documents=True)]
 
 
-# ------------------------------------------------------------------------------------------------------------- on a GPU
+# ----------------------------------------------------------------------------------------- on a GPU
 
 
 @pytest.mark.gpu
@@ -438,12 +552,19 @@ def test_torch_compile_asks_for_the_verdict_while_it_compiles(monkeypatch: pytes
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize(("length", "key_length"), [(1, 1), (127, 127), (129, 1000), (1023, 1023), (4096, 4096)])
-def test_on_hopper(length: int, key_length: int, head_dim: int, dtype: torch.dtype, causal: bool) -> None:
+@pytest.mark.parametrize(
+    ("length", "key_length"), [(1, 1), (127, 127), (129, 1000), (1023, 1023), (4096, 4096)]
+)
+def test_on_hopper(
+    length: int, key_length: int, head_dim: int, dtype: torch.dtype, causal: bool
+) -> None:
     tensors = case(
-        length, key_length, batch=2, heads=4, key_heads=2, head_dim=head_dim, dtype=dtype, device="cuda"
+        length, key_length, batch=2, heads=4, key_heads=2, head_dim=head_dim, dtype=dtype,
+        device="cuda"
     )  # fmt: skip
-    assert kernels.explain("attention", **tensors, causal=causal).startswith("attention: hopper (first in the table)")
+    assert kernels.explain("attention", **tensors, causal=causal).startswith(
+        "attention: hopper (first in the table)"
+    )
     reset_launches()
     rounding = attention_rounding(tensors, causal=causal)
     assert_as_accurate_as_torch("attention", tensors, rounding=rounding, causal=causal)

@@ -1,4 +1,6 @@
-"""Tensors of more than 2^31 elements, on a GPU that holds them: what lies beyond is computed as if it were alone."""
+"""Tensors of more than 2^31 elements, on a GPU that holds them: what lies beyond is computed as
+if it were alone.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,15 +15,20 @@ from kernels.fused import cross_entropy
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 60 * 2**30,
+        not torch.cuda.is_available()
+        or torch.cuda.get_device_properties(0).total_memory < 60 * 2**30,
         reason="needs a GPU with 60 GiB",
     ),
 ]
 BEYOND = 2**31 + 2**13
 
 
-def assert_last_as_if_alone(function: Callable[..., Tensor], inputs: list[Tensor], samples: int = 2) -> None:
-    """The last ``samples`` of the inputs give the same bits among all the others as alone, forward and backward."""
+def assert_last_as_if_alone(
+    function: Callable[..., Tensor], inputs: list[Tensor], samples: int = 2
+) -> None:
+    """The last ``samples`` of the inputs give the same bits among all the others as alone,
+    forward and backward.
+    """
 
     def run(*given: Tensor) -> list[Tensor]:
         leaves = [x.detach().requires_grad_() for x in given]
@@ -45,7 +52,9 @@ def memory(fused_device: str) -> Any:
 @pytest.mark.parametrize("columns", [4096, 16_384])
 def test_norms(columns: int) -> None:
     weight, bias = random(columns), random(columns)
-    assert_last_as_if_alone(lambda x: kernels.layer_norm(x, weight, bias), [random(BEYOND // columns + 3, columns)])
+    assert_last_as_if_alone(
+        lambda x: kernels.layer_norm(x, weight, bias), [random(BEYOND // columns + 3, columns)]
+    )
 
 
 def test_bias_gelu() -> None:
@@ -76,7 +85,10 @@ def test_attention() -> None:
 
 def test_cross_entropy() -> None:
     logits, targets = random(BEYOND // 4096, 4096), torch.full((BEYOND // 4096,), 7, device="cuda")
-    among, alone = cross_entropy._statistics(logits, targets), cross_entropy._statistics(logits[-2:], targets[-2:])
+    among, alone = (
+        cross_entropy._statistics(logits, targets),
+        cross_entropy._statistics(logits[-2:], targets[-2:]),
+    )
     assert torch.equal(among[:, -2:], alone)
     scales, normaliser = torch.ones_like(among[0]), torch.stack((among[0], among[1].log()), dim=1)
     last = logits[-2:].clone()

@@ -1,4 +1,6 @@
-"""Reading machine code: what is written, and what is computed, while matrix products are in flight."""
+"""Reading machine code: what is written, and what is computed, while matrix products are in
+flight.
+"""
 
 import pytest
 
@@ -14,17 +16,26 @@ WAIT_FOR_SCORES, WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gs
 
 def listing(*instructions: str) -> str:
     """As cuobjdump prints them."""
-    return "\n".join(f"        /*{16 * i:04x}*/   {text} ;   /* 0x0 */" for i, text in enumerate(instructions))
+    return "\n".join(
+        f"        /*{16 * i:04x}*/   {text} ;   /* 0x0 */" for i, text in enumerate(instructions)
+    )
 
 
 def test_softmax_beside_a_product() -> None:
-    done = in_flight(listing(*PRODUCTS, WAIT_FOR_SCORES, "MUFU.EX2 R2, R24", "@!P0 MUFU.EX2 R3, R25", WAIT))
+    done = in_flight(
+        listing(*PRODUCTS, WAIT_FOR_SCORES, "MUFU.EX2 R2, R24", "@!P0 MUFU.EX2 R3, R25", WAIT)
+    )
     assert done == InFlight(overwritten_operands=0, overlapped_exponentials=2)
     done = in_flight(listing(*PRODUCTS, WAIT_FOR_SCORES, WAIT, "MUFU.EX2 R2, R24"))
     assert done == InFlight(overwritten_operands=0, overlapped_exponentials=0)
 
 
-WRITES = ("F2FP.BF16.F32.PACK_AB R121, R4, R5", "IMAD.WIDE R126, R2, 0x4, R6", "@P1 MOV R127, R2", "LDS.128 R117, [R2]")
+WRITES = (
+    "F2FP.BF16.F32.PACK_AB R121, R4, R5",
+    "IMAD.WIDE R126, R2, 0x4, R6",
+    "@P1 MOV R127, R2",
+    "LDS.128 R117, [R2]",
+)
 SPARES = ("LDS.128 R116, [R2]", "STS [R120], R2", "MUFU.EX2 R128, R121")
 
 

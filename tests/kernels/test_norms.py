@@ -1,4 +1,6 @@
-"""Layer and RMS normalisation: accuracy of outputs and every gradient, odd shapes and strides, exact and repeatable."""
+"""Layer and RMS normalisation: accuracy of outputs and every gradient, odd shapes and strides,
+exact and repeatable.
+"""
 
 import pytest
 import torch
@@ -8,13 +10,19 @@ from torch import Tensor
 
 import kernels
 from kernels.fused import norms
-from tests.support.kernels.accuracy import DTYPES, assert_as_accurate_as_torch, outputs_and_gradients
+from tests.support.kernels.accuracy import (
+    DTYPES,
+    assert_as_accurate_as_torch,
+    outputs_and_gradients,
+)
 from tests.support.kernels.refusals import moved, refused
 
 OPS = ("layer_norm", "rms_norm")
 
 
-def case(op: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, residual: bool = False) -> dict[str, Tensor]:
+def case(
+    op: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, residual: bool = False
+) -> dict[str, Tensor]:
     """Random arguments of a norm."""
     generator = torch.Generator().manual_seed(0)
 
@@ -36,7 +44,9 @@ def in_fp32(tensors: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
 
 @pytest.fixture
 def narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of more than 64 columns count as wide, and of more than 128 as too wide for sums in registers."""
+    """Rows of more than 64 columns count as wide, and of more than 128 as too wide for sums in
+    registers.
+    """
     monkeypatch.setattr(norms, "_WIDEST_TILE", 64)
     monkeypatch.setattr(norms, "_CHUNK", 32)
     monkeypatch.setattr(norms, "_SUM_CHUNK", 64)
@@ -49,7 +59,9 @@ def narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [1, 5, 127, 768])
 @pytest.mark.parametrize("op", OPS)
-def test_accuracy(fused_device: str, op: str, columns: int, dtype: torch.dtype, residual: bool) -> None:
+def test_accuracy(
+    fused_device: str, op: str, columns: int, dtype: torch.dtype, residual: bool
+) -> None:
     assert_as_accurate_as_torch(op, case(op, (3, 7, columns), dtype, fused_device, residual))
     assert kernels.launches() == {"norm_forward": 1, "norm_backward": 1}
 
@@ -59,13 +71,19 @@ def test_accuracy(fused_device: str, op: str, columns: int, dtype: torch.dtype, 
 @pytest.mark.parametrize("columns", [65, 128, 129, 300])
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.usefixtures("narrow_tiles")
-def test_accuracy_of_wide_rows(fused_device: str, op: str, columns: int, dtype: torch.dtype, residual: bool) -> None:
+def test_accuracy_of_wide_rows(
+    fused_device: str, op: str, columns: int, dtype: torch.dtype, residual: bool
+) -> None:
     assert_as_accurate_as_torch(op, case(op, (5, columns), dtype, fused_device, residual))
     averages = {"norm_row_averages": 1} if columns > 128 else {}
     assert kernels.launches() == {"norm_forward_wide": 1, "norm_backward_wide": 1, **averages}
 
 
-MIXED = {"parameters": ("weight", "bias"), "residual": ("residual",), "both": ("weight", "bias", "residual")}
+MIXED = {
+    "parameters": ("weight", "bias"),
+    "residual": ("residual",),
+    "both": ("weight", "bias", "residual"),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -76,7 +94,9 @@ MIXED = {"parameters": ("weight", "bias"), "residual": ("residual",), "both": ("
 def test_fp32_beside_activations_of_16_bits(
     fused_device: str, op: str, wide: str, columns: int, dtype: torch.dtype
 ) -> None:
-    """y like x, the sum like the residual, gradients like their inputs, all as accurate as their own dtypes allow."""
+    """y like x, the sum like the residual, gradients like their inputs, all as accurate as their
+    own dtypes allow.
+    """
     tensors = in_fp32(case(op, (7, columns), dtype, fused_device, residual=True), *MIXED[wide])
     assert_as_accurate_as_torch(op, tensors)
     results = outputs_and_gradients(getattr(kernels, op), tensors, None)
@@ -91,8 +111,12 @@ def test_fp32_beside_activations_of_16_bits(
 
 @pytest.mark.parametrize("op", OPS)
 def test_autocast_changes_no_dtype(fused_device: str, op: str) -> None:
-    """Nor a bit, in the twin as in the kernels; torch's own norms would return fp32 under it on a GPU."""
-    tensors = in_fp32(case(op, (3, 24), torch.bfloat16, fused_device, residual=True), *MIXED["both"])
+    """Nor a bit, in the twin as in the kernels; torch's own norms would return fp32 under it on
+    a GPU.
+    """
+    tensors = in_fp32(
+        case(op, (3, 24), torch.bfloat16, fused_device, residual=True), *MIXED["both"]
+    )
     for function in (getattr(kernels, op), getattr(kernels.reference, op)):
         expected = function(**tensors)
         with torch.autocast(fused_device, torch.bfloat16):
@@ -106,7 +130,9 @@ def test_autocast_changes_no_dtype(fused_device: str, op: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_the_widest_rows(fused_device: str, op: str, columns: int) -> None:
     """Up to 12,288 columns backward is one kernel that reads every row once from memory."""
-    assert_as_accurate_as_torch(op, case(op, (3, columns), torch.float32, fused_device, residual=True))
+    assert_as_accurate_as_torch(
+        op, case(op, (3, columns), torch.float32, fused_device, residual=True)
+    )
     assert kernels.launches().get("norm_row_averages", 0) == (columns > 12_288)
     assert kernels.launches()["norm_backward_wide"] == 1
 
@@ -128,8 +154,12 @@ def test_layer_norm_without_a_bias(fused_device: str) -> None:
 
 
 @pytest.mark.parametrize("wide", [False, True])
-def test_a_large_mean_costs_no_precision(fused_device: str, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """E[x^2] - E[x]^2 in fp32 would be off by several units here: the mean is 10^4 deviations away."""
+def test_a_large_mean_costs_no_precision(
+    fused_device: str, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E[x^2] - E[x]^2 in fp32 would be off by several units here: the mean is 10^4 deviations
+    away.
+    """
     if wide:
         monkeypatch.setattr(norms, "_WIDEST_TILE", 64)
         monkeypatch.setattr(norms, "_CHUNK", 32)
@@ -140,11 +170,15 @@ def test_a_large_mean_costs_no_precision(fused_device: str, wide: bool, monkeypa
     torch.testing.assert_close(y.double(), truth, atol=2e-3, rtol=0.0)
 
 
-@pytest.mark.filterwarnings("ignore:(divide by zero|invalid value):RuntimeWarning")  # in rows beyond the last
+@pytest.mark.filterwarnings(
+    "ignore:(divide by zero|invalid value):RuntimeWarning"
+)  # in rows beyond the last
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_integer_values_are_exact(fused_device: str, op: str, dtype: torch.dtype) -> None:
-    """Rows of +1 and -1 have mean 0 and variance 1, so with integer weights every number is an integer."""
+    """Rows of +1 and -1 have mean 0 and variance 1, so with integer weights every number is an
+    integer.
+    """
     signs = torch.tensor([1.0, -1.0]).repeat(3, 32).to(fused_device, dtype)
     tensors = case(op, (3, 64), dtype, fused_device)
     tensors |= {name: x.mul(3).round() for name, x in tensors.items()} | {"x": signs}
@@ -154,13 +188,17 @@ def test_integer_values_are_exact(fused_device: str, op: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("wide", [False, True])
-def test_repeated_runs_are_equal(fused_device: str, op: str, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_runs_are_equal(
+    fused_device: str, op: str, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if wide:
         monkeypatch.setattr(norms, "_WIDEST_TILE", 64)
         monkeypatch.setattr(norms, "_SUM_CHUNK", 32)
         monkeypatch.setattr(norms, "_WIDEST_SUMS", 64)
     tensors = case(op, (30 if wide else 300, 100), torch.bfloat16, fused_device, residual=True)
-    first, second = (outputs_and_gradients(getattr(kernels, op), tensors, torch.bfloat16) for _ in range(2))
+    first, second = (
+        outputs_and_gradients(getattr(kernels, op), tensors, torch.bfloat16) for _ in range(2)
+    )
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 
@@ -173,7 +211,9 @@ def test_strides(fused_device: str, op: str) -> None:
     for function in (getattr(kernels, op), getattr(kernels.reference, op)):
         x = tensors["x"].detach().requires_grad_()
         y, total = function(
-            x.transpose(0, 1), *list(tensors.values())[1:], residual=x[0, 0].expand(5, 6, 40).clone().expand(5, 6, 40)
+            x.transpose(0, 1),
+            *list(tensors.values())[1:],
+            residual=x[0, 0].expand(5, 6, 40).clone().expand(5, 6, 40),
         )
         (y.square().sum() + total.sum()).backward()
         gradients.append(x.grad)
@@ -204,7 +244,9 @@ def test_an_unused_output_has_no_gradient(fused_device: str, op: str) -> None:
         for function in (getattr(kernels, op), getattr(kernels.reference, op)):
             arguments = {name: x.detach().requires_grad_() for name, x in tensors.items()}
             function(**arguments)[output].square().sum().backward()
-            gradients.append([torch.zeros_like(x) if x.grad is None else x.grad for x in arguments.values()])
+            gradients.append(
+                [torch.zeros_like(x) if x.grad is None else x.grad for x in arguments.values()]
+            )
         torch.testing.assert_close(*gradients)
 
 
@@ -222,7 +264,9 @@ def test_no_rows(fused_device: str, op: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_parameter_freed_between_forward_and_backward(fused_device: str, op: str) -> None:
-    """ZeRO-3 empties a gathered parameter after forward and fills it again, elsewhere, before backward."""
+    """ZeRO-3 empties a gathered parameter after forward and fills it again, elsewhere, before
+    backward.
+    """
     tensors = case(op, (4, 24), torch.float32, fused_device)
     expected = outputs_and_gradients(getattr(kernels, op), tensors, torch.float32)["gradient of x"]
     weight = torch.nn.Parameter(tensors.pop("weight"))
@@ -240,22 +284,31 @@ def test_a_parameter_freed_between_forward_and_backward(fused_device: str, op: s
 def test_the_operator_is_sound_for_compilers(fused_device: str) -> None:
     """Schema, fake implementation and autograd registration, as torch.compile relies on them."""
     x, weight, bias, residual = (
-        t.requires_grad_() for t in case("layer_norm", (2, 8), torch.float32, fused_device, True).values()
+        t.requires_grad_()
+        for t in case("layer_norm", (2, 8), torch.float32, fused_device, True).values()
     )
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(norms._forward, (x, residual, weight, bias, 1e-5, True), test_utils=checks)
+    torch.library.opcheck(
+        norms._forward, (x, residual, weight, bias, 1e-5, True), test_utils=checks
+    )
     torch.library.opcheck(norms._forward, (x, None, weight, None, 1e-5, False), test_utils=checks)
 
 
 def test_compiles_into_one_graph(fused_device: str) -> None:
-    """torch.compile takes the operators as they are: one graph, forward and backward, the same numbers."""
+    """torch.compile takes the operators as they are: one graph, forward and backward, the same
+    numbers.
+    """
     tensors = case("layer_norm", (3, 24), torch.float32, fused_device, residual=True)
     compiled = torch.compile(norms.layer_norm, backend="aot_eager", fullgraph=True)
-    ours, expected = (outputs_and_gradients(f, tensors, torch.float32) for f in (compiled, norms.layer_norm))
+    ours, expected = (
+        outputs_and_gradients(f, tensors, torch.float32) for f in (compiled, norms.layer_norm)
+    )
     assert all(torch.equal(ours[name], value) for name, value in expected.items())
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     op=st.sampled_from(OPS),
     rows=st.integers(1, 40),
@@ -263,7 +316,9 @@ def test_compiles_into_one_graph(fused_device: str) -> None:
     dtype=st.sampled_from(DTYPES),
     residual=st.booleans(),
 )
-def test_any_shape(fused_device: str, op: str, rows: int, columns: int, dtype: torch.dtype, residual: bool) -> None:
+def test_any_shape(
+    fused_device: str, op: str, rows: int, columns: int, dtype: torch.dtype, residual: bool
+) -> None:
     assert_as_accurate_as_torch(op, case(op, (rows, columns), dtype, fused_device, residual))
 
 
@@ -272,8 +327,14 @@ def test_any_shape(fused_device: str, op: str, rows: int, columns: int, dtype: t
     [
         ({"weight": torch.ones(7)}, r"weight has shape \(7,\), expected \(8,\)"),
         ({"bias": torch.ones(8).half()}, "bias has dtype torch.float16, expected torch.float32"),
-        ({"weight": torch.ones(8).half()}, "weight has dtype torch.float16, expected torch.float32"),
-        ({"residual": torch.ones(2, 8).half()}, "residual has dtype torch.float16, expected torch.float32"),
+        (
+            {"weight": torch.ones(8).half()},
+            "weight has dtype torch.float16, expected torch.float32",
+        ),
+        (
+            {"residual": torch.ones(2, 8).half()},
+            "residual has dtype torch.float16, expected torch.float32",
+        ),
         ({"weight": torch.ones(8, device="meta")}, "weight is on meta, expected c"),
         ({"residual": torch.ones(3, 8)}, r"residual has shape \(3, 8\), expected \(2, 8\)"),
         ({"x": torch.tensor(1.0)}, r"x has shape \(\), expected \(..., width\)"),

@@ -1,4 +1,6 @@
-"""The generator behind dropout: published answers, an independent big-integer twin, and the statistics of its masks."""
+"""The generator behind dropout: published answers, an independent big-integer twin, and the
+statistics of its masks.
+"""
 
 import random
 
@@ -61,10 +63,14 @@ def test_the_big_integer_twin_gives_the_published_answers(counter, key, words):
 def test_philox_equals_its_big_integer_twin():
     drawn = random.Random(0)
     cases = [(0, 0, 0, 0), (MASK_64, MASK_32, MASK_32, MASK_32)]
-    cases += [(drawn.getrandbits(64), *(drawn.getrandbits(32) for _ in range(3))) for _ in range(200)]
+    cases += [
+        (drawn.getrandbits(64), *(drawn.getrandbits(32) for _ in range(3))) for _ in range(200)
+    ]
     columns = zip(*([as_signed(seed), *counter] for seed, *counter in cases), strict=True)
     words = philox(*(torch.tensor(column) for column in columns))
-    expected = [big_integer_philox((*counter, 0), (seed & MASK_32, seed >> 32)) for seed, *counter in cases]
+    expected = [
+        big_integer_philox((*counter, 0), (seed & MASK_32, seed >> 32)) for seed, *counter in cases
+    ]
     assert words.tolist() == [list(four) for four in expected]
 
 
@@ -84,7 +90,11 @@ def test_fold_seed_equals_its_big_integer_twin():
 
 
 def test_fold_seed_tells_step_sample_and_layer_apart():
-    step, sample, layer = torch.arange(20)[:, None, None], torch.arange(20)[:, None], torch.arange(20)
+    step, sample, layer = (
+        torch.arange(20)[:, None, None],
+        torch.arange(20)[:, None],
+        torch.arange(20),
+    )
     seeds = fold_seed(1234, step, sample, layer)
     assert seeds.shape == (20, 20, 20)
     assert len(seeds.unique()) == 20**3
@@ -93,23 +103,31 @@ def test_fold_seed_tells_step_sample_and_layer_apart():
 def test_column_j_of_a_mask_is_word_j_mod_4_of_counter_j_div_4():
     seed, plane, row = torch.tensor(77), torch.tensor(5), torch.tensor(9)
     kept = keep_mask(0.25, seed, plane, row, columns=11)
-    words = [big_integer_philox((column // 4, 9, 5, 0), (77, 0))[column % 4] for column in range(11)]
+    words = [
+        big_integer_philox((column // 4, 9, 5, 0), (77, 0))[column % 4] for column in range(11)
+    ]
     assert kept.tolist() == [word >= 2**30 for word in words]
 
 
 def test_a_longer_mask_begins_with_the_shorter_one():
     seed, zero = torch.tensor(3), torch.tensor(0)
-    assert torch.equal(keep_mask(0.5, seed, zero, zero, 37), keep_mask(0.5, seed, zero, zero, 64)[:37])
+    assert torch.equal(
+        keep_mask(0.5, seed, zero, zero, 37), keep_mask(0.5, seed, zero, zero, 64)[:37]
+    )
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
 def test_masks_drop_the_given_share_in_every_row_and_column(probability):
     rows, columns = 500, 400
-    dropped = ~keep_mask(probability, torch.tensor(11), torch.tensor(0), torch.arange(rows), columns)
+    dropped = ~keep_mask(
+        probability, torch.tensor(11), torch.tensor(0), torch.arange(rows), columns
+    )
     for dim, count in ((0, rows), (1, columns)):
         share = dropped.double().mean(dim=dim)
         deviation = (probability * (1 - probability) / count) ** 0.5
-        assert (share - probability).abs().max() < 5 * deviation  # under 0.1 % of all seeds exceed it
+        assert (
+            share - probability
+        ).abs().max() < 5 * deviation  # under 0.1 % of all seeds exceed it
     deviation = (probability * (1 - probability) / dropped.numel()) ** 0.5
     assert abs(dropped.double().mean() - probability) < 4 * deviation
 

@@ -1,4 +1,6 @@
-"""The fence between copies and products that triton 3.6 leaves out: found, inserted, and keyed in triton's cache."""
+"""The fence between copies and products that triton 3.6 leaves out: found, inserted, and keyed
+in triton's cache.
+"""
 
 import os
 import subprocess
@@ -38,7 +40,10 @@ def test_one_for_each_wait_that_a_product_follows() -> None:
 
 
 def test_products_of_blackwell_too() -> None:
-    text = "\tcp.async.wait_group 0;\n\tbar.sync 0;\n\t@%p17 tcgen05.mma.cta_group::1.kind::f16 [ %r1 + 0 ], %rd1;\n"
+    text = (
+        "\tcp.async.wait_group 0;\n\tbar.sync 0;\n\t@%p17 tcgen05.mma.cta_group::1.kind::f16 [ "
+        "%r1 + 0 ], %rd1;\n"
+    )
     assert missing_fences(text) == [1]
 
 
@@ -48,9 +53,11 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 
 before = CUDABackend(GPUTarget("cuda", 90, 32)).hash()
-from kernels.ahead import compiler as compile_ahead; from kernels.verification import proxy_fence
+from kernels.ahead import compiler as compile_ahead
+from kernels.verification import proxy_fence
 
-entry = next(e for e in compile_ahead.shipped() if e.name == "attention_forward_64_bf16" and e.capability == 90)
+wanted = ("attention_forward_64_bf16", 90)
+entry = next(e for e in compile_ahead.shipped() if (e.name, e.capability) == wanted)
 after = CUDABackend(GPUTarget("cuda", 90, 32)).hash()
 print(before != after, compile_ahead.compile_for(entry).missing_fences)
 proxy_fence.with_fences = lambda ptx: ptx

@@ -1,4 +1,6 @@
-"""Rotary embedding: accuracy, strides of the fused projection, exact quarter turns, arguments refused by name."""
+"""Rotary embedding: accuracy, strides of the fused projection, exact quarter turns, arguments
+refused by name.
+"""
 
 from pathlib import Path
 
@@ -40,7 +42,9 @@ def test_accuracy(
 
 
 def test_the_strides_of_a_fused_projection(fused_device: str) -> None:
-    """Queries and keys as views into one projection, and the transposed gradient that attention sends back."""
+    """Queries and keys as views into one projection, and the transposed gradient that attention
+    sends back.
+    """
     batch, length, heads, head_dim = 2, 9, 4, 16
     table = angles(length, head_dim, fused_device)
     projection = random((batch, length, heads * head_dim), torch.float32, fused_device)
@@ -55,10 +59,14 @@ def test_the_strides_of_a_fused_projection(fused_device: str) -> None:
 
 
 def test_channels_further_apart_than_31_bits(fused_device: str, tmp_path: Path) -> None:
-    """Four channels 2^30 elements apart: all of them lie in a file with holes, or in six GiB of a GPU."""
+    """Four channels 2^30 elements apart: all of them lie in a file with holes, or in six GiB of
+    a GPU.
+    """
     count, stride = 3 * 2**30 + 2, 2**30
     if fused_device == "cpu":
-        storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=count, dtype=torch.float16)
+        storage = torch.from_file(
+            str(tmp_path / "sparse"), shared=True, size=count, dtype=torch.float16
+        )
     else:
         storage = torch.empty(count, dtype=torch.float16, device=fused_device)
     x = storage.as_strided((1, 1, 2, 4), (0, 0, 1, stride))
@@ -67,9 +75,13 @@ def test_channels_further_apart_than_31_bits(fused_device: str, tmp_path: Path) 
     assert torch.equal(kernels.rotary(x, **table), kernels.rotary(x.contiguous(), **table))
 
 
-def test_more_heads_than_the_second_axis_of_a_grid_holds(fused_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_heads_than_the_second_axis_of_a_grid_holds(
+    fused_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     grids = []
-    monkeypatch.setattr(rotary_embedding, "launch", lambda kernel, grid, *_, **__: grids.append(grid))
+    monkeypatch.setattr(
+        rotary_embedding, "launch", lambda kernel, grid, *_, **__: grids.append(grid)
+    )
     kernels.rotary(torch.zeros(300, 300, 40, 2, device=fused_device), **angles(40, 2, fused_device))
     assert grids == [(2 * 300 * 300,)]
 
@@ -78,20 +90,31 @@ def test_more_heads_than_the_second_axis_of_a_grid_holds(fused_device: str, monk
 def test_quarter_turns_are_exact(fused_device: str, dtype: torch.dtype) -> None:
     x = torch.arange(1.0, 9.0).view(1, 1, 2, 4).to(fused_device, dtype)
     cosine, sine = torch.zeros(2, 2, device=fused_device), torch.ones(2, 2, device=fused_device)
-    expected = torch.tensor([[-3.0, -4.0, 1.0, 2.0], [-7.0, -8.0, 5.0, 6.0]]).to(fused_device, dtype)
+    expected = torch.tensor([[-3.0, -4.0, 1.0, 2.0], [-7.0, -8.0, 5.0, 6.0]]).to(
+        fused_device, dtype
+    )
     assert torch.equal(kernels.rotary(x, cosine, sine)[0, 0], expected)
 
 
 def test_the_operator_is_sound_for_compilers(fused_device: str) -> None:
     x = random((1, 2, 3, 8), torch.float32, fused_device).requires_grad_()
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(rotary_embedding._rotary, (x, *angles(3, 8, fused_device).values(), False), test_utils=checks)
+    torch.library.opcheck(
+        rotary_embedding._rotary,
+        (x, *angles(3, 8, fused_device).values(), False),
+        test_utils=checks,
+    )
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(heads=st.integers(1, 4), length=st.integers(0, 70), half=st.integers(1, 40))
 def test_any_shape(fused_device: str, heads: int, length: int, half: int) -> None:
-    x, table = random((2, heads, length, 2 * half), torch.float32, fused_device), angles(length, 2 * half, fused_device)
+    x, table = (
+        random((2, heads, length, 2 * half), torch.float32, fused_device),
+        angles(length, 2 * half, fused_device),
+    )
     torch.testing.assert_close(kernels.rotary(x, **table), reference.rotary(x, **table))
 
 
@@ -101,11 +124,19 @@ def test_any_shape(fused_device: str, heads: int, length: int, half: int) -> Non
         ((3, 4, 8), {}, r"x has shape \(3, 4, 8\), expected \(batch, heads, length, head_dim\)"),
         ((1, 3, 4, 7), {}, ".* expected .* with an even head_dim"),
         ((1, 3, 4, 8), {"sine": torch.ones(4, 3)}, r"sine has shape \(4, 3\), expected \(4, 4\)"),
-        ((1, 3, 4, 8), {"cosine": torch.ones(4, 4).half()}, "cosine has dtype torch.float16, expected torch.float32"),
+        (
+            (1, 3, 4, 8),
+            {"cosine": torch.ones(4, 4).half()},
+            "cosine has dtype torch.float16, expected torch.float32",
+        ),
     ],
 )
 def test_bad_arguments_are_named(
-    fused_device: str, mode_of_bad_input: None, shape: tuple[int, ...], change: dict[str, Tensor], message: str
+    fused_device: str,
+    mode_of_bad_input: None,
+    shape: tuple[int, ...],
+    change: dict[str, Tensor],
+    message: str,
 ) -> None:
     table = angles(4, 8, fused_device) | moved(change, fused_device)
     refused("rotary", message, {"x": random(shape, torch.float32, fused_device), **table})

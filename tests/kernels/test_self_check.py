@@ -1,4 +1,6 @@
-"""The check of attention on first use: its answers are exact, every variant has its own, and what is wrong is found."""
+"""The check of attention on first use: its answers are exact, every variant has its own, and
+what is wrong is found.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +50,9 @@ VARIANTS = (
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_answers_are_exact_in_16_bits(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kernel rounds to 16 bits (weights, output, score gradients) loses nothing; sums are exact in any order."""
+    """What a kernel rounds to 16 bits (weights, output, score gradients) loses nothing; sums are
+    exact in any order.
+    """
     if variant != VARIANTS[0]:
         monkeypatch.setattr(exact_attention, "LENGTH", 256)
     case = exact_case(variant, CPU)
@@ -70,7 +74,9 @@ def assert_score_gradients_are_exact(case: exact_attention.ExactCase) -> None:
     identity = torch.eye(k.shape[2], dtype=torch.float64).expand(1, k.shape[1], -1, -1)
     weights = reference.attention(case.q, k, identity, **case.options)  # what multiplies v
     if "dropout" in case.options:
-        plain = {name: value for name, value in case.options.items() if not name.startswith("dropout")}
+        plain = {
+            name: value for name, value in case.options.items() if not name.startswith("dropout")
+        }
         softmax = reference.attention(case.q, k, identity, **plain)
     else:
         softmax = weights
@@ -104,19 +110,25 @@ def channels_beyond_64_are_lost(q: Tensor, k: Tensor, v: Tensor, **options: Any)
 
 
 @mistake(Variant(64, documents=True))
-def documents_are_not_told_apart(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor, **options: Any) -> Tensor:
+def documents_are_not_told_apart(
+    q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor, **options: Any
+) -> Tensor:
     return twin(q, k, v, **options)
 
 
 @mistake(Variant(64, documents=True))
-def documents_are_runs(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor, **options: Any) -> Tensor:
+def documents_are_runs(
+    q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor, **options: Any
+) -> Tensor:
     """Blocks outside the document are skipped, the mask inside is forgotten."""
     return twin(q, k, v, document_ids=document_ids // 2, **options)
 
 
 @mistake(Variant(64, dropout=True))
 def heads_drop_alike(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    return torch.cat([twin(q[:, i : i + 1], k[:, i : i + 1], v[:, i : i + 1], **options) for i in (0, 1)], 1)
+    return torch.cat(
+        [twin(q[:, i : i + 1], k[:, i : i + 1], v[:, i : i + 1], **options) for i in (0, 1)], 1
+    )
 
 
 @mistake(Variant(64, dropout=True))
@@ -158,17 +170,31 @@ def a_single_query_sees_the_keys_beside(q: Tensor, k: Tensor, v: Tensor, **optio
 
 
 @mistake(Variant(64))
-def weights_are_overwritten_before_they_are_read(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """As triton#11781 has it: the first product of two in flight finds the operand of the second in its registers."""
+def weights_are_overwritten_before_they_are_read(
+    q: Tensor, k: Tensor, v: Tensor, **options: Any
+) -> Tensor:
+    """As triton#11781 has it: the first product of two in flight finds the operand of the second
+    in its registers.
+    """
     scores = (q @ k.mT * options["scale"]).detach()
-    weights = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
-    return twin(q, k, v, **options) + (weights[..., 64:128] - weights[..., :64]) @ v[:, :, :64].detach()
+    weights = scores.masked_fill(
+        torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf
+    ).softmax(-1)
+    return (
+        twin(q, k, v, **options)
+        + (weights[..., 64:128] - weights[..., :64]) @ v[:, :, :64].detach()
+    )
 
 
 @mistake(Variant(64))
 def score_gradients_are_overwritten(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """The product with q takes one block of queries for another. The causal mask hid that from an earlier check."""
-    k.register_hook(lambda gradient: torch.cat((gradient[:, :, :64].flip(2), gradient[:, :, 64:]), 2))
+    """The product with q takes one block of queries for another.
+
+    The causal mask hid that from an earlier check.
+    """
+    k.register_hook(
+        lambda gradient: torch.cat((gradient[:, :, :64].flip(2), gradient[:, :, 64:]), 2)
+    )
     return twin(q, k, v, **options)
 
 
@@ -198,7 +224,9 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("wrong", ["output", "gradient of q", "gradient of k", "gradient of v"])
 def test_it_names_what_is_wrong(wrong: str, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No result may be wrong in any of these ways, causal or not: a check had gradients of k that were always 0."""
+    """No result may be wrong in any of these ways, causal or not: a check had gradients of k
+    that were always 0.
+    """
     monkeypatch.setattr(exact_attention, "LENGTH", 128)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -248,37 +276,58 @@ def test_a_variant_is_what_triton_compiles() -> None:
     q, k = torch.zeros(1, 8, 48, 80, requires_grad=True), torch.zeros(1, 2, 50, 80)
     assert variant_of(q, q, q) == Variant(80)
     assert variant_of(q, k, k) == Variant(80, key_length=0, group=0)
-    assert variant_of(q, k[:, :1], k[:, :1], causal=False) == Variant(80, key_length=0, group=0, causal=False)
-    assert variant_of(q, q, q, dropout=0.1, deterministic=True) == Variant(80, dropout=True, deterministic=True)
+    assert variant_of(q, k[:, :1], k[:, :1], causal=False) == Variant(
+        80, key_length=0, group=0, causal=False
+    )
+    assert variant_of(q, q, q, dropout=0.1, deterministic=True) == Variant(
+        80, dropout=True, deterministic=True
+    )
     assert variant_of(q, q, q, document_ids=torch.zeros(1, 48)) == Variant(80, documents=True)
     assert not Variant(*variant_of(q[..., :24:2], q[..., :12], q[..., :12])).aligned
     with torch.no_grad():
-        assert variant_of(q[:, :, :1], q, q, deterministic=True) == Variant(80, length=1, gradients=False)
-        assert variant_of(q, q, q) == Variant(80)  # may be computed again with gradients, inside backward
+        assert variant_of(q[:, :, :1], q, q, deterministic=True) == Variant(
+            80, length=1, gradients=False
+        )
+        assert variant_of(q, q, q) == Variant(
+            80
+        )  # may be computed again with gradients, inside backward
     with torch.inference_mode():
         assert variant_of(q, q, q) == Variant(80, gradients=False)
 
 
-def test_a_verdict_on_both_passes_holds_for_the_forward_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_verdict_on_both_passes_holds_for_the_forward_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked: list[Variant] = []
     monkeypatch.setattr(self_check, "disagreement", lambda *key: asked.append(key[-1]))
     monkeypatch.setattr(self_check, "_VERDICTS", {})
     forward = Variant(64, gradients=False)
-    for variant in (Variant(64), forward, Variant(128, gradients=False), forward._replace(head_dim=128)):
+    for variant in (
+        Variant(64),
+        forward,
+        Variant(128, gradients=False),
+        forward._replace(head_dim=128),
+    ):
         assert self_check.verdict("kernels.fused.attention", CPU, torch.float32, variant) is None
     assert asked == [Variant(64), Variant(128, gradients=False)]
 
 
-def test_a_wrong_result_on_a_gpu_names_the_assembler_and_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_result_on_a_gpu_names_the_assembler_and_what_to_type(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     old = Assembler("12.8.93", "triton's own", "TRITON_PTXAS_PATH")
-    monkeypatch.setattr(self_check, "disagreement", lambda *key: "self-check: output is wrong for head_dim 64")
+    monkeypatch.setattr(
+        self_check, "disagreement", lambda *key: "self-check: output is wrong for head_dim 64"
+    )
     monkeypatch.setattr(self_check, "assembler", lambda capability: old)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    found = self_check._ask(reference.attention, torch.device("cuda", 0), torch.bfloat16, Variant(64))
+    found = self_check._ask(
+        reference.attention, torch.device("cuda", 0), torch.bfloat16, Variant(64)
+    )
     assert found is not None
     assert found.startswith(
-        "self-check: output is wrong for head_dim 64; compiled by ptxas 12.8.93 (triton's own): ptxas before 13.3 is "
-        "reported to miscompile such products (triton-lang/triton#11781); pip install 'nvidia-cuda-nvcc>=13.3'; "
-        "export TRITON_PTXAS_PATH="
+        "self-check: output is wrong for head_dim 64; compiled by ptxas 12.8.93 (triton's own): "
+        "ptxas before 13.3 is reported to miscompile such products (triton-lang/triton#11781); pip "
+        "install 'nvidia-cuda-nvcc>=13.3'; export TRITON_PTXAS_PATH="
     )

@@ -1,4 +1,6 @@
-"""A whole model on the Triton kernels equals the same model on torch: loss, and the gradient of every parameter."""
+"""A whole model on the Triton kernels equals the same model on torch: loss, and the gradient of
+every parameter.
+"""
 
 import pytest
 import torch
@@ -9,10 +11,22 @@ from kernels.launcher import reset_launches
 from megagpt.config import ModelConfig
 from megagpt.model import GPT, initialise_
 
-SIZES = {"vocab_size": 128, "num_layers": 1, "hidden_size": 32, "num_heads": 4, "sequence_length": 20}
+SIZES = {
+    "vocab_size": 128,
+    "num_layers": 1,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "sequence_length": 20,
+}
 GPT2 = ModelConfig(**SIZES, dropout=0.2)
 LLAMA = ModelConfig(
-    **SIZES, num_kv_heads=2, position="rotary", norm="rmsnorm", activation="swiglu", bias=False, tie_embeddings=False
+    **SIZES,
+    num_kv_heads=2,
+    position="rotary",
+    norm="rmsnorm",
+    activation="swiglu",
+    bias=False,
+    tie_embeddings=False,
 )
 NORMS = {"norm_forward", "norm_backward"}
 ATTENTION = {"attention_forward", "attention_backward_delta", "attention_backward_keys"}
@@ -35,7 +49,9 @@ def loss_and_gradients(model: GPT, device: str) -> dict[str, Tensor]:
 def test_document_bounds_are_computed_once_for_all_layers(
     given: str, recompute: str, fused_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a forward and backward, not by each layer, nor when a layer is computed again; never where they are given."""
+    """In a forward and backward, not by each layer, nor when a layer is computed again; never
+    where they are given.
+    """
     config = GPT2.model_copy(update={"num_layers": 3})
     model = initialise_(GPT(config, recompute=recompute), seed=0).to(fused_device)
     tokens = torch.zeros(2, 20, dtype=torch.int64, device=fused_device)
@@ -43,7 +59,9 @@ def test_document_bounds_are_computed_once_for_all_layers(
     if given == "bounds":
         documents = kernels.document_bounds(documents)
     sorts, sort = [], Tensor.sort
-    monkeypatch.setattr(Tensor, "sort", lambda *args, **kwargs: sorts.append(1) or sort(*args, **kwargs))
+    monkeypatch.setattr(
+        Tensor, "sort", lambda *args, **kwargs: sorts.append(1) or sort(*args, **kwargs)
+    )
     model(tokens, tokens, document_ids=documents).backward()
     assert kernels.launches()["attention_forward"] == 3 * (2 if recompute == "full" else 1)
     assert len(sorts) == (given == "ids")

@@ -1,4 +1,6 @@
-"""The model alone: its start, its loss, and what recomputation, dropout, document masks and the cache may change."""
+"""The model alone: its start, its loss, and what recomputation, dropout, document masks and the
+cache may change.
+"""
 
 import ast
 import math
@@ -22,7 +24,9 @@ from megagpt.model import GPT, KeyValueCache, decayed, initial_value, initialise
 
 GPT2 = ModelConfig(vocab_size=256, num_layers=3, hidden_size=32, num_heads=4, sequence_length=32)
 LLAMA = ModelConfig(
-    **GPT2.model_dump(exclude={"num_kv_heads", "position", "norm", "activation", "bias", "tie_embeddings"}),
+    **GPT2.model_dump(
+        exclude={"num_kv_heads", "position", "norm", "activation", "bias", "tie_embeddings"}
+    ),
     num_kv_heads=2,
     position="rotary",
     norm="rmsnorm",
@@ -33,7 +37,9 @@ LLAMA = ModelConfig(
 both_families = pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 
 
-def build(config: ModelConfig, *, dtype: torch.dtype = torch.float64, recompute: str = "none") -> GPT:
+def build(
+    config: ModelConfig, *, dtype: torch.dtype = torch.float64, recompute: str = "none"
+) -> GPT:
     return initialise_(GPT(config, recompute), seed=0).to(dtype)
 
 
@@ -45,7 +51,7 @@ def changed(config: ModelConfig, **keys: object) -> ModelConfig:
     return config.model_validate({**config.model_dump(), **keys})
 
 
-# ------------------------------------------------------------------------------------------------------ shape and start
+# ---------------------------------------------------------------------------------- shape and start
 
 
 @both_families
@@ -54,8 +60,19 @@ def test_the_parameters_are_as_many_as_the_config_counts(config):
 
 
 def test_parameters_have_global_names():
-    names = {name for name, _ in GPT(GPT2).named_parameters() if not name.startswith(("blocks.0.", "blocks.1."))}
-    weights = ["attention_norm", "attention.qkv", "attention.output", "mlp_norm", "mlp.up", "mlp.down"]
+    names = {
+        name
+        for name, _ in GPT(GPT2).named_parameters()
+        if not name.startswith(("blocks.0.", "blocks.1."))
+    }
+    weights = [
+        "attention_norm",
+        "attention.qkv",
+        "attention.output",
+        "mlp_norm",
+        "mlp.up",
+        "mlp.down",
+    ]
     block = {f"blocks.2.{owner}.{kind}" for owner in weights for kind in ("weight", "bias")}
     assert names == block | {
         "embedding.tokens.weight",
@@ -67,8 +84,12 @@ def test_parameters_have_global_names():
 
 @pytest.mark.parametrize(("tied", "init_std"), [(True, 0.02), (False, 0.02), (False, 0.1)])
 def test_the_first_loss_is_that_of_normal_logits(tied, init_std):
-    """Normalised states have squared length hidden_size, so logits are normal with variance hidden_size x std^2."""
-    config = changed(GPT2, hidden_size=64, vocab_size=512, vocabulary=512, tie_embeddings=tied, init_std=init_std)
+    """Normalised states have squared length hidden_size, so logits are normal with variance
+    hidden_size x std^2.
+    """
+    config = changed(
+        GPT2, hidden_size=64, vocab_size=512, vocabulary=512, tie_embeddings=tied, init_std=init_std
+    )
     loss = build(config, dtype=torch.float32)(random_tokens(8, 32), random_tokens(8, 32, seed=1))
     assert loss.item() == pytest.approx(math.log(512) + 64 * init_std**2 / 2, rel=0.02)
 
@@ -84,7 +105,11 @@ def test_a_starting_value_depends_on_its_name_only(config):
 
 def test_starting_values_differ_between_names_and_seeds():
     shape = torch.Size((8, 8))
-    cases = [("blocks.0.mlp.up.weight", 0), ("blocks.1.mlp.up.weight", 0), ("blocks.0.mlp.up.weight", 1)]
+    cases = [
+        ("blocks.0.mlp.up.weight", 0),
+        ("blocks.1.mlp.up.weight", 0),
+        ("blocks.0.mlp.up.weight", 1),
+    ]
     values = [initial_value(name, shape, GPT2, seed) for name, seed in cases]
     assert not any(torch.equal(values[i], values[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
 
@@ -101,8 +126,12 @@ def test_weights_start_normal_and_residual_projections_smaller():
         value = initial_value(f"{owner}.weight", torch.Size((256, 128)), config, seed=0)
         assert value.std().item() == pytest.approx(std, rel=0.02)
         assert abs(value.mean().item()) < 4 * std / math.sqrt(value.numel())
-    assert torch.equal(initial_value("blocks.1.mlp.up.bias", torch.Size((4,)), config, 0), torch.zeros(4))
-    assert torch.equal(initial_value("head.norm.weight", torch.Size((4,)), config, 0), torch.ones(4))
+    assert torch.equal(
+        initial_value("blocks.1.mlp.up.bias", torch.Size((4,)), config, 0), torch.zeros(4)
+    )
+    assert torch.equal(
+        initial_value("head.norm.weight", torch.Size((4,)), config, 0), torch.ones(4)
+    )
 
 
 def test_weight_decay_reaches_matrices_only():
@@ -112,37 +141,50 @@ def test_weight_decay_reaches_matrices_only():
 
 @both_families
 def test_the_loss_is_the_cross_entropy_of_the_logits(config):
-    model, tokens, targets = build(config, dtype=torch.float32), random_tokens(2, 20), random_tokens(2, 20, seed=1)
+    model, tokens, targets = (
+        build(config, dtype=torch.float32),
+        random_tokens(2, 20),
+        random_tokens(2, 20, seed=1),
+    )
     targets[0, 5:] = -100
     expected = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
     torch.testing.assert_close(model(tokens, targets), expected)
 
 
-# -------------------------------------------------------------------------------------------------------- recomputation
+# ------------------------------------------------------------------------------------ recomputation
 
 
 def loss_and_gradients(model: GPT, **keywords: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     loss = model(random_tokens(2, 16), random_tokens(2, 16, seed=1), **keywords)
     loss.backward()
-    return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return loss.detach(), {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters()
+    }
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 @both_families
 def test_recomputation_changes_no_bit(config, recompute):
     config = changed(config, dropout=0.3)
-    keywords = {"dropout_seed": torch.tensor([5, 6]), "document_ids": torch.arange(16).expand(2, 16) // 5}
+    keywords = {
+        "dropout_seed": torch.tensor([5, 6]),
+        "document_ids": torch.arange(16).expand(2, 16) // 5,
+    }
     loss, gradients = loss_and_gradients(build(config, dtype=torch.float32), **keywords)
     other_loss, other_gradients = loss_and_gradients(
         build(config, dtype=torch.float32, recompute=recompute), **keywords
     )
     assert torch.equal(loss, other_loss)
     assert gradients.keys() == other_gradients.keys()
-    assert [name for name in gradients if not torch.equal(gradients[name], other_gradients[name])] == []
+    assert [
+        name for name in gradients if not torch.equal(gradients[name], other_gradients[name])
+    ] == []
 
 
-@pytest.mark.parametrize(("recompute", "attention", "mlp"), [("none", 1, 1), ("selective", 1, 2), ("full", 2, 2)])
+@pytest.mark.parametrize(
+    ("recompute", "attention", "mlp"), [("none", 1, 1), ("selective", 1, 2), ("full", 2, 2)]
+)
 def test_recomputation_runs_its_part_of_each_block_twice(recompute, attention, mlp):
     model, runs = build(GPT2, recompute=recompute), Counter()
     for block in model.blocks.values():
@@ -157,7 +199,9 @@ def test_recomputation_runs_its_part_of_each_block_twice(recompute, attention, m
 
 
 def saved_bytes(recompute: str) -> int:
-    """What autograd keeps from forward to backward in the blocks, parameters aside; one count for a shared storage."""
+    """What autograd keeps from forward to backward in the blocks, parameters aside; one count
+    for a shared storage.
+    """
     model = build(GPT2, dtype=torch.float32, recompute=recompute)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, Tensor] = {}
@@ -170,17 +214,25 @@ def saved_bytes(recompute: str) -> int:
         hidden = model.embedding(random_tokens(2, 16), megagpt.model.Context())
         for block in model.blocks.values():
             hidden = block(hidden, megagpt.model.Context())
-    return sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in parameters)
+    return sum(
+        tensor.untyped_storage().nbytes()
+        for pointer, tensor in kept.items()
+        if pointer not in parameters
+    )
 
 
 def test_recomputation_keeps_fewer_activations():
     residual = 2 * 16 * GPT2.hidden_size * 4  # bytes of (batch, length, hidden_size) in fp32
     none, selective, full = (saved_bytes(recompute) for recompute in ("none", "selective", "full"))
-    assert none - selective >= GPT2.num_layers * 8 * residual  # before and after GELU, 4 x hidden_size each
-    assert full <= (GPT2.num_layers + 1) * residual  # what enters each block, and a little for the embedding
+    assert (
+        none - selective >= GPT2.num_layers * 8 * residual
+    )  # before and after GELU, 4 x hidden_size each
+    assert (
+        full <= (GPT2.num_layers + 1) * residual
+    )  # what enters each block, and a little for the embedding
 
 
-# -------------------------------------------------------------------------------------------------------------- dropout
+# ------------------------------------------------------------------------------------------ dropout
 
 
 @both_families
@@ -210,19 +262,32 @@ def test_every_site_drops_with_a_seed_of_its_own(monkeypatch):
 
     monkeypatch.setattr(reference, "keep_mask", recorded)
     build(changed(GPT2, dropout=0.2))(random_tokens(2, 8), dropout_seed=torch.tensor([1, 2]))
-    sites = 1 + 3 * GPT2.num_layers  # the embedding; attention's weights, its output and the MLP's in each block
-    assert sorted(seen) == sorted(fold_seed(seed, site).item() for seed in (1, 2) for site in range(sites))
+    sites = (
+        1 + 3 * GPT2.num_layers
+    )  # the embedding; attention's weights, its output and the MLP's in each block
+    assert sorted(seen) == sorted(
+        fold_seed(seed, site).item() for seed in (1, 2) for site in range(sites)
+    )
     assert len(set(seen)) == 2 * sites
 
 
 def test_attention_drops_by_sample_head_query_and_key():
     """Values that are unit vectors make the output the attention weights themselves."""
-    q, k = torch.randn(2, 2, 4, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    unit_vectors, seed = torch.eye(16, dtype=torch.float64).expand(2, 4, 16, 16), torch.tensor([7, 8])
+    q, k = torch.randn(
+        2, 2, 4, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    unit_vectors, seed = (
+        torch.eye(16, dtype=torch.float64).expand(2, 4, 16, 16),
+        torch.tensor([7, 8]),
+    )
     whole = kernels.attention(q, k, unit_vectors, dropout=0.5, dropout_seed=seed)
-    kept = keep_mask(0.5, seed[:, None, None], torch.arange(4)[:, None], torch.arange(16), columns=16)
+    kept = keep_mask(
+        0.5, seed[:, None, None], torch.arange(4)[:, None], torch.arange(16), columns=16
+    )
     assert torch.equal(whole != 0, kept.tril())
-    shard = kernels.attention(q[:, 2:], k[:, 2:], unit_vectors[:, 2:], dropout=0.5, dropout_seed=seed, head_offset=2)
+    shard = kernels.attention(
+        q[:, 2:], k[:, 2:], unit_vectors[:, 2:], dropout=0.5, dropout_seed=seed, head_offset=2
+    )
     torch.testing.assert_close(shard, whole[:, 2:])
 
 
@@ -240,17 +305,21 @@ def test_dropout_leaves_the_expectation(probability):
     )  # of the mean of ones that were dropped and scaled
     means = kernels.dropout(torch.ones(len(seeds), 4, 8), probability, seed=seeds).mean(dim=0)
     assert (means - 1).abs().max() < 4.5 * deviation
-    q, k, v = torch.randn(3, 1, 2, 6, 4, generator=torch.Generator().manual_seed(1)).expand(3, len(seeds), 2, 6, 4)
+    q, k, v = torch.randn(3, 1, 2, 6, 4, generator=torch.Generator().manual_seed(1)).expand(
+        3, len(seeds), 2, 6, 4
+    )
     dropped = kernels.attention(q, k, v, dropout=probability, dropout_seed=seeds).mean(dim=0)
     plain = kernels.attention(q[:1], k[:1], v[:1])[0]
     assert (dropped - plain).abs().max() < 4.5 * deviation * v.abs().max()
 
 
-# ------------------------------------------------------------------------------------------------- documents and cache
+# ------------------------------------------------------------------------------ documents and cache
 
 
 def test_a_document_among_others_is_read_as_if_alone():
-    """Rotary attention sees distances only, so a document's place in the sequence does not matter either."""
+    """Rotary attention sees distances only, so a document's place in the sequence does not
+    matter either.
+    """
     model, lengths = build(LLAMA), (5, 1, 9)
     tokens = random_tokens(1, sum(lengths))
     document_ids = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
@@ -265,7 +334,8 @@ def test_no_document_sees_the_one_before(config):
     document_ids = (torch.arange(20) >= 8).long()[None]
     spliced = torch.cat((other[:, :8], tokens[:, 8:]), dim=1)
     assert torch.equal(
-        model(tokens, document_ids=document_ids)[:, 8:], model(spliced, document_ids=document_ids)[:, 8:]
+        model(tokens, document_ids=document_ids)[:, 8:],
+        model(spliced, document_ids=document_ids)[:, 8:],
     )
     assert not torch.allclose(model(tokens)[:, 8:], model(spliced)[:, 8:])
 
@@ -287,7 +357,7 @@ def test_a_full_cache_says_so():
         build(GPT2)(random_tokens(1, 5), cache=cache)
 
 
-# ------------------------------------------------------------------------------------------------------------ ignorance
+# ---------------------------------------------------------------------------------------- ignorance
 
 
 def test_the_model_imports_nothing_parallel():
@@ -295,9 +365,13 @@ def test_the_model_imports_nothing_parallel():
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {node.module for node in imports if isinstance(node, ast.ImportFrom)}
     names |= {alias.name for node in imports for alias in node.names}
-    assert not {name for name in names if name and name.startswith(("torch.distributed", "deepspeed"))}
+    assert not {
+        name for name in names if name and name.startswith(("torch.distributed", "deepspeed"))
+    }
     loaded = "import sys, megagpt.model; print(*sys.modules)"
-    result = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", loaded], capture_output=True, text=True, check=True
+    )
     modules = set(result.stdout.split())
     assert "megagpt.model" in modules
     assert not modules & {"deepspeed", "megagpt.distributed", "megagpt.parallel.engine"}

@@ -1,4 +1,6 @@
-"""Training that reports to a tracker which cannot be had: it trains as without one, and says so once (F21)."""
+"""Training that reports to a tracker which cannot be had: it trains as without one, and says so
+once (F21).
+"""
 
 import json
 import socket
@@ -30,7 +32,9 @@ def nobody() -> Iterator[int]:
 
 @contextmanager
 def silence() -> Iterator[int]:
-    """A port that takes connections and never answers, as behind a firewall or a server that is overloaded."""
+    """A port that takes connections and never answers, as behind a firewall or a server that is
+    overloaded.
+    """
     with socket.create_server(("127.0.0.1", 0), backlog=100) as server:
         yield server.getsockname()[1]
 
@@ -66,11 +70,18 @@ SERVERS = {"nobody": nobody, "silence": silence, "hangs up": hangs_up}
     ],
 )
 def test_a_run_without_its_tracker_is_the_same_run(
-    one_rank: RankPool, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str, said: str
+    one_rank: RankPool,
+    start: Start,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lost: str,
+    said: str,
 ) -> None:
     data, run = write_dataset(tmp_path / "dataset"), tmp_path / "run"
     config = run_config(data, STEPS, (1, "none", "none"), save_every=2)
-    one_rank.run("tests.support.jobs.checkpoint:train", config=config, directory=tmp_path / "undisturbed")
+    one_rank.run(
+        "tests.support.jobs.checkpoint:train", config=config, directory=tmp_path / "undisturbed"
+    )
     (tmp_path / "config.json").write_text(json.dumps(config | {"wandb": {"enabled": True}}))
     (tmp_path / "absent").mkdir()
     if lost == "package":  # found before the one that is installed, and as absent as one can be
@@ -78,10 +89,14 @@ def test_a_run_without_its_tracker_is_the_same_run(
             "raise ModuleNotFoundError(\"No module named 'wandb'\", name='wandb')\n"
         )
     with SERVERS.get(lost, nobody)() as port:
-        for name, value in {"WANDB_API_KEY": CANARY, "WANDB_BASE_URL": f"http://127.0.0.1:{port}"}.items():
+        for name, value in {
+            "WANDB_API_KEY": CANARY,
+            "WANDB_BASE_URL": f"http://127.0.0.1:{port}",
+        }.items():
             monkeypatch.setenv(name, value)
         (process,) = start(
-            typed=f"PYTHONPATH={tmp_path / 'absent'}:{REPOSITORY} exec {sys.executable} launch/train.py "
+            typed=f"PYTHONPATH={tmp_path / 'absent'}:{REPOSITORY} exec {sys.executable} "
+            f"launch/train.py "
             f"--deepspeed_config {tmp_path / 'config.json'} --run_dir {run}"
         )
         shown = process.communicate(timeout=2 * PATIENCE_S)[1]
@@ -90,7 +105,9 @@ def test_a_run_without_its_tracker_is_the_same_run(
     for lines in (shown.splitlines(), log.splitlines()):
         (warning,) = [line for line in lines if "WARNING" in line and "wandb" in line]
         assert said in warning
-    steps, undisturbed = (read_metrics(directory).steps for directory in (run, tmp_path / "undisturbed"))
+    steps, undisturbed = (
+        read_metrics(directory).steps for directory in (run, tmp_path / "undisturbed")
+    )
     assert [(step.step, step.loss, step.grad_norm) for step in steps] == [
         (step.step, step.loss, step.grad_norm) for step in undisturbed
     ]

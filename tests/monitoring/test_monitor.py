@@ -1,4 +1,6 @@
-"""metrics.jsonl and samples.txt: each step once, whole lines, nothing lost, and faults that cost no run."""
+"""metrics.jsonl and samples.txt: each step once, whole lines, nothing lost, and faults that cost
+no run.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,10 @@ def test_a_step_line_has_exactly_the_documented_keys(tmp_path: Path) -> None:
     with open_monitor(tmp_path) as monitor:
         monitor.step(record(1))
     (line,) = (tmp_path / METRICS_FILE).read_text().splitlines()
-    keys = "step tokens loss grad_norm learning_rate step_time_s tokens_per_s tokens_per_s_per_device mfu memory_gib"
+    keys = (
+        "step tokens loss grad_norm learning_rate step_time_s tokens_per_s "
+        "tokens_per_s_per_device mfu memory_gib"
+    )
     assert list(json.loads(line)) == [*keys.split(), "skipped_steps"]
 
 
@@ -56,16 +61,22 @@ def test_a_resume_keeps_each_step_once_and_loses_nothing(tmp_path: Path) -> None
         monitor.event("resume", step=6)
         monitor.step(record(7, loss=2.0))
     history = read_metrics(tmp_path)
-    assert [(line.step, line.loss) for line in history.steps] == [(step, 1.0) for step in range(1, 7)] + [(7, 2.0)]
+    assert [(line.step, line.loss) for line in history.steps] == [
+        (step, 1.0) for step in range(1, 7)
+    ] + [(7, 2.0)]
     assert [event["step"] for event in history.events] == [1, 2, 3, 4, 5, 6, 6]
     assert history.unreadable_lines == 0
-    replaced = [json.loads(line)["step"] for line in (tmp_path / REPLACED_FILE).read_text().splitlines()]
+    replaced = [
+        json.loads(line)["step"] for line in (tmp_path / REPLACED_FILE).read_text().splitlines()
+    ]
     assert replaced == [7, 7, 8, 8, 9, 9, 10, 10]
 
 
 def test_damage_in_the_middle_is_counted_then_set_aside(tmp_path: Path) -> None:
     good = encode_line(record(1).as_line())
-    (tmp_path / METRICS_FILE).write_bytes(good + b"\xff\x00 no line of ours\n" + b'{"step": 2}\n' + b"[]\n")
+    (tmp_path / METRICS_FILE).write_bytes(
+        good + b"\xff\x00 no line of ours\n" + b'{"step": 2}\n' + b"[]\n"
+    )
     history = read_metrics(tmp_path)
     assert ([line.step for line in history.steps], history.unreadable_lines) == ([1], 3)
     MetricsFile(tmp_path, start_step=5).close()
@@ -90,7 +101,9 @@ for step in range(10**9):
     file.write({{"event": "warning", "step": step, "text": "x" * 3000}})
     if step == 500: print("going", flush=True)
 """
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=REPOSITORY)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=REPOSITORY
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == b"going\n"
     process.kill()
@@ -110,7 +123,8 @@ run = Path({str(tmp_path)!r})
 with open_monitor(run) as monitor:
     monitor.step(record(1))
     size = (run / METRICS_FILE).stat().st_size
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 40, resource.RLIM_INFINITY))  # half of a line fits
+    half_of_a_line = (size + 40, resource.RLIM_INFINITY)
+    resource.setrlimit(resource.RLIMIT_FSIZE, half_of_a_line)
     monitor.step(record(2))
     monitor.step(record(3))
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

@@ -1,4 +1,6 @@
-"""The HTML page about a run: what it shows, that it is self-contained, and that hostile text stays text."""
+"""The HTML page about a run: what it shows, that it is self-contained, and that hostile text
+stays text.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,25 @@ SCRIPT = "<script>alert('x')</script>\x1b[2J"
 
 
 def write_run(run_directory: Path, *, steps: int = 30, mfu: float | None = 0.4) -> None:
-    """A run whose loss falls from 5, with a step that was skipped, a resume and a sample full of markup."""
+    """A run whose loss falls from 5, with a step that was skipped, a resume and a sample full of
+    markup.
+    """
     file = MetricsFile(run_directory, start_step=0)
     for step in range(1, steps + 1):
         loss = math.nan if step == 7 else 2 + 3 / step
-        values = StepRecord(step * 10, 4096 * step, loss, 1 / step, 1e-3, 0.5, 8192.0, 8192.0, mfu, 1.25, int(step > 7))
+        values = StepRecord(
+            step * 10,
+            4096 * step,
+            loss,
+            1 / step,
+            1e-3,
+            0.5,
+            8192.0,
+            8192.0,
+            mfu,
+            1.25,
+            int(step > 7),
+        )
         file.write(plain(values.as_line()))
     for event in (
         {"event": "eval", "step": 100, "val_loss": 2.75},
@@ -82,14 +98,27 @@ def test_the_page_shows_the_run(tmp_path: Path) -> None:
     assert tiles["MFU, median"] == "40.0 %"
     assert tiles["time in steps"] == "2 min 30 s"  # 300 steps of 0.5 s, every tenth logged
     assert tiles["skipped steps"] == "1"
-    for text in ("ZeRO stage", "AdamW", "data/stdlib", '"stage3_param_persistence_threshold": 10000'):
+    for text in (
+        "ZeRO stage",
+        "AdamW",
+        "data/stdlib",
+        '"stage3_param_persistence_threshold": 10000',
+    ):
         assert text in page.text
 
 
 def test_every_quantity_has_a_picture(tmp_path: Path) -> None:
     write_run(tmp_path)
     pictures = Page(write_report(tmp_path)).pictures
-    quantities = ("loss", "gradient norm", "learning rate", "tokens/s", "MFU, %", "step time, s", "memory, GiB")
+    quantities = (
+        "loss",
+        "gradient norm",
+        "learning rate",
+        "tokens/s",
+        "MFU, %",
+        "step time, s",
+        "memory, GiB",
+    )
     assert list(pictures) == [f"{quantity} over the steps" for quantity in quantities]
     for svg in pictures.values():
         assert ElementTree.fromstring(svg).tag.endswith("svg")  # noqa: S314, our own output
@@ -109,7 +138,9 @@ def test_the_page_fetches_nothing_and_runs_nothing(tmp_path: Path) -> None:
     page = Page(write_report(tmp_path))
     assert page.fetched == []
     assert "script" not in page.tags
-    assert page.text.count(r"<script>alert('x')</script>\x1b[2J") == 2  # in the sample and in the skip, as text
+    assert (
+        page.text.count(r"<script>alert('x')</script>\x1b[2J") == 2
+    )  # in the sample and in the skip, as text
     assert not re.search(r"url\(|@import", (tmp_path / REPORT_FILE).read_text())
 
 
@@ -143,7 +174,9 @@ def test_a_torn_config_is_named(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
-@given(st.lists(st.tuples(st.integers(0, 10**6), st.none() | st.floats(width=32))), st.integers(1, 20))
+@given(
+    st.lists(st.tuples(st.integers(0, 10**6), st.none() | st.floats(width=32))), st.integers(1, 20)
+)
 def test_thinning_keeps_the_extremes(points: list[tuple[int, float | None]], most: int) -> None:
     curve = thinned(points, most)
     finite = [value for _, value in points if value is not None and math.isfinite(value)]
@@ -172,6 +205,11 @@ def test_the_command_names_a_wrong_directory_without_a_traceback(tmp_path: Path)
 
 
 def test_neither_the_monitor_nor_the_report_imports_torch_by_itself() -> None:
-    check = "import sys, megagpt.monitoring.monitor, megagpt.monitoring.report; print({'torch', 'matplotlib', 'wandb'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", check], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    check = (
+        "import sys, megagpt.monitoring.monitor, megagpt.monitoring.report; print({'torch', "
+        "'matplotlib', 'wandb'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", check], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "set()\n"

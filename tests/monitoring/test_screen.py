@@ -1,4 +1,6 @@
-"""What a run shows: plain lines in a pipe, a live table on a terminal, and control characters nowhere else."""
+"""What a run shows: plain lines in a pipe, a live table on a terminal, and control characters
+nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -57,10 +59,21 @@ def test_a_pipe_gets_plain_lines(tmp_path: Path) -> None:
 
 def test_a_terminal_gets_a_live_table(tmp_path: Path) -> None:
     output = run_on_terminal(training(tmp_path), TERM="xterm-256color").decode()
-    assert output.index("\x1b[?25l") < output.rindex("\x1b[?25h")  # the cursor hidden, then given back
+    assert output.index("\x1b[?25l") < output.rindex(
+        "\x1b[?25h"
+    )  # the cursor hidden, then given back
     assert "\x1b[31m\x9b" not in output
     last_table = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output[output.rindex("╭") :])
-    for text in ("12/100", "━", "ETA 44 s", "2.5000", "8.19k (4.1k a device)", "41.2 %", "6.00e-04", "0.700"):
+    for text in (
+        "12/100",
+        "━",
+        "ETA 44 s",
+        "2.5000",
+        "8.19k (4.1k a device)",
+        "41.2 %",
+        "6.00e-04",
+        "0.700",
+    ):
         assert text in last_table
     assert r"sample  def f():\x1b[31m" in last_table
     assert "WARNING megagpt.train: a thing to know" in output[: output.rindex("╭")]
@@ -79,7 +92,9 @@ def test_a_reader_that_leaves_does_not_stop_training(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", training(tmp_path, steps=3000)],
         cwd=REPOSITORY,
-        env=os.environ | ENVIRONMENT | {"PYTHONUNBUFFERED": ""},  # unbuffered, Python would have nothing left to flush
+        env=os.environ
+        | ENVIRONMENT
+        | {"PYTHONUNBUFFERED": ""},  # unbuffered, Python would have nothing left to flush
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )

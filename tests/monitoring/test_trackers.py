@@ -27,14 +27,17 @@ def _no_trackers_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wandb_writes_offline_by_itself_and_says_so_once(tmp_path: Path) -> None:
     script = f"""
 from tests.support.monitoring import *
+run = Path({str(tmp_path)!r})
 for start_step in (0, 2):
-    with open_monitor(Path({str(tmp_path)!r}), "wandb.enabled=true", start_step=start_step) as monitor:
+    with open_monitor(run, "wandb.enabled=true", start_step=start_step) as monitor:
         monitor.step(record(start_step + 1))
         monitor.event("eval", step=start_step + 1, val_loss=2.4)
 """
     done = run_script(script, NETRC=os.devnull, HOME=str(tmp_path))
     runs = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert len({path.name for path in runs}) == 1  # one identity: the second run continues the first
+    assert (
+        len({path.name for path in runs}) == 1
+    )  # one identity: the second run continues the first
     content = b"".join(path.read_bytes() for path in runs)
     assert b"train/loss" in content
     assert b"eval/val_loss" in content
@@ -57,13 +60,21 @@ def test_a_login_on_this_machine_counts(monkeypatch: pytest.MonkeyPatch, tmp_pat
     (tmp_path / "netrc").write_text(f"machine 127.0.0.1\n login user\n password {CANARY}\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
-    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.invalid")  # then only the proxy can tell what is reachable
+    monkeypatch.setenv(
+        "HTTPS_PROXY", "http://proxy.invalid"
+    )  # then only the proxy can tell what is reachable
     assert why_offline() is None
 
 
-@pytest.mark.parametrize(("tracker", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
+@pytest.mark.parametrize(
+    ("tracker", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")]
+)
 def test_a_missing_package_costs_one_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tracker: str, module: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tracker: str,
+    module: str,
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with open_monitor(tmp_path, f"{tracker}.enabled=true") as monitor:
@@ -73,7 +84,9 @@ def test_a_missing_package_costs_one_warning(
     assert [tracker in message for message in caplog.messages] == [True]
 
 
-def test_a_tracker_that_goes_down_is_dropped_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tracker_that_goes_down_is_dropped_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     class Failing:
         name, retried, writes = "wandb", False, 0
 
@@ -86,13 +99,18 @@ def test_a_tracker_that_goes_down_is_dropped_with_one_warning(tmp_path: Path, ca
 
     failing = Failing()
     metrics = MetricsFile(tmp_path, start_step=0)
-    openers: list[tuple[str, Callable[[], object]]] = [("wandb", lambda: failing), (METRICS_FILE, lambda: metrics)]
+    openers: list[tuple[str, Callable[[], object]]] = [
+        ("wandb", lambda: failing),
+        (METRICS_FILE, lambda: metrics),
+    ]
     with Monitor(openers) as monitor:  # type: ignore[arg-type]
         for step in range(1, 4):
             monitor.step(record(step))
     assert failing.writes == 1
     assert len(read_metrics(tmp_path).steps) == 3
-    assert caplog.messages == ["wandb failed (ConnectionError: server gone); training goes on without it"]
+    assert caplog.messages == [
+        "wandb failed (ConnectionError: server gone); training goes on without it"
+    ]
 
 
 def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
@@ -104,13 +122,22 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
                 monitor.step(record(step, loss=loss if step != 5 else math.nan))
             monitor.event("eval", step=last_step, val_loss=2.5)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1), (2, 1), (3, 2), (4, 2)]
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
+        (1, 1),
+        (2, 1),
+        (3, 2),
+        (4, 2),
+    ]
     assert [event.step for event in events.Scalars("eval/val_loss")] == [5]
     assert {"train/mfu", "train/grad_norm", "train/tokens_per_s"} <= set(events.Tags()["scalars"])
 
 
 def test_tensorboard_writes_where_its_section_says(tmp_path: Path) -> None:
-    overrides = ("tensorboard.enabled=true", f"tensorboard.output_path={tmp_path}/board", "tensorboard.job_name=first")
+    overrides = (
+        "tensorboard.enabled=true",
+        f"tensorboard.output_path={tmp_path}/board",
+        "tensorboard.job_name=first",
+    )
     with open_monitor(tmp_path / "run", *overrides) as monitor:
         monitor.step(record(1))
     assert list((tmp_path / "board" / "first").glob("events.out.tfevents.*"))
@@ -132,7 +159,8 @@ with open_monitor(run, "wandb.enabled=true", "tensorboard.enabled=true") as moni
         raise RuntimeError("cannot reach https://user:{CANARY}@host")
     except RuntimeError as error:
         logging.exception("failed with %s", "{CANARY}")
-        print(crash_page(error, rank_name="rank 0", last_step=1, last_checkpoint=None, resume_command=None))
+        known = dict(last_step=1, last_checkpoint=None, resume_command=None)
+        print(crash_page(error, rank_name="rank 0", **known))
 """
     secrets = dict.fromkeys(SECRETS, CANARY)
     done = run_script(script, WANDB_MODE="offline", HOME=str(tmp_path), **secrets)

@@ -1,4 +1,6 @@
-"""Which samples a rank reads: the steps' samples are those of the run, however many ranks cut them up."""
+"""Which samples a rank reads: the steps' samples are those of the run, however many ranks cut
+them up.
+"""
 
 import json
 from dataclasses import dataclass
@@ -32,18 +34,27 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stream_of(data: Path, *, document_mask: bool = False) -> SampleStream:
-    return SampleStream.open([(data, 1.0)], split="train", sequence_length=16, seed=3, document_mask=document_mask)
+    return SampleStream.open(
+        [(data, 1.0)], split="train", sequence_length=16, seed=3, document_mask=document_mask
+    )
 
 
 def resolved(ranks: int, micro: int, dropout: float = 0.0) -> ResolvedConfig:
     config = tiny(batch=BATCH, micro=micro, vocab_size=384, dropout=dropout)
-    return RunConfig.from_json(json.dumps(config)).resolved(world_size=ranks, vocabulary=257, bf16_native=False)
+    return RunConfig.from_json(json.dumps(config)).resolved(
+        world_size=ranks, vocabulary=257, bf16_native=False
+    )
 
 
-def load(stream: SampleStream, ranks: int, micro: int, step: int | None = 7, **model: float) -> list[list[MicroBatch]]:
+def load(
+    stream: SampleStream, ranks: int, micro: int, step: int | None = 7, **model: float
+) -> list[list[MicroBatch]]:
     """Every replica's micro-batches of the global batch that begins at sample 24."""
     config = resolved(ranks, micro, **model)
-    loaders = [BatchLoader(stream, config, Replica(rank, ranks), torch.device("cpu")) for rank in range(ranks)]
+    loaders = [
+        BatchLoader(stream, config, Replica(rank, ranks), torch.device("cpu"))
+        for rank in range(ranks)
+    ]
     return [loader.load(24, step) for loader in loaders]
 
 
@@ -62,7 +73,9 @@ def test_the_ranks_together_read_the_global_batch_once(data: Path, ranks: int, m
 def test_a_samples_dropout_seed_depends_on_the_step_and_not_on_its_rank(data: Path) -> None:
     def seeds(ranks: int, micro: int, step: int) -> torch.Tensor:
         replicas = load(stream_of(data), ranks, micro, step, dropout=0.1)
-        return torch.cat([m.dropout_seed for by_rank in zip(*replicas, strict=True) for m in by_rank])
+        return torch.cat(
+            [m.dropout_seed for by_rank in zip(*replicas, strict=True) for m in by_rank]
+        )
 
     assert torch.equal(seeds(1, 12, step=7), seeds(3, 2, step=7))
     assert seeds(1, 12, step=7).unique().numel() == BATCH

@@ -32,7 +32,9 @@ def runs(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[Box, int, int]:
 
 
 @given(st.data(), st.one_of(st.tuples(sizes), st.tuples(sizes, sizes)))
-def test_the_rectangles_of_a_run_are_its_elements(data: st.DataObject, shape: tuple[int, ...]) -> None:
+def test_the_rectangles_of_a_run_are_its_elements(
+    data: st.DataObject, shape: tuple[int, ...]
+) -> None:
     logical = torch.arange(math.prod(shape)).view(shape)
     box, start, numel = data.draw(runs(shape))
     run = flattened(logical, box)[start : start + numel]
@@ -44,13 +46,20 @@ def test_the_rectangles_of_a_run_are_its_elements(data: st.DataObject, shape: tu
 
 
 @given(st.data(), st.one_of(st.tuples(sizes), st.tuples(sizes, sizes)))
-def test_what_two_runs_share_is_found_once_and_in_the_right_place(data: st.DataObject, shape: tuple[int, ...]) -> None:
+def test_what_two_runs_share_is_found_once_and_in_the_right_place(
+    data: st.DataObject, shape: tuple[int, ...]
+) -> None:
     logical = torch.arange(math.prod(shape)).view(shape)
-    (mine, my_start, my_numel), (theirs, their_start, their_numel) = data.draw(runs(shape)), data.draw(runs(shape))
+    (mine, my_start, my_numel), (theirs, their_start, their_numel) = (
+        data.draw(runs(shape)),
+        data.draw(runs(shape)),
+    )
     wanted = flattened(logical, mine)[my_start : my_start + my_numel]
     given_run = flattened(logical, theirs)[their_start : their_start + their_numel]
     copied = torch.full_like(wanted, -1)
-    pairs = list(overlaps(rectangles(mine, my_start, my_numel), rectangles(theirs, their_start, their_numel)))
+    pairs = list(
+        overlaps(rectangles(mine, my_start, my_numel), rectangles(theirs, their_start, their_numel))
+    )
     for here, there in pairs:
         view(copied, here).copy_(view(given_run, there))
     shared = torch.isin(wanted, given_run)
@@ -60,5 +69,9 @@ def test_what_two_runs_share_is_found_once_and_in_the_right_place(data: st.DataO
 
 def test_shards_of_a_dimension_are_the_whole() -> None:
     assert whole((4, 6)) == ((0, 4), (0, 6))
-    assert [shard((4, 6), 1, rank, 3) for rank in range(3)] == [((0, 4), (0, 2)), ((0, 4), (2, 4)), ((0, 4), (4, 6))]
+    assert [shard((4, 6), 1, rank, 3) for rank in range(3)] == [
+        ((0, 4), (0, 2)),
+        ((0, 4), (2, 4)),
+        ((0, 4), (4, 6)),
+    ]
     assert [shard((4,), 0, rank, 2) for rank in range(2)] == [((0, 2),), ((2, 4),)]

@@ -1,4 +1,6 @@
-"""Internals of DeepSpeed or torch that nobody has read are refused by name before anything relies on them."""
+"""Internals of DeepSpeed or torch that nobody has read are refused by name before anything
+relies on them.
+"""
 
 import json
 import os
@@ -30,34 +32,50 @@ STAGE3 = "deepspeed/runtime/zero/stage3.py"
 
 def test_what_is_installed_is_what_was_tested() -> None:
     assert internals.check(internals.DIGESTS) is None
-    known = [digest for files in internals.DIGESTS.values() for digests in files.values() for digest in digests]
-    assert len(set(known)) == len(known), "a file that did not change between two versions needs one digest"
+    known = [
+        digest
+        for files in internals.DIGESTS.values()
+        for digests in files.values()
+        for digest in digests
+    ]
+    assert len(set(known)) == len(known), (
+        "a file that did not change between two versions needs one digest"
+    )
 
 
 def test_a_run_is_refused_only_for_what_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each part in turn is unknown: only a run that uses it is refused."""
     runs: dict[str, tuple[Any, str]] = {
         "one process": (with_zero(tiny(), 3, "cpu", "cpu"), "python"),
-        "pipeline": (tiny() | {"megagpt": tiny()["megagpt"] | {"parallel": {"pipeline": 2}}}, "torchrun"),
+        "pipeline": (
+            tiny() | {"megagpt": tiny()["megagpt"] | {"parallel": {"pipeline": 2}}},
+            "torchrun",
+        ),
         "nvme": (with_zero(tiny(), 3, "nvme"), "python"),
         "launcher": (with_zero(tiny(), 1), "deepspeed"),
     }
     runs["nvme"][0]["zero_optimization"]["offload_optimizer"]["nvme_path"] = "swap"
     for part in ("engine", "pipeline", "nvme", "launcher"):
         with monkeypatch.context() as patch:
-            patch.setitem(internals.DIGESTS, part, dict.fromkeys(internals.DIGESTS[part], ("0" * 12,)))
+            patch.setitem(
+                internals.DIGESTS, part, dict.fromkeys(internals.DIGESTS[part], ("0" * 12,))
+            )
             for name, (config, launcher) in runs.items():
                 parts = internals.parts_used(RunConfig.from_json(json.dumps(config)), launcher)
                 if part in ("engine", name):
                     first = next(iter(internals.DIGESTS[part]))
-                    with pytest.raises(UserError, match=f"differ from all tested versions: {first}"):
+                    with pytest.raises(
+                        UserError, match=f"differ from all tested versions: {first}"
+                    ):
                         internals.check(parts)
                 else:
                     assert internals.check(parts) is None, f"{name} does not use {part}"
 
 
 def test_the_remedy_fits_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A changed file of a tested version: the same version again; another version: the pinned one."""
+    """A changed file of a tested version: the same version again; another version: the pinned
+    one.
+    """
     file = "torch/distributed/pipelining/stage.py"
     monkeypatch.setitem(internals.DIGESTS["pipeline"], file, ("0" * 12,))
     for installed, remedy in {
@@ -68,11 +86,15 @@ def test_the_remedy_fits_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(UserError) as error:
             internals.check(["pipeline"])
         assert str(error.value).startswith(f"torch {installed}: ")
-        assert str(error.value).endswith(f"{file}; {remedy}continue at your own risk: MEGAGPT_ALLOW_UNKNOWN=1")
+        assert str(error.value).endswith(
+            f"{file}; {remedy}continue at your own risk: MEGAGPT_ALLOW_UNKNOWN=1"
+        )
 
 
 def patched_deepspeed(directory: Path) -> Path:
-    """A copy of the package, to stand before the installed one as a vendored one would; returns its stage3.py."""
+    """A copy of the package, to stand before the installed one as a vendored one would; returns
+    its stage3.py.
+    """
     installed = find_spec("deepspeed")
     assert installed is not None
     assert installed.origin is not None
@@ -85,14 +107,26 @@ def patched_deepspeed(directory: Path) -> Path:
 def train(tmp_path: Path, ranks: int, **environment: str) -> subprocess.CompletedProcess[str]:
     """Rank 1 of two, or one process, on the package in ``tmp_path``."""
     config, place = tmp_path / "config.json", {}
-    config.write_text(json.dumps(run_config(write_dataset(tmp_path / "data"), 2, (1, "none", "none"))))
+    config.write_text(
+        json.dumps(run_config(write_dataset(tmp_path / "data"), 2, (1, "none", "none")))
+    )
     if ranks > 1:
         place = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         place["MASTER_PORT"] = str(free_port())
     return subprocess.run(
-        [sys.executable, "launch/train.py", "--deepspeed_config", config, "--run_dir", tmp_path / "run"],
+        [
+            sys.executable,
+            "launch/train.py",
+            "--deepspeed_config",
+            config,
+            "--run_dir",
+            tmp_path / "run",
+        ],
         cwd=REPOSITORY,
-        env=os.environ | place | {"PYTHONPATH": str(tmp_path), "DS_ACCELERATOR": "cpu"} | environment,
+        env=os.environ
+        | place
+        | {"PYTHONPATH": str(tmp_path), "DS_ACCELERATOR": "cpu"}
+        | environment,
         capture_output=True,
         text=True,
         timeout=120,
@@ -108,7 +142,10 @@ def test_a_patched_deepspeed_is_refused(tmp_path: Path, fault: str) -> None:
         stage3.unlink()
     done = train(tmp_path, ranks=2)
     assert done.returncode == ExitCode.BAD_INPUT, done.stderr
-    said = rf"{STAGE3}; pip install --force-reinstall --no-deps deepspeed==0\.19\.8; or .*MEGAGPT_ALLOW_UNKNOWN=1$"
+    said = (
+        rf"{STAGE3}; pip install --force-reinstall --no-deps deepspeed==0\.19\.8; or "
+        rf".*MEGAGPT_ALLOW_UNKNOWN=1$"
+    )
     assert re.search(said, done.stderr.strip())
     assert not (tmp_path / "run").exists()
 
@@ -128,7 +165,9 @@ def test_an_unknown_deepspeed_runs_at_the_users_own_risk(tmp_path: Path) -> None
 
 def test_another_value_of_the_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEGAGPT_ALLOW_UNKNOWN", "yes")
-    with pytest.raises(UserError, match="MEGAGPT_ALLOW_UNKNOWN=yes: unknown value; set it to 0 or 1, or unset it"):
+    with pytest.raises(
+        UserError, match="MEGAGPT_ALLOW_UNKNOWN=yes: unknown value; set it to 0 or 1, or unset it"
+    ):
         internals.check(["engine"])
 
 
@@ -152,6 +191,8 @@ def test_collectives_have_the_names_of_this_torch() -> None:
 def test_the_tested_versions_are_those_that_are_installed_to_be_tested() -> None:
     """The first of each is pinned in requirements.txt, torch's other one in the Makefile."""
     pins = (REPOSITORY / "requirements.txt").read_text().split()
-    assert {f"{package}=={versions[0]}" for package, versions in internals.TESTED.items()} <= set(pins)
+    assert {f"{package}=={versions[0]}" for package, versions in internals.TESTED.items()} <= set(
+        pins
+    )
     (older,) = internals.TESTED["torch"][1:]
     assert f"torch=={older}" in (REPOSITORY / "Makefile").read_text()

@@ -1,4 +1,6 @@
-"""What is offloaded lies in host memory, the rest on the device: seen by the tensors, where there is a GPU."""
+"""What is offloaded lies in host memory, the rest on the device: seen by the tensors, where
+there is a GPU.
+"""
 
 import json
 import os
@@ -13,7 +15,12 @@ from tests.support.configurations import tiny, with_zero
 from tests.support.monitoring import ENVIRONMENT
 from tests.support.ranks import RankPool
 
-CASES = [(1, "cpu", "none"), (3, "cpu", "none"), (3, "cpu", "cpu"), (3, "none", "none")]  # ZeRO, optimizer, parameters
+CASES = [
+    (1, "cpu", "none"),
+    (3, "cpu", "none"),
+    (3, "cpu", "cpu"),
+    (3, "none", "none"),
+]  # ZeRO, optimizer, parameters
 KINDS = ("master_weights", "moments", "parameter_shards")
 ONE_RANK = """
 import json, sys
@@ -30,7 +37,9 @@ def config(stage: int, optimizer: str, parameters: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("stage", "optimizer", "parameters"), CASES)
-def test_on_a_cpu_there_is_one_place(two_ranks: RankPool, stage: int, optimizer: str, parameters: str) -> None:
+def test_on_a_cpu_there_is_one_place(
+    two_ranks: RankPool, stage: int, optimizer: str, parameters: str
+) -> None:
     for rank in two_ranks.run(
         "tests.support.jobs.training:train", config=config(stage, optimizer, parameters), steps=2
     ):
@@ -39,16 +48,21 @@ def test_on_a_cpu_there_is_one_place(two_ranks: RankPool, stage: int, optimizer:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("stage", "optimizer", "parameters"), CASES)
-def test_on_a_gpu_what_is_offloaded_lies_in_host_memory(stage: int, optimizer: str, parameters: str) -> None:
+def test_on_a_gpu_what_is_offloaded_lies_in_host_memory(
+    stage: int, optimizer: str, parameters: str
+) -> None:
     """In a process of its own: the pools' ranks compute on the CPU."""
     done = subprocess.run(
         [sys.executable, "-c", ONE_RANK, json.dumps(config(stage, optimizer, parameters))],
         cwd=REPOSITORY,
-        env={name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"} | ENVIRONMENT,
+        env={name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+        | ENVIRONMENT,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     expected = ("cpu" if place == "cpu" else "cuda" for place in (optimizer, optimizer, parameters))
-    assert json.loads(done.stdout.splitlines()[-1]) == {kind: [at] for kind, at in zip(KINDS, expected, strict=True)}
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        kind: [at] for kind, at in zip(KINDS, expected, strict=True)
+    }

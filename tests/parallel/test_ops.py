@@ -1,4 +1,6 @@
-"""Which compiled ops a run needs, where they are built, and what becomes of builds that were killed."""
+"""Which compiled ops a run needs, where they are built, and what becomes of builds that were
+killed.
+"""
 
 import json
 import os
@@ -22,7 +24,9 @@ def resolved(zero: tuple[int, str, str], **optimizer: Any) -> ResolvedConfig:
         if config["zero_optimization"].get(section, {}).get("device") == "nvme":
             config["zero_optimization"][section]["nvme_path"] = "swap"
     config["optimizer"]["params"] |= optimizer
-    return RunConfig.from_json(json.dumps(config)).resolved(world_size=1, vocabulary=128, bf16_native=False)
+    return RunConfig.from_json(json.dumps(config)).resolved(
+        world_size=1, vocabulary=128, bf16_native=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -37,7 +41,9 @@ def resolved(zero: tuple[int, str, str], **optimizer: Any) -> ResolvedConfig:
         ((3, "cpu", "nvme"), "cuda", ["CPUAdamBuilder", "AsyncIOBuilder"]),
     ],
 )
-def test_each_offload_needs_its_ops(zero: tuple[int, str, str], device_type: str, needed: list[str]) -> None:
+def test_each_offload_needs_its_ops(
+    zero: tuple[int, str, str], device_type: str, needed: list[str]
+) -> None:
     assert ops.needed_ops(resolved(zero), device_type) == needed
 
 
@@ -65,10 +71,14 @@ def test_else_the_cache_belongs_to_the_environment(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     monkeypatch.delenv(ops.EXTENSIONS_VARIABLE)
     ops.use_private_extensions()
-    assert Path(os.environ[ops.EXTENSIONS_VARIABLE]).is_relative_to(Path.home() / ".cache" / "megagpt")
+    assert Path(os.environ[ops.EXTENSIONS_VARIABLE]).is_relative_to(
+        Path.home() / ".cache" / "megagpt"
+    )
 
 
-def test_the_environments_own_ninja_comes_first(monkeypatch: pytest.MonkeyPatch, extensions: Path) -> None:
+def test_the_environments_own_ninja_comes_first(
+    monkeypatch: pytest.MonkeyPatch, extensions: Path
+) -> None:
     monkeypatch.setenv("PATH", "/usr/bin")
     ops.use_private_extensions()
     ops.use_private_extensions()
@@ -80,7 +90,9 @@ def test_a_missing_compiler_is_named_and_matters_only_to_what_is_not_built(
 ) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    assert "there is no C++ compiler (Debian, Ubuntu: apt install g++)" in (ops.missing_tools("CPUAdamBuilder") or "")
+    assert "there is no C++ compiler (Debian, Ubuntu: apt install g++)" in (
+        ops.missing_tools("CPUAdamBuilder") or ""
+    )
     (extensions / "cpu_adam.so").touch()
     assert ops.missing_tools("CPUAdamBuilder") is None
 
@@ -97,21 +109,28 @@ def test_a_lock_of_a_killed_build_is_removed_when_it_is_old(extensions: Path) ->
 def test_a_young_lock_in_a_shared_cache_is_named_instead_of_waited_for(extensions: Path) -> None:
     (extensions / "lock").touch()
     with (
-        pytest.raises(UserError, match=rf"another program is compiling .* since .*: rm {extensions}/lock"),
+        pytest.raises(
+            UserError, match=rf"another program is compiling .* since .*: rm {extensions}/lock"
+        ),
         ops._one_builder("CPUAdamBuilder"),
     ):
         pass
     assert (extensions / "lock").exists()
 
 
-HOLDING = "import fcntl, os, sys, time; lock = open(sys.argv[1], 'a+'); fcntl.flock(lock, fcntl.LOCK_EX); "
+HOLDING = (
+    "import fcntl, os, sys, time; lock = open(sys.argv[1], 'a+'); fcntl.flock(lock, "
+    "fcntl.LOCK_EX); "
+)
 HOLDING += "print(os.getpid(), file=lock, flush=True); print('held', flush=True); time.sleep(1000)"
 
 
 def test_a_process_that_compiles_without_end_is_named(
     extensions: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Another run's rank, say, that was stopped in the middle of a build: to be ended, as it is here."""
+    """Another run's rank, say, that was stopped in the middle of a build: to be ended, as it is
+    here.
+    """
     monkeypatch.setattr(ops, "NOTICE_S", 0.0)
     command = [sys.executable, "-c", HOLDING, str(extensions / ".megagpt_lock")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
@@ -120,11 +139,16 @@ def test_a_process_that_compiles_without_end_is_named(
         monkeypatch.setattr(ops, "_say", lambda text: (print(text), holder.kill()))
         with ops._one_builder("CPUAdamBuilder"):
             assert (extensions / ".megagpt_lock").read_text() == f"{os.getpid()}\n"
-    said = f"process {holder.pid} compiles DeepSpeed's CPUAdam: waiting for it (to end it: kill {holder.pid})\n"
+    said = (
+        f"process {holder.pid} compiles DeepSpeed's CPUAdam: waiting for it (to end it: kill "
+        f"{holder.pid})\n"
+    )
     assert capsys.readouterr().out == said
 
 
-def test_in_our_own_cache_any_lock_is_left_over(monkeypatch: pytest.MonkeyPatch, extensions: Path) -> None:
+def test_in_our_own_cache_any_lock_is_left_over(
+    monkeypatch: pytest.MonkeyPatch, extensions: Path
+) -> None:
     monkeypatch.setattr(ops, "_private_directory", lambda: extensions.parent)
     (extensions / "lock").touch()
     with ops._one_builder("CPUAdamBuilder"):

@@ -1,4 +1,6 @@
-"""How many micro-batches' activations a pipeline rank holds: what each schedule promises (docs/parallelism.md)."""
+"""How many micro-batches' activations a pipeline rank holds: what each schedule promises
+(docs/parallelism.md).
+"""
 
 import pytest
 
@@ -11,14 +13,20 @@ RANKS = 4
 def pipeline_of_four(schedule: str, micro_batches: int, stage: int) -> Config:
     virtual = 2 if schedule == "interleaved" else 1
     config = with_zero(tiny(batch=micro_batches, micro=1, num_layers=8), stage)
-    config["megagpt"]["parallel"] = {"pipeline": RANKS, "schedule": schedule, "virtual_stages": virtual}
+    config["megagpt"]["parallel"] = {
+        "pipeline": RANKS,
+        "schedule": schedule,
+        "virtual_stages": virtual,
+    }
     return config
 
 
 def expected(schedule: str, rank: int, micro_batches: int) -> int:
-    """Forwards held at most, each of a stage: 1F1B warms up with one for each stage behind, unless there are fewer
-    micro-batches than stages, where it is GPipe; interleaved, with two for each rank behind and a round of the first
-    chunk (Narayanan et al. 2021, arXiv 2104.04473, section 2.2)."""
+    """Forwards held at most, each of a stage: 1F1B warms up with one for each stage behind,
+    unless there are fewer micro-batches than stages, where it is GPipe; interleaved, with two
+    for each rank behind and a round of the first chunk (Narayanan et al. 2021, arXiv 2104.04473,
+    section 2.2).
+    """
     if schedule == "gpipe" or micro_batches < RANKS:
         return micro_batches
     if schedule == "1f1b":
@@ -34,7 +42,8 @@ def test_ranks_hold_the_activations_of_as_many_micro_batches_as_the_schedule_say
     four_ranks: RankPool, schedule: str, micro_batches: int, stage: int
 ) -> None:
     counts = four_ranks.run(
-        "tests.support.jobs.pipeline:live_micro_batches", config=pipeline_of_four(schedule, micro_batches, stage)
+        "tests.support.jobs.pipeline:live_micro_batches",
+        config=pipeline_of_four(schedule, micro_batches, stage),
     )
     virtual = 2 if schedule == "interleaved" else 1
     for rank, held in enumerate(counts):

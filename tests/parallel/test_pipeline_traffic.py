@@ -1,4 +1,6 @@
-"""What a pipeline sends: gradients once a step or once a micro-batch, and ZeRO-3's parameters as seldom as it may."""
+"""What a pipeline sends: gradients once a step or once a micro-batch, and ZeRO-3's parameters as
+seldom as it may.
+"""
 
 from typing import Any
 
@@ -15,7 +17,11 @@ SEPARATELY = {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
 
 def pipeline_of_two(stage: int, zero: dict[str, Any], **parallel: Any) -> Config:
     """Pipeline 2 x data 2; untied, as per_micro_batch needs it."""
-    config = with_zero(tiny(batch=4 * MICRO_BATCHES, steps=STEPS, num_layers=4, tie_embeddings=False), stage, **zero)
+    config = with_zero(
+        tiny(batch=4 * MICRO_BATCHES, steps=STEPS, num_layers=4, tie_embeddings=False),
+        stage,
+        **zero,
+    )
     config["megagpt"]["parallel"] = {"pipeline": 2} | parallel
     return config
 
@@ -23,7 +29,9 @@ def pipeline_of_two(stage: int, zero: dict[str, Any], **parallel: Any) -> Config
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "times"), [(1, 1), (3, MICRO_BATCHES)])
 def test_per_step_sends_each_gradient_once(four_ranks: RankPool, stage: int, times: int) -> None:
-    """Per micro-batch, those stages send each time that cut gradients; ZeRO 1 waits for the last by itself."""
+    """Per micro-batch, those stages send each time that cut gradients; ZeRO 1 waits for the last
+    by itself.
+    """
     operation = "reduce_scatter" if stage == 3 else "all_reduce"
     sent = {}
     for reduction in ("per_step", "per_micro_batch"):
@@ -37,12 +45,16 @@ def test_per_step_sends_each_gradient_once(four_ranks: RankPool, stage: int, tim
 
 
 @pytest.mark.parametrize(
-    "schedule", [{"schedule": "1f1b"}, pytest.param({"schedule": "gpipe"}, marks=pytest.mark.slow)], ids=str
+    "schedule",
+    [{"schedule": "1f1b"}, pytest.param({"schedule": "gpipe"}, marks=pytest.mark.slow)],
+    ids=str,
 )
 def test_zero_3_fetches_ahead_and_keeps_what_the_next_micro_batch_needs(
     four_ranks: RankPool, schedule: dict[str, str]
 ) -> None:
-    """Its trace spans the step: without it, every micro-batch gathered every parameter forward and backward."""
+    """Its trace spans the step: without it, every micro-batch gathered every parameter forward
+    and backward.
+    """
     gathered = {}
     for name, zero in (("ahead", {}), ("separately", SEPARATELY)):
         config = pipeline_of_two(3, zero, **schedule)
@@ -50,7 +62,9 @@ def test_zero_3_fetches_ahead_and_keeps_what_the_next_micro_batch_needs(
         assert_equal_training(ranks, plain.train(config, STEPS), 8, tolerance=2e-5)
         gathered[name] = [rank["traffic"]["data", "all_gather"] for rank in ranks]
     elements = ranks[0]["evidence"]["stage_elements"]
-    for (calls, ahead), (many_calls, separately) in zip(gathered["ahead"], gathered["separately"], strict=True):
+    for (calls, ahead), (many_calls, separately) in zip(
+        gathered["ahead"], gathered["separately"], strict=True
+    ):
         assert separately == pytest.approx(2 * MICRO_BATCHES * elements, rel=0.02)
         assert ahead < separately / 2
         assert calls < many_calls / 3

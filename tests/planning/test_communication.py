@@ -9,22 +9,40 @@ from megagpt.planning.cost.model_states import shard_of
 from tests.planning.test_memory import layout_of, run_on
 from tests.support.ranks import RankPool
 
-WAYS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "send": 1}  # a ring passes a sum round twice
+WAYS = {
+    "all_reduce": 2,
+    "all_gather": 1,
+    "reduce_scatter": 1,
+    "send": 1,
+}  # a ring passes a sum round twice
 
 
 def sent_bytes(traffic: Any, axis: str, ranks: int, element_bytes: int) -> float:
     """What ring algorithms make of the counted calls."""
     share = ring(ranks) if axis != "pipeline" else 1
-    counted = {operation: elements for (of, operation), (_, elements) in traffic.items() if of == axis}
-    return share * element_bytes * sum(WAYS.get(operation, 0) * elements for operation, elements in counted.items())
+    counted = {
+        operation: elements for (of, operation), (_, elements) in traffic.items() if of == axis
+    }
+    return (
+        share
+        * element_bytes
+        * sum(WAYS.get(operation, 0) * elements for operation, elements in counted.items())
+    )
 
 
-KEEP_NOTHING = {f"stage3_{key}": 0 for key in ("max_reuse_distance", "max_live_parameters", "prefetch_bucket_size")}
+KEEP_NOTHING = {
+    f"stage3_{key}": 0
+    for key in ("max_reuse_distance", "max_live_parameters", "prefetch_bucket_size")
+}
 
 
-@pytest.mark.parametrize("reduction", ["per_step", pytest.param("per_micro_batch", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    ("stage", "zero"), [(1, {}), pytest.param(2, {}, marks=pytest.mark.slow), (3, {}), (3, KEEP_NOTHING)], ids=str
+    "reduction", ["per_step", pytest.param("per_micro_batch", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(
+    ("stage", "zero"),
+    [(1, {}), pytest.param(2, {}, marks=pytest.mark.slow), (3, {}), (3, KEEP_NOTHING)],
+    ids=str,
 )
 def test_data_axis(two_ranks: RankPool, stage: int, zero: dict[str, Any], reduction: str) -> None:
     config = run_on((1, 2, 1), stage, bf16=False, **zero)
@@ -49,13 +67,17 @@ def test_gathers_under_a_pipeline_and_recomputation(
     config = run_on((2, 2, 1), 3, bf16=False, **zero)
     config["megagpt"]["training"]["recompute"] = "full"
     layout = layout_of(config, 4)
-    for index, rank in enumerate(four_ranks.run("tests.support.jobs.training:train", config=config, steps=3)):
+    for index, rank in enumerate(
+        four_ranks.run("tests.support.jobs.training:train", config=config, steps=3)
+    ):
         formula = communication(layout, index // 2, shard_of(layout, index // 2))
         sent = sent_bytes(rank["traffic"], "data", 2, 4)
         assert sent == pytest.approx(formula.gathers + formula.reductions, rel=tolerance)
 
 
-@pytest.mark.parametrize("recompute", ["none", pytest.param("selective", marks=pytest.mark.slow), "full"])
+@pytest.mark.parametrize(
+    "recompute", ["none", pytest.param("selective", marks=pytest.mark.slow), "full"]
+)
 def test_tensor_axis(two_ranks: RankPool, recompute: str) -> None:
     config = run_on((1, 1, 2), 1, bf16=False)
     config["megagpt"]["training"]["recompute"] = recompute
@@ -70,8 +92,13 @@ def test_pipeline_axis(two_ranks: RankPool, virtual_stages: int) -> None:
     config = run_on((2, 1, 1), 1, bf16=False)
     if virtual_stages > 1:
         config["megagpt"]["model"]["num_layers"] = 4
-        config["megagpt"]["parallel"] |= {"schedule": "interleaved", "virtual_stages": virtual_stages}
+        config["megagpt"]["parallel"] |= {
+            "schedule": "interleaved",
+            "virtual_stages": virtual_stages,
+        }
     layout = layout_of(config, 2)
-    for pipeline_rank, rank in enumerate(two_ranks.run("tests.support.jobs.training:train", config=config, steps=2)):
+    for pipeline_rank, rank in enumerate(
+        two_ranks.run("tests.support.jobs.training:train", config=config, steps=2)
+    ):
         formula = communication(layout, pipeline_rank, shard_of(layout, pipeline_rank)).pipeline
         assert sent_bytes(rank["traffic"], "pipeline", 2, 4) == pytest.approx(formula, rel=0.05)

@@ -13,7 +13,13 @@ from megagpt.planning.cost.flops import (
 )
 
 TINY = ModelConfig(
-    vocab_size=128, num_layers=2, hidden_size=8, num_heads=2, num_kv_heads=1, sequence_length=4, activation="swiglu"
+    vocab_size=128,
+    num_layers=2,
+    hidden_size=8,
+    num_heads=2,
+    num_kv_heads=1,
+    sequence_length=4,
+    activation="swiglu",
 )
 
 
@@ -34,7 +40,9 @@ def test_a_trained_token_costs_three_forward_passes() -> None:
 
 
 def test_palm_appendix_b_on_gpt3() -> None:
-    """Table D.1 of arXiv 2005.14165: 3.14e23 FLOPs for 300 billion tokens of GPT-3 175B, attention left out."""
+    """Table D.1 of arXiv 2005.14165: 3.14e23 FLOPs for 300 billion tokens of GPT-3 175B,
+    attention left out.
+    """
     model = ModelConfig.model_validate({"preset": "gpt3-175b", "vocab_size": 50257})
     without_attention = model_flops_per_token(model) - 3 * attention_flops_per_token(model)
     assert without_attention * 300e9 == pytest.approx(3.14e23, rel=0.01)
@@ -42,18 +50,26 @@ def test_palm_appendix_b_on_gpt3() -> None:
 
 def test_grouped_keys_do_not_cheapen_attention_itself() -> None:
     shape = {"num_layers": 2, "hidden_size": 64, "num_heads": 8, "vocab_size": 128}
-    full, grouped = ModelConfig.model_validate(shape), ModelConfig.model_validate({**shape, "num_kv_heads": 2})
+    full, grouped = (
+        ModelConfig.model_validate(shape),
+        ModelConfig.model_validate({**shape, "num_kv_heads": 2}),
+    )
     assert attention_flops_per_token(full) == attention_flops_per_token(grouped)
     assert matmul_parameters(grouped) < matmul_parameters(full)
 
 
 def test_a_tied_head_still_multiplies() -> None:
     shape = {"num_layers": 2, "hidden_size": 64, "num_heads": 8, "vocab_size": 128}
-    tied, untied = ModelConfig.model_validate(shape), ModelConfig.model_validate({**shape, "tie_embeddings": False})
+    tied, untied = (
+        ModelConfig.model_validate(shape),
+        ModelConfig.model_validate({**shape, "tie_embeddings": False}),
+    )
     assert model_flops_per_token(tied) == model_flops_per_token(untied)
     assert untied.num_parameters - tied.num_parameters == 128 * 64
 
 
 def test_utilisation_is_a_share_of_the_peak() -> None:
     flops = model_flops_per_token(TINY)
-    assert model_flops_utilisation(TINY, tokens_per_s_per_device=10, peak_flops_per_s=40 * flops) == pytest.approx(0.25)
+    assert model_flops_utilisation(
+        TINY, tokens_per_s_per_device=10, peak_flops_per_s=40 * flops
+    ) == pytest.approx(0.25)

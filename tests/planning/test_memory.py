@@ -1,4 +1,6 @@
-"""The memory formulas count what real ranks hold, byte for byte; what comes and goes with a step is bounded."""
+"""The memory formulas count what real ranks hold, byte for byte; what comes and goes with a step
+is bounded.
+"""
 
 import json
 from itertools import product
@@ -14,27 +16,53 @@ from megagpt.planning.layout import Layout
 from tests.support.configurations import tiny, with_zero
 from tests.support.ranks import RankPool
 
-ODD = {"num_layers": 3, "hidden_size": 35, "num_heads": 5, "sequence_length": 15}  # nothing divides evenly
-SHARED = {"num_layers": 3, "hidden_size": 36, "num_heads": 4, "sequence_length": 15}  # between two tensor ranks
-MESHES = [*product((1, 2), repeat=3), (1, 4, 1)][1:]  # pipeline, data, tensor: each of two, two of them, all three
-IN_MAKE_TEST = [((2, 2, 1), 2), ((1, 2, 2), 3), ((2, 1, 2), 1), ((2, 1, 2), 3)]  # those that vary two axes at once
+ODD = {
+    "num_layers": 3,
+    "hidden_size": 35,
+    "num_heads": 5,
+    "sequence_length": 15,
+}  # nothing divides evenly
+SHARED = {
+    "num_layers": 3,
+    "hidden_size": 36,
+    "num_heads": 4,
+    "sequence_length": 15,
+}  # between two tensor ranks
+MESHES = [*product((1, 2), repeat=3), (1, 4, 1)][
+    1:
+]  # pipeline, data, tensor: each of two, two of them, all three
+IN_MAKE_TEST = [
+    ((2, 2, 1), 2),
+    ((1, 2, 2), 3),
+    ((2, 1, 2), 1),
+    ((2, 1, 2), 3),
+]  # those that vary two axes at once
 KEPT = ("stage3_max_reuse_distance", "stage3_max_live_parameters", "stage3_prefetch_bucket_size")
 STATES = [  # mesh, ZeRO stage, bf16
     *(((1, 2, 1), stage, False) for stage in (0, 1, 2, 3)),
     *(pytest.param(mesh, 0, False, marks=pytest.mark.slow) for mesh in ((1, 1, 2), (1, 2, 2))),
     *(
-        pytest.param(mesh, stage, True, marks=() if (mesh, stage) in IN_MAKE_TEST else pytest.mark.slow)
+        pytest.param(
+            mesh, stage, True, marks=() if (mesh, stage) in IN_MAKE_TEST else pytest.mark.slow
+        )
         for mesh in MESHES
         for stage in (1, 2, 3)
     ),
 ]
 
 
-def run_on(mesh: tuple[int, int, int], stage: int, bf16: bool = True, micro: int = 2, **zero: Any) -> dict[str, Any]:
+def run_on(
+    mesh: tuple[int, int, int], stage: int, bf16: bool = True, micro: int = 2, **zero: Any
+) -> dict[str, Any]:
     """A run of two micro-batches a step on a mesh."""
     pipeline, data, tensor = mesh
-    config = with_zero(tiny(batch=2 * micro * data, micro=micro, **(ODD if tensor == 1 else SHARED)), stage, **zero)
-    config["megagpt"] |= {"parallel": {"pipeline": pipeline, "tensor": tensor}, "checkpoint": {"asynchronous": True}}
+    config = with_zero(
+        tiny(batch=2 * micro * data, micro=micro, **(ODD if tensor == 1 else SHARED)), stage, **zero
+    )
+    config["megagpt"] |= {
+        "parallel": {"pipeline": pipeline, "tensor": tensor},
+        "checkpoint": {"asynchronous": True},
+    }
     return config | {"bf16": {"enabled": bf16}}
 
 
@@ -51,11 +79,17 @@ def check(pool: RankPool, config: dict[str, Any]) -> None:
     for held in ranks:
         pipeline_rank, data_rank = held.pop("place")
         most, afterwards = held.pop("pipeline_buffers")
-        assert pipeline_buffers(layout, pipeline_rank) / 2 <= most <= pipeline_buffers(layout, pipeline_rank)
+        assert (
+            pipeline_buffers(layout, pipeline_rank) / 2
+            <= most
+            <= pipeline_buffers(layout, pipeline_rank)
+        )
         assert afterwards == 0
         copied = snapshot(shard_of(layout, pipeline_rank, data_rank), on_gpu=False).host
         saved = held.pop("snapshot")
-        assert saved == copied if layout.tensor == 1 else 0 < saved <= copied  # a neighbour saves what both have
+        assert (
+            saved == copied if layout.tensor == 1 else 0 < saved <= copied
+        )  # a neighbour saves what both have
         states = model_states(layout, pipeline_rank, data_rank)
         expected = {line: getattr(states, line) for line in held}
         assert held == {line: bytes_.device + bytes_.host for line, bytes_ in expected.items()}
@@ -63,7 +97,13 @@ def check(pool: RankPool, config: dict[str, Any]) -> None:
 
 def test_what_is_copied_from_a_gpu_is_pinned_in_powers_of_two() -> None:
     """The issues' sizes: 1.1 GiB takes 2 GiB, a power of two takes itself."""
-    assert [pinned_block(size) for size in (0, 1, 4096, 4097, 11 * 2**30 // 10)] == [0, 1, 4096, 8192, 2**31]
+    assert [pinned_block(size) for size in (0, 1, 4096, 4097, 11 * 2**30 // 10)] == [
+        0,
+        1,
+        4096,
+        8192,
+        2**31,
+    ]
     shard = shard_of(layout_of(run_on((1, 2, 1), 1), 2), 0)
     exact = [4 * numel for numel in shard.group_partitions]
     assert snapshot(shard).host == 3 * sum(map(pinned_block, exact)) > 3 * sum(exact)
@@ -78,11 +118,15 @@ def test_what_is_copied_from_a_gpu_is_pinned_in_powers_of_two() -> None:
 @pytest.fixture
 def ranks(request: pytest.FixtureRequest) -> Any:
     """Pools by their size."""
-    return lambda size: request.getfixturevalue({2: "two_ranks", 4: "four_ranks", 8: "eight_ranks"}[size])
+    return lambda size: request.getfixturevalue(
+        {2: "two_ranks", 4: "four_ranks", 8: "eight_ranks"}[size]
+    )
 
 
 @pytest.mark.parametrize(("mesh", "stage", "bf16"), STATES, ids=str)
-def test_each_rank_holds_what_the_formula_says(ranks: Any, mesh: tuple[int, int, int], stage: int, bf16: bool) -> None:
+def test_each_rank_holds_what_the_formula_says(
+    ranks: Any, mesh: tuple[int, int, int], stage: int, bf16: bool
+) -> None:
     pipeline, data, tensor = mesh
     check(ranks(pipeline * data * tensor), run_on(mesh, stage, bf16))
 
@@ -111,29 +155,48 @@ def test_a_tied_pipeline_accumulates_in_fp32(four_ranks: RankPool) -> None:
     config = run_on((2, 2, 1), 3) | {"data_types": {"grad_accum_dtype": "fp32"}}
     config["megagpt"]["parallel"]["gradient_reduction"] = "per_micro_batch"
     layout = layout_of(config, 4)
-    assert (layout.accumulation_bytes, layout.element_bytes, layout.model.tie_embeddings) == (4, 2, True)
+    assert (layout.accumulation_bytes, layout.element_bytes, layout.model.tie_embeddings) == (
+        4,
+        2,
+        True,
+    )
     for held in four_ranks.run("tests.support.jobs.memory:held_states", config=config):
         gradients = model_states(layout, *held["place"]).reduced_gradients
-        assert held["reduced_gradients"] == gradients.device + gradients.host > 4 * layout.model.num_parameters / 6
+        assert (
+            held["reduced_gradients"]
+            == gradients.device + gradients.host
+            > 4 * layout.model.num_parameters / 6
+        )
 
 
-OFFLOADED = [((1, 2, 1), 1), ((1, 2, 1), 2), ((1, 2, 1), 3), pytest.param((2, 2, 1), 2, marks=pytest.mark.slow)]
+OFFLOADED = [
+    ((1, 2, 1), 1),
+    ((1, 2, 1), 2),
+    ((1, 2, 1), 3),
+    pytest.param((2, 2, 1), 2, marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(("mesh", "stage"), OFFLOADED, ids=str)
-def test_an_offloaded_optimizer_needs_gradients_of_its_own(ranks: Any, mesh: tuple[int, int, int], stage: int) -> None:
+def test_an_offloaded_optimizer_needs_gradients_of_its_own(
+    ranks: Any, mesh: tuple[int, int, int], stage: int
+) -> None:
     check(ranks(mesh[0] * mesh[1]), run_on(mesh, stage, optimizer="cpu"))
 
 
 def test_small_parameters_stay_whole(two_ranks: RankPool) -> None:
     config = run_on((1, 2, 1), 3, parameters="cpu")
-    config["zero_optimization"] |= {"stage3_param_persistence_threshold": 105, "sub_group_size": 4000}
+    config["zero_optimization"] |= {
+        "stage3_param_persistence_threshold": 105,
+        "sub_group_size": 4000,
+    }
     states = model_states(layout_of(config, 2), 0)
     assert 0 < states.persistent_parameters.device < states.parameters.host
     check(two_ranks, config)
 
 
-@pytest.mark.both_stacks  # what torch allocates to receive into, and who frees it, differs between 2.11 and 2.13
+# what torch allocates to receive into, and who frees it, differs between 2.11 and 2.13
+@pytest.mark.both_stacks
 def test_interleaved_stages_without_tied_embeddings(two_ranks: RankPool) -> None:
     config = run_on((2, 1, 1), 3)
     config["megagpt"]["parallel"] |= {"schedule": "interleaved", "virtual_stages": 2}
@@ -143,7 +206,10 @@ def test_interleaved_stages_without_tied_embeddings(two_ranks: RankPool) -> None
 
 PIPELINES = [
     {"schedule": "gpipe"},
-    *(pytest.param(order, marks=pytest.mark.slow) for order in ({}, {"schedule": "interleaved", "virtual_stages": 2})),
+    *(
+        pytest.param(order, marks=pytest.mark.slow)
+        for order in ({}, {"schedule": "interleaved", "virtual_stages": 2})
+    ),
 ]
 
 
@@ -152,7 +218,9 @@ PIPELINES = [
 def test_zero_3_gathers_a_module_at_a_time_in_every_backward(
     four_ranks: RankPool, order: dict[str, Any], recompute: str
 ) -> None:
-    """However many forwards came before it: DeepSpeed alone would leave the second backward's whole stage gathered."""
+    """However many forwards came before it: DeepSpeed alone would leave the second backward's
+    whole stage gathered.
+    """
     config = with_zero(tiny(batch=16, num_layers=8), 3, **dict.fromkeys(KEPT, 0))
     config["megagpt"]["parallel"] = {"pipeline": 2} | order
     config["megagpt"]["training"]["recompute"] = recompute
@@ -176,9 +244,13 @@ def test_interleaved_stages_of_shared_layers(four_ranks: RankPool) -> None:
 def test_nvme_holds_the_optimizer(two_ranks: RankPool, tmp_path: Path) -> None:
     config = run_on((1, 2, 1), 3)
     config["megagpt"]["model"] |= {"hidden_size": 512, "num_heads": 4, "num_layers": 1}
-    config["zero_optimization"] |= {"offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path)}}
+    config["zero_optimization"] |= {
+        "offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path)}
+    }
     layout = layout_of(config, 2)
-    (on_disk, _) = two_ranks.run("tests.support.jobs.memory:swapped_bytes_after_a_step", config=config)
+    (on_disk, _) = two_ranks.run(
+        "tests.support.jobs.memory:swapped_bytes_after_a_step", config=config
+    )
     expected = [model_states(layout, 0, rank) for rank in (0, 1)]
     swapped = sum(s.master_weights.nvme + s.moments.nvme + s.offload_buffers.nvme for s in expected)
     assert swapped > 0

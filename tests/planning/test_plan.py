@@ -1,4 +1,6 @@
-"""The planner: no torch, the right verdict, alternatives that can be pasted, numbers that agree with published ones."""
+"""The planner: no torch, the right verdict, alternatives that can be pasted, numbers that agree
+with published ones.
+"""
 
 import json
 import shlex
@@ -52,7 +54,9 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def planned(name: str, ranks: int, *overrides: str, limits: Limits = ROOMY, slots: int = 8) -> Plan:
     path = str(CONFIGS / f"{name}.json")
-    return make_plan(path, overrides, hosts_of(ranks, slots), limits, assume(H100, min(ranks, slots)))
+    return make_plan(
+        path, overrides, hosts_of(ranks, slots), limits, assume(H100, min(ranks, slots))
+    )
 
 
 def test_a_configuration_that_fits() -> None:
@@ -64,40 +68,68 @@ def test_a_configuration_that_fits() -> None:
 
 
 def test_a_reader_may_leave_early() -> None:
-    command_line = f"{sys.executable} launch/plan.py --deepspeed_config ds_configs/gpt3_175b_3d.json --json | head -1; "
+    command_line = (
+        f"{sys.executable} launch/plan.py --deepspeed_config "
+        f"ds_configs/gpt3_175b_3d.json --json | head -1; "
+    )
     shell = ["bash", "-c", command_line + "exit ${PIPESTATUS[0]}"]
-    done = subprocess.run(shell, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        shell, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", "")
 
 
 def test_json_for_machines() -> None:
-    done = command("--deepspeed_config", "ds_configs/gpt2_1.5b_zero3.json", "--ranks", "16", "--json")
+    done = command(
+        "--deepspeed_config", "ds_configs/gpt2_1.5b_zero3.json", "--ranks", "16", "--json"
+    )
     plan = json.loads(done.stdout)
     assert (plan["legal"], plan["fits"], done.returncode) == (True, True, 0)
-    assert plan["places"][9] == {"rank": 9, "host": "host-2", "slot": 1, "pipeline": 0, "data": 9, "tensor": 0}
-    assert sum(plan["memory"][0]["bytes"]["parameters"].values()) == pytest.approx(2 * 1.5576e9 / 16, rel=1e-3)
+    assert plan["places"][9] == {
+        "rank": 9,
+        "host": "host-2",
+        "slot": 1,
+        "pipeline": 0,
+        "data": 9,
+        "tensor": 0,
+    }
+    assert sum(plan["memory"][0]["bytes"]["parameters"].values()) == pytest.approx(
+        2 * 1.5576e9 / 16, rel=1e-3
+    )
 
 
 def test_what_does_not_fit_is_answered_with_what_does(tmp_path: Path) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("worker-1 slots=4\nworker-2 slots=4\n")
-    given = ["--deepspeed_config", "ds_configs/gpt3_6.7b_zero3_offload_cpu.json", "--hostfile", str(hosts)]
+    given = [
+        "--deepspeed_config",
+        "ds_configs/gpt3_6.7b_zero3_offload_cpu.json",
+        "--hostfile",
+        str(hosts),
+    ]
     tight = [*given, "--device", "l4", "--set", "train_micro_batch_size_per_gpu=16"]
     done = command(*tight)
     assert done.returncode == 2
     assert "IT DOES NOT FIT" in done.stdout
-    offers = [line.strip() for line in done.stdout.splitlines() if line.strip().startswith("--set ")]
+    offers = [
+        line.strip() for line in done.stdout.splitlines() if line.strip().startswith("--set ")
+    ]
     assert 1 <= len(offers) <= 3
     for offer in offers:
         again = command(*tight, *shlex.split(offer)[1:])
-        assert (again.returncode, "legal; it fits" in again.stdout) == (0, True), again.stdout + again.stderr
+        assert (again.returncode, "legal; it fits" in again.stdout) == (0, True), (
+            again.stdout + again.stderr
+        )
 
 
 def test_host_memory_counts_too() -> None:
     plan = planned("gpt3_6.7b_zero3_offload_cpu", 8, limits=Limits(24, host_gib=64))
     assert (plan.fits_device, plan.fits_host) == (True, False)
     assert plan.host_gib == pytest.approx(18 * 6.66e9 / GIB, rel=0.01)  # docs/configuration.md
-    assert all(sum(m.peak.host for m in memory_of(plan, other)) <= 64 * GIB / 8 for other in plan.alternatives)
+    assert all(
+        sum(m.peak.host for m in memory_of(plan, other)) <= 64 * GIB / 8
+        for other in plan.alternatives
+    )
 
 
 def memory_of(plan: Plan, other: Any) -> list[Any]:
@@ -106,9 +138,13 @@ def memory_of(plan: Plan, other: Any) -> list[Any]:
 
 
 def test_refusals_come_with_the_plan() -> None:
-    plan = planned("gpt2_124m", 8, "zero_optimization.stage=2", "zero_optimization.offload_param.device=cpu")
+    plan = planned(
+        "gpt2_124m", 8, "zero_optimization.stage=2", "zero_optimization.offload_param.device=cpu"
+    )
     assert not plan.good
-    assert [line.split(":")[0] for line in plan.refusals] == ["zero_optimization.offload_param.device"]
+    assert [line.split(":")[0] for line in plan.refusals] == [
+        "zero_optimization.offload_param.device"
+    ]
     assert plan.refusals[0] in text(plan)
     assert "nearest legal: --set zero_optimization.stage=3" in text(plan)
     assert plan.alternatives
@@ -139,9 +175,12 @@ def test_a_tensor_group_across_hosts_is_warned_of() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "ranks", "mesh"), [("gpt3_13b_3d_zero3", 16, (2, 2, 4)), ("gpt3_175b_3d", 1024, (16, 8, 8))]
+    ("name", "ranks", "mesh"),
+    [("gpt3_13b_3d_zero3", 16, (2, 2, 4)), ("gpt3_175b_3d", 1024, (16, 8, 8))],
 )
-def test_the_shipped_meshes_are_legal_and_fit_at_their_size(name: str, ranks: int, mesh: tuple[int, int, int]) -> None:
+def test_the_shipped_meshes_are_legal_and_fit_at_their_size(
+    name: str, ranks: int, mesh: tuple[int, int, int]
+) -> None:
     plan = planned(name, ranks)
     assert (plan.layout.pipeline, plan.layout.data, plan.layout.tensor) == mesh
     assert plan.good
@@ -158,15 +197,22 @@ def layout_of(name: str, ranks: int, *overrides: str) -> Layout:
 
 
 def test_model_states_take_the_published_16_bytes() -> None:
-    """Rajbhandari et al. 2020, section 3.1 and figure 1: 2 + 2 + 12 bytes a parameter; over D ranks 4 + 12 / D at stage
-    1, 2 + 14 / D at stage 2, 16 / D at stage 3."""
+    """Rajbhandari et al. 2020, section 3.1 and figure 1: 2 + 2 + 12 bytes a parameter; over D
+    ranks 4 + 12 / D at stage 1, 2 + 14 / D at stage 2, 16 / D at stage 3.
+    """
     one = layout_of("gpt2_1.5b_zero3", 8, "data_types.grad_accum_dtype=null")
     count = one.model.num_parameters
     published = {1: 4 + 12 / 8, 2: 2 + 14 / 8, 3: 16 / 8}
     for stage, bytes_each in published.items():
         states = model_states(one.with_zero(stage=stage, stage3_param_persistence_threshold=0), 0)
-        lines = (states.parameters, states.accumulating_gradients, states.master_weights, states.moments)
-        # ZeRO 2 keeps whole what lies on the border of two partitions, here a part of the embedding.
+        lines = (
+            states.parameters,
+            states.accumulating_gradients,
+            states.master_weights,
+            states.moments,
+        )
+        # ZeRO 2 keeps whole what lies on the border of two partitions, here a part of the
+        # embedding.
         assert sum(line.device for line in lines) / count == pytest.approx(bytes_each, rel=0.03)
 
 
@@ -174,21 +220,29 @@ def test_model_states_take_the_published_16_bytes() -> None:
 def test_shards_add_up_to_gpt_3(name: str, ranks: int) -> None:
     layout = layout_of(name, ranks)
     model = layout.model
-    whole = sum(p.numel for rank in range(layout.pipeline) for p in parameters_of_rank(layout, rank)) * layout.tensor
+    whole = (
+        sum(p.numel for rank in range(layout.pipeline) for p in parameters_of_rank(layout, rank))
+        * layout.tensor
+    )
     copies = model.vocab_size * model.hidden_size  # of the tied embedding, on the last stage
-    assert whole - copies == pytest.approx(model.num_parameters, rel=3e-3)  # positions and norms are whole
+    assert whole - copies == pytest.approx(
+        model.num_parameters, rel=3e-3
+    )  # positions and norms are whole
 
 
 def test_a_step_of_gpt_3_takes_about_as_long_as_megatron_s() -> None:
-    """README of NVIDIA/Megatron-LM: batch 1536 on 1024 A100, tensor 8 x pipeline 16, full recomputation, about 32
-    seconds a step. The rates are the planner's defaults."""
+    """README of NVIDIA/Megatron-LM: batch 1536 on 1024 A100, tensor 8 x pipeline 16, full
+    recomputation, about 32 seconds a step. The rates are the planner's defaults.
+    """
     interleaved = layout_of("gpt3_175b_3d", 1024, "megagpt.training.recompute=full")
     layout = interleaved.with_parallel(schedule="1f1b", virtual_stages=1)
     assert estimate(layout, assume(A100, 8)).step_s == pytest.approx(32, rel=0.15)
 
 
 def test_more_of_a_resource_never_costs_more() -> None:
-    """Monotone where it must be: memory falls with ranks, recomputation and ZeRO's stage, time with the rates."""
+    """Monotone where it must be: memory falls with ranks, recomputation and ZeRO's stage, time
+    with the rates.
+    """
     layout = layout_of("gpt3_13b_3d_zero3", 16)
 
     def peak(of: Layout) -> float:
@@ -198,15 +252,23 @@ def test_more_of_a_resource_never_costs_more() -> None:
     assert recomputed == sorted(recomputed, reverse=True)
     stages = [peak(layout.with_zero(stage=stage)) for stage in (1, 2, 3)]
     assert stages[0] >= stages[1] >= stages[2] - 3 * GIB, "ZeRO 3 gathers what it does not hold"
-    slow, fast = (estimate(layout, assume(H100, 8, network_gb_per_s=rate)).step_s for rate in (1.0, 40.0))
+    slow, fast = (
+        estimate(layout, assume(H100, 8, network_gb_per_s=rate)).step_s for rate in (1.0, 40.0)
+    )
     assert fast < slow
     coarse = estimate(layout, assume(H100, 8), simulated=False)
     assert coarse.step_s == pytest.approx(estimate(layout, assume(H100, 8)).step_s, rel=0.05)
 
 
 def test_stages_cut_into_different_tiles_are_refused_with_a_size_that_is_legal() -> None:
-    """ZeRO 3's optimizer would wait for ever; what is printed as the remedy is planned without a refusal."""
-    changes = ["megagpt.model.vocab_size=4096", "megagpt.parallel.pipeline=2", "train_micro_batch_size_per_gpu=4"]
+    """ZeRO 3's optimizer would wait for ever; what is printed as the remedy is planned without a
+    refusal.
+    """
+    changes = [
+        "megagpt.model.vocab_size=4096",
+        "megagpt.parallel.pipeline=2",
+        "train_micro_batch_size_per_gpu=4",
+    ]
 
     world = World(2, vocabulary=None, bf16_native=False)
 
@@ -214,13 +276,20 @@ def test_stages_cut_into_different_tiles_are_refused_with_a_size_that_is_legal()
         return problems(load_config(CONFIGS / "default.json", [*changes, *more]), world)
 
     (line,) = refused("zero_optimization.sub_group_size=100000")
-    cut = load_config(CONFIGS / "default.json", [*changes, "zero_optimization.sub_group_size=100000"])
-    assert tile_counts(Layout.of(world.resolve(cut))) == [7, 3]  # as many as DeepSpeed was seen to make
+    cut = load_config(
+        CONFIGS / "default.json", [*changes, "zero_optimization.sub_group_size=100000"]
+    )
+    assert tile_counts(Layout.of(world.resolve(cut))) == [
+        7,
+        3,
+    ]  # as many as DeepSpeed was seen to make
     assert refused(line.rpartition("--set ")[2]) == []
     assert refused() == []
 
 
-@pytest.mark.parametrize("rate", ["link_gb_per_s", "network_gb_per_s", "peak_tflops", "device_memory_gib"])
+@pytest.mark.parametrize(
+    "rate", ["link_gb_per_s", "network_gb_per_s", "peak_tflops", "device_memory_gib"]
+)
 def test_a_rate_of_nothing_is_refused(rate: str) -> None:
     done = command("--ranks", "2", f"--{rate}", "0")
     assert done.returncode == 2

@@ -1,4 +1,6 @@
-"""The table of what composes: one refused configuration for each row, and proof that its remedy is legal."""
+"""The table of what composes: one refused configuration for each row, and proof that its remedy
+is legal.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from tests.support.config_documents import MINIMAL, put
 
 NVME = {"device": "nvme", "nvme_path": "swap"}
 SIX_HEADS = {"num_layers": 2, "hidden_size": 96, "num_heads": 6, "sequence_length": 32}
-CASES: list[tuple[dict[str, Any], str]] = [  # changes to the minimal (ZeRO 3) configuration; words of the reason
+CASES: list[
+    tuple[dict[str, Any], str]
+] = [  # changes to the minimal (ZeRO 3) configuration; words of the reason
     ({"megagpt.parallel.tensor": 3, "train_batch_size": 12}, "as many key-value heads"),
     (
         {"megagpt.parallel.tensor": 3, "megagpt.model": SIX_HEADS, "train_batch_size": 12},
@@ -28,14 +32,20 @@ CASES: list[tuple[dict[str, Any], str]] = [  # changes to the minimal (ZeRO 3) c
         {"megagpt.parallel": {"tensor": 2, "sequence": True}, "megagpt.model.sequence_length": 127},
         "as many positions as any other",
     ),
-    ({"megagpt.parallel.pipeline": 2, "zero_optimization": {"stage": 0}}, "without a ZeRO optimizer"),
+    (
+        {"megagpt.parallel.pipeline": 2, "zero_optimization": {"stage": 0}},
+        "without a ZeRO optimizer",
+    ),
     ({"megagpt.parallel.pipeline": 4}, "a stage would have no block"),
     (
         {"megagpt.model.num_layers": 8, "megagpt.parallel": {"pipeline": 2, "virtual_stages": 2}},
         "only the interleaved schedule",
     ),
     (
-        {"megagpt.model.num_layers": 8, "megagpt.parallel": {"pipeline": 2, "schedule": "interleaved"}},
+        {
+            "megagpt.model.num_layers": 8,
+            "megagpt.parallel": {"pipeline": 2, "schedule": "interleaved"},
+        },
         "interleaves several stages",
     ),
     (
@@ -62,13 +72,22 @@ CASES: list[tuple[dict[str, Any], str]] = [  # changes to the minimal (ZeRO 3) c
                 "virtual_stages": 2,
                 "gradient_reduction": "per_micro_batch",
             },
-            "megagpt.model": {"num_layers": 8, "hidden_size": 64, "num_heads": 4, "tie_embeddings": False},
+            "megagpt.model": {
+                "num_layers": 8,
+                "hidden_size": 64,
+                "num_heads": 4,
+                "tie_embeddings": False,
+            },
             "zero_optimization": {"stage": 1, "overlap_comm": True},
         },
         "of one of a rank's stages only",
     ),
     (
-        {"megagpt.parallel.pipeline": 2, "zero_optimization.offload_param": NVME, "bf16.enabled": True},
+        {
+            "megagpt.parallel.pipeline": 2,
+            "zero_optimization.offload_param": NVME,
+            "bf16.enabled": True,
+        },
         "parameters on NVMe",
     ),
     ({"megagpt.parallel.schedule": "gpipe"}, "orders the micro-batches"),
@@ -80,14 +99,23 @@ CASES: list[tuple[dict[str, Any], str]] = [  # changes to the minimal (ZeRO 3) c
     ),
     ({"zero_optimization.stage": 0}, "no partitioned optimizer state"),
     ({"zero_optimization": {"stage": 2, "offload_optimizer": NVME}}, "no swap file ever appears"),
-    ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "ignores parameter offload below"),
+    (
+        {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+        "ignores parameter offload below",
+    ),
     ({"zero_optimization.offload_param": NVME, "bf16.enabled": False}, "computes in fp32"),
     (
         {"zero_optimization.offload_param": {**NVME, "buffer_size": 100}, "bf16.enabled": True},
         "does not fit into one I/O buffer",
     ),
     *(
-        ({"zero_optimization": {"stage": 3, key: 5, "offload_param": NVME}, "bf16.enabled": True}, reason)
+        (
+            {
+                "zero_optimization": {"stage": 3, key: 5, "offload_param": NVME},
+                "bf16.enabled": True,
+            },
+            reason,
+        )
         for key, reason in (
             ("stage3_prefetch_bucket_size", "not ahead"),
             ("stage3_max_live_parameters", "bounds what is fetched ahead"),
@@ -105,11 +133,18 @@ CASES: list[tuple[dict[str, Any], str]] = [  # changes to the minimal (ZeRO 3) c
         "before it converts them",
     ),
     (
-        {"data_types.grad_accum_dtype": "fp32", "bf16.enabled": True, "zero_optimization": {"stage": 1}},
+        {
+            "data_types.grad_accum_dtype": "fp32",
+            "bf16.enabled": True,
+            "zero_optimization": {"stage": 1},
+        },
         "BF16_Optimizer",
     ),
     (
-        {"megagpt.parallel.pipeline": 2, "zero_optimization": {"stage": 3, "sub_group_size": 30_000}},
+        {
+            "megagpt.parallel.pipeline": 2,
+            "zero_optimization": {"stage": 3, "sub_group_size": 30_000},
+        },
         "different numbers of optimizer tiles",
     ),
 ]
@@ -126,7 +161,9 @@ def write(tmp_path: Path, changes: dict[str, Any]) -> Path:
 
 def world_of(config: RunConfig) -> World:
     """Two replicas of what the configuration asks for."""
-    return World(2 * config.megagpt.parallel.model_parallel_size, vocabulary=1000, bf16_native=False)
+    return World(
+        2 * config.megagpt.parallel.model_parallel_size, vocabulary=1000, bf16_native=False
+    )
 
 
 def printed_items(line: str) -> list[str]:
@@ -163,7 +200,9 @@ def test_a_row_refuses_and_what_it_prints_passes_the_whole_check(
 
 @pytest.mark.parametrize(("changes", "reason"), CASES, ids=[reason for _, reason in CASES])
 def test_each_remedy_of_a_row_is_one(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
-    """Whatever else it breaks, that row no longer refuses; a change that no file may have is passed over."""
+    """Whatever else it breaks, that row no longer refuses; a change that no file may have is
+    passed over.
+    """
     written = load_config(write(tmp_path, changes))
     world, cured = world_of(written), 0
     (rule,) = planner.refusals(world.resolve(written))
@@ -178,7 +217,11 @@ def test_each_remedy_of_a_row_is_one(tmp_path: Path, changes: dict[str, Any], re
 
 
 NEAREST = [  # what a remedy alone would break; the world; what is printed
-    ({"megagpt.model.num_layers": 6, "megagpt.parallel.pipeline": 8}, 8, ["megagpt.parallel.pipeline=4"]),
+    (
+        {"megagpt.model.num_layers": 6, "megagpt.parallel.pipeline": 8},
+        8,
+        ["megagpt.parallel.pipeline=4"],
+    ),
     (
         {
             "megagpt.model.num_layers": 4,
@@ -212,7 +255,11 @@ NEAREST = [  # what a remedy alone would break; the world; what is printed
         ["megagpt.parallel.pipeline=3"],
     ),
     ({"train_batch_size": 15}, 2, ["train_batch_size=14"]),
-    ({"megagpt.parallel.pipeline": 50}, 100, ["megagpt.parallel.pipeline=2", "train_batch_size=50"]),
+    (
+        {"megagpt.parallel.pipeline": 50},
+        100,
+        ["megagpt.parallel.pipeline=2", "train_batch_size=50"],
+    ),
     ({"megagpt.parallel.tensor": 3}, 6, ["megagpt.parallel.tensor=2", "train_batch_size=15"]),
     (
         {
@@ -225,7 +272,11 @@ NEAREST = [  # what a remedy alone would break; the world; what is printed
         ["megagpt.parallel.tensor=2", "gradient_accumulation_steps=null"],
     ),
     (
-        {"train_batch_size": 17, "train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 5},
+        {
+            "train_batch_size": 17,
+            "train_micro_batch_size_per_gpu": 3,
+            "gradient_accumulation_steps": 5,
+        },
         4,
         ["train_batch_size=12", "gradient_accumulation_steps=null"],
     ),
@@ -245,14 +296,22 @@ NEAREST = [  # what a remedy alone would break; the world; what is printed
         ["zero_optimization.stage=3", "megagpt.parallel.gradient_reduction=per_micro_batch"],
     ),
     (
-        {"zero_optimization": {"stage": 2, "allgather_bucket_size": 1000, "offload_param": {"device": "cpu"}}},
+        {
+            "zero_optimization": {
+                "stage": 2,
+                "allgather_bucket_size": 1000,
+                "offload_param": {"device": "cpu"},
+            }
+        },
         2,
         ["zero_optimization.stage=3", "zero_optimization.allgather_bucket_size=null"],
     ),
 ]
 
 
-@pytest.mark.parametrize(("changes", "ranks", "items"), NEAREST, ids=[str(items) for *_, items in NEAREST])
+@pytest.mark.parametrize(
+    ("changes", "ranks", "items"), NEAREST, ids=[str(items) for *_, items in NEAREST]
+)
 def test_the_nearest_legal_run_is_looked_for_until_all_is_legal(
     tmp_path: Path, changes: dict[str, Any], ranks: int, items: list[str]
 ) -> None:
@@ -263,7 +322,9 @@ def test_the_nearest_legal_run_is_looked_for_until_all_is_legal(
 
 
 def test_all_refusals_come_at_once_and_one_remedy_for_all(tmp_path: Path) -> None:
-    path = write(tmp_path, {"megagpt.parallel.schedule": "gpipe", "megagpt.parallel.sequence": True})
+    path = write(
+        tmp_path, {"megagpt.parallel.schedule": "gpipe", "megagpt.parallel.sequence": True}
+    )
     with pytest.raises(ConfigError) as caught:
         legality.require_legal(load_config(path), "x.json")
     assert [line.split(":")[1] for line in caught.value.errors] == [
@@ -279,7 +340,9 @@ def test_all_refusals_come_at_once_and_one_remedy_for_all(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("layers", [3, 6, 8])
 @pytest.mark.parametrize("ranks", [2, 6, 8])
-def test_whatever_is_printed_of_a_grid_of_meshes_is_legal(tmp_path: Path, ranks: int, layers: int) -> None:
+def test_whatever_is_printed_of_a_grid_of_meshes_is_legal(
+    tmp_path: Path, ranks: int, layers: int
+) -> None:
     """Every pipeline, tensor, schedule and reduction, most of them impossible together."""
     model = {"num_layers": layers, "hidden_size": 64, "num_heads": 4, "sequence_length": 32}
     world = World(ranks, vocabulary=1000, bf16_native=False)
@@ -287,11 +350,28 @@ def test_whatever_is_printed_of_a_grid_of_meshes_is_legal(tmp_path: Path, ranks:
     for pipeline, tensor in itertools.product(divisors(ranks), repeat=2):
         if ranks % (pipeline * tensor):
             continue
-        for schedule, virtual, stage in itertools.product(("1f1b", "interleaved"), (1, 2, 3), (0, 1, 3)):
-            parallel = {"pipeline": pipeline, "tensor": tensor, "schedule": schedule, "virtual_stages": virtual}
-            parallel |= {"sequence": stage == 1, "gradient_reduction": "per_micro_batch" if stage else "per_step"}
-            changes = {"megagpt.model": model, "megagpt.parallel": parallel, "zero_optimization": {"stage": stage}}
-            path = write(tmp_path, changes | {"train_batch_size": 10 * ranks, "gradient_accumulation_steps": 10})
+        for schedule, virtual, stage in itertools.product(
+            ("1f1b", "interleaved"), (1, 2, 3), (0, 1, 3)
+        ):
+            parallel = {
+                "pipeline": pipeline,
+                "tensor": tensor,
+                "schedule": schedule,
+                "virtual_stages": virtual,
+            }
+            parallel |= {
+                "sequence": stage == 1,
+                "gradient_reduction": "per_micro_batch" if stage else "per_step",
+            }
+            changes = {
+                "megagpt.model": model,
+                "megagpt.parallel": parallel,
+                "zero_optimization": {"stage": stage},
+            }
+            path = write(
+                tmp_path,
+                changes | {"train_batch_size": 10 * ranks, "gradient_accumulation_steps": 10},
+            )
             found = legality.problems(load_config(path), world)
             if found and "nearest legal" in found[-1]:
                 assert is_legal(path, printed_items(found[-1]), world), found
@@ -310,7 +390,9 @@ def test_a_buffer_holds_what_a_rank_has_of_the_largest_parameter(tmp_path: Path)
 
     def needed(**changes: Any) -> int:
         offload = NVME | {"buffer_size": 1}
-        path = write(tmp_path, {"zero_optimization.offload_param": offload, "bf16.enabled": True} | changes)
+        path = write(
+            tmp_path, {"zero_optimization.offload_param": offload, "bf16.enabled": True} | changes
+        )
         written = load_config(path)
         (line,) = legality.problems(written, world_of(written))
         return int(line.rpartition("=")[2])
@@ -344,19 +426,27 @@ def test_auto_precision_is_judged_when_it_is_known(tmp_path: Path) -> None:
     on_gpu = config.resolved(world_size=2, vocabulary=1000, bf16_native=True)
     on_cpu = config.resolved(world_size=2, vocabulary=1000, bf16_native=False)
     assert planner.refusals(on_gpu) == []
-    assert [rule.key for rule in planner.refusals(on_cpu)] == ["zero_optimization.offload_param.device"]
+    assert [rule.key for rule in planner.refusals(on_cpu)] == [
+        "zero_optimization.offload_param.device"
+    ]
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(257, 384), (50257, 50304), (1000, 1024)])
-def test_rows_are_judged_once_the_data_say_how_many_there_are(tmp_path: Path, tokens: int, rows: int) -> None:
-    """Six heads on three ranks: 384 = 3 x 128 and 50,304 = 3 x 16,768 rows can be shared, 1,024 cannot."""
+def test_rows_are_judged_once_the_data_say_how_many_there_are(
+    tmp_path: Path, tokens: int, rows: int
+) -> None:
+    """Six heads on three ranks: 384 = 3 x 128 and 50,304 = 3 x 16,768 rows can be shared, 1,024
+    cannot.
+    """
     changes = {"megagpt.parallel.tensor": 3, "megagpt.model": SIX_HEADS, "train_batch_size": 12}
     written = load_config(write(tmp_path, changes))
     before = legality.problems(written, World(6, legality.ANY_VOCABULARY))
     now = legality.problems(written, World(6, tokens))
     assert before == []
     assert (now == []) is (rows % 3 == 0)
-    stated = load_config(write(tmp_path, changes | {"megagpt.model": SIX_HEADS | {"vocab_size": tokens}}))
+    stated = load_config(
+        write(tmp_path, changes | {"megagpt.model": SIX_HEADS | {"vocab_size": tokens}})
+    )
     assert legality.problems(stated, World(6, legality.ANY_VOCABULARY)) == now
 
 
@@ -371,9 +461,15 @@ def test_tiles_are_judged_once_the_data_say_how_many_rows_there_are() -> None:
 
 @pytest.mark.parametrize("ranks", [1000, 1008, 512])
 def test_a_run_on_fewer_ranks_than_it_states_is_offered_one_that_is_legal_there(ranks: int) -> None:
-    path, world = REPOSITORY / "ds_configs" / "gpt3_175b_3d.json", World(ranks, 50257, bf16_native=True)
+    path, world = (
+        REPOSITORY / "ds_configs" / "gpt3_175b_3d.json",
+        World(ranks, 50257, bf16_native=True),
+    )
     (line,) = legality.problems(load_config(path), world)
-    assert f"expects 1024 ranks and {ranks} started: bring back the missing hosts; nearest legal" in line
+    assert (
+        f"expects 1024 ranks and {ranks} started: bring back the missing hosts; nearest legal"
+        in line
+    )
     assert f"megagpt.parallel.world_size={ranks}" in printed_items(line)
     assert is_legal(path, printed_items(line), world)
 
@@ -381,7 +477,10 @@ def test_a_run_on_fewer_ranks_than_it_states_is_offered_one_that_is_legal_there(
 def test_missing_ranks_hide_nothing_else() -> None:
     """Tied embeddings and micro-batches are known of the run as it is stated."""
     changes = ["megagpt.parallel.gradient_reduction=per_micro_batch"]
-    path, world = REPOSITORY / "ds_configs" / "gpt3_175b_3d.json", World(1000, 50257, bf16_native=True)
+    path, world = (
+        REPOSITORY / "ds_configs" / "gpt3_175b_3d.json",
+        World(1000, 50257, bf16_native=True),
+    )
     reduction, missing, offer = legality.problems(load_config(path, changes), world)
     assert "copies of a tied embedding" in reduction
     assert "bring back the missing hosts" in missing

@@ -20,14 +20,31 @@ from megagpt.planning.schedules import (
 )
 
 SIZES = [(2, 4), (4, 4), (4, 8), (3, 7)]  # ranks, micro-batches
-INTERLEAVED = [(2, 2, 4), (4, 2, 8), (4, 3, 8), (2, 2, 2), (4, 2, 10), (4, 2, 3), (16, 3, 48)]  # ranks, stages of each
+INTERLEAVED = [
+    (2, 2, 4),
+    (4, 2, 8),
+    (4, 3, 8),
+    (2, 2, 2),
+    (4, 2, 10),
+    (4, 2, 3),
+    (16, 3, 48),
+]  # ranks, stages of each
 
 
 def torch_order(order: list[Any]) -> list[Action]:
     """Passes only: neither waiting nor the reductions, which are DeepSpeed's here."""
-    forward, backward = torch_schedules._ComputationType.FORWARD, torch_schedules._ComputationType.FULL_BACKWARD
-    passes = [action for action in order if action is not None and action.computation_type in (forward, backward)]
-    return [Action(a.computation_type == forward, a.stage_index, a.microbatch_index) for a in passes]
+    forward, backward = (
+        torch_schedules._ComputationType.FORWARD,
+        torch_schedules._ComputationType.FULL_BACKWARD,
+    )
+    passes = [
+        action
+        for action in order
+        if action is not None and action.computation_type in (forward, backward)
+    ]
+    return [
+        Action(a.computation_type == forward, a.stage_index, a.microbatch_index) for a in passes
+    ]
 
 
 class RecordingStage:
@@ -47,26 +64,48 @@ class RecordingStage:
 
 
 @pytest.mark.parametrize(("pipeline", "micro_batches"), SIZES)
-@pytest.mark.parametrize(("name", "schedule"), [("gpipe", "ScheduleGPipe"), ("1f1b", "Schedule1F1B")])
-def test_one_stage_a_rank_runs_as_in_torch(name: str, schedule: str, pipeline: int, micro_batches: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "schedule"), [("gpipe", "ScheduleGPipe"), ("1f1b", "Schedule1F1B")]
+)
+def test_one_stage_a_rank_runs_as_in_torch(
+    name: str, schedule: str, pipeline: int, micro_batches: int
+) -> None:
     for rank in range(pipeline):
         stage, theirs = RecordingStage(rank), object.__new__(getattr(torch_schedules, schedule))
         theirs._stage, theirs._num_stages, theirs._n_microbatches = stage, pipeline, micro_batches
-        theirs._internal_losses, theirs._loss_fn, theirs.scale_grads, theirs._has_backward = [], None, False, True
+        theirs._internal_losses, theirs._loss_fn, theirs.scale_grads, theirs._has_backward = (
+            [],
+            None,
+            False,
+            True,
+        )
         theirs._check_inputs = lambda *inputs: ([()] * micro_batches, [{}] * micro_batches)
-        for silenced in ("_initialize_stage", "_maybe_compute_loss", "_maybe_get_loss", "_update_losses"):
+        for silenced in (
+            "_initialize_stage",
+            "_maybe_compute_loss",
+            "_maybe_get_loss",
+            "_update_losses",
+        ):
             setattr(theirs, silenced, lambda *arguments: None)
         theirs._step_microbatches()
         assert actions(name, pipeline, 1, micro_batches)[rank] == stage.done
 
 
 @pytest.mark.parametrize(("pipeline", "virtual_stages", "micro_batches"), INTERLEAVED)
-def test_interleaved_stages_run_as_in_torch(pipeline: int, virtual_stages: int, micro_batches: int) -> None:
+def test_interleaved_stages_run_as_in_torch(
+    pipeline: int, virtual_stages: int, micro_batches: int
+) -> None:
     theirs = object.__new__(torch_schedules.ScheduleInterleaved1F1B)
-    theirs.pp_group_size, theirs.n_local_stages, theirs._n_microbatches = pipeline, virtual_stages, micro_batches
+    theirs.pp_group_size, theirs.n_local_stages, theirs._n_microbatches = (
+        pipeline,
+        virtual_stages,
+        micro_batches,
+    )
     theirs.number_of_rounds = max(1, micro_batches // pipeline)
     theirs.microbatches_per_round = micro_batches // theirs.number_of_rounds
-    orders = [torch_order(theirs._calculate_single_rank_operations(rank)) for rank in range(pipeline)]
+    orders = [
+        torch_order(theirs._calculate_single_rank_operations(rank)) for rank in range(pipeline)
+    ]
     assert actions("interleaved", pipeline, virtual_stages, micro_batches) == orders
 
 
@@ -81,7 +120,9 @@ def test_equal_stages_idle_as_the_formula_says(schedule: str, pipeline: int) -> 
 def test_a_slow_stage_and_slow_transfers_are_waited_for() -> None:
     orders = actions("1f1b", 2, 1, 4)
     uneven = timeline(orders, lambda stage: 1 + stage, lambda stage: 2 + 2 * stage)
-    assert max(span.end for rank in uneven for span in rank) == 1 + 4 * (2 + 4) + 2  # the second stage never waits
+    assert (
+        max(span.end for rank in uneven for span in rank) == 1 + 4 * (2 + 4) + 2
+    )  # the second stage never waits
     late = timeline(orders, lambda stage: 1, lambda stage: 1, transfer=0.5)
     assert late[1][0].start == 1.5
 
@@ -92,13 +133,24 @@ def test_held_micro_batches() -> None:
 
     assert held("1f1b", 1) == [4, 3, 2, 1]
     assert held("gpipe", 1) == [8, 8, 8, 8]
-    assert held("interleaved", 2) == [4 + 6 + 1, 4 + 4 + 1, 4 + 2 + 1, 4 + 1]  # warm-up and the one at work
+    assert held("interleaved", 2) == [
+        4 + 6 + 1,
+        4 + 4 + 1,
+        4 + 2 + 1,
+        4 + 1,
+    ]  # warm-up and the one at work
 
 
 @given(st.integers(2, 6), st.integers(2, 4), st.integers(1, 40), st.data())
-def test_the_peak_comes_early(pipeline: int, virtual: int, micro_batches: int, data: st.DataObject) -> None:
+def test_the_peak_comes_early(
+    pipeline: int, virtual: int, micro_batches: int, data: st.DataObject
+) -> None:
     rounds = max(1, micro_batches // pipeline)
-    kinds = ["gpipe"] + ["1f1b"] * (micro_batches >= pipeline) + ["interleaved"] * (micro_batches % rounds == 0)
+    kinds = (
+        ["gpipe"]
+        + ["1f1b"] * (micro_batches >= pipeline)
+        + ["interleaved"] * (micro_batches % rounds == 0)
+    )
     schedule = data.draw(st.sampled_from(kinds))
     virtual = virtual if schedule == "interleaved" else 1
     rank = data.draw(st.integers(0, pipeline - 1))

@@ -14,7 +14,13 @@ from megagpt.planning.stages import SLOWER, cut, describe, layer_costs, stage_pa
 
 
 def model_of(**changes: Any) -> ModelConfig:
-    shape = {"num_layers": 6, "hidden_size": 32, "num_heads": 4, "sequence_length": 16, "vocab_size": 256}
+    shape = {
+        "num_layers": 6,
+        "hidden_size": 32,
+        "num_heads": 4,
+        "sequence_length": 16,
+        "vocab_size": 256,
+    }
     return ModelConfig.model_validate(shape | changes)
 
 
@@ -47,7 +53,9 @@ MODELS = st.builds(
 
 @given(MODELS, st.data())
 @settings(max_examples=40)
-def test_no_cut_is_faster_and_none_as_fast_is_smaller(model: ModelConfig, data: st.DataObject) -> None:
+def test_no_cut_is_faster_and_none_as_fast_is_smaller(
+    model: ModelConfig, data: st.DataObject
+) -> None:
     found = cut(model, data.draw(st.integers(1, model.num_layers)))
     all_cuts = every_cut(model.num_layers, len(found))
     assert found in all_cuts
@@ -75,4 +83,6 @@ def test_parameters_are_those_of_the_modules(tied: bool, stages: int) -> None:
     for layers in cut(model, stages):
         with torch.device("meta"):
             part = GPT(model, layers=layers)
-        assert sum(parameter.numel() for parameter in part.parameters()) == stage_parameters(model, layers)
+        assert sum(parameter.numel() for parameter in part.parameters()) == stage_parameters(
+            model, layers
+        )

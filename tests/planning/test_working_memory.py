@@ -1,4 +1,6 @@
-"""Parameters and activations of the formulas are those of the model: counted on it, and on its fused kernels."""
+"""Parameters and activations of the formulas are those of the model: counted on it, and on its
+fused kernels.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -18,7 +20,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "grouped": {"num_kv_heads": 2},
     "rotary": {"position": "rotary"},
-    "modern": {"position": "rotary", "num_kv_heads": 2, "activation": "swiglu", "norm": "rmsnorm", "bias": False},
+    "modern": {
+        "position": "rotary",
+        "num_kv_heads": 2,
+        "activation": "swiglu",
+        "norm": "rmsnorm",
+        "bias": False,
+    },
     "untied": {"tie_embeddings": False, "bias": False},
 }
 
@@ -31,7 +39,9 @@ def layout_with(recompute: str = "none", **shape: Any) -> Any:
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("pipeline", [1, 2, 3])
-def test_a_stage_has_the_parameters_of_the_model_in_its_order(shape: dict[str, Any], pipeline: int) -> None:
+def test_a_stage_has_the_parameters_of_the_model_in_its_order(
+    shape: dict[str, Any], pipeline: int
+) -> None:
     layout = layout_with(**shape).with_parallel(pipeline=pipeline)
     for rank in range(pipeline):
         with torch.device("meta"):
@@ -41,7 +51,9 @@ def test_a_stage_has_the_parameters_of_the_model_in_its_order(shape: dict[str, A
         assert sorted(parameters_of_rank(layout, rank)) == sorted(expected)
         sizes = [[numel for _, numel, of in expected if of is wanted] for wanted in (True, False)]
         ours = parameters_of_rank(layout, rank)
-        assert [p.numel for p in ours if p.decayed] == sizes[0], "the order decides which rank keeps what"
+        assert [p.numel for p in ours if p.decayed] == sizes[0], (
+            "the order decides which rank keeps what"
+        )
         assert group_elements(ours) == (sum(sizes[0]), sum(sizes[1]))
 
 
@@ -52,9 +64,12 @@ def test_tensor_shards_add_up_to_the_model(shape: dict[str, Any], tensor: int) -
     replicated = [
         parameter.numel
         for parameter in parameters_of_rank(layout, 0)
-        if parameter.name.endswith((".output.bias", ".down.bias", "positions.weight")) or "norm" in parameter.name
+        if parameter.name.endswith((".output.bias", ".down.bias", "positions.weight"))
+        or "norm" in parameter.name
     ]
-    whole = tensor * sum(p.numel for p in parameters_of_rank(layout, 0)) - (tensor - 1) * sum(replicated)
+    whole = tensor * sum(p.numel for p in parameters_of_rank(layout, 0)) - (tensor - 1) * sum(
+        replicated
+    )
     assert whole == layout.model.num_parameters
 
 
@@ -77,12 +92,16 @@ def saved_bytes(function: Any, parameters: Any) -> int:
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_a_block_keeps_what_the_formula_says(fused_device: str, shape: dict[str, Any], recompute: str) -> None:
+def test_a_block_keeps_what_the_formula_says(
+    fused_device: str, shape: dict[str, Any], recompute: str
+) -> None:
     layout = layout_with(recompute, **shape)
     block = Block(layout.model, 0, recompute).to(fused_device)
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    x = torch.randn(BATCH, layout.model.sequence_length, layout.model.hidden_size, device=fused_device)
+    x = torch.randn(
+        BATCH, layout.model.sequence_length, layout.model.hidden_size, device=fused_device
+    )
     x.requires_grad_()
     assert saved_bytes(lambda: block(x, Context()), block.parameters()) == kept_by_block(layout)
 
@@ -98,16 +117,24 @@ def test_the_head_keeps_its_gradient_in_fp32(fused_device: str) -> None:
         x = torch.randn(*shape, layout.model.hidden_size, requires_grad=True)
         targets = torch.zeros(shape, dtype=torch.int64)
     seen = saved_bytes(lambda: head(x, targets), head.parameters())
-    assert kept_by_head(layout) <= seen <= kept_by_head(layout) + 8  # and the number of counted targets
+    assert (
+        kept_by_head(layout) <= seen <= kept_by_head(layout) + 8
+    )  # and the number of counted targets
 
 
 def test_a_plain_block_has_the_published_size() -> None:
-    """Korthikanti et al. 2022, section 4.1: 34 s b h without scores, of which dropout's two masks are 2 s b h; over t
-    tensor ranks 10 + 24 / t with those masks (section 4.2.1), with sequence parallelism all of it over t."""
-    layout = replace(layout_with(hidden_size=1024, num_heads=16, sequence_length=512), element_bytes=2)
+    """Korthikanti et al. 2022, section 4.1: 34 s b h without scores, of which dropout's two
+    masks are 2 s b h; over t tensor ranks 10 + 24 / t with those masks (section 4.2.1), with
+    sequence parallelism all of it over t.
+    """
+    layout = replace(
+        layout_with(hidden_size=1024, num_heads=16, sequence_length=512), element_bytes=2
+    )
     unit = layout.tokens * layout.model.hidden_size
     statistics = layout.tokens * 4 * (2 * 2 + layout.model.num_heads)
     assert kept_by_block(layout) - statistics == (34 - 2) * unit
     shared = layout.with_parallel(tensor=4)
     assert kept_by_block(shared) == pytest.approx((10 - 2 + 24 / 4) * unit, rel=0.01)
-    assert kept_by_block(shared.with_parallel(sequence=True)) == pytest.approx((34 - 2) / 4 * unit, rel=0.01)
+    assert kept_by_block(shared.with_parallel(sequence=True)) == pytest.approx(
+        (34 - 2) / 4 * unit, rel=0.01
+    )

@@ -1,4 +1,6 @@
-"""What is said of hosts before a run: sound ones, those that differ, and those that cannot be reached."""
+"""What is said of hosts before a run: sound ones, those that differ, and those that cannot be
+reached.
+"""
 
 from __future__ import annotations
 
@@ -53,14 +55,18 @@ Answers = dict[str, Callable[[dict[str, Any]], ssh.Reply]]
 def examined(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answers: dict[str, Any], *overrides: str
 ) -> tuple[list[str], list[str], str]:
-    """Problems, notes and table of a preflight in which each host answers as given; a text is its failure."""
+    """Problems, notes and table of a preflight in which each host answers as given; a text is
+    its failure.
+    """
     marks: set[str] = set()
 
     def run_python(host: str | None, source: str, *, timeout_s: float) -> ssh.Reply:
         answer = answers[host or "this machine"]
         if isinstance(answer, str):
             return ssh.Reply("", answer)
-        request = json.loads(literal_eval(source.rpartition("answer(json.loads(")[2].removesuffix("))\n")))
+        request = json.loads(
+            literal_eval(source.rpartition("answer(json.loads(")[2].removesuffix("))\n"))
+        )
         if request["task"] == "facts":
             return ssh.Reply(f"a login script says hello\n{json.dumps(answer)}\n", None)
         if request["task"] == "leave_mark":
@@ -80,7 +86,9 @@ def examined(
 
 
 def test_sound_hosts_have_no_problems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    problems, notes, table = examined(monkeypatch, tmp_path, {"host-a": sound("a"), "host-b": sound("b")})
+    problems, notes, table = examined(
+        monkeypatch, tmp_path, {"host-a": sound("a"), "host-b": sound("b")}
+    )
     assert (problems, notes) == ([], [])
     rows = [line.split() for line in table.splitlines()]
     assert [row[:2] for row in rows] == [["host", "state"], ["host-a", "ok"], ["host-b", "ok"]]
@@ -96,25 +104,45 @@ def test_sound_hosts_have_no_problems(monkeypatch: pytest.MonkeyPatch, tmp_path:
         ),
         ({"code": "fedcba"}, "its code differs from that of host-a: git pull"),
         ({"directory": False}, "is missing: every host needs the same paths"),
-        ({"failure": "ImportError: libcuda.so.1"}, "cannot be imported: 'ImportError: libcuda.so.1'"),
+        (
+            {"failure": "ImportError: libcuda.so.1"},
+            "cannot be imported: 'ImportError: libcuda.so.1'",
+        ),
         ({"devices": ["NVIDIA H200"]}, "2 slots and 1 GPUs: write slots=1"),
         (
             {"ops": {"AsyncIOBuilder": "there is no C++ compiler (apt install g++)"}},
             "AsyncIO: there is no C.. compiler",
         ),
         ({"memory_bytes": GIB}, "1.00 GiB of memory left"),
-        ({"shared_memory_bytes": 64 * MIB}, "/dev/shm has 64.00 MiB, NCCL needs more: docker run --shm-size"),
-        ({"place": {"path": "/shared", "writable": False, "free_bytes": GIB}}, "/shared cannot be written: chown it"),
-        ({"place": {"path": "/shared", "writable": True, "free_bytes": MIB}}, "1.00 MiB left on the disk of /shared"),
-        ({"disks": {"/nvme": {"path": "/nvme", "writable": True, "free_bytes": 0}}}, "0 B left on the disk of /nvme"),
-        ({"apart": True}, "/shared is another directory than on host-a, and every host writes its part"),
+        (
+            {"shared_memory_bytes": 64 * MIB},
+            "/dev/shm has 64.00 MiB, NCCL needs more: docker run --shm-size",
+        ),
+        (
+            {"place": {"path": "/shared", "writable": False, "free_bytes": GIB}},
+            "/shared cannot be written: chown it",
+        ),
+        (
+            {"place": {"path": "/shared", "writable": True, "free_bytes": MIB}},
+            "1.00 MiB left on the disk of /shared",
+        ),
+        (
+            {"disks": {"/nvme": {"path": "/nvme", "writable": True, "free_bytes": 0}}},
+            "0 B left on the disk of /nvme",
+        ),
+        (
+            {"apart": True},
+            "/shared is another directory than on host-a, and every host writes its part",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_host_that_a_run_would_fail_on_is_named_with_the_remedy(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: dict[str, Any], reason: str
 ) -> None:
-    problems, _, table = examined(monkeypatch, tmp_path, {"host-a": sound("a"), "host-b": sound("b", **changes)})
+    problems, _, table = examined(
+        monkeypatch, tmp_path, {"host-a": sound("a"), "host-b": sound("b", **changes)}
+    )
     assert len(problems) == 1
     assert problems[0].startswith("host-b: ")
     assert reason.replace("C.. ", "C++ ") in problems[0]
@@ -133,7 +161,9 @@ def test_a_host_that_a_run_would_fail_on_is_named_with_the_remedy(
 def test_what_a_run_survives_is_a_note(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: dict[str, Any], note: str
 ) -> None:
-    problems, notes, _ = examined(monkeypatch, tmp_path, {"host-a": sound("a"), "host-b": sound("b", **changes)})
+    problems, notes, _ = examined(
+        monkeypatch, tmp_path, {"host-a": sound("a"), "host-b": sound("b", **changes)}
+    )
     assert problems == []
     assert len(notes) == 1
     assert notes[0].startswith(f"host-b: {note}")
@@ -142,7 +172,9 @@ def test_what_a_run_survives_is_a_note(
 def test_hosts_that_do_not_answer_are_named_and_the_others_still_looked_at(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    problems, _, table = examined(monkeypatch, tmp_path, {"host-a": "ssh: no", "host-b": sound("b", memory_bytes=0)})
+    problems, _, table = examined(
+        monkeypatch, tmp_path, {"host-a": "ssh: no", "host-b": sound("b", memory_bytes=0)}
+    )
     assert problems == ["host-a: ssh: no", "host-b: 0 B of memory left: end what uses it"]
     assert table.splitlines()[1].split()[:3] == ["host-a", "NO", "ANSWER"]
 
@@ -150,14 +182,22 @@ def test_hosts_that_do_not_answer_are_named_and_the_others_still_looked_at(
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
-        ("megagpt.parallel.world_size=8", "the hostfile has 4 ranks, megagpt.parallel.world_size is 8: bring back"),
-        ("train_batch_size=16", "megagpt.parallel.world_size is missing: --set megagpt.parallel.world_size=4"),
+        (
+            "megagpt.parallel.world_size=8",
+            "the hostfile has 4 ranks, megagpt.parallel.world_size is 8: bring back",
+        ),
+        (
+            "train_batch_size=16",
+            "megagpt.parallel.world_size is missing: --set megagpt.parallel.world_size=4",
+        ),
     ],
 )
 def test_a_world_that_would_be_refused_is_refused_here(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, override: str, reason: str
 ) -> None:
-    problems, _, _ = examined(monkeypatch, tmp_path, {"host-a": sound("a"), "host-b": sound("b")}, override)
+    problems, _, _ = examined(
+        monkeypatch, tmp_path, {"host-a": sound("a"), "host-b": sound("b")}, override
+    )
     assert len(problems) == 1
     assert problems[0].startswith(reason)
 
@@ -171,17 +211,23 @@ def test_a_world_that_would_be_refused_is_refused_here(
     ],
 )
 def test_a_run_is_judged_as_it_will_be_on_these_hosts(hosts: list[Host], lines: str) -> None:
-    """Heads are known once a run is resolved, and whether a mesh divides the ranks once these are counted."""
+    """Heads are known once a run is resolved, and whether a mesh divides the ranks once these
+    are counted.
+    """
     with pytest.raises(ConfigError, match=lines):
-        preflight.require_legal_on(hosts, config("megagpt.parallel.tensor=6", "train_batch_size=12"), "x.json")
+        preflight.require_legal_on(
+            hosts, config("megagpt.parallel.tensor=6", "train_batch_size=12"), "x.json"
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------------- ssh
+# ---------------------------------------------------------------------------------------------- ssh
 
 
 @pytest.fixture
 def fake_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Put an `ssh` in front of the system's that does what a shell text says; its arguments go to a file."""
+    """Put an `ssh` in front of the system's that does what a shell text says; its arguments go
+    to a file.
+    """
 
     def install(script: str) -> None:
         (tmp_path / "ssh").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/arguments\n{script}\n')
@@ -201,16 +247,30 @@ def fake_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
             255,
             "ssh-keygen -R host-b",
         ),
-        ("ssh: Could not resolve hostname host-b: Name or service not known", 255, "correct the hostfile"),
+        (
+            "ssh: Could not resolve hostname host-b: Name or service not known",
+            255,
+            "correct the hostfile",
+        ),
         ("ssh: connect to host host-b port 22: Connection refused", 255, "systemctl start ssh"),
-        ("ssh: connect to host host-b port 22: Connection timed out", 255, "Take it from the hostfile until it is"),
-        ("ssh: connect to host host-b port 22: No route to host", 255, "Take it from the hostfile until it is"),
+        (
+            "ssh: connect to host host-b port 22: Connection timed out",
+            255,
+            "Take it from the hostfile until it is",
+        ),
+        (
+            "ssh: connect to host host-b port 22: No route to host",
+            255,
+            "Take it from the hostfile until it is",
+        ),
         ("something new\x1b[2J", 255, "ssh -o BatchMode=yes host-b true"),
         ("sh: python: not found", 127, "install it at the same path"),
         ("Traceback ...\nSyntaxError: no", 1, "Python failed there: SyntaxError: no"),
     ],
 )
-def test_failures_of_ssh_are_explained(fake_ssh: Callable[[str], None], stderr: str, code: int, remedy: str) -> None:
+def test_failures_of_ssh_are_explained(
+    fake_ssh: Callable[[str], None], stderr: str, code: int, remedy: str
+) -> None:
     fake_ssh(f"cat >/dev/null\ncat >&2 <<'END'\n{stderr}\nEND\nexit {code}")
     failure = ssh.run_python("host-b", "", timeout_s=10).failure
     assert failure is not None
@@ -225,7 +285,9 @@ def test_a_host_that_hangs_is_given_up(fake_ssh: Callable[[str], None]) -> None:
     )
 
 
-def test_what_is_asked_is_on_no_command_line(fake_ssh: Callable[[str], None], tmp_path: Path) -> None:
+def test_what_is_asked_is_on_no_command_line(
+    fake_ssh: Callable[[str], None], tmp_path: Path
+) -> None:
     fake_ssh('eval "exec $6"')  # ssh -o BatchMode=yes -o ConnectTimeout=5 HOST COMMAND
     reply = ssh.run_python("host-b", f"print({CANARY!r}[::-1])", timeout_s=60)
     assert reply == ssh.Reply(CANARY[::-1] + "\n", None)
@@ -234,7 +296,7 @@ def test_what_is_asked_is_on_no_command_line(fake_ssh: Callable[[str], None], tm
     assert CANARY not in arguments
 
 
-# ------------------------------------------------------------------------------------------------------ .deepspeed_env
+# ----------------------------------------------------------------------------------- .deepspeed_env
 
 
 def test_variables_that_the_launcher_would_break_off_at_or_show_are_named(
@@ -242,10 +304,17 @@ def test_variables_that_the_launcher_would_break_off_at_or_show_are_named(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(REPOSITORY)
-    (tmp_path / ".deepspeed_env").write_text(f"NCCL_DEBUG=INFO\n\n# note\nWANDB_API_KEY={CANARY}\nexport A=1\n")
+    (tmp_path / ".deepspeed_env").write_text(
+        f"NCCL_DEBUG=INFO\n\n# note\nWANDB_API_KEY={CANARY}\nexport A=1\n"
+    )
     variables, problems = forwarded.read()
     assert variables == {"NCCL_DEBUG": "INFO"}
-    assert [problem.split(": ")[1] for problem in problems] == ["line 2", "line 3", "line 4", "line 5"]
+    assert [problem.split(": ")[1] for problem in problems] == [
+        "line 2",
+        "line 3",
+        "line 4",
+        "line 5",
+    ]
     assert "WANDB_API_KEY would stand on a command line that all users can read" in problems[2]
     assert CANARY not in str(problems)
 
@@ -256,7 +325,7 @@ def test_no_such_file_forwards_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert forwarded.read() == ({}, [])
 
 
-# ---------------------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 
 WITHOUT_TORCH = """
 import sys
@@ -288,7 +357,10 @@ def test_this_machine_is_looked_at_without_torch_in_the_command(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("-oProxyCommand=x slots=1\n", "line 1: '-oProxyCommand=x' is not a host name"), (None, "no such hostfile")],
+    [
+        ("-oProxyCommand=x slots=1\n", "line 1: '-oProxyCommand=x' is not a host name"),
+        (None, "no such hostfile"),
+    ],
 )
 def test_a_hostfile_is_checked_before_ssh(
     fake_ssh: Callable[[str], None], tmp_path: Path, content: str | None, said: str

@@ -1,4 +1,6 @@
-"""Datasets, runs and checkpoints that older versions wrote still load, and give the numbers that they gave."""
+"""Datasets, runs and checkpoints that older versions wrote still load, and give the numbers that
+they gave.
+"""
 
 import json
 import os
@@ -12,8 +14,9 @@ import pytest
 from tests import REPOSITORY
 from tests.support.monitoring import ENVIRONMENT
 
-# Written by version 0.1.0 (2026-11-30, before its modules were sorted into packages): download_data.py on one line of
-# text thirty times, then two steps of ZeRO 1. It went on to the losses below.
+# Written by version 0.1.0 (2026-11-30, before its modules were sorted into packages):
+# download_data.py on one line of text thirty times, then two steps of ZeRO 1. It went on to the
+# losses below.
 VERSION_0_1_0 = REPOSITORY / "tests" / "fixtures" / "version_0.1.0"
 LOSS_OF_EVALUATE = 5.457505702972412
 LOSS_OF_STEP_4 = 5.425329208374023
@@ -40,7 +43,10 @@ def test_version_0_1_0(tmp_path: Path) -> None:
     found = json.loads(command(place, "evaluate.py", "--run_dir", "runs/old"))
     assert found["loss"] == pytest.approx(LOSS_OF_EVALUATE, rel=1e-5)
     command(place, "train.py", "--deepspeed_config", "old.json", "--run_dir", "runs/old")
-    lines = [json.loads(line) for line in (place / "runs" / "old" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (place / "runs" / "old" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines if line.get("event") == "resume"] == [2]
     (step,) = (line for line in lines if line["step"] == 4 and "event" not in line)
     assert step["loss"] == pytest.approx(LOSS_OF_STEP_4, rel=1e-5)

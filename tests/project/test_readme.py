@@ -1,4 +1,6 @@
-"""The README is true: its commands exist and take these options, its examples say what the program says."""
+"""The README is true: its commands exist and take these options, its examples say what the
+program says.
+"""
 
 import importlib.util
 import re
@@ -18,7 +20,9 @@ from tests import REPOSITORY
 README = (REPOSITORY / "README.md").read_text()
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-SCRIPTS = sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "launch").glob("[!_]*.py"))
+SCRIPTS = sorted(
+    path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "launch").glob("[!_]*.py")
+)
 HELP_WITHOUT_TORCH = """
 import runpy, sys
 script, sys.argv = sys.argv[1], sys.argv[1:]
@@ -36,14 +40,22 @@ def section(title: str) -> str:
 
 def commands() -> list[list[str]]:
     """Every command of ours that the README shows, in blocks and in backquotes."""
-    in_blocks = [line.strip().removeprefix("$ ") for _, block in BLOCK.findall(README) for line in block.splitlines()]
+    in_blocks = [
+        line.strip().removeprefix("$ ")
+        for _, block in BLOCK.findall(README)
+        for line in block.splitlines()
+    ]
     in_text = re.findall(r"`([^`\n]+)`", BLOCK.sub("", README))
     ours = ("python launch/", "python -m ", "deepspeed ", "make ")
-    return [shlex.split(text, comments=True) for text in [*in_blocks, *in_text] if text.startswith(ours)]
+    return [
+        shlex.split(text, comments=True) for text in [*in_blocks, *in_text] if text.startswith(ours)
+    ]
 
 
 def launches() -> list[list[str]]:
-    """The commands that start a script: the script and its own arguments, without the launcher's."""
+    """The commands that start a script: the script and its own arguments, without the
+    launcher's.
+    """
     starts = [(command, [word.startswith("launch/") for word in command]) for command in commands()]
     return [command[found.index(True) :] for command, found in starts if True in found]
 
@@ -59,7 +71,9 @@ def values_of(option: str, arguments: list[str]) -> list[str]:
 
 def overrides_shown_to_fail() -> list[str]:
     """The items of the one `--set` that the README shows with its errors."""
-    return values_of("--set", shlex.split(section("Configuration").partition("\n$ ")[2].partition("\n")[0]))
+    return values_of(
+        "--set", shlex.split(section("Configuration").partition("\n$ ")[2].partition("\n")[0])
+    )
 
 
 def trainings() -> list[list[str]]:
@@ -72,7 +86,9 @@ def trainings() -> list[list[str]]:
 def help_of(script: str) -> str:
     """What `--help` prints; fails where the script imports torch to say it."""
     command = [sys.executable, "-c", HELP_WITHOUT_TORCH, script, "--help"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -94,7 +110,9 @@ def test_help_needs_no_torch(script: str) -> None:
 @pytest.mark.parametrize("launch", launches(), ids=shlex.join)
 def test_options_exist(launch: list[str]) -> None:
     known = set(re.findall(r"--[a-z][\w-]*", help_of(launch[0])))
-    own = launch[: launch.index("--")] if "--" in launch else launch  # behind it stands another command
+    own = (
+        launch[: launch.index("--")] if "--" in launch else launch
+    )  # behind it stands another command
     assert {word for word in own if word.startswith("--")} <= known
 
 
@@ -111,7 +129,11 @@ def test_modules_that_are_run_exist() -> None:
 
 
 def test_make_targets_exist() -> None:
-    targets = set(re.findall(r"^([a-z0-9.-]+):.*## ", (REPOSITORY / "Makefile").read_text(), flags=re.MULTILINE))
+    targets = set(
+        re.findall(
+            r"^([a-z0-9.-]+):.*## ", (REPOSITORY / "Makefile").read_text(), flags=re.MULTILINE
+        )
+    )
     named = {word for command in commands() if command[0] == "make" for word in command[1:2]}
     assert {"train", "test"} <= named <= targets
 
@@ -138,9 +160,18 @@ def test_the_first_run_is_as_told() -> None:
 
 
 def test_exit_codes_are_those_in_use() -> None:
-    sources = [path.read_text() for folder in ("megagpt", "launch") for path in (REPOSITORY / folder).rglob("*.py")]
-    used = {ExitCode[name] for source in sources for name in re.findall(r"ExitCode\.([A-Z_]+)", source)}
-    assert {int(code) for code in re.findall(r"^\| (\d) \|", section("A run directory"), flags=re.MULTILINE)} == used
+    sources = [
+        path.read_text()
+        for folder in ("megagpt", "launch")
+        for path in (REPOSITORY / folder).rglob("*.py")
+    ]
+    used = {
+        ExitCode[name] for source in sources for name in re.findall(r"ExitCode\.([A-Z_]+)", source)
+    }
+    assert {
+        int(code)
+        for code in re.findall(r"^\| (\d) \|", section("A run directory"), flags=re.MULTILINE)
+    } == used
 
 
 def anchors(document: Path) -> set[str]:

@@ -1,4 +1,6 @@
-"""What every rank is told of bad input costs no import of torch, which takes seconds, and is all there is to say."""
+"""What every rank is told of bad input costs no import of torch, which takes seconds, and is all
+there is to say.
+"""
 
 import json
 import os
@@ -35,7 +37,9 @@ finally:
     ],
     ids=["typo", "value", "arithmetic", "file"],
 )
-def test_bad_input_is_answered_before_torch_is_imported(words: list[str], said: str, tmp_path: Path) -> None:
+def test_bad_input_is_answered_before_torch_is_imported(
+    words: list[str], said: str, tmp_path: Path
+) -> None:
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, "--run_dir", str(tmp_path / "run"), *words],
         cwd=REPOSITORY,
@@ -51,7 +55,8 @@ def test_bad_input_is_answered_before_torch_is_imported(words: list[str], said: 
 
 ANSWERED_WITHIN_S = 1.0
 BAD_JSON = """{
-    "train_batch_size": 2.5, "gradient_clipping": true, "gradient_clipping": 1, "zero_optimisation": {},
+    "train_batch_size": 2.5, "gradient_clipping": true, "gradient_clipping": 1,
+    "zero_optimisation": {},
     "optimizer": {"type": "AdamW", "params": {"lr": "fast"}},
     "zero_optimization": {"stage": 4, "offload_optimizer": {"device": "gpu", "pin_memroy": 1}},
     "megagpt": {
@@ -62,7 +67,13 @@ BAD_JSON = """{
 }"""
 COMPLETE = put(MINIMAL, "megagpt.model.vocab_size", 256)  # the planner has no data to take it from
 IMPOSSIBLE = put(COMPLETE, "megagpt.parallel", {"tensor": 3, "pipeline": 4})
-THREE_HEADS = {"num_layers": 2, "hidden_size": 48, "num_heads": 3, "sequence_length": 32, "vocab_size": 256}
+THREE_HEADS = {
+    "num_layers": 2,
+    "hidden_size": 48,
+    "num_heads": 3,
+    "sequence_length": 32,
+    "vocab_size": 256,
+}
 UNEVEN_ROWS = put(put(MINIMAL, "megagpt.model", THREE_HEADS), "megagpt.parallel.tensor", 3)
 STATED = put(put(COMPLETE, "megagpt.parallel.world_size", 5), "megagpt.parallel.pipeline", 3)
 
@@ -80,8 +91,10 @@ STATED = put(put(COMPLETE, "megagpt.parallel.world_size", 5), "megagpt.parallel.
                 'zero_optimisation: unknown key, did you mean "zero_optimization"?',
                 'optimizer.params.lr: expected a number, got "fast"',
                 "zero_optimization.stage: must be at most 3, got 4",
-                'zero_optimization.offload_optimizer.device: expected one of "none", "cpu", "nvme"; got "gpu"',
-                'zero_optimization.offload_optimizer.pin_memroy: unknown key, did you mean "pin_memory"?',
+                'zero_optimization.offload_optimizer.device: expected one of "none", "cpu", '
+                '"nvme"; got "gpu"',
+                "zero_optimization.offload_optimizer.pin_memroy: unknown key, did you mean "
+                '"pin_memory"?',
                 "megagpt.model.num_layers: expected an integer, got true",
                 'megagpt.parallel.tensr: unknown key, did you mean "tensor"?',
             ],
@@ -100,7 +113,10 @@ STATED = put(put(COMPLETE, "megagpt.parallel.world_size", 5), "megagpt.parallel.
         pytest.param(
             json.dumps(UNEVEN_ROWS),
             3,
-            ["megagpt.parallel.tensor: 3 is refused: each rank takes as many rows of the embedding as any other"],
+            [
+                "megagpt.parallel.tensor: 3 is refused: each rank takes as many rows of the "
+                "embedding as any other"
+            ],
             id="vocabulary (F14)",
         ),
         pytest.param(
@@ -127,9 +143,14 @@ STATED = put(put(COMPLETE, "megagpt.parallel.world_size", 5), "megagpt.parallel.
         ),
     ],
 )
-def test_all_that_is_wrong_is_said_within_a_second(text: str, ranks: int, lines: list[str], tmp_path: Path) -> None:
-    """By a rank, and by the planner, beside a plan where it can make one. The faster of two answers counts: the first
-    may wait for a cold disk. Other work on the machine does not."""
+def test_all_that_is_wrong_is_said_within_a_second(
+    text: str, ranks: int, lines: list[str], tmp_path: Path
+) -> None:
+    """By a rank, and by the planner, beside a plan where it can make one.
+
+    The faster of two answers counts: the first may wait for a cold disk. Other work on the machine
+    does not.
+    """
     path = tmp_path / "bad.json"
     path.write_text(text)
     said, took_s = answer("launch/train.py", path, ranks, "--run_dir", tmp_path / "run")
@@ -145,7 +166,13 @@ def test_all_that_is_wrong_is_said_within_a_second(text: str, ranks: int, lines:
 
 def answer(script: str, config: Path, ranks: int, *words: object) -> tuple[list[str], float]:
     """The lines of a refusal, and how long the faster of two took."""
-    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    place = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }
     command = [sys.executable, script, "--deepspeed_config", str(config), *map(str, words)]
     took_s = []
     for _ in range(2):
@@ -164,7 +191,9 @@ def answer(script: str, config: Path, ranks: int, *words: object) -> tuple[list[
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_before_the_start_ends_the_command_as_one_that_was_preempted(number: signal.Signals) -> None:
+def test_a_signal_before_the_start_ends_the_command_as_one_that_was_preempted(
+    number: signal.Signals,
+) -> None:
     before = signal.getsignal(number)
     with ends_before_the_start():
         os.kill(os.getpid(), signal.SIGUSR1)  # which would end a process without a handler

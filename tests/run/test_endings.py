@@ -35,7 +35,9 @@ def end_of_run(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], int]:
         raise UserError("the disk is full: free some space")
 
     run = SimpleNamespace(
-        state=TrainState(step=40), monitor=nullcontext(), engine=SimpleNamespace(mesh=SimpleNamespace(name="rank 0"))
+        state=TrainState(step=40),
+        monitor=nullcontext(),
+        engine=SimpleNamespace(mesh=SimpleNamespace(name="rank 0")),
     )
     monkeypatch.setattr(startup, "_open_log", lambda directory: None)
     monkeypatch.setattr(assembly, "assemble", lambda *_: run)

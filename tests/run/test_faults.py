@@ -13,7 +13,11 @@ from megagpt.utils import UserError
 def test_faults_are_read_as_they_are_written() -> None:
     text = "kill@rank=1,step=5; slow@rank=0,step=3,seconds=0.25;spike@step=60"
     read = faults.parse(text)
-    assert read == [Fault("kill", 5, rank=1), Fault("slow", 3, rank=0, seconds=0.25), Fault("spike", 60)]
+    assert read == [
+        Fault("kill", 5, rank=1),
+        Fault("slow", 3, rank=0, seconds=0.25),
+        Fault("spike", 60),
+    ]
     assert faults.parse("; ".join(map(str, read))) == read
 
 
@@ -39,8 +43,16 @@ def test_what_cannot_be_read_is_refused(text: str, complaint: str) -> None:
 
 
 def test_a_fault_strikes_its_rank_in_its_step() -> None:
-    assert [Fault("kill", 5, rank=1).concerns(*place) for place in ((1, 5), (0, 5), (1, 6))] == [True, False, False]
-    assert [Fault("slow", 5).concerns(*place) for place in ((1, 4), (0, 5), (1, 6))] == [False, True, True]
+    assert [Fault("kill", 5, rank=1).concerns(*place) for place in ((1, 5), (0, 5), (1, 6))] == [
+        True,
+        False,
+        False,
+    ]
+    assert [Fault("slow", 5).concerns(*place) for place in ((1, 4), (0, 5), (1, 6))] == [
+        False,
+        True,
+        True,
+    ]
 
 
 def test_every_fault_is_described() -> None:

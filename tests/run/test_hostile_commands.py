@@ -1,5 +1,6 @@
-"""Hostile files given to the commands themselves: a malicious pickle in the place of any file that one reads (S1), and
-tensor files that would take much memory and time (S3)."""
+"""Hostile files given to the commands themselves: a malicious pickle in the place of any file
+that one reads (S1), and tensor files that would take much memory and time (S3).
+"""
 
 from __future__ import annotations
 
@@ -64,20 +65,34 @@ def malice(place: Path) -> bytes:
 
 
 def spoil(place: Path, file: str, content: bytes = b"") -> None:
-    """Put the pickle there, or other content; where a manifest vouches for the file, let it vouch for that."""
+    """Put the pickle there, or other content; where a manifest vouches for the file, let it
+    vouch for that.
+    """
     content = content or malice(place)
     (place / file).write_bytes(content)
     checkpoint = step_directory(place / "run" / "checkpoints", STEP)
     if Path(file).name == WEIGHTS:
         manifest = read_manifest(checkpoint)
         vouched = StoredFile(len(content), hashlib.sha256(content).hexdigest())
-        (checkpoint / MANIFEST).write_text(replace(manifest, files={**manifest.files, WEIGHTS: vouched}).to_json())
+        (checkpoint / MANIFEST).write_text(
+            replace(manifest, files={**manifest.files, WEIGHTS: vouched}).to_json()
+        )
 
 
 CHECKPOINT = f"run/checkpoints/step_{STEP:08d}"
-OF_A_RUN = [f"{CHECKPOINT}/{WEIGHTS}", f"{CHECKPOINT}/{MANIFEST}", "run/config.json", "run/metrics.jsonl"]
+OF_A_RUN = [
+    f"{CHECKPOINT}/{WEIGHTS}",
+    f"{CHECKPOINT}/{MANIFEST}",
+    "run/config.json",
+    "run/metrics.jsonl",
+]
 OF_A_MODEL = ["model/config.json", "model/model.safetensors", "model/tokenizer.json"]
-OF_A_DATASET = ["data/manifest.json", "data/tokenizer.json", "data/train-00000.bin", "data/val-00000.bin"]
+OF_A_DATASET = [
+    "data/manifest.json",
+    "data/tokenizer.json",
+    "data/train-00000.bin",
+    "data/val-00000.bin",
+]
 RUN = ["--run_dir", "run"]
 COMMANDS = {
     "evaluate": [*RUN, "--batches", "1"],
@@ -92,7 +107,10 @@ COMMANDS = {
 
 @pytest.fixture
 def outcome(sound: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], int]:
-    """The exit code of a command that runs in this process. Raises what the command does not catch."""
+    """The exit code of a command that runs in this process.
+
+    Raises what the command does not catch.
+    """
     return lambda command: exit_code(monkeypatch, command, texts=f"{sound}/texts/*.txt")
 
 
@@ -110,7 +128,9 @@ def test_the_commands_work_on_what_is_sound(place: Path, outcome: Callable[[str]
 
 
 @pytest.mark.parametrize("file", [*OF_A_RUN, *OF_A_DATASET, *OF_A_MODEL, "small.json"])
-def test_no_command_executes_a_pickle(place: Path, outcome: Callable[[str], int], file: str) -> None:
+def test_no_command_executes_a_pickle(
+    place: Path, outcome: Callable[[str], int], file: str
+) -> None:
     """Each refuses the file in words, or does not need it."""
     spoil(place, file)
     codes = {command: outcome(command) for command in COMMANDS}
@@ -134,14 +154,17 @@ def test_no_command_executes_a_pickle(place: Path, outcome: Callable[[str], int]
         *((file, 2) for file in (*OF_A_DATASET, "small.json")),
     ],
 )
-def test_training_executes_no_pickle(one_rank: RankPool, start: Start, place: Path, file: str, code: int) -> None:
+def test_training_executes_no_pickle(
+    one_rank: RankPool, start: Start, place: Path, file: str, code: int
+) -> None:
     """A run that would go on from its checkpoint."""
     shutil.rmtree("run")
     first = run_config(place / "data", STEP, save_every=STEP)
     one_rank.run("tests.support.jobs.checkpoint:train", config=first, directory=place / "run")
     spoil(place, file)
     (rank,) = start(
-        typed=f"cd {place} && exec {sys.executable} {REPOSITORY}/launch/train.py --deepspeed_config small.json "
+        typed=f"cd {place} && exec {sys.executable} {REPOSITORY}/launch/train.py "
+        f"--deepspeed_config small.json "
         "--run_dir run"
     )
     said = rank.communicate(timeout=PATIENCE_S)[1]
@@ -150,7 +173,7 @@ def test_training_executes_no_pickle(one_rank: RankPool, start: Start, place: Pa
     assert not (place / "sung").exists()
 
 
-# ------------------------------------------------------------------------------------------ memory and time (S3)
+# ----------------------------------------------------------------------------- memory and time (S3)
 
 LOADING = """
 import time
@@ -162,7 +185,7 @@ def peak_kib():
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
-Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten (proc_pid_clear_refs(5))
+Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far (proc_pid_clear_refs(5))
 before, began_s = peak_kib(), time.process_time()
 try:
     load_model(Path("run"))
@@ -171,18 +194,28 @@ except UserError as error:
 """
 LARGEST = 99_000_000  # of a header that safetensors itself would read
 HEADERS = {
-    "shape": lambda: b'{"a":{"dtype":"F32","shape":[' + b"1," * (LARGEST // 2) + b'1],"data_offsets":[0,4]}}',
-    "metadata": lambda: b'{"__metadata__":{' + b",".join(b'"%08d":""' % i for i in range(LARGEST // 14)) + b"}}",
+    "shape": lambda: (
+        b'{"a":{"dtype":"F32","shape":[' + b"1," * (LARGEST // 2) + b'1],"data_offsets":[0,4]}}'
+    ),
+    "metadata": lambda: (
+        b'{"__metadata__":{' + b",".join(b'"%08d":""' % i for i in range(LARGEST // 14)) + b"}}"
+    ),
     "deep": lambda: b"[" * LARGEST,
     "length": lambda: b"{}",
 }
 
 
 @pytest.mark.parametrize(
-    "kind", ["length", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("shape", "metadata", "deep"))]
+    "kind",
+    [
+        "length",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("shape", "metadata", "deep")),
+    ],
 )
 def test_a_giant_header_takes_neither_memory_nor_time(place: Path, kind: str) -> None:
-    """The processor's time, so that other work on the machine does not count; the process's own peak of memory."""
+    """The processor's time, so that other work on the machine does not count; the process's own
+    peak of memory.
+    """
     header = HEADERS[kind]()
     content = struct.pack("<Q", 2**62 if kind == "length" else len(header)) + header
     spoil(place, f"{CHECKPOINT}/{WEIGHTS}", content)

@@ -1,6 +1,7 @@
 """Files from strangers: they name no code that runs, and nothing outside their own directory.
 
-The canary is a module that leaves a file when it is imported; hostile files name it wherever a name may stand.
+The canary is a module that leaves a file when it is imported; hostile files name it wherever a name
+may stand.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megagpt.checkpoint import directory as checkpoint_directory
-from megagpt.checkpoint.format import MANIFEST, StoredFile, complete_steps, hash_file, read_manifest, step_directory
+from megagpt.checkpoint.format import (
+    MANIFEST,
+    StoredFile,
+    complete_steps,
+    hash_file,
+    read_manifest,
+    step_directory,
+)
 from megagpt.checkpoint.reader import open_checkpoint
 from megagpt.config import ConfigError, load_config
 from megagpt.data import corpora, tokenizer
@@ -35,7 +43,11 @@ from tests.support.jobs.checkpoint import run_config
 from tests.support.ranks import RankPool
 from tests.support.trained_run import trained_model, write_dataset, write_run
 
-CODE = {"__reduce__": ["canary.run", []], "_target_": "canary.run", "auto_map": {"AutoModel": "canary.run"}}
+CODE = {
+    "__reduce__": ["canary.run", []],
+    "_target_": "canary.run",
+    "auto_map": {"AutoModel": "canary.run"},
+}
 CODE |= {"trust_remote_code": True}
 
 
@@ -43,7 +55,9 @@ CODE |= {"trust_remote_code": True}
 def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The file that the canary would leave; after the test, it is shown that it would have."""
     sung = tmp_path / "sung"
-    (tmp_path / "canary.py").write_text(f"open({str(sung)!r}, 'w').close()\nrun = Optimizer = print\n")
+    (tmp_path / "canary.py").write_text(
+        f"open({str(sung)!r}, 'w').close()\nrun = Optimizer = print\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
     yield sung
@@ -56,10 +70,12 @@ def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run with its data, and checkpoints of steps 10 and 20."""
-    return write_run(tmp_path / "runs" / "first", write_dataset(tmp_path / "dataset"), steps=(10, 20))
+    return write_run(
+        tmp_path / "runs" / "first", write_dataset(tmp_path / "dataset"), steps=(10, 20)
+    )
 
 
-# ------------------------------------------------------------------------------------------------------ names of code
+# ------------------------------------------------------------------------------------ names of code
 
 
 @pytest.mark.parametrize(
@@ -76,7 +92,9 @@ def run(tmp_path: Path) -> Path:
         ("megagpt.training.total_steps", "__import__('canary')"),
     ],
 )
-def test_a_configuration_selects_from_closed_lists_only(canary: Path, key: str, value: object) -> None:
+def test_a_configuration_selects_from_closed_lists_only(
+    canary: Path, key: str, value: object
+) -> None:
     assert any(key in error for error in errors_of(put(MINIMAL, key, value)))
     Path("small.json").write_text(json.dumps(MINIMAL))
     with pytest.raises(ConfigError, match=key):
@@ -90,7 +108,9 @@ def test_a_checkpoint_that_names_code_is_read_as_data(canary: Path, run: Path) -
     assert b"canary.run" in (directory / file).read_bytes()
     manifest = read_manifest(directory)
     files = {file: StoredFile((directory / file).stat().st_size, hash_file(directory / file))}
-    hostile = replace(manifest, files=files, versions=named, topology=CODE, scheduler=CODE, identity=CODE)
+    hostile = replace(
+        manifest, files=files, versions=named, topology=CODE, scheduler=CODE, identity=CODE
+    )
     (directory / MANIFEST).write_text(hostile.to_json())
     model, config, step = load_model(run)
     assert step == 20
@@ -162,7 +182,9 @@ def unsafe(source: str) -> set[str]:
             case ast.Import():
                 found |= {alias.name for alias in node.names} & (RUNS_CODE | UNPACKS)
             case ast.ImportFrom():
-                found |= {node.module or "", *(alias.name for alias in node.names)} & (RUNS_CODE | UNPACKS)
+                found |= {node.module or "", *(alias.name for alias in node.names)} & (
+                    RUNS_CODE | UNPACKS
+                )
             case ast.Call():
                 found |= {ast.unparse(node.func)} & CALLED
             case ast.Attribute():
@@ -173,31 +195,53 @@ def unsafe(source: str) -> set[str]:
 
 
 def test_nothing_of_ours_can_run_code_from_a_file_or_unpack_an_archive() -> None:
-    sources = [path for folder in ("megagpt", "kernels", "launch") for path in (REPOSITORY / folder).rglob("*.py")]
+    sources = [
+        path
+        for folder in ("megagpt", "kernels", "launch")
+        for path in (REPOSITORY / folder).rglob("*.py")
+    ]
     assert len(sources) > 100
     assert {path.name: found for path in sources if (found := unsafe(path.read_text()))} == {}
-    sample = "import tarfile\nfrom pickle import loads\neval(x)\ntorch.load(f)\nshutil.unpack_archive(f)\n"
+    sample = (
+        "import tarfile\nfrom pickle import "
+        "loads\neval(x)\ntorch.load(f)\nshutil.unpack_archive(f)\n"
+    )
     sample += "load_dataset(name, trust_remote_code=True)\n"
-    assert unsafe(sample) == {"tarfile", "pickle", "eval", "torch.load", "unpack_archive", "trust_remote_code"}
+    assert unsafe(sample) == {
+        "tarfile",
+        "pickle",
+        "eval",
+        "torch.load",
+        "unpack_archive",
+        "trust_remote_code",
+    }
 
 
-# ----------------------------------------------------------------------------------------------------- names of places
+# ---------------------------------------------------------------------------------- names of places
 
 
-@pytest.mark.parametrize("name", ["../tokenizer.json", "/etc/passwd", "train-00000.bin/..", "..", "train-00000.bin\n"])
+@pytest.mark.parametrize(
+    "name", ["../tokenizer.json", "/etc/passwd", "train-00000.bin/..", "..", "train-00000.bin\n"]
+)
 @pytest.mark.parametrize("place", ["shard", "offsets", "tokenizer"])
-def test_a_datasets_manifest_names_no_file_outside_its_directory(tmp_path: Path, name: str, place: str) -> None:
+def test_a_datasets_manifest_names_no_file_outside_its_directory(
+    tmp_path: Path, name: str, place: str
+) -> None:
     data = write_dataset(tmp_path / "dataset")
     manifest = json.loads((data / "manifest.json").read_text())
     shard = manifest["splits"]["train"][0]
-    {"shard": shard, "offsets": shard["offsets"], "tokenizer": manifest["tokenizer"]}[place]["file"] = name
+    {"shard": shard, "offsets": shard["offsets"], "tokenizer": manifest["tokenizer"]}[place][
+        "file"
+    ] = name
     (data / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"manifest\.json: .*file: String should match pattern"):
         open_dataset(data)
 
 
 def test_the_pointer_to_the_latest_leads_nowhere(run: Path, tmp_path: Path) -> None:
-    """It is for people: what is loaded is found by looking, and a save replaces it, not what it links to."""
+    """It is for people: what is loaded is found by looking, and a save replaces it, not what it
+    links to.
+    """
     latest, outside = run / "checkpoints" / "latest", tmp_path / "outside"
     outside.write_text("../../outside\n")
     latest.symlink_to(outside)
@@ -210,7 +254,9 @@ def test_the_pointer_to_the_latest_leads_nowhere(run: Path, tmp_path: Path) -> N
     assert outside.read_text() == "../../outside\n"
 
 
-def test_a_checkpoint_that_is_a_link_is_forgotten_and_what_it_leads_to_stays(run: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_a_link_is_forgotten_and_what_it_leads_to_stays(
+    run: Path, tmp_path: Path
+) -> None:
     """People move old checkpoints to a larger disk; leftovers may be links as well."""
     checkpoints, disk = run / "checkpoints", tmp_path / "disk"
     step_directory(checkpoints, 10).rename(disk)
@@ -238,7 +284,9 @@ def test_damaged_links_are_set_aside_again_and_again(run: Path, tmp_path: Path) 
     assert (disk / "precious").exists()
 
 
-def test_a_run_writes_where_the_user_said_and_nowhere_else(one_rank: RankPool, tmp_path: Path) -> None:
+def test_a_run_writes_where_the_user_said_and_nowhere_else(
+    one_rank: RankPool, tmp_path: Path
+) -> None:
     """A `..` and a link mean what they mean to the shell."""
     data = write_dataset(tmp_path / "dataset")
     places = tmp_path / "places"

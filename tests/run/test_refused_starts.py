@@ -1,5 +1,6 @@
-"""What keeps a run from starting is named in time, by real ranks: other data, code or libraries on one of them (F19),
-and what an earlier run has left behind (F20)."""
+"""What keeps a run from starting is named in time, by real ranks: other data, code or libraries
+on one of them (F19), and what an earlier run has left behind (F20).
+"""
 
 import json
 import os
@@ -28,14 +29,16 @@ NAMED_WITHIN_S = 10.0
 IMPORT_TAKES_S = 5.0  # of these, at most, on a machine with nothing else to do
 
 
-# -------------------------------------------------------------------------------------------- ranks that differ (F19)
+# -------------------------------------------------------------------------- ranks that differ (F19)
 
 
 @pytest.fixture
 def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What four hosts have at the same places, `host_0` to `host_3`: data/, code/, and packages/ of their own.
+    """What four hosts have at the same places, `host_0` to `host_3`: data/, code/, and packages/ of
+    their own.
 
-    Host 1 has other data, host 2 other code, host 3 another Triton, as far as its installer's record says it.
+    Host 1 has other data, host 2 other code, host 3 another Triton, as far as its installer's
+    record says it.
     """
     for rank in range(4):
         host = tmp_path / f"host_{rank}"
@@ -58,8 +61,12 @@ def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_ranks_that_differ_in_data_code_and_libraries_end_at_once(start: Start, hosts: Path) -> None:
-    """Every difference is named with its ranks, by every rank: no launcher ends those that let rank 0 speak first."""
+def test_ranks_that_differ_in_data_code_and_libraries_end_at_once(
+    start: Start, hosts: Path
+) -> None:
+    """Every difference is named with its ranks, by every rank: no launcher ends those that let
+    rank 0 speak first.
+    """
     path, run = hosts / "config.json", hosts / "run"
     path.write_text(json.dumps(run_config(Path("data"), 8, (1, "none", "none"))))
     ranks = start(
@@ -75,30 +82,36 @@ def test_ranks_that_differ_in_data_code_and_libraries_end_at_once(start: Start, 
         said = rank.communicate()[1]
         assert rank.returncode == ExitCode.BAD_INPUT, said
         assert (
-            f"rank 1 (host {socket.gethostname()}) differs from rank 0 (host {socket.gethostname()}) in data\n" in said
+            f"rank 1 (host {socket.gethostname()}) differs from rank 0 (host "
+            f"{socket.gethostname()}) in data\n" in said
         )
         assert (
-            f"rank 2 (host {socket.gethostname()}) differs from rank 0 (host {socket.gethostname()}) in code\n" in said
+            f"rank 2 (host {socket.gethostname()}) differs from rank 0 (host "
+            f"{socket.gethostname()}) in code\n" in said
         )
         assert "in version of triton: give every host the same, start again" in said
         assert said.count("differs from rank 0") == 3
     assert not (run / run_directory.CONFIG_FILE).exists()
 
 
-# ------------------------------------------------------------------------------------------ what was left behind (F20)
+# ----------------------------------------------------------------------- what was left behind (F20)
 
 
 @pytest.fixture
 def configuration(tmp_path: Path) -> Path:
     """A run that needs DeepSpeed's own Adam."""
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(run_config(write_dataset(tmp_path / "dataset"), 8, (2, "cpu", "none"))))
+    path.write_text(
+        json.dumps(run_config(write_dataset(tmp_path / "dataset"), 8, (2, "cpu", "none")))
+    )
     return path
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("left", ["lock of a build", "port"])
-def test_what_was_left_behind_is_named_in_time(start: Start, configuration: Path, tmp_path: Path, left: str) -> None:
+def test_what_was_left_behind_is_named_in_time(
+    start: Start, configuration: Path, tmp_path: Path, left: str
+) -> None:
     lock = tmp_path / "extensions" / "cpu_adam" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
@@ -106,17 +119,23 @@ def test_what_was_left_behind_is_named_in_time(start: Start, configuration: Path
         other.bind(("127.0.0.1", 0))
         other.listen()
         port, world_size = (other.getsockname()[1], 2) if left == "port" else (0, 1)
-        first = f"RANK=0 LOCAL_RANK=0 WORLD_SIZE={world_size} MASTER_ADDR=127.0.0.1 MASTER_PORT={port}"
+        first = (
+            f"RANK=0 LOCAL_RANK=0 WORLD_SIZE={world_size} MASTER_ADDR=127.0.0.1 MASTER_PORT={port}"
+        )
         expected_s = import_s() + NAMED_WITHIN_S - IMPORT_TAKES_S
         (rank,) = start(
-            typed=f"exec env {first} {EXTENSIONS_VARIABLE}={lock.parent.parent} {sys.executable} launch/train.py "
+            typed=f"exec env {first} {EXTENSIONS_VARIABLE}={lock.parent.parent} {sys.executable} "
+            f"launch/train.py "
             f"--deepspeed_config {configuration} --run_dir {tmp_path / 'run'}"
         )
         assert seconds_to_its_end(rank) < expected_s
     said = rank.communicate()[1]
     assert rank.returncode == ExitCode.BAD_INPUT, said
     if left == "port":
-        assert re.search(rf"port {port} of host .* is in use by process {os.getpid()} .* kill {os.getpid()}", said)
+        assert re.search(
+            rf"port {port} of host .* is in use by process {os.getpid()} .* kill {os.getpid()}",
+            said,
+        )
     else:
         assert f"{lock} says that another program is compiling this op since" in said
         assert f"rm {lock}" in said
@@ -132,4 +151,7 @@ def test_a_leftover_process_in_the_run_directory_is_named_in_time(
         assert seconds_to_its_end(rank) < NAMED_WITHIN_S
     said = rank.communicate()[1]
     assert rank.returncode == ExitCode.BAD_INPUT, said
-    assert f"process {os.getpid()} on {socket.gethostname()} trains in it; end that run (kill {os.getpid()})" in said
+    assert (
+        f"process {os.getpid()} on {socket.gethostname()} trains in it; end that run (kill "
+        f"{os.getpid()})" in said
+    )

@@ -1,4 +1,6 @@
-"""Real ranks, in processes of their own, whose numbers or whose disk go bad: how they end, and how the run goes on."""
+"""Real ranks, in processes of their own, whose numbers or whose disk go bad: how they end, and
+how the run goes on.
+"""
 
 import json
 from pathlib import Path
@@ -39,10 +41,19 @@ def written_config(data: Path, directory: Path, stage: int, keep: int) -> Path:
 def test_a_guard_ends_every_rank_with_exit_code_four(
     start: Start, data: Path, tmp_path: Path, fault: str, stage: int
 ) -> None:
-    """One rank's numbers are bad, step after step; what is saved in the end are the weights from before (F8)."""
+    """One rank's numbers are bad, step after step; what is saved in the end are the weights from
+    before (F8).
+    """
     run = tmp_path / "run"
-    words = ["--deepspeed_config", written_config(data, tmp_path, stage, keep=STEPS), "--run_dir", run]
-    faults = "; ".join(f"{fault}@rank=1,step={step}" for step in range(FIRST_SPOILT, LAST_SPOILT + 1))
+    words = [
+        "--deepspeed_config",
+        written_config(data, tmp_path, stage, keep=STEPS),
+        "--run_dir",
+        run,
+    ]
+    faults = "; ".join(
+        f"{fault}@rank=1,step={step}" for step in range(FIRST_SPOILT, LAST_SPOILT + 1)
+    )
     ranks = start(*words, ranks=2, faults=faults)
     assert [rank.wait(PATIENCE_S) for rank in ranks] == [4, 4]
     shown = [rank.communicate()[1] for rank in ranks]
@@ -52,7 +63,9 @@ def test_a_guard_ends_every_rank_with_exit_code_four(
     assert record is not None
     assert (record.reason, record.exit_code, record.step) == ("stopped by a guard", 4, LAST_SPOILT)
     history = read_metrics(run)
-    assert [skip["step"] for skip in history.events_named("skip")] == [*range(FIRST_SPOILT, LAST_SPOILT + 1)]
+    assert [skip["step"] for skip in history.events_named("skip")] == [
+        *range(FIRST_SPOILT, LAST_SPOILT + 1)
+    ]
     assert complete_steps(run / "checkpoints") == [LAST_SPOILT, 6, 4, 2]
     before, after = stored_tensors(run, FIRST_SPOILT - 1), stored_tensors(run, LAST_SPOILT)
     assert_same_state(before, after)
@@ -72,11 +85,18 @@ def test_a_disk_that_is_full_for_one_rank_ends_all_and_costs_no_checkpoint(
 ) -> None:
     """From step 3 on no file of that rank grows; once there is room again the run goes on (F7)."""
     run = tmp_path / "run"
-    words = ["--deepspeed_config", written_config(data, tmp_path, stage=1, keep=2), "--run_dir", run]
+    words = [
+        "--deepspeed_config",
+        written_config(data, tmp_path, stage=1, keep=2),
+        "--run_dir",
+        run,
+    ]
     ranks = start(*words, ranks=2, faults=f"disk_full@rank={full_rank},step=3")
     assert [rank.wait(PATIENCE_S) for rank in ranks] == [1, 1]
     shown = [rank.communicate()[1] for rank in ranks]
-    assert sum(f"rank_{full_rank:05d}_000.safetensors: File too large" in text for text in shown) == 1
+    assert (
+        sum(f"rank_{full_rank:05d}_000.safetensors: File too large" in text for text in shown) == 1
+    )
     record = EndRecord.read(run)
     assert record is not None
     assert (record.reason, record.exit_code, record.step) == ("failed", 1, 4)

@@ -1,4 +1,6 @@
-"""Every way to start a run, in real processes; a second run that is refused, and a launcher that is killed."""
+"""Every way to start a run, in real processes; a second run that is refused, and a launcher that
+is killed.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,14 @@ def logged_start(directory: Path, rank: int) -> str:
 def test_torchrun_starts_a_run(configuration: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     port = str(free_port())
-    command = [PROGRAMS / "torchrun", "--nproc-per-node", "2", "--master-port", port, *training(configuration, run)]
+    command = [
+        PROGRAMS / "torchrun",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        port,
+        *training(configuration, run),
+    ]
     process = start(*command)
     shown, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0, shown
@@ -92,7 +101,13 @@ def test_tasks_as_srun_starts_them_make_a_run(configuration: Path, tmp_path: Pat
     }
     run = tmp_path / "run"
     tasks = [
-        start(sys.executable, *training(configuration, run), **step, SLURM_PROCID=rank, SLURM_LOCALID=rank)
+        start(
+            sys.executable,
+            *training(configuration, run),
+            **step,
+            SLURM_PROCID=rank,
+            SLURM_LOCALID=rank,
+        )
         for rank in ("0", "1")
     ]
     shown = [task.communicate(timeout=DEADLINE_S)[0] for task in tasks]
@@ -102,8 +117,12 @@ def test_tasks_as_srun_starts_them_make_a_run(configuration: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_second_run_leaves_no_trace_in_the_directory_of_the_first(configuration: Path, tmp_path: Path) -> None:
-    """Its second rank neither opens a log nor writes a crash page while the first is being refused."""
+def test_a_second_run_leaves_no_trace_in_the_directory_of_the_first(
+    configuration: Path, tmp_path: Path
+) -> None:
+    """Its second rank neither opens a log nor writes a crash page while the first is being
+    refused.
+    """
     run = tmp_path / "run"
     with run_directory.lock(run):
         process = start(*launcher_of_two(), *training(configuration, run))
@@ -118,7 +137,9 @@ def ranks_in(directory: Path) -> list[Process]:
     return [
         process
         for process in all_processes()
-        if str(directory) in process.words and "launch/train.py" in process.words[1:4] and is_rank(process)
+        if str(directory) in process.words
+        and "launch/train.py" in process.words[1:4]
+        and is_rank(process)
     ]
 
 
@@ -135,8 +156,12 @@ def wait_for(condition: Callable[[], Any], what: Callable[[], object] = str) -> 
 
 
 @pytest.mark.slow
-def test_ranks_end_when_their_launcher_is_killed_and_the_run_goes_on(configuration: Path, tmp_path: Path) -> None:
-    """A launcher that is killed ends no rank itself; what the ranks leave is whole, and the lock is free."""
+def test_ranks_end_when_their_launcher_is_killed_and_the_run_goes_on(
+    configuration: Path, tmp_path: Path
+) -> None:
+    """A launcher that is killed ends no rank itself; what the ranks leave is whole, and the lock
+    is free.
+    """
     run = tmp_path / "run"
     endless = ["megagpt.training.total_steps=1000000", "megagpt.checkpoint.interval_steps=1"]
     process = start(*launcher_of_two(), *training(configuration, run, *endless))
@@ -154,9 +179,14 @@ def test_ranks_end_when_their_launcher_is_killed_and_the_run_goes_on(configurati
         process.kill()
         process.communicate()
     logs = [(run / "logs" / f"rank_0000{rank}.log").read_text() for rank in (0, 1)]
-    assert any("the launcher has died" in text for text in logs), logs  # the first to see it takes the other along
+    assert any("the launcher has died" in text for text in logs), (
+        logs
+    )  # the first to see it takes the other along
     last = max(complete_steps(run / "checkpoints"))
-    again = start(*launcher_of_two(), *training(configuration, run, f"megagpt.training.total_steps={last + 1}"))
+    again = start(
+        *launcher_of_two(),
+        *training(configuration, run, f"megagpt.training.total_steps={last + 1}"),
+    )
     shown, _ = again.communicate(timeout=DEADLINE_S)
     assert again.returncode == 0, shown
     (resume,) = read_metrics(run).events_named("resume")

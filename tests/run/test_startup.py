@@ -44,19 +44,29 @@ def data(prepared: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    alone = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+    }
     for name, value in alone.items():
         monkeypatch.setenv(name, value)
 
 
 def refused(tmp_path: Path, config: dict[str, Any], *overrides: str, resume: bool = False) -> str:
-    """What the command says of a configuration; it must not have written anything into the run directory."""
+    """What the command says of a configuration; it must not have written anything into the run
+    directory.
+    """
     path, directory = tmp_path / "run.json", tmp_path / "run"
     path.write_text(json.dumps(config))
     before = contents(directory)
     with pytest.raises(UserError) as error:
         startup.main(
-            argparse.Namespace(deepspeed_config=str(path), run_dir=directory, set=list(overrides), resume=resume)
+            argparse.Namespace(
+                deepspeed_config=str(path), run_dir=directory, set=list(overrides), resume=resume
+            )
         )
     assert contents(directory) == before
     return str(error.value)
@@ -69,14 +79,23 @@ def contents(directory: Path) -> dict[Path, bytes]:
 
 
 def refused_by_command(config: dict[str, Any], directory: Path) -> str:
-    """What ``launch/train.py`` says; bad data have to be refused within two seconds, before torch is imported.
+    """What ``launch/train.py`` says; bad data have to be refused within two seconds, before torch
+    is imported.
 
-    They are two seconds of the processor, the only ones that do not depend on what else runs on the machine.
+    They are two seconds of the processor, the only ones that do not depend on what else runs on the
+    machine.
     """
     path = directory.with_suffix(".json")
     path.write_text(json.dumps(config))
     before = contents(directory)
-    command = [sys.executable, "launch/train.py", "--deepspeed_config", str(path), "--run_dir", str(directory)]
+    command = [
+        sys.executable,
+        "launch/train.py",
+        "--deepspeed_config",
+        str(path),
+        "--run_dir",
+        str(directory),
+    ]
     with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as process:
         said = process.stderr.read()
         _, status, used = os.wait4(process.pid, 0)
@@ -114,11 +133,18 @@ def change_a_token(data: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (shutil.rmtree, "no dataset here; prepare one: python launch/download_data.py --dataset stdlib --output"),
+        (
+            shutil.rmtree,
+            "no dataset here; prepare one: python launch/download_data.py --dataset stdlib "
+            "--output",
+        ),
         (truncate, "train-00000.bin: .* bytes found, .* expected .truncated at byte"),
         (empty, "train-00000.bin: empty, .* bytes expected"),
         (widen, "train-00000.bin: .* the other dtype"),
-        (misname_type, "train-00000.bin: 2 bytes a token found, uint32 has 4: wrong dtype in the manifest"),
+        (
+            misname_type,
+            "train-00000.bin: 2 bytes a token found, uint32 has 4: wrong dtype in the manifest",
+        ),
         (change_a_token, "train-00000.bin: changed since preparation"),
     ],
 )
@@ -129,7 +155,10 @@ def test_data_that_are_not_what_they_were_are_named(
     said = refused(tmp_path, run_config(data, 6))
     assert re.search(reason, said), said
     assert str(data) in said
-    assert f"python launch/download_data.py --dataset stdlib --output {data}" in said or "--force" in said
+    assert (
+        f"python launch/download_data.py --dataset stdlib --output {data}" in said
+        or "--force" in said
+    )
 
 
 def test_a_token_id_out_of_range_is_refused_with_its_place(data: Path, tmp_path: Path) -> None:
@@ -137,17 +166,26 @@ def test_a_token_id_out_of_range_is_refused_with_its_place(data: Path, tmp_path:
     tokens[100] = 40_000
     tokens.tofile(data / "train-00000.bin")
     said = refused_by_command(run_config(data, 6), tmp_path / "run")
-    assert f"{data}/train-00000.bin: token id 40000 found at byte 200, ids below 257 expected" in said
+    assert (
+        f"{data}/train-00000.bin: token id 40000 found at byte 200, ids below 257 expected" in said
+    )
 
 
 def test_a_vocabulary_larger_than_the_models_names_both(data: Path, tmp_path: Path) -> None:
     said = refused(tmp_path, run_config(data, 6, vocab_size=128))
-    assert "megagpt.model.vocab_size: 128 is smaller than the data's vocabulary of 257: use 257 or remove it" in said
+    assert (
+        "megagpt.model.vocab_size: 128 is smaller than the data's vocabulary of 257: use 257 or "
+        "remove it" in said
+    )
 
 
 def test_a_missing_configuration_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nope.json: no such file"):
-        startup.main(argparse.Namespace(deepspeed_config=f"{tmp_path}/nope.json", run_dir=None, set=[], resume=False))
+        startup.main(
+            argparse.Namespace(
+                deepspeed_config=f"{tmp_path}/nope.json", run_dir=None, set=[], resume=False
+            )
+        )
 
 
 def test_resume_insists_on_something_to_resume(data: Path, tmp_path: Path) -> None:
@@ -155,7 +193,9 @@ def test_resume_insists_on_something_to_resume(data: Path, tmp_path: Path) -> No
     assert said == f"{tmp_path}/run: nothing to resume; leave out --resume to start it"
 
 
-def test_ranks_that_the_batch_does_not_divide_into(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_the_batch_does_not_divide_into(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     said = refused(tmp_path, run_config(data, 6))
     assert "train_batch_size: 8 on 3 data-parallel ranks x micro-batches of 2: use 6 or 12" in said
@@ -168,7 +208,9 @@ def test_a_shrunken_world_is_refused(data: Path, tmp_path: Path) -> None:
 
 def test_an_unwritable_place_for_the_run_is_named(data: Path, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
-    assert "cannot be read (Not a directory); choose another --run_dir" in refused(tmp_path, run_config(data, 6))
+    assert "cannot be read (Not a directory); choose another --run_dir" in refused(
+        tmp_path, run_config(data, 6)
+    )
 
 
 def test_a_run_directory_that_cannot_be_written_is_named(
@@ -183,11 +225,15 @@ def test_a_run_directory_that_cannot_be_written_is_named(
     )
 
 
-def test_the_other_ranks_of_a_host_let_the_first_speak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_other_ranks_of_a_host_let_the_first_speak(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All find the same fault; the launcher ends those that still wait when the first has gone."""
     pauses: list[float] = []
     monkeypatch.setattr(startup.time, "sleep", pauses.append)
-    arguments = argparse.Namespace(deepspeed_config=f"{tmp_path}/nope.json", run_dir=None, set=[], resume=False)
+    arguments = argparse.Namespace(
+        deepspeed_config=f"{tmp_path}/nope.json", run_dir=None, set=[], resume=False
+    )
     for local_rank in ("0", "1"):
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         with pytest.raises(UserError):
@@ -198,26 +244,37 @@ def test_the_other_ranks_of_a_host_let_the_first_speak(tmp_path: Path, monkeypat
 def test_data_that_changed_since_the_save_are_refused(
     two_ranks: RankPool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sound in themselves, prepared anew: another order of tokens under the same cursor would go unnoticed."""
+    """Sound in themselves, prepared anew: another order of tokens under the same cursor would go
+    unnoticed.
+    """
     config, directory = run_config(data, 2, (1, "none", "none"), save_every=2), tmp_path / "run"
     two_ranks.run("tests.support.jobs.checkpoint:train", config=config, directory=directory)
-    monkeypatch.setattr(trained_run, "TEXTS", ["Another text.\n" * 40, "A second.\n" * 60, "A third.\n" * 30])
+    monkeypatch.setattr(
+        trained_run, "TEXTS", ["Another text.\n" * 40, "A second.\n" * 60, "A third.\n" * 30]
+    )
     shutil.rmtree(data)
     shutil.copytree(write_dataset(tmp_path / "other"), data)
     config["megagpt"]["training"]["total_steps"] = 4
     said = refused_by_command(config, directory)
     assert re.search(
-        rf"{directory}: its data changed since step 2 was saved: \w{{16}} found in {data}, \w{{16}} ", said
+        rf"{directory}: its data changed since step 2 was saved: \w{{16}} found in {data}, "
+        rf"\w{{16}} ",
+        said,
     )
     assert "expected; restore them, or start afresh with another --run_dir" in said
 
 
 def test_ranks_that_disagree_are_named(two_ranks: RankPool, prepared: Path, tmp_path: Path) -> None:
     said = two_ranks.run(
-        "tests.support.jobs.checkpoint:disagreement", config=run_config(prepared, 2), directory=tmp_path
+        "tests.support.jobs.checkpoint:disagreement",
+        config=run_config(prepared, 2),
+        directory=tmp_path,
     )
     here = f"(host {gethostname()})"
-    expected = f"rank 1 {here} differs from rank 0 {here} in configuration: give every host the same, start again"
+    expected = (
+        f"rank 1 {here} differs from rank 0 {here} in configuration: give every host the "
+        f"same, start again"
+    )
     assert said == [expected] * 2
 
 
@@ -235,7 +292,9 @@ def test_ranks_that_disagree_are_named(two_ranks: RankPool, prepared: Path, tmp_
 def test_all_ranks_write_the_same_sample_and_validate_as_the_stored_model_does(
     two_ranks: RankPool, prepared: Path, tmp_path: Path, parallel: dict[str, Any]
 ) -> None:
-    """Under ZeRO-3: a rank holds half of each parameter, layer, or of the layers; the reference is on disk."""
+    """Under ZeRO-3: a rank holds half of each parameter, layer, or of the layers; the reference
+    is on disk.
+    """
     config = run_config(prepared, 4, (3, "none", "none"), save_every=4)
     config["megagpt"]["parallel"] = parallel
     config["megagpt"]["training"] |= {
@@ -244,7 +303,9 @@ def test_all_ranks_write_the_same_sample_and_validate_as_the_stored_model_does(
         "sample_interval_steps": 4,
         "sample_prompts": ["The ", "Zug"],
     }
-    ranks = two_ranks.run("tests.support.jobs.checkpoint:validation_and_samples", config=config, directory=tmp_path)
+    ranks = two_ranks.run(
+        "tests.support.jobs.checkpoint:validation_and_samples", config=config, directory=tmp_path
+    )
     assert ranks[0] == ranks[1]
     assert len(ranks[0]["texts"]) == 2
     model, resolved, step = load_model(tmp_path)

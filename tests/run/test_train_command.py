@@ -1,4 +1,6 @@
-"""The command as a user types it, in real processes: it trains, it resumes, it refuses, and it says so."""
+"""The command as a user types it, in real processes: it trains, it resumes, it refuses, and it
+says so.
+"""
 
 import json
 import os
@@ -33,7 +35,13 @@ def command(
     programs = Path(sys.executable).parent
     launcher = [sys.executable]
     if ranks > 1:
-        launcher = [str(programs / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+        launcher = [
+            str(programs / "deepspeed"),
+            "--num_accelerators",
+            str(ranks),
+            "--master_port",
+            str(free_port()),
+        ]
         launcher += options
     search = {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
     return subprocess.run(
@@ -67,7 +75,9 @@ def configuration(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(configuration: Path, compiled_ops: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def run(
+    configuration: Path, compiled_ops: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Any]:
     """Six steps on two ranks under the launcher: (run directory, the finished process)."""
     directory = tmp_path_factory.mktemp("runs") / "small"
     finished = command("--deepspeed_config", configuration, "--run_dir", directory, ranks=2)
@@ -87,7 +97,13 @@ def test_two_ranks_train_and_say_what_they_do(run: tuple[Path, Any]) -> None:
 
 def test_the_run_directory_holds_what_the_design_says(run: tuple[Path, Any]) -> None:
     directory, _ = run
-    for name in ("config.json", "metrics.jsonl", "samples.txt", "logs/rank_00000.log", "logs/rank_00001.log"):
+    for name in (
+        "config.json",
+        "metrics.jsonl",
+        "samples.txt",
+        "logs/rank_00000.log",
+        "logs/rank_00001.log",
+    ):
         assert (directory / name).stat().st_size > 0, name
     assert not (directory / "logs" / "crash.txt").exists()
     assert (directory / "checkpoints" / "latest").read_text() == "step_00000006\n"
@@ -99,23 +115,40 @@ def test_each_step_and_event_is_on_record(run: tuple[Path, Any]) -> None:
     steps = [line for line in lines if "event" not in line]
     assert all(line.keys() == STEP_KEYS for line in steps)
     assert [line["step"] for line in steps[:STEPS]] == [1, 2, 3, 4, 5, 6]
-    events = [(line["event"], line["step"]) for line in lines if "event" in line and line["step"] <= STEPS]
-    assert {("eval", 3), ("eval", 6), ("sample", 3), ("sample", 6), ("save", 2), ("save", 4), ("save", 6)} <= {*events}
+    events = [
+        (line["event"], line["step"]) for line in lines if "event" in line and line["step"] <= STEPS
+    ]
+    assert {
+        ("eval", 3),
+        ("eval", 6),
+        ("sample", 3),
+        ("sample", 6),
+        ("save", 2),
+        ("save", 4),
+        ("save", 6),
+    } <= {*events}
     assert all(line["val_loss"] > 0 for line in lines if line.get("event") == "eval")
 
 
 @pytest.fixture(scope="module")
 def resumed(run: tuple[Path, Any], configuration: Path) -> tuple[Path, Any]:
-    """The same run, continued in one process without a launcher, without offload, two steps further."""
+    """The same run, continued in one process without a launcher, without offload, two steps
+    further.
+    """
     longer = ["megagpt.training.total_steps=8", "zero_optimization={'stage':1}".replace("'", '"')]
-    finished = command("--deepspeed_config", configuration, "--run_dir", run[0], "--resume", "--set", *longer)
+    finished = command(
+        "--deepspeed_config", configuration, "--run_dir", run[0], "--resume", "--set", *longer
+    )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return run[0], finished
 
 
 def test_one_process_continues_what_two_began(resumed: tuple[Path, Any]) -> None:
     directory, finished = resumed
-    assert "1 x CPU, 1 threads; ZeRO 1, optimizer on the device, parameters on the device" in finished.stdout
+    assert (
+        "1 x CPU, 1 threads; ZeRO 1, optimizer on the device, parameters on the device"
+        in finished.stdout
+    )
     history = read_metrics(directory)
     assert [step.step for step in history.steps] == list(range(1, 9))
     (resume,) = history.events_named("resume")
@@ -124,15 +157,22 @@ def test_one_process_continues_what_two_began(resumed: tuple[Path, Any]) -> None
 
 
 @pytest.mark.slow
-def test_a_finished_run_says_so_and_trains_no_further(resumed: tuple[Path, Any], configuration: Path) -> None:
+def test_a_finished_run_says_so_and_trains_no_further(
+    resumed: tuple[Path, Any], configuration: Path
+) -> None:
     directory, _ = resumed
-    weights = {path: path.read_bytes() for path in (directory / "checkpoints").rglob("*.safetensors")}
+    weights = {
+        path: path.read_bytes() for path in (directory / "checkpoints").rglob("*.safetensors")
+    }
     finished = command("--deepspeed_config", configuration, "--run_dir", directory)
     assert finished.returncode == 0, finished.stderr
-    assert f"already done: {directory} is at step 8 of 6; to train on: --set megagpt.training.total_steps=" in (
-        finished.stdout
+    assert (
+        f"already done: {directory} is at step 8 of 6; to train on: --set "
+        f"megagpt.training.total_steps=" in (finished.stdout)
     )
-    assert weights == {path: path.read_bytes() for path in (directory / "checkpoints").rglob("*.safetensors")}
+    assert weights == {
+        path: path.read_bytes() for path in (directory / "checkpoints").rglob("*.safetensors")
+    }
     assert [step.step for step in read_metrics(directory).steps] == list(range(1, 9))
 
 
@@ -152,20 +192,29 @@ def test_the_other_commands_work_on_the_run(
     assert shown in finished.stdout
 
 
-# ---------------------------------------------------------------------------------------------------------- bad ends
+# ----------------------------------------------------------------------------------------- bad ends
 
 
 @pytest.mark.slow
 def test_a_run_that_diverges_stops_with_exit_code_4(configuration: Path, tmp_path: Path) -> None:
-    overrides = ["optimizer.params.lr=1e30", "gradient_clipping=0", "megagpt.training.total_steps=12"]
-    finished = command("--deepspeed_config", configuration, "--run_dir", tmp_path / "run", "--set", *overrides)
+    overrides = [
+        "optimizer.params.lr=1e30",
+        "gradient_clipping=0",
+        "megagpt.training.total_steps=12",
+    ]
+    finished = command(
+        "--deepspeed_config", configuration, "--run_dir", tmp_path / "run", "--set", *overrides
+    )
     assert finished.returncode == 4, finished.stderr
     assert "StoppedByGuardError" in finished.stderr
     assert "5 steps in a row: lower optimizer.params.lr" in " ".join(finished.stderr.split())
     history = read_metrics(tmp_path / "run")
     skips = history.events_named("skip")
     assert len(skips) == 5
-    assert "no sample: the model returned logits that are not finite" in history.events_named("warning")[0]["message"]
+    assert (
+        "no sample: the model returned logits that are not finite"
+        in history.events_named("warning")[0]["message"]
+    )
     assert f"step {skips[-1]['step']}: the loss is not finite" in finished.stderr
 
 
@@ -189,8 +238,12 @@ sys.exit(run_command(lambda: startup.main(parse_arguments())))
 """
 
 
-def test_a_crash_ends_in_one_page_with_the_command_to_resume(configuration: Path, tmp_path: Path) -> None:
-    """One of two ranks fails in the fourth step: its page is shown once, its peer's lost connection is not."""
+def test_a_crash_ends_in_one_page_with_the_command_to_resume(
+    configuration: Path, tmp_path: Path
+) -> None:
+    """One of two ranks fails in the fourth step: its page is shown once, its peer's lost
+    connection is not.
+    """
     (tmp_path / "crashing.py").write_text(CRASHING.format(repository=str(REPOSITORY)))
     run = ["--deepspeed_config", configuration, "--run_dir", tmp_path / "run"]
     finished = command(*run, ranks=2, script=tmp_path / "crashing.py")
@@ -202,20 +255,27 @@ def test_a_crash_ends_in_one_page_with_the_command_to_resume(configuration: Path
     assert re.search(r"last step +3\n", shown)
     assert re.search(rf"last checkpoint +{tmp_path}/run/checkpoints/step_00000002\n", shown)
     assert re.search(
-        r"to resume +deepspeed --num_accelerators 2 .*crashing.py --deepspeed_config .*small.json --run_dir", shown
+        r"to resume +deepspeed --num_accelerators 2 .*crashing.py --deepspeed_config .*small.json "
+        r"--run_dir",
+        shown,
     )
     assert "Traceback" not in shown
     assert "Traceback" in (tmp_path / "run" / "logs" / "rank_00001.log").read_text()
     assert (tmp_path / "run" / "logs" / "crash.txt").read_text() in shown
 
 
-def test_bad_input_under_the_launcher_is_said_once(run: tuple[Path, Any], configuration: Path) -> None:
+def test_bad_input_under_the_launcher_is_said_once(
+    run: tuple[Path, Any], configuration: Path
+) -> None:
     before = (run[0] / "config.json").read_bytes()
     other = ["--set", "megagpt.model.num_layers=3", "--run_dir", run[0]]
     finished = command("--deepspeed_config", configuration, *other, ranks=2)
     shown = finished.stdout + finished.stderr
     assert finished.returncode == 2
-    assert shown.count("holds another run: choose another --run_dir, or take back these differences") == 1
+    assert (
+        shown.count("holds another run: choose another --run_dir, or take back these differences")
+        == 1
+    )
     assert shown.count("megagpt.model.num_layers: ") == 1
     assert "Traceback" not in shown
     assert (run[0] / "config.json").read_bytes() == before

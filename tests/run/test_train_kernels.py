@@ -1,4 +1,6 @@
-"""The command trains on the Triton kernels: under their interpreter it goes where it goes on plain torch."""
+"""The command trains on the Triton kernels: under their interpreter it goes where it goes on
+plain torch.
+"""
 
 import json
 import os
@@ -18,14 +20,20 @@ from tests.support.monitoring import ENVIRONMENT
 from tests.support.trained_run import write_dataset
 
 STEPS = 3
-OPERATIONS = ("attention", "layer_norm", "linear_cross_entropy")  # what a GPT-2 without dropout has kernels for
+OPERATIONS = (
+    "attention",
+    "layer_norm",
+    "linear_cross_entropy",
+)  # what a GPT-2 without dropout has kernels for
 
 
 @pytest.fixture(scope="module")
 def configuration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ds_configs/default.json with two layers of width 32 and sequences of 16, for three steps."""
     directory = tmp_path_factory.mktemp("configuration")
-    config = run_config(write_dataset(directory), STEPS, (3, "cpu", "cpu"), num_layers=2, hidden_size=32)
+    config = run_config(
+        write_dataset(directory), STEPS, (3, "cpu", "cpu"), num_layers=2, hidden_size=32
+    )
     path = directory / "small.json"
     path.write_text(json.dumps(config))
     return path
@@ -34,18 +42,27 @@ def configuration(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(configuration: Path, run_directory: Path, kernels: str) -> None:
     words = ["launch/train.py", "--deepspeed_config", configuration, "--run_dir", run_directory]
     environment = os.environ | ENVIRONMENT | {"MEGAGPT_KERNELS": kernels}
-    environment.pop("TRITON_INTERPRET", None)  # tests.conftest sets it; a user types MEGAGPT_KERNELS alone
-    subprocess.run([sys.executable, *map(str, words)], cwd=REPOSITORY, env=environment, timeout=500, check=True)
+    environment.pop(
+        "TRITON_INTERPRET", None
+    )  # tests.conftest sets it; a user types MEGAGPT_KERNELS alone
+    subprocess.run(
+        [sys.executable, *map(str, words)], cwd=REPOSITORY, env=environment, timeout=500, check=True
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(HAS_GPU, reason="the interpreter works on CPU tensors")
-def test_training_on_interpreted_kernels_follows_torch(configuration: Path, tmp_path: Path, compiled_ops: None) -> None:
+def test_training_on_interpreted_kernels_follows_torch(
+    configuration: Path, tmp_path: Path, compiled_ops: None
+) -> None:
     losses, norms, logs = {}, {}, {}
     for kernels in ("torch", "interpret"):
         train(configuration, tmp_path / kernels, kernels)
         steps = read_metrics(tmp_path / kernels).steps
-        losses[kernels], norms[kernels] = [step.loss for step in steps], [step.grad_norm for step in steps]
+        losses[kernels], norms[kernels] = (
+            [step.loss for step in steps],
+            [step.grad_norm for step in steps],
+        )
         logs[kernels] = rank_log_path(tmp_path / kernels, 0).read_text()
     assert len(losses["torch"]) == STEPS
     assert losses["interpret"] == pytest.approx(losses["torch"], rel=1e-5)

@@ -1,4 +1,6 @@
-"""Which run a directory belongs to: the same one may go on under any execution, another is refused with its keys."""
+"""Which run a directory belongs to: the same one may go on under any execution, another is
+refused with its keys.
+"""
 
 import json
 import os
@@ -22,7 +24,9 @@ def resolved(world_size: int = 1, **changes: Any) -> ResolvedConfig:
         for section in sections:
             place = place.setdefault(section, {})
         place[key] = value
-    return RunConfig.from_json(json.dumps(config)).resolved(world_size=world_size, vocabulary=128, bf16_native=False)
+    return RunConfig.from_json(json.dumps(config)).resolved(
+        world_size=world_size, vocabulary=128, bf16_native=False
+    )
 
 
 @pytest.fixture
@@ -69,7 +73,9 @@ def test_another_run_is_refused_with_every_key_that_differs(recorded: Path) -> N
 def test_checkpoints_without_their_configuration_are_not_adopted(recorded: Path) -> None:
     (recorded / "config.json").unlink()
     (recorded / "checkpoints").mkdir()
-    with pytest.raises(UserError, match=r"config.json: missing beside checkpoints; restore it, or choose another"):
+    with pytest.raises(
+        UserError, match=r"config.json: missing beside checkpoints; restore it, or choose another"
+    ):
         run_directory.check(recorded, resolved())
 
 
@@ -82,24 +88,33 @@ def test_a_damaged_configuration_names_its_file(recorded: Path, content: str) ->
 
 def test_a_file_in_the_place_of_a_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
-    with pytest.raises(UserError, match=r"cannot be read \(Not a directory\); choose another --run_dir"):
+    with pytest.raises(
+        UserError, match=r"cannot be read \(Not a directory\); choose another --run_dir"
+    ):
         run_directory.check(tmp_path / "run", resolved())
     assert (tmp_path / "run").read_text() == "mine"
 
 
-def test_a_directory_that_cannot_be_looked_into_is_named(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_that_cannot_be_looked_into_is_named(
+    recorded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(path: Path, **_: Any) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "stat", refuse)
-    with pytest.raises(UserError, match=r"cannot be read \(Permission denied\); choose another --run_dir"):
+    with pytest.raises(
+        UserError, match=r"cannot be read \(Permission denied\); choose another --run_dir"
+    ):
         run_directory.check(recorded, resolved())
 
 
 def test_a_second_run_is_kept_out_for_as_long_as_the_first_lasts(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     with run_directory.lock(directory):
-        with pytest.raises(UserError, match=rf"process {os.getpid()} on .* \(kill {os.getpid()}\), or choose another"):
+        with pytest.raises(
+            UserError,
+            match=rf"process {os.getpid()} on .* \(kill {os.getpid()}\), or choose another",
+        ):
             run_directory.lock(directory)
         assert [path.name for path in directory.iterdir()] == [run_directory.LOCK_FILE]
     run_directory.lock(directory).close()

@@ -1,4 +1,6 @@
-"""Signals and the stop file: one rank hears them, all ranks save at the same step, and the run says how it ended."""
+"""Signals and the stop file: one rank hears them, all ranks save at the same step, and the run
+says how it ended.
+"""
 
 import json
 import os
@@ -18,7 +20,14 @@ from megagpt.rundir.end_record import EndRecord
 from megagpt.rundir.signals import SignalListener, Wish, Wishes
 from tests import REPOSITORY
 from tests.support.jobs.checkpoint import assert_same_state, gathered, run_config
-from tests.support.processes import PATIENCE_S, Start, ranks_of, seconds_to_its_end, steps_on_record, until
+from tests.support.processes import (
+    PATIENCE_S,
+    Start,
+    ranks_of,
+    seconds_to_its_end,
+    steps_on_record,
+    until,
+)
 from tests.support.ranks import RankPool
 from tests.support.shards import stored_tensors
 from tests.support.trained_run import write_dataset
@@ -34,7 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("dataset"))
 
 
-# ------------------------------------------------------------------------------------------------- one rank that hears
+# ------------------------------------------------------------------------------ one rank that hears
 
 
 class Ended(list[signal.Signals]):
@@ -75,7 +84,9 @@ def test_one_press_arrives_twice_and_counts_once(listener: tuple[Wishes, Ended])
 def test_the_same_signal_again_ends_the_process(
     listener: tuple[Wishes, Ended], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seconds later, that is; the launcher's SIGTERM 30 s after the terminal's SIGINT is another signal."""
+    """Seconds later, that is; the launcher's SIGTERM 30 s after the terminal's SIGINT is another
+    signal.
+    """
     wishes, ended = listener
     monkeypatch.setattr(signals, "SAME_PRESS_S", 0.05)
     send(signal.SIGINT, signal.SIGTERM)
@@ -108,14 +119,16 @@ def test_a_stop_file_is_a_wish_until_it_is_removed(tmp_path: Path) -> None:
     assert not Wish.SAVE.ends_the_run
 
 
-# ------------------------------------------------------------------------------------------------ ranks that must agree
+# ---------------------------------------------------------------------------- ranks that must agree
 
 
 @pytest.mark.parametrize(("stage", "rank"), [(0, 1), (3, 0)])
 def test_one_rank_is_told_and_all_end_at_the_same_step(
     two_ranks: RankPool, data: Path, tmp_path: Path, stage: int, rank: int
 ) -> None:
-    """The checkpoint is that step's, and what follows after a resume is bit for bit what would have been."""
+    """The checkpoint is that step's, and what follows after a resume is bit for bit what would
+    have been.
+    """
 
     def train(directory: Path, wishes: dict[int, Wish]) -> list[dict[str, Any]]:
         config = run_config(data, STEPS, (stage, "none", "none"))
@@ -132,25 +145,35 @@ def test_one_rank_is_told_and_all_end_at_the_same_step(
     assert_same_state(gathered(whole, "at_end"), gathered(second, "at_end"))
 
 
-def test_a_wish_in_a_validation_does_not_wait_for_another_step(two_ranks: RankPool, data: Path, tmp_path: Path) -> None:
+def test_a_wish_in_a_validation_does_not_wait_for_another_step(
+    two_ranks: RankPool, data: Path, tmp_path: Path
+) -> None:
     config = run_config(data, STEPS, (1, "none", "none"), save_every=0)
     config["megagpt"]["training"] |= {"eval_interval_steps": 2, "eval_batches": 1}
     wishes = {2: Wish.SAVE, 4: Wish.SIGTERM}  # to save can wait, for the end of step 3
-    arguments = {"config": config, "directory": tmp_path, "rank": 1, "wishes": wishes, "during": "validation"}
+    arguments = {
+        "config": config,
+        "directory": tmp_path,
+        "rank": 1,
+        "wishes": wishes,
+        "during": "validation",
+    }
     ranks = two_ranks.run(TRAIN, **arguments)
     assert [(ended["wish"], ended["state"].step) for ended in ranks] == [(Wish.SIGTERM, 4)] * 2
     assert complete_steps(tmp_path / "checkpoints") == [4, 3]
     assert [event["step"] for event in read_metrics(tmp_path).events_named("eval")] == [2, 4]
 
 
-def test_a_wish_in_the_last_step_changes_nothing(two_ranks: RankPool, data: Path, tmp_path: Path) -> None:
+def test_a_wish_in_the_last_step_changes_nothing(
+    two_ranks: RankPool, data: Path, tmp_path: Path
+) -> None:
     config = run_config(data, 3, (1, "none", "none"))
     ranks = two_ranks.run(TRAIN, config=config, directory=tmp_path, rank=1, wishes={3: Wish.SIGINT})
     assert [ended["wish"] for ended in ranks] == [Wish.NOTHING] * 2
     assert complete_steps(tmp_path / "checkpoints") == [3]
 
 
-# --------------------------------------------------------------------------------------------------- the whole command
+# -------------------------------------------------------------------------------- the whole command
 
 
 @pytest.fixture
@@ -163,10 +186,15 @@ def configuration(data: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "how",
-    [signal.SIGTERM, *(pytest.param(how, marks=pytest.mark.slow) for how in (signal.SIGINT, "stop file"))],
+    [
+        signal.SIGTERM,
+        *(pytest.param(how, marks=pytest.mark.slow) for how in (signal.SIGINT, "stop file")),
+    ],
     ids=str,
 )
-def test_one_process_saves_and_exits_with_three(start: Start, configuration: Path, tmp_path: Path, how: Any) -> None:
+def test_one_process_saves_and_exits_with_three(
+    start: Start, configuration: Path, tmp_path: Path, how: Any
+) -> None:
     run = tmp_path / "run"
     (process,) = start("--deepspeed_config", configuration, "--run_dir", run)
     until(lambda: steps_on_record(run) > 2)
@@ -183,7 +211,9 @@ def test_one_process_saves_and_exits_with_three(start: Start, configuration: Pat
 
 
 @pytest.mark.slow
-def test_the_second_sigterm_ends_a_process_whose_main_thread_hangs(start: Start, data: Path, tmp_path: Path) -> None:
+def test_the_second_sigterm_ends_a_process_whose_main_thread_hangs(
+    start: Start, data: Path, tmp_path: Path
+) -> None:
     """At once, and with the last checkpoint intact (F4)."""
     configuration, run = tmp_path / "config.json", tmp_path / "run"
     configuration.write_text(json.dumps(run_config(data, 10, (1, "none", "none"), save_every=2)))
@@ -225,20 +255,25 @@ sys.exit(run_command(lambda: startup.main(parse_arguments())))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["foreground", "background"])
-@pytest.mark.parametrize("told", [[0], [0, 1], [1, 0]], ids=["one process", "rank 0 of two", "rank 1 of two"])
+@pytest.mark.parametrize(
+    "told", [[0], [0, 1], [1, 0]], ids=["one process", "rank 0 of two", "rank 1 of two"]
+)
 def test_the_second_sigterm_ends_a_process_that_saves(
     start: Start, data: Path, tmp_path: Path, told: list[int], asynchronous: bool
 ) -> None:
     """Nothing torn can ever be read, and the run goes on from the checkpoint before (F4).
 
-    Of two ranks the first of ``told`` hangs, and it alone is told; the other waits for it, and ends with it.
+    Of two ranks the first of ``told`` hangs, and it alone is told; the other waits for it, and ends
+    with it.
     """
     configuration, run = tmp_path / "config.json", tmp_path / "run"
     config = run_config(data, 10, (1, "none", "none"), save_every=2)
     config["megagpt"]["checkpoint"]["asynchronous"] = asynchronous
     configuration.write_text(json.dumps(config))
     hangs, script = tmp_path / "hangs", tmp_path / "hanging.py"
-    script.write_text(HANGING_SAVE.format(repository=str(REPOSITORY), hangs=str(hangs), rank=str(told[0])))
+    script.write_text(
+        HANGING_SAVE.format(repository=str(REPOSITORY), hangs=str(hangs), rank=str(told[0]))
+    )
     words = ["--deepspeed_config", configuration, "--run_dir", run]
     ranks = start(*words, ranks=len(told), script=script)
     process, *peers = [ranks[rank] for rank in told]
@@ -254,13 +289,22 @@ def test_the_second_sigterm_ends_a_process_that_saves(
         assert peer.wait() == 1
     record = EndRecord.read(run)
     assert record is not None
-    assert (record.reason, record.exit_code, record.rank, record.detail) == ("ended at once", 1, told[0], "SIGTERM")
+    assert (record.reason, record.exit_code, record.rank, record.detail) == (
+        "ended at once",
+        1,
+        told[0],
+        "SIGTERM",
+    )
     assert complete_steps(run / "checkpoints") == [2]
     assert open_checkpoint(run).manifest.state.step == 2
     assert [rank.wait(PATIENCE_S) for rank in start(*words, ranks=len(told))] == [0] * len(told)
     (resume,) = read_metrics(run).events_named("resume")
     assert (resume["step"], resume["passed_over"]) == (2, [])
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step_00000008", "step_00000010"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "latest",
+        "step_00000008",
+        "step_00000010",
+    ]
 
 
 @pytest.mark.slow
@@ -268,11 +312,17 @@ def test_the_second_sigterm_ends_a_process_that_saves(
 def test_one_of_two_ranks_is_told_and_both_save_the_same_step(
     start: Start, data: Path, tmp_path: Path, told: int
 ) -> None:
-    """In processes of their own, without a launcher; resumed, they end bit for bit as an undisturbed run (F3)."""
-    configuration, run, undisturbed = (tmp_path / name for name in ("config.json", "run", "undisturbed"))
+    """In processes of their own, without a launcher; resumed, they end bit for bit as an
+    undisturbed run (F3).
+    """
+    configuration, run, undisturbed = (
+        tmp_path / name for name in ("config.json", "run", "undisturbed")
+    )
     configuration.write_text(json.dumps(run_config(data, 12, (1, "none", "none"), save_every=12)))
     words = ["--deepspeed_config", configuration, "--run_dir"]
-    ranks = start(*words, run, ranks=2, faults="slow@step=3,seconds=0.5")  # so that it is told in time
+    ranks = start(
+        *words, run, ranks=2, faults="slow@step=3,seconds=0.5"
+    )  # so that it is told in time
     until(lambda: steps_on_record(run) > 2)
     at_s = time.monotonic()
     ranks[told].send_signal(signal.SIGTERM)
@@ -282,7 +332,10 @@ def test_one_of_two_ranks_is_told_and_both_save_the_same_step(
     assert record is not None
     assert (record.reason, record.exit_code, record.detail) == ("pre-empted", 3, "SIGTERM")
     assert complete_steps(run / "checkpoints") == [record.step]
-    assert {name[:10] for name in open_checkpoint(run).manifest.files} == {"rank_00000", "rank_00001"}
+    assert {name[:10] for name in open_checkpoint(run).manifest.files} == {
+        "rank_00000",
+        "rank_00001",
+    }
     logs = [(run / "logs" / f"rank_{rank:05d}.log").read_text() for rank in (0, 1)]
     assert ["SIGTERM: save and end" in log for log in logs] == [rank == told for rank in (0, 1)]
     for directory in (run, undisturbed):
@@ -290,13 +343,18 @@ def test_one_of_two_ranks_is_told_and_both_save_the_same_step(
     (resume,) = read_metrics(run).events_named("resume")
     assert resume["step"] == record.step
     assert_same_state(stored_tensors(run), stored_tensors(undisturbed))
-    losses = [[(made.step, made.loss) for made in read_metrics(directory).steps] for directory in (run, undisturbed)]
+    losses = [
+        [(made.step, made.loss) for made in read_metrics(directory).steps]
+        for directory in (run, undisturbed)
+    ]
     assert losses[0] == losses[1]
 
 
 @pytest.mark.slow
 def test_ctrl_c_under_the_launcher(start: Start, configuration: Path, tmp_path: Path) -> None:
-    """The terminal sends SIGINT to everyone; the launcher adds a SIGTERM for one rank after another."""
+    """The terminal sends SIGINT to everyone; the launcher adds a SIGTERM for one rank after
+    another.
+    """
     run = tmp_path / "run"
     (process,) = start("--deepspeed_config", configuration, "--run_dir", run, launched=2)
     until(lambda: steps_on_record(run) > 2)
@@ -309,7 +367,9 @@ def test_ctrl_c_under_the_launcher(start: Start, configuration: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_ranks_whose_launcher_is_killed_save_and_end(start: Start, configuration: Path, tmp_path: Path) -> None:
+def test_ranks_whose_launcher_is_killed_save_and_end(
+    start: Start, configuration: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     (process,) = start("--deepspeed_config", configuration, "--run_dir", run, launched=2)
     until(lambda: steps_on_record(run) > 2)
@@ -320,8 +380,12 @@ def test_ranks_whose_launcher_is_killed_save_and_end(start: Start, configuration
 
 
 @pytest.mark.slow
-def test_ranks_whose_launcher_is_told_to_end_save_and_end(start: Start, configuration: Path, tmp_path: Path) -> None:
-    """DeepSpeed's command dies of SIGTERM without a word to its ranks; both save, well before a launcher kills (F3)."""
+def test_ranks_whose_launcher_is_told_to_end_save_and_end(
+    start: Start, configuration: Path, tmp_path: Path
+) -> None:
+    """DeepSpeed's command dies of SIGTERM without a word to its ranks; both save, well before a
+    launcher kills (F3).
+    """
     run = tmp_path / "run"
     (process,) = start("--deepspeed_config", configuration, "--run_dir", run, launched=2)
     until(lambda: steps_on_record(run) > 2)
@@ -336,4 +400,6 @@ def test_ranks_whose_launcher_is_told_to_end_save_and_end(start: Start, configur
     assert {name[:10] for name in files} == {"rank_00000", "rank_00001"}
     until(lambda: not ranks_of(run))
     logs = [(run / "logs" / f"rank_{rank:05d}.log").read_text() for rank in (0, 1)]
-    assert any("the launcher has died" in log for log in logs)  # the first to notice tells the other
+    assert any(
+        "the launcher has died" in log for log in logs
+    )  # the first to notice tells the other

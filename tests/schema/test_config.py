@@ -40,7 +40,11 @@ TYPOS = {  # what was typed, where; what was meant
 def test_at_least_18_of_20_seeded_typos_get_the_right_suggestion() -> None:
     right = []
     for typo, meant in TYPOS.items():
-        lines = [line for line in errors_of(put(MINIMAL, typo, 1)) if f"x.json: {typo}: unknown key" in line]
+        lines = [
+            line
+            for line in errors_of(put(MINIMAL, typo, 1))
+            if f"x.json: {typo}: unknown key" in line
+        ]
         assert len(lines) == 1, f"{typo} must be reported once"
         right.append(lines[0].endswith(f'did you mean "{meant}"?'))
     assert len(TYPOS) == 20
@@ -97,11 +101,19 @@ def test_integral_floats_are_accepted_for_element_counts_only() -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["train_batch_size", "optimizer.params.lr", "megagpt.model.num_heads", "fp16.enabled", "gradient_clipping"]
+    "key",
+    [
+        "train_batch_size",
+        "optimizer.params.lr",
+        "megagpt.model.num_heads",
+        "fp16.enabled",
+        "gradient_clipping",
+    ],
 )
 def test_auto_is_refused_elsewhere(key: str) -> None:
     assert errors_of(put(MINIMAL, key, "auto")) == [
-        f'x.json: {key}: "auto" is resolved only in bf16.enabled and scheduler.params.total_num_steps; write the value'
+        f'x.json: {key}: "auto" is resolved only in bf16.enabled and '
+        f"scheduler.params.total_num_steps; write the value"
     ]
 
 
@@ -110,14 +122,18 @@ def test_numbers_that_json_does_not_have(spelling: str) -> None:
     text = json.dumps(put(MINIMAL, "gradient_clipping", "HERE")).replace('"HERE"', spelling)
     with pytest.raises(ConfigError) as caught:
         RunConfig.from_json(text, "x.json")
-    assert caught.value.errors == [f"x.json: gradient_clipping: {spelling} is not a JSON number; write a finite one"]
+    assert caught.value.errors == [
+        f"x.json: gradient_clipping: {spelling} is not a JSON number; write a finite one"
+    ]
 
 
 def test_duplicate_keys_at_any_depth() -> None:
     text = json.dumps(MINIMAL).replace('"num_layers": 2', '"num_layers": 2, "num_layers": 3')
     with pytest.raises(ConfigError) as caught:
         RunConfig.from_json(text, "x.json")
-    assert caught.value.errors == ["x.json: megagpt.model.num_layers: written more than once; keep one"]
+    assert caught.value.errors == [
+        "x.json: megagpt.model.num_layers: written more than once; keep one"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +159,14 @@ ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
 )
-KEYS = ["megagpt", "scheduler", "optimizer.params.betas", "megagpt.data.path", "megagpt.model.preset", "$schema"]
+KEYS = [
+    "megagpt",
+    "scheduler",
+    "optimizer.params.betas",
+    "megagpt.data.path",
+    "megagpt.model.preset",
+    "$schema",
+]
 
 
 @settings(deadline=None)
@@ -165,12 +188,28 @@ def test_whatever_stands_at_a_key_only_config_errors_come_out(key: str, value: o
         ("megagpt.model.num_heads", 5, "5 does not divide hidden_size 64: use 4 or 8"),
         ("megagpt.model.num_kv_heads", 3, "3 does not divide num_heads 4: use 2 or 4"),
         ("megagpt.training.total_tokens", 5, "given beside total_steps; keep one of the two"),
-        ("megagpt.checkpoint.milestone_interval_steps", 600, "600 is no multiple of interval_steps 500: use 1000 or 0"),
+        (
+            "megagpt.checkpoint.milestone_interval_steps",
+            600,
+            "600 is no multiple of interval_steps 500: use 1000 or 0",
+        ),
         ("megagpt.data.path", [], "an empty list; name at least one dataset"),
         ("fp16.enabled", True, 'true beside bf16.enabled "auto"; enable one of the two'),
-        ("optimizer.params.adam_w_mode", False, 'DeepSpeed ignores false with type "AdamW"; use type "Adam"'),
-        ("zero_optimization.allgather_bucket_size", 1000, "does nothing at stage 3; remove it, or use stage 1 or 2"),
-        ("zero_optimization.offload_optimizer.nvme_path", "d", 'acts only with device "nvme", and device is "cpu"'),
+        (
+            "optimizer.params.adam_w_mode",
+            False,
+            'DeepSpeed ignores false with type "AdamW"; use type "Adam"',
+        ),
+        (
+            "zero_optimization.allgather_bucket_size",
+            1000,
+            "does nothing at stage 3; remove it, or use stage 1 or 2",
+        ),
+        (
+            "zero_optimization.offload_optimizer.nvme_path",
+            "d",
+            'acts only with device "nvme", and device is "cpu"',
+        ),
         ("aio", {}, 'acts only with an offload to "nvme"; remove it'),
     ],
 )
@@ -181,12 +220,16 @@ def test_sections_check_themselves(key: str, value: object, expected: str) -> No
 def test_nvme_needs_a_path() -> None:
     document = put(MINIMAL, "zero_optimization.offload_param", {"device": "nvme"})
     assert errors_of(document) == [
-        "x.json: zero_optimization.offload_param.nvme_path: required with device nvme: a directory on the drive"
+        "x.json: zero_optimization.offload_param.nvme_path: required with device nvme: a "
+        "directory on the drive"
     ]
 
 
 def test_a_schedule_may_not_replace_the_learning_rate() -> None:
-    scheduler = {"type": "WarmupDecayLR", "params": {"warmup_max_lr": 0.001, "warmup_num_steps": 10}}
+    scheduler = {
+        "type": "WarmupDecayLR",
+        "params": {"warmup_max_lr": 0.001, "warmup_num_steps": 10},
+    }
     assert errors_of(put(MINIMAL, "scheduler", scheduler)) == [
         "x.json: scheduler.params.warmup_max_lr: 0.001 would replace optimizer.params.lr 0.0003; "
         "make them equal, or remove it"
@@ -198,7 +241,9 @@ def test_a_schedule_may_not_replace_the_learning_rate() -> None:
 
 
 def test_data_may_be_a_blend() -> None:
-    config = parse(put(MINIMAL, "megagpt.data.path", [{"path": "data/a", "weight": 0.25}, {"path": "data/b"}]))
+    config = parse(
+        put(MINIMAL, "megagpt.data.path", [{"path": "data/a", "weight": 0.25}, {"path": "data/b"}])
+    )
     assert [(source.path, source.weight) for source in config.megagpt.data.sources] == [
         ("data/a", 0.25),
         ("data/b", 1.0),
@@ -217,7 +262,8 @@ def test_a_configuration_is_frozen() -> None:
 def test_a_missing_file_lists_the_present_ones(tmp_path: Path) -> None:
     (tmp_path / "default.json").write_text("{}")
     with pytest.raises(
-        ConfigError, match=r'defualt.json: no such file; .* holds default.json, did you mean "default.json"'
+        ConfigError,
+        match=r'defualt.json: no such file; .* holds default.json, did you mean "default.json"',
     ):
         load_config(tmp_path / "defualt.json")
 
@@ -232,7 +278,8 @@ def test_overrides_pass_the_same_checks(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text(json.dumps(MINIMAL))
     config = load_config(
-        path, ["megagpt.model.num_layers=24", "megagpt.data.path=data/web", "zero_optimization.stage=2"]
+        path,
+        ["megagpt.model.num_layers=24", "megagpt.data.path=data/web", "zero_optimization.stage=2"],
     )
     assert config.megagpt.model.num_layers == 24
     assert config.megagpt.data.path == "data/web"
@@ -255,8 +302,14 @@ def test_overrides_pass_the_same_checks(tmp_path: Path) -> None:
         "--set",
         "--set",
     ]
-    assert '--set: megagpt.model.num_layer: unknown key, did you mean "num_layers"?' in caught.value.errors
-    assert "--set: gradient_clipping: NaN is not a JSON number; write a finite one" in caught.value.errors
+    assert (
+        '--set: megagpt.model.num_layer: unknown key, did you mean "num_layers"?'
+        in caught.value.errors
+    )
+    assert (
+        "--set: gradient_clipping: NaN is not a JSON number; write a finite one"
+        in caught.value.errors
+    )
 
 
 def test_an_override_error_alone_is_an_error(tmp_path: Path) -> None:
@@ -265,7 +318,9 @@ def test_an_override_error_alone_is_an_error(tmp_path: Path) -> None:
         load_config(tmp_path / "x.json", ["nonsense"])
 
 
-@pytest.mark.parametrize("key", ["bf16", "bf16.enabled", "zero_optimization.offload_optimizer", "scheduler", "aio"])
+@pytest.mark.parametrize(
+    "key", ["bf16", "bf16.enabled", "zero_optimization.offload_optimizer", "scheduler", "aio"]
+)
 def test_null_on_the_command_line_removes_a_key(tmp_path: Path, key: str) -> None:
     document = copy.deepcopy(MINIMAL)
     (tmp_path / "with.json").write_text(json.dumps(document))
@@ -275,7 +330,9 @@ def test_null_on_the_command_line_removes_a_key(tmp_path: Path, key: str) -> Non
         here = here[name]
     here.pop(last, None)
     (tmp_path / "without.json").write_text(json.dumps(document))
-    assert load_config(tmp_path / "with.json", [f"{key}=null"]) == load_config(tmp_path / "without.json")
+    assert load_config(tmp_path / "with.json", [f"{key}=null"]) == load_config(
+        tmp_path / "without.json"
+    )
 
 
 def test_what_is_required_cannot_be_removed(tmp_path: Path) -> None:
@@ -284,7 +341,9 @@ def test_what_is_required_cannot_be_removed(tmp_path: Path) -> None:
         load_config(tmp_path / "x.json", ["optimizer=null"])
 
 
-@pytest.mark.parametrize("key", ["bf61", "zero_optimization.stge", "optimizer.params.lrr", "bf61.enabled"])
+@pytest.mark.parametrize(
+    "key", ["bf61", "zero_optimization.stge", "optimizer.params.lrr", "bf61.enabled"]
+)
 def test_a_typo_is_not_removed_but_said(tmp_path: Path, key: str) -> None:
     (tmp_path / "x.json").write_text(json.dumps(MINIMAL))
     with pytest.raises(ConfigError, match="unknown key, did you mean"):

@@ -1,6 +1,8 @@
-"""Our table of DeepSpeed's keys against the installed DeepSpeed: a new version's keys must be noticed, and sorted.
+"""Our table of DeepSpeed's keys against the installed DeepSpeed: a new version's keys must be
+noticed, and sorted.
 
-Every key that DeepSpeed reads is either accepted here or refused with a reason, and every accepted key is one of its.
+Every key that DeepSpeed reads is either accepted here or refused with a reason, and every accepted
+key is one of its.
 """
 
 from __future__ import annotations
@@ -44,11 +46,15 @@ from megagpt.schema.refused import REFUSED
 from tests.support.config_documents import MINIMAL, parse, put, resolve
 
 OURS_ALONE = {"megagpt", "$schema"}
-NOT_IN_THE_CONFIG_CLASS = {"sequence_parallel_size"}  # DeepSpeed reads it only where no mpu is given
+NOT_IN_THE_CONFIG_CLASS = {
+    "sequence_parallel_size"
+}  # DeepSpeed reads it only where no mpu is given
 
 
 class Recorder(dict[str, Any]):
-    """A configuration that notes which keys DeepSpeed asks for, in itself and in the copies that DeepSpeed makes."""
+    """A configuration that notes which keys DeepSpeed asks for, in itself and in the copies that
+    DeepSpeed makes.
+    """
 
     def __init__(self, items: dict[str, Any], asked: set[str]) -> None:
         super().__init__(items)
@@ -98,13 +104,27 @@ def test_every_top_level_key_is_accepted_or_refused() -> None:
     assert len(read) > 50, "the recorder must see DeepSpeed's reads"
     assert accepted & refused == set()
     assert read - accepted - refused == set(), "DeepSpeed reads keys that our table does not know"
-    assert accepted | refused == read | NOT_IN_THE_CONFIG_CLASS, "our table has keys that DeepSpeed does not read"
+    assert accepted | refused == read | NOT_IN_THE_CONFIG_CLASS, (
+        "our table has keys that DeepSpeed does not read"
+    )
 
 
 SECTIONS = [
-    ("zero_optimization", ZeroConfig, fields(DeepSpeedZeroConfig) | set(deepspeed_config._REMOVED_ZERO_CONFIG_KEYS)),
-    ("zero_optimization.offload_optimizer", OffloadOptimizerConfig, fields(DeepSpeedZeroOffloadOptimizerConfig)),
-    ("zero_optimization.offload_param", OffloadParamConfig, fields(DeepSpeedZeroOffloadParamConfig)),
+    (
+        "zero_optimization",
+        ZeroConfig,
+        fields(DeepSpeedZeroConfig) | set(deepspeed_config._REMOVED_ZERO_CONFIG_KEYS),
+    ),
+    (
+        "zero_optimization.offload_optimizer",
+        OffloadOptimizerConfig,
+        fields(DeepSpeedZeroOffloadOptimizerConfig),
+    ),
+    (
+        "zero_optimization.offload_param",
+        OffloadParamConfig,
+        fields(DeepSpeedZeroOffloadParamConfig),
+    ),
     ("bf16", Bf16Config, fields(DeepSpeedBF16Config)),
     ("fp16", Fp16Config, fields(DeepSpeedFP16Config)),
     ("wandb", WandbConfig, fields(DeepSpeedWandb)),
@@ -113,8 +133,12 @@ SECTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("section", "ours", "theirs"), SECTIONS, ids=[section for section, *_ in SECTIONS])
-def test_every_key_of_a_section_is_accepted_or_refused(section: str, ours: type[BaseModel], theirs: set[str]) -> None:
+@pytest.mark.parametrize(
+    ("section", "ours", "theirs"), SECTIONS, ids=[section for section, *_ in SECTIONS]
+)
+def test_every_key_of_a_section_is_accepted_or_refused(
+    section: str, ours: type[BaseModel], theirs: set[str]
+) -> None:
     accepted = set(keys_of(ours))
     refused = {key for key in refused_below(section) if "." not in key}
     assert accepted & refused == set()
@@ -129,11 +153,18 @@ def test_every_data_type_is_accepted_or_refused() -> None:
 
 @pytest.mark.parametrize(
     ("name", "params"),
-    [("WarmupLR", WarmupLRParams), ("WarmupDecayLR", WarmupDecayLRParams), ("WarmupCosineLR", WarmupCosineLRParams)],
+    [
+        ("WarmupLR", WarmupLRParams),
+        ("WarmupDecayLR", WarmupDecayLRParams),
+        ("WarmupCosineLR", WarmupCosineLRParams),
+    ],
 )
 def test_schedules_have_deepspeeds_parameters(name: str, params: type[BaseModel]) -> None:
     signature = inspect.signature(getattr(lr_schedules, name).__init__)
-    assert set(keys_of(params)) | refused_below("scheduler.params") == set(signature.parameters) - {"self", "optimizer"}
+    assert set(keys_of(params)) | refused_below("scheduler.params") == set(signature.parameters) - {
+        "self",
+        "optimizer",
+    }
 
 
 def test_a_refused_key_says_what_to_use_and_is_never_accepted() -> None:
@@ -150,7 +181,10 @@ def test_a_refused_key_says_what_to_use_and_is_never_accepted() -> None:
         {"zero_optimization": {"stage": 1, "use_multi_rank_bucket_allreduce": True}},
         {
             "aio": {"queue_depth": 4},
-            "zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "d"}},
+            "zero_optimization": {
+                "stage": 3,
+                "offload_param": {"device": "nvme", "nvme_path": "d"},
+            },
         },
         {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"},
     ],

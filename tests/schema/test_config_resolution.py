@@ -14,7 +14,9 @@ from megagpt.schema.arithmetic import BatchSizes, solve_batch
 from tests import REPOSITORY
 from tests.support.config_documents import MINIMAL, parse, put, resolve, resolve_errors
 
-CONFIG_FILES = sorted(path for path in (REPOSITORY / "ds_configs").glob("*.json") if path.name != "schema.json")
+CONFIG_FILES = sorted(
+    path for path in (REPOSITORY / "ds_configs").glob("*.json") if path.name != "schema.json"
+)
 
 
 def test_resolution_fills_in_everything() -> None:
@@ -27,13 +29,18 @@ def test_resolution_fills_in_everything() -> None:
     assert config.megagpt.parallel.gradient_reduction == "per_micro_batch"
     assert config.bf16.enabled is False
     assert config.deepspeed_dict()["scheduler"]["params"]["total_num_steps"] == 100
-    assert parse(MINIMAL).resolved(world_size=1, vocabulary=1000, bf16_native=True).bf16.enabled is True
+    assert (
+        parse(MINIMAL).resolved(world_size=1, vocabulary=1000, bf16_native=True).bf16.enabled
+        is True
+    )
 
 
 def test_deepspeed_gets_its_own_sections_only() -> None:
     document = put(put(MINIMAL, "$schema", "schema.json"), "wandb.enabled", True)
     given_to_deepspeed = resolve(document).deepspeed_dict()
-    assert not {"megagpt", "$schema", "wandb", "tensorboard", "schema_file"} & set(given_to_deepspeed)
+    assert not {"megagpt", "$schema", "wandb", "tensorboard", "schema_file"} & set(
+        given_to_deepspeed
+    )
     assert given_to_deepspeed["zero_optimization"] == {
         "stage": 3,
         "offload_optimizer": {"device": "cpu", "pin_memory": True},
@@ -72,12 +79,14 @@ def test_a_length_in_tokens_becomes_whole_steps() -> None:
         (
             6,
             {"megagpt.parallel.tensor": 4},
-            "megagpt.parallel: 6 ranks cannot hold replicas of tensor 4 x pipeline 1: use 4 or 8 ranks",
+            "megagpt.parallel: 6 ranks cannot hold replicas of tensor 4 x pipeline 1: use 4 or 8 "
+            "ranks",
         ),
         (
             1,
             {"megagpt.model.vocabulary": 999},
-            "megagpt.model.vocabulary: 999 is smaller than the data's vocabulary of 1000: use 1000 or remove it",
+            "megagpt.model.vocabulary: 999 is smaller than the data's vocabulary of 1000: use "
+            "1000 or remove it",
         ),
         (
             1,
@@ -87,12 +96,14 @@ def test_a_length_in_tokens_becomes_whole_steps() -> None:
         (
             1,
             {"megagpt.model.vocab_size": 999},
-            "megagpt.model.vocab_size: 999 is smaller than the data's vocabulary of 1000: use 1000 or remove it",
+            "megagpt.model.vocab_size: 999 is smaller than the data's vocabulary of 1000: use "
+            "1000 or remove it",
         ),
         (
             1,
             {"megagpt.training.total_steps": 10},
-            "scheduler.params.warmup_num_steps: 20 is longer than the schedule of 10 steps: use at most 10",
+            "scheduler.params.warmup_num_steps: 20 is longer than the schedule of 10 steps: use "
+            "at most 10",
         ),
     ],
 )
@@ -112,7 +123,10 @@ def test_a_shrunken_world_is_refused() -> None:
 
 def test_every_impossible_value_is_reported_together() -> None:
     lines = resolve_errors(put(put(MINIMAL, "train_batch_size", 15), "megagpt.model.vocab_size", 5))
-    assert [line.split(":")[0] for line in lines] == ["train_batch_size", "megagpt.model.vocab_size"]
+    assert [line.split(":")[0] for line in lines] == [
+        "train_batch_size",
+        "megagpt.model.vocab_size",
+    ]
 
 
 def test_an_unknown_vocabulary_needs_data_or_a_preset() -> None:
@@ -166,14 +180,23 @@ def test_identity_names_what_differs() -> None:
         {"bf16.enabled": True},
         {"train_micro_batch_size_per_gpu": 2},
         {"megagpt.training.total_steps": 500, "megagpt.training.recompute": "full"},
-        {"megagpt.checkpoint.interval_steps": 7, "megagpt.monitor.log_interval_steps": 1, "wandb.enabled": True},
+        {
+            "megagpt.checkpoint.interval_steps": 7,
+            "megagpt.monitor.log_interval_steps": 1,
+            "wandb.enabled": True,
+        },
     ],
 )
 def test_execution_is_no_part_of_the_identity(changes: dict[str, object]) -> None:
     document = MINIMAL
     for key, value in changes.items():
         document = put(document, key, value)
-    assert identity_differences(resolve(MINIMAL).identity(), resolve(document, world_size=1).identity()) == []
+    assert (
+        identity_differences(
+            resolve(MINIMAL).identity(), resolve(document, world_size=1).identity()
+        )
+        == []
+    )
 
 
 def test_a_preset_and_its_spelled_out_shape_are_one_identity() -> None:
@@ -194,7 +217,8 @@ def test_text_round_trips_exactly(path: Path) -> None:
     assert RunConfig.from_json(config.to_json()).to_json() == config.to_json()
 
 
-PUBLISHED = {  # parameters; GPT-2 as released (token and position tables included), GPT-3 as table 2.1 rounds them
+# parameters; GPT-2 as released (token and position tables included), GPT-3 as table 2.1 rounds them
+PUBLISHED = {
     "gpt2-124m": (124_439_808, 0),
     "gpt2-355m": (354_823_168, 0),
     "gpt2-774m": (774_030_080, 0),
@@ -222,4 +246,6 @@ def test_explicit_keys_override_the_preset() -> None:
 def test_the_mlp_is_as_wide_as_stated() -> None:
     shape = {"num_layers": 1, "hidden_size": 4096, "num_heads": 32, "vocab_size": 128}
     assert ModelConfig.model_validate(shape).mlp_size == 16384
-    assert ModelConfig.model_validate({**shape, "activation": "swiglu"}).mlp_size == 11008  # Llama 7B's width
+    assert (
+        ModelConfig.model_validate({**shape, "activation": "swiglu"}).mlp_size == 11008
+    )  # Llama 7B's width

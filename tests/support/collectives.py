@@ -1,4 +1,6 @@
-"""Counts what this rank really sends: calls and elements by axis of the mesh, at the lowest level that Python sees."""
+"""Counts what this rank really sends: calls and elements by axis of the mesh, at the lowest
+level that Python sees.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -11,7 +13,8 @@ from torch.distributed import ProcessGroup
 
 from megagpt.distributed import Mesh
 
-# Everything in torch.distributed and deepspeed.comm ends in one of these methods of a process group.
+# Everything in torch.distributed and deepspeed.comm ends in one of these methods of a process
+# group.
 OPERATIONS = {
     "allreduce": "all_reduce",
     "allgather": "all_gather",
@@ -29,7 +32,10 @@ Traffic = dict[tuple[str, str], tuple[int, int]]  # (axis, operation) -> calls, 
 
 @contextmanager
 def counted(mesh: Mesh) -> Iterator[Traffic]:
-    """Fill the yielded dict when the block ends. The elements are the larger side's: whole, not a rank's share."""
+    """Fill the yielded dict when the block ends.
+
+    The elements are the larger side's: whole, not a rank's share.
+    """
     axes = {
         group.group_name: axis
         for axis, group in (
@@ -45,8 +51,12 @@ def counted(mesh: Mesh) -> Iterator[Traffic]:
 
     def counting(method: Callable[..., Any], operation: str) -> Callable[..., Any]:
         def call(group: ProcessGroup, *arguments: Any, **options: Any) -> Any:
-            # Only pipelines send, an interleaved one through groups of two (`engine.neighbour_groups`).
-            key = "pipeline" if operation == "send" else axes.get(group.group_name, "other"), operation
+            # Only pipelines send, an interleaved one through groups of two
+            # (`engine.neighbour_groups`).
+            key = (
+                "pipeline" if operation == "send" else axes.get(group.group_name, "other"),
+                operation,
+            )
             calls[key] += 1
             elements[key] += max(map(tensor_elements, arguments[:2]), default=0)
             return method(group, *arguments, **options)

@@ -13,7 +13,10 @@ from megagpt.config import ConfigError, ResolvedConfig, RunConfig
 MINIMAL: dict[str, Any] = {
     "train_batch_size": 16,
     "optimizer": {"type": "AdamW", "params": {"lr": 3e-4, "weight_decay": 0.1}},
-    "scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": "auto", "warmup_num_steps": 20}},
+    "scheduler": {
+        "type": "WarmupCosineLR",
+        "params": {"total_num_steps": "auto", "warmup_num_steps": 20},
+    },
     "bf16": {"enabled": "auto"},
     "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
     "megagpt": {
@@ -44,11 +47,15 @@ def errors_of(document: dict[str, Any]) -> list[str]:
     return caught.value.errors
 
 
-def resolve(document: dict[str, Any], world_size: int = 2, vocabulary: int | None = 1000) -> ResolvedConfig:
+def resolve(
+    document: dict[str, Any], world_size: int = 2, vocabulary: int | None = 1000
+) -> ResolvedConfig:
     return parse(document).resolved(world_size=world_size, vocabulary=vocabulary, bf16_native=False)
 
 
-def resolve_errors(document: dict[str, Any], world_size: int = 2, vocabulary: int | None = 1000) -> list[str]:
+def resolve_errors(
+    document: dict[str, Any], world_size: int = 2, vocabulary: int | None = 1000
+) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         resolve(document, world_size, vocabulary)
     return caught.value.errors

@@ -1,4 +1,6 @@
-"""How many bytes of tensors a process holds while a block runs: every storage that an op makes, until it is freed."""
+"""How many bytes of tensors a process holds while a block runs: every storage that an op makes,
+until it is freed.
+"""
 
 from typing import Any
 
@@ -10,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveMemory(TorchDispatchMode):
-    """Within this context, ``peak_bytes`` of storages made in it and alive at the same time, looked at after each op.
+    """Within this context, ``peak_bytes`` of storages made in it and alive at the same time, looked
+    at after each op.
 
     Storages on the meta device hold nothing.
     """
@@ -23,12 +26,16 @@ class LiveMemory(TorchDispatchMode):
     @property
     def bytes(self) -> int:
         """Of what is alive now."""
-        self._alive = {key: (ref, size) for key, (ref, size) in self._alive.items() if not ref.expired()}
+        self._alive = {
+            key: (ref, size) for key, (ref, size) in self._alive.items() if not ref.expired()
+        }
         return sum(size for _, size in self._alive.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         known = {
-            tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)
+            tensor.untyped_storage()._cdata
+            for tensor in tree_leaves((args, kwargs))
+            if isinstance(tensor, Tensor)
         }
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):

@@ -1,6 +1,8 @@
-"""The equality matrix: its axes, which of its combinations are legal, and a pairwise selection of them.
+"""The equality matrix: its axes, which of its combinations are legal, and a pairwise selection of
+them.
 
-``python -m tests.support.matrix`` prints the selection that ``tests/equality/test_matrix.py`` trains in ``make test``.
+``python -m tests.support.matrix`` prints the selection that ``tests/equality/test_matrix.py``
+trains in ``make test``.
 """
 
 import itertools
@@ -52,8 +54,9 @@ class Row(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"ZeRO {self.stage} {self.optimizer}/{self.parameters}, {self.pipeline} x {self.tensor} x {self.data}, "
-            f"{self.reduction}, {self.kind} {'tied' if self.tied else 'untied'}, {self.micro_batches}, {self.precision}"
+            f"ZeRO {self.stage} {self.optimizer}/{self.parameters}, {self.pipeline} x "
+            f"{self.tensor} x {self.data}, {self.reduction}, {self.kind} "
+            f"{'tied' if self.tied else 'untied'}, {self.micro_batches}, {self.precision}"
         )
 
 
@@ -61,7 +64,12 @@ AXES = Row(
     stage=(0, 1, 2, 3),
     optimizer=("none", "cpu", "nvme"),
     parameters=("none", "cpu", "nvme"),
-    pipeline=("none", "1f1b", "gpipe", "interleaved"),  # of two ranks, interleaved: of two stages on each
+    pipeline=(
+        "none",
+        "1f1b",
+        "gpipe",
+        "interleaved",
+    ),  # of two ranks, interleaved: of two stages on each
     tensor=("none", "layers", "sequence"),  # of two ranks, sequence: the norms are shared, too
     data=(1, 2),
     reduction=("per_step", "per_micro_batch"),
@@ -73,22 +81,39 @@ AXES = Row(
 
 KINDS = {
     "gpt2": {"dropout": 0.1},
-    "llama": {"activation": "swiglu", "norm": "rmsnorm", "position": "rotary", "num_kv_heads": 2, "bias": False},
+    "llama": {
+        "activation": "swiglu",
+        "norm": "rmsnorm",
+        "position": "rotary",
+        "num_kv_heads": 2,
+        "bias": False,
+    },
 }
 
 
 def document(row: Row, swap_directory: Path = Path("swap")) -> Config:
     """The run of a row, as a file would describe it. Blocks do not divide evenly among stages."""
-    shape = {"vocabulary": TOKENS, "num_layers": 5 if row.pipeline == "interleaved" else 3, "tie_embeddings": row.tied}
+    shape = {
+        "vocabulary": TOKENS,
+        "num_layers": 5 if row.pipeline == "interleaved" else 3,
+        "tie_embeddings": row.tied,
+    }
     batch = SAMPLES * row.micro_batches * row.data
     if row.parameters == "nvme":
         shape["hidden_size"] = 2 * WIDTH  # so that a quarter of a matrix in bf16 is swapped
     config = tiny(batch=batch, micro=SAMPLES, steps=STEPS, **shape, **KINDS[row.kind])
     config = with_zero(config, row.stage, row.optimizer, row.parameters)
     config["bf16"] = {"enabled": row.precision == "bf16"}
-    parallel: dict[str, Any] = {"pipeline": row.stages, "tensor": row.shards, "gradient_reduction": row.reduction}
+    parallel: dict[str, Any] = {
+        "pipeline": row.stages,
+        "tensor": row.shards,
+        "gradient_reduction": row.reduction,
+    }
     if row.pipeline != "none":
-        parallel |= {"schedule": row.pipeline, "virtual_stages": 2 if row.pipeline == "interleaved" else 1}
+        parallel |= {
+            "schedule": row.pipeline,
+            "virtual_stages": 2 if row.pipeline == "interleaved" else 1,
+        }
     config["megagpt"]["parallel"] = parallel | {"sequence": row.tensor == "sequence"}
     zero = config["zero_optimization"]
     for section in ("offload_optimizer", "offload_param"):
@@ -110,7 +135,9 @@ def resolved(config: Config, ranks: int) -> ResolvedConfig:
 def is_legal(row: Row) -> bool:
     """Whether the planner lets it start."""
     if row.kind != AXES.kind[0]:
-        return is_legal(row._replace(kind=AXES.kind[0]))  # two ranks divide the heads and widths of all kinds
+        return is_legal(
+            row._replace(kind=AXES.kind[0])
+        )  # two ranks divide the heads and widths of all kinds
     try:
         return not refusals(resolved(document(row), row.ranks))
     except ConfigError:
@@ -136,14 +163,18 @@ def triples(row: Row) -> set[Meeting]:
 
 
 def pairs(row: Row) -> set[Meeting]:
-    """Every two levels that meet in a row, and every two beside replicas: without them, ZeRO has nothing to cut."""
+    """Every two levels that meet in a row, and every two beside replicas: without them, ZeRO has
+    nothing to cut.
+    """
     return meetings(row, 2) | {meeting for meeting in triples(row) if ("data", 2) in meeting}
 
 
 def selection(rows: Iterable[Row], met: Callable[[Row], set[Meeting]]) -> list[Row]:
-    """Few of the rows, in which everything is met that is met in any of them: the greedy choice of pairwise testing.
+    """Few of the rows, in which everything is met that is met in any of them: the greedy choice of
+    pairwise testing.
 
-    The next is the one that meets most of what none has met yet; of equals, the one of fewest ranks.
+    The next is the one that meets most of what none has met yet; of equals, the one of fewest
+    ranks.
     """
     missing = {row: met(row) for row in sorted(rows, key=lambda row: row.ranks)}
     chosen = []

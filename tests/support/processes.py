@@ -27,11 +27,13 @@ Start = Callable[..., list[Process]]
 
 @contextmanager
 def starter() -> Iterator[Start]:
-    """Yields ``start(*words, ranks=1, launched=0, faults="", script=..., typed="", screen=None)``: the processes.
+    """Yields ``start(*words, ranks=1, launched=0, faults="", script=..., typed="", screen=None)``:
+    the processes.
 
-    ``launched`` ranks come from DeepSpeed's launcher, one process to us; ``ranks`` are started directly, one each.
-    ``typed`` is a line for a shell in place of script and words; ``screen`` a file for all that would be shown, where
-    only stderr comes in a pipe otherwise. Every process has a group of its own, which is killed in the end.
+    ``launched`` ranks come from DeepSpeed's launcher, one process to us; ``ranks`` are started
+    directly, one each. ``typed`` is a line for a shell in place of script and words; ``screen`` a
+    file for all that would be shown, where only stderr comes in a pipe otherwise. Every process has
+    a group of its own, which is killed in the end.
     """
     started: list[Process] = []
 
@@ -45,12 +47,20 @@ def starter() -> Iterator[Start]:
         screen: Path | None = None,
     ) -> list[Process]:
         search = f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}"
-        environment = os.environ | ENVIRONMENT | {"PATH": search, "DS_ACCELERATOR": "cpu", VARIABLE: faults}
+        environment = (
+            os.environ | ENVIRONMENT | {"PATH": search, "DS_ACCELERATOR": "cpu", VARIABLE: faults}
+        )
         port, command = str(free_port()), [sys.executable, str(script), *map(str, words)]
         if typed:
             command = ["sh", "-c", typed]
         if launched:
-            launcher = [str(PROGRAMS / "deepspeed"), "--num_accelerators", str(launched), "--master_port", port]
+            launcher = [
+                str(PROGRAMS / "deepspeed"),
+                "--num_accelerators",
+                str(launched),
+                "--master_port",
+                port,
+            ]
             command = launcher + command[1:]
         of_all = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         places = [of_all | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
@@ -92,9 +102,11 @@ def until(condition: Callable[[], Any]) -> Any:
 
 
 def seconds_to_its_end(process: "subprocess.Popen[Any]") -> float:
-    """How long a process takes from now to its end, without what it only waits for a core that others keep busy.
+    """How long a process takes from now to its end, without what it only waits for a core that
+    others keep busy.
 
-    The kernel counts that wait for the main thread (Documentation/scheduler/sched-stats.rst, /proc/<pid>/schedstat).
+    The kernel counts that wait for the main thread (Documentation/scheduler/sched-stats.rst,
+    /proc/<pid>/schedstat).
     """
 
     def waited_s() -> float:
@@ -106,20 +118,29 @@ def seconds_to_its_end(process: "subprocess.Popen[Any]") -> float:
 
 
 def import_s(*, queued: bool = False) -> float:
-    """How long importing what a rank imports takes now; other work on the machine slows that and a rank alike.
+    """How long importing what a rank imports takes now; other work on the machine slows that and a
+    rank alike.
 
     ``queued``: with its waits for a core, for comparison with a time that has such waits in it.
     """
     began = time.monotonic()
-    importing = subprocess.Popen([sys.executable, "-c", "import deepspeed"], stderr=subprocess.DEVNULL)
+    importing = subprocess.Popen(
+        [sys.executable, "-c", "import deepspeed"], stderr=subprocess.DEVNULL
+    )
     net_s = seconds_to_its_end(importing)
     assert importing.wait() == 0
     return time.monotonic() - began if queued else net_s
 
 
 def ranks_of(run: Path) -> list[processes.Process]:
-    """The living processes of this machine whose command line names a run directory, launchers among them."""
-    return [member for member in processes.all_processes() if str(run) in member.words and member.is_alive()]
+    """The living processes of this machine whose command line names a run directory, launchers
+    among them.
+    """
+    return [
+        member
+        for member in processes.all_processes()
+        if str(run) in member.words and member.is_alive()
+    ]
 
 
 def steps_on_record(run: Path) -> int:

@@ -1,7 +1,8 @@
 """A pool of real ranks (processes joined by gloo) that serves many test cases.
 
-Starting ranks costs seconds, so a pool lives for the session. A job that fails or outlasts its deadline fails one test,
-with what every rank was doing; the pool is then ended, by its own process ids, and the next test gets a new one.
+Starting ranks costs seconds, so a pool lives for the session. A job that fails or outlasts its
+deadline fails one test, with what every rank was doing; the pool is then ended, by its own process
+ids, and the next test gets a new one.
 """
 
 import faulthandler
@@ -25,11 +26,15 @@ FAILURE_GRACE_S = 3.0
 
 
 class RankError(AssertionError):
-    """A job failed on some rank; the message holds its traceback, or every rank's stack after a hang."""
+    """A job failed on some rank; the message holds its traceback, or every rank's stack after a
+    hang.
+    """
 
 
 class RankPool:
-    """``world_size`` ranks; ``run("tests.support.jobs.training:name", argument=...)`` calls a function on each, returns the results."""
+    """``world_size`` ranks; ``run("tests.support.jobs.training:name", argument=...)`` calls a
+    function on each, returns the results.
+    """
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
@@ -40,7 +45,9 @@ class RankPool:
         context = get_context("spawn")
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, port, theirs, self.directory), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, world_size, port, theirs, self.directory), daemon=True
+            )
             process.start()
             self.processes.append(process)
             self.connections.append(ours)
@@ -65,7 +72,9 @@ class RankPool:
         self.processes, self.connections = [], []
 
     def _collect(self, job: str, deadline_s: float) -> list[Any]:
-        """Every rank's answer; once one has failed, the others, which may wait for it, get a moment only."""
+        """Every rank's answer; once one has failed, the others, which may wait for it, get a
+        moment only.
+        """
         end = time.monotonic() + deadline_s
         results: list[Any] = [None] * self.world_size
         failures: list[str] = []
@@ -76,7 +85,10 @@ class RankPool:
                 try:
                     succeeded, results[rank] = connection.recv()
                 except EOFError:
-                    succeeded, results[rank] = False, f"died: exit code {self.processes[rank].exitcode}"
+                    succeeded, results[rank] = (
+                        False,
+                        f"died: exit code {self.processes[rank].exitcode}",
+                    )
                 if not succeeded:
                     failures.append(f"rank {rank} in {job}:\n{results[rank]}")
                     end = min(end, time.monotonic() + FAILURE_GRACE_S)
@@ -94,7 +106,9 @@ class RankPool:
                 os.kill(process.pid, signal.SIGUSR1)
         time.sleep(0.5)
         texts = [(self.directory / f"stack_{rank}").read_text() for rank in range(self.world_size)]
-        return "\n".join(f"--- rank {rank} was here\n{text}" for rank, text in enumerate(texts) if text)
+        return "\n".join(
+            f"--- rank {rank} was here\n{text}" for rank, text in enumerate(texts) if text
+        )
 
 
 def free_port() -> int:
@@ -105,12 +119,19 @@ def free_port() -> int:
 
 def _serve(rank: int, world_size: int, port: int, connection: Connection, directory: Path) -> None:
     """A rank's life: join the others, then answer jobs until the pipe closes."""
-    with (directory / f"stack_{rank}").open("w") as stacks, (directory / f"output_{rank}").open("w") as output:
+    with (
+        (directory / f"stack_{rank}").open("w") as stacks,
+        (directory / f"output_{rank}").open("w") as output,
+    ):
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+        os.environ |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "DS_ACCELERATOR": "cpu",
+        }
         connection.send(_answer(_join, {}))
         while True:
             try:

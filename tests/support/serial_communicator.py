@@ -1,9 +1,11 @@
-"""What our pipelines post to NCCL, rank by rank, and how it would end where each communicator is a queue.
+"""What our pipelines post to NCCL, rank by rank, and how it would end where each communicator is a
+queue.
 
-The posts are recorded from `megagpt.parallel.pipeline.Pipeline` on torch's own schedules, on a process group that sends nothing.
-They are then executed under NCCL's rules. A batch starts when everything that its rank posted before on the same
-communicator has ended, and ends when every counterpart of its operations has started. So a send ends no earlier than
-its receive is posted. Passes take a time, a forward 1 and a backward 2 for each stage; transfers take none.
+The posts are recorded from `megagpt.parallel.pipeline.Pipeline` on torch's own schedules, on a
+process group that sends nothing. They are then executed under NCCL's rules. A batch starts when
+everything that its rank posted before on the same communicator has ended, and ends when every
+counterpart of its operations has started. So a send ends no earlier than its receive is posted.
+Passes take a time, a forward 1 and a backward 2 for each stage; transfers take none.
 """
 
 from __future__ import annotations
@@ -76,7 +78,11 @@ class Recorder:
     def listening(self) -> Iterator[None]:
         """Note every send and receive of this process."""
         with (
-            patch.object(dist.ProcessGroup, "send", lambda group, tensors, peer, tag: self._note(group, True, peer)),
+            patch.object(
+                dist.ProcessGroup,
+                "send",
+                lambda group, tensors, peer, tag: self._note(group, True, peer),
+            ),
             patch.object(dist.ProcessGroup, "recv", self._receive()),
             patch.object(dist, "batch_isend_irecv", self._batch),
         ):
@@ -99,7 +105,9 @@ class Recorder:
         return None
 
     def _batch(self, operations: list[dist.P2POp]) -> list[Any]:
-        (members,) = {tuple(dist.get_process_group_ranks(operation.group)) for operation in operations}
+        (members,) = {
+            tuple(dist.get_process_group_ranks(operation.group)) for operation in operations
+        }
         self._open = []
         for operation in operations:
             operation.op(operation.tensor, operation.peer, operation.group)
@@ -134,17 +142,30 @@ class PlainEngine:
         scalar.backward()
 
 
-def programs(schedule: str, pipeline: int, virtual_stages: int, micro_batches: int, work: str) -> list[Program]:
-    """What each rank does in ``work``, of which each letter is a step of training (t) or an evaluation (e)."""
-    return [_program(rank, schedule, pipeline, virtual_stages, micro_batches, work) for rank in range(pipeline)]
+def programs(
+    schedule: str, pipeline: int, virtual_stages: int, micro_batches: int, work: str
+) -> list[Program]:
+    """What each rank does in ``work``, of which each letter is a step of training (t) or an
+    evaluation (e).
+    """
+    return [
+        _program(rank, schedule, pipeline, virtual_stages, micro_batches, work)
+        for rank in range(pipeline)
+    ]
 
 
-def _program(rank: int, schedule: str, pipeline: int, virtual_stages: int, micro_batches: int, work: str) -> Program:
+def _program(
+    rank: int, schedule: str, pipeline: int, virtual_stages: int, micro_batches: int, work: str
+) -> Program:
     dist.init_process_group("fake", rank=rank, world_size=pipeline, store=FakeStore())
     try:
         recorder = Recorder()
-        running = Pipeline(_engine(recorder, rank, schedule, pipeline, virtual_stages), micro_batches)
-        batch = [MicroBatch(*(torch.zeros(1, LENGTH, dtype=torch.int64) for _ in range(2)))] * micro_batches
+        running = Pipeline(
+            _engine(recorder, rank, schedule, pipeline, virtual_stages), micro_batches
+        )
+        batch = [
+            MicroBatch(*(torch.zeros(1, LENGTH, dtype=torch.int64) for _ in range(2)))
+        ] * micro_batches
         with recorder.listening():
             for kind in work:
                 with torch.set_grad_enabled(kind == "t"):
@@ -154,16 +175,22 @@ def _program(rank: int, schedule: str, pipeline: int, virtual_stages: int, micro
         dist.destroy_process_group()
 
 
-def _engine(recorder: Recorder, rank: int, schedule: str, pipeline: int, virtual_stages: int) -> Any:
+def _engine(
+    recorder: Recorder, rank: int, schedule: str, pipeline: int, virtual_stages: int
+) -> Any:
     """As much of `megagpt.parallel.engine.Engine` as a pipeline asks for."""
     off = SimpleNamespace(enabled=False)
-    parallel = SimpleNamespace(schedule=schedule, tensor=1, sequence=False, gradient_reduction="per_step")
+    parallel = SimpleNamespace(
+        schedule=schedule, tensor=1, sequence=False, gradient_reduction="per_step"
+    )
     ours = SimpleNamespace(
         parallel=parallel,
         model=SimpleNamespace(sequence_length=LENGTH, hidden_size=HIDDEN),
         monitor=SimpleNamespace(stall_timeout_s=0),
     )
-    config: Any = SimpleNamespace(megagpt=ours, train_micro_batch_size_per_gpu=1, bf16=off, fp16=off)
+    config: Any = SimpleNamespace(
+        megagpt=ours, train_micro_batch_size_per_gpu=1, bf16=off, fp16=off
+    )
     mesh: Any = SimpleNamespace(
         rank=rank,
         pipeline_size=pipeline,
@@ -194,8 +221,14 @@ def of_the_group(rank: int, batch: Batch) -> Any:
 
 
 def lazily_of_a_pair(rank: int, batch: Batch) -> Any:
-    """NCCL without a bound device: what is posted singly uses a communicator of the two ranks, for both ways."""
-    return batch.group if batch.together else (batch.group, frozenset((rank, batch.operations[0].peer)))
+    """NCCL without a bound device: what is posted singly uses a communicator of the two ranks,
+    for both ways.
+    """
+    return (
+        batch.group
+        if batch.together
+        else (batch.group, frozenset((rank, batch.operations[0].peer)))
+    )
 
 
 def one_for_all(rank: int, batch: Batch) -> Any:
@@ -207,7 +240,8 @@ def one_by_one(ranks: Sequence[Program]) -> list[Program]:
     """The same operations in the same order, each posted singly."""
     single = {
         step.batch: [
-            replace(step.batch, operations=(operation,), together=False) for operation in step.batch.operations
+            replace(step.batch, operations=(operation,), together=False)
+            for operation in step.batch.operations
         ]
         for program in ranks
         for step in program
@@ -215,7 +249,11 @@ def one_by_one(ranks: Sequence[Program]) -> list[Program]:
     }
 
     def split(step: Post | Wait | Compute) -> Program:
-        return [step] if isinstance(step, Compute) else [type(step)(batch) for batch in single[step.batch]]
+        return (
+            [step]
+            if isinstance(step, Compute)
+            else [type(step)(batch) for batch in single[step.batch]]
+        )
 
     return [[part for step in program for part in split(step)] for program in ranks]
 
@@ -226,11 +264,15 @@ class Execution:
     def __init__(self, ranks: Sequence[Program], communicator: Communicator) -> None:
         self.ranks, self.communicator = ranks, communicator
         self.at, self.clock = [0] * len(ranks), [0.0] * len(ranks)
-        self.queues: dict[tuple[int, Any], list[Batch]] = defaultdict(list)  # posted and not ended, the oldest first
+        self.queues: dict[tuple[int, Any], list[Batch]] = defaultdict(
+            list
+        )  # posted and not ended, the oldest first
         self.free_at: Counter[tuple[int, Any]] = Counter()
         self.posted_at: dict[Batch, float] = {}
         self.ended_at: dict[Batch, float] = {}
-        self.numbers: dict[Batch, list[tuple[bool, Any, int]]] = {}  # sends, from where to where, which of those
+        self.numbers: dict[
+            Batch, list[tuple[bool, Any, int]]
+        ] = {}  # sends, from where to where, which of those
         self._counts: Counter[tuple[bool, Any]] = Counter()
         while any(self._advance(rank) for rank in range(len(ranks))) or self._communicate():
             pass
@@ -238,8 +280,16 @@ class Execution:
     @property
     def stuck(self) -> dict[int, Operation]:
         """What each rank that does not reach its end waits for."""
-        waiting = {rank: step[self.at[rank]] for rank, step in enumerate(self.ranks) if self.at[rank] < len(step)}
-        return {rank: step.batch.operations[0] for rank, step in waiting.items() if isinstance(step, Wait)}
+        waiting = {
+            rank: step[self.at[rank]]
+            for rank, step in enumerate(self.ranks)
+            if self.at[rank] < len(step)
+        }
+        return {
+            rank: step.batch.operations[0]
+            for rank, step in waiting.items()
+            if isinstance(step, Wait)
+        }
 
     @property
     def duration(self) -> float:
@@ -271,7 +321,9 @@ class Execution:
             self.numbers[batch].append((sends, way, self._counts[sends, way]))
 
     def _communicate(self) -> bool:
-        """End every first batch of a queue whose counterparts are first in theirs; whether there was one."""
+        """End every first batch of a queue whose counterparts are first in theirs; whether there
+        was one.
+        """
         started = {}
         for queue_of, queue in self.queues.items():
             for number in self.numbers[queue[0]] if queue else ():

@@ -17,7 +17,11 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq")
 def stored_tensors(run: Path, step: int | None = None) -> dict[tuple[str, str], torch.Tensor]:
     """Those of a checkpoint of a run, the newest or that of a step, by (kind, parameter)."""
     reader = open_checkpoint(run, step)
-    return {(kind, name): reader.tensor(kind, name) for kind in KINDS for name in reader.manifest.tensors}
+    return {
+        (kind, name): reader.tensor(kind, name)
+        for kind in KINDS
+        for name in reader.manifest.tensors
+    }
 
 
 def whole_tensors(ranks: Iterable[Held]) -> dict[tuple[str, str], torch.Tensor]:
@@ -30,14 +34,18 @@ def whole_tensors(ranks: Iterable[Held]) -> dict[tuple[str, str], torch.Tensor]:
 
 
 def _whole(key: tuple[str, str], pieces: list[tuple[Box, int, torch.Tensor]]) -> torch.Tensor:
-    shape = [max(end for _, end in spans) for spans in zip(*(box for box, _, _ in pieces), strict=True)]
+    shape = [
+        max(end for _, end in spans) for spans in zip(*(box for box, _, _ in pieces), strict=True)
+    ]
     whole = torch.empty(math.prod(shape))
     times_held = torch.zeros(whole.shape, dtype=torch.int64)
     for box, start, values in pieces:
         elements = flat_elements(box, start, values.numel(), shape)
         whole[elements] = values
         times_held[elements] += 1
-    assert times_held.eq(1).all(), f"{key}: {times_held.gt(1).sum()} elements held twice, {times_held.eq(0).sum()} not"
+    assert times_held.eq(1).all(), (
+        f"{key}: {times_held.gt(1).sum()} elements held twice, {times_held.eq(0).sum()} not"
+    )
     return whole
 
 

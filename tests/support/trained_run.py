@@ -1,4 +1,6 @@
-"""A small run directory with its data, as training writes them but untrained: for the commands that read a run."""
+"""A small run directory with its data, as training writes them but untrained: for the commands
+that read a run.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -33,14 +35,24 @@ def write_dataset(directory: Path, tokenizer: str = "bytes") -> Path:
     texts.mkdir(parents=True)
     for index, text in enumerate(TEXTS):
         (texts / f"{index}.txt").write_text(text)
-    prepare(Request(f"{texts}/*.txt", directory / "data", tokenizer=tokenizer), report=lambda line: None)
+    prepare(
+        Request(f"{texts}/*.txt", directory / "data", tokenizer=tokenizer), report=lambda line: None
+    )
     return directory / "data"
 
 
 def write_run(directory: Path, data: Path, *, steps: tuple[int, ...] = (10,), **model: Any) -> Path:
-    """A run on ``data`` with a checkpoint at each step; the weights are initial ones, another seed a step."""
+    """A run on ``data`` with a checkpoint at each step; the weights are initial ones, another
+    seed a step.
+    """
     vocabulary = open_dataset(data).vocabulary
-    shape = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "init_std": 0.2, "sequence_length": SEQUENCE_LENGTH}
+    shape = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_heads": 4,
+        "init_std": 0.2,
+        "sequence_length": SEQUENCE_LENGTH,
+    }
     config = ResolvedConfig.model_validate(
         {
             "train_batch_size": 4,
@@ -70,8 +82,13 @@ def _write_checkpoint(checkpoints: Path, config: ResolvedConfig, step: int) -> N
     directory, file = step_directory(checkpoints, step), "rank_00000_000.safetensors"
     directory.mkdir(parents=True)
     parameters = dict(trained_model(config, step).named_parameters())
-    save_file({f"{WEIGHT}/{name}": p.detach().flatten() for name, p in parameters.items()}, directory / file)
-    tensors = {name: StoredTensor(tuple(p.shape), (_whole(file, p),)) for name, p in parameters.items()}
+    save_file(
+        {f"{WEIGHT}/{name}": p.detach().flatten() for name, p in parameters.items()},
+        directory / file,
+    )
+    tensors = {
+        name: StoredTensor(tuple(p.shape), (_whole(file, p),)) for name, p in parameters.items()
+    }
     manifest = Manifest(
         state=TrainState(step=step),
         identity=config.identity(),

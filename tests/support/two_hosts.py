@@ -1,7 +1,9 @@
-"""Two hosts on one machine: network namespaces joined by a cable, an ssh daemon and a host name in each.
+"""Two hosts on one machine: network namespaces joined by a cable, an ssh daemon and a host name in
+each.
 
-They share the file system, as hosts of a cluster share the directory of a run. Nothing outside the temporary directory
-is written: keys, known hosts and ssh's configuration lie in it, and an `ssh` in front of the system's reads them.
+They share the file system, as hosts of a cluster share the directory of a run. Nothing outside the
+temporary directory is written: keys, known hosts and ssh's configuration lie in it, and an `ssh` in
+front of the system's reads them.
 """
 
 from __future__ import annotations
@@ -19,25 +21,43 @@ from pathlib import Path
 
 from tests import REPOSITORY
 
-ADDRESSES = {"host-a": "192.0.2.1", "host-b": "192.0.2.2"}  # of documentation (RFC 5737), in namespaces of their own
+ADDRESSES = {
+    "host-a": "192.0.2.1",
+    "host-b": "192.0.2.2",
+}  # of documentation (RFC 5737), in namespaces of their own
 DEAD = "192.0.2.9"  # nobody is there, and the network says so
-SILENT, SILENT_MAC = "192.0.2.10", "02:00:00:00:00:0a"  # nobody answers there: what is sent there is swallowed
-SSH_GIVES_UP_S = 5  # on a host that does not answer, as docs/clusters.md recommends it; else two minutes
+SILENT, SILENT_MAC = (
+    "192.0.2.10",
+    "02:00:00:00:00:0a",
+)  # nobody answers there: what is sent there is swallowed
+SSH_GIVES_UP_S = (
+    5  # on a host that does not answer, as docs/clusters.md recommends it; else two minutes
+)
 SSHD = "/usr/sbin/sshd"
 START_S = 60.0
 PREFIX = "megagpt-"  # then the number of the process that made it
-# In the new UTS namespace: the host's own name, then the daemon, which is this process from there on.
-BECOME_SSHD = "import os, socket, sys; socket.sethostname(sys.argv[1]); os.execv(sys.argv[2], sys.argv[2:])"
+# In the new UTS namespace: the host's own name, then the daemon, which is this process from there
+# on.
+BECOME_SSHD = (
+    "import os, socket, sys; socket.sethostname(sys.argv[1]); os.execv(sys.argv[2], sys.argv[2:])"
+)
 
 
 def why_not_here() -> str | None:
     """What keeps this machine from having two hosts, or None."""
     if os.geteuid() != 0:
         return "needs root, to make network namespaces"
-    missing = [program for program in ("ip", "pdsh", "ssh", "ssh-keygen", "unshare") if shutil.which(program) is None]
+    missing = [
+        program
+        for program in ("ip", "pdsh", "ssh", "ssh-keygen", "unshare")
+        if shutil.which(program) is None
+    ]
     missing += [] if Path(SSHD).exists() else ["sshd"]
     if missing:
-        return f"{', '.join(missing)} missing (Debian, Ubuntu: apt install pdsh openssh-server iproute2)"
+        return (
+            f"{', '.join(missing)} missing (Debian, Ubuntu: apt install pdsh openssh-server "
+            f"iproute2)"
+        )
     probe = subprocess.run(["unshare", "--net", "--uts", "true"], check=False, capture_output=True)
     return None if probe.returncode == 0 else "this container may not make namespaces"
 
@@ -70,9 +90,13 @@ class TwoHosts:
         daemon = [SSHD, "-D", "-e", "-f", str(self.directory / f"sshd_{host}")]
         become = [sys.executable, "-c", BECOME_SSHD, host, *daemon]
         with (self.directory / f"sshd_{host}.log").open("ab") as log:
-            self.daemons[host] = subprocess.Popen(self.on(host, "unshare", "--uts", *become), stdout=log, stderr=log)
+            self.daemons[host] = subprocess.Popen(
+                self.on(host, "unshare", "--uts", *become), stdout=log, stderr=log
+            )
         end = time.monotonic() + START_S
-        while subprocess.run([*self.on(host), *self._ssh(host), "true"], check=False, capture_output=True).returncode:
+        while subprocess.run(
+            [*self.on(host), *self._ssh(host), "true"], check=False, capture_output=True
+        ).returncode:
             assert time.monotonic() < end, (self.directory / f"sshd_{host}.log").read_text()
             time.sleep(0.1)
 
@@ -127,7 +151,9 @@ class TwoHosts:
 
 @contextmanager
 def two_hosts(directory: Path) -> Iterator[TwoHosts]:
-    """The hosts, joined and accepting ssh; whatever happens, they and their processes are gone afterwards."""
+    """The hosts, joined and accepting ssh; whatever happens, they and their processes are gone
+    afterwards.
+    """
     _remove_leftovers()
     hosts = TwoHosts(directory)
     try:
@@ -148,7 +174,9 @@ def _lay_cable(hosts: TwoHosts) -> None:
     a, b = map(hosts.namespace, ADDRESSES)
     for namespace in (a, b):
         _run("ip", "netns", "add", namespace)
-    _run("ip", "link", "add", "eth0", "netns", a, "type", "veth", "peer", "name", "eth0", "netns", b)
+    _run(
+        "ip", "link", "add", "eth0", "netns", a, "type", "veth", "peer", "name", "eth0", "netns", b
+    )
     for namespace, address in zip((a, b), ADDRESSES.values(), strict=True):
         _run("ip", "-n", namespace, "address", "add", f"{address}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
@@ -157,17 +185,22 @@ def _lay_cable(hosts: TwoHosts) -> None:
 
 
 def _write_ssh_files(directory: Path) -> None:
-    """A key for the user, one for each host, the daemons' and the client's configuration, and the client."""
+    """A key for the user, one for each host, the daemons' and the client's configuration, and
+    the client.
+    """
     for folder in ("bin", "home"):
         (directory / folder).mkdir()
     Path("/run/sshd").mkdir(exist_ok=True)  # the daemon insists on it; systemd makes it at boot
     for key in ("user", *ADDRESSES):
         _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", str(directory / key))
     public = {host: (directory / f"{host}.pub").read_text() for host in ADDRESSES}
-    (directory / "known_hosts").write_text("".join(f"{ADDRESSES[host]} {key}" for host, key in public.items()))
+    (directory / "known_hosts").write_text(
+        "".join(f"{ADDRESSES[host]} {key}" for host, key in public.items())
+    )
     for host, address in ADDRESSES.items():
         (directory / f"sshd_{host}").write_text(
-            f"ListenAddress {address}\nHostKey {directory / host}\nAuthorizedKeysFile {directory / 'user.pub'}\n"
+            f"ListenAddress {address}\nHostKey {directory / host}\nAuthorizedKeysFile "
+            f"{directory / 'user.pub'}\n"
             f"PidFile none\nStrictModes no\nUsePAM no\nPermitRootLogin prohibit-password\n"
         )
     (directory / "ssh_config").write_text(
@@ -203,7 +236,10 @@ def _namespaces() -> list[str]:
 
 
 def _processes(namespace: str) -> list[int]:
-    return [int(number) for number in subprocess.check_output(["ip", "netns", "pids", namespace]).split()]
+    return [
+        int(number)
+        for number in subprocess.check_output(["ip", "netns", "pids", namespace]).split()
+    ]
 
 
 def _run(*command: str) -> None:

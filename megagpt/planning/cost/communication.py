@@ -1,9 +1,10 @@
 """What a rank sends over each axis of the mesh in one optimizer step, in bytes.
 
-A ring all-gather or reduce-scatter of S bytes over N ranks sends S (N - 1) / N from each, an all-reduce twice that
-(Thakur et al. 2005, "Optimization of collective communication operations in MPICH", section 5). The letters are those
-of model_states.py and working_memory.py. DeepSpeed 0.19.8 reduces the gradients of ZeRO 1 and 2 by all-reduce, where
-the ZeRO paper has a reduce-scatter, unless `use_multi_rank_bucket_allreduce` is false (zero/stage_1_and_2.py:1545).
+A ring all-gather or reduce-scatter of S bytes over N ranks sends S (N - 1) / N from each, an
+all-reduce twice that (Thakur et al. 2005, "Optimization of collective communication operations in
+MPICH", section 5). The letters are those of model_states.py and working_memory.py. DeepSpeed 0.19.8
+reduces the gradients of ZeRO 1 and 2 by all-reduce, where the ZeRO paper has a reduce-scatter,
+unless `use_multi_rank_bucket_allreduce` is false (zero/stage_1_and_2.py:1545).
 `tests/planning/test_communication.py` counts what ranks send.
 """
 
@@ -17,8 +18,9 @@ from megagpt.planning.layout import Layout, model_layers
 
 @dataclass(frozen=True)
 class Communication:
-    """Bytes that one rank sends in a step: `gathers` and `reductions` over the data axis, `tensor` and `pipeline` over
-    theirs."""
+    """Bytes that one rank sends in a step: `gathers` and `reductions` over the data axis,
+    `tensor` and `pipeline` over theirs.
+    """
 
     gathers: float
     reductions: float
@@ -31,13 +33,17 @@ def communication(layout: Layout, pipeline_rank: int, shard: Shard) -> Communica
     return Communication(
         gathers=gathers(shard),
         reductions=reductions(shard),
-        tensor=sum(tensor(layout, stage) for stage in layout.stages_of(pipeline_rank)) * layout.micro_batches,
+        tensor=sum(tensor(layout, stage) for stage in layout.stages_of(pipeline_rank))
+        * layout.micro_batches,
         pipeline=pipeline(layout, pipeline_rank),
     )
 
 
 def gathers(shard: Shard) -> float:
-    """ZeRO 1, 2: e n once, the updated parameters; 3: e n times `gathers_of_step`. All times (D - 1) / D."""
+    """ZeRO 1, 2: e n once, the updated parameters; 3: e n times `gathers_of_step`.
+
+    All times (D - 1) / D.
+    """
     if shard.stage == 0:
         return 0
     times = 1 if shard.stage < 3 else gathers_of_step(shard)
@@ -47,17 +53,20 @@ def gathers(shard: Shard) -> float:
 def gathers_of_step(shard: Shard) -> float:
     """ZeRO 3: how often a step gathers a parameter, on average over the n of a rank: u - k (u - w).
 
-    u: its uses, one forward and one backward a micro-batch, and the forward of blocks that full recomputation repeats
-    (up to the last matrix, which backward then finds). k: the share that DeepSpeed keeps until the next use, those that
-    are used again within R = `stage3_max_reuse_distance` elements; forward and backward of a parameter lie up to 2 n
-    apart, so k = min(1, R / 2 n). w: windows beyond which it knows nothing, a micro-batch, or with a pipeline the step
-    (compat.py). A tied weight that is embedding and head at once
-    is gathered for both.
+    u: its uses, one forward and one backward a micro-batch, and the forward of blocks that full
+    recomputation repeats (up to the last matrix, which backward then finds). k: the share that
+    DeepSpeed keeps until the next use, those that are used again within R =
+    `stage3_max_reuse_distance` elements; forward and backward of a parameter lie up to 2 n apart,
+    so k = min(1, R / 2 n). w: windows beyond which it knows nothing, a micro-batch, or with a
+    pipeline the step (compat.py). A tied weight that is embedding and head at once is gathered for
+    both.
     """
     layout, reuse = shard.layout, reuse_distance(shard.layout)
     uses = 2.0
     if layout.recompute == "full" and reuse < layout.model.block_matmul_parameters / layout.tensor:
-        blocks = (parameter for parameter in shard.parameters if parameter.name.startswith("blocks."))
+        blocks = (
+            parameter for parameter in shard.parameters if parameter.name.startswith("blocks.")
+        )
         uses += sum(p.numel for p in blocks if ".mlp.down." not in p.name) / shard.elements
     uses *= layout.micro_batches
     windows = layout.micro_batches if layout.num_stages == 1 else 1
@@ -65,8 +74,9 @@ def gathers_of_step(shard: Shard) -> float:
 
 
 def reductions(shard: Shard) -> float:
-    """ZeRO 0, 1: 2 e n once; 2: once a step or a micro-batch, as `gradient_reduction` says; 3: e n, as often. All times
-    (D - 1) / D."""
+    """ZeRO 0, 1: 2 e n once; 2: once a step or a micro-batch, as `gradient_reduction` says; 3: e
+    n, as often. All times (D - 1) / D.
+    """
     layout = shard.layout
     per_micro_batch = shard.stage >= 2 and not layout.reduces_per_step
     both_ways = 1 if shard.stage == 3 or layout.zero.use_multi_rank_bucket_allreduce is False else 2
@@ -76,12 +86,13 @@ def reductions(shard: Shard) -> float:
 
 
 def tensor(layout: Layout, stage: int) -> float:
-    """Of one micro-batch in a stage: an all-reduce of T e h behind attention and MLP forward, and before them backward,
-    4 a block, one behind the embedding, one before the head. Times (t - 1) / t.
+    """Of one micro-batch in a stage: an all-reduce of T e h behind attention and MLP forward, and
+    before them backward, 4 a block, one behind the embedding, one before the head. Times (t - 1) /
+    t.
 
-    Full recomputation repeats the one behind attention; torch stops before the other, which no gradient needs.
-    Sequence parallelism sends the same, as reduce-scatters and all-gathers (Korthikanti et al. 2022, section 4.2.2),
-    and gathers the inputs of two matrices once more.
+    Full recomputation repeats the one behind attention; torch stops before the other, which no
+    gradient needs. Sequence parallelism sends the same, as reduce-scatters and all-gathers
+    (Korthikanti et al. 2022, section 4.2.2), and gathers the inputs of two matrices once more.
     """
     blocks, embedding, head = model_layers(layout.model, layout.stages[stage])
     times = blocks * (5 if layout.recompute == "full" else 4) + embedding + head
@@ -90,7 +101,9 @@ def tensor(layout: Layout, stage: int) -> float:
 
 
 def pipeline(layout: Layout, pipeline_rank: int) -> float:
-    """A hidden state of T e h to the next stage and a gradient as large to the one before, for every micro-batch."""
+    """A hidden state of T e h to the next stage and a gradient as large to the one before, for
+    every micro-batch.
+    """
     stages = layout.stages_of(pipeline_rank)
     sends = sum((stage < layout.num_stages - 1) + (stage > 0) for stage in stages)
     hidden = layout.tokens * layout.element_bytes * layout.model.hidden_size

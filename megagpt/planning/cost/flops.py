@@ -1,10 +1,11 @@
 """Model FLOPs of a GPT: what the mathematics needs, whatever the program recomputes or skips.
 
-The count follows PaLM (arXiv 2204.02311, appendix B): a token costs 6 FLOPs a weight that multiplies it (2 forward, 4
-backward) plus 12 x layers x heads x head size x sequence length for the two products of attention. Embedding and
-position tables are looked up, not multiplied, and count nothing; the head counts, tied or not; norms, biases and the
-softmax are left out. PaLM counts attention in FULL although half of it is masked; so does `model_flops_per_token`
-unless told `causal=True`, so that our MFU compares with published ones.
+The count follows PaLM (arXiv 2204.02311, appendix B): a token costs 6 FLOPs a weight that
+multiplies it (2 forward, 4 backward) plus 12 x layers x heads x head size x sequence length for the
+two products of attention. Embedding and position tables are looked up, not multiplied, and count
+nothing; the head counts, tied or not; norms, biases and the softmax are left out. PaLM counts
+attention in FULL although half of it is masked; so does `model_flops_per_token` unless told
+`causal=True`, so that our MFU compares with published ones.
 """
 
 from __future__ import annotations
@@ -21,23 +22,37 @@ def matmul_parameters(model: ModelConfig) -> int:
 
 
 def attention_flops_per_token(model: ModelConfig, *, causal: bool = False) -> float:
-    """Forward FLOPs of query-key and attention-value products, on average over the positions of a sequence.
+    """Forward FLOPs of query-key and attention-value products, on average over the positions of a
+    sequence.
 
     With `causal` a query at position i attends to i + 1 keys, (sequence length + 1) / 2 on average.
     """
     keys = (model.sequence_length + 1) / 2 if causal else model.sequence_length
     products = 2
-    return products * FLOPS_PER_MULTIPLY_ADD * model.num_layers * model.num_heads * model.head_size * keys
+    return (
+        products
+        * FLOPS_PER_MULTIPLY_ADD
+        * model.num_layers
+        * model.num_heads
+        * model.head_size
+        * keys
+    )
 
 
 def model_flops_per_token(model: ModelConfig, *, causal: bool = False) -> float:
     """Forward and backward FLOPs of one trained token; attention in full, or its causal half."""
-    forward = FLOPS_PER_MULTIPLY_ADD * matmul_parameters(model) + attention_flops_per_token(model, causal=causal)
+    forward = FLOPS_PER_MULTIPLY_ADD * matmul_parameters(model) + attention_flops_per_token(
+        model, causal=causal
+    )
     return FORWARD_AND_BACKWARD * forward
 
 
 def model_flops_utilisation(
-    model: ModelConfig, *, tokens_per_s_per_device: float, peak_flops_per_s: float, causal: bool = False
+    model: ModelConfig,
+    *,
+    tokens_per_s_per_device: float,
+    peak_flops_per_s: float,
+    causal: bool = False,
 ) -> float:
     """MFU: the share of a device's peak that the model's mathematics uses, 0 to 1."""
     return tokens_per_s_per_device * model_flops_per_token(model, causal=causal) / peak_flops_per_s

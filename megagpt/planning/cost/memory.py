@@ -1,4 +1,6 @@
-"""The memory of one rank, line by line, and its peak: model states plus what a step needs while it computes."""
+"""The memory of one rank, line by line, and its peak: model states plus what a step needs while
+it computes.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ GRADIENT_LINES = ("accumulating_gradients", "reduced_gradients")
 
 @dataclass(frozen=True)
 class RankMemory:
-    """What a rank of one pipeline rank holds. Its step has three phases, and the largest is the peak."""
+    """What a rank of one pipeline rank holds.
+
+    Its step has three phases, and the largest is the peak.
+    """
 
     layout: Layout
     pipeline_rank: int
@@ -23,8 +28,12 @@ class RankMemory:
 
     @property
     def resident(self) -> Bytes:
-        """All through the run: states without gradients, buffers of torch's pipelining, ZeRO 3's reduce bucket."""
-        held = [getattr(self.states, name) for name in _names(self.states) if name not in GRADIENT_LINES]
+        """All through the run: states without gradients, buffers of torch's pipelining, ZeRO 3's
+        reduce bucket.
+        """
+        held = [
+            getattr(self.states, name) for name in _names(self.states) if name not in GRADIENT_LINES
+        ]
         bucket = self.working.reduce_buffers if self.layout.zero.stage == 3 else 0
         return sum(held, Bytes(device=self.working.pipeline_buffers + bucket))
 
@@ -47,7 +56,9 @@ class RankMemory:
     def peak(self) -> Bytes:
         """The most in device memory, the most in host memory, the most on NVMe."""
         sums = [self.resident + phase for phase in self.phases.values()]
-        return Bytes(max(s.device for s in sums), max(s.host for s in sums), max(s.nvme for s in sums))
+        return Bytes(
+            max(s.device for s in sums), max(s.host for s in sums), max(s.nvme for s in sums)
+        )
 
     @property
     def peak_phase(self) -> str:
@@ -69,7 +80,9 @@ def rank_memory(layout: Layout, pipeline_rank: int, *, data_ranks: int | None = 
     """
     shard = shard_of(layout, pipeline_rank)
     looked_at = min(data_ranks or layout.data, layout.data if layout.zero.stage in (1, 2) else 1)
-    states = max((model_states(layout, pipeline_rank, rank) for rank in range(looked_at)), key=_gradients)
+    states = max(
+        (model_states(layout, pipeline_rank, rank) for rank in range(looked_at)), key=_gradients
+    )
     return RankMemory(layout, pipeline_rank, states, working_memory(layout, pipeline_rank, shard))
 
 

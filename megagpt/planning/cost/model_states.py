@@ -1,10 +1,12 @@
-"""Parameters, gradients, master weights and Adam's moments: the bytes a rank holds of each, and where.
+"""Parameters, gradients, master weights and Adam's moments: the bytes a rank holds of each, and
+where.
 
-The ZeRO paper's 16 bytes a parameter (Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1: 2 weights, 2 gradients,
-12 optimizer) as DeepSpeed 0.19.8 really allocates them, with its padding and copies. In the formulas: n are the
-elements of a rank's stages on its tensor shard, D the ranks on the data axis, e the bytes of an element (2 in 16 bit, 4
-in fp32), a those of an accumulated gradient. `tests/planning/test_memory.py` counts the live tensors. Line numbers refer to
-DeepSpeed's `runtime/`.
+The ZeRO paper's 16 bytes a parameter (Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1: 2
+weights, 2 gradients, 12 optimizer) as DeepSpeed 0.19.8 really allocates them, with its padding and
+copies. In the formulas: n are the elements of a rank's stages on its tensor shard, D the ranks on
+the data axis, e the bytes of an element (2 in 16 bit, 4 in fp32), a those of an accumulated
+gradient. `tests/planning/test_memory.py` counts the live tensors. Line numbers refer to DeepSpeed's
+`runtime/`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ SUB_GROUP_SIZE = MAX_LIVE_PARAMETERS = MAX_REUSE_DISTANCE = 1_000_000_000
 OPTIMIZER_BUFFER_COUNT, PARAMETER_BUFFER_COUNT, PARAMETER_BUFFER_SIZE = 4, 5, 100_000_000
 MAX_IN_CPU = 1_000_000_000
 LEAST_SWAPPED_BYTES = MIB  # smaller pieces stay in host memory (swap_tensor/utils.py:14)
-ALIGNMENT = 2  # elements: partitions of 16-bit numbers begin at multiples of 4 bytes (stage_1_and_2.py:403)
+ALIGNMENT = (
+    2  # elements: partitions of 16-bit numbers begin at multiples of 4 bytes (stage_1_and_2.py:403)
+)
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,9 @@ class Bytes:
 
 
 def reuse_distance(layout: Layout) -> int:
-    """Elements within which ZeRO 3 keeps a parameter whole for its next use: none with parameters on NVMe (compat.py,
-    `read_when_needed`)."""
+    """Elements within which ZeRO 3 keeps a parameter whole for its next use: none with
+    parameters on NVMe (compat.py, `read_when_needed`).
+    """
     given = layout.zero.stage3_max_reuse_distance
     if layout.zero.parameter_device == "nvme":
         return 0
@@ -51,13 +56,20 @@ def reuse_distance(layout: Layout) -> int:
 
 def placed(size: float, place: str) -> Bytes:
     """`size` bytes at `none` (the device), `cpu` or `nvme`, as the configuration names places."""
-    return Bytes(size if place == "none" else 0, size if place == "cpu" else 0, size if place == "nvme" else 0)
+    return Bytes(
+        size if place == "none" else 0,
+        size if place == "cpu" else 0,
+        size if place == "nvme" else 0,
+    )
 
 
 @dataclass(frozen=True)
 class ModelStates:
-    """One line a kind of state. Gradients have two: `accumulating` from the first backward of a step to the reduction,
-    `reduced` from there to the update; never both."""
+    """One line a kind of state.
+
+    Gradients have two: `accumulating` from the first backward of a step to the reduction, `reduced`
+    from there to the update; never both.
+    """
 
     parameters: Bytes
     persistent_parameters: Bytes
@@ -70,7 +82,9 @@ class ModelStates:
 
 
 def model_states(layout: Layout, pipeline_rank: int, data_rank: int = 0) -> ModelStates:
-    """What one rank holds; equal on all tensor ranks, and but for ZeRO 1 and 2's gradients on all data ranks."""
+    """What one rank holds; equal on all tensor ranks, and but for ZeRO 1 and 2's gradients on
+    all data ranks.
+    """
     shard = shard_of(layout, pipeline_rank, data_rank)
     return ModelStates(
         parameters=parameters(shard),
@@ -110,9 +124,13 @@ class Shard:
 
     @cached_property
     def group_partitions(self) -> list[int]:
-        """Of ZeRO 1 and 2: each optimizer group is one flat buffer, filled up to a multiple of 2 D and cut in D."""
+        """Of ZeRO 1 and 2: each optimizer group is one flat buffer, filled up to a multiple of 2
+        D and cut in D.
+        """
         unit = ALIGNMENT * self.layout.data
-        return [round_up(numel, unit) // self.layout.data for numel in group_elements(self.parameters)]
+        return [
+            round_up(numel, unit) // self.layout.data for numel in group_elements(self.parameters)
+        ]
 
     @property
     def padded(self) -> int:
@@ -133,8 +151,9 @@ class Shard:
 
     @cached_property
     def touched(self) -> int:
-        """Of ZeRO 1 and 2: the elements of all parameters of which some lie in this rank's partitions: it keeps their
-        gradients whole."""
+        """Of ZeRO 1 and 2: the elements of all parameters of which some lie in this rank's
+        partitions: it keeps their gradients whole.
+        """
         return sum(self._touched(decayed) for decayed in (True, False))
 
     @cached_property
@@ -147,18 +166,23 @@ class Shard:
 
     @cached_property
     def tiles(self) -> list[int]:
-        """Of ZeRO 3: partitioned elements of each sub-group, the unit in which the optimizer works (stage3.py:1210)."""
+        """Of ZeRO 3: partitioned elements of each sub-group, the unit in which the optimizer
+        works (stage3.py:1210).
+        """
         limit = self.layout.zero.sub_group_size or SUB_GROUP_SIZE
         tiles: list[int] = []
         for decayed in (True, False):
             members = zip(self.parameters, self.partitions, strict=True)
-            tiles += _tiles([numel for parameter, numel in members if parameter.decayed == decayed], limit)
+            tiles += _tiles(
+                [numel for parameter, numel in members if parameter.decayed == decayed], limit
+            )
         return tiles
 
     @cached_property
     def persistent(self) -> int:
-        """Of ZeRO 3: elements of parameters so small that they stay whole, D x ceil(numel / D) of each as they are
-        gathered (zero/parameter_offload.py:317)."""
+        """Of ZeRO 3: elements of parameters so small that they stay whole, D x ceil(numel / D)
+        of each as they are gathered (zero/parameter_offload.py:317).
+        """
         zero, total = self.layout.zero, 0
         threshold = _given(zero.stage3_param_persistence_threshold, PERSISTENCE_THRESHOLD)
         bound = _given(zero.stage3_model_persistence_threshold, sys.maxsize)
@@ -171,7 +195,9 @@ class Shard:
 
     @property
     def accumulates_compactly(self) -> bool:
-        """Of ZeRO 1 and 2: fp32 accumulation beside a 16-bit model has one flat partition (stage_1_and_2.py:1259)."""
+        """Of ZeRO 1 and 2: fp32 accumulation beside a 16-bit model has one flat partition
+        (stage_1_and_2.py:1259).
+        """
         return self.layout.accumulation_bytes != self.layout.element_bytes
 
     def _touched(self, decayed: bool) -> int:
@@ -186,7 +212,9 @@ class Shard:
 
 
 def tile_counts(layout: Layout) -> list[int]:
-    """Optimizer tiles of each pipeline rank at ZeRO 3; elsewhere nothing is cut into tiles by size."""
+    """Optimizer tiles of each pipeline rank at ZeRO 3; elsewhere nothing is cut into tiles by
+    size.
+    """
     if layout.zero.stage < 3:
         return []
     return [len(shard_of(layout, rank).tiles) for rank in range(layout.pipeline)]
@@ -212,8 +240,10 @@ def _given(value: int | None, default: int) -> int:
 
 
 def parameters(shard: Shard) -> Bytes:
-    """ZeRO 0: e n; 1, 2: e round_up(n, 2 D) a group; 3: e sum(ceil(numel / D)), on the device, in host memory, or on
-    NVMe but for `max_in_cpu` elements and for pieces below 1 MiB, which stay in host memory."""
+    """ZeRO 0: e n; 1, 2: e round_up(n, 2 D) a group; 3: e sum(ceil(numel / D)), on the device,
+    in host memory, or on NVMe but for `max_in_cpu` elements and for pieces below 1 MiB, which
+    stay in host memory.
+    """
     size = shard.layout.element_bytes
     if shard.stage < 3:
         return Bytes(device=size * (shard.elements if shard.stage == 0 else shard.padded))
@@ -222,20 +252,30 @@ def parameters(shard: Shard) -> Bytes:
         return placed(size * shard.partition, place)
     small = sum(numel for numel in shard.partitions if size * numel < LEAST_SWAPPED_BYTES)
     assert shard.layout.zero.offload_param is not None
-    kept = max(small, min(shard.partition, _given(shard.layout.zero.offload_param.max_in_cpu, MAX_IN_CPU)))
+    kept = max(
+        small, min(shard.partition, _given(shard.layout.zero.offload_param.max_in_cpu, MAX_IN_CPU))
+    )
     return Bytes(host=size * kept, nvme=size * (shard.partition - kept))
 
 
 def persistent_parameters(shard: Shard) -> Bytes:
-    """ZeRO 3: e times the elements of parameters of at most `stage3_param_persistence_threshold`, whole on the device
-    beside their partitions, unless those are the whole and there."""
+    """ZeRO 3: e times the elements of parameters of at most
+    `stage3_param_persistence_threshold`, whole on the device beside their partitions, unless
+    those are the whole and there.
+    """
     alone = shard.layout.data == 1 and shard.layout.zero.parameter_device == "none"
-    return Bytes(device=shard.layout.element_bytes * shard.persistent if shard.stage == 3 and not alone else 0)
+    return Bytes(
+        device=shard.layout.element_bytes * shard.persistent
+        if shard.stage == 3 and not alone
+        else 0
+    )
 
 
 def accumulating_gradients(shard: Shard) -> Bytes:
-    """Until the reduction. ZeRO 0, 1, and any with `per_step`: e n, whole. ZeRO 2: e times the parameters that this
-    rank has a part of, or an fp32 partition; ZeRO 3 has its partition a sum(ceil(numel / D)) at all times.
+    """Until the reduction. ZeRO 0, 1, and any with `per_step`: e n, whole.
+
+    ZeRO 2: e times the parameters that this rank has a part of, or an fp32 partition; ZeRO 3 has
+    its partition a sum(ceil(numel / D)) at all times.
 
     Offload of the optimizer moves the partitions of ZeRO 2 and 3 to host memory.
     """
@@ -246,13 +286,18 @@ def accumulating_gradients(shard: Shard) -> Bytes:
         return Bytes(device=local * shard.elements) + (share if shard.stage == 3 else Bytes())
     if shard.stage == 2 and not shard.accumulates_compactly:
         more = layout.micro_batches > 1 or layout.zero.optimizer_device == "none"
-        return placed(layout.element_bytes * shard.touched if more else 0, layout.zero.optimizer_device)
+        return placed(
+            layout.element_bytes * shard.touched if more else 0, layout.zero.optimizer_device
+        )
     return share
 
 
 def reduced_gradients(shard: Shard) -> Bytes:
-    """From the reduction to the update. ZeRO 0: e n; 1, 2: e times the parameters that this rank has a part of, and its
-    padding, or an fp32 partition; 3: the partition. Offload at ZeRO 1 and 2 has them in fp32 buffers: see there."""
+    """From the reduction to the update.
+
+    ZeRO 0: e n; 1, 2: e times the parameters that this rank has a part of, and its padding, or an
+    fp32 partition; 3: the partition. Offload at ZeRO 1 and 2 has them in fp32 buffers: see there.
+    """
     layout = shard.layout
     if shard.stage == 0:
         return Bytes(device=layout.element_bytes * shard.elements)
@@ -265,15 +310,18 @@ def reduced_gradients(shard: Shard) -> Bytes:
 
 
 def _gradient_partition(shard: Shard) -> Bytes:
-    """a times the elements that this rank updates; of ZeRO 3 in host memory where the optimizer is offloaded."""
+    """a times the elements that this rank updates; of ZeRO 3 in host memory where the optimizer
+    is offloaded.
+    """
     size = shard.layout.accumulation_bytes * shard.partition
     in_host = shard.stage == 3 and shard.layout.zero.optimizer_device != "none"
     return Bytes(host=size) if in_host else Bytes(device=size)
 
 
 def master_weights(shard: Shard) -> Bytes:
-    """4 bytes an element that this rank updates, in fp32 runs too; none at ZeRO 0, where the parameters are their own
-    masters. NVMe takes tiles of 1 MiB and more."""
+    """4 bytes an element that this rank updates, in fp32 runs too; none at ZeRO 0, where the
+    parameters are their own masters. NVMe takes tiles of 1 MiB and more.
+    """
     return Bytes() if shard.stage == 0 else _optimizer_bytes(shard, FP32_BYTES)
 
 
@@ -291,13 +339,18 @@ def _optimizer_bytes(shard: Shard, size: int) -> Bytes:
 
 
 def offload_buffers(shard: Shard) -> Bytes:
-    """What offloading needs beside the states themselves: fp32 gradients for the CPU's Adam, copies in the model's
-    type, buffers of disk I/O."""
+    """What offloading needs beside the states themselves: fp32 gradients for the CPU's Adam,
+    copies in the model's type, buffers of disk I/O.
+    """
     zero = shard.layout.zero
     total = Bytes()
     if zero.optimizer_device != "none":
         total += _fp32_gradients(shard)
-        total += _nvme_optimizer_buffers(shard) if zero.optimizer_device == "nvme" else _zero12_buffers(shard)
+        total += (
+            _nvme_optimizer_buffers(shard)
+            if zero.optimizer_device == "nvme"
+            else _zero12_buffers(shard)
+        )
     if zero.offload_param is not None and zero.parameter_device == "nvme":
         count = _given(zero.offload_param.buffer_count, PARAMETER_BUFFER_COUNT)
         size = _given(zero.offload_param.buffer_size, PARAMETER_BUFFER_SIZE)
@@ -306,7 +359,9 @@ def offload_buffers(shard: Shard) -> Bytes:
 
 
 def _fp32_gradients(shard: Shard) -> Bytes:
-    """4 bytes an element that this rank updates; on NVMe, of a tile that is there, the pieces of 1 MiB and more."""
+    """4 bytes an element that this rank updates; on NVMe, of a tile that is there, the pieces of
+    1 MiB and more.
+    """
     total = FP32_BYTES * shard.partition
     if shard.layout.zero.optimizer_device != "nvme" or not any(map(_is_swapped, shard.tiles)):
         return Bytes(host=total)
@@ -319,8 +374,9 @@ def _is_swapped(numel: int) -> bool:
 
 
 def _zero12_buffers(shard: Shard) -> Bytes:
-    """ZeRO 1 and 2: e times the partition for the way back, and e times the largest parameter, on both sides of the bus
-    (stage_1_and_2.py:540, 657)."""
+    """ZeRO 1 and 2: e times the partition for the way back, and e times the largest parameter,
+    on both sides of the bus (stage_1_and_2.py:540, 657).
+    """
     if shard.stage == 3:
         return Bytes()
     size = shard.layout.element_bytes
@@ -329,15 +385,17 @@ def _zero12_buffers(shard: Shard) -> Bytes:
 
 
 def _nvme_optimizer_buffers(shard: Shard) -> Bytes:
-    """`buffer_count` times 4 bytes times the largest tile, page-locked (swap_tensor/optimizer_utils.py:184)."""
+    """`buffer_count` times 4 bytes times the largest tile, page-locked
+    (swap_tensor/optimizer_utils.py:184).
+    """
     assert shard.layout.zero.offload_optimizer is not None
     count = _given(shard.layout.zero.offload_optimizer.buffer_count, OPTIMIZER_BUFFER_COUNT)
     return Bytes(host=FP32_BYTES * count * max(shard.tiles))
 
 
 def snapshot(shard: Shard, *, on_gpu: bool = True) -> Bytes:
-    """What a save in the background copies to host memory and keeps (checkpoint/writer.py): master weights and two
-    moments, 4 bytes an element each.
+    """What a save in the background copies to host memory and keeps (checkpoint/writer.py): master
+    weights and two moments, 4 bytes an element each.
 
     What is copied from a GPU is pinned, a block for each run of elements: see `pinned_block`.
     """
@@ -349,7 +407,9 @@ def snapshot(shard: Shard, *, on_gpu: bool = True) -> Bytes:
 
 
 def _saved_runs(shard: Shard) -> Sequence[int]:
-    """Elements of each flat run of optimizer state (compat.py, `buckets`); of ZeRO 0 the parameters in turns."""
+    """Elements of each flat run of optimizer state (compat.py, `buckets`); of ZeRO 0 the
+    parameters in turns.
+    """
     if shard.stage == 3:
         return shard.tiles
     if shard.stage > 0:
@@ -359,6 +419,8 @@ def _saved_runs(shard: Shard) -> Sequence[int]:
 
 
 def pinned_block(size: int) -> int:
-    """Bytes that torch pins for a tensor of `size` bytes: the next power of two (aten/src/ATen/core/
-    CachingHostAllocator.h, `PowerOf2Ceil`; pytorch issues 95823 and 150517)."""
+    """Bytes that torch pins for a tensor of `size` bytes: the next power of two
+    (aten/src/ATen/core/ CachingHostAllocator.h, `PowerOf2Ceil`; pytorch issues 95823 and
+    150517).
+    """
     return 1 << (size - 1).bit_length() if size else 0

@@ -1,14 +1,22 @@
-"""How long a step takes, as an estimate: the model's arithmetic and bytes over assumed rates. Not a measurement.
+"""How long a step takes, as an estimate: the model's arithmetic and bytes over assumed rates.
 
-Every rate is in `Assumptions`, printed with the plan and to be replaced by what a machine was measured to do
-(`python -m kernels.benchmark`, nccl-tests, fio).
+Not a measurement.
+
+Every rate is in `Assumptions`, printed with the plan and to be replaced by what a machine was
+measured to do (`python -m kernels.benchmark`, nccl-tests, fio).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megagpt.planning.cost.communication import Communication, communication, gathers_of_step, ring, tensor
+from megagpt.planning.cost.communication import (
+    Communication,
+    communication,
+    gathers_of_step,
+    ring,
+    tensor,
+)
 from megagpt.planning.cost.flops import (
     FLOPS_PER_MULTIPLY_ADD,
     FORWARD_AND_BACKWARD,
@@ -19,7 +27,9 @@ from megagpt.planning.cost.model_states import Shard, shard_of
 from megagpt.planning.layout import Layout, model_layers
 from megagpt.planning.schedules import actions, bubble, timeline
 
-ADAM_BYTES = 30  # read weight, gradient and two moments in fp32, write three of them and 16-bit weights
+ADAM_BYTES = (
+    30  # read weight, gradient and two moments in fp32, write three of them and 16-bit weights
+)
 SWAPPED_BYTES = 28  # NVMe reads the same four and writes three
 
 
@@ -40,7 +50,9 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of a step and where they go; `bubble` is the idle share of the time in which micro-batches run."""
+    """Seconds of a step and where they go; `bubble` is the idle share of the time in which
+    micro-batches run.
+    """
 
     step_s: float
     passes_s: float
@@ -52,34 +64,46 @@ class Estimate:
 
 
 def estimate(layout: Layout, assumed: Assumptions, *, simulated: bool = True) -> Estimate:
-    """Passes of all micro-batches in the schedule's order, then what of reduction and update nothing hides.
+    """Passes of all micro-batches in the schedule's order, then what of reduction and update
+    nothing hides.
 
-    Without simulation the slowest stage sets the pace and the bubble follows its formula: coarser, and fast enough to
-    compare thousands of layouts.
+    Without simulation the slowest stage sets the pace and the bubble follows its formula: coarser,
+    and fast enough to compare thousands of layouts.
     """
     passes_s, idle = _simulated(layout, assumed) if simulated else _paced(layout, assumed)
-    looked_at = range(layout.pipeline) if simulated else {0, layout.pipeline // 2, layout.pipeline - 1}
+    looked_at = (
+        range(layout.pipeline) if simulated else {0, layout.pipeline // 2, layout.pipeline - 1}
+    )
     ranks = [_Rank(layout, assumed, rank) for rank in looked_at]
     reduction_s = max(rank.reduction_s for rank in ranks)
     update_s = max(rank.update_s for rank in ranks)
     step_s = passes_s + reduction_s + update_s
     peak = 1e12 * assumed.peak_tflops * layout.world_size
     mfu = layout.tokens_per_step * model_flops_per_token(layout.model) / (step_s * peak)
-    return Estimate(step_s, passes_s, reduction_s, update_s, idle, layout.tokens_per_step / step_s, mfu)
+    return Estimate(
+        step_s, passes_s, reduction_s, update_s, idle, layout.tokens_per_step / step_s, mfu
+    )
 
 
 def _simulated(layout: Layout, assumed: Assumptions) -> tuple[float, float]:
     """(seconds of all passes, idle share) of the schedule with each stage's own durations."""
     orders = actions(layout.schedule, layout.pipeline, layout.virtual_stages, layout.micro_batches)
     forward, backward = _durations(layout, assumed)
-    spans = timeline(orders, forward.__getitem__, backward.__getitem__, _transfer_s(layout, assumed))
+    spans = timeline(
+        orders, forward.__getitem__, backward.__getitem__, _transfer_s(layout, assumed)
+    )
     return max(span.end for rank in spans for span in rank), bubble(spans)
 
 
 def _paced(layout: Layout, assumed: Assumptions) -> tuple[float, float]:
-    """(seconds of all passes, idle share) at the pace of the slowest rank, which waits for (p - 1) / v others."""
+    """(seconds of all passes, idle share) at the pace of the slowest rank, which waits for (p -
+    1) / v others.
+    """
     forward, backward = _durations(layout, assumed)
-    ranks = [sum(forward[s] + backward[s] for s in layout.stages_of(rank)) for rank in range(layout.pipeline)]
+    ranks = [
+        sum(forward[s] + backward[s] for s in layout.stages_of(rank))
+        for rank in range(layout.pipeline)
+    ]
     slowest, mean = max(ranks), sum(ranks) / len(ranks)
     filling = (layout.pipeline - 1) / layout.virtual_stages
     passes_s = layout.micro_batches * slowest + filling * mean
@@ -89,7 +113,8 @@ def _paced(layout: Layout, assumed: Assumptions) -> tuple[float, float]:
 def _durations(layout: Layout, assumed: Assumptions) -> tuple[list[float], list[float]]:
     """Seconds of each stage's forward and backward of one micro-batch, computing again included.
 
-    The tensor axis is waited for; ZeRO 3's gathers run beside the arithmetic and cost what exceeds it.
+    The tensor axis is waited for; ZeRO 3's gathers run beside the arithmetic and cost what exceeds
+    it.
     """
     forward, backward = [], []
     tensor_forward = 2 / 5 if layout.recompute == "full" else 2 / 4
@@ -105,7 +130,9 @@ def _durations(layout: Layout, assumed: Assumptions) -> tuple[list[float], list[
 
 
 def forward_flops(layout: Layout, stage: int) -> float:
-    """FLOPs of one micro-batch's forward through a stage on one rank; attention by its causal half, as our kernels."""
+    """FLOPs of one micro-batch's forward through a stage on one rank; attention by its causal
+    half, as our kernels.
+    """
     model = layout.model
     blocks, _, head = model_layers(model, layout.stages[stage])
     attention = attention_flops_per_token(model, causal=True) / model.num_layers
@@ -122,21 +149,26 @@ def _mlp_share(layout: Layout) -> float:
 
 
 def _gather(layout: Layout, assumed: Assumptions, stage: int) -> tuple[float, float]:
-    """ZeRO 3: (seconds to gather a stage's parameters, from the host's memory or disk where they are, how often for one
-    micro-batch)."""
+    """ZeRO 3: (seconds to gather a stage's parameters, from the host's memory or disk where they
+    are, how often for one micro-batch).
+    """
     if layout.zero.stage < 3:
         return 0, 1
     shard = shard_of(layout, stage % layout.pipeline)
     size = layout.element_bytes * shard.elements / layout.virtual_stages
     place, own = layout.zero.parameter_device, size / layout.data
     from_host_s = own / (1e9 * assumed.host_gb_per_s) if place != "none" else 0
-    from_disk_s = own * assumed.ranks_per_host / (1e9 * assumed.nvme_gb_per_s) if place == "nvme" else 0
+    from_disk_s = (
+        own * assumed.ranks_per_host / (1e9 * assumed.nvme_gb_per_s) if place == "nvme" else 0
+    )
     network_s = size * ring(layout.data) / (1e9 * _data_rate(layout, assumed))
     return network_s + from_host_s + from_disk_s, gathers_of_step(shard) / layout.micro_batches
 
 
 def _transfer_s(layout: Layout, assumed: Assumptions) -> float:
-    """Seconds that a hidden state takes to the next pipeline rank, which is on another host where a stage fills one."""
+    """Seconds that a hidden state takes to the next pipeline rank, which is on another host
+    where a stage fills one.
+    """
     far = layout.data * layout.tensor >= assumed.ranks_per_host
     rate = assumed.network_gb_per_s if far else assumed.link_gb_per_s
     return layout.tokens * layout.element_bytes * layout.model.hidden_size / (1e9 * rate)
@@ -144,7 +176,11 @@ def _transfer_s(layout: Layout, assumed: Assumptions) -> float:
 
 def _tensor_rate(layout: Layout, assumed: Assumptions) -> float:
     """GB/s of a tensor group, which crosses hosts only where it is larger than one."""
-    return assumed.link_gb_per_s if layout.tensor <= assumed.ranks_per_host else assumed.network_gb_per_s
+    return (
+        assumed.link_gb_per_s
+        if layout.tensor <= assumed.ranks_per_host
+        else assumed.network_gb_per_s
+    )
 
 
 def _data_rate(layout: Layout, assumed: Assumptions) -> float:
@@ -163,18 +199,24 @@ class _Rank:
 
     @property
     def reduction_s(self) -> float:
-        """Gradients over the data axis, and ZeRO 1 and 2's updated parameters; nothing of it counted as hidden."""
+        """Gradients over the data axis, and ZeRO 1 and 2's updated parameters; nothing of it
+        counted as hidden.
+        """
         size = self.sent.reductions + (self.sent.gathers if self.layout.zero.stage < 3 else 0)
         return size / (1e9 * _data_rate(self.layout, self.assumed))
 
     @property
     def update_s(self) -> float:
-        """Adam moves 30 bytes an element through the memory that holds its state, NVMe reads 16 and writes 12."""
+        """Adam moves 30 bytes an element through the memory that holds its state, NVMe reads 16
+        and writes 12.
+        """
         zero, assumed = self.layout.zero, self.assumed
         moved = ADAM_BYTES * self.shard.partition
         if zero.optimizer_device == "none":
             return moved / (1e9 * assumed.device_memory_gb_per_s)
-        over_bus_s = 2 * self.layout.element_bytes * self.shard.partition / (1e9 * assumed.host_gb_per_s)
+        over_bus_s = (
+            2 * self.layout.element_bytes * self.shard.partition / (1e9 * assumed.host_gb_per_s)
+        )
         adam_s = moved * assumed.ranks_per_host / (1e9 * assumed.host_memory_gb_per_s)
         if zero.optimizer_device != "nvme":
             return adam_s + over_bus_s

@@ -1,10 +1,13 @@
-"""What a rank holds on the device only while it computes: activations, buffers of the pipeline, DeepSpeed's buckets.
+"""What a rank holds on the device only while it computes: activations, buffers of the pipeline,
+DeepSpeed's buckets.
 
-Activations are those that autograd keeps for our model on our kernels, which `tests/planning/test_working_memory.py` counts:
-32 bytes a token and hidden channel in 16 bit and a plain GPT block. Korthikanti et al. 2022 (arXiv 2205.05198, section
-4.1) have 34 without the score matrices, which flash attention never stores; the other two are dropout's masks, which
-ours computes again. In the formulas: T tokens of a micro-batch on a rank, h hidden size, k key-value width, m MLP
-width, V vocabulary, t tensor ranks, e bytes of an element. Upper bounds where DeepSpeed decides as it runs.
+Activations are those that autograd keeps for our model on our kernels, which
+`tests/planning/test_working_memory.py` counts: 32 bytes a token and hidden channel in 16 bit and a
+plain GPT block. Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1) have 34 without the score
+matrices, which flash attention never stores; the other two are dropout's masks, which ours computes
+again. In the formulas: T tokens of a micro-batch on a rank, h hidden size, k key-value width, m MLP
+width, V vocabulary, t tensor ranks, e bytes of an element. Upper bounds where DeepSpeed decides as
+it runs.
 """
 
 from __future__ import annotations
@@ -13,7 +16,12 @@ from collections import Counter
 from dataclasses import dataclass
 
 from megagpt.config import ModelConfig
-from megagpt.planning.cost.model_states import FP32_BYTES, MAX_LIVE_PARAMETERS, Shard, reuse_distance
+from megagpt.planning.cost.model_states import (
+    FP32_BYTES,
+    MAX_LIVE_PARAMETERS,
+    Shard,
+    reuse_distance,
+)
 from megagpt.planning.layout import Layout, model_layers
 from megagpt.planning.schedules import actions_of_rank, micro_batches_to_peak, peak_held
 from megagpt.utils import MIB
@@ -52,22 +60,26 @@ def working_memory(layout: Layout, pipeline_rank: int, shard: Shard) -> WorkingM
 
 
 def activations(layout: Layout, pipeline_rank: int) -> float:
-    """The most that the schedule lets this rank keep: what a micro-batch leaves in a stage, from its forward to its
-    backward.
+    """The most that the schedule lets this rank keep: what a micro-batch leaves in a stage, from
+    its forward to its backward.
 
-    Equal stages: 1f1b min(p - rank, micro-batches) of them, gpipe all, interleaved warm_up + 1 of 1 / v the size.
+    Equal stages: 1f1b min(p - rank, micro-batches) of them, gpipe all, interleaved warm_up + 1 of 1
+    / v the size.
     """
     if layout.num_stages == 1:
         return kept_by_stage(layout, 0)
     count = micro_batches_to_peak(layout.schedule, layout.pipeline, layout.micro_batches)
-    order = actions_of_rank(layout.schedule, pipeline_rank, layout.pipeline, layout.virtual_stages, count)
+    order = actions_of_rank(
+        layout.schedule, pipeline_rank, layout.pipeline, layout.virtual_stages, count
+    )
     sizes = {stage: kept_by_stage(layout, stage) for stage in layout.stages_of(pipeline_rank)}
     return peak_held(order, sizes.__getitem__)
 
 
 def kept_by_stage(layout: Layout, stage: int) -> float:
-    """Bytes that one micro-batch leaves in a stage until its backward: in each block, in the head, and the output that
-    torch's pipelining keeps."""
+    """Bytes that one micro-batch leaves in a stage until its backward: in each block, in the
+    head, and the output that torch's pipelining keeps.
+    """
     blocks, _, has_head = model_layers(layout.model, layout.stages[stage])
     kept = blocks * kept_by_block(layout)
     hidden = _hidden_bytes(layout)
@@ -77,8 +89,9 @@ def kept_by_stage(layout: Layout, stage: int) -> float:
 
 
 def kept_by_block(layout: Layout) -> float:
-    """Without recomputation T e (4 h + (attention + MLP) / t) and fp32 statistics: the inputs of two norms and what
-    they return, cut over t too with sequence parallelism; see `_attention_width`, `_mlp_width`.
+    """Without recomputation T e (4 h + (attention + MLP) / t) and fp32 statistics: the inputs of
+    two norms and what they return, cut over t too with sequence parallelism; see
+    `_attention_width`, `_mlp_width`.
 
     selective: without the MLP's; full: the block's input alone, T e h.
     """
@@ -92,17 +105,23 @@ def kept_by_block(layout: Layout) -> float:
 
 
 def kept_by_head(layout: Layout) -> float:
-    """T e h for the last norm's input and T e h for the gradient that the loss computes ahead, with the head's own in
-    fp32: 4 V h / t."""
+    """T e h for the last norm's input and T e h for the gradient that the loss computes ahead,
+    with the head's own in fp32: 4 V h / t.
+    """
     model = layout.model
-    norm = layout.tokens * (model.hidden_size * layout.element_bytes + _norm_statistics(model)) / _norm_shards(layout)
+    norm = (
+        layout.tokens
+        * (model.hidden_size * layout.element_bytes + _norm_statistics(model))
+        / _norm_shards(layout)
+    )
     ahead = layout.tokens * model.hidden_size * layout.element_bytes
     return norm + ahead + FP32_BYTES * model.vocab_size * model.hidden_size / layout.tensor
 
 
 def _attention_width(model: ModelConfig) -> float:
-    """Elements a token: the fused projection h + 2 k, the output h; with rotary positions turned queries and keys,
-    h + k, or else with grouped keys the queries in an order of their own, h."""
+    """Elements a token: the fused projection h + 2 k, the output h; with rotary positions turned
+    queries and keys, h + k, or else with grouped keys the queries in an order of their own, h.
+    """
     key_width = model.num_kv_heads * model.head_size
     extra = model.hidden_size + key_width if model.position == "rotary" else 0
     if not extra and model.num_kv_heads < model.num_heads:
@@ -111,7 +130,9 @@ def _attention_width(model: ModelConfig) -> float:
 
 
 def _mlp_width(model: ModelConfig) -> int:
-    """Elements a token: before and after GELU, 2 m; gate and value, the gate's SiLU and the product, 4 m."""
+    """Elements a token: before and after GELU, 2 m; gate and value, the gate's SiLU and the
+    product, 4 m.
+    """
     return model.mlp_size * (2 if model.activation == "gelu" else 4)
 
 
@@ -135,44 +156,68 @@ def _hidden_bytes(layout: Layout) -> float:
 
 
 def pipeline_buffers(layout: Layout, pipeline_rank: int) -> float:
-    """What is under way, at most T e h for the inputs of every stage but the first and T e h for the gradients of every
-    stage's output but the last's: a schedule posts one receipt a direction (`compat.EngineStage` allocates it then)."""
+    """What is under way, at most T e h for the inputs of every stage but the first and T e h for
+    the gradients of every stage's output but the last's: a schedule posts one receipt a
+    direction (`compat.EngineStage` allocates it then).
+    """
     stages = layout.stages_of(pipeline_rank)
     directions = sum((stage > 0) + (stage < layout.num_stages - 1) for stage in stages)
     return directions * _hidden_bytes(layout)
 
 
 def head(layout: Layout, pipeline_rank: int) -> float:
-    """One chunk of logits, e rows V / t: about 256 MiB, or 2,048 rows where the vocabulary is cut."""
+    """One chunk of logits, e rows V / t: about 256 MiB, or 2,048 rows where the vocabulary is
+    cut.
+    """
     if layout.num_stages - 1 not in layout.stages_of(pipeline_rank):
         return 0
     row_bytes = layout.model.vocab_size * layout.element_bytes / layout.tensor
-    rows = GROUP_CHUNK_ROWS if layout.tensor > 1 else max(LEAST_CHUNK_ROWS, LOGITS_CHUNK_BYTES // row_bytes)
+    rows = (
+        GROUP_CHUNK_ROWS
+        if layout.tensor > 1
+        else max(LEAST_CHUNK_ROWS, LOGITS_CHUNK_BYTES // row_bytes)
+    )
     return min(rows, layout.tokens) * row_bytes
 
 
 def recomputation(layout: Layout) -> float:
-    """What backward holds of one block beside what was kept: the activations that it computes again, and gradients of
-    two tensors as wide as the block's widest."""
+    """What backward holds of one block beside what was kept: the activations that it computes
+    again, and gradients of two tensors as wide as the block's widest.
+    """
     model, element = layout.model, layout.element_bytes
-    widest = max(_mlp_width(model) // 2, model.hidden_size + 2 * model.num_kv_heads * model.head_size)
+    widest = max(
+        _mlp_width(model) // 2, model.hidden_size + 2 * model.num_kv_heads * model.head_size
+    )
     gradients = 2 * layout.tokens * widest * element / layout.tensor
-    again = layout.tokens * _mlp_width(model) * element / layout.tensor if layout.recompute == "selective" else 0.0
+    again = (
+        layout.tokens * _mlp_width(model) * element / layout.tensor
+        if layout.recompute == "selective"
+        else 0.0
+    )
     if layout.recompute == "full":
         shards = layout.tensor
         whole = 3 * model.hidden_size / _norm_shards(layout)
-        again = layout.tokens * element * (whole + (_attention_width(model) + _mlp_width(model)) / shards)
+        again = (
+            layout.tokens
+            * element
+            * (whole + (_attention_width(model) + _mlp_width(model)) / shards)
+        )
     return gradients + again
 
 
 def gathered_parameters(shard: Shard) -> float:
-    """ZeRO 3, at most: e min(n, L + 2 the largest module), L the larger of `stage3_max_live_parameters` and
-    `stage3_max_reuse_distance`, 0 with parameters on NVMe. Two, as full recomputation comes upon the next before
-    backward has left one."""
+    """ZeRO 3, at most: e min(n, L + 2 the largest module), L the larger of
+    `stage3_max_live_parameters` and `stage3_max_reuse_distance`, 0 with parameters on NVMe. Two,
+    as full recomputation comes upon the next before backward has left one.
+    """
     zero = shard.layout.zero
     if shard.stage < 3 or (shard.layout.data == 1 and zero.parameter_device == "none"):
         return 0
-    live = MAX_LIVE_PARAMETERS if zero.stage3_max_live_parameters is None else zero.stage3_max_live_parameters
+    live = (
+        MAX_LIVE_PARAMETERS
+        if zero.stage3_max_live_parameters is None
+        else zero.stage3_max_live_parameters
+    )
     ahead = 0 if zero.parameter_device == "nvme" else max(live, reuse_distance(shard.layout))
     modules: Counter[str] = Counter()
     for parameter in shard.parameters:
@@ -182,8 +227,10 @@ def gathered_parameters(shard: Shard) -> float:
 
 
 def reduce_buffers(shard: Shard) -> float:
-    """ZeRO 1, 2: e `reduce_bucket_size`, twice with `overlap_comm`; 3: once, for as long as the run lasts
-    (stage_1_and_2.py:3256, stage3.py:780). The buffer has its size however small the model."""
+    """ZeRO 1, 2: e `reduce_bucket_size`, twice with `overlap_comm`; 3: once, for as long as the
+    run lasts (stage_1_and_2.py:3256, stage3.py:780). The buffer has its size however small the
+    model.
+    """
     zero = shard.layout.zero
     if shard.stage == 0 or zero.contiguous_gradients is False:
         return 0
@@ -193,7 +240,9 @@ def reduce_buffers(shard: Shard) -> float:
 
 def reduce_copies(shard: Shard) -> float:
     """The flat copy of a bucket that crosses the network: e min(n, `reduce_bucket_size`)."""
-    return _gradient_bytes(shard) * min(shard.elements, _bucket(shard)) if shard.layout.data > 1 else 0
+    return (
+        _gradient_bytes(shard) * min(shard.elements, _bucket(shard)) if shard.layout.data > 1 else 0
+    )
 
 
 def _bucket(shard: Shard) -> int:
@@ -206,10 +255,14 @@ def _gradient_bytes(shard: Shard) -> int:
 
 
 def update(shard: Shard) -> float:
-    """The gradient that Adam reads, flat and in fp32: (e + 4) times the largest optimizer group's partition (ZeRO 1, 2)
-    or sub-group (3) in 16 bit, 4 times in fp32; on the device only where the optimizer is there."""
+    """The gradient that Adam reads, flat and in fp32: (e + 4) times the largest optimizer
+    group's partition (ZeRO 1, 2) or sub-group (3) in 16 bit, 4 times in fp32; on the device only
+    where the optimizer is there.
+    """
     layout = shard.layout
     if shard.stage == 0 or layout.zero.optimizer_device != "none":
         return 0
     largest = max(shard.tiles) if shard.stage == 3 else max(shard.group_partitions)
-    return largest * (FP32_BYTES + (layout.element_bytes if layout.accumulation_bytes < FP32_BYTES else 0))
+    return largest * (
+        FP32_BYTES + (layout.element_bytes if layout.accumulation_bytes < FP32_BYTES else 0)
+    )

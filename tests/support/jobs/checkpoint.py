@@ -1,4 +1,6 @@
-"""What ranks do in the tests of saving, resuming and guarding: a whole run, from its configuration to its end."""
+"""What ranks do in the tests of saving, resuming and guarding: a whole run, from its
+configuration to its end.
+"""
 
 import errno
 import io
@@ -40,7 +42,9 @@ from tests.support.jobs.training import destroy, held_state
 from tests.support.ranks import free_port
 from tests.support.shards import whole_tensors
 
-SCHEDULE_STEPS = 20  # longer than any run here, so that the schedule does not depend on where a run stops
+SCHEDULE_STEPS = (
+    20  # longer than any run here, so that the schedule does not depend on where a run stops
+)
 STACKED = {"hidden_size": 128, "num_layers": 4}  # large enough that DeepSpeed really swaps to NVMe
 
 
@@ -53,7 +57,9 @@ def run_config(
     save_every: int = 6,
     **model: Any,
 ) -> Config:
-    """A run on a dataset of ``tests.support.trained_run``: scheduler, clipping and every step on record."""
+    """A run on a dataset of ``tests.support.trained_run``: scheduler, clipping and every step on
+    record.
+    """
     config = with_zero(tiny(steps=steps, **({"vocab_size": 384} | model)), *zero)
     for section in ("offload_optimizer", "offload_param"):
         if config["zero_optimization"].get(section, {}).get("device") == "nvme":
@@ -62,7 +68,11 @@ def run_config(
                 config["zero_optimization"][section] |= {"max_in_cpu": 0, "buffer_size": 2**20}
     config["scheduler"] = {
         "type": "WarmupCosineLR",
-        "params": {"total_num_steps": SCHEDULE_STEPS, "warmup_num_steps": 3, "warmup_type": "linear"},
+        "params": {
+            "total_num_steps": SCHEDULE_STEPS,
+            "warmup_num_steps": 3,
+            "warmup_type": "linear",
+        },
     }
     config["megagpt"] |= {
         "data": {"path": str(data)},
@@ -77,7 +87,9 @@ def run_config(
 def started(config: Config, directory: Path) -> Iterator[Run]:
     """The run as a command brings it up, on the ranks that are there already."""
     parsed = RunConfig.from_json(json.dumps(config))
-    with patch.object(device, "peak_flops", return_value=None):  # measured on a CPU, which takes longer than a run here
+    with patch.object(
+        device, "peak_flops", return_value=None
+    ):  # measured on a CPU, which takes longer than a run here
         run = assembly.assemble(parsed, run_data.open_data(parsed, directory), directory, Pulse())
     try:
         with run.monitor:
@@ -88,12 +100,17 @@ def started(config: Config, directory: Path) -> Iterator[Run]:
 
 
 def train(config: Config, directory: Path, poison: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Train to the end, or to where the guard stops; ``poison`` spoils gradients (see ``poison_gradients``)."""
+    """Train to the end, or to where the guard stops; ``poison`` spoils gradients (see
+    ``poison_gradients``).
+    """
     with started(config, directory) as run:
         samples = recorded_samples(run)
         if poison:
             poison_gradients(run, **poison)
-        outcome = {"first_step": run.state.step, "at_start": held_state(run.engine) if run.state.step else []}
+        outcome = {
+            "first_step": run.state.step,
+            "at_start": held_state(run.engine) if run.state.step else [],
+        }
         outcome["scaler_at_start"] = compat.loss_scaler_state(run.engine.deepspeed)
         try:
             loop.train(run)
@@ -113,7 +130,9 @@ def validation_and_samples(config: Config, directory: Path) -> dict[str, Any]:
         return {"val_loss": loop.validate(run), "texts": texts}
 
 
-def refusal(config: Config, directory: Path, failing_rank: int | None = None, fault: str = "") -> str:
+def refusal(
+    config: Config, directory: Path, failing_rank: int | None = None, fault: str = ""
+) -> str:
     """Why the run does not start, where ``fault`` strikes one rank or none."""
     strikes = failing_rank is not None and dist.get_rank() == failing_rank
     try:
@@ -124,8 +143,12 @@ def refusal(config: Config, directory: Path, failing_rank: int | None = None, fa
 
 
 def refusal_unless_shared(config: Config, directory: Path) -> str:
-    """Why the run does not start where rank 1's host has a disk of its own under the same name: here, another name."""
-    return refusal(config, directory if dist.get_rank() == 0 else directory.with_name("another_disk"))
+    """Why the run does not start where rank 1's host has a disk of its own under the same name:
+    here, another name.
+    """
+    return refusal(
+        config, directory if dist.get_rank() == 0 else directory.with_name("another_disk")
+    )
 
 
 def resumption(config: Config, directory: Path) -> dict[str, Any]:
@@ -138,7 +161,11 @@ def resumption(config: Config, directory: Path) -> dict[str, Any]:
 
     watched = patch.object(assembly, "resume", recorded)
     with redirect_stdout(io.StringIO()) as said, watched, started(config, directory) as run:
-        return {"step": run.state.step, "passed_over": found[0].passed_over, "said": said.getvalue()}
+        return {
+            "step": run.state.step,
+            "passed_over": found[0].passed_over,
+            "said": said.getvalue(),
+        }
 
 
 def disagreement(config: Config, directory: Path) -> str:
@@ -177,7 +204,9 @@ def spoilt_save(config: Config, directory: Path, spoilt_rank: int) -> str:
 
 @contextmanager
 def small_files() -> Iterator[None]:
-    """Nothing this process writes may grow past 4 KiB: the operating system's own refusal, as of a full disk."""
+    """Nothing this process writes may grow past 4 KiB: the operating system's own refusal, as of
+    a full disk.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
@@ -201,14 +230,18 @@ def full_disk() -> Iterator[None]:
 
 @contextmanager
 def unforeseen_space() -> Iterator[None]:
-    """A disk that looked large enough and is not: whoever checks it first is told that nothing is needed."""
+    """A disk that looked large enough and is not: whoever checks it first is told that nothing
+    is needed.
+    """
     with patch.object(checkpoint_directory, "needed_bytes", return_value=0.0):
         yield
 
 
 @contextmanager
 def disk_filled_before(module: Any, name: str) -> Iterator[None]:
-    """Another process takes what is left of the disk, to the last byte, when a file of this name is to be written."""
+    """Another process takes what is left of the disk, to the last byte, when a file of this name
+    is to be written.
+    """
     write = module.write_atomically
 
     def write_on_full_disk(path: Path, data: bytes | str) -> None:
@@ -264,7 +297,9 @@ def recorded_samples(run: Run) -> dict[int, list[int]]:
 
 
 def poison_gradients(run: Run, steps: Sequence[int], rank: int, kind: str) -> None:
-    """On one rank, at some steps: a loss of NaN, an infinite gradient beneath a finite loss, or the other way round."""
+    """On one rank, at some steps: a loss of NaN, an infinite gradient beneath a finite loss, or
+    the other way round.
+    """
     if run.engine.mesh.rank != rank:
         return
 
@@ -282,22 +317,29 @@ def poison_gradients(run: Run, steps: Sequence[int], rank: int, kind: str) -> No
 
 
 def gathered(ranks: Sequence[dict[str, Any]], key: str) -> dict[tuple[str, str], torch.Tensor]:
-    """Whole flat tensors by (kind, parameter) from what the ranks hold; every element must be held exactly once."""
+    """Whole flat tensors by (kind, parameter) from what the ranks hold; every element must be
+    held exactly once.
+    """
     return whole_tensors(rank[key] for rank in ranks)
 
 
-def assert_same_state(left: dict[tuple[str, str], torch.Tensor], right: dict[tuple[str, str], torch.Tensor]) -> None:
+def assert_same_state(
+    left: dict[tuple[str, str], torch.Tensor], right: dict[tuple[str, str], torch.Tensor]
+) -> None:
     """Bit for bit."""
     assert left.keys() == right.keys()
     different = [name for name in left if not torch.equal(left[name], right[name])]
     assert not different
 
 
-# ------------------------------------------------------------------------------------------- a save that is killed
+# ---------------------------------------------------------------------------- a save that is killed
 
 
-def train_and_die(config: Config, directory: Path, victim: int, point: str, world_size: int = 2) -> list[int | None]:
-    """A run on ranks of their own, one of which is killed at ``point`` of a save; returns the exit codes.
+def train_and_die(
+    config: Config, directory: Path, victim: int, point: str, world_size: int = 2
+) -> list[int | None]:
+    """A run on ranks of their own, one of which is killed at ``point`` of a save; returns the exit
+    codes.
 
     The ranks are forked from a server that has the imports done, so that a case costs little.
     """
@@ -305,7 +347,9 @@ def train_and_die(config: Config, directory: Path, victim: int, point: str, worl
     context.set_forkserver_preload(["tests.support.jobs.checkpoint"])
     port = free_port()
     arguments = (world_size, port, config, directory, victim, point)
-    processes = [context.Process(target=_doomed_rank, args=(rank, *arguments)) for rank in range(world_size)]
+    processes = [
+        context.Process(target=_doomed_rank, args=(rank, *arguments)) for rank in range(world_size)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -328,7 +372,9 @@ def _doomed_rank(
 
 
 def arrange_death(point: str, last: str) -> None:
-    """Replace one function that a save of step ``last`` calls by one that kills this process before or after it."""
+    """Replace one function that a save of step ``last`` calls by one that kills this process
+    before or after it.
+    """
     death = DEATHS[point]
     original = getattr(death.owner, death.name)
 
@@ -353,9 +399,11 @@ def rename_aside(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Death:
-    """``owner.name``, whether it acts before the process dies, which calls of it concern the last save.
+    """``owner.name``, whether it acts before the process dies, which calls of it concern the last
+    save.
 
-    ``leave_half_done`` is what a kill within the function leaves on the disk, where it is more than one system call.
+    ``leave_half_done`` is what a kill within the function leaves on the disk, where it is more than
+    one system call.
     """
 
     owner: Any
@@ -387,7 +435,9 @@ EVERY_RANK = {
 RANK_0 = {
     "before the manifest": Death(checkpoint, "write_atomically", False, _into),
     "after the manifest": Death(checkpoint, "write_atomically", True, _into),
-    "after the rename": Death(checkpoint_directory, "sync_directory", False, lambda last, path: (path / last).is_dir()),
+    "after the rename": Death(
+        checkpoint_directory, "sync_directory", False, lambda last, path: (path / last).is_dir()
+    ),
     "before latest": Death(
         checkpoint_directory,
         "write_atomically",
@@ -395,7 +445,11 @@ RANK_0 = {
         lambda last, path, text: path.name == "latest" and last in text,
     ),
     "while retiring": Death(
-        checkpoint_directory, "remove", False, lambda last, path: (path.parent / last).is_dir(), rename_aside
+        checkpoint_directory,
+        "remove",
+        False,
+        lambda last, path: (path.parent / last).is_dir(),
+        rename_aside,
     ),
 }
 DEATHS = EVERY_RANK | RANK_0

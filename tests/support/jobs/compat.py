@@ -31,7 +31,8 @@ def refused_tiles(config: dict[str, Any]) -> str:
 
 
 def end_with_other_modules(config: dict[str, Any]) -> str:
-    """How training ends where the second data replica takes its first two blocks in the other order.
+    """How training ends where the second data replica takes its first two blocks in the other
+    order.
 
     They have the same shapes, so that every gather finds its partner: only the order tells.
     """
@@ -50,7 +51,9 @@ def end_with_other_modules(config: dict[str, Any]) -> str:
 
 
 def copies_of_tied_gradients(config: dict[str, Any], steps: int) -> list[str]:
-    """Train with the optimizer in host memory; what becomes of a tied weight's gradient, and the updates, in order."""
+    """Train with the optimizer in host memory; what becomes of a tied weight's gradient, and the
+    updates, in order.
+    """
     engine = build(config)
     zero, said = engine.deepspeed.optimizer, list[str]()
     stream = SimpleNamespace(synchronize=lambda: said.append("synchronised"))
@@ -64,10 +67,14 @@ def copies_of_tied_gradients(config: dict[str, Any], steps: int) -> list[str]:
 
     try:
         with (
-            patch.object(compat, "get_accelerator", lambda: SimpleNamespace(current_stream=lambda: stream)),
+            patch.object(
+                compat, "get_accelerator", lambda: SimpleNamespace(current_stream=lambda: stream)
+            ),
             patch.object(zero, "step", noted("updated", zero.step)),
             patch.object(
-                zero, "_offload_grad_partition_at_boundary", noted("copied", zero._offload_grad_partition_at_boundary)
+                zero,
+                "_offload_grad_partition_at_boundary",
+                noted("copied", zero._offload_grad_partition_at_boundary),
             ),
         ):
             train_steps(engine, range(steps))

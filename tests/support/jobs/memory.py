@@ -16,11 +16,15 @@ from tests.support.jobs.training import build, destroy, micro_batches
 
 
 def held_states(config: dict[str, Any]) -> dict[str, Any]:
-    """Train a step, then count each kind of state; gradients on the way, before and after their reduction."""
+    """Train a step, then count each kind of state; gradients on the way, before and after their
+    reduction.
+    """
     engine = build(config)
     try:
         with most_under_way(engine) as under_way:
-            pipeline.train_step(engine, micro_batches(engine, 0))  # Adam makes its moments at the first update
+            pipeline.train_step(
+                engine, micro_batches(engine, 0)
+            )  # Adam makes its moments at the first update
         accumulating = gradients_while_accumulating(engine)
         reduced = gradients_after_reduction(engine)
         engine.deepspeed.step()
@@ -28,8 +32,13 @@ def held_states(config: dict[str, Any]) -> dict[str, Any]:
             "place": (engine.mesh.pipeline_rank, engine.mesh.data_rank),
             "accumulating_gradients": accumulating,
             "reduced_gradients": reduced,
-            "snapshot": storage_bytes(copy for flats in Snapshot().take(engine) for copy in flats.values()),
-            "pipeline_buffers": (max(under_way, default=0), storage_bytes(pipeline_buffers(engine))),
+            "snapshot": storage_bytes(
+                copy for flats in Snapshot().take(engine) for copy in flats.values()
+            ),
+            "pipeline_buffers": (
+                max(under_way, default=0),
+                storage_bytes(pipeline_buffers(engine)),
+            ),
             **states(engine),
         }
     finally:
@@ -37,7 +46,9 @@ def held_states(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def gradients_while_accumulating(engine: Engine) -> int:
-    """Bytes at the end of the backwards, where the reduction comes once a step, else after the first micro-batch."""
+    """Bytes at the end of the backwards, where the reduction comes once a step, else after the
+    first micro-batch.
+    """
     step = micro_batches(engine, 1)
     if engine.config.megagpt.parallel.gradient_reduction == "per_step" and engine.stage > 0:
         return seen_before_the_reduction(engine, step)
@@ -54,7 +65,11 @@ def gradients_while_accumulating(engine: Engine) -> int:
 
 def seen_before_the_reduction(engine: Engine, step: list[pipeline.MicroBatch]) -> int:
     """Bytes of gradients when DeepSpeed is about to flush what a whole step put off."""
-    name = "_flush_coalesced_reduction_zero3" if engine.stage == 3 else "_flush_coalesced_reduction_zero12"
+    name = (
+        "_flush_coalesced_reduction_zero3"
+        if engine.stage == 3
+        else "_flush_coalesced_reduction_zero12"
+    )
     flush, seen = getattr(engine.deepspeed, name), []
 
     def count_and_flush(optimizer: Any) -> None:
@@ -80,7 +95,9 @@ def gradients(engine: Engine) -> Iterator[Tensor]:
     """Every gradient that is alive, wherever DeepSpeed keeps it."""
     zero = engine.deepspeed.optimizer
     for parameter in engine.names:
-        yield from (g for g in (parameter.grad, getattr(parameter, "grad_accum", None)) if g is not None)
+        yield from (
+            g for g in (parameter.grad, getattr(parameter, "grad_accum", None)) if g is not None
+        )
     for attribute in ("averaged_gradients", "all_grad_tensors"):
         for group in getattr(zero, attribute, {}).values():
             yield from group or []
@@ -122,11 +139,15 @@ def states(engine: Engine) -> dict[str, int]:
     whole = [p for p in parameters if engine.stage < 3 or p.ds_persist]
     adam = compat.base_optimizer(engine.deepspeed).state.values()
     return {
-        "parameters": storage_bytes([p.ds_tensor for p in parameters] if engine.stage == 3 else whole),
+        "parameters": storage_bytes(
+            [p.ds_tensor for p in parameters] if engine.stage == 3 else whole
+        ),
         "persistent_parameters": storage_bytes(whole) if engine.stage == 3 else 0,
         "master_weights": storage_bytes(masters),
         "moments": storage_bytes(state[moment] for state in adam for moment in compat.MOMENTS),
-        "offload_buffers": storage_bytes([*offload_buffers(engine), *(m.grad for m in masters if m.grad is not None)]),
+        "offload_buffers": storage_bytes(
+            [*offload_buffers(engine), *(m.grad for m in masters if m.grad is not None)]
+        ),
     }
 
 
@@ -144,12 +165,18 @@ def master_weights(engine: Engine) -> list[Tensor]:
     zero = engine.deepspeed.optimizer
     if engine.stage == 0:
         return []
-    return zero.fp32_partitioned_groups_flat if engine.stage == 3 else zero.single_partition_of_fp32_groups
+    return (
+        zero.fp32_partitioned_groups_flat
+        if engine.stage == 3
+        else zero.single_partition_of_fp32_groups
+    )
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of memory behind the tensors, each byte once: views share their storage."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors
+    }
     return sum(storages.values())
 
 
@@ -168,7 +195,9 @@ def swapped_bytes_after_a_step(config: dict[str, Any]) -> int:
 
 
 def gathered_elements(config: dict[str, Any], steps: int) -> tuple[list[int], int, int]:
-    """The most parameter elements that are whole at once in each step; those of the stage, and of its largest one."""
+    """The most parameter elements that are whole at once in each step; those of the stage, and
+    of its largest one.
+    """
     coordinator = compat.partitioned_param_coordinator.PartitionedParameterCoordinator
     fetch, most = coordinator._fetch_sub_module_impl, [0]
     engine = build(config)

@@ -19,8 +19,11 @@ from tests.support.jobs.training import held_state
 STATE_BYTES = 12  # of a parameter: fp32 weight and two moments
 
 
-def train_with_slow_disk(config: Config, directory: Path, saved_step: int, until_step: int | None) -> dict[str, Any]:
-    """Train; files of ``saved_step`` are written once ``until_step`` is made, or when they are waited for.
+def train_with_slow_disk(
+    config: Config, directory: Path, saved_step: int, until_step: int | None
+) -> dict[str, Any]:
+    """Train; files of ``saved_step`` are written once ``until_step`` is made, or when they are
+    waited for.
 
     Returns what this rank held at ``saved_step`` and at the moment when the disk let go.
     """
@@ -64,8 +67,13 @@ def train_with_slow_disk(config: Config, directory: Path, saved_step: int, until
 
 
 def background_failure(config: Config, directory: Path, failing_rank: int) -> tuple[int, str]:
-    """Train while no file of one rank may grow: the step after which this rank ends, and what it is told."""
-    with started(config, directory) as run, small_files() if run.engine.mesh.rank == failing_rank else nullcontext():
+    """Train while no file of one rank may grow: the step after which this rank ends, and what it
+    is told.
+    """
+    with (
+        started(config, directory) as run,
+        small_files() if run.engine.mesh.rank == failing_rank else nullcontext(),
+    ):
         try:
             loop.train(run)
         except UserError as error:
@@ -88,22 +96,33 @@ def hashed_by_resume(config: Config, directory: Path) -> int:
         sizes.append(path.stat().st_size)
         return hash_file(path)
 
-    with patch.object(checkpoint_format, "hash_file", count_and_hash), started(config, directory) as run:
+    with (
+        patch.object(checkpoint_format, "hash_file", count_and_hash),
+        started(config, directory) as run,
+    ):
         assert run.state.step > 0
         return sum(sizes)
 
 
 def resume_again(config: Config, directory: Path) -> dict[str, int]:
-    """Load the newest checkpoint once more: bytes that this rank read, and that its buckets hold."""
+    """Load the newest checkpoint once more: bytes that this rank read, and that its buckets
+    hold.
+    """
     with started(config, directory) as run:
         resumed = resume(run.engine, directory)
         assert resumed is not None
         held = sum(piece.numel for bucket in run.engine.buckets() for piece in bucket.pieces)
-        return {"read": resumed.bytes_read, "held": STATE_BYTES * held, "whole": STATE_BYTES * parameters(run)}
+        return {
+            "read": resumed.bytes_read,
+            "held": STATE_BYTES * held,
+            "whole": STATE_BYTES * parameters(run),
+        }
 
 
 def memory_of_saving(config: Config, directory: Path) -> dict[str, int]:
-    """Train a step, save and load: by how many bytes this rank's own memory grew in each, at most."""
+    """Train a step, save and load: by how many bytes this rank's own memory grew in each, at
+    most.
+    """
     with started(config, directory) as run:
         loop.train(run)
         share = sum(piece.numel for bucket in run.engine.buckets() for piece in bucket.owned_pieces)
@@ -122,7 +141,9 @@ def parameters(run: Run) -> int:
 
 
 class Growth:
-    """The most by which the memory of this process grew while entered, files that are mapped into it left out."""
+    """The most by which the memory of this process grew while entered, files that are mapped
+    into it left out.
+    """
 
     def __enter__(self) -> "Growth":
         self.before, self.most, self._over = anonymous_bytes(), 0, threading.Event()
@@ -141,5 +162,9 @@ class Growth:
 
 def anonymous_bytes() -> int:
     """Resident memory of this process that is no file's (proc(5))."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    (line,) = [
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("RssAnon")
+    ]
     return 1024 * int(line.split()[1])

@@ -1,4 +1,6 @@
-"""What the ranks of a pool do for the tests of the start: build an engine while someone counts bytes."""
+"""What the ranks of a pool do for the tests of the start: build an engine while someone counts
+bytes.
+"""
 
 from typing import Any
 from unittest.mock import patch
@@ -9,7 +11,9 @@ from tests.support.live_memory import LiveMemory
 
 
 def memory_at_start(config: dict[str, Any]) -> dict[str, int]:
-    """Bytes of tensors that building the model, and then the engine, held at most and holds in the end."""
+    """Bytes of tensors that building the model, and then the engine, held at most and holds in
+    the end.
+    """
     of_model: dict[str, int] = {}
 
     def build_model(*arguments: Any) -> Any:
@@ -39,8 +43,14 @@ def initial_weights(config: dict[str, Any]) -> Held:
         for bucket in engine.buckets():
             with bucket.resident(False) as (master, _):
                 for piece in bucket.owned_pieces:
-                    values = master.reshape(-1)[piece.offset : piece.offset + piece.numel].detach().clone()
-                    held.append(("weight", piece.name, engine.boxes[piece.name], piece.start, values))
+                    values = (
+                        master.reshape(-1)[piece.offset : piece.offset + piece.numel]
+                        .detach()
+                        .clone()
+                    )
+                    held.append(
+                        ("weight", piece.name, engine.boxes[piece.name], piece.start, values)
+                    )
         return held
     finally:
         destroy(engine)

@@ -1,4 +1,6 @@
-"""What ranks do in the tests of signals, guards, drift and hangs: whole runs that something happens to."""
+"""What ranks do in the tests of signals, guards, drift and hangs: whole runs that something
+happens to.
+"""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,9 @@ from tests.support.jobs.training import held_state
 def train_with_wishes(
     config: Config, directory: Path, rank: int, wishes: dict[int, Wish], during: str = "training"
 ) -> dict[str, Any]:
-    """Train while one rank is told something in the middle of some steps, or of the ``validation`` after them."""
+    """Train while one rank is told something in the middle of some steps, or of the
+    ``validation`` after them.
+    """
     with started(config, directory) as run:
         if run.engine.mesh.rank == rank:
             wish_while_loading(run, wishes, during)
@@ -31,7 +35,9 @@ def train_with_wishes(
 
 
 def wish_while_loading(run: Run, wishes: dict[int, Wish], during: str) -> None:
-    """As a signal would: between the loading of a step's samples, or of a validation's, and its end."""
+    """As a signal would: between the loading of a step's samples, or of a validation's, and its
+    end.
+    """
     loader = getattr(run, during)
     load = loader.load
 
@@ -61,10 +67,16 @@ class RecordedClock:
         self.now_s += seconds
 
 
-def named_by_a_device(work_s: list[float], steps: int, by_host: bool) -> list[list[tuple[int, float]]]:
-    """Who is named after each step, where each rank's stream works so long and then waits for the slowest."""
+def named_by_a_device(
+    work_s: list[float], steps: int, by_host: bool
+) -> list[list[tuple[int, float]]]:
+    """Who is named after each step, where each rank's stream works so long and then waits for
+    the slowest.
+    """
     clock, rank, world_size = RecordedClock(), dist.get_rank(), dist.get_world_size()
-    mesh: Any = SimpleNamespace(device_mesh=SimpleNamespace(mesh=torch.arange(world_size).view(1, world_size, 1)))
+    mesh: Any = SimpleNamespace(
+        device_mesh=SimpleNamespace(mesh=torch.arange(world_size).view(1, world_size, 1))
+    )
     watch = StragglerWatch(mesh, torch.device("cpu"), waits.HostClock() if by_host else clock)
     wait_on_device = waits.timed(clock.advance)
     named = []

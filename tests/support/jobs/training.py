@@ -1,4 +1,6 @@
-"""What the ranks of a pool do for the tests: train a small model for real and report what they hold."""
+"""What the ranks of a pool do for the tests: train a small model for real and report what they
+hold.
+"""
 
 import gc
 import importlib
@@ -53,16 +55,22 @@ def gradients_after_one_micro_batch(config: dict[str, Any]) -> int:
 
 
 def train(config: dict[str, Any], steps: int, evaluate: bool = False) -> dict[str, Any]:
-    """Train and return the results of each step, the state this rank holds and evidence of the mechanisms.
+    """Train and return the results of each step, the state this rank holds and evidence of the
+    mechanisms.
 
-    ``evaluate``: the mean loss of another batch is computed before the last step, as a validation does.
+    ``evaluate``: the mean loss of another batch is computed before the last step, as a validation
+    does.
     """
     engine = build(config)
     try:
         results = train_steps(engine, range(steps - 1))
         if evaluate:
             pipeline.evaluate(engine, micro_batches(engine, steps))
-        with counted(engine.mesh) as traffic, recorded_passes() as passes, counted_document_bounds() as bounds:
+        with (
+            counted(engine.mesh) as traffic,
+            recorded_passes() as passes,
+            counted_document_bounds() as bounds,
+        ):
             results += train_steps(engine, range(steps - 1, steps))
         return {
             "results": results,
@@ -78,7 +86,9 @@ def train(config: dict[str, Any], steps: int, evaluate: bool = False) -> dict[st
 
 @contextmanager
 def counted_document_bounds() -> Iterator[list[torch.Size]]:
-    """The shape of the ids of each computation of document bounds, which is the one sort of a step."""
+    """The shape of the ids of each computation of document bounds, which is the one sort of a
+    step.
+    """
     shapes, sort = [], torch.Tensor.sort
 
     def sorting(ids: torch.Tensor, **options: Any) -> Any:
@@ -110,7 +120,9 @@ def recorded_passes() -> Iterator[list[tuple[bool, int]]]:
 
 
 def allowing_fp16(of: str, **arguments: Any) -> Any:
-    """Do another job where DeepSpeed may say that this CPU cannot compute in fp16; torch can, slowly."""
+    """Do another job where DeepSpeed may say that this CPU cannot compute in fp16; torch can,
+    slowly.
+    """
     from deepspeed.accelerator import get_accelerator
 
     module, _, function = of.partition(":")
@@ -132,7 +144,9 @@ def train_with_loss_scale(config: dict[str, Any], steps: int) -> dict[str, Any]:
 
 
 def left_after_training(config: dict[str, Any], steps: int) -> tuple[int, int]:
-    """DeepSpeed engines that are still alive after a training that has ended, and threads of gloo groups."""
+    """DeepSpeed engines that are still alive after a training that has ended, and threads of
+    gloo groups.
+    """
     train(config, steps)
     engines = sum(isinstance(item, deepspeed.DeepSpeedEngine) for item in gc.get_objects())
     threads = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
@@ -140,7 +154,9 @@ def left_after_training(config: dict[str, Any], steps: int) -> tuple[int, int]:
 
 
 def train_on_interpreted_kernels(config: dict[str, Any], steps: int) -> dict[str, Any]:
-    """As ``train``, with the Triton functions under their interpreter; how often each was launched, too."""
+    """As ``train``, with the Triton functions under their interpreter; how often each was
+    launched, too.
+    """
     import kernels
     from kernels.launcher import reset_launches
 
@@ -152,7 +168,8 @@ def train_on_interpreted_kernels(config: dict[str, Any], steps: int) -> dict[str
 def run_parity(
     config: str, few: Sequence[Any] | None = None, sabotage: bool = False, **request: Any
 ) -> tuple[bool, str, list[dict[str, Any]]]:
-    """``parity.run`` of ``few`` strategies beside the file's own, or all; what it prints, and evidence of each.
+    """``parity.run`` of ``few`` strategies beside the file's own, or all; what it prints, and
+    evidence of each.
 
     ``sabotage``: sums over the tensor axis leave the other ranks out.
     """
@@ -170,7 +187,12 @@ def run_parity(
     silent = patch.object(tensor_parallel._Sum, "apply", lambda partial, axis: partial)
     chosen = patch.object(parity_plan, "strategies", lambda *world: iter(few or ()))
     watched = patch.object(parity, "_compare_weights", compare)
-    with redirect_stdout(said), watched, silent if sabotage else nullcontext(), chosen if few else nullcontext():
+    with (
+        redirect_stdout(said),
+        watched,
+        silent if sabotage else nullcontext(),
+        chosen if few else nullcontext(),
+    ):
         try:
             equal = parity.run(parity_plan.Request(load_config(config), config, **request))
         finally:
@@ -179,7 +201,9 @@ def run_parity(
 
 
 def gradient_elements(engine: Engine, step: int) -> int:
-    """Elements of gradients alive on this rank after the first micro-batch of a step, wherever ZeRO keeps them."""
+    """Elements of gradients alive on this rank after the first micro-batch of a step, wherever
+    ZeRO keeps them.
+    """
     first = micro_batches(engine, step)[0]
     engine.deepspeed.backward(engine.deepspeed(first.tokens, targets=first.targets))
     zero = engine.deepspeed.optimizer
@@ -194,11 +218,16 @@ Held = list[tuple[str, str, Box, int, torch.Tensor]]
 
 
 def held_state(engine: Engine) -> Held:
-    """(kind, parameter, box, start, values) of everything this rank owns: a flat run of a box of the parameter."""
+    """(kind, parameter, box, start, values) of everything this rank owns: a flat run of a box of
+    the parameter.
+    """
     held = []
     for bucket in engine.buckets():
         with bucket.resident(False) as (master, state):
-            for kind, flat in (("weight", master), *((moment, state[moment]) for moment in compat.MOMENTS)):
+            for kind, flat in (
+                ("weight", master),
+                *((moment, state[moment]) for moment in compat.MOMENTS),
+            ):
                 for piece in bucket.owned_pieces:
                     run = flat.reshape(-1)[piece.offset : piece.offset + piece.numel]
                     values = run.detach().clone().float()
@@ -214,7 +243,9 @@ def evidence(engine: Engine) -> dict[str, Any]:
     zero_config = engine.config.zero_optimization
     sections = (zero_config.offload_optimizer, zero_config.offload_param)
     disks = {section.nvme_path for section in sections if section is not None and section.nvme_path}
-    swap_files = [path for disk in disks for path in Path(disk).rglob(f"rank{dist.get_rank()}/*.swp")]
+    swap_files = [
+        path for disk in disks for path in Path(disk).rglob(f"rank{dist.get_rank()}/*.swp")
+    ]
     return {
         "wrapper": type(zero).__name__,
         "adam": type(compat.base_optimizer(engine.deepspeed)).__name__,
@@ -226,9 +257,13 @@ def evidence(engine: Engine) -> dict[str, Any]:
         "shard_elements": sum(shard.ds_numel for shard in shards),
         "shard_elements_in_memory": sum(shard.numel() for shard in shards),
         "parameters_offloaded": bool(getattr(zero, "offload_param", False)),
-        "elements_on_nvme": sum(shard.ds_numel for shard in shards if shard.final_location == "nvme"),
+        "elements_on_nvme": sum(
+            shard.ds_numel for shard in shards if shard.final_location == "nvme"
+        ),
         "master_elements": sum(piece.numel for b in engine.buckets() for piece in b.pieces),
-        "optimizer_offloaded": bool(getattr(zero, "offload_optimizer", False) or getattr(zero, "cpu_offload", False)),
+        "optimizer_offloaded": bool(
+            getattr(zero, "offload_optimizer", False) or getattr(zero, "cpu_offload", False)
+        ),
         "swap_files": sorted((path.name, path.stat().st_size) for path in swap_files),
         "devices": devices(engine),
         "versions": deepspeed.__version__,
@@ -236,17 +271,26 @@ def evidence(engine: Engine) -> dict[str, Any]:
 
 
 def devices(engine: Engine) -> dict[str, list[str]]:
-    """The types of the devices that tensors lie on between steps; of the optimizer's once it has made an update."""
+    """The types of the devices that tensors lie on between steps; of the optimizer's once it has
+    made an update.
+    """
     states = compat.base_optimizer(engine.deepspeed).state  # of each run of master weights
     moments = [state[moment] for state in states.values() for moment in compat.MOMENTS]
     shards = [getattr(parameter, "ds_tensor", parameter) for parameter in engine.names]
     held = {"master_weights": states, "moments": moments, "parameter_shards": shards}
-    return {kind: sorted({tensor.device.type for tensor in tensors}) for kind, tensors in held.items()}
+    return {
+        kind: sorted({tensor.device.type for tensor in tensors}) for kind, tensors in held.items()
+    }
 
 
 def train_swapping_small_tensors(config: dict[str, Any], steps: int) -> dict[str, Any]:
-    """As ``train``; the disk takes whatever fills a block of its I/O, where DeepSpeed leaves less than 1 MiB alone."""
+    """As ``train``; the disk takes whatever fills a block of its I/O, where DeepSpeed leaves
+    less than 1 MiB alone.
+    """
     from deepspeed.runtime.swap_tensor import optimizer_utils, partitioned_param_swapper
 
-    with patch.object(optimizer_utils, "MIN_AIO_BYTES", 0), patch.object(partitioned_param_swapper, "MIN_AIO_BYTES", 0):
+    with (
+        patch.object(optimizer_utils, "MIN_AIO_BYTES", 0),
+        patch.object(partitioned_param_swapper, "MIN_AIO_BYTES", 0),
+    ):
         return train(config, steps)

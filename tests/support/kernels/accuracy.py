@@ -1,4 +1,6 @@
-"""Is a fused operation as accurate as torch's own? Both are held against the same operation in fp64."""
+"""Is a fused operation as accurate as torch's own? Both are held against the same operation in
+fp64.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,15 +15,21 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def outputs_and_gradients(
-    function: Callable[..., Any], tensors: dict[str, Tensor], dtype: torch.dtype | None, **options: Any
+    function: Callable[..., Any],
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype | None,
+    **options: Any,
 ) -> dict[str, Tensor]:
-    """What the function returns, and the gradient of every floating-point argument, from random output gradients.
+    """What the function returns, and the gradient of every floating-point argument, from random
+    output gradients.
 
-    The numbers are the same whatever the dtype, None being that of each tensor: they are rounded to the dtype of the
-    first of ``tensors`` first.
+    The numbers are the same whatever the dtype, None being that of each tensor: they are rounded to
+    the dtype of the first of ``tensors`` first.
     """
     arguments = {
-        name: tensor.detach().to(dtype or tensor.dtype).requires_grad_() if tensor.is_floating_point() else tensor
+        name: tensor.detach().to(dtype or tensor.dtype).requires_grad_()
+        if tensor.is_floating_point()
+        else tensor
         for name, tensor in tensors.items()
     }
     result = function(**arguments, **options)
@@ -35,7 +43,9 @@ def outputs_and_gradients(
 
 
 def output_gradient(output: Tensor, given: torch.dtype, index: int = 0) -> Tensor:
-    """The gradient that arrives at an output: random, rounded to the dtype ``given``, in the output's own dtype."""
+    """The gradient that arrives at an output: random, rounded to the dtype ``given``, in the
+    output's own dtype.
+    """
     generator = torch.Generator().manual_seed(1 + index)
     return torch.randn(output.shape, generator=generator).to(given).to(output.device, output.dtype)
 
@@ -47,11 +57,13 @@ def assert_as_accurate_as_torch(
     rounding: dict[str, float] | None = None,
     **options: Any,
 ) -> None:
-    """Outputs and gradients of ``kernels.<op>`` (or ``ours``) are within twice the error of torch's in the same dtype.
+    """Outputs and gradients of ``kernels.<op>`` (or ``ours``) are within twice the error of torch's
+    in the same dtype.
 
-    The rule of FlashAttention's tests (hopper/test_flash_attn.py), whose second term allows for rounding the result;
-    and one unit in the last place of the largest value, for small results that torch rounds luckily. ``rounding`` adds
-    what is known of an operation's sums, by the name of the result.
+    The rule of FlashAttention's tests (hopper/test_flash_attn.py), whose second term allows for
+    rounding the result; and one unit in the last place of the largest value, for small results that
+    torch rounds luckily. ``rounding`` adds what is known of an operation's sums, by the name of the
+    result.
     """
     dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
     mixed = len({tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}) > 1

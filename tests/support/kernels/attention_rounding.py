@@ -1,9 +1,11 @@
-"""What fp32 sums may cost attention, whoever adds them up: the part of the accuracy rule that one run cannot measure.
+"""What fp32 sums may cost attention, whoever adds them up: the part of the accuracy rule that one
+run cannot measure.
 
-A score is a sum of head_dim products, and softmax turns its absolute error into a relative error of the weight. The
-gradient of a score is a difference, dP - delta, of sums that may cancel: with one key it is 0, and what is left is
-rounding, which torch's order of summation may hit exactly and another misses. Twice torch's error is then a coin toss.
-So each of these sums is granted one unit in the last place of fp32, relative to the sum of its terms' absolute values.
+A score is a sum of head_dim products, and softmax turns its absolute error into a relative error of
+the weight. The gradient of a score is a difference, dP - delta, of sums that may cancel: with one
+key it is 0, and what is left is rounding, which torch's order of summation may hit exactly and
+another misses. Twice torch's error is then a coin toss. So each of these sums is granted one unit
+in the last place of fp32, relative to the sum of its terms' absolute values.
 """
 
 from typing import Any
@@ -20,7 +22,9 @@ UNIT = torch.finfo(torch.float32).eps
 def attention_rounding(
     tensors: dict[str, Tensor], *, scale: float | None = None, dropout: float = 0.0, **options: Any
 ) -> dict[str, float]:
-    """The largest error that this leaves in each result of ``outputs_and_gradients``, to first order."""
+    """The largest error that this leaves in each result of ``outputs_and_gradients``, to first
+    order.
+    """
     q, k, v = (tensors[name].double() for name in "qkv")
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
@@ -32,7 +36,11 @@ def attention_rounding(
     seed = tensors.get("dropout_seed")
     options |= {"scale": scale, "document_ids": tensors.get("document_ids")}
     weights = reference.attention(q, k, keys, **options)
-    dropped = reference.attention(q, k, keys, dropout=dropout, dropout_seed=seed, **options) if dropout else weights
+    dropped = (
+        reference.attention(q, k, keys, dropout=dropout, dropout_seed=seed, **options)
+        if dropout
+        else weights
+    )
 
     score_error = UNIT * scale * (q.abs() @ k.abs().mT)
     weight_error = score_error * dropped
@@ -49,7 +57,9 @@ def attention_rounding(
 
 
 def _score_gradient(weights: Tensor, products: Tensor, sign: int) -> Tensor:
-    """P * (dP - delta), or with a plus sign the magnitude of what is subtracted; ``products`` are P * dP."""
+    """P * (dP - delta), or with a plus sign the magnitude of what is subtracted; ``products``
+    are P * dP.
+    """
     return products + sign * weights * products.sum(dim=-1, keepdim=True)
 
 

@@ -1,11 +1,13 @@
 """Runs the source of a Gluon kernel on a CPU, which Triton's interpreter cannot: it knows no Gluon.
 
-The module is executed once more, with stand-ins for the parts of Gluon that it imports: tensors are torch's, the
-partitions of a program are threads, layouts mean nothing. What the GPU does asynchronously may happen at any time in
-between, so both ends are tried. Copies are ``early`` (they arrive when started) or late (when somebody waits for them),
-and a product must read the same when it is started and when it is waited for. A barrier that is missing, miscounted or
-waited for in the wrong phase then shows as a wrong number, or as a wait without end; a tile released too early as a
-product that reads two things. What it cannot show: layouts, alignment, and what compilers make of the source.
+The module is executed once more, with stand-ins for the parts of Gluon that it imports: tensors are
+torch's, the partitions of a program are threads, layouts mean nothing. What the GPU does
+asynchronously may happen at any time in between, so both ends are tried. Copies are ``early`` (they
+arrive when started) or late (when somebody waits for them), and a product must read the same when
+it is started and when it is waited for. A barrier that is missing, miscounted or waited for in the
+wrong phase then shows as a wrong number, or as a wait without end; a tile released too early as a
+product that reads two things. What it cannot show: layouts, alignment, and what compilers make of
+the source.
 """
 
 import importlib.util
@@ -40,7 +42,9 @@ class Pointer:
 
 
 class Descriptor:
-    """What TMA knows of a tensor (batch, heads, length, head_dim): blocks of rows, zeros beyond the last."""
+    """What TMA knows of a tensor (batch, heads, length, head_dim): blocks of rows, zeros beyond
+    the last.
+    """
 
     def __init__(self, tensor: Tensor, rows: int) -> None:
         self.tensor, self.rows, self.dtype = tensor, rows, tensor.dtype
@@ -86,7 +90,9 @@ class _SharedMemory:
     def __init__(self, dtype: torch.dtype, shape: list[int], layout: Any) -> None:
         self.shape = shape
         tiles = dtype.is_floating_point
-        self.items: list[Any] = list(torch.full(shape, torch.nan, dtype=dtype)) if tiles else [None] * shape[0]
+        self.items: list[Any] = (
+            list(torch.full(shape, torch.nan, dtype=dtype)) if tiles else [None] * shape[0]
+        )
 
     def index(self, index: Any) -> _Slot:
         return _Slot(self.items, int(index))
@@ -113,9 +119,9 @@ class _Barrier:
         with self.changed:
             while self.copies:
                 self.copies.pop(0)()
-            assert self.changed.wait_for(lambda: self.copies or self.phase & 1 != parity, _NEVER_S), (
-                "a wait without end"
-            )
+            assert self.changed.wait_for(
+                lambda: self.copies or self.phase & 1 != parity, _NEVER_S
+            ), "a wait without end"
             pending = bool(self.copies)
         if pending:
             self.wait(parity)
@@ -125,7 +131,11 @@ class _Product:
     """A matrix product in flight."""
 
     def __init__(self, a: Any, b: _Slot, accumulator: Any, use_accumulator: bool) -> None:
-        self.a, self.b, self.accumulator = a, b, accumulator if use_accumulator else torch.zeros_like(accumulator)
+        self.a, self.b, self.accumulator = (
+            a,
+            b,
+            accumulator if use_accumulator else torch.zeros_like(accumulator),
+        )
         self.at_start = self.read()
 
     def read(self) -> Tensor:
@@ -133,7 +143,9 @@ class _Product:
         return self.accumulator + a.float() @ self.b.value.float()
 
     def finish(self) -> Tensor:
-        assert torch.equal(self.read(), self.at_start), "a tile changed, or was not there, while a product read it"
+        assert torch.equal(self.read(), self.at_start), (
+            "a tile changed, or was not there, while a product read it"
+        )
         return self.at_start
 
 
@@ -155,14 +167,18 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-def run(kernel: Callable[..., None], programs: int, *arguments: Any, early: bool, **constants: Any) -> None:
+def run(
+    kernel: Callable[..., None], programs: int, *arguments: Any, early: bool, **constants: Any
+) -> None:
     """Launch a kernel: one program after another."""
     for index in range(programs):
         _PROGRAM.index, _PROGRAM.early = index, early
         kernel(*arguments, **constants)
 
 
-def _warp_specialize(partitions: list[tuple[Callable[..., None], tuple[Any, ...]]], *warps: list[int]) -> None:
+def _warp_specialize(
+    partitions: list[tuple[Callable[..., None], tuple[Any, ...]]], *warps: list[int]
+) -> None:
     failures: list[BaseException] = []
 
     @torch.no_grad()  # each thread has a mode of its own
@@ -174,7 +190,9 @@ def _warp_specialize(partitions: list[tuple[Callable[..., None], tuple[Any, ...]
         except BaseException as failure:
             failures.append(failure)
 
-    threads = [threading.Thread(target=work, args=(_PROGRAM.early, *partition)) for partition in partitions]
+    threads = [
+        threading.Thread(target=work, args=(_PROGRAM.early, *partition)) for partition in partitions
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -198,7 +216,9 @@ def _copy_in(descriptor: Descriptor, position: list[Any], barrier: _Slot, tile: 
             ready.changed.notify_all()
 
 
-def _multiply(a: Any, b: _Slot, accumulator: Tensor, use_acc: bool = True, is_async: bool = False) -> _Product:
+def _multiply(
+    a: Any, b: _Slot, accumulator: Tensor, use_acc: bool = True, is_async: bool = False
+) -> _Product:
     assert is_async
     _PROGRAM.products.append(_Product(a, b, accumulator, use_acc))
     return _PROGRAM.products[-1]
@@ -208,7 +228,9 @@ def _wait_for_products(allowed: int, deps: tuple[Any, ...]) -> Any:
     done = _PROGRAM.products[: len(_PROGRAM.products) - allowed]
     _PROGRAM.products = _PROGRAM.products[len(done) :]
     results = {id(product): product.finish() for product in done}
-    assert all(id(x) in results for x in deps if isinstance(x, _Product)), "a product is used before it is finished"
+    assert all(id(x) in results for x in deps if isinstance(x, _Product)), (
+        "a product is used before it is finished"
+    )
     values = tuple(results.get(id(x), x) for x in deps)
     return values[0] if len(values) == 1 else values
 
@@ -233,7 +255,9 @@ def _stand_ins() -> dict[str, ModuleType]:
         "int64": torch.int64,
         "float32": torch.float32,
         "NVMMASharedLayout": SimpleNamespace(get_default_for=lambda *_: nothing),
-        **dict.fromkeys(("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout"), lambda *_: nothing),
+        **dict.fromkeys(
+            ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout"), lambda *_: nothing
+        ),
         "allocate_shared_memory": _SharedMemory,
         "program_id": lambda axis: torch.tensor(_PROGRAM.index),
         "warp_specialize": _warp_specialize,
@@ -243,7 +267,9 @@ def _stand_ins() -> dict[str, ModuleType]:
         "maximum": _pair(torch.maximum),
         "arange": lambda start, end, layout: torch.arange(start, end).as_subclass(Tile),
         "zeros": lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype).as_subclass(Tile),
-        "full": lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype).as_subclass(Tile),
+        "full": lambda shape, value, dtype, layout: torch.full(
+            shape, value, dtype=dtype
+        ).as_subclass(Tile),
         "full_like": torch.full_like,
         "expand_dims": torch.unsqueeze,
         "convert_layout": lambda value, layout, **_: value,
@@ -263,7 +289,9 @@ def _stand_ins() -> dict[str, ModuleType]:
     }
     copies = {
         "async_copy_global_to_shared": _copy_in,
-        "async_copy_shared_to_global": lambda descriptor, position, tile: descriptor.write(position, tile.value),
+        "async_copy_shared_to_global": lambda descriptor, position, tile: descriptor.write(
+            position, tile.value
+        ),
         "store_wait": lambda pendings: None,
     }
     hopper = {
@@ -273,7 +301,10 @@ def _stand_ins() -> dict[str, ModuleType]:
         "warpgroup_mma": _multiply,
         "warpgroup_mma_wait": _wait_for_products,
     }
-    contents = {"": {"gluon": SimpleNamespace(jit=_jit)}, ".gluon": {"language": SimpleNamespace(**language)}}
+    contents = {
+        "": {"gluon": SimpleNamespace(jit=_jit)},
+        ".gluon": {"language": SimpleNamespace(**language)},
+    }
     contents[".gluon.language.nvidia.hopper"] = hopper
     modules = {f"triton.experimental{name}": ModuleType(f"stand_in{name}") for name in contents}
     for module, members in zip(modules.values(), contents.values(), strict=True):

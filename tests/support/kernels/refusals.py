@@ -1,4 +1,6 @@
-"""Bad input to a fused operation is refused by name, whichever implementation would run, before any launch."""
+"""Bad input to a fused operation is refused by name, whichever implementation would run, before
+any launch.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +24,9 @@ def moved(arguments: Mapping[str, Any], device: str) -> dict[str, Any]:
 
 
 def refused(op: str, message: str, arguments: Mapping[str, Any]) -> None:
-    """``kernels.<op>`` and ``kernels.explain`` raise this; nothing was launched, not even a self-check."""
+    """``kernels.<op>`` and ``kernels.explain`` raise this; nothing was launched, not even a
+    self-check.
+    """
     with pytest.raises(ValueError, match=f"^{op}: {message}"):
         getattr(kernels, op)(**arguments)
     with pytest.raises(ValueError, match=f"^{op}: {message}"):

@@ -1,0 +1,1 @@
+"""The commands: parse the options, call, return an exit code."""

@@ -9,6 +9,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
 
+from megagpt.common.arguments import command_parser
 from megagpt.utils import run_command
 
 LOST = {"AsyncIOBuilder": "offload to NVMe does not work without it"}
@@ -41,7 +42,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = command_parser(
         description="Compile the DeepSpeed ops that a configuration needs, into the cache that "
         "its runs use. "
         "A run does so itself; this does it beforehand."

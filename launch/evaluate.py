@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from megagpt.common.arguments import whole_number
+from megagpt.common.arguments import command_parser, whole_number
 from megagpt.utils import run_command
 
 
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = command_parser(
         description="Loss, perplexity and bits per byte on the validation split of each dataset "
         "of a run: "
         "a sentence on stderr, one JSON object a line on stdout."

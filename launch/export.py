@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from megagpt.common.arguments import whole_number
+from megagpt.common.arguments import command_parser, whole_number
 from megagpt.utils import human_bytes, human_count, run_command
 
 
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = command_parser(
         description="Write the trained model of a run, with its tokenizer, as a directory that "
         "Hugging Face "
         "transformers loads: safetensors, without the rows that pad the vocabulary."

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from megagpt.common.arguments import non_negative, probability, whole_number
+from megagpt.common.arguments import command_parser, non_negative, probability, whole_number
 from megagpt.utils import run_command
 
 
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Continue prompts with a trained model.")
+    parser = command_parser(description="Continue prompts with a trained model.")
     add = parser.add_argument
     add("--run_dir", type=Path, required=True, help="run directory, such as runs/NAME")
     add(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from megagpt.common.arguments import command_parser
 from megagpt.utils import human_count, run_command
 
 
@@ -41,7 +42,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = command_parser(
         description="Make a run directory from a model that Hugging Face transformers saved "
         "(config.json and "
         "safetensors): training goes on from its weights, with the data, optimizer and ranks of "

@@ -13,7 +13,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from megagpt.cluster.hosts import read_hostfile
 from megagpt.cluster.launch_command import hostfile_of_launcher
 from megagpt.cluster.launchers import Launch, adopt_launch, signs_of_launcher
-from megagpt.common.arguments import non_negative, whole_number
+from megagpt.common.arguments import command_parser, non_negative, whole_number
 from megagpt.config import load_config
 from megagpt.parity.cases import Request, plan, require_devices, require_launched
 from megagpt.utils import run_command
@@ -74,7 +74,7 @@ def here(request: Request, asked: int | None) -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = command_parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="""\
 Train the same few steps of a small model under every strategy described below that these ranks

@@ -10,7 +10,13 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from megagpt.common.arguments import non_negative, positive, probability, whole_number
+from megagpt.common.arguments import (
+    command_parser,
+    non_negative,
+    positive,
+    probability,
+    whole_number,
+)
 from megagpt.utils import ExitCode, abandon, run_command
 
 RATES = {
@@ -72,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     from megagpt.planning.cost.accelerators import ACCELERATORS
     from megagpt.planning.plan import EFFICIENCY, HOST_MEMORY_GIB, RESERVE_GIB
 
-    parser = argparse.ArgumentParser(
+    parser = command_parser(
         description="Whether a configuration is legal and fits, where every rank would be, how "
         "fast a step would be at "
         "the rates given or assumed, and what would fit instead. Exit code 0: legal and fits; 2: "

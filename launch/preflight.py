@@ -7,6 +7,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
 
+from megagpt.common.arguments import command_parser
 from megagpt.utils import ExitCode, run_command
 
 
@@ -38,7 +39,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = command_parser(
         description="Look at every host before a run: ssh, software, code, devices, memory, "
         "disks, clocks, the shared "
         "run directory. Exit code 2 where a run would fail. Without --hostfile, look at this "

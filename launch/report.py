@@ -7,6 +7,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
 
+from megagpt.common.arguments import command_parser
 from megagpt.utils import run_command
 
 
@@ -20,7 +21,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = command_parser(
         description="Write report.html into a run directory and print its path: loss, gradient "
         "norm, learning rate, "
         "speed, memory, samples and events, in one file that needs no network. Works while the "

@@ -9,6 +9,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
 
+from megagpt.common.arguments import command_parser
 from megagpt.utils import run_command
 
 
@@ -22,7 +23,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = command_parser(
         description="Run a training command and start it again after a crash, as often as "
         "allowed; not where it was "
         "done (0), had bad input (2), was pre-empted and saved (3) or stopped by a guard (4), nor "

@@ -7,6 +7,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
 
+from megagpt.common.arguments import command_parser
 from megagpt.utils import end_process, run_command
 
 
@@ -18,7 +19,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = command_parser(
         description="Train a GPT; a run directory with checkpoints is continued."
     )
     add = parser.add_argument

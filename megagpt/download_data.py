@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
+from megagpt.common.arguments import command_parser
 from megagpt.data.corpora import Source, open_source
 from megagpt.data.encoding_pool import batches, encoder
 from megagpt.data.integrity import check, record_file
@@ -358,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = command_parser(
         prog="launch/download_data.py",
         description="Prepare a dataset: tokenise a corpus into a directory that a run reads "
         "(docs/data.md). "

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
+from importlib import metadata
 from pathlib import Path
 from typing import NoReturn, TextIO
 
@@ -42,6 +43,20 @@ class TransientError(UserError):
     """
 
 
+def tell_of_other_kernels() -> None:
+    """Say so where the distribution `kernels` of Hugging Face is installed: ours hides it."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    with suppress(metadata.PackageNotFoundError):
+        version = metadata.version("kernels")
+        print(
+            f"the package kernels {version} (Hugging Face's) is installed, and megagpt's own "
+            "package of that name hides it: transformers may fail to import; to remove it: "
+            "pip uninstall kernels",
+            file=sys.stderr,
+        )
+
+
 def run_command(main: Callable[[], int | None]) -> int:
     """Run a command's `main`; a `UserError` becomes its message on stderr and exit code 2, never a
     traceback.
@@ -49,6 +64,7 @@ def run_command(main: Callable[[], int | None]) -> int:
     A reader that has seen enough (`| head -1`) or a terminal that has gone does not change the exit
     code.
     """
+    tell_of_other_kernels()
     try:
         code = main() or ExitCode.DONE
     except UserError as error:

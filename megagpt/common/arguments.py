@@ -1,10 +1,62 @@
-"""Command-line values that say their range: types for argparse, which turns what they refuse
-into exit code 2.
+"""What the options of all commands share: `--version`, and types that say their range.
+
+argparse turns what a type refuses into exit code 2.
 """
 
+import argparse
 import math
+import platform
+import subprocess
 from argparse import ArgumentTypeError
 from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+from megagpt import __version__
+from megagpt.utils import REPOSITORY
+
+PACKAGES = ("torch", "deepspeed", "triton", "numpy")
+
+
+def command_parser(**options: Any) -> argparse.ArgumentParser:
+    """Return a parser with what every command answers: `--help` and `--version`."""
+    parser = argparse.ArgumentParser(**options)
+    parser.add_argument("--version", action=_Version, help="show versions and the commit, and exit")
+    return parser
+
+
+class _Version(argparse.Action):
+    """Print ``version_text`` and exit; the text is made only when it is asked for."""
+
+    def __init__(self, option_strings: list[str], dest: str, help: str | None = None) -> None:  # noqa: A002
+        super().__init__(option_strings, dest=argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(version_text())
+        parser.exit()
+
+
+def version_text() -> str:
+    """Return the versions of megagpt, Python and the packages that matter, with the commit."""
+    found = [f"Python {platform.python_version()}"]
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            found.append(f"{package} absent")
+    return f"megagpt {__version__}{_commit()}\n{', '.join(found)}"
+
+
+def _commit() -> str:
+    """Return the commit of the checkout, and whether it was changed; empty outside a checkout."""
+    if not (REPOSITORY / ".git").exists():
+        return ""
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return f" (commit {done.stdout.strip()})"
 
 
 def whole_number(minimum: int) -> Callable[[str], int]:

@@ -14,7 +14,7 @@ from megagpt.config import RunConfig
 from megagpt.planning.layout import Layout
 from megagpt.planning.placement import Placement, hosts_of
 from megagpt.planning.schedules import actions, bubble, timeline
-from megagpt.planning.stages import describe
+from megagpt.planning.stages import describe_stage
 
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 MESH = {"pipeline": 2, "tensor": 2}
@@ -57,7 +57,7 @@ def draw_mesh() -> None:
             fontsize=8,
         )
     for stage, layers in enumerate(layout.stages):
-        held = describe(layout.model, layers).partition(" (")[0].replace(", ", ",\n")
+        held = describe_stage(layout.model, layers).partition(" (")[0].replace(", ", ",\n")
         axes.text(-0.3, row(stage) + 0.4, f"pipeline {stage}\n{held}", ha="right", va="center")
         for data in range(2):
             arrow(

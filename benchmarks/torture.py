@@ -31,7 +31,7 @@ from megagpt.checkpoint.format import WEIGHT
 from megagpt.checkpoint.reader import open_checkpoint
 from megagpt.cluster.launch_command import NODE_LAUNCHER
 from megagpt.cluster.processes import all_processes
-from megagpt.download_data import Request, prepare
+from megagpt.download_data import PreparationRequest, prepare
 from megagpt.monitoring.metrics import read_metrics
 from megagpt.parallel.compat import MOMENTS
 from megagpt.run.supervise import newest_checkpoint
@@ -107,7 +107,10 @@ def prepare_data(directory: Path) -> None:
     text.write_text(
         "\n".join(path.read_text() for path in sorted((ROOT / "megagpt").rglob("*.py")))
     )
-    prepare(Request(str(text), directory / "data", tokenizer="bytes"), report=lambda line: None)
+    prepare(
+        PreparationRequest(str(text), directory / "data", tokenizer="bytes"),
+        report=lambda line: None,
+    )
 
 
 def write_configuration(

@@ -15,7 +15,7 @@ from megagpt.cluster.launch_command import hostfile_of_launcher
 from megagpt.cluster.launchers import Launch, adopt_launch, signs_of_launcher
 from megagpt.common.arguments import command_parser, non_negative, whole_number
 from megagpt.config import load_config
-from megagpt.parity.cases import Request, plan, require_devices, require_launched
+from megagpt.parity.cases import ParityRequest, plan, require_devices, require_launched
 from megagpt.utils import run_command
 
 
@@ -25,7 +25,7 @@ def main() -> int:
         read_hostfile(hostfile)  # DeepSpeed would have stayed on this machine without it
     signs = signs_of_launcher()
     launch = adopt_launch()
-    request = Request(
+    request = ParityRequest(
         load_config(arguments.deepspeed_config),
         arguments.deepspeed_config,
         arguments.steps,
@@ -41,7 +41,7 @@ def main() -> int:
     )
 
 
-def together(request: Request, asked: int | None, signs: list[str], launch: Launch) -> int:
+def together(request: ParityRequest, asked: int | None, signs: list[str], launch: Launch) -> int:
     """Compare on this rank of a launcher's."""
     require_launched(request, asked, signs, launch.world_size)
     plan(
@@ -58,7 +58,7 @@ def together(request: Request, asked: int | None, signs: list[str], launch: Laun
         return int(not local_ranks.joined(parity.run, request))
 
 
-def here(request: Request, asked: int | None) -> int:
+def here(request: ParityRequest, asked: int | None) -> int:
     """Compare on ranks started on this machine."""
     from megagpt.parallel.device import announce_to_deepspeed
     from megagpt.parity import local_ranks

@@ -18,7 +18,7 @@ def main() -> int:
     from megagpt.preflight import (
         checks as preflight,
     )  # after the arguments, so that --help answers at once
-    from megagpt.preflight.link import describe, measure
+    from megagpt.preflight.link import describe_links, measure_links
 
     config = load_config(arguments.deepspeed_config, arguments.set)
     hosts = read_hostfile(arguments.hostfile) if arguments.hostfile else []
@@ -30,7 +30,7 @@ def main() -> int:
     )  # before the problems, also where both go into one file
     problems = [problem for report in reports for problem in report.problems]
     if arguments.bandwidth and not problems:
-        print(describe(measure(hosts)))
+        print(describe_links(measure_links(hosts)))
     for note in [note for report in reports for note in report.notes]:
         print(f"note: {note}", flush=True)
     for problem in problems:

@@ -16,15 +16,22 @@ from pathlib import Path
 
 import numpy as np
 
-from megagpt.data.integrity import check, verify
-from megagpt.data.manifest import OFFSET_DTYPE, Manifest, Shard, Split, read_manifest, remedy
+from megagpt.data.integrity import check_file, verify
+from megagpt.data.manifest import (
+    OFFSET_DTYPE,
+    DatasetManifest,
+    Split,
+    TokenShard,
+    read_dataset_manifest,
+    remedy,
+)
 from megagpt.data.sample_order import Blend, permute
 from megagpt.utils import UserError
 
 __all__ = [
     "Batch",
     "Dataset",
-    "Manifest",
+    "DatasetManifest",
     "Sample",
     "SampleStream",
     "TokenStream",
@@ -39,7 +46,7 @@ class TokenStream:
     """
 
     def __init__(
-        self, directory: Path, shards: Sequence[Shard], dtype: np.dtype, vocabulary: int
+        self, directory: Path, shards: Sequence[TokenShard], dtype: np.dtype, vocabulary: int
     ) -> None:
         self._files, self._vocabulary = [directory / shard.file for shard in shards], vocabulary
         self._tokens = [np.memmap(file, dtype, mode="r") for file in self._files]
@@ -115,7 +122,7 @@ class Dataset:
     """A directory of prepared tokens that agrees with its manifest."""
 
     directory: Path
-    manifest: Manifest
+    manifest: DatasetManifest
 
     @property
     def vocabulary(self) -> int:
@@ -147,8 +154,8 @@ def open_dataset(directory: Path) -> Dataset:
     Takes well under two seconds. UserError with file, offset, found and expected where they do not
     agree.
     """
-    manifest = read_manifest(Path(directory))
-    check(Path(directory), manifest)
+    manifest = read_dataset_manifest(Path(directory))
+    check_file(Path(directory), manifest)
     return Dataset(Path(directory), manifest)
 
 

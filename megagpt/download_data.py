@@ -20,10 +20,16 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue
 
 from megagpt.common.arguments import command_parser
-from megagpt.data.corpora import Source, open_source
+from megagpt.data.corpora import Corpus, open_source
 from megagpt.data.encoding_pool import batches, encoder
-from megagpt.data.integrity import check, record_file
-from megagpt.data.manifest import MANIFEST_FILE, Manifest, Split, TokenizerRecord, read_manifest
+from megagpt.data.integrity import check_file, record_file
+from megagpt.data.manifest import (
+    MANIFEST_FILE,
+    DatasetManifest,
+    Split,
+    TokenizerRecord,
+    read_dataset_manifest,
+)
 from megagpt.data.tokenizer import (
     TOKENIZER_FILE,
     build_tokenizer,
@@ -36,7 +42,7 @@ from megagpt.data.writer import (
     PROGRESS_FILE,
     SPLITS,
     DatasetWriter,
-    Progress,
+    PreparationProgress,
     exclusive_staging,
     publish,
     read_progress,
@@ -59,7 +65,7 @@ Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Request:
+class PreparationRequest:
     """What to prepare; the options of the command."""
 
     dataset: str
@@ -90,7 +96,7 @@ class Request:
             if value is not None and value < 1:
                 raise UserError(f"--{option.replace('_', '-')} {value}: use a whole number above 0")
 
-    def description(self, source: Source) -> dict[str, JsonValue]:
+    def description(self, source: Corpus) -> dict[str, JsonValue]:
         """What decides the contents, as the manifest keeps it; the number of workers does not."""
         return {
             **source.description,
@@ -110,7 +116,7 @@ def prepare_embedded_corpus(directory: Path) -> None:
     """
     if not (Path(directory) / MANIFEST_FILE).exists():
         prepare(
-            Request(
+            PreparationRequest(
                 "stdlib",
                 Path(directory),
                 tokenizer=EMBEDDED_TOKENIZER,
@@ -120,7 +126,7 @@ def prepare_embedded_corpus(directory: Path) -> None:
         )
 
 
-def prepare(request: Request, report: Report = print) -> Manifest:
+def prepare(request: PreparationRequest, report: Report = print) -> DatasetManifest:
     """Prepare the dataset, or continue to; a dataset that is there already and is the same is left
     as it is.
 
@@ -147,7 +153,9 @@ def prepare(request: Request, report: Report = print) -> Manifest:
     return manifest
 
 
-def _present(request: Request, description: dict[str, JsonValue]) -> Manifest | None:
+def _present(
+    request: PreparationRequest, description: dict[str, JsonValue]
+) -> DatasetManifest | None:
     """The dataset at the destination where it is the one asked for; None where the destination
     is free (or forced).
     """
@@ -160,29 +168,29 @@ def _present(request: Request, description: dict[str, JsonValue]) -> Manifest | 
         )
     if request.force:
         return None
-    manifest = read_manifest(output)
+    manifest = read_dataset_manifest(output)
     differing = [key for key, value in description.items() if manifest.source.get(key) != value]
     if differing:
         raise UserError(
             f"{output}: already holds a dataset that differs in {', '.join(differing)}; choose "
             "another --output, or replace it with --force"
         )
-    check(output, manifest)
+    check_file(output, manifest)
     return manifest
 
 
 def _prepare_staged(
-    request: Request,
-    source: Source,
+    request: PreparationRequest,
+    source: Corpus,
     description: dict[str, JsonValue],
     staging: Path,
     report: Report,
-) -> Manifest:
+) -> DatasetManifest:
     """Fill the staging directory from its last commit point, up to and including the manifest."""
     wanted: dict[str, JsonValue] = {"request": dict(description), "version": source.version}
     progress = _progress(request, wanted, staging, report)
     if (staging / MANIFEST_FILE).exists():
-        return read_manifest(staging)
+        return read_dataset_manifest(staging)
     if not (staging / TOKENIZER_FILE).exists():
         save_tokenizer(
             build_tokenizer(request.tokenizer, lambda: _training_texts(source, request)), staging
@@ -209,8 +217,8 @@ def _prepare_staged(
 
 
 def _progress(
-    request: Request, wanted: dict[str, JsonValue], staging: Path, report: Report
-) -> Progress:
+    request: PreparationRequest, wanted: dict[str, JsonValue], staging: Path, report: Report
+) -> PreparationProgress:
     """Where to continue.
 
     Another request's leftovers are an error; with --force, they are removed.
@@ -218,7 +226,7 @@ def _progress(
     progress = None if request.force else read_progress(staging)
     if progress is None or (progress.request != wanted and not progress.pieces):
         _clear(staging)
-        progress = Progress(request=wanted)
+        progress = PreparationProgress(request=wanted)
         progress.save(staging)
     elif progress.request != wanted:
         raise UserError(
@@ -257,7 +265,7 @@ def _clear(staging: Path) -> None:
         path.unlink()
 
 
-def _training_texts(source: Source, request: Request) -> Iterator[str]:
+def _training_texts(source: Corpus, request: PreparationRequest) -> Iterator[str]:
     """The training split's text, up to 64 Mi characters of it."""
     characters = 0
     for split, piece in assign_splits(source, request.validation_fraction):
@@ -269,7 +277,7 @@ def _training_texts(source: Source, request: Request) -> Iterator[str]:
 
 
 def _require_space_for(
-    source: Source, request: Request, encoding: tiktoken.Encoding, staging: Path
+    source: Corpus, request: PreparationRequest, encoding: tiktoken.Encoding, staging: Path
 ) -> None:
     """Refuse at once what clearly will not fit; the writer looks again before each write."""
     bytes_per_token = 1.0 if request.tokenizer == "bytes" else TYPICAL_BYTES_PER_TOKEN
@@ -279,7 +287,11 @@ def _require_space_for(
 
 
 def _write_all(
-    request: Request, source: Source, writer: DatasetWriter, staging: Path, report: Report
+    request: PreparationRequest,
+    source: Corpus,
+    writer: DatasetWriter,
+    staging: Path,
+    report: Report,
 ) -> None:
     """Tokenise everything after the commit point and append it, committing every 16 Mi tokens
     and at the end.
@@ -310,7 +322,7 @@ def _write_all(
     writer.commit(pieces)
 
 
-def _limits(request: Request) -> dict[Split, int]:
+def _limits(request: PreparationRequest) -> dict[Split, int]:
     """Tokens each split may have: --max-tokens shared out by the fraction held out."""
     if request.max_tokens is None:
         return {"train": sys.maxsize, "val": sys.maxsize}
@@ -355,7 +367,7 @@ def _progress_bar(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command `launch/download_data.py`."""
-    prepare(Request(**vars(_parser().parse_args(arguments))))
+    prepare(PreparationRequest(**vars(_parser().parse_args(arguments))))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -399,7 +411,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--shard-tokens",
         type=int,
-        default=Request.shard_tokens,
+        default=PreparationRequest.shard_tokens,
         help="tokens a file (default: %(default)s)",
     )
     add(

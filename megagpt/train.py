@@ -29,7 +29,7 @@ from megagpt.parallel.batches import BatchLoader
 from megagpt.parallel.device import peak_memory
 from megagpt.parallel.engine import Engine
 from megagpt.planning.cost.flops import model_flops_utilisation
-from megagpt.rundir.signals import Wish, Wishes
+from megagpt.rundir.signals import StopRequest, StopRequests
 from megagpt.utils import UserError
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Run:
     peak_flops: float | None
     monitor: Monitor = field(default_factory=Monitor)
     state: TrainState = field(default_factory=TrainState)
-    wishes: Wishes = field(default_factory=Wishes)
+    requests: StopRequests = field(default_factory=StopRequests)
     pulse: Pulse = field(default_factory=Pulse)
     unproven: NextStep | None = None  # what the first step after a resume has to give again
     saver: Saver = field(init=False)
@@ -63,10 +63,10 @@ class Run:
         self.saver = Saver(self.engine, self.directory, self.training.stream.fingerprint)
 
 
-def train(run: Run) -> Wish:
+def train(run: Run) -> StopRequest:
     """Train from ``run.state`` to the configured number of steps; every rank must call it.
 
-    Returns the wish that ended it early, once the run is saved, or ``Wish.NOTHING``.
+    Returns the request that ended it early, once the run is saved, or ``StopRequest.NOTHING``.
     """
     settings = run.config.megagpt.training
     guard, meter, stragglers = (
@@ -94,23 +94,23 @@ def train(run: Run) -> Wish:
             if verdict.rewind and rewind(run):
                 guard.remember(run.state.guard)
                 continue
-        wish = agreed_wish(run)
-        if not wish.ends_the_run and (work := due_between_steps(run, wish)):
+        request = agreed_request(run)
+        if not request.ends_the_run and (work := due_between_steps(run, request)):
             for task in work:
                 meter.pause(partial(task, run))
-            wish = agreed_wish(
+            request = agreed_request(
                 run
             )  # it may have taken long, and who sent SIGTERM does not wait for another step
-            if wish is Wish.SAVE:
-                run.wishes.add(wish)  # when that step is done
-        if wish.ends_the_run:
-            leave(run, wish)
-            return wish
+            if request is StopRequest.SAVE:
+                run.requests.add(request)  # when that step is done
+        if request.ends_the_run:
+            leave(run, request)
+            return request
     finish_saves(run)
-    return Wish.NOTHING
+    return StopRequest.NOTHING
 
 
-def due_between_steps(run: Run, wish: Wish) -> list[Callable[[Run], None]]:
+def due_between_steps(run: Run, request: StopRequest) -> list[Callable[[Run], None]]:
     """What is due after a step and is no training, in this order; alike on every rank, all of
     which must do it.
     """
@@ -119,7 +119,7 @@ def due_between_steps(run: Run, wish: Wish) -> list[Callable[[Run], None]]:
         (settings.drift_check_interval_steps, require_equal_replicas),
         (settings.eval_interval_steps, report_validation),
         (settings.sample_interval_steps, write_samples),
-        (1 if wish is Wish.SAVE else run.config.megagpt.checkpoint.interval_steps, save),
+        (1 if request is StopRequest.SAVE else run.config.megagpt.checkpoint.interval_steps, save),
     ]
     return [
         task
@@ -133,21 +133,21 @@ def due(interval_steps: int, step: int, last_step: int) -> bool:
     return interval_steps > 0 and (step % interval_steps == 0 or step == last_step)
 
 
-def agreed_wish(run: Run) -> Wish:
-    """The greatest wish of any rank: a signal reaches ranks up to 30 s apart, and all must act at
+def agreed_request(run: Run) -> StopRequest:
+    """The greatest request of any rank: a signal reaches ranks up to 30 s apart, and all must act at
     the same step.
 
-    To end is no wish any more after the last step.
+    After the last step a request to end is ignored.
     """
-    greatest = torch.tensor(run.wishes.take(), device=run.engine.device)
+    greatest = torch.tensor(run.requests.take(), device=run.engine.device)
     dist.all_reduce(greatest, op=dist.ReduceOp.MAX)
-    wish, last_step = Wish(int(greatest)), run.config.megagpt.training.total_steps
-    return Wish.NOTHING if wish.ends_the_run and run.state.step >= last_step else wish
+    request, last_step = StopRequest(int(greatest)), run.config.megagpt.training.total_steps
+    return StopRequest.NOTHING if request.ends_the_run and run.state.step >= last_step else request
 
 
-def leave(run: Run, wish: Wish) -> None:
+def leave(run: Run, request: StopRequest) -> None:
     """Save what is not saved yet, and record who wanted the run to end; every rank must call it."""
-    run.monitor.event("stop", step=run.state.step, wish=wish.name)
+    run.monitor.event("stop", step=run.state.step, wish=request.name)
     if not run.saver.holds(run.state):
         save(run)
     finish_saves(run)

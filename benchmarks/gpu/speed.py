@@ -9,7 +9,7 @@ from benchmarks.gpu.case import NOT_RUN, RIGHT, WRONG
 from benchmarks.gpu.child import Context
 from kernels.bench import run as benchmark_run
 from kernels.bench.cases import GPU_SIZES, Case, Sizes, cases
-from kernels.bench.report import Row
+from kernels.bench.report import BenchmarkRow
 
 
 def measure(
@@ -33,11 +33,13 @@ def measure(
         _measure(context, this, case, tuple(modes))
 
 
-def _measure(context: Context, this: benchmark_run.Run, case: Case, modes: tuple[str, ...]) -> None:
+def _measure(
+    context: Context, this: benchmark_run.BenchmarkRun, case: Case, modes: tuple[str, ...]
+) -> None:
     def name(provider: str, mode: str) -> str:
         return f"{mode}, {provider}, {case.shape}"
 
-    def keep(row: Row) -> None:
+    def keep(row: BenchmarkRow) -> None:
         finding = name(row.provider, row.mode)
         reason = row.failure or f"error {row.error_vs_torch:.3g} times torch's own, 2 allowed"
         if row.correct:

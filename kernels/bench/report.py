@@ -11,7 +11,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchmarkRow:
     """One measurement. Times and rates are None where a provider was checked but not timed."""
 
     op: str
@@ -56,7 +56,7 @@ class Heading:
     notes: tuple[str, ...]
 
 
-def write_report(directory: Path, heading: Heading, rows: Sequence[Row]) -> list[Path]:
+def write_report(directory: Path, heading: Heading, rows: Sequence[BenchmarkRow]) -> list[Path]:
     """Write results.csv, results.md and, where matplotlib is installed, the plots; returns their
     paths.
     """
@@ -68,7 +68,7 @@ def write_report(directory: Path, heading: Heading, rows: Sequence[Row]) -> list
     ]
 
 
-def write_tables(directory: Path, heading: Heading, rows: Sequence[Row]) -> list[Path]:
+def write_tables(directory: Path, heading: Heading, rows: Sequence[BenchmarkRow]) -> list[Path]:
     """Write results.csv and results.md; returns their paths."""
     directory.mkdir(parents=True, exist_ok=True)
     written = [directory / "results.csv", directory / "results.md"]
@@ -77,10 +77,12 @@ def write_tables(directory: Path, heading: Heading, rows: Sequence[Row]) -> list
     return written
 
 
-def as_csv(rows: Iterable[Row]) -> str:
+def as_csv(rows: Iterable[BenchmarkRow]) -> str:
     """One line a row, a header first; empty where not timed."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
+    writer = csv.DictWriter(
+        text, [field.name for field in fields(BenchmarkRow)], lineterminator="\n"
+    )
     writer.writeheader()
     for row in rows:
         writer.writerow(
@@ -89,7 +91,7 @@ def as_csv(rows: Iterable[Row]) -> str:
     return text.getvalue()
 
 
-def from_csv(text: str) -> list[Row]:
+def from_csv(text: str) -> list[BenchmarkRow]:
     """The rows that ``as_csv`` wrote."""
     read: dict[str, Callable[[str], object]] = {
         "size": int,
@@ -101,10 +103,10 @@ def from_csv(text: str) -> list[Row]:
     rows: list[dict[str, Any]] = [
         {name: read.get(name, str)(word) for name, word in line.items()} for line in lines
     ]
-    return [Row(**row) for row in rows]
+    return [BenchmarkRow(**row) for row in rows]
 
 
-def as_markdown(heading: Heading, rows: Sequence[Row]) -> str:
+def as_markdown(heading: Heading, rows: Sequence[BenchmarkRow]) -> str:
     """The conditions, then a table for each operation and mode."""
     lines = [
         "# Kernel benchmark",
@@ -126,7 +128,7 @@ def as_markdown(heading: Heading, rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _markdown_row(row: Row) -> str:
+def _markdown_row(row: BenchmarkRow) -> str:
     if row.failure:
         return f"| {row.shape} | {row.dtype} | {row.provider} | **FAILED**: {row.failure} | | | | |"
     error = f"{row.error_vs_torch:.2f}" if row.correct else f"**WRONG** ({row.error_vs_torch:.3g})"
@@ -139,15 +141,15 @@ def _markdown_row(row: Row) -> str:
     return f"| {row.shape} | {row.dtype} | {row.provider} | {times} | {rate} | {peak} | {error} |"
 
 
-def _grouped(rows: Iterable[Row]) -> list[list[Row]]:
+def _grouped(rows: Iterable[BenchmarkRow]) -> list[list[BenchmarkRow]]:
     """Rows of one operation and mode together, in the order they came."""
-    groups: dict[tuple[str, str], list[Row]] = {}
+    groups: dict[tuple[str, str], list[BenchmarkRow]] = {}
     for row in rows:
         groups.setdefault((row.op, row.mode), []).append(row)
     return list(groups.values())
 
 
-def _plot(directory: Path, rows: Sequence[Row]) -> Path | None:
+def _plot(directory: Path, rows: Sequence[BenchmarkRow]) -> Path | None:
     """Rate by size, a line for each provider and kind of shape; None where nothing was timed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -178,14 +180,14 @@ def _plot(directory: Path, rows: Sequence[Row]) -> Path | None:
     return path
 
 
-def _axis(row: Row) -> str:
+def _axis(row: BenchmarkRow) -> str:
     """What of the shape the size is: ``width`` of ``rows 512, width 768``."""
     return next(
         part for part in reversed(row.shape.split(", ")) if part.endswith(f" {row.size}")
     ).split()[0]
 
 
-def _variant(row: Row) -> str:
+def _variant(row: BenchmarkRow) -> str:
     """What distinguishes shapes of one size: the head dimension, or a residual."""
     parts = [part for part in row.shape.split(", ") if part.startswith(("head_dim", "residual"))]
     return f" ({', '.join(parts)})" if parts else ""

@@ -22,7 +22,7 @@ import kernels
 from kernels.bench.cases import CHECK_SIZES, CPU_SIZES, GPU_SIZES, Case, Sizes, cases
 from kernels.bench.machine import device_name, versions
 from kernels.bench.providers import Provider, UnavailableError, providers
-from kernels.bench.report import Heading, Row, write_report, write_tables
+from kernels.bench.report import BenchmarkRow, Heading, write_report, write_tables
 from kernels.bench.timing import (
     Measured,
     Yardstick,
@@ -40,7 +40,7 @@ INTERPRETED = "megagpt (interpreter)"
 
 
 @dataclass
-class Run:
+class BenchmarkRun:
     """What holds for a whole run, and the rows and notes it gathers."""
 
     device: str
@@ -49,13 +49,15 @@ class Run:
     dtype: str
     gemm_tflops: float
     copy_gb_per_s: float
-    rows: list[Row] = field(default_factory=list)
+    rows: list[BenchmarkRow] = field(default_factory=list)
     stopped: bool = False
     only: tuple[
         str, ...
     ] = ()  # providers, by name or its first words; all of them where there is none
     notes: list[str] = field(default_factory=list)
-    keep: Callable[[Row], object] = lambda row: None  # called with each row when it is known
+    keep: Callable[[BenchmarkRow], object] = lambda row: (
+        None
+    )  # called with each row when it is known
     absent: Callable[[Case, str, str, str], None] = lambda case, provider, mode, reason: (
         None
     )  # with what did not run
@@ -106,8 +108,8 @@ class Run:
 
     def _row(
         self, case: Case, provider: str, mode: str, measured: Measured | None, error: float
-    ) -> Row:
-        row = Row(
+    ) -> BenchmarkRow:
+        row = BenchmarkRow(
             op=case.op,
             provider=provider,
             mode=mode,
@@ -197,14 +199,14 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
-def _heading(this: Run, command: str) -> Heading:
+def _heading(this: BenchmarkRun, command: str) -> Heading:
     today = datetime.date.today().isoformat()
     return Heading(
         command, today, f"{this.machine} ({this.versions})", _ceilings(this), tuple(this.notes)
     )
 
 
-def _ceilings(this: Run) -> str:
+def _ceilings(this: BenchmarkRun) -> str:
     return (
         f"Measured ceilings: {this.gemm_tflops:.3g} TFLOP/s in a {this.dtype} matrix product, "
         f"{this.copy_gb_per_s:.3g} GB/s in a copy."
@@ -213,7 +215,7 @@ def _ceilings(this: Run) -> str:
     )
 
 
-def measure_case(this: Run, case: Case, modes: tuple[str, ...]) -> None:
+def measure_case(this: BenchmarkRun, case: Case, modes: tuple[str, ...]) -> None:
     """Every mode of a case with every provider that was asked for."""
     for mode in modes:
         if case.op == "linear_cross_entropy" and mode == "bwd":
@@ -233,7 +235,9 @@ def measure_case(this: Run, case: Case, modes: tuple[str, ...]) -> None:
             _measure_one(this, case, mode, provider, against)
 
 
-def _measure_one(this: Run, case: Case, mode: str, provider: Provider, against: Yardstick) -> None:
+def _measure_one(
+    this: BenchmarkRun, case: Case, mode: str, provider: Provider, against: Yardstick
+) -> None:
     """One row.
 
     Whatever another's code raises (no such backend, out of memory, a changed API) is a note; ours
@@ -259,7 +263,7 @@ def _measure_one(this: Run, case: Case, mode: str, provider: Provider, against: 
 
 
 def _error(
-    this: Run,
+    this: BenchmarkRun,
     case: Case,
     mode: str,
     provider: Provider,
@@ -279,7 +283,7 @@ def _error(
     return errors(function, replace(case, options=options), mode)
 
 
-def _check_interpreted(this: Run, op: str, modes: tuple[str, ...]) -> None:
+def _check_interpreted(this: BenchmarkRun, op: str, modes: tuple[str, ...]) -> None:
     """Our kernel's accuracy on small shapes."""
     this.note(
         "No GPU here: torch's providers ran on the CPU; our kernels were checked by the "
@@ -311,7 +315,7 @@ def _forced(mode: str) -> Iterator[None]:
             os.environ["MEGAGPT_KERNELS"] = before
 
 
-def this_machine(dtype: str | None) -> Run:
+def this_machine(dtype: str | None) -> BenchmarkRun:
     """A run on this device, whose ceilings are measured now; ``dtype`` None: bf16 on a GPU, else
     fp32.
     """
@@ -319,4 +323,4 @@ def this_machine(dtype: str | None) -> Run:
         ("cuda", dtype or "bf16") if torch.cuda.is_available() else ("cpu", dtype or "fp32")
     )
     gemm, copy = gemm_ceiling_tflops(DTYPES[dtype], device), copy_ceiling_gb_per_s(device)
-    return Run(device, device_name(), versions(), dtype, gemm, copy)
+    return BenchmarkRun(device, device_name(), versions(), dtype, gemm, copy)

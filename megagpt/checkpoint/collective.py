@@ -35,7 +35,7 @@ def together(work: Callable[[], Result], group: dist.ProcessGroup | None = None)
 
 
 @dataclass(frozen=True)
-class Fault:
+class RankFailure:
     """What the first failing rank says; ``damage`` where what it read is at fault, and not the
     reading.
     """
@@ -44,7 +44,7 @@ class Fault:
     damage: bool
 
 
-def attempt(work: Callable[[], Result]) -> Result | Fault:
+def attempt(work: Callable[[], Result]) -> Result | RankFailure:
     """Run ``work`` on every rank: this rank's result where all succeed, else the same fault on
     all.
     """
@@ -76,7 +76,7 @@ def on_rank0(value: Result, group: dist.ProcessGroup | None = None) -> list[Resu
 
 def _attempt(
     work: Callable[[], Result], group: dist.ProcessGroup | None
-) -> tuple[Result | None, Fault | None, Exception | None]:
+) -> tuple[Result | None, RankFailure | None, Exception | None]:
     """This rank's result, the first failing rank's fault, this rank's error; whatever happens,
     none waits for ever.
     """
@@ -87,7 +87,7 @@ def _attempt(
     except Exception as caught:  # of any kind: the others wait for this rank's word
         error = caught
     reason = None if error is None else f"{str(error) or repr(error)} (rank {dist.get_rank()})"
-    faults = everyones(Fault(reason, isinstance(error, DAMAGE)) if reason else None, group)
+    faults = everyones(RankFailure(reason, isinstance(error, DAMAGE)) if reason else None, group)
     if error is not None and not isinstance(error, EXPECTED):
         raise error
     return result, next(filter(None, faults), None), error

@@ -28,7 +28,7 @@ def staging_directory(final: Path) -> Path:
     return final.with_name(f".staging_{final.name}")
 
 
-def prepare(staging: Path, tensor_bytes: int) -> None:
+def prepare_staging(staging: Path, tensor_bytes: int) -> None:
     """An empty staging directory on a disk with room for so many bytes of tensors; raises
     UserError.
     """

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megagpt.checkpoint import directory as directories
-from megagpt.checkpoint.collective import Fault, attempt, from_rank0, together
+from megagpt.checkpoint.collective import RankFailure, attempt, from_rank0, together
 from megagpt.checkpoint.format import (
     MANIFEST,
     DamagedCheckpointError,
@@ -94,7 +94,7 @@ def resume(engine: Engine, run_directory: Path) -> Resumed | None:
     for position, step in enumerate(steps):
         directory = step_directory(checkpoints, step)
         loaded = _load(engine, directory)
-        if not isinstance(loaded, Fault):
+        if not isinstance(loaded, RankFailure):
             _adopt(engine, loaded.manifest)
             together(partial(_set_aside, engine, checkpoints, steps[:position]))
             return Resumed(directory, loaded.manifest, faults, steps, loaded.bytes_read)
@@ -121,7 +121,7 @@ def _require_shared(engine: Engine, checkpoints: Path, steps: list[int]) -> None
         )
 
 
-def _load(engine: Engine, directory: Path) -> Reader | Fault:
+def _load(engine: Engine, directory: Path) -> Reader | RankFailure:
     """Verify one checkpoint and fill the buckets from it, on all ranks or on none; the fault where
     it is damaged.
 
@@ -129,15 +129,15 @@ def _load(engine: Engine, directory: Path) -> Reader | Fault:
     aside.
     """
     reader = _unless_undamaged(attempt(partial(_verified, engine, directory)))
-    if isinstance(reader, Fault):
+    if isinstance(reader, RankFailure):
         return reader
     together(partial(_require_same_run, engine, reader))
     return _unless_undamaged(attempt(partial(_fill_buckets, engine, reader)))
 
 
-def _unless_undamaged(found: Reader | Fault) -> Reader | Fault:
+def _unless_undamaged(found: Reader | RankFailure) -> Reader | RankFailure:
     """Another fault than damage ends the run."""
-    if isinstance(found, Fault) and not found.damage:
+    if isinstance(found, RankFailure) and not found.damage:
         raise UserError(found.reason)
     return found
 

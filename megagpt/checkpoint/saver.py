@@ -218,7 +218,7 @@ class Saver:
 
     def _prepare(self, save: _Save) -> None:
         if self.engine.mesh.rank == 0:
-            directories.prepare(save.staging, save.bytes)
+            directories.prepare_staging(save.staging, save.bytes)
 
     def _write(self, save: _Save, work: Callable[[], dict[str, StoredFile]]) -> Report:
         """Perhaps in a thread; what this rank wrote."""

@@ -43,7 +43,7 @@ INSTALLED = {"site-packages", "dist-packages", "__pycache__"}
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextPiece:
     """Part of a document: `document` counts from 0, `starts` and `ends` say whether its first
     and last part is here.
     """
@@ -54,7 +54,7 @@ class Piece:
     ends: bool = True
 
 
-class Source(Protocol):
+class Corpus(Protocol):
     """A corpus.
 
     `description` goes into the manifest; `version` must be equal for a preparation to be continued.
@@ -64,14 +64,14 @@ class Source(Protocol):
     version: JsonValue
     size_bytes: int | None  # of the text, where it is known beforehand
 
-    def pieces(self, skip: int = 0) -> Iterator[Piece]:
+    def pieces(self, skip: int = 0) -> Iterator[TextPiece]:
         """Every piece but the first `skip`."""
         ...
 
 
 def open_source(
     dataset: str, *, config: str | None = None, split: str = "train", column: str = "text"
-) -> Source:
+) -> Corpus:
     """The source that `--dataset` names; UserError where there is none."""
     if dataset == "stdlib":
         return StandardLibrary(Path(sysconfig.get_path("stdlib")))
@@ -85,7 +85,7 @@ def open_source(
             "split": split,
             "column": column,
         }
-        return Table(
+        return TableFiles(
             description, {"path": dataset, "name": config, "split": split}, column, None, None
         )
     raise UserError(
@@ -94,7 +94,7 @@ def open_source(
     )
 
 
-def _local_source(pattern: str, file_format: str, column: str) -> Source:
+def _local_source(pattern: str, file_format: str, column: str) -> Corpus:
     paths = sorted(
         Path(path) for path in glob.glob(pattern, recursive=True) if Path(path).is_file()
     )
@@ -118,7 +118,7 @@ def _local_source(pattern: str, file_format: str, column: str) -> Source:
         return TextFiles(paths, description, version, size_bytes)
     arguments = {"path": file_format, "data_files": [str(path) for path in paths], "split": "train"}
     compressed = file_format == "parquet" or pattern.endswith(".zst")
-    return Table(
+    return TableFiles(
         {**description, "column": column},
         arguments,
         column,
@@ -150,10 +150,10 @@ class StandardLibrary:
         self.version: JsonValue = None
         self.size_bytes: int | None = sum(path.stat().st_size for path in self._paths)
 
-    def pieces(self, skip: int = 0) -> Iterator[Piece]:
+    def pieces(self, skip: int = 0) -> Iterator[TextPiece]:
         for number, path in enumerate(self._paths[skip:], start=skip):
             with tokenize.open(path) as file:  # honours a module's own declaration of its encoding
-                yield Piece(number, file.read())
+                yield TextPiece(number, file.read())
 
 
 def _is_left_out(path: Path) -> bool:
@@ -179,18 +179,18 @@ class TextFiles:
             size_bytes,
         )
 
-    def pieces(self, skip: int = 0) -> Iterator[Piece]:
+    def pieces(self, skip: int = 0) -> Iterator[TextPiece]:
         return itertools.islice(self._all_pieces(), skip, None)
 
-    def _all_pieces(self) -> Iterator[Piece]:
+    def _all_pieces(self) -> Iterator[TextPiece]:
         for document, path in enumerate(self._paths):
             starts = True
             texts = _text_pieces(path)
             text = next(texts, "")
             for following in texts:
-                yield Piece(document, text, starts, ends=False)
+                yield TextPiece(document, text, starts, ends=False)
                 text, starts = following, False
-            yield Piece(document, text, starts, ends=True)
+            yield TextPiece(document, text, starts, ends=True)
 
 
 def _text_pieces(path: Path) -> Iterator[str]:
@@ -243,7 +243,7 @@ def _decoded_blocks(path: Path) -> Iterator[str]:
             read_bytes += len(block)
 
 
-class Table:
+class TableFiles:
     """One text column of a Hugging Face dataset: from the hub, or local .jsonl, .jsonl.zst and
     .parquet files.
 
@@ -261,11 +261,11 @@ class Table:
         self.description, self.version, self.size_bytes = description, version, size_bytes
         self._arguments, self._column = arguments, column
 
-    def pieces(self, skip: int = 0) -> Iterator[Piece]:
+    def pieces(self, skip: int = 0) -> Iterator[TextPiece]:
         rows = enumerate(self._rows(skip), start=skip)
         while (numbered := self._guarded(next, rows, None)) is not None:
             number, row = numbered
-            yield Piece(number, self._text(number, row))
+            yield TextPiece(number, self._text(number, row))
 
     def _rows(self, skip: int) -> Iterator[dict[str, Any]]:
         from datasets import load_dataset

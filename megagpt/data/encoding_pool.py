@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from megagpt.data.corpora import Piece
+from megagpt.data.corpora import TextPiece
 from megagpt.data.manifest import Split
 from megagpt.data.tokenizer import load_tokenizer, replace_surrogates
 from megagpt.utils import MIB
@@ -37,13 +37,13 @@ class EncodedPiece(NamedTuple):
     )  # uint32; the end-of-document token last where the document ends here; none for an empty text
 
 
-Batch = list[tuple[Split, Piece]]
+Batch = list[tuple[Split, TextPiece]]
 Encode = Callable[[Iterable[Batch]], Iterator[list[EncodedPiece]]]
 
 _encoding: tiktoken.Encoding | None = None  # of a worker process
 
 
-def batches(pieces: Iterable[tuple[Split, Piece]]) -> Iterator[Batch]:
+def batches(pieces: Iterable[tuple[Split, TextPiece]]) -> Iterator[Batch]:
     """Runs of pieces of about a megabyte of text."""
     batch: Batch = []
     characters = 0

@@ -15,7 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from megagpt.data.manifest import OFFSET_DTYPE, FileRecord, Manifest, Shard, read_manifest, remedy
+from megagpt.data.manifest import (
+    OFFSET_DTYPE,
+    DatasetManifest,
+    FileRecord,
+    TokenShard,
+    read_dataset_manifest,
+    remedy,
+)
 from megagpt.utils import KIB, MIB, UserError
 
 PROBE_BYTES = 64 * KIB
@@ -35,7 +42,7 @@ def record_file(path: Path) -> FileRecord:
     )
 
 
-def check(directory: Path, manifest: Manifest) -> None:
+def check_file(directory: Path, manifest: DatasetManifest) -> None:
     """Compare the files with the manifest by size, largest token and probes; one UserError with
     every difference.
     """
@@ -49,12 +56,12 @@ def check(directory: Path, manifest: Manifest) -> None:
     _raise(directory, problems)
 
 
-def verify(directory: Path, *, full: bool = False) -> Manifest:
+def verify(directory: Path, *, full: bool = False) -> DatasetManifest:
     """Check a dataset as a run does; with `full`, hash every file and look at every token and
     offset too.
     """
-    manifest = read_manifest(directory)
-    check(directory, manifest)
+    manifest = read_dataset_manifest(directory)
+    check_file(directory, manifest)
     if full:
         problems = _hash_problems(Path(directory), manifest.tokenizer)
         for shard in _all_shards(manifest):
@@ -115,11 +122,11 @@ def _token_blocks(path: Path, dtype: np.dtype) -> Iterator[tuple[int, np.ndarray
             first += len(block)
 
 
-def _all_shards(manifest: Manifest) -> list[Shard]:
+def _all_shards(manifest: DatasetManifest) -> list[TokenShard]:
     return [shard for shards in manifest.splits.values() for shard in shards]
 
 
-def _shard_problems(directory: Path, shard: Shard, manifest: Manifest) -> list[str]:
+def _shard_problems(directory: Path, shard: TokenShard, manifest: DatasetManifest) -> list[str]:
     """What the manifest's own numbers rule out, before any block is read."""
     path, item_bytes = directory / shard.file, manifest.token_dtype.itemsize
     if shard.bytes != shard.tokens * item_bytes:
@@ -172,7 +179,7 @@ def _probe_problem(offset: int, block: bytes, expected: str) -> str | None:
     )
 
 
-def _id_problem(manifest: Manifest, offset: int, block: bytes) -> str | None:
+def _id_problem(manifest: DatasetManifest, offset: int, block: bytes) -> str | None:
     """The first token id of a block at a byte offset that the vocabulary does not have."""
     dtype = manifest.token_dtype
     skipped = -offset % dtype.itemsize  # a probe may begin within a token
@@ -211,7 +218,7 @@ def _hash_problems(directory: Path, record: FileRecord) -> list[str]:
     ]
 
 
-def _token_problems(directory: Path, shard: Shard, manifest: Manifest) -> list[str]:
+def _token_problems(directory: Path, shard: TokenShard, manifest: DatasetManifest) -> list[str]:
     path, dtype = directory / shard.file, manifest.token_dtype
     for first, block in _token_blocks(path, dtype):
         if problem := _id_problem(manifest, first * dtype.itemsize, block.tobytes()):
@@ -219,7 +226,7 @@ def _token_problems(directory: Path, shard: Shard, manifest: Manifest) -> list[s
     return []
 
 
-def _offset_problems(directory: Path, shard: Shard) -> list[str]:
+def _offset_problems(directory: Path, shard: TokenShard) -> list[str]:
     path = directory / shard.offsets.file
     offsets = np.fromfile(path, OFFSET_DTYPE).astype(np.int64)
     wrong = np.flatnonzero((np.diff(offsets, prepend=-1) <= 0) | (offsets >= shard.tokens))

@@ -40,7 +40,7 @@ class FileRecord(_Record):
     probes: tuple[str, ...] = Field(strict=False)  # JSON has lists only
 
 
-class Shard(FileRecord):
+class TokenShard(FileRecord):
     """One `.bin` of tokens, and the `.offsets` beside it: where in it each document begins."""
 
     tokens: Annotated[int, Field(ge=1)]
@@ -53,7 +53,7 @@ class TokenizerRecord(FileRecord):
     name: str
 
 
-class Manifest(_Record):
+class DatasetManifest(_Record):
     """What a dataset directory holds; `vocabulary` counts ids, `source` says where the text is
     from.
     """
@@ -64,7 +64,7 @@ class Manifest(_Record):
     end_of_document: Count
     documents: Count
     tokenizer: TokenizerRecord
-    splits: dict[Split, Annotated[tuple[Shard, ...], Field(strict=False)]]
+    splits: dict[Split, Annotated[tuple[TokenShard, ...], Field(strict=False)]]
     source: dict[str, JsonValue]
 
     @model_validator(mode="after")
@@ -85,7 +85,7 @@ class Manifest(_Record):
         contents = self.model_dump(mode="json", exclude={"source"})
         return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
-    def shards(self, split: Split) -> tuple[Shard, ...]:
+    def shards(self, split: Split) -> tuple[TokenShard, ...]:
         return self.splits.get(split, ())
 
     def tokens(self, split: Split) -> int:
@@ -108,13 +108,13 @@ def dtype_for(vocabulary: int) -> Literal["uint16", "uint32"]:
     return "uint16" if vocabulary <= 2**16 else "uint32"
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_dataset_manifest(directory: Path) -> DatasetManifest:
     """Parse and check `directory/manifest.json`; UserError where it is missing or is not one of
     ours.
     """
     path = Path(directory) / MANIFEST_FILE
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        return DatasetManifest.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(_missing(Path(directory))) from None
     except NotADirectoryError:
@@ -128,7 +128,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise UserError("\n".join((*lines, remedy(Path(directory))))) from None
 
 
-def staging_directory(directory: Path) -> Path:
+def dataset_staging_directory(directory: Path) -> Path:
     """Where a dataset lies until it is complete."""
     return directory.with_name(f"{directory.name}.partial")
 
@@ -143,7 +143,7 @@ def remedy(directory: Path) -> str:
 
 def _missing(directory: Path) -> str:
     command = f"python launch/download_data.py --dataset stdlib --output {directory}"
-    if staging_directory(directory).is_dir():
+    if dataset_staging_directory(directory).is_dir():
         return (
             f"{directory}: its preparation has not finished; the same command again continues "
             f"it: {command}"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 
-from megagpt.data.corpora import Piece, Source
+from megagpt.data.corpora import Corpus, TextPiece
 from megagpt.data.manifest import Split
 
 FEW_DOCUMENTS = 20
@@ -18,8 +18,8 @@ FRACTION_OF_MANY, FRACTION_OF_FEW = 0.01, 0.1
 
 
 def assign_splits(
-    source: Source, fraction: float | None, skip: int = 0
-) -> Iterator[tuple[Split, Piece]]:
+    source: Corpus, fraction: float | None, skip: int = 0
+) -> Iterator[tuple[Split, TextPiece]]:
     """Each piece with its split, but the first `skip`.
 
     From twenty documents on, whole documents are held out at even distances, beginning with the
@@ -33,7 +33,7 @@ def assign_splits(
     return itertools.islice(_head_and_tail(source, round(characters * (1 - held_out))), skip, None)
 
 
-def characters_of_few(source: Source) -> int | None:
+def characters_of_few(source: Corpus) -> int | None:
     """The length of a source of fewer than twenty documents; None for a larger one, of which
     only those are read.
     """
@@ -45,7 +45,7 @@ def characters_of_few(source: Source) -> int | None:
     return characters
 
 
-def _every_nth(source: Source, fraction: float, skip: int) -> Iterator[tuple[Split, Piece]]:
+def _every_nth(source: Corpus, fraction: float, skip: int) -> Iterator[tuple[Split, TextPiece]]:
     exact = Fraction(str(fraction))
     for piece in source.pieces(skip):
         held_out_before, held_out_after = (
@@ -55,7 +55,7 @@ def _every_nth(source: Source, fraction: float, skip: int) -> Iterator[tuple[Spl
         yield ("val" if held_out_after > held_out_before else "train"), piece
 
 
-def _head_and_tail(source: Source, cut: int) -> Iterator[tuple[Split, Piece]]:
+def _head_and_tail(source: Corpus, cut: int) -> Iterator[tuple[Split, TextPiece]]:
     """Characters up to the first line break from `cut` on, then the rest; the document between
     them becomes two.
     """

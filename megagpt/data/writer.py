@@ -24,12 +24,12 @@ from megagpt.data.integrity import largest_token, record_file
 from megagpt.data.manifest import (
     MANIFEST_FILE,
     OFFSET_DTYPE,
-    Manifest,
-    Shard,
+    DatasetManifest,
     Split,
     TokenizerRecord,
+    TokenShard,
+    dataset_staging_directory,
     dtype_for,
-    staging_directory,
 )
 from megagpt.utils import MIB, UserError, human_bytes, sync_directory, write_atomically
 
@@ -46,7 +46,7 @@ class ShardProgress(BaseModel):
     documents: int = 0
 
 
-class Progress(BaseModel):
+class PreparationProgress(BaseModel):
     """What an interrupted preparation continues from; `request` is what was asked for, compared
     before continuing.
     """
@@ -65,13 +65,13 @@ class Progress(BaseModel):
             write_atomically(staging / PROGRESS_FILE, self.model_dump_json(indent=2) + "\n")
 
 
-def read_progress(staging: Path) -> Progress | None:
+def read_progress(staging: Path) -> PreparationProgress | None:
     """The commit point in a staging directory, None where there is none yet."""
     path = staging / PROGRESS_FILE
     if not path.exists():
         return None
     try:
-        return Progress.model_validate_json(path.read_bytes())
+        return PreparationProgress.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise UserError(
             f"{path}: damaged ({error.error_count()} errors); start again with --force"
@@ -169,7 +169,7 @@ class DatasetWriter:
     """Writes both splits into a staging directory and commits them together."""
 
     def __init__(
-        self, staging: Path, progress: Progress, *, vocabulary: int, shard_tokens: int
+        self, staging: Path, progress: PreparationProgress, *, vocabulary: int, shard_tokens: int
     ) -> None:
         self._staging, self._vocabulary, self.progress = staging, vocabulary, progress
         dtype = np.dtype(dtype_for(vocabulary)).newbyteorder("<")
@@ -204,13 +204,13 @@ class DatasetWriter:
 
     def finish(
         self, *, tokenizer: TokenizerRecord, end_of_document: int, source: dict[str, JsonValue]
-    ) -> Manifest:
+    ) -> DatasetManifest:
         """Hash the files and write the manifest; the staging directory is then a complete
         dataset.
         """
         self.close()
         splits = {split: self._sealed_shards(split) for split in SPLITS}
-        manifest = Manifest(
+        manifest = DatasetManifest(
             format_version=1,
             dtype=dtype_for(self._vocabulary),
             vocabulary=self._vocabulary,
@@ -224,7 +224,7 @@ class DatasetWriter:
             write_atomically(self._staging / MANIFEST_FILE, manifest.to_json())
         return manifest
 
-    def _sealed_shards(self, split: Split) -> tuple[Shard, ...]:
+    def _sealed_shards(self, split: Split) -> tuple[TokenShard, ...]:
         dtype = np.dtype(dtype_for(self._vocabulary)).newbyteorder("<")
         return tuple(
             _sealed_shard(self._staging / f"{split}-{number:05d}.bin", shard, dtype)
@@ -232,8 +232,8 @@ class DatasetWriter:
         )
 
 
-def _sealed_shard(path: Path, shard: ShardProgress, dtype: np.dtype) -> Shard:
-    return Shard(
+def _sealed_shard(path: Path, shard: ShardProgress, dtype: np.dtype) -> TokenShard:
+    return TokenShard(
         **record_file(path).model_dump(),
         tokens=shard.tokens,
         documents=shard.documents,
@@ -281,7 +281,7 @@ def exclusive_staging(directory: Path) -> Iterator[Path]:
     holder, so there is nothing stale to clean up; a holder that published has renamed the directory
     away, and the next one makes another.
     """
-    staging = staging_directory(directory)
+    staging = dataset_staging_directory(directory)
     while True:
         try:
             staging.mkdir(parents=True, exist_ok=True)
@@ -324,7 +324,7 @@ def publish(staging: Path, directory: Path) -> None:
     """Rename a complete staging directory to its destination; a dataset that was there is
     removed after the rename.
     """
-    manifest = Manifest.model_validate_json((staging / MANIFEST_FILE).read_bytes())
+    manifest = DatasetManifest.model_validate_json((staging / MANIFEST_FILE).read_bytes())
     shards = [shard for shards in manifest.splits.values() for shard in shards]
     known = {
         MANIFEST_FILE,

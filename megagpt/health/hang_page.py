@@ -39,7 +39,7 @@ def hang_page(
         f"  the run hangs: nothing has ended for {timeout_s:g} s (megagpt.monitor.stall_timeout_s)",
         "",
         *textwrap.wrap(
-            verdict(states), PAGE_WIDTH - 4, initial_indent="  ", subsequent_indent="  "
+            hang_verdict(states), PAGE_WIDTH - 4, initial_indent="  ", subsequent_indent="  "
         ),
         *(line for group in groups[:MOST_GROUPS] for line in _group(group)),
         *([f"  and {len(groups) - MOST_GROUPS} more places"] if len(groups) > MOST_GROUPS else []),
@@ -90,7 +90,7 @@ def _absent(states: Sequence[RankState]) -> Finding | None:
     return find_absent({state.rank: state.groups for state in states if state.silent_s is None})
 
 
-def verdict(states: Sequence[RankState]) -> str:
+def hang_verdict(states: Sequence[RankState]) -> str:
     """One sentence: who differs, and how; another one where the flight recorders agree."""
     odd = odd_ranks(states)
     if not odd:

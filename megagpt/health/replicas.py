@@ -31,9 +31,9 @@ def data_copies(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     at ZeRO 0.
     """
     for parameter, name in engine.names.items():
-        if engine.stage < 3 or parameter.ds_persist:  # type: ignore[attr-defined]  # ZeRO 3 puts it there
+        if engine.zero_stage < 3 or parameter.ds_persist:  # type: ignore[attr-defined]  # ZeRO 3 puts it there
             yield name, parameter.detach()
-    if engine.stage == 0:
+    if engine.zero_stage == 0:
         for bucket in engine.buckets():
             with bucket.resident(False) as (_, state):
                 for moment in MOMENTS:

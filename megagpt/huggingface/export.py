@@ -92,7 +92,7 @@ def export(
         _write_json(staging / CONFIG, _model_config(architecture, model, encoding, dtype))
         _write_json(staging / "generation_config.json", _generation_config(model, encoding))
         _write_tokenizer(staging, Path(config.megagpt.data.sources[0].path), model)
-        _write_weights(staging, shards, Source(weight, model, dtype))
+        _write_weights(staging, shards, TrainedWeights(weight, model, dtype))
     return Exported(architecture.name, found_step, size // tensor_bytes(kind, []), size)
 
 
@@ -153,7 +153,7 @@ def stored_bytes(parts: Iterable[Part], kind: str) -> int:
 
 
 @dataclass(frozen=True)
-class Source:
+class TrainedWeights:
     """Where weights come from, and what they become on the way."""
 
     weight: Callable[[str], Tensor]
@@ -186,7 +186,7 @@ class Source:
         return part.relation.split(converted, self.model)
 
 
-def _write_weights(staging: Path, shards: Sequence[Sequence[Part]], source: Source) -> None:
+def _write_weights(staging: Path, shards: Sequence[Sequence[Part]], source: TrainedWeights) -> None:
     """Each file in one pass, flushed to the disk; with several, the index that says where each
     tensor is.
     """

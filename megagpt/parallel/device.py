@@ -54,7 +54,7 @@ def set_cuda_defaults(environment: MutableMapping[str, str] = os.environ) -> Non
             environment[name] = value
 
 
-def describe(device: torch.device) -> str:
+def describe_device(device: torch.device) -> str:
     """For a log line: `NVIDIA H200` or `CPU, 2 threads`."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

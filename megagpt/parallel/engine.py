@@ -77,7 +77,7 @@ class Engine:
         return self.mesh.stages(self.config.megagpt.parallel.virtual_stages)
 
     @property
-    def stage(self) -> int:
+    def zero_stage(self) -> int:
         """The ZeRO stage."""
         return self.config.zero_optimization.stage
 
@@ -129,7 +129,9 @@ def join_ranks(config: ResolvedConfig | None = None) -> None:
     launch = adopt_launch()
     set_cuda_defaults()
     ops.use_private_extensions()
-    if (unknown := internals.check(internals.parts_used(config, launch.launcher))) is not None:
+    if (
+        unknown := internals.require_known_internals(internals.parts_used(config, launch.launcher))
+    ) is not None:
         log.log(logging.INFO if launch.rank else logging.WARNING, unknown)
     compat.suppress_shared_memory_collectives()
     compat.silence_cpu_adam()
@@ -241,7 +243,7 @@ def build_engine(config: ResolvedConfig, mesh: Mesh) -> Engine:
     Peak memory is this rank's shard plus one parameter. Raises UserError where an op that the
     configuration needs cannot be built.
     """
-    internals.check(internals.parts_used(config, adopt_launch().launcher))
+    internals.require_known_internals(internals.parts_used(config, adopt_launch().launcher))
     needed = ops.needed_ops(config, get_accelerator().device_name())
     ops.require_tools(needed)
     ops.build([op for op in needed if not ops.missing_tools(op)])

@@ -84,7 +84,7 @@ def parts_used(config: RunConfig | None, launcher: str) -> list[str]:
     return parts
 
 
-def check(parts: Collection[str]) -> str | None:
+def require_known_internals(parts: Collection[str]) -> str | None:
     """Raise UserError where a file of these parts is unknown, naming each such file.
 
     With MEGAGPT_ALLOW_UNKNOWN=1, return the message instead. Return None where all files are known.

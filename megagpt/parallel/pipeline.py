@@ -70,7 +70,9 @@ def train_step(
     if not math.isfinite(loss) or refuses(loss):
         compat.refuse_step(engine.deepspeed)
         return StepResult(loss, math.nan, learning_rate, applied=False)
-    norm, applied = _update_replicated(engine) if engine.stage == 0 else _update_partitioned(engine)
+    norm, applied = (
+        _update_replicated(engine) if engine.zero_stage == 0 else _update_partitioned(engine)
+    )
     return StepResult(loss, norm, learning_rate, applied)
 
 
@@ -79,7 +81,9 @@ def accumulate(engine: Engine, micro_batches: Sequence[MicroBatch]) -> list[Tens
 
     Returns the losses of the micro-batches, on the ranks that hold the head.
     """
-    per_step = engine.config.megagpt.parallel.gradient_reduction == "per_step" and engine.stage > 0
+    per_step = (
+        engine.config.megagpt.parallel.gradient_reduction == "per_step" and engine.zero_stage > 0
+    )
     with engine.deepspeed.coalesce_grad_reduction() if per_step else nullcontext():
         if engine.num_stages > 1:
             losses = _pipeline(engine, len(micro_batches)).train(micro_batches)

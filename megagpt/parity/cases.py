@@ -18,7 +18,7 @@ Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
-class Request:
+class ParityRequest:
     """What the user asks for: the configuration, the name of its file, and how to compare.
 
     ``tolerance`` in fp32: of a loss or norm, relative; in bf16: times what a plain process strays;
@@ -61,7 +61,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ParityPlan:
     """The number of ranks; the strategies to train on them, the file's own first, each with its
     configuration; how many more do not compose; and why the file's own is left out, empty where
     it is not.
@@ -73,7 +73,7 @@ class Plan:
     left_out: str
 
 
-def require_devices(request: Request, ranks: int) -> None:
+def require_devices(request: ParityRequest, ranks: int) -> None:
     """A rank takes a GPU of its own, where this machine has any; raises UserError."""
     if request.gpus and ranks > request.gpus:
         raise UserError(
@@ -84,7 +84,7 @@ def require_devices(request: Request, ranks: int) -> None:
 
 
 def require_launched(
-    request: Request, asked: int | None, signs: list[str], world_size: int
+    request: ParityRequest, asked: int | None, signs: list[str], world_size: int
 ) -> None:
     """A launcher's ranks are as many as --ranks or, without it, the file says: else a host may be
     missing.
@@ -108,7 +108,7 @@ def require_launched(
         )
 
 
-def plan(request: Request, world_size: int) -> Plan:
+def plan(request: ParityRequest, world_size: int) -> ParityPlan:
     """What to train on so many ranks.
 
     Raises UserError where the file's own is all that is wanted, and impossible.
@@ -124,10 +124,10 @@ def plan(request: Request, world_size: int) -> Plan:
         left_out = _refused(request, found[0][1], world_size)
     if request.own_only and left_out:
         raise UserError(left_out)
-    return Plan(world_size, legal, len(tried) - len(legal), left_out)
+    return ParityPlan(world_size, legal, len(tried) - len(legal), left_out)
 
 
-def remarks_on_own(request: Request, planned: Plan) -> list[str]:
+def remarks_on_own(request: ParityRequest, planned: ParityPlan) -> list[str]:
     """What is to be known of the file's own strategy, the first, beyond the columns of the
     table.
     """
@@ -148,7 +148,7 @@ def remarks_on_own(request: Request, planned: Plan) -> list[str]:
 
 
 def _described(
-    request: Request, tried: list[Strategy], world_size: int
+    request: ParityRequest, tried: list[Strategy], world_size: int
 ) -> list[tuple[Strategy, ResolvedConfig]]:
     document = small_document(request.file, tried, world_size, request.steps, request.precision)
     return [
@@ -156,7 +156,7 @@ def _described(
     ]
 
 
-def _other_ranks_needed(request: Request, own: Strategy, world_size: int) -> str:
+def _other_ranks_needed(request: ParityRequest, own: Strategy, world_size: int) -> str:
     """What to type where these ranks are no whole number of the file's replicas; else nothing."""
     replica, stated = own.tensor * own.pipeline, request.stated_ranks
     if world_size % replica == 0:
@@ -173,7 +173,7 @@ def _other_ranks_needed(request: Request, own: Strategy, world_size: int) -> str
     )
 
 
-def _refused(request: Request, config: ResolvedConfig, world_size: int) -> str:
+def _refused(request: ParityRequest, config: ResolvedConfig, world_size: int) -> str:
     """Why the small run is refused, and whether it would not be in the other precision."""
     other: Precision = "fp32" if request.precision == "bf16" else "bf16"
     own = own_strategy(request.file)

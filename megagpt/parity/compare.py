@@ -22,7 +22,7 @@ from megagpt.parallel.engine import Engine, build_engine, build_mesh, training_d
 from megagpt.parallel.pipeline import MicroBatch
 from megagpt.parity import plain
 from megagpt.parity import tolerance as yardstick
-from megagpt.parity.cases import Plan, Request, plan, remarks_on_own
+from megagpt.parity.cases import ParityPlan, ParityRequest, plan, remarks_on_own
 from megagpt.parity.plain import WEIGHT, PlainRun, document_ids, dropout_seeds, global_batch
 from megagpt.parity.tolerance import Straying
 
@@ -47,7 +47,7 @@ class Outcome:
     held: float
 
 
-def run(request: Request) -> bool:
+def run(request: ParityRequest) -> bool:
     """Compare and print; every rank must call it.
 
     Whether all strategies equal the plain process.
@@ -75,7 +75,7 @@ def run(request: Request) -> bool:
     return wrong == 0
 
 
-def _reference(request: Request, config: ResolvedConfig) -> Reference:
+def _reference(request: ParityRequest, config: ResolvedConfig) -> Reference:
     """Train the plain process, in bf16 too where that is to be compared."""
     exact = plain.train(config, request.steps, training_device())
     usual = {"fp32": yardstick.FP32_TOLERANCE, "bf16": yardstick.BF16_TOLERANCE}
@@ -92,7 +92,7 @@ def _reference(request: Request, config: ResolvedConfig) -> Reference:
     )
 
 
-def _compare(config: ResolvedConfig, exact: PlainRun, request: Request) -> Outcome:
+def _compare(config: ResolvedConfig, exact: PlainRun, request: ParityRequest) -> Outcome:
     """Train under a strategy; how far it strays, the same answer on each rank."""
     engine = build_engine(config, build_mesh(config))
     try:
@@ -201,7 +201,7 @@ NUMBERS = {"loss": 8, "norm": 8, "weights": 8, "held": 5}
 PLAIN_IN_BF16 = "one plain process in bf16"
 
 
-def _heading(request: Request, planned: Plan) -> str:
+def _heading(request: ParityRequest, planned: ParityPlan) -> str:
     config = planned.legal[0][1]
     left_out = f"{planned.left_out}\n\n" if planned.left_out else ""
     strategies = "1 strategy" if len(planned.legal) == 1 else f"{len(planned.legal)} strategies"
@@ -217,7 +217,7 @@ def _heading(request: Request, planned: Plan) -> str:
     )
 
 
-def _title(request: Request, planned: Plan, index: int) -> str:
+def _title(request: ParityRequest, planned: ParityPlan, index: int) -> str:
     """What stands above the first row, the file's own, and above the second, where the others
     begin.
     """
@@ -243,7 +243,7 @@ def _aligned(words: Iterable[str], widths: Iterable[int]) -> str:
     return "  ".join(word.ljust(width) for word, width in zip(words, widths, strict=True))
 
 
-def _verdict(request: Request, planned: Plan, reference: Reference, wrong: int) -> str:
+def _verdict(request: ParityRequest, planned: ParityPlan, reference: Reference, wrong: int) -> str:
     count, limit = len(planned.legal), reference.limit
     if request.precision == "fp32":
         allowed = (

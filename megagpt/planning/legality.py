@@ -90,7 +90,7 @@ def problems(written: RunConfig, world: World | None = None) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Legality:
     """The rows that refuse a configuration, resolved as far as it can be, and why it could not be.
 
     Where other ranks started than it states, it is resolved on those that it states: what else is
@@ -102,10 +102,10 @@ class Verdict:
     impossible: list[str]
 
 
-def judge(written: RunConfig, world: World | None) -> Verdict:
+def judge(written: RunConfig, world: World | None) -> Legality:
     """The whole check that a run passes before it starts."""
     if world is None:
-        return Verdict(written, refusals(written), [])
+        return Legality(written, refusals(written), [])
     parallel = written.megagpt.parallel
     if world.ranks and (unexpected := unexpected_world(parallel, world.ranks)):
         as_stated = judge(written, replace(world, ranks=parallel.world_size))
@@ -113,8 +113,8 @@ def judge(written: RunConfig, world: World | None) -> Verdict:
     try:
         config = world.resolve(written)
     except ConfigError as error:
-        return Verdict(written, refusals(written), error.errors)
-    return Verdict(config, world.refusals(config, written), [])
+        return Legality(written, refusals(written), error.errors)
+    return Legality(config, world.refusals(config, written), [])
 
 
 def nearest_legal(written: RunConfig, world: World | None) -> Items | None:
@@ -139,7 +139,7 @@ def nearest_legal(written: RunConfig, world: World | None) -> Items | None:
     return None
 
 
-def _remedies(written: RunConfig, verdict: Verdict, world: World | None) -> Iterator[str]:
+def _remedies(written: RunConfig, verdict: Legality, world: World | None) -> Iterator[str]:
     """Of the first row that refuses; else the ranks that there are; where only numbers do not
     divide, smaller axes of the mesh, or other ways to cut the batch, then other batches.
     """

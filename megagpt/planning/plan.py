@@ -156,11 +156,12 @@ def _vocabulary_here(written: RunConfig) -> int | None:
     model = written.megagpt.model
     if model.vocab_size or model.vocabulary or model.published_vocabulary:
         return None
-    from megagpt.data.manifest import read_manifest
+    from megagpt.data.manifest import read_dataset_manifest
 
     try:
         return max(
-            read_manifest(Path(source.path)).vocabulary for source in written.megagpt.data.sources
+            read_dataset_manifest(Path(source.path)).vocabulary
+            for source in written.megagpt.data.sources
         )
     except UserError:
         return None

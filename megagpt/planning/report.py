@@ -10,7 +10,7 @@ from megagpt.planning.cost.model_states import Bytes
 from megagpt.planning.placement import Place
 from megagpt.planning.plan import Alternative, Plan
 from megagpt.planning.schedules import bubble_formula
-from megagpt.planning.stages import describe
+from megagpt.planning.stages import describe_stage
 from megagpt.utils import GIB, human_count
 
 FEW_RANKS = 16  # shown one by one
@@ -66,7 +66,7 @@ def _mesh(plan: Plan) -> str:
             [f"{p.rank}", p.host, f"{p.slot}", f"{p.pipeline}", f"{p.data}", f"{p.tensor}"]
             for p in places
         ]
-        lines = table(["rank", "host", "slot", "pipeline", "data", "tensor"], rows)
+        lines = text_table(["rank", "host", "slot", "pipeline", "data", "tensor"], rows)
     else:
         lines = [
             _run_of_ranks(plan.placement.of_pipeline_rank(rank), rank)
@@ -93,7 +93,8 @@ def _stages(plan: Plan) -> str:
     """What each stage holds, and its shares of arithmetic and parameters."""
     layout = plan.layout
     lines = [
-        f"stage {stage} on pipeline {stage % layout.pipeline}: {describe(layout.model, layers)}"
+        f"stage {stage} on pipeline {stage % layout.pipeline}: "
+        f"{describe_stage(layout.model, layers)}"
         for stage, layers in enumerate(layout.stages)
     ]
     if len(lines) > FEW_RANKS:
@@ -116,7 +117,7 @@ def _memory(plan: Plan) -> str:
     head = ["GiB of a rank", *(f"pipeline {memory.pipeline_rank}" for memory in shown)]
     fullest = _fullest(plan.memory)
     note = f"most: pipeline rank {fullest.pipeline_rank}; +H in host memory, +N on NVMe"
-    return "\n".join([f"memory ({note}):", *(f"  {line}" for line in table(head, rows))])
+    return "\n".join([f"memory ({note}):", *(f"  {line}" for line in text_table(head, rows))])
 
 
 def _shown(memory: Sequence[RankMemory]) -> list[RankMemory]:
@@ -183,7 +184,7 @@ def _alternatives(found: Sequence[Alternative]) -> str:
     return "\n".join(["legal and fits, with the same ranks and batch, fastest first:", *lines])
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines with columns as wide as their widest entry, the first to the left, the others to the
     right.
     """

@@ -42,7 +42,7 @@ def stage_parameters(model: ModelConfig, layers: range) -> int:
     )
 
 
-def describe(model: ModelConfig, layers: range) -> str:
+def describe_stage(model: ModelConfig, layers: range) -> str:
     """What a stage holds, and its shares: `embedding, blocks 0-5 (49% of the work, 52% of the
     parameters)`.
     """

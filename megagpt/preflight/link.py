@@ -44,7 +44,7 @@ class Link:
     bus_bytes_per_s: float
 
 
-def measure(hosts: Sequence[Host]) -> Link:
+def measure_links(hosts: Sequence[Host]) -> Link:
     """All-reduce over one rank a slot of every host; raises UserError where the hosts do not
     come together.
     """
@@ -68,7 +68,7 @@ def measure(hosts: Sequence[Host]) -> Link:
     return Link(**json.loads(replies[0].output.splitlines()[-1]))
 
 
-def describe(link: Link) -> str:
+def describe_links(link: Link) -> str:
     return (
         f"all-reduce over {link.ranks} ranks ({link.backend}): {1e6 * link.latency_s:.0f} us for a "
         f"number, {human_bytes(link.bus_bytes_per_s)}/s a link for {human_bytes(link.tensor_bytes)}"

@@ -26,7 +26,7 @@ from megagpt.parallel.engine import (
     join_ranks,
     training_device,
 )
-from megagpt.planning.stages import cut, describe
+from megagpt.planning.stages import cut, describe_stage
 from megagpt.rundir import directory as directories
 from megagpt.rundir.data import require_same_data, resolve_here
 from megagpt.train import Run
@@ -49,7 +49,7 @@ def assemble(
     pulse.beat("building the engine")
     mesh = build_mesh(resolved)
     engine = build_engine(resolved, mesh)
-    _announce(engine, directory, device.describe(training_device()))
+    _announce(engine, directory, device.describe_device(training_device()))
     run = Run(
         config=resolved,
         engine=engine,
@@ -81,7 +81,7 @@ def _unknown_internals(config: ResolvedConfig) -> list[str]:
     """Return what each host runs at its own risk (MEGAGPT_ALLOW_UNKNOWN=1); every rank must call
     it.
     """
-    here = internals.check(internals.parts_used(config, adopt_launch().launcher))
+    here = internals.require_known_internals(internals.parts_used(config, adopt_launch().launcher))
     return sorted({message for message in everyones(here) if message is not None})
 
 
@@ -151,5 +151,5 @@ def _describe_stages(config: ResolvedConfig) -> str:
     model, parallel = config.megagpt.model, config.megagpt.parallel
     stages = cut(model, parallel.pipeline * parallel.virtual_stages)
     return "; ".join(
-        f"stage {index}: {describe(model, layers)}" for index, layers in enumerate(stages)
+        f"stage {index}: {describe_stage(model, layers)}" for index, layers in enumerate(stages)
     )

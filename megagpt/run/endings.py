@@ -18,7 +18,7 @@ from megagpt.common.text import redacted
 from megagpt.health.watch import RankState, Watch
 from megagpt.rundir import end_record
 from megagpt.rundir.end_record import EndRecord
-from megagpt.rundir.signals import STOP_FILE, Wish
+from megagpt.rundir.signals import STOP_FILE, StopRequest
 from megagpt.utils import ExitCode, human_count
 
 if TYPE_CHECKING:
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def forget(directory: Path) -> None:
+def clear_earlier_end(directory: Path) -> None:
     """A run that begins has not ended: the page and the record of an earlier end give way."""
     shutil.rmtree(directory / "logs" / "watch", ignore_errors=True)
     _crash_file(directory).unlink(missing_ok=True)
     end_record.clear(directory)
 
 
-def acquaint(watch: Watch, run: "Run") -> None:
+def connect_watch(watch: Watch, run: "Run") -> None:
     """Tell the watch over this rank what the rank and its modules are called."""
     modules = (item for chunk in run.engine.chunks for item in chunk.named_modules())
     watch.know(run.engine.mesh.name, {id(module): name for name, module in modules if name})
@@ -44,7 +44,7 @@ def report_hang(
     states: list[RankState], timeout_s: float, run: "Run | None", directory: Path
 ) -> None:
     """One rank's word for all, while every main thread hangs."""
-    from megagpt.health.hang_page import hang_page, verdict
+    from megagpt.health.hang_page import hang_page, hang_verdict
 
     last, step = last_checkpoint(directory), run.state.step if run else None
     page = hang_page(
@@ -54,28 +54,32 @@ def report_hang(
         resume_command=resume_command() if last else None,
         stacks=directory / "logs" / "watch",
     )
-    _record(EndRecord(end_record.HUNG, ExitCode.FAILED, step, _rank(), verdict(states)), directory)
+    _record(
+        EndRecord(end_record.HUNG, ExitCode.FAILED, step, _rank(), hang_verdict(states)), directory
+    )
     _publish(page, directory)
 
 
-def farewell(run: "Run", first_step: int, wish: Wish) -> ExitCode:
-    """The end of a run that was done, or saved because of a wish; every rank must call it."""
+def finish(run: "Run", first_step: int, request: StopRequest) -> ExitCode:
+    """The end of a run that was done, or saved because of a request; every rank must call it."""
     import torch.distributed as dist
 
-    code = ExitCode.PREEMPTED_AND_SAVED if wish.ends_the_run else ExitCode.DONE
+    code = ExitCode.PREEMPTED_AND_SAVED if request.ends_the_run else ExitCode.DONE
     if run.engine.mesh.rank == 0:
         (run.directory / STOP_FILE).unlink(missing_ok=True)
         reason, detail = (
-            (end_record.PREEMPTED, wish.name) if wish.ends_the_run else (end_record.DONE, "")
+            (end_record.PREEMPTED, request.name) if request.ends_the_run else (end_record.DONE, "")
         )
         _record(EndRecord(reason, code, run.state.step, rank=0, detail=detail), run.directory)
-        print(_saved(run, wish) if wish.ends_the_run else _outcome(run, first_step), flush=True)
+        print(
+            _saved(run, request) if request.ends_the_run else _outcome(run, first_step), flush=True
+        )
     dist.destroy_process_group()
     return code
 
 
-def _saved(run: "Run", wish: Wish) -> str:
-    return f"{wish.name}: saved step {run.state.step} and ended; to go on: {resume_command()}"
+def _saved(run: "Run", request: StopRequest) -> str:
+    return f"{request.name}: saved step {run.state.step} and ended; to go on: {resume_command()}"
 
 
 def _outcome(run: "Run", first_step: int) -> str:

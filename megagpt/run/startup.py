@@ -28,7 +28,13 @@ from megagpt.planning.legality import ANY_VOCABULARY, World, require_legal
 from megagpt.run import endings, faults
 from megagpt.rundir import directory as directories
 from megagpt.rundir.data import open_data
-from megagpt.rundir.signals import STOP_FILE, SignalListener, Wish, Wishes, ends_before_the_start
+from megagpt.rundir.signals import (
+    STOP_FILE,
+    SignalListener,
+    StopRequest,
+    StopRequests,
+    ends_before_the_start,
+)
 from megagpt.utils import ExitCode, UserError
 
 log = logging.getLogger(__name__)
@@ -54,8 +60,8 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _start(arguments: argparse.Namespace) -> int:
     launch = adopt_launch()
-    wishes = Wishes()
-    end_with_launcher(partial(_without_launcher, wishes))
+    requests = StopRequests()
+    end_with_launcher(partial(_without_launcher, requests))
     if (hostfile := hostfile_of_launcher()) is not None:
         read_hostfile(hostfile)  # DeepSpeed would have trained on this machine alone without it
     faults.from_environment()
@@ -67,17 +73,17 @@ def _start(arguments: argparse.Namespace) -> int:
         raise UserError(f"{directory}: nothing to resume; leave out --resume to start it")
     streams = open_data(config, directory)
     # The DeepSpeed of one host may differ: its ranks say so before the others wait for them.
-    internals.check(internals.parts_used(config, launch.launcher))
+    internals.require_known_internals(internals.parts_used(config, launch.launcher))
     _require_ops(config)
     with _gathered(directory):
         _announce_device()
-        return _run_to_its_end(config, streams, directory, wishes)
+        return _run_to_its_end(config, streams, directory, requests)
 
 
-def _without_launcher(wishes: Wishes) -> None:
+def _without_launcher(requests: StopRequests) -> None:
     """The launcher has died: save, where there may be something to be saved, and end."""
-    if wishes.awaited:
-        wishes.add(Wish.ORPHANED)
+    if requests.awaited:
+        requests.add(StopRequest.ORPHANED)
         return
     log.critical("the launcher has died before the first step: this rank ends")
     os._exit(ExitCode.FAILED)
@@ -104,7 +110,7 @@ def _claimed(directory: Path) -> TextIO:
     """
     locked = directories.lock(directory)
     try:
-        endings.forget(directory)
+        endings.clear_earlier_end(directory)
     except OSError as error:
         raise _cannot_be_written(directory, error) from error
     return locked
@@ -149,7 +155,7 @@ def _rank() -> int:
 
 
 def _run_to_its_end(
-    config: RunConfig, streams: dict[Split, SampleStream], directory: Path, wishes: Wishes
+    config: RunConfig, streams: dict[Split, SampleStream], directory: Path, requests: StopRequests
 ) -> ExitCode:
     """Train; whatever ends the run early is shown on one screen by the rank that failed first.
 
@@ -161,8 +167,8 @@ def _run_to_its_end(
 
     launch, pulse = adopt_launch(), Pulse()
     run = None
-    wishes.stop_file = directory / STOP_FILE if _rank() == 0 else None
-    with SignalListener(wishes, lambda heard: endings.end_at_once(heard, run, directory)):
+    requests.stop_file = directory / STOP_FILE if _rank() == 0 else None
+    with SignalListener(requests, lambda heard: endings.end_at_once(heard, run, directory)):
         try:
             _open_log(directory)
             with Watch(
@@ -176,13 +182,13 @@ def _run_to_its_end(
                 ),
             ) as watch:
                 run = assemble(config, streams, directory, pulse)
-                endings.acquaint(watch, run)
-                run.wishes, first_step = wishes, run.state.step
+                endings.connect_watch(watch, run)
+                run.requests, first_step = requests, run.state.step
                 faults.sabotage(run, faults.from_environment())
-                wishes.awaited = True
+                requests.awaited = True
                 with run.monitor:
-                    wish = train(run)
-                return endings.farewell(run, first_step, wish)
+                    request = train(run)
+                return endings.finish(run, first_step, request)
         except BaseException as error:
             if run is None and isinstance(error, UserError):
                 raise

@@ -31,7 +31,7 @@ from megagpt.cluster.processes import PROC, all_processes
 from megagpt.monitoring.metrics import METRICS_FILE, Line, MetricsFile, plain, read_metrics
 from megagpt.rundir.directory import directory_of_run
 from megagpt.rundir.end_record import END_FILE, ENDED_AT_ONCE, FAILED, EndRecord
-from megagpt.rundir.signals import Wish
+from megagpt.rundir.signals import StopRequest
 from megagpt.utils import ExitCode, UserError, human_duration
 
 FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 1.0, 60.0
@@ -178,7 +178,7 @@ class Supervisor:
                 f": {textwrap.shorten(record.detail, MOST_CHARACTERS)}" if record.detail else ""
             )
             orphaned = (
-                record.detail == Wish.ORPHANED.name
+                record.detail == StopRequest.ORPHANED.name
             )  # the run has saved, and its launcher has crashed
             final = (
                 record.exit_code in NOT_A_CRASH and not orphaned

@@ -27,7 +27,7 @@ def open_data(config: RunConfig, directory: Path) -> dict[Split, SampleStream]:
     UserError.
     """
     resolved = resolve_here(config, prepare_vocabulary(config))
-    directories.check(directory, resolved)
+    directories.require_same_identity(directory, resolved)
     streams = {split: open_stream(resolved, split) for split in SPLITS}
     _require_data_of_the_newest(directory, streams["train"])
     return streams

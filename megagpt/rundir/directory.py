@@ -40,7 +40,7 @@ def read_config(run_directory: Path) -> ResolvedConfig:
     return ResolvedConfig.from_json(text, str(path))
 
 
-def check(run_directory: Path, config: ResolvedConfig) -> None:
+def require_same_identity(run_directory: Path, config: ResolvedConfig) -> None:
     """Refuse a directory that holds another run: another model, other data, another optimizer ...
 
     A run may be continued under any execution: mesh, ZeRO stage, precision, length. Raises

@@ -32,8 +32,8 @@ SAME_PRESS_S = 3.0
 _WAKE_TO_CLOSE = 0  # no signal has this number
 
 
-class Wish(IntEnum):
-    """What is wanted; of the wishes of all ranks the greatest counts.
+class StopRequest(IntEnum):
+    """What somebody asks of the run; the greatest over all ranks counts.
 
     Those from ``STOP_FILE`` on end the run.
     """
@@ -47,49 +47,55 @@ class Wish(IntEnum):
 
     @property
     def ends_the_run(self) -> bool:
-        return self >= Wish.STOP_FILE
+        return self >= StopRequest.STOP_FILE
 
 
-WISHES = {signal.SIGUSR1: Wish.SAVE, signal.SIGINT: Wish.SIGINT, signal.SIGTERM: Wish.SIGTERM}
+STOP_SIGNALS = {
+    signal.SIGUSR1: StopRequest.SAVE,
+    signal.SIGINT: StopRequest.SIGINT,
+    signal.SIGTERM: StopRequest.SIGTERM,
+}
 
 
-class Wishes:
-    """This rank's wishes. Any thread may add one; the training loop takes them when a step is done.
+class StopRequests:
+    """This rank's requests. Any thread may add one; the training loop takes them when a step is done.
 
     ``awaited`` is true while there is a loop that will.
     """
 
     def __init__(self, stop_file: Path | None = None) -> None:
         self.stop_file, self.awaited = stop_file, False
-        self._save, self._stop = False, Wish.NOTHING
+        self._save, self._stop = False, StopRequest.NOTHING
 
-    def add(self, wish: Wish) -> None:
-        """Wish something of the run; what would end it is never taken back."""
-        if wish.ends_the_run:
-            self._stop = max(self._stop, wish)
+    def add(self, request: StopRequest) -> None:
+        """Add a request; one that ends the run is never taken back."""
+        if request.ends_the_run:
+            self._stop = max(self._stop, request)
         else:
             self._save = True
 
-    def take(self) -> Wish:
-        """The greatest wish; one to save is fulfilled once."""
+    def take(self) -> StopRequest:
+        """Return the greatest request; one to save is fulfilled once."""
         save, self._save = self._save, False
         if self.stop_file is not None and self.stop_file.exists():
-            self.add(Wish.STOP_FILE)
-        return self._stop or (Wish.SAVE if save else Wish.NOTHING)
+            self.add(StopRequest.STOP_FILE)
+        return self._stop or (StopRequest.SAVE if save else StopRequest.NOTHING)
 
 
 class SignalListener:
-    """Turns signals into wishes while it is entered, on the main thread.
+    """Turns signals into requests while it is entered, on the main thread.
 
     Python runs its own handlers between two instructions of the main thread, and so never while
     that waits inside a collective. A thread that reads the wake-up pipe hears them all the same,
     and can end a process that hangs. ``end_at_once(signal)`` is called for a signal that insists,
-    and for any while wishes are not awaited: before the first step there is nothing to be saved,
+    and for any while requests are not awaited: before the first step there is nothing to be saved,
     and the ops that are being compiled take minutes.
     """
 
-    def __init__(self, wishes: Wishes, end_at_once: Callable[[signal.Signals], None]) -> None:
-        self.wishes, self.end_at_once = wishes, end_at_once
+    def __init__(
+        self, requests: StopRequests, end_at_once: Callable[[signal.Signals], None]
+    ) -> None:
+        self.requests, self.end_at_once = requests, end_at_once
         self._first_heard_s: dict[signal.Signals, float] = {}
 
     def __enter__(self) -> Self:
@@ -97,7 +103,7 @@ class SignalListener:
         os.set_blocking(self._writing, False)  # as set_wakeup_fd demands
         self._previous_pipe = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         self._previous_handlers = {
-            number: signal.signal(number, _heard_by_the_thread) for number in WISHES
+            number: signal.signal(number, _heard_by_the_thread) for number in STOP_SIGNALS
         }
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
@@ -119,19 +125,19 @@ class SignalListener:
 
     def _listen(self) -> None:
         while (number := os.read(self._reading, 1)[0]) != _WAKE_TO_CLOSE:
-            if number in WISHES:  # the pipe carries every signal that has a handler in Python
+            if number in STOP_SIGNALS:  # the pipe carries every signal that has a handler in Python
                 self._hear(signal.Signals(number))
 
     def _hear(self, heard: signal.Signals) -> None:
-        wish = WISHES[heard]
-        if wish.ends_the_run and (self._insists(heard) or not self.wishes.awaited):
+        request = STOP_SIGNALS[heard]
+        if request.ends_the_run and (self._insists(heard) or not self.requests.awaited):
             self.end_at_once(heard)
         log.info(
             "%s: %s at the end of this step",
             heard.name,
-            "save and end" if wish.ends_the_run else "save",
+            "save and end" if request.ends_the_run else "save",
         )
-        self.wishes.add(wish)
+        self.requests.add(request)
 
     def _insists(self, heard: signal.Signals) -> bool:
         """The same signal again, seconds later.
@@ -162,7 +168,10 @@ def ends_before_the_start() -> Iterator[None]:
     def ignore(number: int, frame: object) -> None:
         """A handler, unlike SIG_IGN, is not inherited by the programs that are started."""
 
-    handlers = {number: ignore if wish is Wish.SAVE else end for number, wish in WISHES.items()}
+    handlers = {
+        number: ignore if request is StopRequest.SAVE else end
+        for number, request in STOP_SIGNALS.items()
+    }
     previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield

@@ -35,7 +35,7 @@ from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.report import SCREEN_LINES, Report
 from benchmarks.gpu.run import Outcome
 from kernels.bench.cases import VARIANTS, Sizes, cases
-from kernels.bench.report import Row
+from kernels.bench.report import BenchmarkRow
 from kernels.costs import OPERATIONS
 from tests.benchmarks.gpu_cases import CPU, TINY, context, stand_in
 from tests.support.ranks import RankPool
@@ -668,7 +668,7 @@ def test_memory_of_a_gpu_beside_the_plan(monkeypatch: pytest.MonkeyPatch) -> Non
 # ------------------------------------------------------------------------------------------ targets
 
 ROW = dataclasses.asdict(
-    Row(
+    BenchmarkRow(
         "attention", "megagpt triton", "fwd", "batch 1, length 4096, head_dim 64, causal", 4096,
         "bf16", 0.5, True,
         "a GPU", "torch", 1.0, 1.0, 1.0, tflops=345.0, fraction_of_ceiling=0.5, peak_mib=10.0,

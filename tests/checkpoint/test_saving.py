@@ -13,7 +13,7 @@ from megagpt.checkpoint.format import complete_steps, read_manifest, step_direct
 from megagpt.checkpoint.reader import open_checkpoint
 from megagpt.checkpoint.resume_proof import NEXT_STEP
 from megagpt.monitoring.metrics import read_metrics
-from megagpt.rundir.signals import Wish
+from megagpt.rundir.signals import StopRequest
 from tests.support.configurations import Config
 from tests.support.jobs.checkpoint import run_config, train_and_die
 from tests.support.ranks import RankPool
@@ -153,13 +153,13 @@ def test_a_rank_killed_while_it_writes_in_the_background_leaves_nothing_readable
 def test_a_signal_is_obeyed_only_when_the_save_is_committed(
     two_ranks: RankPool, data: Path, tmp_path: Path
 ) -> None:
-    config, wishes = asynchronous(data, 9), {3: Wish.SIGTERM}
+    config, requests = asynchronous(data, 9), {3: StopRequest.SIGTERM}
     two_ranks.run(
-        "tests.support.jobs.survival:train_with_wishes",
+        "tests.support.jobs.survival:train_with_requests",
         config=config,
         directory=tmp_path,
         rank=1,
-        wishes=wishes,
+        requests=requests,
     )
     assert saves(tmp_path) == [(3, 3)]
     assert complete_steps(tmp_path / "checkpoints") == [3]

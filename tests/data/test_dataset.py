@@ -18,7 +18,7 @@ from megagpt.data import integrity
 from megagpt.data.manifest import TokenizerRecord
 from megagpt.data.sample_order import Blend, permute
 from megagpt.data.tokenizer import build_tokenizer, save_tokenizer
-from megagpt.data.writer import DatasetWriter, Progress
+from megagpt.data.writer import DatasetWriter, PreparationProgress
 from megagpt.dataset import SampleStream, open_dataset, verify
 from megagpt.utils import UserError
 
@@ -37,7 +37,7 @@ def write_dataset(
     directory.mkdir(parents=True)
     save_tokenizer(build_tokenizer("bytes", list), directory)
     writer = DatasetWriter(
-        directory, Progress(request={}), vocabulary=vocabulary, shard_tokens=shard_tokens
+        directory, PreparationProgress(request={}), vocabulary=vocabulary, shard_tokens=shard_tokens
     )
     for split, documents in (("train", train), ("val", val)):
         for document in documents:
@@ -124,7 +124,9 @@ def test_a_document_that_runs_over_shards_keeps_its_number(tmp_path):
     directory = tmp_path / "data"
     directory.mkdir()
     save_tokenizer(build_tokenizer("bytes", list), directory)
-    writer = DatasetWriter(directory, Progress(request={}), vocabulary=257, shard_tokens=3)
+    writer = DatasetWriter(
+        directory, PreparationProgress(request={}), vocabulary=257, shard_tokens=3
+    )
     for starts, tokens in (
         (True, [1]),
         (True, [2, 2, 2]),

@@ -22,11 +22,11 @@ import pytest
 import zstandard
 
 from megagpt.data import corpora, encoding_pool
-from megagpt.data.corpora import Piece, StandardLibrary, TextFiles, open_source
+from megagpt.data.corpora import StandardLibrary, TextFiles, TextPiece, open_source
 from megagpt.data.tokenizer import build_tokenizer, load_tokenizer
 from megagpt.data.validation_split import assign_splits
 from megagpt.dataset import Dataset, open_dataset, verify
-from megagpt.download_data import Request, prepare, prepare_embedded_corpus
+from megagpt.download_data import PreparationRequest, prepare, prepare_embedded_corpus
 from megagpt.utils import UserError
 from tests import REPOSITORY
 
@@ -51,11 +51,11 @@ def write_text(path: Path, lines=4000) -> Path:
     return path
 
 
-def request(dataset: Path | str, output: Path, **options) -> Request:
-    return Request(str(dataset), output, **{"tokenizer": "bytes", **options})
+def request(dataset: Path | str, output: Path, **options) -> PreparationRequest:
+    return PreparationRequest(str(dataset), output, **{"tokenizer": "bytes", **options})
 
 
-def quietly(wanted: Request) -> Dataset:
+def quietly(wanted: PreparationRequest) -> Dataset:
     prepare(wanted, report=lambda line: None)
     verify(wanted.output, full=True)
     return open_dataset(wanted.output)
@@ -102,9 +102,9 @@ def test_a_dataset_s_split_and_rows_are_chosen_as_on_the_hub(tmp_path):
         (tmp_path / "data").mkdir(exist_ok=True)
         pyarrow.parquet.write_table(table, tmp_path / "data" / f"{split}-00000-of-00001.parquet")
     arguments = {"path": str(tmp_path), "name": None, "split": "test"}
-    source = corpora.Table({"dataset": "local"}, arguments, "body", None, None)
+    source = corpora.TableFiles({"dataset": "local"}, arguments, "body", None, None)
     assert [piece.text for piece in source.pieces()] == [f"test {number}" for number in range(30)]
-    assert list(source.pieces(skip=28)) == [Piece(28, "test 28"), Piece(29, "test 29")]
+    assert list(source.pieces(skip=28)) == [TextPiece(28, "test 28"), TextPiece(29, "test 29")]
 
 
 def test_the_standard_library_is_read_in_one_order_without_its_tests():
@@ -199,7 +199,7 @@ def test_few_documents_of_several_files(tmp_path):
 def test_many_documents_are_held_out_at_even_distances(tmp_path, fraction):
     class Many:
         def pieces(self, skip=0):
-            return (Piece(number, "x") for number in range(skip, 1000))
+            return (TextPiece(number, "x") for number in range(skip, 1000))
 
     splits = [split for split, _ in assign_splits(Many(), fraction)]
     for n in range(1, 1001):

@@ -13,7 +13,7 @@ from torch.distributed.flight_recorder.components.types import Op
 
 from megagpt.health import flight_recorder
 from megagpt.health.flight_recorder import Finding, GroupState, find_absent, group_states, read
-from megagpt.health.hang_page import odd_ranks, verdict
+from megagpt.health.hang_page import hang_verdict, odd_ranks
 from megagpt.health.watch import RankState
 
 WORLD, STAGES = ("0", "default_pg"), ("5", "mesh_pipeline")
@@ -141,7 +141,7 @@ def test_the_page_names_the_rank_although_all_stacks_are_alike() -> None:
     ]
     assert odd_ranks([replace(state, groups=()) for state in ranks]) == []
     assert odd_ranks(ranks) == [2]
-    assert verdict(ranks).endswith(
+    assert hang_verdict(ranks).endswith(
         "torch's flight recorder: rank 2 not yet in all_reduce 3 of process group 0 (default_pg), "
         "in which others wait"
     )

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from megagpt.health.hang_page import hang_page, odd_ranks, verdict
+from megagpt.health.hang_page import hang_page, hang_verdict, odd_ranks
 from megagpt.health.stragglers import slower_ranks
 from megagpt.health.watch import RankState
 from megagpt.monitoring.metrics import read_metrics
@@ -293,12 +293,12 @@ ALL = [waiting(rank) for rank in range(4)]
 def test_the_rank_that_differs_is_found(changes: dict[str, Any], said: str) -> None:
     states = [replace(state, **changes) if state.rank == 2 else state for state in ALL]
     assert odd_ranks(states) == [2]
-    assert verdict(states).startswith(said)
+    assert hang_verdict(states).startswith(said)
 
 
 def test_where_all_wait_alike_nobody_is_accused() -> None:
     assert odd_ranks(ALL) == []
-    assert verdict(ALL).startswith("no rank differs")
+    assert hang_verdict(ALL).startswith("no rank differs")
     halves = [replace(state, collective="broadcast") if state.rank > 1 else state for state in ALL]
     assert odd_ranks(halves) == []
 

@@ -25,7 +25,7 @@ from kernels.bench import run as benchmark_run
 from kernels.bench import timing as benchmark_timing
 from kernels.bench.cases import CHECK_SIZES, Case, cases
 from kernels.bench.providers import Provider, UnavailableError
-from kernels.bench.report import Heading, Row, as_markdown, write_report
+from kernels.bench.report import BenchmarkRow, Heading, as_markdown, write_report
 from kernels.bench.timing import errors, measure, step, yardstick
 from kernels.costs import OPERATIONS, Cost
 from tests import REPOSITORY
@@ -37,7 +37,7 @@ def first_case(op: str) -> Case:
     return next(cases(op, CHECK_SIZES, torch.float32, DEVICE))
 
 
-def row(**changes: object) -> Row:
+def row(**changes: object) -> BenchmarkRow:
     timed = {
         "p20_ms": 1.0,
         "p50_ms": 2.0,
@@ -46,7 +46,7 @@ def row(**changes: object) -> Row:
         "fraction_of_ceiling": 0.5,
     }
     return replace(
-        Row(
+        BenchmarkRow(
             "rms_norm", "torch", "fwd", "rows 8, width 16", 16, "fp32", 0.5, True, "a CPU", "torch"
         ),
         **timed | changes,

@@ -31,7 +31,7 @@ STAGE3 = "deepspeed/runtime/zero/stage3.py"
 
 
 def test_what_is_installed_is_what_was_tested() -> None:
-    assert internals.check(internals.DIGESTS) is None
+    assert internals.require_known_internals(internals.DIGESTS) is None
     known = [
         digest
         for files in internals.DIGESTS.values()
@@ -67,9 +67,11 @@ def test_a_run_is_refused_only_for_what_it_uses(monkeypatch: pytest.MonkeyPatch)
                     with pytest.raises(
                         UserError, match=f"differ from all tested versions: {first}"
                     ):
-                        internals.check(parts)
+                        internals.require_known_internals(parts)
                 else:
-                    assert internals.check(parts) is None, f"{name} does not use {part}"
+                    assert internals.require_known_internals(parts) is None, (
+                        f"{name} does not use {part}"
+                    )
 
 
 def test_the_remedy_fits_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +86,7 @@ def test_the_remedy_fits_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> N
     }.items():
         monkeypatch.setattr(internals.metadata, "version", lambda package, said=installed: said)
         with pytest.raises(UserError) as error:
-            internals.check(["pipeline"])
+            internals.require_known_internals(["pipeline"])
         assert str(error.value).startswith(f"torch {installed}: ")
         assert str(error.value).endswith(
             f"{file}; {remedy}continue at your own risk: MEGAGPT_ALLOW_UNKNOWN=1"
@@ -168,7 +170,7 @@ def test_another_value_of_the_variable_is_refused(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(
         UserError, match="MEGAGPT_ALLOW_UNKNOWN=yes: unknown value; set it to 0 or 1, or unset it"
     ):
-        internals.check(["engine"])
+        internals.require_known_internals(["engine"])
 
 
 def test_collectives_have_the_names_of_this_torch() -> None:

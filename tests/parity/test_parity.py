@@ -14,8 +14,8 @@ import pytest
 
 from megagpt.config import ModelConfig, load_config
 from megagpt.parity.cases import (
-    Plan,
-    Request,
+    ParityPlan,
+    ParityRequest,
     plan,
     remarks_on_own,
     require_devices,
@@ -36,8 +36,8 @@ MESH_OF_EIGHT = str(REPOSITORY / "ds_configs" / "gpt3_13b_3d_zero3.json")
 MODEL = load_config(CONFIG).megagpt.model
 
 
-def planned(config: str, ranks: int, *overrides: str, **request: Any) -> Plan:
-    return plan(Request(load_config(config, overrides), config, **request), ranks)
+def planned(config: str, ranks: int, *overrides: str, **request: Any) -> ParityPlan:
+    return plan(ParityRequest(load_config(config, overrides), config, **request), ranks)
 
 
 def test_every_mesh_of_four_ranks_is_tried_with_every_stage() -> None:
@@ -196,7 +196,7 @@ def test_sizes_of_the_file_become_smaller_with_the_model_and_act_as_they_did() -
 def test_tiles_that_the_small_stages_would_not_share_are_left_out_aloud() -> None:
     tiles = ["zero_optimization.sub_group_size=50000000"]
     for config, ranks, cut in ((MESH_OF_EIGHT, 16, True), (CONFIG, 2, False)):
-        request = Request(load_config(config, tiles), config, own_only=True)
+        request = ParityRequest(load_config(config, tiles), config, own_only=True)
         found = plan(request, ranks)
         assert (found.legal[0][1].zero_optimization.sub_group_size is None) == cut
         said = "; ".join(remarks_on_own(request, found))
@@ -227,7 +227,7 @@ def test_a_wrong_number_of_ranks_for_the_files_own_mesh_is_said_and_the_rest_goe
 def test_what_is_advised_for_the_files_own_mesh_helps(stated: int | None, gpus: int | None) -> None:
     """With the words that are to be typed, here where they fit on the GPUs, else by a launcher."""
     file = load_config(MESH_OF_EIGHT, [f"megagpt.parallel.world_size={stated or 'null'}"])
-    request = Request(file, MESH_OF_EIGHT, own_only=True, gpus=gpus)
+    request = ParityRequest(file, MESH_OF_EIGHT, own_only=True, gpus=gpus)
     with pytest.raises(UserError, match="To try it: ") as error:
         plan(request, 4)
     advice = str(error.value).partition("To try it: ")[2]
@@ -242,7 +242,7 @@ def test_what_is_advised_for_the_files_own_mesh_helps(stated: int | None, gpus: 
 
 
 def test_more_ranks_than_gpus_are_refused_with_the_launchers_command() -> None:
-    request = Request(load_config(CONFIG), CONFIG, gpus=2)
+    request = ParityRequest(load_config(CONFIG), CONFIG, gpus=2)
     require_devices(request, 2)
     require_devices(replace(request, gpus=0), 4)
     with pytest.raises(UserError) as error:
@@ -257,10 +257,10 @@ def test_more_ranks_than_gpus_are_refused_with_the_launchers_command() -> None:
 
 
 def test_a_launcher_has_to_start_as_many_as_the_file_or_the_user_says() -> None:
-    request = Request(load_config(MESH_OF_EIGHT), "own.json")
+    request = ParityRequest(load_config(MESH_OF_EIGHT), "own.json")
     require_launched(request, None, ["RANK"], 16)
     require_launched(request, 8, ["RANK"], 8)
-    require_launched(Request(load_config(CONFIG), CONFIG), None, ["RANK"], 8)
+    require_launched(ParityRequest(load_config(CONFIG), CONFIG), None, ["RANK"], 8)
     with pytest.raises(
         UserError, match="world_size: the run expects 16 ranks and 8 started: bring"
     ):

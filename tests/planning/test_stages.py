@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megagpt.config import ModelConfig
 from megagpt.model import GPT
-from megagpt.planning.stages import SLOWER, cut, describe, layer_costs, stage_parameters
+from megagpt.planning.stages import SLOWER, cut, describe_stage, layer_costs, stage_parameters
 
 
 def model_of(**changes: Any) -> ModelConfig:
@@ -70,7 +70,7 @@ def test_a_large_embedding_takes_blocks_away_from_its_stage_where_that_costs_no_
     """Seven blocks on three stages: whichever has three, the step is as long."""
     model = model_of(num_layers=7, vocab_size=1024, position="rotary", sequence_length=4096)
     assert [len(layers) for layers in cut(model, 3)] == [1 + 2, 3, 2 + 1]
-    words = [describe(model, layers) for layers in cut(model, 3)]
+    words = [describe_stage(model, layers) for layers in cut(model, 3)]
     assert words[0].startswith("embedding, blocks 0-1 (")
     assert "of the work" in words[1]
     assert "of the parameters" in words[1]

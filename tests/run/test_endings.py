@@ -15,7 +15,7 @@ from megagpt import train as loop
 from megagpt.checkpoint.format import TrainState
 from megagpt.common.text import MASK
 from megagpt.run import assembly, endings, startup
-from megagpt.rundir.signals import Wishes
+from megagpt.rundir.signals import StopRequests
 from megagpt.utils import ExitCode, UserError, abandon
 from tests.support.monitoring import CANARY, config
 
@@ -44,7 +44,7 @@ def end_of_run(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], int]:
     monkeypatch.setattr(startup, "Watch", lambda *_, **__: nullcontext())
     monkeypatch.setattr(endings, "acquaint", lambda *_: None)
     monkeypatch.setattr(loop, "train", save)
-    return lambda directory: startup._run_to_its_end(config(), {}, directory, Wishes())
+    return lambda directory: startup._run_to_its_end(config(), {}, directory, StopRequests())
 
 
 def test_a_save_that_fails_in_the_middle_ends_in_a_crash_page(

@@ -266,7 +266,7 @@ def test_a_checkpoint_that_is_a_link_is_forgotten_and_what_it_leads_to_stays(
     for name in (".staging_step_00000030", ".deleting_step_00000010"):
         (checkpoints / name).symlink_to(disk)
     assert open_checkpoint(run, 10).manifest.state.step == 10
-    checkpoint_directory.prepare(checkpoints / ".staging_step_00000030", 0)
+    checkpoint_directory.prepare_staging(checkpoints / ".staging_step_00000030", 0)
     checkpoint_directory.collect_leftovers(checkpoints)
     checkpoint_directory.retire(checkpoints, keep=1, milestone_interval_steps=0, last_good_step=20)
     assert complete_steps(checkpoints) == [20]

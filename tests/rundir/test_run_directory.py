@@ -36,7 +36,7 @@ def recorded(tmp_path: Path) -> Path:
 
 
 def test_a_new_directory_belongs_to_nobody(tmp_path: Path) -> None:
-    run_directory.check(tmp_path / "run", resolved())
+    run_directory.require_same_identity(tmp_path / "run", resolved())
     assert not (tmp_path / "run").exists()
 
 
@@ -56,14 +56,14 @@ def test_what_is_recorded_is_read_back(recorded: Path) -> None:
     ids=str,
 )
 def test_a_run_goes_on_under_any_execution(recorded: Path, execution: dict[str, Any]) -> None:
-    run_directory.check(recorded, resolved(**execution))
+    run_directory.require_same_identity(recorded, resolved(**execution))
 
 
 def test_another_run_is_refused_with_every_key_that_differs(recorded: Path) -> None:
     other = resolved(megagpt__model__num_layers=3, optimizer__params__lr=2e-3, train_batch_size=16)
     before = (recorded / "config.json").read_text()
     with pytest.raises(UserError) as refused:
-        run_directory.check(recorded, other)
+        run_directory.require_same_identity(recorded, other)
     for key in ("megagpt.model.num_layers", "optimizer.params.lr", "train_batch_size"):
         assert key in str(refused.value)
     assert str(refused.value).endswith("choose another --run_dir, or take back these differences")
@@ -76,14 +76,14 @@ def test_checkpoints_without_their_configuration_are_not_adopted(recorded: Path)
     with pytest.raises(
         UserError, match=r"config.json: missing beside checkpoints; restore it, or choose another"
     ):
-        run_directory.check(recorded, resolved())
+        run_directory.require_same_identity(recorded, resolved())
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"megagpt": 3}', "\0\0"])
 def test_a_damaged_configuration_names_its_file(recorded: Path, content: str) -> None:
     (recorded / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"run/config.json: "):
-        run_directory.check(recorded, resolved())
+        run_directory.require_same_identity(recorded, resolved())
 
 
 def test_a_file_in_the_place_of_a_directory_is_named(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_file_in_the_place_of_a_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"cannot be read \(Not a directory\); choose another --run_dir"
     ):
-        run_directory.check(tmp_path / "run", resolved())
+        run_directory.require_same_identity(tmp_path / "run", resolved())
     assert (tmp_path / "run").read_text() == "mine"
 
 
@@ -105,7 +105,7 @@ def test_a_directory_that_cannot_be_looked_into_is_named(
     with pytest.raises(
         UserError, match=r"cannot be read \(Permission denied\); choose another --run_dir"
     ):
-        run_directory.check(recorded, resolved())
+        run_directory.require_same_identity(recorded, resolved())
 
 
 def test_a_second_run_is_kept_out_for_as_long_as_the_first_lasts(tmp_path: Path) -> None:

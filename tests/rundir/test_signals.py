@@ -17,7 +17,7 @@ from megagpt.checkpoint.reader import open_checkpoint
 from megagpt.monitoring.metrics import read_metrics
 from megagpt.rundir import signals
 from megagpt.rundir.end_record import EndRecord
-from megagpt.rundir.signals import SignalListener, Wish, Wishes
+from megagpt.rundir.signals import SignalListener, StopRequest, StopRequests
 from tests import REPOSITORY
 from tests.support.jobs.checkpoint import assert_same_state, gathered, run_config
 from tests.support.processes import (
@@ -32,7 +32,7 @@ from tests.support.ranks import RankPool
 from tests.support.shards import stored_tensors
 from tests.support.trained_run import write_dataset
 
-TRAIN = "tests.support.jobs.survival:train_with_wishes"
+TRAIN = "tests.support.jobs.survival:train_with_requests"
 STEPS = 8
 PEERS_END_WITHIN_S = 5.0
 SAVED_WITHIN_S = 25.0  # a launcher that passes a signal on kills 30 s later
@@ -51,11 +51,11 @@ class Ended(list[signal.Signals]):
 
 
 @pytest.fixture
-def listener() -> Iterator[tuple[Wishes, Ended]]:
-    wishes, ended = Wishes(), Ended()
-    wishes.awaited = True
-    with SignalListener(wishes, ended.append):
-        yield wishes, ended
+def listener() -> Iterator[tuple[StopRequests, Ended]]:
+    requests, ended = StopRequests(), Ended()
+    requests.awaited = True
+    with SignalListener(requests, ended.append):
+        yield requests, ended
 
 
 def send(*numbers: signal.Signals) -> None:
@@ -63,60 +63,62 @@ def send(*numbers: signal.Signals) -> None:
         os.kill(os.getpid(), number)
 
 
-def test_a_signal_becomes_a_wish(listener: tuple[Wishes, Ended]) -> None:
-    wishes, _ = listener
-    assert wishes.take() is Wish.NOTHING
+def test_a_signal_becomes_a_wish(listener: tuple[StopRequests, Ended]) -> None:
+    requests, _ = listener
+    assert requests.take() is StopRequest.NOTHING
     send(signal.SIGUSR1)
-    assert until(wishes.take) is Wish.SAVE
-    assert wishes.take() is Wish.NOTHING
+    assert until(requests.take) is StopRequest.SAVE
+    assert requests.take() is StopRequest.NOTHING
     send(signal.SIGTERM)
-    assert until(wishes.take) is Wish.SIGTERM
-    assert wishes.take() is Wish.SIGTERM
+    assert until(requests.take) is StopRequest.SIGTERM
+    assert requests.take() is StopRequest.SIGTERM
 
 
-def test_one_press_arrives_twice_and_counts_once(listener: tuple[Wishes, Ended]) -> None:
-    wishes, ended = listener
+def test_one_press_arrives_twice_and_counts_once(listener: tuple[StopRequests, Ended]) -> None:
+    requests, ended = listener
     send(signal.SIGINT, signal.SIGTERM, signal.SIGINT)
-    assert until(lambda: wishes.take() is Wish.SIGTERM)
+    assert until(lambda: requests.take() is StopRequest.SIGTERM)
     assert not ended
 
 
 def test_the_same_signal_again_ends_the_process(
-    listener: tuple[Wishes, Ended], monkeypatch: pytest.MonkeyPatch
+    listener: tuple[StopRequests, Ended], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Seconds later, that is; the launcher's SIGTERM 30 s after the terminal's SIGINT is another
     signal.
     """
-    wishes, ended = listener
+    requests, ended = listener
     monkeypatch.setattr(signals, "SAME_PRESS_S", 0.05)
     send(signal.SIGINT, signal.SIGTERM)
-    until(lambda: wishes.take() is Wish.SIGTERM)
+    until(lambda: requests.take() is StopRequest.SIGTERM)
     time.sleep(0.1)
     send(signal.SIGINT)
     assert until(lambda: list(ended)) == [signal.SIGINT]
 
 
-def test_before_the_first_step_nothing_has_to_be_waited_for(listener: tuple[Wishes, Ended]) -> None:
-    wishes, ended = listener
-    wishes.awaited = False
+def test_before_the_first_step_nothing_has_to_be_waited_for(
+    listener: tuple[StopRequests, Ended],
+) -> None:
+    requests, ended = listener
+    requests.awaited = False
     send(signal.SIGTERM)
     assert until(lambda: list(ended)) == [signal.SIGTERM]
 
 
 def test_handlers_are_given_back() -> None:
-    before = [signal.getsignal(number) for number in signals.WISHES]
-    with SignalListener(Wishes(), lambda heard: None):
-        assert [signal.getsignal(number) for number in signals.WISHES] != before
-    assert [signal.getsignal(number) for number in signals.WISHES] == before
+    before = [signal.getsignal(number) for number in signals.STOP_SIGNALS]
+    with SignalListener(StopRequests(), lambda heard: None):
+        assert [signal.getsignal(number) for number in signals.STOP_SIGNALS] != before
+    assert [signal.getsignal(number) for number in signals.STOP_SIGNALS] == before
 
 
 def test_a_stop_file_is_a_wish_until_it_is_removed(tmp_path: Path) -> None:
-    wishes = Wishes(tmp_path / "stop")
-    assert wishes.take() is Wish.NOTHING
+    requests = StopRequests(tmp_path / "stop")
+    assert requests.take() is StopRequest.NOTHING
     (tmp_path / "stop").touch()
-    assert wishes.take() is Wish.STOP_FILE
-    assert Wish.STOP_FILE.ends_the_run
-    assert not Wish.SAVE.ends_the_run
+    assert requests.take() is StopRequest.STOP_FILE
+    assert StopRequest.STOP_FILE.ends_the_run
+    assert not StopRequest.SAVE.ends_the_run
 
 
 # ---------------------------------------------------------------------------- ranks that must agree
@@ -130,18 +132,22 @@ def test_one_rank_is_told_and_all_end_at_the_same_step(
     have been.
     """
 
-    def train(directory: Path, wishes: dict[int, Wish]) -> list[dict[str, Any]]:
+    def train(directory: Path, requests: dict[int, StopRequest]) -> list[dict[str, Any]]:
         config = run_config(data, STEPS, (stage, "none", "none"))
-        return two_ranks.run(TRAIN, config=config, directory=directory, rank=rank, wishes=wishes)
+        return two_ranks.run(
+            TRAIN, config=config, directory=directory, rank=rank, requests=requests
+        )
 
     whole = train(tmp_path / "whole", {})
-    first = train(tmp_path / "parts", {2: Wish.SAVE, 5: Wish.SIGTERM})
-    assert [(ended["wish"], ended["state"].step) for ended in first] == [(Wish.SIGTERM, 5)] * 2
+    first = train(tmp_path / "parts", {2: StopRequest.SAVE, 5: StopRequest.SIGTERM})
+    assert [(ended["request"], ended["state"].step) for ended in first] == [
+        (StopRequest.SIGTERM, 5)
+    ] * 2
     assert complete_steps(tmp_path / "parts" / "checkpoints") == [5, 2]
     (stop,) = read_metrics(tmp_path / "parts").events_named("stop")
     assert (stop["step"], stop["wish"]) == (5, "SIGTERM")
     second = train(tmp_path / "parts", {})
-    assert [ended["wish"] for ended in second] == [Wish.NOTHING] * 2
+    assert [ended["request"] for ended in second] == [StopRequest.NOTHING] * 2
     assert_same_state(gathered(whole, "at_end"), gathered(second, "at_end"))
 
 
@@ -150,16 +156,21 @@ def test_a_wish_in_a_validation_does_not_wait_for_another_step(
 ) -> None:
     config = run_config(data, STEPS, (1, "none", "none"), save_every=0)
     config["megagpt"]["training"] |= {"eval_interval_steps": 2, "eval_batches": 1}
-    wishes = {2: Wish.SAVE, 4: Wish.SIGTERM}  # to save can wait, for the end of step 3
+    requests = {
+        2: StopRequest.SAVE,
+        4: StopRequest.SIGTERM,
+    }  # to save can wait, for the end of step 3
     arguments = {
         "config": config,
         "directory": tmp_path,
         "rank": 1,
-        "wishes": wishes,
+        "requests": requests,
         "during": "validation",
     }
     ranks = two_ranks.run(TRAIN, **arguments)
-    assert [(ended["wish"], ended["state"].step) for ended in ranks] == [(Wish.SIGTERM, 4)] * 2
+    assert [(ended["request"], ended["state"].step) for ended in ranks] == [
+        (StopRequest.SIGTERM, 4)
+    ] * 2
     assert complete_steps(tmp_path / "checkpoints") == [4, 3]
     assert [event["step"] for event in read_metrics(tmp_path).events_named("eval")] == [2, 4]
 
@@ -168,8 +179,10 @@ def test_a_wish_in_the_last_step_changes_nothing(
     two_ranks: RankPool, data: Path, tmp_path: Path
 ) -> None:
     config = run_config(data, 3, (1, "none", "none"))
-    ranks = two_ranks.run(TRAIN, config=config, directory=tmp_path, rank=1, wishes={3: Wish.SIGINT})
-    assert [ended["wish"] for ended in ranks] == [Wish.NOTHING] * 2
+    ranks = two_ranks.run(
+        TRAIN, config=config, directory=tmp_path, rank=1, requests={3: StopRequest.SIGINT}
+    )
+    assert [ended["request"] for ended in ranks] == [StopRequest.NOTHING] * 2
     assert complete_steps(tmp_path / "checkpoints") == [3]
 
 

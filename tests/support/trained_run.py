@@ -21,7 +21,7 @@ from megagpt.checkpoint.format import (
 )
 from megagpt.config import ResolvedConfig
 from megagpt.dataset import open_dataset
-from megagpt.download_data import Request, prepare
+from megagpt.download_data import PreparationRequest, prepare
 from megagpt.model import GPT, initialise_
 from megagpt.rundir.directory import CONFIG_FILE
 
@@ -36,7 +36,8 @@ def write_dataset(directory: Path, tokenizer: str = "bytes") -> Path:
     for index, text in enumerate(TEXTS):
         (texts / f"{index}.txt").write_text(text)
     prepare(
-        Request(f"{texts}/*.txt", directory / "data", tokenizer=tokenizer), report=lambda line: None
+        PreparationRequest(f"{texts}/*.txt", directory / "data", tokenizer=tokenizer),
+        report=lambda line: None,
     )
     return directory / "data"
 

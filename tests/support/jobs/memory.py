@@ -50,7 +50,7 @@ def gradients_while_accumulating(engine: Engine) -> int:
     first micro-batch.
     """
     step = micro_batches(engine, 1)
-    if engine.config.megagpt.parallel.gradient_reduction == "per_step" and engine.stage > 0:
+    if engine.config.megagpt.parallel.gradient_reduction == "per_step" and engine.zero_stage > 0:
         return seen_before_the_reduction(engine, step)
     if engine.num_stages > 1:
         return 0  # every micro-batch is reduced at once: see gradients_after_reduction
@@ -67,7 +67,7 @@ def seen_before_the_reduction(engine: Engine, step: list[pipeline.MicroBatch]) -
     """Bytes of gradients when DeepSpeed is about to flush what a whole step put off."""
     name = (
         "_flush_coalesced_reduction_zero3"
-        if engine.stage == 3
+        if engine.zero_stage == 3
         else "_flush_coalesced_reduction_zero12"
     )
     flush, seen = getattr(engine.deepspeed, name), []
@@ -102,7 +102,7 @@ def gradients(engine: Engine) -> Iterator[Tensor]:
         for group in getattr(zero, attribute, {}).values():
             yield from group or []
     yield from getattr(zero, "accumulated_grads_in_cpu", {}).values()
-    if engine.stage == 3:
+    if engine.zero_stage == 3:
         yield zero.grad_partitions_flat_buffer
 
 
@@ -136,13 +136,13 @@ def most_under_way(engine: Engine) -> Iterator[list[int]]:
 def states(engine: Engine) -> dict[str, int]:
     """Bytes of the other states after an update."""
     parameters, masters = list(engine.names), master_weights(engine)
-    whole = [p for p in parameters if engine.stage < 3 or p.ds_persist]
+    whole = [p for p in parameters if engine.zero_stage < 3 or p.ds_persist]
     adam = compat.base_optimizer(engine.deepspeed).state.values()
     return {
         "parameters": storage_bytes(
-            [p.ds_tensor for p in parameters] if engine.stage == 3 else whole
+            [p.ds_tensor for p in parameters] if engine.zero_stage == 3 else whole
         ),
-        "persistent_parameters": storage_bytes(whole) if engine.stage == 3 else 0,
+        "persistent_parameters": storage_bytes(whole) if engine.zero_stage == 3 else 0,
         "master_weights": storage_bytes(masters),
         "moments": storage_bytes(state[moment] for state in adam for moment in compat.MOMENTS),
         "offload_buffers": storage_bytes(
@@ -163,11 +163,11 @@ def offload_buffers(engine: Engine) -> Iterator[Tensor]:
 def master_weights(engine: Engine) -> list[Tensor]:
     """The fp32 weights that Adam updates, where they are tensors of their own."""
     zero = engine.deepspeed.optimizer
-    if engine.stage == 0:
+    if engine.zero_stage == 0:
         return []
     return (
         zero.fp32_partitioned_groups_flat
-        if engine.stage == 3
+        if engine.zero_stage == 3
         else zero.single_partition_of_fp32_groups
     )
 

@@ -14,27 +14,31 @@ from megagpt.health.guard import StoppedByGuardError
 from megagpt.health.stragglers import StragglerWatch
 from megagpt.parallel import timeouts as waits
 from megagpt.run import faults as sabotage
-from megagpt.rundir.signals import Wish
+from megagpt.rundir.signals import StopRequest
 from megagpt.train import Run
 from tests.support.configurations import Config
 from tests.support.jobs.checkpoint import started
 from tests.support.jobs.training import held_state
 
 
-def train_with_wishes(
-    config: Config, directory: Path, rank: int, wishes: dict[int, Wish], during: str = "training"
+def train_with_requests(
+    config: Config,
+    directory: Path,
+    rank: int,
+    requests: dict[int, StopRequest],
+    during: str = "training",
 ) -> dict[str, Any]:
     """Train while one rank is told something in the middle of some steps, or of the
     ``validation`` after them.
     """
     with started(config, directory) as run:
         if run.engine.mesh.rank == rank:
-            wish_while_loading(run, wishes, during)
-        wish = loop.train(run)
-        return {"wish": wish, "state": run.state, "at_end": held_state(run.engine)}
+            wish_while_loading(run, requests, during)
+        request = loop.train(run)
+        return {"request": request, "state": run.state, "at_end": held_state(run.engine)}
 
 
-def wish_while_loading(run: Run, wishes: dict[int, Wish], during: str) -> None:
+def wish_while_loading(run: Run, requests: dict[int, StopRequest], during: str) -> None:
     """As a signal would: between the loading of a step's samples, or of a validation's, and its
     end.
     """
@@ -42,8 +46,8 @@ def wish_while_loading(run: Run, wishes: dict[int, Wish], during: str) -> None:
     load = loader.load
 
     def load_and_wish(first: int, step: int | None = None) -> Any:
-        if (now := step or run.state.step) in wishes:
-            run.wishes.add(wishes[now])
+        if (now := step or run.state.step) in requests:
+            run.requests.add(requests[now])
         return load(first, step)
 
     loader.load = load_and_wish

@@ -194,7 +194,7 @@ def run_parity(
         chosen if few else nullcontext(),
     ):
         try:
-            equal = parity.run(parity_plan.Request(load_config(config), config, **request))
+            equal = parity.run(parity_plan.ParityRequest(load_config(config), config, **request))
         finally:
             logging.disable(logging.NOTSET)
     return equal, said.getvalue(), seen

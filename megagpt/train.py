@@ -134,8 +134,9 @@ def due(interval_steps: int, step: int, last_step: int) -> bool:
 
 
 def agreed_request(run: Run) -> StopRequest:
-    """The greatest request of any rank: a signal reaches ranks up to 30 s apart, and all must act at
-    the same step.
+    """Return the greatest request of any rank, so that all ranks act at the same step.
+
+    A signal reaches the ranks up to 30 s apart.
 
     After the last step a request to end is ignored.
     """

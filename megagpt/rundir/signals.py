@@ -58,7 +58,7 @@ STOP_SIGNALS = {
 
 
 class StopRequests:
-    """This rank's requests. Any thread may add one; the training loop takes them when a step is done.
+    """This rank's requests. Any thread may add one; the loop takes them when a step is done.
 
     ``awaited`` is true while there is a loop that will.
     """

@@ -159,6 +159,12 @@ def test_the_first_run_is_as_told() -> None:
     assert f"{run.megagpt.model.num_parameters / 1e6:.2f} million parameters" in README
 
 
+def test_the_first_screen_fits() -> None:
+    first = README.partition("\n## ")[0].splitlines()
+    assert len(first) <= 45
+    assert sum("make train" in line or "make test" in line for line in first) >= 2
+
+
 def test_exit_codes_are_those_in_use() -> None:
     sources = [
         path.read_text()

@@ -33,12 +33,12 @@ def train_with_requests(
     """
     with started(config, directory) as run:
         if run.engine.mesh.rank == rank:
-            wish_while_loading(run, requests, during)
+            request_while_loading(run, requests, during)
         request = loop.train(run)
         return {"request": request, "state": run.state, "at_end": held_state(run.engine)}
 
 
-def wish_while_loading(run: Run, requests: dict[int, StopRequest], during: str) -> None:
+def request_while_loading(run: Run, requests: dict[int, StopRequest], during: str) -> None:
     """As a signal would: between the loading of a step's samples, or of a validation's, and its
     end.
     """

@@ -234,13 +234,17 @@ def require_equal_replicas(run: Run) -> None:
 
 def report_validation(run: Run) -> None:
     """Validate and record it; every rank must call it."""
-    run.monitor.event("eval", step=run.state.step, val_loss=validate(run))
+    samples = validation_batches(run) * run.config.train_batch_size
+    share = run.validation.stream.share(samples)
+    run.monitor.event("eval", step=run.state.step, val_loss=validate(run), split_share=share)
 
 
 @torch.no_grad()
 def validate(run: Run) -> float:
-    """The mean loss over the first ``eval_batches`` global batches of the validation split;
-    every rank must call it.
+    """Return the mean loss over ``eval_batches`` global batches of the validation split.
+
+    They are a pseudo-random choice, the same at every step and on every mesh (see SampleStream).
+    Every rank must call it.
     """
     batches = validation_batches(run)
     total = 0.0

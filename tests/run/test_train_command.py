@@ -128,6 +128,9 @@ def test_each_step_and_event_is_on_record(run: tuple[Path, Any]) -> None:
         ("save", 6),
     } <= {*events}
     assert all(line["val_loss"] > 0 for line in lines if line.get("event") == "eval")
+    shares = [line["split_share"] for line in lines if line.get("event") == "eval"]
+    assert all(0 < share < 1 for share in shares)
+    assert f"on {100 * shares[0]:.3g} % of the split" in run[1].stdout
 
 
 @pytest.fixture(scope="module")

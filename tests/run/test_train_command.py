@@ -65,7 +65,7 @@ def configuration(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = run_config(data, STEPS, (3, "cpu", "cpu"), save_every=2)
     config["megagpt"]["training"] |= {
         "eval_interval_steps": 3,
-        "eval_batches": 2,
+        "eval_batches": 1,
         "sample_interval_steps": 3,
         "sample_prompts": [PROMPT],
     }

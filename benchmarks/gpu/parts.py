@@ -10,19 +10,17 @@ from benchmarks.gpu import assembler
 from benchmarks.gpu.case import TRITON_LEAST, Case
 
 MODULE = "benchmarks.gpu"
-# The files with tests of the GPU, by name: collecting all of tests/ would need all that training
-# needs.
+# The files with tests of the GPU below tests/: collecting all would need all that training needs.
 KERNEL_TESTS = (
-    "test_hopper_attention", "test_attention", "test_norms", "test_cross_entropy",
-    "test_activations", "test_rotary",
-    "test_dropout", "test_self_check", "test_benchmark",
+    "kernels/test_hopper_attention", "kernels/test_attention", "kernels/test_norms",
+    "kernels/test_cross_entropy", "kernels/test_activations", "kernels/test_rotary",
+    "kernels/test_dropout", "kernels/test_self_check", "kernels/test_benchmark",
 )  # fmt: skip
 MODEL_TESTS = (
-    "test_fused_model", "test_working_memory", "test_offload_devices", "test_flight_recorder",
-    "test_watch",
-    "test_guard",
+    "model/test_fused_model", "planning/test_working_memory", "parallel/test_offload_devices",
+    "health/test_flight_recorder", "health/test_watch", "health/test_guard",
 )  # fmt: skip
-LARGE_TESTS = "test_large_tensors"  # 60 GB: alone, and last
+LARGE_TESTS = "kernels/test_large_tensors"  # 60 GB: alone, and last
 OPS = (
     "attention", "layer_norm", "linear_cross_entropy", "rms_norm", "bias_gelu", "swiglu", "rotary",
     "dropout",
@@ -115,11 +113,9 @@ def tests(cores: int) -> list[Case]:
     large tensors last.
     """
 
-    def file(
-        name: str, folder: str = "kernels", workers: int = max(1, cores - 4), **rest: Any
-    ) -> Case:
+    def file(name: str, workers: int = max(1, cores - 4), **rest: Any) -> Case:
         needs: dict[str, Any] = FUSED | {"packages": ("triton", "pytest", "hypothesis")} | rest
-        arguments = {"file": f"tests/{folder}/{name}.py", "workers": workers}
+        arguments = {"file": f"tests/{name}.py", "workers": workers}
         return Case(
             "tests",
             name,
@@ -145,7 +141,7 @@ def tests(cores: int) -> list[Case]:
     ]
     return [
         *(file(name) for name in KERNEL_TESTS),
-        *(file(name, "model", **training) for name in MODEL_TESTS),
+        *(file(name, **training) for name in MODEL_TESTS),
         *sanitized,
         file(LARGE_TESTS, workers=1, device_gib=60),
     ]

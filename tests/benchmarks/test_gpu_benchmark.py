@@ -365,7 +365,7 @@ import benchmarks.gpu.__main__
 assert "torch" not in sys.modules, "the command's own process imports torch"
 from benchmarks.gpu import first_light, host_time, parts, small, speed, suite
 import pytest
-files = [f"tests/kernels/{name}.py" for name in (*parts.KERNEL_TESTS, parts.LARGE_TESTS)]
+files = [f"tests/{name}.py" for name in (*parts.KERNEL_TESTS, parts.LARGE_TESTS)]
 options = ["-q", "--collect-only", "-m", "gpu", "-p", "no:cacheprovider"]
 raise SystemExit(pytest.main([*options, *files]))
 """
@@ -390,12 +390,13 @@ def test_every_file_with_tests_of_the_gpu_is_named() -> None:
     """Each that asks for ``fused_device`` or marks a test with gpu; this one only names the
     mark.
     """
+    folder = machine.REPOSITORY / "tests"
     found = {
-        path.stem
-        for path in (machine.REPOSITORY / "tests").rglob("test_*.py")
+        path.relative_to(folder).with_suffix("").as_posix()
+        for path in folder.rglob("test_*.py")
         if "mark.gpu" in (text := path.read_text()) or "fused_device:" in text
     }
-    assert found - {Path(__file__).stem} == {
+    assert found - {"benchmarks/test_gpu_benchmark"} == {
         *parts.KERNEL_TESTS,
         *parts.MODEL_TESTS,
         parts.LARGE_TESTS,

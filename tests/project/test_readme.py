@@ -154,7 +154,7 @@ def test_the_errors_shown_are_those_reported() -> None:
 def test_the_fused_operations_that_the_model_calls_are_those_said_to_be() -> None:
     sources = [path.read_text() for path in (REPOSITORY / "megagpt").rglob("*.py")]
     called = {name for source in sources for name in re.findall(r"\bkernels\.(\w+)\(", source)}
-    table = section("What there is", (REPOSITORY / "docs/kernels.md").read_text())
+    table = section("Operations", (REPOSITORY / "docs/kernels.md").read_text())
     rows = re.findall(r"^\| (.*?) \| (yes|no) \|", table, flags=re.MULTILINE)
     told = {name: answer for names, answer in rows for name in re.findall(r"`(\w+)`", names)}
     assert told == {name: "yes" if name in called else "no" for name in OPERATIONS}

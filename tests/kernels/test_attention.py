@@ -248,7 +248,7 @@ def test_dropout(fused_device: str, probability: float, causal: bool, determinis
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_yardstick_loses_nothing_on_the_way(dtype: torch.dtype) -> None:
+def test_the_reference_loses_nothing_on_the_way(dtype: torch.dtype) -> None:
     """Where the twin writes its probabilities out, fp64 stays fp64, and scores are not rounded
     to 16 bits.
     """

@@ -511,13 +511,16 @@ def test_a_want_of_memory_is_no_verdict(
         found = self_check.verdict(
             "kernels.hopper.attention", torch.device("cuda"), torch.bfloat16, Variant(64)
         )
-        assert found == "self-check: impossible while a CUDA graph is captured; call it once before"
+        assert (
+            found
+            == "self-check: impossible while a CUDA graph is captured; call attention once before"
+        )
     monkeypatch.setattr(self_check, "_VERDICTS", {})
     x, found = torch.ones(1, requires_grad=True), []
     key = ("kernels.hopper.attention", torch.device("cpu"), torch.bfloat16, Variant(64))
     x.register_hook(lambda gradient: found.append(self_check.verdict(*key)))
     (2 * x).backward()
-    assert found == ["self-check: impossible inside backward; call it once before"]
+    assert found == ["self-check: impossible inside backward; call attention once before"]
     assert not caplog.records
     assert caught_in(nullcontext(), monkeypatch) is None
 

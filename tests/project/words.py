@@ -78,7 +78,6 @@ EXEMPT = (
     "README.md",
     "benchmarks",
     "docs",
-    "kernels",
     "launch/build_ops.py",
     "launch/parity.py",
     "megagpt",

@@ -97,7 +97,7 @@ def test_each_end_has_its_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[
         "is wrong": "WRONG: another: 2 + 2 = 5",
         "raises": "WRONG: case: AttributeError: no such function",
         "crashes": "WRONG: crashed, SIGSEGV",
-        "no memory on the host": "not run: killed by the system, usually for want of host memory",
+        "no memory on the host": "not run: killed by the system, usually out of host memory",
         "hangs": "WRONG: no end within 2 s",
         "memory": "not run: too little memory: MemoryError: full",
         "a package": "not run: missing package no_such_package",

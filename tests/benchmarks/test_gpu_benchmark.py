@@ -571,9 +571,7 @@ def test_training_and_offload(tmp_path: Path, one_rank: RankPool) -> None:
 
 
 def test_offload_shrinks_to_what_fits() -> None:
-    """6.7B takes more than 128 GiB allow; page-locked memory is reckoned at up to twice its
-    size.
-    """
+    """6.7B needs more than 128 GiB; page-locked memory counts up to twice its size."""
     model = {"preset": "gpt3-6.7b"}
     settings = {"micro_batch": 4, "recompute": "full", "sub_group_size": 200_000_000}
     chosen = {

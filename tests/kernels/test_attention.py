@@ -406,7 +406,7 @@ def test_integers_are_exact(fused_device: str, dtype: torch.dtype, deterministic
         gradients(reference.attention, torch.float64),
         strict=True,
     ):
-        exact = (truth * 64).round() / 64  # fp64's softmax strays from it by its last place
+        exact = (truth * 64).round() / 64  # fp64's softmax may be wrong in its last place
         assert exact.any()
         assert torch.equal(ours, exact.to(dtype))
 

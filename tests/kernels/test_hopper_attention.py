@@ -347,8 +347,8 @@ def assert_results_are_seen_by_tma(ptx: str) -> None:
 
 
 def assert_registers_suffice(ptx: str) -> None:
-    """Three warp groups have what they begin with, shared out anew: while they work, and before
-    (triton's own).
+    """Three warp groups have the registers they begin with, redistributed: while they work, and
+    before (triton's own).
     """
     at_first = re.search(r"^\.maxnreg (\d+)", ptx, re.MULTILINE)
     assert at_first is not None

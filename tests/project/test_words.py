@@ -21,7 +21,13 @@ def test_a_phrase_is_found_across_lines_and_literals(source: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["wish = anew.shall\n", 'x = ["for want", "of"]\n', "# shallow, renew, micro-batch\n"]
+    "source",
+    [
+        "wish = anew.shall\n",
+        'stop["wish"]\n',
+        'x = ["for want", "of"]\n',
+        "# shallow, renew, micro-batch\n",
+    ],
 )
 def test_names_and_longer_words_are_not_read(source: str) -> None:
     assert list(words.findings(words.prose(source), "a.py")) == []

@@ -35,12 +35,10 @@ SHAPE = {
     "vocab_size": 8192,
     "sequence_length": 128,
 }
-OURS, BACKGROUND, TORCH, DEEPSPEED = (
-    "megagpt",
-    "megagpt, in the background",
-    "torch.save",
-    "DeepSpeed",
-)
+OURS = "megagpt"
+BACKGROUND = "megagpt, in the background"
+TORCH = "torch.save"
+DEEPSPEED = "DeepSpeed"
 Times = dict[str, list[float]]
 
 
@@ -173,7 +171,8 @@ class Rank:
         from megagpt.checkpoint.format import TrainState
 
         saver = self.saver(directory, asynchronous=True)
-        take, copies_s = saver._snapshot.take, []
+        take = saver._snapshot.take
+        copies_s = []
         take(self.engine)  # allocates the memory, which later saves reuse
 
         def timed_take(engine: Any) -> Any:

@@ -47,7 +47,8 @@ SHAPES = {
         "sequence_length": 256,
     },
 }
-BATCH, MICRO_BATCH = 8, 4
+BATCH = 8
+MICRO_BATCH = 4
 
 
 def configuration(shape: str, zero: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +141,8 @@ def serve(shape: str, zero: dict[str, Any] | None, connection: Connection) -> No
 def measure(shape: str, rounds: int, steps: int) -> list[dict[str, Any]]:
     """Return the table's rows for one shape."""
     context = get_context("spawn")
-    connections, processes = {}, []
+    connections = {}
+    processes = []
     for name, zero in CONTENDERS.items():
         connections[name], theirs = context.Pipe()
         processes.append(context.Process(target=serve, args=(shape, zero, theirs), daemon=True))

@@ -20,8 +20,14 @@ from typing import Any
 from benchmarks.machine import RESULTS, provenance, write_table
 
 ROOT = Path(__file__).parent.parent
-STEPS, BATCH, LENGTH, EVAL_BATCHES = 400, 16, 128, 8
-LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY, BETAS = 1e-3, 40, 0.1, (0.9, 0.95)
+STEPS = 400
+BATCH = 16
+LENGTH = 128
+EVAL_BATCHES = 8
+LEARNING_RATE = 1e-3
+WARMUP_STEPS = 40
+WEIGHT_DECAY = 0.1
+BETAS = (0.9, 0.95)
 MODEL = {"num_layers": 4, "hidden_size": 128, "num_heads": 4, "sequence_length": LENGTH}
 
 

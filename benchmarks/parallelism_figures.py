@@ -18,12 +18,14 @@ from megagpt.planning.stages import describe_stage
 
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 MESH = {"pipeline": 2, "tensor": 2}
-RANKS, SLOTS = 8, 4
+RANKS = 8
+SLOTS = 4
 COLOURS = ("#2b6cb0", "#c05621")  # of the forwards through a rank's stages
 LIGHT = ("#bcd4ec", "#f3cfb3")  # of their backwards
 TENSOR, PIPE, DATA = "#c05621", "#2f855a", "#6b46c1"
 SCHEDULES = (("gpipe", 1), ("1f1b", 1), ("interleaved", 2))
-PIPELINE, MICRO_BATCHES = 4, 8
+PIPELINE = 4
+MICRO_BATCHES = 8
 
 
 def main() -> None:

@@ -38,7 +38,8 @@ SHAPES = {
         "sequence_length": 256,
     },
 }
-MICRO_BATCHES, PIPELINE = 8, 2
+MICRO_BATCHES = 8
+PIPELINE = 2
 TOLERANCE = 1e-5  # of a loss, relative; the same sums in another order
 Step = Callable[[int], float]  # trains on the global batch of that number and returns its loss
 

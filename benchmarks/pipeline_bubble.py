@@ -119,7 +119,8 @@ def measure(
     )
     engine = build_engine(config, build_mesh(config))
     slow_down(engine.chunks, delay_s)
-    idle, times_s = [], []
+    idle = []
+    times_s = []
     for step in range(steps + 1):
         data = parity.micro_batches(engine, step)
         dist.barrier()

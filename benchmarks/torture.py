@@ -195,17 +195,21 @@ class Killer:
     """
 
     def __init__(self, chance: random.Random, mean_s: float) -> None:
-        self.chance, self.mean_s = chance, mean_s
+        self.chance = chance
+        self.mean_s = mean_s
 
     def haunt(self, process: subprocess.Popen[bytes], run: Path, end_s: float) -> int:
         """Kill until the run or the time is over, and return the number of kills."""
-        kills, saved, patient = 0, "", True
+        kills = 0
+        saved = ""
+        patient = True
         while process.poll() is None and time.monotonic() < end_s:
             patient = patient or self.chance.random() > AT_ANY_MOMENT
             while patient and process.poll() is None and newest_checkpoint(run) == saved:
                 time.sleep(0.1)
             time.sleep(self.chance.uniform(0, 2 * self.mean_s))
-            saved, patient = newest_checkpoint(run), not patient
+            saved = newest_checkpoint(run)
+            patient = not patient
             kills += self._kill(process)
         return kills
 

@@ -64,7 +64,8 @@ def _require_documents(
     document_ids: Tensor | DocumentBounds, q: Tensor, batch: int, key_length: int
 ) -> None:
     if isinstance(document_ids, DocumentBounds):
-        name, positions = "document_ids.positions", document_ids.positions
+        name = "document_ids.positions"
+        positions = document_ids.positions
         _require("attention", name, positions, q, (batch, 2, key_length), torch.int32)
     else:
         _require(

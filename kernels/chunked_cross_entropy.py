@@ -200,7 +200,8 @@ def _backward(
 
     row_gradients (rows,). The logits are computed again.
     """
-    dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=normaliser.dtype)
+    dhidden = torch.empty_like(hidden)
+    dweight = torch.zeros_like(weight, dtype=normaliser.dtype)
     scales = row_gradients * (targets != ignore_index)
     targets = targets - vocabulary_start
     for rows in _chunks(hidden, weight, group):
@@ -289,7 +290,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     hidden, weight, targets, *options, _, hidden_gradient, weight_gradient = inputs
     _, _, normaliser, factor, dhidden, dweight = output
     ctx.set_materialize_grads(False)
-    ctx.weight_dtype, ctx.options = weight.dtype, options
+    ctx.weight_dtype = weight.dtype
+    ctx.options = options
     ctx.wanted = hidden_gradient, weight_gradient
     if any(ctx.wanted):
         ctx.save_for_backward(factor, dhidden, dweight)

@@ -37,7 +37,8 @@ def environment(context: Context) -> None:
     for found in assembler.available():
         context.judge(f"ptxas, {found.source}", not found.problem, found.problem, **asdict(found))
     with context.finding("the ptxas that triton calls"):
-        used, expected = _triton_calls(), assembler.in_use()
+        used = _triton_calls()
+        expected = assembler.in_use()
         right = expected is not None and (
             os.path.samefile(used, expected.path) if os.path.exists(used) else False
         )

@@ -178,7 +178,8 @@ def targets(cores: int) -> list[Case]:
 
 def attention(cores: int) -> list[Case]:
     """Return attention beside cuDNN, flash and FlexAttention: causal, then the other variants."""
-    modes, expected = ["fwd", "bwd", "both"], 75
+    modes = ["fwd", "bwd", "both"]
+    expected = 75
     causal = [
         timed(
             "attention",

@@ -13,7 +13,8 @@ from benchmarks.gpu.run import Outcome
 from benchmarks.machine import markdown
 from megagpt.utils import human_duration, write_atomically
 
-SCREEN_LINES, LINE_LENGTH = 40, 160
+SCREEN_LINES = 40
+LINE_LENGTH = 160
 # The figures of training on the screen.
 FIGURES = ("mfu", "tokens_per_s", "step_ms", "first_step_s", "planned_gib", "allocated_gib")
 TIMED = (

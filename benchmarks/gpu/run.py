@@ -54,7 +54,9 @@ class Flow:
         seconds: float,
         again: bool = False,
     ) -> None:
-        self.machine, self.identity, self.directory = machine, identity, directory
+        self.machine = machine
+        self.identity = identity
+        self.directory = directory
         self.end = time.monotonic() + seconds
         self.outcome = Outcome()
         self.file = directory / store.FILE

@@ -53,12 +53,14 @@ def in_flight(listing: str) -> InFlight:
         if name.startswith("HGMMA"):
             group |= _registers(operands[1], _OPERAND_REGISTERS)
             if "gsb0" in operands:  # the last product of its group
-                running, group = [*running, group], set()
+                running = [*running, group]
+                group = set()
         elif name.startswith("WARPGROUP.DEPBAR"):
             allowed = int(operands[-1], 0)
             running = running[max(0, len(running) - allowed) :]
         elif name in ("BRA", "EXIT") and not condition:
-            running, group = [], set()
+            running = []
+            group = set()
         elif name.split(".")[0] not in _NO_RESULT:
             width = 4 if ".128" in name else 2 if ".64" in name or ".WIDE" in name else 1
             overwritten += not _registers(operands[0], width).isdisjoint(group.union(*running))

@@ -138,7 +138,8 @@ def _flex(case: Case) -> Function:
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
     q, k = case.tensors["q"], case.tensors["k"]
-    ids, mask = case.options.get("document_ids"), None
+    ids = case.options.get("document_ids")
+    mask = None
     if ids is not None:
         batch, length = ids.shape
         mask = create_block_mask(

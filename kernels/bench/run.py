@@ -164,10 +164,8 @@ def run(
     Returns 1 if one of our own kernels is wrong or fails, else 0.
     """
     this = this_machine(dtype)
-    this.only, this.keep = (
-        only,
-        lambda row: write_tables(output, _heading(this, command), this.rows),
-    )
+    this.only = only
+    this.keep = lambda row: write_tables(output, _heading(this, command), this.rows)
     written: list[Path] = []
     for op in ops:
         try:
@@ -322,5 +320,6 @@ def this_machine(dtype: str | None) -> BenchmarkRun:
     device, dtype = (
         ("cuda", dtype or "bf16") if torch.cuda.is_available() else ("cpu", dtype or "fp32")
     )
-    gemm, copy = gemm_ceiling_tflops(DTYPES[dtype], device), copy_ceiling_gb_per_s(device)
+    gemm = gemm_ceiling_tflops(DTYPES[dtype], device)
+    copy = copy_ceiling_gb_per_s(device)
     return BenchmarkRun(device, device_name(), versions(), dtype, gemm, copy)

@@ -120,7 +120,8 @@ def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 
 @torch.library.custom_op("megagpt::bias_gelu_backward", mutates_args=())
 def _bias_gelu_backward(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    dx, channels = _contiguous_like(x), x.shape[-1]
+    dx = _contiguous_like(x)
+    channels = x.shape[-1]
     if not x.numel():
         return dx, torch.zeros_like(bias)
     rows = x.numel() // channels

@@ -352,7 +352,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     x, residual, weight, bias, _, _ = inputs
     _, total, mean, rstd = output
     ctx.set_materialize_grads(False)
-    ctx.has_residual, ctx.has_bias, ctx.dtype = residual is not None, bias is not None, x.dtype
+    ctx.has_residual = residual is not None
+    ctx.has_bias = bias is not None
+    ctx.dtype = x.dtype
     # The weight itself, not a view of it: ZeRO-3 frees a gathered parameter by its identity.
     ctx.save_for_backward(x if residual is None else total, weight, mean, rstd)
 

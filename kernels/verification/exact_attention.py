@@ -19,7 +19,8 @@ DROPOUT = 0.5  # the kept elements are doubled, which is exact
 _SCALE = 64.0
 _CHANNELS = 16  # of an output gradient that are not zero: their sums have few bits
 # With dropout, outputs are fractions, and score gradients have the bits of both factors.
-_CHANNELS_BESIDE_DROPOUT, _LEVELS_BESIDE_DROPOUT = 1, 6
+_CHANNELS_BESIDE_DROPOUT = 1
+_LEVELS_BESIDE_DROPOUT = 6
 
 
 class Variant(NamedTuple):
@@ -177,7 +178,8 @@ class _Documents:
     """
 
     def __init__(self, span: int, key_length: int) -> None:
-        self.width, self.key_length = max(4, span // 4), key_length
+        self.width = max(4, span // 4)
+        self.key_length = key_length
         self.offset = self.width // 5 * 2  # regions do not begin where blocks of keys do
 
     def of(self, position: Tensor) -> Tensor:

@@ -52,11 +52,12 @@ test-torch-2.11: setup-torch-2.11 ## the kernels and each way to train, on torch
 	-k "both_stacks or not (test_matrix or test_memory)" \
 	$(KERNEL_TESTS) tests/parallel/test_internals.py tests/equality/test_matrix.py tests/planning/test_memory.py tests/benchmarks/test_wheels.py
 
-check: $(INSTALLED) ## lint, format, types, and that imports run downward only
+check: $(INSTALLED) ## lint, format, types, that imports run downward only, and plain words
 	ruff check
 	ruff format --check
 	mypy
 	lint-imports
+	python -m tests.project.words
 
 bench: setup ## time each kernel against torch's own; tables go to runs/benchmark
 	python -m kernels.benchmark --output runs/benchmark

@@ -1,3 +1,4 @@
-"""Measurements that the documentation quotes: each script prints its table and writes it to
-benchmarks/results/.
+"""Measurements that the documentation quotes.
+
+Each script prints its table and writes it to benchmarks/results/.
 """

@@ -1,16 +1,17 @@
-"""How fast a training state is saved and loaded: ours, torch.save and DeepSpeed's own, of the same
-state in one run.
+"""Measure how fast a training state is saved and loaded: ours, torch.save and DeepSpeed's own.
 
     python -m benchmarks.checkpoint_speed --directory /path/on/the/disk
 
-The state is fp32 weights and both Adam moments, 12 bytes a parameter, under ZeRO 1; GB/s are of
-those bytes whoever writes more. The contenders take turns in the same processes and every file is
-flushed before the next one begins, so that a noisy machine slows all of them alike; numbers are
-medians. Ours flushes files to the disk and hashes them as it saves, and verifies the hashes as it
-loads; the others' time with a flush is given beside theirs. Loads find the files in the page cache.
-``save_cpu_s`` and ``load_cpu_s`` are seconds of a processor that rank 0 took: other work on the
-machine hardly changes them, and the first is what a save in the background takes from the steps
-meanwhile where the ranks fill every core.
+The state is fp32 weights and both Adam moments, 12 bytes for each parameter, under ZeRO 1. GB/s
+count these bytes, even for a contender that writes more. The contenders take turns in the same
+processes, and every file is flushed before the next one begins, so that a noisy machine slows all
+of them alike. Numbers are medians.
+
+Ours flushes files to the disk and hashes them in the save, and verifies the hashes in the load. For
+the others, the time with a flush is a column of its own. Loads find the files in the page cache.
+``save_cpu_s`` and ``load_cpu_s`` are seconds of processor time on rank 0, which other work on the
+machine hardly changes. If the ranks use every core, a save in the background takes the first from
+the steps that run during it.
 """
 
 import argparse
@@ -34,17 +35,15 @@ SHAPE = {
     "vocab_size": 8192,
     "sequence_length": 128,
 }
-OURS, BACKGROUND, TORCH, DEEPSPEED = (
-    "megagpt",
-    "megagpt, in the background",
-    "torch.save",
-    "DeepSpeed",
-)
+OURS = "megagpt"
+BACKGROUND = "megagpt, in the background"
+TORCH = "torch.save"
+DEEPSPEED = "DeepSpeed"
 Times = dict[str, list[float]]
 
 
 def resolve(world_size: int) -> Any:
-    """The run's configuration, checked."""
+    """Return the run's resolved configuration."""
     import json
 
     from megagpt.config import RunConfig
@@ -80,7 +79,7 @@ class Rank:
         self.step()
 
     def step(self) -> float:
-        """Train a step; its seconds."""
+        """Train a step and return its seconds."""
         from megagpt.parallel.pipeline import train_step
 
         every = next(self.data)
@@ -89,7 +88,7 @@ class Rank:
         )
 
     def timed(self, work: Callable[[], Any]) -> float:
-        """Seconds from the moment when all ranks begin to that when all are done."""
+        """Return the seconds from when all ranks begin until all have ended."""
         import torch.distributed as dist
 
         dist.barrier()
@@ -99,7 +98,7 @@ class Rank:
         return time.perf_counter() - started
 
     def saver(self, directory: Path, *, asynchronous: bool) -> Any:
-        """Ours."""
+        """Return our saver."""
         from megagpt.checkpoint.saver import Saver
 
         saver = Saver(self.engine, directory, "")
@@ -107,7 +106,7 @@ class Rank:
         return saver
 
     def shard(self) -> dict[str, Any]:
-        """This rank's flat tensors, as a plain script would save them."""
+        """Return this rank's flat tensors, as a plain script would save them."""
         from megagpt.checkpoint.writer import live
 
         return {
@@ -117,7 +116,7 @@ class Rank:
         }
 
     def load_shard(self, path: Path) -> None:
-        """The way back."""
+        """Load what ``shard`` returned from a file."""
         import torch
 
         loaded = torch.load(path, weights_only=True)
@@ -157,7 +156,7 @@ class Rank:
         times[f"{contender}: load, processor"].append(time.process_time() - begun)
 
     def flush(self, directory: Path) -> None:
-        """Everything that was written there reaches the disk: rank 0's work, before a barrier."""
+        """Flush every file in the directory to the disk, on rank 0 only."""
         if self.engine.mesh.rank == 0:
             for path in directory.rglob("*"):
                 if path.is_file():
@@ -165,14 +164,16 @@ class Rank:
                         os.fsync(file.fileno())
 
     def measure_background(self, directory: Path, times: Times) -> None:
-        """A save while training goes on: how long the loop stands still, and what the steps
-        meanwhile cost.
+        """Save while training continues.
+
+        Measures how long the loop stops, and how long the steps take during the save.
         """
         from megagpt.checkpoint.format import TrainState
 
         saver = self.saver(directory, asynchronous=True)
-        take, copies_s = saver._snapshot.take, []
-        take(self.engine)  # its memory is made at the first save and kept
+        take = saver._snapshot.take
+        copies_s = []
+        take(self.engine)  # allocates the memory, which later saves reuse
 
         def timed_take(engine: Any) -> Any:
             started = time.perf_counter()
@@ -197,7 +198,7 @@ class Rank:
 
 
 def serve(directory: Path, rounds: int) -> tuple[Times, int]:
-    """On every rank: all rounds; the times, and the bytes of the state."""
+    """Measure all rounds; every rank must call it. Returns the times, and the state's bytes."""
     here = Rank()
     times: Times = defaultdict(list)
     for turn in range(rounds + 1):
@@ -212,7 +213,7 @@ def serve(directory: Path, rounds: int) -> tuple[Times, int]:
 
 
 def emptied(rank: Rank, directory: Path) -> Path:
-    """A directory with nothing in it, seen by all ranks."""
+    """Empty the directory, for all ranks."""
     if rank.engine.mesh.rank == 0:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
@@ -221,7 +222,7 @@ def emptied(rank: Rank, directory: Path) -> Path:
 
 
 def measure(world_size: int, rounds: int, directory: Path) -> list[dict[str, Any]]:
-    """Rows of the table for so many ranks."""
+    """Return the table's rows for this number of ranks."""
     from megagpt.parity.local_ranks import start
 
     times, size = start(world_size, serve, directory, rounds)
@@ -254,7 +255,7 @@ def row(
     flushed_s: float,
     load_s: float | None,
 ) -> dict[str, Any]:
-    """One contender's line; empty where it has no such number."""
+    """Return one contender's row; a field is empty if it has no such number."""
 
     def processor_s(name: str) -> str:
         return f"{median[name]:.2f}" if name in median else ""

@@ -1,11 +1,10 @@
-"""What DeepSpeed's engine costs: tokens/s of the trainer against a plain PyTorch loop with the same
-model, one process.
+"""Measure what DeepSpeed's engine costs: the trainer against a plain PyTorch loop, one process.
 
     python -m benchmarks.engine_overhead
 
-Every contender lives in a process of its own and they take turns, a few steps each, so that a noisy
-machine slows all of them alike; a ratio is the median over the rounds. Data are random tokens,
-fp32, clipping and weight decay on.
+Both train the same model. Every contender has a process of its own. They take turns of a few steps,
+so that a noisy machine slows all of them alike; a ratio is the median over the rounds. Data are
+random tokens; fp32, with clipping and weight decay.
 """
 
 import argparse
@@ -48,11 +47,12 @@ SHAPES = {
         "sequence_length": 256,
     },
 }
-BATCH, MICRO_BATCH = 8, 4
+BATCH = 8
+MICRO_BATCH = 4
 
 
 def configuration(shape: str, zero: dict[str, Any]) -> dict[str, Any]:
-    """A run of that shape under a ZeRO section, as a JSON file would say it."""
+    """Return a run of that shape under a ZeRO section, as in a JSON file."""
     return {
         "train_batch_size": BATCH,
         "train_micro_batch_size_per_gpu": MICRO_BATCH,
@@ -64,7 +64,7 @@ def configuration(shape: str, zero: dict[str, Any]) -> dict[str, Any]:
 
 
 def resolve(shape: str, zero: dict[str, Any]) -> Any:
-    """The same, checked."""
+    """Return the resolved configuration of that run."""
     import json
 
     from megagpt.config import RunConfig
@@ -74,7 +74,7 @@ def resolve(shape: str, zero: dict[str, Any]) -> Any:
 
 
 def batches(config: Any) -> Iterator[list[Any]]:
-    """Micro-batches without end."""
+    """Yield micro-batches without end."""
     import torch
 
     from megagpt.parallel.pipeline import MicroBatch
@@ -89,7 +89,7 @@ def batches(config: Any) -> Iterator[list[Any]]:
 
 
 def plain_step(config: Any) -> Callable[[list[Any]], None]:
-    """One optimizer step as a textbook writes it."""
+    """Return one optimizer step of a plain loop."""
     import torch
 
     from megagpt.model import GPT, decayed, initialise_
@@ -112,7 +112,7 @@ def plain_step(config: Any) -> Callable[[list[Any]], None]:
 
 
 def trainer_step(config: Any) -> Callable[[list[Any]], None]:
-    """The same through the trainer."""
+    """Return one optimizer step of the trainer."""
     from megagpt.parallel.engine import build_engine, build_mesh, join_ranks
     from megagpt.parallel.pipeline import train_step
 
@@ -126,7 +126,7 @@ def trainer_step(config: Any) -> Callable[[list[Any]], None]:
 
 
 def serve(shape: str, zero: dict[str, Any] | None, connection: Connection) -> None:
-    """A contender's process: told a number of steps, it answers with the seconds they took."""
+    """Receive numbers of steps, run them, and send the seconds they took, until a 0."""
     config = resolve(shape, zero or {"stage": 0})
     step = plain_step(config) if zero is None else trainer_step(config)
     data = batches(config)
@@ -139,9 +139,10 @@ def serve(shape: str, zero: dict[str, Any] | None, connection: Connection) -> No
 
 
 def measure(shape: str, rounds: int, steps: int) -> list[dict[str, Any]]:
-    """Rows of the table for one shape."""
+    """Return the table's rows for one shape."""
     context = get_context("spawn")
-    connections, processes = {}, []
+    connections = {}
+    processes = []
     for name, zero in CONTENDERS.items():
         connections[name], theirs = context.Pipe()
         processes.append(context.Process(target=serve, args=(shape, zero, theirs), daemon=True))

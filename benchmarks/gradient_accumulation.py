@@ -1,11 +1,10 @@
-"""How exact a step's gradient is in bf16 when its micro-batches are added up in bf16, and when in
-fp32.
+"""Measure the error of a step's gradient in bf16, with micro-batches summed in bf16 and in fp32.
 
     python -m benchmarks.gradient_accumulation
 
 The error is the norm of the difference from the gradient that one plain process computes in fp64
-with the same weights, as a share of that gradient's norm. Two pipeline ranks, ZeRO 2, untied, or
-ZeRO 3, tied; the model is tiny, as a CPU multiplies slowly in bf16.
+with the same weights, relative to that gradient's norm. Two pipeline ranks; ZeRO 2 untied, or ZeRO
+3 tied. The model is tiny, because a CPU multiplies slowly in bf16.
 """
 
 import argparse
@@ -36,7 +35,7 @@ SHAPE = {
 def configuration(
     micro_batches: int, reduction: str, accumulate_in: str | None, stage: int
 ) -> dict[str, Any]:
-    """A step of so many micro-batches."""
+    """Return a step of this number of micro-batches."""
     return {
         "train_batch_size": micro_batches,
         "train_micro_batch_size_per_gpu": 1,
@@ -53,7 +52,7 @@ def configuration(
 
 
 def exact_gradients(config: Any) -> dict[str, Any]:
-    """The gradients of the global batch's mean loss in fp64, from the bf16 weights."""
+    """Return the gradients of the global batch's mean loss in fp64, from the bf16 weights."""
     import torch
 
     from megagpt.model import GPT, initialise_
@@ -69,7 +68,7 @@ def exact_gradients(config: Any) -> dict[str, Any]:
 
 
 def relative_error(micro_batches: int, way: tuple[str, str | None, int]) -> float:
-    """Of a step's gradient over all parameters; every rank must call it."""
+    """Return the error of a step's gradient over all parameters; every rank must call it."""
     import torch
     import torch.distributed as dist
     from deepspeed.utils import safe_get_full_grad
@@ -97,7 +96,7 @@ def relative_error(micro_batches: int, way: tuple[str, str | None, int]) -> floa
 
 
 def measure() -> list[dict[str, Any]]:
-    """The rows of the table; every rank must call it."""
+    """Return the rows of the table; every rank must call it."""
     logging.disable(logging.WARNING)
     return [
         {"micro_batches": count}

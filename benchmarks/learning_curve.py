@@ -1,11 +1,10 @@
-"""Does the trainer learn as well as a reference GPT? Byte-level, the same text, the same samples in
-the same order.
+"""Compare the trainer's learning curve with a reference GPT's, on the same samples in order.
 
     python -m benchmarks.learning_curve TEXT.txt
 
-The reference is transformers' GPT2LMHeadModel in a plain PyTorch loop with torch's AdamW: another
-model code, another initialisation (its own), another Adam. The trainer runs ZeRO-3 with CPU offload
-through its command. Both curves and the validation losses go to
+Byte-level. The reference is transformers' GPT2LMHeadModel in a plain PyTorch loop with torch's
+AdamW: other model code, its own initialisation, another Adam. The trainer runs ZeRO-3 with CPU
+offload through its command. Both curves and the validation losses go to
 benchmarks/results/learning_curve.csv and .png.
 """
 
@@ -21,13 +20,19 @@ from typing import Any
 from benchmarks.machine import RESULTS, provenance, write_table
 
 ROOT = Path(__file__).parent.parent
-STEPS, BATCH, LENGTH, EVAL_BATCHES = 400, 16, 128, 8
-LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY, BETAS = 1e-3, 40, 0.1, (0.9, 0.95)
+STEPS = 400
+BATCH = 16
+LENGTH = 128
+EVAL_BATCHES = 8
+LEARNING_RATE = 1e-3
+WARMUP_STEPS = 40
+WEIGHT_DECAY = 0.1
+BETAS = (0.9, 0.95)
 MODEL = {"num_layers": 4, "hidden_size": 128, "num_heads": 4, "sequence_length": LENGTH}
 
 
 def configuration(data: Path) -> dict[str, Any]:
-    """The trainer's run."""
+    """Return the trainer's configuration."""
     return {
         "train_batch_size": BATCH,
         "optimizer": {
@@ -60,7 +65,7 @@ def configuration(data: Path) -> dict[str, Any]:
 
 
 def trainer_curve(data: Path, directory: Path) -> tuple[dict[int, float], dict[int, float]]:
-    """Training and validation losses by step, from metrics.jsonl of a real run."""
+    """Return training and validation losses by step, from metrics.jsonl of a real run."""
     config = directory / "config.json"
     config.write_text(json.dumps(configuration(data)))
     run = directory / "run"
@@ -79,7 +84,7 @@ def trainer_curve(data: Path, directory: Path) -> tuple[dict[int, float], dict[i
 
 
 def reference_curve(data: Path) -> tuple[dict[int, float], dict[int, float]]:
-    """The same from transformers' GPT-2 in a plain loop."""
+    """Return the same losses of transformers' GPT-2 in a plain loop."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -120,7 +125,7 @@ def reference_curve(data: Path) -> tuple[dict[int, float], dict[int, float]]:
 
     train, validation = {}, {}
     for step in range(1, STEPS + 1):
-        for group in optimizer.param_groups:  # DeepSpeed's WarmupLR: nothing at the first step
+        for group in optimizer.param_groups:  # as DeepSpeed's WarmupLR: rate 0 at the first step
             group["lr"] = LEARNING_RATE * min(1.0, (step - 1) / WARMUP_STEPS)
         loss = loss_of("train", step - 1)
         loss.backward()
@@ -139,7 +144,7 @@ def reference_curve(data: Path) -> tuple[dict[int, float], dict[int, float]]:
 
 
 def plot(curves: dict[str, tuple[dict[int, float], dict[int, float]]]) -> Path:
-    """Both curves in one picture."""
+    """Plot both curves in one figure and return its path."""
     import matplotlib
 
     matplotlib.use("Agg")

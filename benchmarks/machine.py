@@ -1,4 +1,4 @@
-"""What a measurement says about where and when it was made, and how its table is written."""
+"""Where and when a measurement was made, and how its table is written."""
 
 import csv
 import datetime
@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def processor() -> str:
-    """The processor's name and how many cores this process may use."""
+    """Return the processor's name and the number of cores that this process may use."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -30,9 +30,9 @@ def processor() -> str:
 
 
 def provenance(module: str) -> str:
-    """One line: date, machine, versions, command.
+    """Return one line: date, machine, versions, command.
 
-    DeepSpeed and a GPU are named where there are any.
+    It names a GPU if there is one, and DeepSpeed if it is installed.
     """
     import torch
 
@@ -49,7 +49,7 @@ def provenance(module: str) -> str:
 
 
 def write_table(name: str, module: str, rows: Sequence[dict[str, Any]]) -> Path:
-    """Write rows as NAME.csv with the provenance as a comment above; print them as Markdown."""
+    """Write rows as NAME.csv, below a comment with the provenance; print them as Markdown."""
     columns = list(rows[0]) if rows else []
     text = io.StringIO()
     text.write(f"# {provenance(module)}\n")
@@ -65,7 +65,7 @@ def write_table(name: str, module: str, rows: Sequence[dict[str, Any]]) -> Path:
 
 
 def markdown(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [
         columns,
         ["---"] * len(columns),

@@ -1,4 +1,4 @@
-"""The pictures of docs/parallelism.md, drawn from the planner's own mesh and schedules.
+"""Draw the pictures of docs/parallelism.md from the planner's own mesh and schedules.
 
 python -m benchmarks.parallelism_figures
 """
@@ -18,16 +18,18 @@ from megagpt.planning.stages import describe_stage
 
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 MESH = {"pipeline": 2, "tensor": 2}
-RANKS, SLOTS = 8, 4
+RANKS = 8
+SLOTS = 4
 COLOURS = ("#2b6cb0", "#c05621")  # of the forwards through a rank's stages
 LIGHT = ("#bcd4ec", "#f3cfb3")  # of their backwards
 TENSOR, PIPE, DATA = "#c05621", "#2f855a", "#6b46c1"
 SCHEDULES = (("gpipe", 1), ("1f1b", 1), ("interleaved", 2))
-PIPELINE, MICRO_BATCHES = 4, 8
+PIPELINE = 4
+MICRO_BATCHES = 8
 
 
 def main() -> None:
-    # the same bytes every time: no dates, no random names
+    # The same bytes every time: no dates, no random names.
     pyplot.rcParams |= {"svg.hashsalt": "megagpt", "svg.fonttype": "none", "font.size": 9}
     draw_mesh()
     draw_schedules()
@@ -39,7 +41,7 @@ def save(figure: pyplot.Figure, name: str) -> None:
 
 
 def draw_mesh() -> None:
-    """Eight ranks on two hosts: a row a pipeline rank, a column a rank of data x tensor."""
+    """Draw eight ranks on two hosts: a row for each pipeline rank, a column for data x tensor."""
     layout = example_layout()
     figure, axes = pyplot.subplots(figsize=(8.2, 4.2))
     for place in Placement.of(layout, hosts_of(RANKS, SLOTS)).places:
@@ -88,12 +90,12 @@ def draw_mesh() -> None:
 
 
 def column(data: int, tensor: int) -> float:
-    """Where the box of a rank begins."""
+    """Return the left edge of a rank's box."""
     return 2.0 * (2 * data + tensor) + 0.3 * data
 
 
 def row(pipeline: int) -> float:
-    """Where the box of a rank ends below."""
+    """Return the lower edge of a rank's box."""
     return -1.9 * pipeline
 
 
@@ -104,7 +106,7 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colo
 
 
 def example_layout() -> Layout:
-    """GPT-2 on the mesh of the picture."""
+    """Return GPT-2 on the mesh of the picture."""
     document = {
         "train_batch_size": 8,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
@@ -120,7 +122,7 @@ def example_layout() -> Layout:
 
 
 def draw_schedules() -> None:
-    """Each schedule on four ranks with eight micro-batches, a backward taking twice a forward."""
+    """Draw each schedule: four ranks, eight micro-batches, backward twice as long as forward."""
     figure, rows = pyplot.subplots(len(SCHEDULES), 1, figsize=(9.6, 6.0), sharex=True)
     for axes, (schedule, virtual) in zip(rows, SCHEDULES, strict=True):
         orders = actions(schedule, PIPELINE, virtual, MICRO_BATCHES)

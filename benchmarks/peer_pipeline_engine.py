@@ -1,12 +1,12 @@
-"""The trainer's pipeline beside DeepSpeed's own PipelineEngine: the same model, data and cut, ZeRO
-1 in fp32, 1F1B.
+"""Compare the trainer's pipeline with DeepSpeed's PipelineEngine: ZeRO 1 in fp32, 1F1B.
 
     python -m benchmarks.peer_pipeline_engine
 
-Both engines live in the same ranks and take turns, a step each, so that a busy machine slows both
-alike; a ratio is the median over the turns, below 1 where the trainer is faster. Every loss must be
-equal, or the script fails. DeepSpeed's engine runs on a CPU over gloo as it is; it is only told
-where to cut, or it would count the embedding's parameters as work.
+Both have the same model, data and stages. They run in the same ranks and take turns of one step, so
+that a busy machine slows both alike. A ratio is the median over the turns; below 1 the trainer is
+faster. Every loss must be equal, or the script fails. DeepSpeed's engine runs on a CPU over gloo
+unchanged. It only gets the stages' boundaries, because it would count the embedding's parameters as
+work.
 """
 
 import argparse
@@ -38,13 +38,14 @@ SHAPES = {
         "sequence_length": 256,
     },
 }
-MICRO_BATCHES, PIPELINE = 8, 2
-TOLERANCE = 1e-5  # of a loss; the same sums in another order
+MICRO_BATCHES = 8
+PIPELINE = 2
+TOLERANCE = 1e-5  # of a loss, relative; the same sums in another order
 Step = Callable[[int], float]  # trains on the global batch of that number and returns its loss
 
 
 def configuration(shape: dict[str, Any], world_size: int) -> dict[str, Any]:
-    """A run of that shape over the ranks, as a JSON file would say it."""
+    """Return a run of that shape over the ranks, as in a JSON file."""
     return {
         "train_batch_size": MICRO_BATCHES * world_size // PIPELINE,
         "train_micro_batch_size_per_gpu": 1,
@@ -61,7 +62,7 @@ def configuration(shape: dict[str, Any], world_size: int) -> dict[str, Any]:
 
 
 def trainer(config: Any) -> tuple[Any, Step]:
-    """The trainer's engine and its step."""
+    """Return the trainer's engine and its step."""
     from megagpt.parallel import pipeline
     from megagpt.parallel.engine import build_engine, build_mesh
     from megagpt.parity import compare as parity
@@ -74,9 +75,7 @@ def trainer(config: Any) -> tuple[Any, Step]:
 
 
 def peer(engine: Any) -> tuple[Any, Step]:
-    """A PipelineEngine and its step over the same layers, cut as the trainer's engine has cut
-    them.
-    """
+    """Return a PipelineEngine and its step, with the layers and stages of the trainer's engine."""
     import deepspeed
     from deepspeed.pipe import PipelineModule
     from torch import Tensor, nn
@@ -96,8 +95,10 @@ def peer(engine: Any) -> tuple[Any, Step]:
             return self.layer(x, Context())
 
     class Last(nn.Module):
-        """PipelineEngine computes the loss outside the layers, from what the last returns; the
-        head is both.
+        """The head, whose layer returns its input.
+
+        PipelineEngine computes the loss outside the layers, from what the last one returns; here
+        the head is both.
         """
 
         def __init__(self, head: Head) -> None:
@@ -139,7 +140,7 @@ def peer(engine: Any) -> tuple[Any, Step]:
 
 
 def losses(shape: dict[str, Any], steps: int) -> dict[str, list[float]]:
-    """The losses of so many steps by engine; every rank must call it."""
+    """Return the losses of the steps by engine; every rank must call it."""
     engine, ours = trainer(resolve(shape))
     other, theirs = peer(engine)
     try:
@@ -153,7 +154,7 @@ def losses(shape: dict[str, Any], steps: int) -> dict[str, list[float]]:
 
 
 def resolve(shape: dict[str, Any]) -> Any:
-    """The configuration of these ranks, checked."""
+    """Return the resolved configuration of these ranks."""
     import torch.distributed as dist
 
     from megagpt.config import RunConfig
@@ -167,9 +168,7 @@ def resolve(shape: dict[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class Turn:
-    """A step's loss, the seconds until all ranks had made it, and the processor's seconds of all
-    of them.
-    """
+    """One step: its loss, the seconds until all ranks ended it, all ranks' processor seconds."""
 
     loss: float
     time_s: float
@@ -177,7 +176,7 @@ class Turn:
 
 
 def take_turn(step: Step, number: int) -> Turn:
-    """Make a step; every rank must call it."""
+    """Take a step; every rank must call it."""
     import torch
     import torch.distributed as dist
 
@@ -190,7 +189,10 @@ def take_turn(step: Step, number: int) -> Turn:
 
 
 def measure(shape: str, rounds: int) -> dict[str, Any]:
-    """A row of the table; every rank must call it. Raises ValueError where losses differ."""
+    """Return a row of the table; every rank must call it.
+
+    Raises ValueError if losses differ.
+    """
     logging.disable(logging.WARNING)
     engine, ours = trainer(resolve(SHAPES[shape]))
     other, theirs = peer(engine)

@@ -1,11 +1,11 @@
-"""How long pipeline ranks idle in a step, under each schedule, beside the formula.
+"""Measure how long pipeline ranks idle in a step under each schedule, beside the formula.
 
     python -m benchmarks.pipeline_bubble
 
-A real engine and its real pipeline, in which each block also sleeps, forward and twice as long
-backward: what passes for compute is then the same everywhere and needs no core, so a busy machine
-does not matter. A rank is idle while it is in no stage's forward or backward; that includes
-messages, reduction and the optimizer. Medians over steps of the mean over ranks.
+It runs a real engine and its pipeline. Each block also sleeps, and twice as long in backward as in
+forward. This stands for compute: it is equal everywhere and needs no core, so a busy machine does
+not matter. A rank is idle while it is in no stage's forward or backward; messages, reduction and
+the optimizer count as idle. Numbers are medians over steps of the mean over ranks.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved": 2}  # stages a rank
 
 
 def configuration(ranks: int, schedule: str, micro_batches: int) -> dict[str, Any]:
-    """A pipeline of that many ranks over a model too small to take time itself."""
+    """Return a pipeline of that many ranks, with a model too small to take time itself."""
     return {
         "train_batch_size": micro_batches,
         "train_micro_batch_size_per_gpu": 1,
@@ -51,13 +51,13 @@ def configuration(ranks: int, schedule: str, micro_batches: int) -> dict[str, An
 
 
 def idle_by_formula(ranks: int, schedule: str, micro_batches: int) -> float:
-    """The share of a step (Narayanan et al. 2021, arXiv 2104.04473, section 2.2)."""
+    """Return the idle share of a step (Narayanan et al. 2021, arXiv 2104.04473, section 2.2)."""
     bubble = (ranks - 1) / SCHEDULES[schedule]
     return bubble / (micro_batches + bubble)
 
 
 def slow_down(chunks: list[Any], delay_s: float) -> None:
-    """Let every block sleep ``delay_s`` forward and twice that backward."""
+    """Make every block sleep ``delay_s`` in forward and twice that in backward."""
     import torch
 
     class Delay(torch.autograd.Function):
@@ -78,7 +78,7 @@ def slow_down(chunks: list[Any], delay_s: float) -> None:
 
 @contextmanager
 def stopwatch() -> Iterator[list[float]]:
-    """Yields the seconds of every forward and backward of this rank's stages, as they come."""
+    """Yield a list that gets the seconds of each forward and backward of this rank's stages."""
     from megagpt.parallel.compat import EngineStage
 
     busy_s: list[float] = []
@@ -104,7 +104,7 @@ def stopwatch() -> Iterator[list[float]]:
 def measure(
     ranks: int, schedule: str, micro_batches: int, delay_s: float, steps: int
 ) -> dict[str, Any]:
-    """A row of the table; every rank must call it."""
+    """Return a row of the table; every rank must call it."""
     import torch
     import torch.distributed as dist
 
@@ -119,7 +119,8 @@ def measure(
     )
     engine = build_engine(config, build_mesh(config))
     slow_down(engine.chunks, delay_s)
-    idle, times_s = [], []
+    idle = []
+    times_s = []
     for step in range(steps + 1):
         data = parity.micro_batches(engine, step)
         dist.barrier()
@@ -144,12 +145,12 @@ def measure(
 
 
 def measure_all(delay_s: float, steps: int) -> list[dict[str, Any]]:
-    """The rows for a pipeline over these ranks; every rank must call it."""
+    """Return the rows for a pipeline over these ranks; every rank must call it."""
     import logging
 
     import torch.distributed as dist
 
-    logging.disable(logging.WARNING)  # each engine would say again what Adam it has
+    logging.disable(logging.WARNING)  # each engine would log its Adam again
     ranks = dist.get_world_size()
     return [
         measure(ranks, schedule, of, delay_s, steps)

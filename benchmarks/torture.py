@@ -1,11 +1,11 @@
-"""Does a run that is killed again and again end exactly where an undisturbed one does?
+"""Check that a run that is killed many times ends exactly where an undisturbed one does.
 
     python -m benchmarks.torture --minutes 10
 
-A small run on DeepSpeed's launcher, under ``launch/supervise.py``, whose ranks (and now and then
-their launcher) get kill -9 at random moments: starting, training, saving. When it is done, weights
-and moments of its last checkpoint are compared bit for bit with those of the same run left alone;
-then the next round begins, under the next ZeRO stage and way of saving, until the time is up.
+A small run uses DeepSpeed's launcher under ``launch/supervise.py``. Its ranks, and sometimes their
+launcher, get kill -9 at random moments: while starting, training or saving. When the run is done,
+weights and moments of its last checkpoint are compared bit for bit with those of the undisturbed
+run. Then the next round begins, with the next ZeRO stage and way of saving, until the time is over.
 Writes benchmarks/results/torture.csv.
 """
 
@@ -39,29 +39,25 @@ from megagpt.run.supervise import newest_checkpoint
 ROOT = Path(__file__).parent.parent
 RESTARTS = 1000
 LAUNCHERS_SHARE = 0.1  # of the kills; the rest are ranks'
-EXECUTIONS = (
-    (1, False),
-    (3, True),
-    (1, True),
-    (3, False),
-)  # ZeRO stage, whether saves go on in the background
-# of the kills, while the run starts as likely as not; the others come once it has saved again
+# ZeRO stage, and whether saves run in the background.
+EXECUTIONS = ((1, False), (3, True), (1, True), (3, False))
+# The share of kills that may also come while the run starts; the others wait for a new save.
 AT_ANY_MOMENT = 0.2
 
 
 def main() -> None:
-    """Torture, print and write the table."""
+    """Run the rounds, print and write the table."""
     arguments = parse_arguments()
     rows = torture(arguments)
     write_table("torture", "benchmarks.torture", rows)
     if not all(row["bit_equal"] for row in rows):
-        sys.exit("a tortured run ended elsewhere than the undisturbed one")
+        sys.exit("a killed run and the undisturbed run differ (bit_equal is False in the table)")
 
 
 def torture(
     arguments: argparse.Namespace, executions: Sequence[tuple[int, bool]] = EXECUTIONS
 ) -> list[dict[str, Any]]:
-    """One row a round, which take the executions in turn."""
+    """Return one row for each round; the rounds take the executions in turn."""
     rows: list[dict[str, Any]] = []
     killer = Killer(random.Random(arguments.seed), arguments.mean_s)
     with tempfile.TemporaryDirectory(prefix="torture_") as name:
@@ -95,14 +91,16 @@ def torture(
 
 
 def undisturbed(directory: Path, stage: int) -> Path:
-    """The run that is left alone: how a run saves must not change where it ends, its ZeRO stage
-    may, by rounding.
+    """Return the directory of the undisturbed run of a ZeRO stage.
+
+    There is one for each ZeRO stage, which may change the result by rounding; how a run saves may
+    not.
     """
     return directory / f"undisturbed_{stage}"
 
 
 def prepare_data(directory: Path) -> None:
-    """This package's own sources, as bytes."""
+    """Prepare this package's own sources, as bytes."""
     text = directory / "sources.txt"
     text.write_text(
         "\n".join(path.read_text() for path in sorted((ROOT / "megagpt").rglob("*.py")))
@@ -116,7 +114,7 @@ def prepare_data(directory: Path) -> None:
 def write_configuration(
     directory: Path, arguments: argparse.Namespace, stage: int, *, asynchronous: bool
 ) -> Path:
-    """A small GPT; a checkpoint every ten steps."""
+    """Write the configuration of a small GPT, with a checkpoint every ten steps."""
     config = {
         "train_batch_size": 4 * arguments.ranks,
         "train_micro_batch_size_per_gpu": 2,
@@ -152,7 +150,7 @@ def write_configuration(
 
 @contextmanager
 def supervised(configuration: Path, run: Path, ranks: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A supervised run of so many ranks; whatever happens, nothing of it is left."""
+    """Start a supervised run of this number of ranks; end it at the end of the block."""
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks)]
     command = [*launcher, "--master_port", str(free_port()), str(ROOT / "launch/train.py")]
     command += ["--deepspeed_config", str(configuration), "--run_dir", str(run)]
@@ -178,42 +176,45 @@ def supervised(configuration: Path, run: Path, ranks: int) -> Iterator[subproces
 
 
 def free_port() -> int:
-    """For the ranks to meet at."""
+    """Return a free port for the rendezvous."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def require_done(process: subprocess.Popen[bytes]) -> None:
-    """Wait for the end of a run, which has to be a good one."""
+    """Wait for the end of a run; exit unless it succeeded."""
     if process.wait() != 0:
         sys.exit(f"the supervised run ended with exit code {process.returncode}")
 
 
 class Killer:
-    """Sends kill -9 to what a supervised command started, some ``mean_s`` after it has saved again.
+    """Sends kill -9 to what a supervised command started, about ``mean_s`` after its last save.
 
-    Two kills in a row that leave no time for a checkpoint would make the supervisor give up, as it
-    should.
+    Two kills in a row without a new checkpoint would make the supervisor give up, as it should.
     """
 
     def __init__(self, chance: random.Random, mean_s: float) -> None:
-        self.chance, self.mean_s = chance, mean_s
+        self.chance = chance
+        self.mean_s = mean_s
 
     def haunt(self, process: subprocess.Popen[bytes], run: Path, end_s: float) -> int:
-        """Until the run or the time is over; returns the number of kills."""
-        kills, saved, patient = 0, "", True
+        """Kill until the run or the time is over, and return the number of kills."""
+        kills = 0
+        saved = ""
+        patient = True
         while process.poll() is None and time.monotonic() < end_s:
             patient = patient or self.chance.random() > AT_ANY_MOMENT
             while patient and process.poll() is None and newest_checkpoint(run) == saved:
                 time.sleep(0.1)
             time.sleep(self.chance.uniform(0, 2 * self.mean_s))
-            saved, patient = newest_checkpoint(run), not patient
+            saved = newest_checkpoint(run)
+            patient = not patient
             kills += self._kill(process)
         return kills
 
     def _kill(self, process: subprocess.Popen[bytes]) -> bool:
-        """One rank or its launcher; whether there was one."""
+        """Kill one rank or its launcher, and return whether there was one."""
         ranks, launchers = victims(process.pid)
         chosen = launchers if self.chance.random() < LAUNCHERS_SHARE else ranks
         if not chosen:
@@ -224,9 +225,9 @@ class Killer:
 
 
 def victims(supervisor: int) -> tuple[list[int], list[int]]:
-    """The ranks and the launchers of the command that runs under a supervisor."""
+    """Return the ranks and the launchers of the command that runs under a supervisor."""
     ranks, launchers = [], []
-    with contextlib.suppress(OSError):  # some process has just ended
+    with contextlib.suppress(OSError):  # a process may have just ended
         groups = {member.number for member in all_processes() if member.parent == supervisor}
         for process in (
             member for member in all_processes() if os.getpgid(member.number) in groups
@@ -239,7 +240,7 @@ def victims(supervisor: int) -> tuple[list[int], list[int]]:
 
 
 def same_state(left: Path, right: Path) -> bool:
-    """Weights and moments of the newest checkpoints of two runs, bit for bit."""
+    """Compare weights and moments of the newest checkpoints of two runs, bit for bit."""
     first, second = open_checkpoint(left), open_checkpoint(right)
     if first.manifest.state != second.manifest.state:
         return False
@@ -251,7 +252,7 @@ def same_state(left: Path, right: Path) -> bool:
 
 
 def result(run: Path, kills: int, *, bit_equal: bool) -> dict[str, Any]:
-    """What a round was and how it ended."""
+    """Return the row of a round."""
     history = read_metrics(run)
     (whole,) = history.events_named("supervise")
     return {

@@ -3,7 +3,7 @@
     python -m benchmarks.wheels DIR
 
 The image has Python, torch, triton and numpy. The wheels have the versions that are installed here,
-for the Python and machine of the image; DeepSpeed's is built without ops. The last line printed is
+for the Python and machine of the image. DeepSpeed's is built without ops. The last line printed is
 the command to type on the image.
 """
 
@@ -24,13 +24,8 @@ from packaging.utils import canonicalize_name
 
 from megagpt.utils import UserError, run_command
 
-TRAINING = (
-    "deepspeed",
-    "pydantic",
-    "rich",
-    "safetensors",
-    "tiktoken",
-)  # what megagpt and kernels import in a run
+# What megagpt and kernels import in a run.
+TRAINING = ("deepspeed", "pydantic", "rich", "safetensors", "tiktoken")
 PROVIDED = frozenset({"torch", "triton", "numpy"})  # by the image, with what these require
 LIMIT_MB = 15.0
 # Wheels of newer Linux (glibc 2.28) down to the oldest; pip itself adds the older names of 2.17 and
@@ -50,7 +45,7 @@ class Target:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What its requirement markers see."""
+        """Return the environment in which requirement markers are evaluated."""
         linux = {"os_name": "posix", "platform_system": "Linux", "sys_platform": "linux"}
         python = {"python_version": self.python, "python_full_version": f"{self.python}.0"}
         here = {name: str(value) for name, value in default_environment().items()}
@@ -58,7 +53,7 @@ class Target:
 
     @property
     def options(self) -> list[str]:
-        """What tells pip to take wheels for it."""
+        """Return pip's options that select wheels for the image."""
         platforms = [f"--platform=manylinux_{glibc}_{self.machine}" for glibc in GLIBC]
         platforms.append(f"--platform=manylinux2014_{self.machine}")
         return [
@@ -70,7 +65,7 @@ class Target:
 
 
 def main() -> None:
-    """Fill the directory; print what is in it and the command that installs it."""
+    """Fill the directory; print its files and the command that installs them."""
     arguments = parse_arguments()
     roots = [*TRAINING, *arguments.also]
     wheels = collect(arguments.directory, roots, Target(arguments.python, arguments.machine))
@@ -85,11 +80,10 @@ def main() -> None:
 
 
 def collect(directory: Path, roots: Sequence[str], target: Target) -> list[Path]:
-    """Put the wheels of the roots, and of all that these require, into a directory; return their
-    paths.
+    """Put the wheels of the roots and of all they require into a directory; return their paths.
 
-    Raise UserError where pip fails, where they are larger than the limit (the directory is then as
-    before), or where the directory cannot be written.
+    Raises UserError if pip fails, if the wheels are larger than the limit (the directory is then
+    unchanged), or if the directory cannot be written.
     """
     pins = [f"{name}=={version(name)}" for name in closure(roots, target.environment)]
     try:
@@ -116,8 +110,8 @@ def closure(
 ) -> list[str]:
     """Return the sorted names of the roots and of all that they require, without what is provided.
 
-    ``requires`` gives a distribution's requirements (`Requires-Dist`); None reads them from what is
-    installed here.
+    ``requires`` returns a distribution's requirements (`Requires-Dist`); None reads them from what
+    is installed here.
     """
     requires = requires or required_here
     waiting = [Requirement(root) for root in roots]
@@ -146,23 +140,23 @@ def required_here(name: str) -> list[str]:
 def version(name: str) -> str:
     """Return the version that is installed here, which the tests ran with.
 
-    Raise UserError where there is none.
+    Raises UserError if there is none.
     """
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         message = (
-            f"{name}: not installed here, so that no version of it is known to work; pip "
+            f"{name}: not installed here, so no version of it has been tested; type: pip "
             f"install {name}"
         )
         raise UserError(message) from None
 
 
 def build_without_ops(pins: Sequence[str], directory: Path) -> None:
-    """Build wheels for any Python and machine from source: ops are compiled where they run, when
-    they are needed.
+    """Build wheels for any Python and machine from source.
 
-    pip's cache may hold a wheel that was built with ops.
+    Ops are compiled on the machine that runs them. pip's cache is not used: it may hold a wheel
+    that was built with ops.
     """
     without = {
         name: value for name, value in os.environ.items() if not name.startswith("DS_BUILD_")
@@ -198,7 +192,7 @@ def download(pins: Sequence[str], directory: Path, target: Target) -> None:
 
 
 def pip(*arguments: str, environment: dict[str, str]) -> None:
-    """Run pip. Raise UserError with its first error where it fails."""
+    """Run pip. Raises UserError with its last errors if it fails."""
     command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -208,13 +202,13 @@ def pip(*arguments: str, environment: dict[str, str]) -> None:
         )
         said = "; ".join(errors[-2:]) or f"exit code {done.returncode}"
         raise UserError(
-            f"pip {arguments[0]}: {said}; check the network, --python and --machine, then type "
-            f"this again"
+            f"pip {arguments[0]}: {said}; check the network, --python and --machine, then run "
+            f"the same command again"
         )
 
 
 def require_small(wheels: Sequence[Path]) -> None:
-    """Raise UserError where the wheels together are larger than the limit."""
+    """Raise UserError if the wheels together are larger than the limit."""
     total = sum(map(size_mb, wheels))
     if total > LIMIT_MB:
         largest = ", ".join(
@@ -227,7 +221,7 @@ def require_small(wheels: Sequence[Path]) -> None:
 
 
 def size_mb(path: Path) -> float:
-    """The size of a file in units of a million bytes."""
+    """Return the size of a file in millions of bytes."""
     return path.stat().st_size / 1e6
 
 
@@ -238,7 +232,7 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "directory", type=Path, metavar="DIR", help="where the wheels go; made where it is missing"
+        "directory", type=Path, metavar="DIR", help="where the wheels go; created if missing"
     )
     parser.add_argument(
         "--python", type=python_version, default="3.12", metavar="X.Y", help="of the image [3.12]"
@@ -257,7 +251,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def python_version(text: str) -> str:
-    """A type for Python versions from 3.11 up."""
+    """Return the text if it is a Python version from 3.11 up; a type for argparse."""
     if not re.fullmatch(r"3\.\d+", text) or int(text.partition(".")[2]) < 11:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a Python version from 3.11 up, such as 3.12"

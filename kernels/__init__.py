@@ -1,8 +1,9 @@
 """Fused operations for GPT training, each with a plain-torch twin of the same signature.
 
-``import kernels`` is cheap: torch and triton are imported when an operation is first used.
-``explain`` says which implementation a call would run and why, ``launches`` counts the Triton
-functions that ran, and the variable ``MEGAGPT_KERNELS=triton|torch|interpret`` forces the choice.
+``import kernels`` is cheap: torch and triton are imported at the first use of an operation.
+``explain`` names the implementation that a call would run, with the reason. ``launches`` counts the
+Triton functions that ran. The variable ``MEGAGPT_KERNELS=triton|torch|interpret`` forces the
+choice.
 """
 
 import importlib
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from kernels.reference import swiglu as swiglu
 
 if os.environ.get("MEGAGPT_KERNELS") == "interpret":
-    # Triton decides how to decorate its own library when it is first imported, so this cannot wait.
+    # Triton reads this when it is first imported, to decorate its own library.
     os.environ["TRITON_INTERPRET"] = "1"
 
 
@@ -38,7 +39,7 @@ _OPERATIONS = (
     "rotary",
     "swiglu",
 )
-_BESIDE_THEM = {  # what else is public -> the module that has it
+_BESIDE_THEM = {  # other public names, each with its module
     "DocumentBounds": "kernels.documents",
     "document_bounds": "kernels.documents",
     "explain": "kernels.dispatch",
@@ -56,6 +57,6 @@ def __getattr__(name: str) -> Any:
         from kernels.dispatch import operation
 
         found = operation(name)
-    # Found at once from now on: this function takes longer than a small launch.
+    # Later lookups then skip this function, which takes longer than a small launch.
     globals()[name] = found
     return found

@@ -1,10 +1,9 @@
-"""Measure the fused operations beside everything else that computes the same, speed and accuracy in
-every row.
+"""Compare the fused operations with other implementations, in speed and accuracy.
 
     python -m kernels.benchmark [attention layernorm ...] --dtype bf16 --mode both --output DIR
 
-On a machine without a GPU it times torch's providers and checks our kernels under Triton's
-interpreter, untimed.
+Without a GPU it times torch's implementations, and only checks our kernels, under Triton's
+interpreter.
 """
 
 import argparse
@@ -15,14 +14,14 @@ from kernels.costs import OPERATIONS
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what the command line asks for; returns an exit code, 1 where one of our own kernels
-    is wrong or fails.
+    """Run the benchmark.
+
+    Returns an exit code: 1 if one of our own kernels is wrong or fails, else 0.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
-    from kernels.bench import (
-        run as benchmark_run,
-    )  # torch: only once the command line is known to be right
+    # Imports torch, which takes seconds: only after the command line has been accepted.
+    from kernels.bench import run as benchmark_run
 
     command = " ".join(["python -m kernels.benchmark", *arguments])
     return benchmark_run.run(
@@ -39,11 +38,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m kernels.benchmark",
-        description="Speed and accuracy of the fused operations and their rivals.",
+        description="Speed and accuracy of the fused operations and other implementations.",
     )
     names = ", ".join(OPERATIONS)
     parser.add_argument(
-        "ops", nargs="*", type=_operation, metavar="OP", help=f"operations, all by default: {names}"
+        "ops", nargs="*", type=_operation, metavar="OP", help=f"operations [all]: {names}"
     )
     parser.add_argument(
         "--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, else fp32"
@@ -70,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=(),
         metavar="NAME",
-        help="only these, by name or its first words: torch, sdpa",
+        help="only these, by name or its first words, such as torch or sdpa",
     )
     parser.add_argument(
         "--output",
@@ -83,12 +82,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _operation(text: str) -> str:
-    """An operation by its name, with or without underscores: layernorm is layer_norm."""
+    """Return the operation of this name; underscores and hyphens are optional."""
     for name in OPERATIONS:
         if name.replace("_", "") == text.lower().replace("_", "").replace("-", ""):
             return name
     raise argparse.ArgumentTypeError(
-        f"{text}: no such operation; choose from {', '.join(OPERATIONS)}"
+        f"{text}: unknown operation; choose from {', '.join(OPERATIONS)}"
     )
 
 

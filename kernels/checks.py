@@ -1,9 +1,8 @@
-"""What every operation demands of its arguments, whichever implementation runs: said before
-anything is launched.
+"""Checks of an operation's arguments, before any implementation runs.
 
-One function for each operation, of its signature. It raises ValueError, naming the argument, what
-was found and what was expected, and returns the tensor whose device and dtype are those of the
-call.
+One function for each operation, with its signature. It raises ValueError with the argument's name,
+what was found and what is expected, and returns the tensor that gives the call its device and
+dtype.
 """
 
 from typing import Any
@@ -24,8 +23,9 @@ def attention(
     dropout_seed: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """Four dimensions, heads that divide, a seed where there is dropout, documents no longer
-    than the keys.
+    """Check q, k and v, the seed of dropout and the documents.
+
+    Heads of q must be a multiple of those of k; documents need at least as many keys as queries.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
@@ -64,7 +64,8 @@ def _require_documents(
     document_ids: Tensor | DocumentBounds, q: Tensor, batch: int, key_length: int
 ) -> None:
     if isinstance(document_ids, DocumentBounds):
-        name, positions = "document_ids.positions", document_ids.positions
+        name = "document_ids.positions"
+        positions = document_ids.positions
         _require("attention", name, positions, q, (batch, 2, key_length), torch.int32)
     else:
         _require(
@@ -75,14 +76,18 @@ def _require_documents(
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, residual: Tensor | None = None, **_: Any
 ) -> Tensor:
-    """Parameters as wide as x's rows, a residual like x; beside an x of 16 bits, both may be
-    fp32.
+    """Check that weight and bias are as wide as x's rows, and residual has x's shape.
+
+    Beside an x of 16 bits, parameters and residual may be fp32.
     """
     return _norm("layer_norm", x, weight, bias, residual)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, residual: Tensor | None = None, **_: Any) -> Tensor:
-    """A weight as wide as x's rows, a residual like x; beside an x of 16 bits, both may be fp32."""
+    """Check that weight is as wide as x's rows, and residual has x's shape.
+
+    Beside an x of 16 bits, weight and residual may be fp32.
+    """
     return _norm("rms_norm", x, weight, None, residual)
 
 
@@ -101,9 +106,7 @@ def _norm(
 
 
 def _own_or_fp32(tensor: Tensor, x: Tensor) -> torch.dtype:
-    """The dtype that a tensor beside x must have: fp32 where it has that and x has 16 bits, else
-    x's.
-    """
+    """Return the dtype that a tensor beside x must have: x's, or fp32 if x has 16 bits."""
     return torch.float32 if tensor.dtype == torch.float32 and x.dtype.itemsize == 2 else x.dtype
 
 
@@ -118,8 +121,9 @@ def linear_cross_entropy(
     reduction: str = "mean",
     **_: Any,
 ) -> Tensor:
-    """A weight as wide as hidden, one int64 target for each of its rows, a vocabulary that the
-    weight has rows for.
+    """Check shapes, the reduction, and that the weight has rows for the vocabulary.
+
+    Targets are int64, one for each row of hidden.
     """
     op = "linear_cross_entropy"
     if reduction not in ("mean", "sum", "none"):
@@ -149,8 +153,9 @@ def linear_cross_entropy(
 
 
 def _require_rows_for(vocabulary: int, start: int, rows: int, alone: bool) -> None:
-    """Among the weight's rows if they are all there are; a rank of a group may hold a part of
-    them, or padding only.
+    """Require the vocabulary to end within the weight's rows, unless a group shares it.
+
+    A rank of a group may hold a part of the vocabulary, or only padding.
     """
     op = "linear_cross_entropy"
     if vocabulary < 1:
@@ -168,7 +173,7 @@ def _require_rows_for(vocabulary: int, start: int, rows: int, alone: bool) -> No
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """A bias as wide as x's rows."""
+    """Check that bias is as wide as x's rows."""
     if x.dim() == 0:
         raise ValueError("bias_gelu: x has shape (), expected (..., channels)")
     _require_floating_point("bias_gelu", "x", x)
@@ -177,7 +182,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """An even number of channels."""
+    """Check that x has an even number of channels."""
     if x.dim() == 0 or x.shape[-1] % 2:
         raise ValueError(
             f"swiglu: x has shape {tuple(x.shape)}, expected an even number of channels (gate, "
@@ -188,7 +193,7 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """An even head dimension, tables in fp32 of half as many columns."""
+    """Check for an even head dimension and fp32 tables of half as many columns."""
     if x.dim() != 4 or x.shape[-1] % 2:
         raise ValueError(
             f"rotary: x has shape {tuple(x.shape)}, expected (batch, heads, length, head_dim) "
@@ -201,7 +206,7 @@ def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 def dropout(x: Tensor, probability: float, *, seed: Tensor, **_: Any) -> Tensor:
-    """Three dimensions, and a seed for each sample."""
+    """Check for three dimensions, a probability below 1 and one seed for each sample."""
     if x.dim() != 3:
         raise ValueError(
             f"dropout: x has shape {tuple(x.shape)}, expected (batch, length, channels)"
@@ -228,7 +233,7 @@ def _require(
     shape: tuple[int, ...],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """The device of ``like``, its dtype unless another one is given, and exactly this shape."""
+    """Require the device and dtype of ``like`` (or ``dtype``, if given) and exactly this shape."""
     dtype = dtype or like.dtype
     if tensor.device != like.device:
         raise ValueError(

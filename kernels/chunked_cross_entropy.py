@@ -1,23 +1,24 @@
-"""The language-model head and its loss, a chunk of rows at a time, so that the full logits never
-exist.
+"""Language-model head and loss, a chunk of rows at a time: the full logits never exist.
 
-For a chunk: logits = hidden @ weight.T; three numbers a row (maximum, sum of exponentials, the
-target's logit); the loss; and at once, in place, the gradient of the logits, (softmax * (1 + 2 z
-lse) - one_hot), from which the gradients of hidden and weight follow by two more products. That
-spares backward a second pass over the logits: the products are those of plain autograd, three in
-all. The weight's gradient is summed over the chunks in fp32. Idea: Liger-Kernel's fused linear
-cross-entropy (Hsu et al. 2024, arXiv:2410.10989). With ``reduction="none"`` each row's gradient has
-its own factor, unknown until backward, which therefore computes the logits again.
+For each chunk: logits = hidden @ weight.T; three numbers for each row (maximum, sum of
+exponentials, the target's logit); the loss; then, in place, the gradient of the logits, softmax *
+(1 + 2 z lse) - one_hot. Two more products give the gradients of hidden and weight. Backward
+therefore needs no second pass over the logits: there are three products, as in plain autograd. The
+weight's gradient is summed over the chunks in fp32. Idea: Liger-Kernel's fused linear cross-entropy
+(Hsu et al. 2024, arXiv:2410.10989). With ``reduction="none"`` each row's gradient has a factor of
+its own, unknown until backward, so backward computes the logits again.
 
-Gradients wait for the gradient of the loss. Those of a mean over n targets would underflow in fp16,
-whose loss scale arrives only then, without the factor 1/n, and with it. So 1/n is split into a
-number in [1, 2), which the gradient of the logits takes before it is rounded, and a power of two,
-which scales the waiting gradients: an exact product, if the gradient of the loss is a power of two,
-as 1 and fp16's loss scale are. Any other rounds 16-bit gradients once more.
+The gradients are stored until the gradient of the loss is known. For the mean over n targets they
+need the factor 1/n. Applied in forward, it would make them underflow in fp16, whose loss scale
+comes only with backward; applied in backward, it would round them a second time. So 1/n is split: a
+number in [1, 2) multiplies the gradient of the logits before it is rounded, and a power of two
+multiplies the stored gradients in backward. That product is exact if the gradient of the loss is a
+power of two, such as 1 or fp16's loss scale. With any other gradient, 16-bit gradients are rounded
+once more.
 
-Everything here is plain torch; ``kernels.fused.cross_entropy`` adds the two functions of a chunk in
-Triton. In a vocabulary- parallel group each rank holds some rows of the weight; a chunk costs one
-all-gather of three numbers a row.
+This module is plain torch; ``kernels.fused.cross_entropy`` adds the two functions of a chunk in
+Triton. In a vocabulary-parallel group each rank holds some rows of the weight, and each chunk costs
+one all-gather of three numbers for each row.
 """
 
 import functools
@@ -35,24 +36,23 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels import costs
 from kernels.derivatives import refuse_second_order, register_gradient
 
-CHUNK_BYTES = (
-    256 * 2**20
-)  # of logits: long enough for full-speed products, a tenth of what 8k rows of GPT-2 would take
+# Of logits: enough for full-speed products, a tenth of what 8k rows of GPT-2 would take.
+CHUNK_BYTES = 256 * 2**20
 LEAST_CHUNK_ROWS = 128
-# ranks of a group meet once a chunk, so they must agree whatever their share of the vocabulary
+# The ranks of a group communicate once a chunk, so the size must not depend on a rank's share.
 GROUP_CHUNK_ROWS = 2048
 
 
 @dataclass(frozen=True)
 class RowFunctions:
-    """What is computed from one chunk of logits (rows, vocabulary); targets outside 0 ..
-    vocabulary-1 are elsewhere.
+    """The two functions that read a chunk of logits (rows, vocabulary).
 
-    ``statistics(logits, targets)`` returns fp32 (3, rows): maximum, sum of exp(logit - maximum),
-    and the logit of the target or -inf. ``gradient(logits, targets, normaliser, scales, z_loss)``
-    overwrites the logits by their gradient times ``scales`` (rows,), exactly zero where that is.
-    ``normaliser`` (rows, 2) holds the maximum and the logarithm of the sum: added up at once they
-    would lose what distinguishes large logits.
+    A target outside 0 .. vocabulary - 1 belongs to another rank. ``statistics(logits, targets)``
+    returns fp32 (3, rows): maximum, sum of exp(logit - maximum), and the logit of the target or
+    -inf. ``gradient(logits, targets, normaliser, scales, z_loss)`` overwrites the logits by their
+    gradient times ``scales`` (rows,), exactly zero where the scale is zero. ``normaliser`` (rows,
+    2) holds the maximum and the logarithm of the sum. They stay separate because their sum,
+    rounded, would lose the differences between large logits.
     """
 
     statistics: Callable[[Tensor, Tensor], Tensor]
@@ -61,7 +61,7 @@ class RowFunctions:
 
 def _torch_statistics(logits: Tensor, targets: Tensor) -> Tensor:
     values = _at_least_fp32(logits)
-    maximum = values.amax(dim=-1)
+    maximum = values.amax(dim=-1)  # (rows,), like all below
     total = (values - maximum[:, None]).exp().sum(dim=-1)
     here = (targets >= 0) & (targets < logits.shape[1])
     logit = values.gather(1, (targets * here)[:, None])[:, 0].masked_fill(~here, -torch.inf)
@@ -80,15 +80,16 @@ def _torch_gradient(
 
 
 ROW_FUNCTIONS = {"torch": RowFunctions(_torch_statistics, _torch_gradient)}
-_GROUPS: dict[str, ProcessGroup] = {}  # operators take a group by its name
+_GROUPS: dict[str, ProcessGroup] = {}  # by name, since an operator cannot take a group
 
 
 # ---------------------------------------------------------------------------------------- operators
 
 
 def _in_its_own_dtype(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """Without autocast, which would convert the operands of some of an operator's products and
-    not of others.
+    """Run the operator without autocast.
+
+    Autocast would convert the operands of some of its products and not of others.
     """
 
     @functools.wraps(operator)
@@ -115,34 +116,33 @@ def _forward(
     hidden_gradient: bool,
     weight_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, losses (rows,), normaliser (rows, 2), factor, gradients of hidden and weight without
-    it, if asked for).
+    """Return (loss, losses, normaliser, factor, gradient of hidden, gradient of weight).
 
-    The loss is the mean or the sum; times ``factor``, a power of two, the gradients are those of
-    the loss. Columns of the logits from ``columns`` on are padding. hidden (rows, hidden_size),
-    targets (rows,). The gradient of weight is fp32; one not asked for is empty.
+    hidden (rows, hidden_size), weight (vocabulary, hidden_size), targets (rows,). Columns of the
+    logits from ``columns`` on are padding. losses (rows,), normaliser (rows, 2). The loss is the
+    mean or the sum. The gradients lack ``factor``, a power of two: times it they are those of the
+    loss. The gradient of weight is fp32; a gradient that is not requested is empty.
     """
     loss, losses, normaliser, factor, dhidden, dweight = _forward_outputs(
         hidden, weight, targets, ignore_index, z_loss, vocabulary_start, columns, group,
-        implementation, mean,
-        hidden_gradient, weight_gradient,
+        implementation, mean, hidden_gradient, weight_gradient,
     )  # fmt: skip
     functions = ROW_FUNCTIONS[implementation]
     counted = targets != ignore_index
     divisor = counted.sum().clamp(min=1).to(losses.dtype) if mean else torch.ones_like(factor)
     fraction, exponent = divisor.reciprocal().frexp()  # the fraction is in [0.5, 1)
     torch.ldexp(torch.ones_like(factor), exponent - 1, out=factor)
-    scales = counted * (2 * fraction)
+    scales = counted * (2 * fraction)  # (rows,)
     targets = targets - vocabulary_start
     dweight.zero_()
     for rows in _chunks(hidden, weight, group):
-        logits = _logits(hidden[rows], weight, columns)
+        logits = _logits(hidden[rows], weight, columns)  # (chunk rows, vocabulary)
         maximum, total, target_logit = _over_group(
             functions.statistics(logits, targets[rows]), group
         )
         log_total = total.log()
         torch.stack((maximum, log_total), dim=1, out=normaliser[rows])
-        # A target that no rank holds has logit -inf: the loss is infinite, not quietly wrong.
+        # A target that no rank holds has logit -inf: the loss is infinite, not silently wrong.
         row_losses = (maximum - target_logit) + log_total + z_loss * (maximum + log_total).square()
         losses[rows] = row_losses.where(counted[rows], 0.0)
         if not (hidden_gradient or weight_gradient):
@@ -196,10 +196,12 @@ def _backward(
     group: str,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden and weight where every row's loss has its own gradient: the logits are
-    computed again.
+    """Return the gradients of hidden and weight if each row's loss has its own gradient.
+
+    row_gradients (rows,). The logits are computed again.
     """
-    dhidden, dweight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=normaliser.dtype)
+    dhidden = torch.empty_like(hidden)
+    dweight = torch.zeros_like(weight, dtype=normaliser.dtype)
     scales = row_gradients * (targets != ignore_index)
     targets = targets - vocabulary_start
     for rows in _chunks(hidden, weight, group):
@@ -220,9 +222,10 @@ def _backward_outputs(
 
 
 def _logits(hidden: Tensor, weight: Tensor, columns: int) -> Tensor:
-    """hidden @ weight.T with no probability, and so no gradient, where columns are padding.
+    """Return hidden @ weight.T (rows, vocabulary), with the lowest finite number in padding.
 
-    Not -inf: a rank of a vocabulary-parallel group may hold padding only.
+    Padding then gets no probability and no gradient. It is not -inf, because a rank of a
+    vocabulary-parallel group may hold only padding.
     """
     logits = F.linear(hidden, weight)
     logits[:, columns:] = torch.finfo(logits.dtype).min
@@ -235,7 +238,7 @@ def _chunks(hidden: Tensor, weight: Tensor, group: str) -> list[slice]:
         if group
         else max(LEAST_CHUNK_ROWS, CHUNK_BYTES // max(1, weight.shape[0] * hidden.element_size()))
     )
-    # Even chunks, so that the last is not a sliver.
+    # Even chunks: the last one is not much smaller than the others.
     chunks = max(1, -(-hidden.shape[0] // rows))
     rows = max(1, -(-hidden.shape[0] // chunks))
     return [slice(start, start + rows) for start in range(0, hidden.shape[0], rows)]
@@ -244,8 +247,9 @@ def _chunks(hidden: Tensor, weight: Tensor, group: str) -> list[slice]:
 def _add_products(
     dlogits: Tensor, hidden: Tensor, weight: Tensor, dhidden: Tensor, dweight: Tensor
 ) -> None:
-    """dhidden = dlogits @ weight; dweight += dlogits.T @ hidden in the precision of dweight;
-    empty ones are left.
+    """Set dhidden = dlogits @ weight; add dlogits.T @ hidden to dweight, in its precision.
+
+    A gradient that is empty is skipped.
     """
     if dhidden.numel():
         torch.mm(dlogits, weight, out=dhidden)
@@ -253,20 +257,22 @@ def _add_products(
         return
     if dlogits.dtype != dweight.dtype and dlogits.is_cuda:
         torch.addmm(dweight, dlogits.T, hidden, out_dtype=dweight.dtype, out=dweight)
-    else:  # mixed products exist on CUDA only
+    else:  # only CUDA has products of 16-bit operands with an fp32 result
         dweight.addmm_(dlogits.T.to(dweight.dtype), hidden.to(dweight.dtype))
 
 
 def _over_group(statistics: Tensor, group: str) -> Tensor:
-    """Merge every rank's statistics of its own columns: log-sum-exp of log-sum-exps; one rank
-    has the target.
+    """Merge the statistics of all ranks (3, rows), each over its own columns of the vocabulary.
+
+    The log-sum-exp is that of the ranks' log-sum-exps; only one rank has the target's logit. Every
+    rank of the group must call it.
     """
     if not group:
         return statistics
     everywhere = statistics.new_empty(dist.get_world_size(_GROUPS[group]), *statistics.shape)
     dist.all_gather(list(everywhere), statistics, group=_GROUPS[group])
-    maxima, totals, logits = everywhere.unbind(dim=1)
-    maximum = maxima.amax(dim=0)
+    maxima, totals, logits = everywhere.unbind(dim=1)  # each (ranks, rows)
+    maximum = maxima.amax(dim=0)  # (rows,)
     return torch.stack(
         (maximum, (totals * (maxima - maximum).exp()).sum(dim=0), logits.amax(dim=0))
     )
@@ -284,7 +290,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     hidden, weight, targets, *options, _, hidden_gradient, weight_gradient = inputs
     _, _, normaliser, factor, dhidden, dweight = output
     ctx.set_materialize_grads(False)
-    ctx.weight_dtype, ctx.options = weight.dtype, options
+    ctx.weight_dtype = weight.dtype
+    ctx.options = options
     ctx.wanted = hidden_gradient, weight_gradient
     if any(ctx.wanted):
         ctx.save_for_backward(factor, dhidden, dweight)
@@ -312,7 +319,7 @@ def _gradients(
 
 @torch.library.custom_op("megagpt::linear_cross_entropy_scale", mutates_args=())
 def _scaled(gradient: Tensor, dloss: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * dloss * factor in ``dtype``, without a second copy in the wider one."""
+    """Return gradient * dloss * factor in ``dtype``, without a second copy in the wider dtype."""
     return torch.mul(gradient, dloss * factor, out=torch.empty_like(gradient, dtype=dtype))
 
 
@@ -328,7 +335,7 @@ refuse_second_order(_scaled, "linear_cross_entropy")
 
 @register_flop_formula(torch.ops.megagpt.linear_cross_entropy)
 def _forward_flops(hidden: Any, weight: Any, *others: Any, **options: Any) -> int:
-    """Products of the forward, and those of the gradients it computes on the way."""
+    """Return the FLOPs of the forward product and of the gradients that it computes."""
     cost = costs.linear_cross_entropy(hidden[0], hidden[1], weight[0], itemsize=2).flops
     return int(cost) * (1 + sum(others[-2:]))
 
@@ -356,12 +363,11 @@ def linear_cross_entropy(
     reduction: str = "mean",
     implementation: str = "torch",
 ) -> Tensor:
-    """``kernels.reference.linear_cross_entropy`` in chunks, and over a vocabulary split between the
-    ranks of a group.
+    """Compute ``kernels.reference.linear_cross_entropy`` in chunks of rows.
 
-    With a group every rank must call it with the same hidden and targets; each gets the whole loss
-    and the whole gradient of hidden (summed over the group in here), and the gradient of its own
-    rows of the weight.
+    With a group, the vocabulary is split between its ranks. Every rank must call it with the same
+    hidden and targets. Each gets the whole loss, the whole gradient of hidden (summed over the
+    group here), and the gradient of its own rows of the weight.
     """
     name = "" if group is None else group.group_name
     if group is not None:
@@ -374,8 +380,7 @@ def linear_cross_entropy(
     now = torch.is_grad_enabled() and reduction != "none"
     loss, losses, *_ = _forward(
         hidden.flatten(0, -2), weight, targets.flatten(), ignore_index, z_loss, vocabulary_start,
-        columns, name,
-        implementation, reduction == "mean", now and hidden.requires_grad,
+        columns, name, implementation, reduction == "mean", now and hidden.requires_grad,
         now and weight.requires_grad,
     )  # fmt: skip
     return losses.view(targets.shape) if reduction == "none" else loss

@@ -1,10 +1,9 @@
-"""Arithmetic and memory traffic of every operation, declared once: for MFU, the benchmark and the
-report.
+"""FLOPs and memory traffic of every operation, for MFU, the benchmark and the report.
 
-No torch. ``flops`` counts multiplications and additions of matrix products (2 for a multiply-add),
-as is usual; the element-wise work beside them is not counted. ``bytes`` is the floor: each input
-read once, each output written once. Costs are of the forward unless ``backward`` asks for the
-backward alone; a training step is the sum of both.
+No torch. ``flops`` counts the multiplications and additions of matrix products (2 for each
+multiply-add), as is usual, and not the element-wise work. ``bytes`` is the least possible: each
+input read once, each output written once. A cost is that of the forward; with ``backward`` it is
+that of the backward alone. A training step costs the sum of both.
 """
 
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ OPERATIONS = (
 
 @dataclass(frozen=True)
 class Cost:
-    """Floating-point operations and bytes moved to or from memory; costs add."""
+    """Floating-point operations, and bytes moved to or from memory; costs can be added."""
 
     flops: int
     bytes: int
@@ -33,7 +32,7 @@ class Cost:
 
 
 def matmul(rows: int, inner: int, columns: int, *, itemsize: int, backward: bool = False) -> Cost:
-    """(rows, inner) @ (inner, columns); backward is two products of the same size."""
+    """Return the cost of (rows, inner) @ (inner, columns); backward is two such products."""
     flops = 2 * rows * inner * columns
     moved = itemsize * (rows * inner + inner * columns + rows * columns)
     return Cost(2 * flops, 2 * moved) if backward else Cost(flops, moved)
@@ -51,12 +50,12 @@ def attention(
     itemsize: int,
     backward: bool = False,
 ) -> Cost:
-    """Two products over the visible scores forward, five backward (one of them recomputes the
-    scores).
+    """Return the cost of two products over the visible scores; backward has five.
 
-    The convention of the FlashAttention papers: 4 * batch * heads * length * key_length * head_dim
-    forward, 2.5 times that backward, halved when causal (for equal lengths; a query that is last of
-    many keys sees nearly all of them).
+    One of the five computes the scores again. The convention is that of the FlashAttention papers:
+    4 * batch * heads * length * key_length * head_dim forward and 2.5 times that backward; half of
+    it for causal attention with equal lengths. If there are fewer queries than keys, they are the
+    last positions and see nearly all keys.
     """
     key_length = length if key_length is None else key_length
     key_value_heads = heads if key_value_heads is None else key_value_heads
@@ -81,16 +80,17 @@ def layer_norm(
     parameter_itemsize: int | None = None,
     residual_itemsize: int | None = None,
 ) -> Cost:
-    """Read x, write y; backward reads dy and x, writes dx.
+    """Return the cost of reading x and writing y; backward reads dy and x, and writes dx.
 
-    A residual adds a read, and forward a write, of x's size.
+    A residual adds a read of x's size, and in the forward a write.
 
-    Parameters and residual may be wider than x, as may then be their sum and its gradient; backward
-    reads the sum in place of x, and writes one more gradient of the residual's size.
+    Parameters and residual may be wider than x; the sum and its gradient are then as wide as the
+    residual. Backward reads the sum in place of x, and writes one more gradient of the residual's
+    size.
 
-    A floor for all widths: what our backward moves is this up to 12,288 columns. Beyond, it reads
-    dy and x twice, once for the averages over rows and once for the rest: 5 times x's size instead
-    of 3, so at most 3/5 of a copy's rate.
+    Our backward moves this many bytes up to 12,288 columns. Beyond, it reads dy and x twice, once
+    for the averages over rows and once for the rest: 5 times x's size instead of 3, so it reaches
+    at most 3/5 of a copy's rate.
     """
     itemsizes = (
         itemsize,
@@ -110,7 +110,7 @@ def rms_norm(
     parameter_itemsize: int | None = None,
     residual_itemsize: int | None = None,
 ) -> Cost:
-    """As layer_norm, with neither mean nor bias."""
+    """Return the cost of ``layer_norm`` without mean and bias."""
     itemsizes = (
         itemsize,
         parameter_itemsize or itemsize,
@@ -127,9 +127,9 @@ def _norm(
     parameters: int,
     statistics: int,
 ) -> Cost:
-    """Itemsizes are of x, parameters and residual, the last 0 without a residual."""
+    """Return the cost of a norm; itemsizes are of x, parameters and residual (0: none)."""
     own, parameter, residual = itemsizes
-    # dy and dx; what was normalised; the sum's gradient; the residual's, where it is not dx itself
+    # dy and dx; what was normalised; the sum's gradient; the residual's, if it is not dx itself
     if backward:
         row = 2 * own + (residual or own) + residual + (residual if residual != own else 0)
     else:  # x and y; the residual and the sum
@@ -142,9 +142,9 @@ def _norm(
 def linear_cross_entropy(
     rows: int, hidden_size: int, vocabulary: int, *, itemsize: int, backward: bool = False
 ) -> Cost:
-    """One product forward, two backward.
+    """Return the cost of one product; backward has two.
 
-    The floor moves hidden, weight and targets only: the logits are not needed.
+    ``bytes`` covers hidden, weight and targets only: the logits need not be stored.
     """
     flops = 2 * rows * hidden_size * vocabulary
     operands = itemsize * hidden_size * (rows + vocabulary)
@@ -154,22 +154,23 @@ def linear_cross_entropy(
 
 
 def bias_gelu(rows: int, columns: int, *, itemsize: int, backward: bool = False) -> Cost:
-    """Read x, write y; backward reads dy and x, writes dx."""
+    """Return the cost of reading x and writing y; backward reads dy and x, and writes dx."""
     return Cost(0, itemsize * columns * ((3 if backward else 2) * rows + (2 if backward else 1)))
 
 
 def swiglu(rows: int, columns: int, *, itemsize: int, backward: bool = False) -> Cost:
-    """Read gate and up, write their product; backward reads three and writes two."""
+    """Return the cost of reading gate and value and writing one; backward reads 3 and writes 2."""
     return Cost(0, itemsize * rows * columns * (5 if backward else 3))
 
 
 def rotary(rows: int, head_dim: int, length: int, *, itemsize: int, backward: bool = False) -> Cost:
-    """Rows of head_dim are read and written, and a table of cosines and sines (length, head_dim)
-    in fp32 read once.
+    """Return the cost of reading and writing the rows, and reading the table of angles.
+
+    The table is (length, head_dim) in fp32: cosines and sines.
     """
     return Cost(0, itemsize * 2 * rows * head_dim + 4 * length * head_dim)
 
 
 def dropout(elements: int, *, itemsize: int, backward: bool = False) -> Cost:
-    """Read and write; the mask is computed again in backward, not stored."""
+    """Return the cost of reading and writing; backward computes the mask again."""
     return Cost(0, itemsize * 2 * elements)

@@ -1,10 +1,8 @@
-"""Which derivatives fused operators have: gradients in reverse mode, once.
+"""Which derivatives fused operators have: the gradient, in reverse mode, once.
 
-What else is asked of them is an error.
-
-torch's custom operators drop forward-mode tangents without a word, so that ``torch.func.jvp`` would
-return zeros. The twins in ``kernels.reference`` are plain torch, which differentiates them in every
-way that it knows.
+Any other derivative is an error. torch's custom operators drop forward-mode tangents silently, so
+``torch.func.jvp`` would return zeros. The twins in ``kernels.reference`` are plain torch, which has
+every derivative.
 """
 
 from collections.abc import Callable
@@ -16,13 +14,13 @@ from torch.library import CustomOpDef
 
 
 def refuse_tangents(op: str, *values: Any) -> None:
-    """Raise NotImplementedError where a tensor has a forward-mode tangent."""
+    """Raise NotImplementedError if a tensor has a forward-mode tangent."""
     if forward_ad._current_level < 0:
         return
     if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in values):
         raise NotImplementedError(
-            f"kernels.{op}: no forward-mode derivative (found an input with a tangent, as "
-            "torch.func.jvp, jacfwd and forward_ad.make_dual give it); use reverse mode, or "
+            f"kernels.{op}: no forward-mode derivative (found an input with a tangent, which "
+            "torch.func.jvp, jacfwd and forward_ad.make_dual create); use reverse mode, or "
             f"{_plain(op)}"
         )
 
@@ -30,9 +28,7 @@ def refuse_tangents(op: str, *values: Any) -> None:
 def register_gradient(
     operator: CustomOpDef, op: str, backward: Callable[..., Any], setup_context: Callable[..., None]
 ) -> None:
-    """Register the gradient of an operator of ``kernels.<op>``, for incoming gradients without
-    tangents.
-    """
+    """Register the gradient of an operator of ``kernels.<op>``; refuse tangents in it."""
 
     def without_tangents(ctx: Any, *gradients: Tensor | None) -> Any:
         refuse_tangents(op, *gradients)
@@ -42,21 +38,22 @@ def register_gradient(
 
 
 def refuse_second_order(operator: CustomOpDef, op: str) -> None:
-    """Make differentiating this operator, which computes the gradient of ``kernels.<op>``, a
-    NotImplementedError.
+    """Make a second derivative of ``kernels.<op>`` raise NotImplementedError.
+
+    ``operator`` is the one that computes the gradient.
     """
 
     def refuse(ctx: Any, *gradients: Tensor | None) -> Never:
         raise NotImplementedError(
-            f"kernels.{op}: no second derivative (its gradient was differentiated, as "
-            f"create_graph=True asks for); use {_plain(op)}"
+            f"kernels.{op}: no second derivative (its gradient was differentiated, which "
+            f"create_graph=True allows); use {_plain(op)}"
         )
 
     operator.register_autograd(refuse)
 
 
 def _plain(op: str) -> str:
-    """What to type for any derivative."""
-    if op == "attention":  # torch's fused SDPA has gradients only, too
+    """Return what to call instead to get any derivative."""
+    if op == "attention":  # torch's fused SDPA has no second derivative either
         return "kernels.reference.attention under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
     return f"kernels.reference.{op}"

@@ -1,11 +1,11 @@
 """Which implementation of an operation runs, and why: one table.
 
 Rows are tried in order; the first that does not refuse the call runs. A row refuses by returning
-the reason, so every choice can be explained. A module that holds fused operations publishes
-``refusal(op, *args, **kwargs) -> str | None`` for what it cannot do, and may publish ``fault``, of
-the same signature, for what it was seen to do wrong on this GPU; device, dtype and the environment
-are judged here. Modules never bear an operation's name, since importing ``kernels.attention`` as a
-module would shadow the function.
+the reason, so every choice can be explained. A module with fused operations publishes ``refusal(op,
+*args, **kwargs) -> str | None`` for what it cannot do. It may publish ``fault``, of the same
+signature, for what it computes wrongly on this GPU. Device, dtype and environment are judged here.
+No module has the name of an operation: importing ``kernels.attention`` as a module would hide the
+function of that name.
 """
 
 import functools
@@ -35,15 +35,12 @@ _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@dataclass(
-    frozen=True, eq=False
-)  # rows are told apart by identity, quickly: every call looks its choice up
+@dataclass(frozen=True, eq=False)  # by identity, which is fast: each call looks it up
 class Row:
-    """One implementation: its name, the module holding functions named like the operations, and
-    what it is made of.
+    """One implementation: its name, and the module with functions named like the operations.
 
-    A row may be for one compute ``capability`` alone, and may have a ``switch``: a variable that
-    turns it off with 0.
+    ``capability`` limits it to one compute capability. ``switch`` is a variable that turns it off
+    with 0.
     """
 
     implementation: str
@@ -73,17 +70,16 @@ TABLE: dict[str, tuple[Row, ...]] = {
 
 @dataclass(frozen=True)
 class Choice:
-    """The row that runs a call, and what each row before it refused."""
+    """The row that runs a call, and the reason of each row before it."""
 
     op: str
     row: Row
     refusals: tuple[tuple[str, str], ...]  # (implementation, reason)
-    gpu: torch.device | tuple[int, int] | None = (
-        None  # that kernels are compiled for, or its compute capability
-    )
+    # The GPU that kernels are compiled for, or its compute capability.
+    gpu: torch.device | tuple[int, int] | None = None
 
     def __str__(self) -> str:
-        """Name the assembler, too, where one is used: wrong results may be its fault."""
+        """Return one line, with the assembler if one is used: wrong results may be its fault."""
         line = (
             f"{self.op}: {self.row.implementation} "
             f"({_joined(self.refusals) or 'first in the table'})"
@@ -96,9 +92,7 @@ class Choice:
 
 
 def _joined(refusals: Iterable[tuple[str, str]]) -> str:
-    """``a: reason; b, c: another``: implementations refused for the same reason are named
-    together.
-    """
+    """Return ``a: reason; b, c: another``: implementations with the same reason together."""
     by_reason: dict[str, list[str]] = {}
     for implementation, reason in refusals:
         by_reason.setdefault(reason, []).append(implementation)
@@ -106,7 +100,7 @@ def _joined(refusals: Iterable[tuple[str, str]]) -> str:
 
 
 def mode() -> str | None:
-    """The implementation forced by MEGAGPT_KERNELS, or None.
+    """Return the implementation that MEGAGPT_KERNELS forces, or None.
 
     Raises ValueError for an unknown value.
     """
@@ -119,13 +113,12 @@ def mode() -> str | None:
 
 
 def choose(op: str, *args: Any, capability: tuple[int, int] | None = None, **kwargs: Any) -> Choice:
-    """The implementation that would run ``op`` on these arguments.
+    """Return the implementation that would run ``op`` on these arguments.
 
-    Raises ValueError where a forced one cannot.
-
-    Raises it, too, for arguments that no implementation takes (``kernels.checks``). With a
-    ``capability`` the question is what a GPU of that compute capability would run, wherever the
-    tensors are; what only running there can tell, the self-check, is taken as passed.
+    Raises ValueError if a forced implementation cannot run it, or if no implementation takes the
+    arguments (``kernels.checks``). With ``capability`` the answer is for a GPU of that compute
+    capability, wherever the tensors are. The self-check, which needs that GPU, then counts as
+    passed.
     """
     like = getattr(checks, op)(*args, **kwargs)
     refusals: list[tuple[str, str]] = []
@@ -142,11 +135,10 @@ def choose(op: str, *args: Any, capability: tuple[int, int] | None = None, **kwa
 
 
 def explain(op: str, *args: Any, capability: tuple[int, int] | None = None, **kwargs: Any) -> str:
-    """One line saying which implementation of ``op`` runs on these arguments, and why the others do
-    not.
+    """Return one line: the implementation that runs ``op`` on these arguments, and why.
 
-    Where Triton compiles it for a GPU, the line names the ptxas that assembles it.
-    ``capability``, e.g. (9, 0), asks for a GPU that is not here.
+    If Triton compiles it for a GPU, the line names the ptxas that assembles it. ``capability``,
+    e.g. (9, 0), asks about a GPU that is not here.
     """
     return str(choose(op, *args, capability=capability, **kwargs))
 
@@ -156,10 +148,10 @@ _ANNOUNCED: set[Choice] = set()
 
 @functools.cache
 def operation(op: str) -> Callable[..., Any]:
-    """The public function ``kernels.<op>``: the twin's signature, the table's choice.
+    """Return the public function ``kernels.<op>``: the twin's signature, the table's choice.
 
-    Imports what may run on this machine, for every operation: torch.compile, which may trace the
-    first call, cannot trace an import, and does not see one that another operation's first use
+    Imports every module that may run on this machine, for all operations: torch.compile may trace
+    the first call, and cannot trace an import, not even one that another operation's first use
     makes in the middle of its trace.
     """
     for row in itertools.chain(*TABLE.values()):
@@ -174,15 +166,13 @@ def operation(op: str) -> Callable[..., Any]:
             refuse_tangents(op, *args, *kwargs.values())
         return getattr(_module(choice.row.module), op)(*args, **kwargs)
 
-    # Not the twin's, which functools.wraps took: pickle looks a function up by its module and name.
+    # functools.wraps took the twin's; pickle looks a function up by its module and name.
     run.__module__ = "kernels"
     return run
 
 
 def _announce(choice: Choice) -> None:
-    """Log each choice when it is first made, so that a run's log says which kernels it trained
-    on, and why.
-    """
+    """Log each choice the first time, so that a run's log says which kernels it used."""
     if not torch.compiler.is_compiling() and choice not in _ANNOUNCED:
         _ANNOUNCED.add(choice)
         log.info("%s", choice)
@@ -196,9 +186,9 @@ def row_refusal(
     capability: tuple[int, int] | None = None,
     **kwargs: Any,
 ) -> str | None:
-    """Why this row cannot run a call whose tensors are like ``like``; None when it can.
+    """Return why this row cannot run a call whose tensors are like ``like``, or None.
 
-    The rest as in ``choose``.
+    The other arguments are those of ``choose``.
     """
     forced = mode()
     if not row.fused:
@@ -222,15 +212,20 @@ def row_refusal(
 
 
 def _environment_refusal(row: Row, forced: str | None) -> str | None:
-    """What the environment says against a row, wherever the tensors are."""
+    """Return why the environment excludes a row, or None.
+
+    Raises ValueError for an unknown value of the row's switch.
+    """
     if forced == "torch":
         return f"{VARIABLE}=torch"
     if not _TRITON_INSTALLED:
         return "the package triton is not installed"
     if forced == "interpret" and not INTERPRETED:
-        return f"{VARIABLE}=interpret came too late; set it before Python starts"
+        return (
+            f"{VARIABLE}=interpret was set after kernels was imported; set it before Python starts"
+        )
     if forced == "interpret" and row.capability is not None:
-        return "the interpreter does not know Gluon"
+        return "the interpreter cannot run Gluon"
     setting = os.environ.get(row.switch, "1") if row.switch else "1"
     if setting not in ("0", "1"):
         raise ValueError(f"{row.switch}={setting}: unknown value; set it to 0 or 1, or unset it")
@@ -258,7 +253,7 @@ def _device_refusal(
 
 @torch.compiler.assume_constant_result
 def _capability(device: torch.device) -> tuple[int, int]:
-    """Of a GPU that is here; torch.compile asks instead of tracing."""
+    """Return the compute capability of a GPU that is here; torch.compile takes it as constant."""
     return torch.cuda.get_device_capability(device)
 
 
@@ -267,9 +262,7 @@ def _dtype_refusal(dtype: torch.dtype) -> str | None:
 
 
 def _module(name: str) -> Any:
-    """The module, imported once. torch.compile traces through a dictionary, but not through an
-    import.
-    """
+    """Return the module, imported once; torch.compile traces a dictionary, not an import."""
     if name not in _LOADED:
         _LOADED[name] = importlib.import_module(name)
     return _LOADED[name]

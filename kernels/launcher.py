@@ -1,7 +1,7 @@
 """The one place that launches Triton functions, and counts them.
 
 A test that compares a fused operation with its twin proves nothing if the twin ran instead;
-``launches`` tells.
+``launches`` shows what ran.
 """
 
 import os
@@ -16,8 +16,8 @@ from torch import Tensor
 _COUNTS: Counter[str] = Counter()
 
 # Under the interpreter a kernel is plain Python on CPU tensors. Kernels take this as a compile-time
-# constant, because the interpreter multiplies the bit patterns of bf16 operands
-# (triton-lang/triton#11584): they upcast them instead.
+# constant and then convert bf16 operands to fp32, because the interpreter multiplies their bit
+# patterns (triton-lang/triton#11584).
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -26,8 +26,8 @@ def launch(
 ) -> None:
     """Run a Triton function on the device of ``like``, and count it under its own name.
 
-    ``arguments`` and ``constants`` are the function's, with launch options such as num_warps among
-    the latter.
+    ``arguments`` and ``constants`` are the function's; ``constants`` also holds launch options such
+    as num_warps.
     """
     _COUNTS[kernel.fn.__name__] += 1
     if like.device.type != "cuda" or like.device.index == torch.cuda.current_device():
@@ -38,9 +38,7 @@ def launch(
 
 
 def launches() -> dict[str, int]:
-    """How often each Triton function was launched in this process since the last
-    ``reset_launches``.
-    """
+    """Return how often each Triton function was launched since ``reset_launches``."""
     return dict(_COUNTS)
 
 
@@ -51,8 +49,9 @@ def reset_launches() -> None:
 
 @contextmanager
 def uncounted() -> Iterator[None]:
-    """Forget the launches made meanwhile, by any thread: backward launches from threads of
-    autograd's own.
+    """Drop the counts of launches within the block, by any thread.
+
+    Autograd runs backward in threads of its own.
     """
     before = dict(_COUNTS)
     try:

@@ -1,7 +1,7 @@
 """Counter-based random numbers: dropout masks that any kernel, rank or mesh can recompute.
 
 Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in plain
-torch, word for word what ``triton.language.philox`` returns, so that a Triton kernel and its twin
+torch. It returns the same words as ``triton.language.philox``, so that a Triton kernel and its twin
 drop the same elements.
 """
 
@@ -14,7 +14,7 @@ _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 
 
 def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, rounds: int = 10) -> Tensor:
-    """Four 32-bit words for each counter ``(c0, c1, c2, 0)`` under a 64-bit key.
+    """Return four 32-bit words for each counter ``(c0, c1, c2, 0)`` under a 64-bit key.
 
     Arguments are int64 and broadcast together. Returns int64 of their common shape + (4,), values
     in [0, 2^32).
@@ -23,8 +23,8 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, rounds: int = 10) -
     c3 = torch.zeros_like(c0)
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(rounds):
-        # int64 products wrap, but their 64 bits are right: masking after the shift recovers the
-        # unsigned high word.
+        # int64 products overflow, but their 64 bits are right: the mask after the shift recovers
+        # the unsigned high word.
         from_c0, from_c2 = c0 * _ROUND_A, c2 * _ROUND_B
         c0 = ((from_c2 >> 32) & _WORD) ^ c1 ^ k0
         c1 = from_c2 & _WORD
@@ -35,7 +35,7 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, rounds: int = 10) -
 
 
 def keep_mask(probability: float, seed: Tensor, plane: Tensor, row: Tensor, columns: int) -> Tensor:
-    """True where an element survives dropout with the given probability of being dropped.
+    """Return True where an element survives dropout with this probability of being dropped.
 
     ``seed``, ``plane`` and ``row`` (int64) broadcast to the shape of everything but the last
     dimension, which has ``columns`` elements. Column j takes word j % 4 of counter (j // 4, row,
@@ -47,11 +47,10 @@ def keep_mask(probability: float, seed: Tensor, plane: Tensor, row: Tensor, colu
 
 
 def fold_seed(seed: Tensor | int, *values: Tensor | int) -> Tensor:
-    """A new 64-bit seed from a seed and integers (step, sample, layer ...), by SplitMix64's
-    finaliser.
+    """Return a new 64-bit seed from a seed and integers (step, sample, layer ...).
 
-    Constants: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
-    Values broadcast.
+    SplitMix64's finaliser; constants from Steele, Lea and Flood, "Fast splittable pseudorandom
+    number generators", OOPSLA 2014. Values broadcast.
     """
     state = torch.as_tensor(seed, dtype=torch.int64)
     for value in values:
@@ -67,5 +66,5 @@ def _signed(constant: int) -> int:
 
 
 def _shift_right(value: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's is arithmetic on signed integers."""
+    """Shift unsigned: torch's shift keeps the sign of an integer."""
     return (value >> bits) & ((1 << (64 - bits)) - 1)

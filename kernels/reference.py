@@ -1,5 +1,4 @@
-"""The plain-torch twin of every operation: what the fused kernels must equal, and what runs on a
-CPU.
+"""The plain-torch twin of every operation: the fused kernels must equal it; a CPU runs it.
 
 Shapes follow torch's scaled_dot_product_attention: (batch, heads, length, head_dim).
 """
@@ -26,16 +25,18 @@ def attention(
     head_offset: int = 0,
     deterministic: bool = False,
 ) -> Tensor:
-    """softmax(q k^T * scale) v, with K and V shared by groups of query heads.
+    """Return softmax(q k^T * scale) v; groups of query heads share K and V.
 
-    q (batch, heads, length, head_dim); k and v (batch, key_value_heads, key_length, head_dim),
-    heads a multiple of key_value_heads. ``causal`` aligns the last query with the last key (a KV
-    cache), so a query sees nothing where length > key_length puts it before the first key; such
-    rows are zero. ``document_ids`` (batch, key_length) confines attention to equal ids; the queries
-    are the last ``length`` positions. Layers that share ids should be given their
-    ``kernels.document_bounds`` instead, which each call computes anew from ids. ``dropout_seed``
-    (batch,) int64 and ``head_offset`` (this shard's first head) select the mask. ``deterministic``
-    asks a fused backward for a fixed summation order; this twin has one anyway.
+    q (batch, heads, length, head_dim); k and v (batch, key_value_heads, key_length, head_dim), with
+    heads a multiple of key_value_heads. The result has q's shape.
+
+    ``causal`` aligns the last query with the last key (a KV cache). If length > key_length, the
+    first queries come before the first key and see nothing; their rows are zero. ``document_ids``
+    (batch, key_length) restricts attention to keys of the query's document; the queries are the
+    last ``length`` positions. Layers that share ids should pass ``kernels.document_bounds(ids)``
+    instead, which each call computes again from ids. ``dropout_seed`` (batch,) int64 and
+    ``head_offset`` (this shard's first head) select the mask. ``deterministic`` asks a fused
+    backward for a fixed summation order; this twin always has one.
     """
     length, key_length = q.shape[2], k.shape[2]
     if not dropout and document_ids is None and (not causal or length == key_length):
@@ -43,7 +44,7 @@ def attention(
             q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
     mask = visible(length, key_length, causal, document_ids, q.device)
-    if not dropout and length <= key_length:  # every query sees itself at least
+    if not dropout and length <= key_length:  # every query sees at least itself
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -57,13 +58,13 @@ def visible(
     document_ids: Tensor | DocumentBounds | None,
     device: torch.device,
 ) -> Tensor:
-    """Boolean (1 or batch, 1, length, key_length): may this query attend to that key?"""
-    query = torch.arange(key_length - length, key_length, device=device)[:, None]
+    """Return a boolean (1 or batch, 1, length, key_length): True where a query sees a key."""
+    query = torch.arange(key_length - length, key_length, device=device)[:, None]  # (length, 1)
     visible = torch.ones(1, 1, length, key_length, dtype=torch.bool, device=device)
     if causal:
         visible = visible & (query >= torch.arange(key_length, device=device))
     if isinstance(document_ids, DocumentBounds):
-        document_ids = document_ids.positions[:, 0]  # a document is known by its first position
+        document_ids = document_ids.positions[:, 0]  # the first position identifies a document
     if document_ids is not None:
         visible = visible & (
             document_ids[:, None, -length:, None] == document_ids[:, None, None, :]
@@ -81,12 +82,12 @@ def _explicit_attention(
     seed: Tensor | None,
     head_offset: int,
 ) -> Tensor:
-    """Attention with its probabilities written out, for dropout and for rows that see nothing."""
+    """Compute attention with explicit probabilities, for dropout and rows that see nothing."""
     heads, length = q.shape[1:3]
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
-    wide = torch.promote_types(
-        q.dtype, torch.float32
-    )  # scores of 16 bits would lose what softmax tells apart
+    # 16-bit scores would round away differences that softmax depends on.
+    wide = torch.promote_types(q.dtype, torch.float32)
+    # scores, weights, keep: (batch, heads, length, key_length)
     scores = q.to(wide) @ k.to(wide).mT * (max(q.shape[-1], 1) ** -0.5 if scale is None else scale)
     weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).masked_fill(~mask, 0.0)
     if dropout:
@@ -109,13 +110,12 @@ def layer_norm(
     eps: float = 1e-5,
     residual: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Layer normalisation of the last dimension (Ba et al. 2016); with a residual, of x + residual,
-    returning both.
+    """Return the layer normalisation of the last dimension of x (Ba et al. 2016).
 
-    Beside an x of 16 bits, parameters (both) and the residual may be fp32, as autocast and a
-    residual stream in fp32 make them. The result has the dtype of x, the sum that of the residual
-    (as in flash-attn's layer_norm_fn), under autocast, too; gradients have the dtypes of their
-    inputs.
+    With a residual: of x + residual, and the sum as a second result. Beside an x of 16 bits, both
+    parameters and the residual may be fp32, as under autocast and with an fp32 residual stream. The
+    result has the dtype of x and the sum that of the residual (as in flash-attn's layer_norm_fn),
+    also under autocast; gradients have the dtypes of their inputs.
     """
     total = x if residual is None else x + residual
     wide = torch.promote_types(total.dtype, weight.dtype)
@@ -127,8 +127,9 @@ def layer_norm(
 def rms_norm(
     x: Tensor, weight: Tensor, *, eps: float = 1e-5, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Root-mean-square normalisation (Zhang and Sennrich 2019); residual, dtypes and results as
-    of ``layer_norm``.
+    """Return the root-mean-square normalisation of x (Zhang and Sennrich 2019).
+
+    Residual, dtypes and results are as in ``layer_norm``.
     """
     total = x if residual is None else x + residual
     wide = torch.promote_types(total.dtype, weight.dtype)
@@ -160,31 +161,31 @@ def linear_cross_entropy(
     group: ProcessGroup | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Cross-entropy of ``hidden @ weight.T`` (the language-model head and its loss), computed in
-    fp32.
+    """Return the cross-entropy of ``hidden @ weight.T`` (head and loss), computed in fp32.
 
     hidden (..., hidden_size), weight (vocabulary, hidden_size), targets (...). ``reduction`` is
-    mean (over targets that are not ``ignore_index``), sum or none (the shape of targets).
+    mean (over targets that are not ``ignore_index``), sum, or none (the shape of targets).
     ``z_loss`` adds z_loss * logsumexp^2 (PaLM, sec. 5). Rows of the weight from ``vocabulary`` on
-    are padding: no probability, no gradient. Where every target is ignored, gradients and the loss
-    are 0, the mean too: Liger-Kernel's choice. torch and flash-attn return a mean of NaN (with
-    gradients of 0), which makes a trainer skip the whole step for one micro-batch that has no
-    targets. With a ``group``, weight holds this rank's rows of the vocabulary, the first being
-    ``vocabulary_start``; every rank of the group must call it with the same hidden and targets, and
-    each receives the whole loss and, in backward, the whole gradient of hidden.
+    are padding: no probability, no gradient.
+
+    If every target is ignored, the loss (the mean too) and the gradients are 0, as in Liger-Kernel.
+    torch and flash-attn return a mean of NaN with gradients of 0; a trainer then skips the whole
+    step because of one micro-batch without targets.
+
+    With a ``group``, weight holds this rank's rows of the vocabulary, the first being
+    ``vocabulary_start``. Every rank of the group must call it with the same hidden and targets.
+    Each gets the whole loss and, in backward, the whole gradient of hidden.
     """
     if group is not None:
-        from kernels import (
-            chunked_cross_entropy,
-        )  # plain torch too, and the one place that knows of groups
+        from kernels import chunked_cross_entropy  # also plain torch; only it handles groups
 
         return chunked_cross_entropy.linear_cross_entropy(
             hidden, weight, targets, ignore_index=ignore_index, z_loss=z_loss,
-            vocabulary_start=vocabulary_start,
-            vocabulary=vocabulary, group=group, reduction=reduction,
+            vocabulary_start=vocabulary_start, vocabulary=vocabulary, group=group,
+            reduction=reduction,
         )  # fmt: skip
     columns = None if vocabulary is None else max(vocabulary - vocabulary_start, 0)
-    logits = F.linear(hidden, weight).flatten(0, -2)[:, :columns]
+    logits = F.linear(hidden, weight).flatten(0, -2)[:, :columns]  # (targets, vocabulary)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = targets - vocabulary_start * (targets != ignore_index)
     losses = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction="none")
@@ -197,27 +198,29 @@ def linear_cross_entropy(
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """GELU(x + bias) in the tanh approximation (Hendrycks and Gimpel 2016), as GPT-2 uses it;
-    bias (channels,).
+    """Return GELU(x + bias) in GPT-2's tanh approximation (Hendrycks and Gimpel 2016).
+
+    x (..., channels), bias (channels,).
     """
     return F.gelu(x + bias, approximate="tanh")
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """silu(gate) * value (Shazeer 2020) of x (..., 2 * channels), whose channels alternate gate,
-    value, gate, value.
+    """Return silu(gate) * value (Shazeer 2020) of x (..., 2 * channels).
+
+    The channels of x alternate gate, value, gate, value.
     """
-    gate, value = x.unflatten(-1, (-1, 2)).unbind(-1)
+    gate, value = x.unflatten(-1, (-1, 2)).unbind(-1)  # each (..., channels)
     return F.silu(gate) * value
 
 
 def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021): rotate the pair of channels (i, i + head_dim / 2)
-    by its angle.
+    """Rotate each pair of channels (i, i + head_dim / 2) by its angle (Su et al. 2021).
 
     x (batch, heads, length, head_dim); cosine and sine (length, head_dim / 2) in fp32, row t for
     position t.
     """
+    # Each (batch, heads, length, head_dim / 2).
     first, second = x.to(torch.promote_types(x.dtype, cosine.dtype)).chunk(2, dim=-1)
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(
         x.dtype

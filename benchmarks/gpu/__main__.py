@@ -4,10 +4,10 @@
 
 Parts: first-light, tests, targets, attention, training, offload, long, all.
 
-The same command again goes on where the last one stopped: it takes over what the same commit
-measured with the same versions, ptxas and device. DIR/results.jsonl has a line a finding,
-DIR/report.md the tables, DIR/logs what each case said. Exit code: 0 where all that ran was right, 1
-where something ran and was wrong, 2 where nothing could run.
+The same command again continues where the last one stopped. It reuses what the same commit measured
+with the same versions, ptxas and device. DIR/results.jsonl has one line for each finding,
+DIR/report.md the tables, DIR/logs the output of each case. Exit code: 0 if all that ran was right,
+1 if something that ran was wrong, 2 if nothing could run.
 """
 
 import argparse
@@ -33,9 +33,9 @@ def main(
     machine: Machine | None = None,
     parts: Sequence[tuple[str, Sequence[Case]]] | None = None,
 ) -> int:
-    """Run the parts that were asked for; returns the exit code.
+    """Run the requested parts and return the exit code.
 
-    ``machine`` and ``parts`` stand for what is found.
+    ``machine`` and ``parts`` replace what would be found.
     """
     began = time.monotonic()
     options = _parser().parse_args(arguments)
@@ -57,7 +57,7 @@ def main(
             outcome = flow.run(chosen)
         except KeyboardInterrupt:
             outcome = flow.outcome
-            print("interrupted: what follows was done before", file=sys.stderr)
+            print("interrupted; the report covers what was done before", file=sys.stderr)
         finally:
             signal.signal(signal.SIGTERM, before)
     report = Report.of(identity, outcome, options.output, offset)
@@ -112,9 +112,9 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=(),
         metavar="WORD",
-        help="only cases with one of these in the name",
+        help="only cases whose name contains one of these",
     )
-    parser.add_argument("--again", action="store_true", help="take nothing over from earlier calls")
+    parser.add_argument("--again", action="store_true", help="reuse nothing from earlier calls")
     return parser
 
 

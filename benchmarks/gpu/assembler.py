@@ -1,4 +1,4 @@
-"""Which ptxas there are on this machine. No torch, no triton."""
+"""Find every ptxas on this machine. No torch, no triton."""
 
 import importlib.util
 import os
@@ -13,9 +13,7 @@ VARIABLE = "TRITON_PTXAS_PATH"
 
 @dataclass(frozen=True)
 class Assembler:
-    """One ptxas: where it was found, its path, its version such as 12.8.93, or what is wrong
-    with it.
-    """
+    """One ptxas: where it was found, its path, and its version, such as 12.8.93, or its problem."""
 
     source: str
     path: str
@@ -24,20 +22,21 @@ class Assembler:
 
     @property
     def label(self) -> str:
-        """For a case's name and a folder: ``ptxas-12.8.93``."""
+        """Return a name for a case and a folder: ``ptxas-12.8.93``."""
         return f"ptxas-{self.version or 'unknown'}"
 
 
 def in_use() -> Assembler | None:
-    """The one that triton would call now: TRITON_PTXAS_PATH's, else the one it carries; None
-    without triton.
+    """Return the ptxas that triton would call now, or None without triton.
+
+    That of TRITON_PTXAS_PATH if it is set, else triton's own.
     """
     named = os.environ.get(VARIABLE)
     return _asked(VARIABLE, named) if named else bundled()
 
 
 def bundled() -> Assembler | None:
-    """The one in triton's own package."""
+    """Return the ptxas in triton's own package."""
     spec = importlib.util.find_spec("triton")
     if spec is None or spec.origin is None:
         return None
@@ -47,8 +46,10 @@ def bundled() -> Assembler | None:
 
 
 def available() -> list[Assembler]:
-    """The one in use first, then the others: triton's, the wheel nvidia-cuda-nvcc's, the CUDA
-    toolkit's; each version once, and TRITON_PTXAS_PATH's also where it does not work.
+    """Return the ptxas in use, then the others, each version once.
+
+    The others are triton's, that of the wheel nvidia-cuda-nvcc and that of the CUDA toolkit.
+    TRITON_PTXAS_PATH's is included even if it does not work.
     """
     others = [bundled(), *(_asked(source, path) for source, path in _elsewhere())]
     found = {
@@ -63,7 +64,7 @@ def available() -> list[Assembler]:
 
 
 def _elsewhere() -> list[tuple[str, str]]:
-    """(source, path) of those outside triton."""
+    """Return (source, path) of each ptxas outside triton."""
     spec = importlib.util.find_spec("nvidia")
     folders = spec.submodule_search_locations if spec is not None else None
     wheels = [path for folder in folders or () for path in sorted(Path(folder).glob("*/bin/ptxas"))]
@@ -77,6 +78,6 @@ def _asked(source: str, path: str) -> Assembler:
     version = version_of(path)
     if version is None:
         return Assembler(
-            source, path, problem=f"{source}, {path}: cannot be run, or tells no version"
+            source, path, problem=f"{source}, {path}: cannot be run, or prints no version"
         )
     return Assembler(source, path, version)

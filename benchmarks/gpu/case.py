@@ -1,4 +1,4 @@
-"""What a case is, and the words for how one ends. No torch."""
+"""A case, and the words for how one ends. No torch."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,16 +9,16 @@ TRITON_LEAST = (8, 0)
 
 
 class NotRun(Exception):  # noqa: N818 - a verdict, not an error
-    """Raised by a case's code where something that it needs is absent; the message says what."""
+    """Raised by a case's code if something that it needs is missing; the message says what."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One process: ``call`` is ``module:function``, given a ``child.Context`` and the arguments
-    (JSON values).
+    """One process that calls ``call`` and reports findings.
 
-    ``expected_s`` is what it should take: it is not begun with less time left. ``limit_s`` is when
-    it is killed. The rest is what it needs: packages, device memory and host memory in GiB, a
+    ``call`` is ``module:function``; the function gets a ``child.Context`` and the arguments (JSON
+    values). ``expected_s`` is its expected time: with less time left it is not started. After
+    ``limit_s`` it is killed. The rest is what it needs: packages, device and host memory in GiB, a
     compute capability, a working ptxas.
     """
 
@@ -34,15 +34,15 @@ class Case:
     host_gib: float = 0.0
     capability: tuple[int, int] = (0, 0)
     compiles: bool = True
-    cache: str = ""  # of compiled kernels, where it is not that of the ptxas in use
-    refusal: str = ""  # known beforehand: why it cannot run here
+    cache: str = ""  # the folder of compiled kernels; empty: that of the ptxas in use
+    refusal: str = ""  # why it cannot run here, if that is known before it starts
 
 
 @dataclass(frozen=True)
 class Verdict:
     """How a case ended.
 
-    ``reason`` is empty where it is right; ``taken_over`` from an earlier call.
+    ``reason`` is empty if it is right. ``taken_over``: it ran in an earlier call.
     """
 
     case: Case
@@ -53,5 +53,5 @@ class Verdict:
 
 
 def in_words(verdict: str, reason: str) -> str:
-    """``not run: no GPU``."""
+    """Return the verdict with its reason, such as ``not run: no GPU``."""
     return f"{verdict}: {reason}" if reason else verdict

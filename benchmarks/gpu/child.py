@@ -1,8 +1,7 @@
-"""The process of one case: ``python -m benchmarks.gpu.child REQUEST``, a JSON object that
-``run.py`` writes.
+"""The process of one case: ``python -m benchmarks.gpu.child REQUEST``, JSON from ``run.py``.
 
-Every finding is appended to the results as soon as it is known, so that a killed case keeps what it
-had found.
+Every finding is appended to the results as soon as it is known, so a killed case keeps its earlier
+findings.
 """
 
 import ctypes
@@ -26,9 +25,7 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Context:
-    """What a case's code is given: where it runs, where it may leave files, and how it tells
-    what it finds.
-    """
+    """What a case's code gets: its names, its device, its directory, and how to report."""
 
     part: str
     case: str
@@ -39,7 +36,10 @@ class Context:
     lost: list[str] = field(default_factory=list)  # verdicts that could not be written
 
     def report(self, name: str, verdict: str, reason: str = "", **figures: Any) -> None:
-        """Keep one finding; one that cannot be written is remembered for the exit code."""
+        """Keep one finding.
+
+        If it cannot be written, its verdict is kept for the exit code.
+        """
         record: dict[str, Any] = {
             "kind": "finding",
             "key": self.key,
@@ -64,7 +64,7 @@ class Context:
 
     @contextmanager
     def finding(self, name: str) -> Iterator[None]:
-        """What goes wrong inside becomes this finding's verdict, and the case goes on."""
+        """Turn an error inside the block into this finding's verdict, and continue the case."""
         try:
             yield
         except Exception as error:
@@ -73,7 +73,7 @@ class Context:
 
 
 def verdict_of(error: BaseException) -> tuple[str, str]:
-    """What is absent did not run; anything else that fails is wrong."""
+    """Return verdict and reason of an error: not run if something is missing, else WRONG."""
     told = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
     if isinstance(error, NotRun):
         return NOT_RUN, str(error)
@@ -81,19 +81,19 @@ def verdict_of(error: BaseException) -> tuple[str, str]:
         return NOT_RUN, f"missing package {error.name}"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return NOT_RUN, f"too little memory: {told}"
-    if type(error).__name__ in (
-        "UserError",
-        "ConfigError",
-    ):  # megagpt's: the machine or the installation, not the code
+    # These mean that the machine or the installation is at fault, not the code.
+    if type(error).__name__ in ("UserError", "ConfigError"):
         return NOT_RUN, " ".join(str(error).split())
     return WRONG, told
 
 
 def main() -> int:
-    """Run the case; whatever it raises is a finding, so that an exit code other than 0 means a
-    crash.
+    """Run the case and return the exit code.
+
+    Whatever the case raises becomes a finding, so an exit code other than 0 means a crash, or
+    findings that could not be written.
     """
-    # No case outlives the command, however that ends: nobody would end it at its limit.
+    # The kernel kills this process when the command ends, which would have enforced its limit.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     request = json.loads(sys.argv[1])
     context = Context(
@@ -117,4 +117,4 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()
-    os._exit(code)  # libraries' threads may not end, and all that matters is written
+    os._exit(code)  # threads of libraries may never end; the findings are written

@@ -1,6 +1,4 @@
-"""The first minutes on a GPU: what is here, are the kernels right under each ptxas, what are the
-ceilings.
-"""
+"""The first minutes on a GPU: what is here, are the kernels right, what are the ceilings."""
 
 import os
 import platform
@@ -19,8 +17,9 @@ from megagpt.planning.cost.accelerators import find
 
 
 def environment(context: Context) -> None:
-    """Device, driver, versions, every ptxas; right where torch computes on the device and triton
-    names its ptxas.
+    """Report device, driver, versions and every ptxas.
+
+    Right if torch computes on the device and triton uses the expected ptxas.
     """
     here = (
         machine.this_machine()
@@ -38,7 +37,8 @@ def environment(context: Context) -> None:
     for found in assembler.available():
         context.judge(f"ptxas, {found.source}", not found.problem, found.problem, **asdict(found))
     with context.finding("the ptxas that triton calls"):
-        used, expected = _triton_calls(), assembler.in_use()
+        used = _triton_calls()
+        expected = assembler.in_use()
         right = expected is not None and (
             os.path.samefile(used, expected.path) if os.path.exists(used) else False
         )
@@ -46,7 +46,7 @@ def environment(context: Context) -> None:
 
 
 def _triton_calls() -> str:
-    """The path that triton's own settings name."""
+    """Return the path of ptxas in triton's own settings."""
     import triton
 
     tool: Any = triton.knobs.nvidia.ptxas
@@ -54,9 +54,10 @@ def _triton_calls() -> str:
 
 
 def self_check(context: Context, checks: list[tuple[str, int, str]]) -> None:
-    """Attention of each (dtype, head dimension, variant): which implementation the self-check
-    lets through, and what that computes. WRONG where an implementation failed its check, or a
-    result is off.
+    """Check attention for each (dtype, head dimension, variant).
+
+    Reports which implementation the self-check accepts and the error of its result. WRONG if an
+    implementation failed its check, or if a result is wrong.
     """
     for dtype, head_dim, variant in checks:
         sizes = {"variant": variant, "head_dims": (head_dim,), "attention_width": 4 * head_dim}
@@ -65,14 +66,17 @@ def self_check(context: Context, checks: list[tuple[str, int, str]]) -> None:
 
 
 def operations(context: Context, dtypes: list[str]) -> None:
-    """The small case of every operation."""
+    """Check the small case of every operation."""
     for op in OPERATIONS:
         for dtype in dtypes:
             _check(context, f"{op}, {dtype}", small.case_of(op, context.device, DTYPES[dtype]))
 
 
 def _check(context: Context, name: str, case: Any) -> None:
-    """Explained, run and compared. A GPU on which the plain twin runs is no proof of a kernel."""
+    """Explain, run and compare one case.
+
+    On a GPU, a case that the plain twin runs is not run: it would prove nothing of a kernel.
+    """
     if name in context.done:
         return
     with context.finding(name):
@@ -98,8 +102,9 @@ def _check(context: Context, name: str, case: Any) -> None:
 
 
 def ceilings(context: Context, dtype: str = "bf16") -> None:
-    """The rates of a large matrix product and of a copy, with the share of the data sheet's;
-    both results checked.
+    """Measure a large matrix product and a copy, and their share of the data sheet's rates.
+
+    Both results are checked.
     """
     known = find(torch.cuda.get_device_name()) if context.device == "cuda" else None
     size = 1024

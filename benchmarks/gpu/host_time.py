@@ -1,6 +1,4 @@
-"""How long Python takes over an operation before the GPU has it: what timing the kernels alone
-hides.
-"""
+"""Measure how long Python takes for an operation, which timing the kernels alone hides."""
 
 import time
 from collections.abc import Callable
@@ -24,9 +22,10 @@ ROUNDS = 5
 def measure(
     context: Context, repeats: int, dtype: str = "bf16", ops: list[str] | None = None
 ) -> None:
-    """Microseconds of the host for one call of each operation, forward alone and with its
-    backward, beside plain torch's; and of the choice of an implementation. Inputs are so small
-    that the GPU keeps up.
+    """Measure microseconds of the host for one call of each operation, ours and plain torch's.
+
+    Forward alone, and with backward; and the choice of an implementation. Inputs are so small that
+    the GPU keeps up.
     """
     for op in ops or OPERATIONS:
         if op in context.done:
@@ -54,7 +53,10 @@ def measure(
 
 
 def _microseconds(call: Callable[[], Any], repeats: int, device: str) -> float:
-    """Of one call, the quickest of a few rounds; the device is waited for between rounds only."""
+    """Return the time of one call, in the fastest of a few rounds.
+
+    It waits for the device only between rounds.
+    """
     best_s = float("inf")
     for _ in range(ROUNDS):
         began = time.perf_counter()

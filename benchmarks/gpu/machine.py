@@ -1,5 +1,6 @@
-"""What this machine has, and what every number depends on. torch is asked in a process of its
-own, so that the command itself holds no memory of the GPU.
+"""What this machine has, and what every number depends on.
+
+A process of its own asks torch, so that the command itself uses no memory of the GPU.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ QUESTION_LIMIT_S = 120.0
 class Machine:
     """A device and its host.
 
-    ``device`` is what torch calls it; ``lack`` says why no case can run at all.
+    ``device`` is torch's name for it; ``lack`` is why no case at all can run.
     """
 
     device: str
@@ -40,7 +41,7 @@ class Machine:
     lack: str = ""
 
     def refusal(self, case: Case) -> str:
-        """Why a case cannot run here; empty where it can."""
+        """Return why a case cannot run here; empty if it can."""
         if self.lack or case.refusal:
             return self.lack or case.refusal
         missing = [name for name in case.packages if importlib.util.find_spec(name) is None]
@@ -68,7 +69,7 @@ def _dotted(capability: tuple[int, int]) -> str:
 
 
 def this_machine() -> Machine:
-    """Ask torch for the device; whatever keeps it from answering is what the machine lacks."""
+    """Return this machine; its ``lack`` is whatever keeps torch from answering."""
     used = assembler.in_use()
     problem = "" if used is None else used.problem
     common: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "assembler_problem": problem}
@@ -93,7 +94,7 @@ def this_machine() -> Machine:
 
 
 def _ask_torch() -> Machine:
-    """In the process of its own."""
+    """Return what torch knows; called in a process of its own."""
     import torch
 
     versions = {
@@ -123,8 +124,9 @@ def _version(package: str) -> str:
 
 
 def free_host_gib() -> float:
-    """Host memory that can be had now: what the kernel calls available, or less where a control
-    group allows less.
+    """Return the host memory that can be allocated now, in GiB.
+
+    The kernel's MemAvailable, or less if a control group allows less.
     """
     lines = Path("/proc/meminfo").read_text().splitlines()
     available = next(
@@ -150,11 +152,11 @@ def free_host_gib() -> float:
 
 @dataclass(frozen=True)
 class Identity:
-    """What must be equal for an earlier number to stand: code, versions, assembler, device."""
+    """What must be equal for an earlier number to be reused: code, versions, assembler, device."""
 
     commit: str
-    tree: str  # clean, dirty, or unknown where there is no git
-    sources: str  # a digest of the code itself, which also serves a copy without git
+    tree: str  # clean, dirty, or unknown without git
+    sources: str  # a digest of the code, for a copy without git
     device: str
     python: str
     ptxas: str
@@ -162,17 +164,17 @@ class Identity:
 
     @property
     def key(self) -> str:
-        """A short name for all of it."""
+        """Return a short hash of all fields."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def reusable(self) -> bool:
-        """Numbers of a tree with uncommitted changes are never taken over."""
+        """Return False if the tree has uncommitted changes."""
         return not self.tree.startswith("dirty")
 
 
 def identity_of(machine: Machine) -> Identity:
-    """Of this repository on this machine."""
+    """Return the identity of this repository on this machine."""
     used = assembler.in_use()
     ptxas = "none" if used is None else used.label
     commit, tree = _commit()
@@ -188,7 +190,7 @@ def identity_of(machine: Machine) -> Identity:
 
 
 def _commit() -> tuple[str, str]:
-    """(commit, clean | dirty: files | unknown)."""
+    """Return (commit, "clean", "dirty: files" or "unknown")."""
     try:
         commit, changes = (
             subprocess.run(
@@ -212,7 +214,7 @@ def _commit() -> tuple[str, str]:
 
 
 def _digest() -> str:
-    """Of every source that a case can run."""
+    """Return a digest of every source that a case can run."""
     digest = hashlib.sha256()
     for name in SOURCES:
         root = REPOSITORY / name

@@ -1,6 +1,4 @@
-"""The largest model whose optimizer this host's memory holds, trained for a few steps under ZeRO
-3.
-"""
+"""Train the largest model whose optimizer fits in host memory, for a few steps under ZeRO 3."""
 
 import time
 from typing import Any
@@ -17,7 +15,7 @@ from megagpt.planning.layout import Layout
 from megagpt.planning.plan import RESERVE_GIB
 
 PINNED_ROUNDING = 2.0  # torch rounds page-locked memory up to powers of two: at most twice as much
-LEFT_TO_HOST_GIB = 6.0  # Python, libraries, one parameter on its way, page cache
+LEFT_TO_HOST_GIB = 6.0  # Python, libraries, one parameter in transfer, page cache
 
 
 def measure(
@@ -28,9 +26,10 @@ def measure(
     host_gib: float | None = None,
     **settings: Any,
 ) -> None:
-    """Train ``model``, or as many of its layers as fit into the memory that is free; says how many.
+    """Train ``model``, or as many of its layers as fit in free memory, and report how many.
 
-    ``host_gib`` stands for what is free in the host's memory. Right where the loss falls.
+    ``host_gib`` replaces the host's free memory. Right if the loss falls and Adam's moments are in
+    host memory.
     """
     free_gib = free_host_gib() if host_gib is None else host_gib
     config = largest(model, pin_memory, free_gib, free_device_gib(context.device), **settings)
@@ -65,9 +64,9 @@ def measure(
 def largest(
     model: dict[str, Any], pin_memory: bool, host_gib: float, device_gib: float, **settings: Any
 ) -> ResolvedConfig:
-    """The configuration with the most layers, at most the model's, that fits.
+    """Return the configuration with the most layers, at most the model's, that fits.
 
-    Raises NotRun where not one does.
+    Raises NotRun if not even one layer fits.
     """
     whole = _configuration(model, pin_memory, **settings)
     for layers in range(whole.megagpt.model.num_layers, 0, -1):
@@ -75,8 +74,8 @@ def largest(
         if fits(config, pin_memory, host_gib, device_gib):
             return config
     raise NotRun(
-        f"too little memory even for one layer: {host_gib:.0f} GiB of the host, {device_gib:.0f} "
-        f"of the device"
+        f"too little memory even for one layer: {host_gib:.0f} GiB free on the host, "
+        f"{device_gib:.0f} on the device"
     )
 
 
@@ -86,12 +85,12 @@ def _configuration(model: dict[str, Any], pin_memory: bool, **settings: Any) -> 
 
 
 def fits(config: ResolvedConfig, pin_memory: bool, host_gib: float, device_gib: float) -> bool:
-    """By the plan, with the rounding of page-locked memory and what others need."""
+    """Return whether the plan's peaks fit, with rounded page-locked memory and a reserve."""
     peak = rank_memory(Layout.of(config), 0).peak
     in_host = peak.host / GIB * (PINNED_ROUNDING if pin_memory else 1.0)
     return in_host + LEFT_TO_HOST_GIB <= host_gib and peak.device / GIB + RESERVE_GIB <= device_gib
 
 
 def free_device_gib(device: str) -> float:
-    """Of the GPU; a stand-in has what its host has."""
+    """Return the free memory of the GPU; a CPU stands in with its host's memory."""
     return torch.cuda.mem_get_info()[0] / GIB if device == "cuda" else free_host_gib() + RESERVE_GIB

@@ -1,4 +1,4 @@
-"""The cases of each part, the most telling first. Times and memory are estimates for one H200.
+"""The cases of each part, the most informative first. Times and memory are estimates for one H200.
 
 No torch.
 """
@@ -35,8 +35,8 @@ MODELS = (  # name, model, micro-batch, learning rate, device memory in GiB
 STEPS = 20
 
 
-# dtype, head dimension, variant of attention: each compiles some five kernels, a second or two each
-# (est.).
+# dtype, head dimension, variant of attention: each compiles about five kernels of a second or two
+# (estimate).
 CHECKS = (
     *(
         ["bf16", 64, "causal"],
@@ -53,8 +53,9 @@ CHECKS = (
 
 
 def first_light(cores: int) -> list[Case]:
-    """Under four minutes: what is here, self-checks under each ptxas, operations, ceilings, one
-    training step.
+    """Return the first part: environment, self-checks, operations, ceilings, one training step.
+
+    It takes under four minutes. There is a self-check for each ptxas.
     """
 
     def case(name: str, function: str, **rest: Any) -> Case:
@@ -88,8 +89,9 @@ def first_light(cores: int) -> list[Case]:
 
 
 def self_checks() -> list[Case]:
-    """One for each ptxas, with a cache of its own: a compiled kernel does not say who assembled
-    it.
+    """Return one self-check for each ptxas, each with a cache of its own.
+
+    A compiled kernel in a cache does not say which ptxas assembled it.
     """
     return [
         Case(
@@ -109,8 +111,9 @@ def self_checks() -> list[Case]:
 
 
 def tests(cores: int) -> list[Case]:
-    """The kernels' tests file by file, the tools' view of a small case of each operation, the
-    large tensors last.
+    """Return the kernels' tests by file, compute-sanitizer on a small case of each operation.
+
+    The large tensors come last.
     """
 
     def file(name: str, workers: int = max(1, cores - 4), **rest: Any) -> Case:
@@ -148,7 +151,7 @@ def tests(cores: int) -> list[Case]:
 
 
 def targets(cores: int) -> list[Case]:
-    """What the targets compare, at sizes where they can be reached."""
+    """Return the measurements that the targets compare, at sizes where they can be reached."""
     attention = [
         timed(
             "targets",
@@ -175,10 +178,9 @@ def targets(cores: int) -> list[Case]:
 
 
 def attention(cores: int) -> list[Case]:
-    """Beside cuDNN, flash and FlexAttention: causal, then documents, dropout, grouped heads,
-    decode, not causal.
-    """
-    modes, expected = ["fwd", "bwd", "both"], 75
+    """Return attention beside cuDNN, flash and FlexAttention: causal, then the other variants."""
+    modes = ["fwd", "bwd", "both"]
+    expected = 75
     causal = [
         timed(
             "attention",
@@ -192,7 +194,7 @@ def attention(cores: int) -> list[Case]:
         for length in (2048, 8192)
         for dim in (64, 128)
     ]
-    # The masks of the twin, which are the yardstick, take 8 bytes a score: a smaller batch.
+    # The reference's masks take 8 bytes for each score: a smaller batch.
     sizes: dict[str, Any] = {"lengths": [4096]}
     smaller: dict[str, Any] = {"lengths": [2048], "tokens": 4096}
     variants = [
@@ -232,7 +234,7 @@ def timed(
     expected_s: float = 30,
     **arguments: Any,
 ) -> Case:
-    """One operation at the sizes that are given."""
+    """Return a case that times one operation at the given sizes."""
     told = [
         f"{name} {', '.join(map(str, x)) if isinstance(x, list) else x}"
         for name, x in arguments.items()
@@ -243,8 +245,9 @@ def timed(
 
 
 def training(cores: int) -> list[Case]:
-    """Host time first; then MFU of both models at ZeRO 1, 3 and 0, ours and torch's kernels, a
-    plain loop, a trace.
+    """Return the host's time first, then training of both models.
+
+    ZeRO 1, 3 and 0 with our kernels and torch's, a plain loop, a trace.
     """
     host = Case(
         *("training", "microseconds of the host", f"{MODULE}.host_time:measure", {"repeats": 200}),
@@ -254,15 +257,27 @@ def training(cores: int) -> list[Case]:
     cases = [host]
     for name, model, micro_batch, rate, gib in MODELS:
         shared = {"model": model, "micro_batch": micro_batch, "steps": STEPS, "learning_rate": rate}
-        cases += [_trained(f"{name}, ZeRO {stage}, {who}", "measure", shared | {"stage": stage},
-        who, gib)
-                  for stage in (1, 3, 0) for who in ("ours", "torch")]  # fmt: skip
-        cases += [_trained(f"{name}, plain compiled loop, {who}", "plain", shared | {"stage": 1},
-        who, gib)
-                  for who in ("ours", "torch")]  # fmt: skip
-        cases += [_trained(f"{name}, trace, ZeRO 1, {who}", "trace", shared | {"stage": 1,
-        "steps": 5}, who, gib)
-                  for who in ("ours", "torch")]  # fmt: skip
+        cases += [
+            _trained(f"{name}, ZeRO {stage}, {who}", "measure", shared | {"stage": stage}, who, gib)
+            for stage in (1, 3, 0)
+            for who in ("ours", "torch")
+        ]
+        cases += [
+            _trained(
+                f"{name}, plain compiled loop, {who}", "plain", shared | {"stage": 1}, who, gib
+            )
+            for who in ("ours", "torch")
+        ]
+        cases += [
+            _trained(
+                f"{name}, trace, ZeRO 1, {who}",
+                "trace",
+                shared | {"stage": 1, "steps": 5},
+                who,
+                gib,
+            )
+            for who in ("ours", "torch")
+        ]
     return cases
 
 
@@ -278,7 +293,7 @@ def _trained(name: str, function: str, arguments: dict[str, Any], who: str, gib:
 
 
 def offload(cores: int) -> list[Case]:
-    """6.7B with Adam in host memory; what does not fit is cut to the layers that do."""
+    """Return 6.7B with Adam in host memory, cut to the layers that fit."""
     shared: dict[str, Any] = {
         "model": {"preset": "gpt3-6.7b"},
         "micro_batch": 4,
@@ -304,7 +319,7 @@ def offload(cores: int) -> list[Case]:
 
 
 def long(cores: int) -> list[Case]:
-    """Long sequences, a long sequence in training, then every other operation at every width."""
+    """Return long sequences, also in training, then every other operation at every width."""
     providers = ("megagpt", "sdpa cudnn", "sdpa flash")
     sequences = [
         timed(
@@ -331,9 +346,13 @@ def long(cores: int) -> list[Case]:
         **TRAINING,
     )
     widths = (768, 1600, 4096, 8192, 12288)
-    rows = [timed("long", op, ["fwd", "both"], ("megagpt", "torch", "torch.compile", "liger"),
-    widths=[width])
-            for op in OPS if op not in ("attention", "rotary") for width in widths]  # fmt: skip
+    everyone = ("megagpt", "torch", "torch.compile", "liger")
+    rows = [
+        timed("long", op, ["fwd", "both"], everyone, widths=[width])
+        for op in OPS
+        if op not in ("attention", "rotary")
+        for width in widths
+    ]
     rotary = timed(
         "long",
         "rotary",

@@ -1,4 +1,4 @@
-"""One command in a process group of its own, with a hard end. No torch."""
+"""Run one command in a process group of its own, with a time limit. No torch."""
 
 import os
 import signal
@@ -15,8 +15,9 @@ PAUSE_S = 0.05
 
 @dataclass(frozen=True)
 class Ended:
-    """``code`` is as subprocess gives it (-9: killed by signal 9); ``killed`` where we did it,
-    at the limit.
+    """How the process ended.
+
+    ``code`` is subprocess's return code (-9: killed by signal 9). ``killed``: at the limit, by us.
     """
 
     code: int
@@ -31,8 +32,9 @@ def run(
     log: IO[bytes],
     limit_s: float,
 ) -> Ended:
-    """Run to its end or to the limit; nothing of its group outlives it, also where this process
-    is interrupted.
+    """Run to its end or to the limit, then kill what is left of its process group.
+
+    This holds also if the caller is interrupted.
     """
     began = time.monotonic()
     process = subprocess.Popen(
@@ -52,7 +54,7 @@ def run(
                 break
             time.sleep(PAUSE_S)
     finally:
-        # Before it is waited for: until then its id, which is the group's, cannot be another's.
+        # Kill before the wait: until then no other process can have its id, which is the group's.
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         code = process.wait()

@@ -1,6 +1,4 @@
-"""What a call says: at most forty lines on the screen, and everything that DIR holds in
-DIR/report.md. No torch.
-"""
+"""The results of a call: forty lines on the screen, and all of DIR in DIR/report.md. No torch."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -15,15 +13,10 @@ from benchmarks.gpu.run import Outcome
 from benchmarks.machine import markdown
 from megagpt.utils import human_duration, write_atomically
 
-SCREEN_LINES, LINE_LENGTH = 40, 160
-FIGURES = (
-    "mfu",
-    "tokens_per_s",
-    "step_ms",
-    "first_step_s",
-    "planned_gib",
-    "allocated_gib",
-)  # on the screen
+SCREEN_LINES = 40
+LINE_LENGTH = 160
+# The figures of training on the screen.
+FIGURES = ("mfu", "tokens_per_s", "step_ms", "first_step_s", "planned_gib", "allocated_gib")
 TIMED = (
     "p20_ms",
     "p50_ms",
@@ -49,13 +42,13 @@ class Report:
 
     @classmethod
     def of(cls, identity: Identity, outcome: Outcome, directory: Path, offset: int = 0) -> "Report":
-        """Read again what DIR holds, from an offset in its file on."""
+        """Read what DIR holds, from an offset in its file on."""
         seen = store.earlier(store.read(directory / store.FILE, offset), identity.key)
         return cls(identity, outcome, directory, seen.findings, seen.others, seen.identities)
 
     @property
     def compared(self) -> list[dict[str, Any]]:
-        """The targets' lines, of every row that was timed; none where nothing was."""
+        """Return the targets' lines for every timed row; none if nothing was timed."""
         rows = [
             f["figures"]
             for findings in self.found.values()
@@ -65,8 +58,9 @@ class Report:
         return targets.compare(rows) if rows else []
 
     def screen(self) -> list[str]:
-        """At most forty lines: counts, what is wrong, targets, training, what is left, where it
-        is written.
+        """Return at most forty lines.
+
+        Counts, what is wrong, targets, training, what is left, and the files.
         """
         head = [
             f"{self.identity.device}; commit {self.identity.commit}, {self.identity.tree}; "
@@ -145,11 +139,11 @@ class Report:
         )
         longest = human_duration(sum(case.expected_s for case in left))
         return [
-            f"left: {len(left)} cases ({parts}), about {longest}: the same command again goes on"
+            f"left: {len(left)} cases ({parts}), about {longest}; run the same command to continue"
         ]
 
     def markdown(self) -> str:
-        """Everything that counts now."""
+        """Return everything that counts now."""
         given = {
             "commit": self.identity.commit,
             "tree": self.identity.tree,
@@ -181,7 +175,7 @@ class Report:
         return "\n".join(lines)
 
     def write(self) -> str:
-        """Write DIR/report.md; returns why that was impossible, or nothing."""
+        """Write DIR/report.md; return why that was impossible, or an empty string."""
         try:
             write_atomically(self.directory / "report.md", self.markdown())
         except OSError as error:
@@ -211,7 +205,7 @@ def _target(line: dict[str, Any]) -> str:
 
 
 def _findings(findings: Iterable[dict[str, Any]]) -> list[str]:
-    """A bullet each; of a timed row only what differs between rows."""
+    """Return one bullet for each finding; of a timed row only what differs between rows."""
     lines = []
     for finding in findings:
         figures = finding["figures"]

@@ -1,7 +1,6 @@
-"""The flow: cases one after another, each in its own process, within the time there is; what is
-done is not done again.
+"""Run cases one after another, each in its own process, within the time of the call.
 
-No torch.
+What an earlier call has done is not done again. No torch.
 """
 
 import errno
@@ -25,9 +24,7 @@ NO_TIME = "no time left"
 
 @dataclass
 class Outcome:
-    """What a call did, in order: a verdict a case, the cases that it had no time for, what could
-    not be written.
-    """
+    """What a call did: a verdict for each case, cases without time, what could not be written."""
 
     verdicts: list[Verdict] = field(default_factory=list)
     left: list[Case] = field(default_factory=list)
@@ -35,12 +32,12 @@ class Outcome:
 
     @classmethod
     def impossible(cls, reason: str, parts: Sequence[tuple[str, Sequence[Case]]]) -> "Outcome":
-        """No case can run, for one reason."""
+        """Return the outcome of a call in which no case can run, for one reason."""
         return cls([Verdict(case, NOT_RUN, reason) for _, cases in parts for case in cases])
 
     @property
     def exit_code(self) -> int:
-        """1 where something ran and was wrong, 2 where nothing ran, else 0."""
+        """Return 1 if something that ran was wrong, 2 if nothing ran, else 0."""
         if any(verdict.verdict == WRONG for verdict in self.verdicts):
             return 1
         return 0 if any(verdict.verdict == RIGHT for verdict in self.verdicts) else 2
@@ -52,7 +49,9 @@ class Flow:
     def __init__(
         self, machine: Machine, identity: Identity, directory: Path, end: float, again: bool = False
     ) -> None:
-        self.machine, self.identity, self.directory = machine, identity, directory
+        self.machine = machine
+        self.identity = identity
+        self.directory = directory
         self.end = end  # by the monotonic clock
         self.outcome = Outcome()
         self.file = directory / store.FILE
@@ -64,7 +63,7 @@ class Flow:
         self.write({"kind": "identity", "key": identity.key, "identity": asdict(identity)})
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append a line; where that is impossible, say so and go on."""
+        """Append a line; if that is impossible, note it and continue."""
         try:
             store.append(self.file, dict(record))
         except OSError as error:
@@ -73,12 +72,13 @@ class Flow:
                 self.outcome.unwritten.append(reason)
 
     def left_s(self) -> float:
-        """Seconds of this call's time that are left."""
+        """Return the seconds of this call's time that are left."""
         return self.end - time.monotonic()
 
     def run(self, parts: Sequence[tuple[str, Sequence[Case]]]) -> Outcome:
-        """Every part in turn; each may use an equal share of what is left, or what its next case
-        should take.
+        """Run every part in turn.
+
+        Each may use an equal share of the time left, or the expected time of its next case.
         """
         open_parts = {
             name: [case for case in cases if not self._settled(case)] for name, cases in parts
@@ -91,11 +91,14 @@ class Flow:
         return self.outcome
 
     def _settled(self, case: Case) -> bool:
-        """Whether a case takes no time: done before, or impossible here."""
+        """Return whether a case takes no time: done before, or impossible here."""
         return self._taken_over(case) is not None or bool(self.machine.refusal(case))
 
     def _taken_over(self, case: Case) -> Verdict | None:
-        """Only what ran; what did not may run now."""
+        """Return the verdict of an earlier call, or None.
+
+        A case that did not run then may run now.
+        """
         record = self.earlier.ends.get((case.part, case.name))
         if record is None or record["verdict"] == NOT_RUN:
             return None
@@ -141,7 +144,7 @@ class Flow:
         )
 
     def _run(self, case: Case, left_s: float) -> Verdict:
-        """One case in its process; its verdict from what it found and how it ended."""
+        """Run one case in its process; judge it by its findings and by how it ended."""
         place = self.directory
         request = {
             "part": case.part,
@@ -171,9 +174,7 @@ class Flow:
         return Verdict(case, verdict, reason, ended.seconds)
 
     def _environment(self, case: Case) -> dict[str, str]:
-        """Caches of compiled kernels lie in DIR and serve every call, those of another ptxas
-        apart.
-        """
+        """Return the environment: caches of compiled kernels in DIR, one for each ptxas."""
         kept = {name: value for name, value in os.environ.items() if name not in FORGOTTEN}
         cache = (self.directory / "cache").resolve()
         kept["TRITON_CACHE_DIR"] = str(
@@ -186,8 +187,9 @@ class Flow:
         return self.earlier.findings.get((case.part, case.name), {})
 
     def _found(self, case: Case, offset: int) -> list[dict[str, Any]]:
-        """The findings that count: of this call, which the file holds from the offset on, and
-        those taken over.
+        """Return the findings that count: of this call, and those taken over.
+
+        The file has this call's from the offset on.
         """
         now = store.earlier(store.read(self.file, offset), self.identity.key).findings.get(
             (case.part, case.name), {}
@@ -202,8 +204,9 @@ class Flow:
         log: Path,
         found: list[dict[str, Any]],
     ) -> tuple[str, str]:
-        """WRONG where any finding is, or where it crashed or hung; not run where nothing was
-        found to be right.
+        """Return verdict and reason of a case that has ended.
+
+        WRONG if a finding is, or if the case crashed or hung; not run if nothing was right.
         """
         wrong = [f"{f['name']}: {f['reason']}" for f in found if f["verdict"] == WRONG]
         if wrong:
@@ -213,9 +216,9 @@ class Flow:
         if ended.killed:
             return WRONG, f"no end within {case.limit_s:.0f} s; see {log}"
         if ended.code == -signal.SIGKILL:
-            return NOT_RUN, f"killed by the system, usually for want of host memory; see {log}"
+            return NOT_RUN, f"killed by the system, usually out of host memory; see {log}"
         if ended.code == os.EX_IOERR:
-            return NOT_RUN, f"what it found could not be written to {self.file}"
+            return NOT_RUN, f"its findings could not be written to {self.file}"
         if ended.code != 0:
             return WRONG, f"crashed, {_how(ended.code)}; see {log}"
         absent = [f["reason"] for f in found if f["verdict"] == NOT_RUN]
@@ -229,8 +232,9 @@ def _how(code: int) -> str:
 
 
 def writable(directory: Path) -> str:
-    """Why nothing can be written to the directory, which is made where it is missing; empty
-    where it can.
+    """Return why the directory cannot be written; empty if it can.
+
+    Creates the directory if it is missing.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,7 @@
-"""One small case of each kernel, checked against plain torch; as a program, launched once and no
-more, for a tool that watches it: ``python -m benchmarks.gpu.small OP DEVICE``.
+"""One small case of each kernel, checked against plain torch.
+
+As a program it launches one kernel once, for a tool that watches it: ``python -m
+benchmarks.gpu.small OP DEVICE``.
 """
 
 import sys
@@ -19,17 +21,17 @@ ALLOWED = 2.0  # times the error of torch's own
 
 
 def case_of(op: str, device: str, dtype: torch.dtype, **sizes: Any) -> Case:
-    """The first case of an operation at small sizes, none of which a block divides."""
+    """Return the first case of an operation at small sizes, which no block size divides."""
     return next(cases(op, replace(SIZES, **sizes), dtype, device))
 
 
 def error_of(case: Case) -> float:
-    """The error of ``kernels.<op>``, forward and every gradient, as a multiple of torch's own."""
+    """Return the error of ``kernels.<op>`` as a multiple of torch's own, all gradients included."""
     return errors(getattr(kernels, case.op), case, "both")
 
 
 def chosen(case: Case) -> str:
-    """Which implementation runs the case, and why: on a GPU this asks the self-check."""
+    """Return which implementation runs the case, and why; on a GPU this runs the self-check."""
     arguments: dict[str, Any] = case.tensors | case.options
     return kernels.explain(case.op, **arguments)
 

@@ -1,6 +1,4 @@
-"""Cases that time an operation beside its rivals and check every row: the kernel benchmark's, a
-row a finding.
-"""
+"""Time an operation beside others' and check every row: the kernel benchmark, row by row."""
 
 from dataclasses import asdict
 from typing import Any
@@ -20,9 +18,10 @@ def measure(
     providers: list[str] | None = None,
     **sizes: Any,
 ) -> None:
-    """Rows of one operation: modes fwd, bwd, both; ``providers`` as in ``python -m
-    kernels.benchmark``; ``sizes`` are fields of ``kernels.bench.cases.Sizes`` that differ from
-    those of a GPU.
+    """Report rows of one operation, each as one finding.
+
+    Modes are fwd, bwd, both; ``providers`` are as in ``python -m kernels.benchmark``; ``sizes`` are
+    fields of ``kernels.bench.cases.Sizes`` that differ from those of a GPU.
     """
     chosen = asdict(GPU_SIZES) | {
         name: tuple(x) if isinstance(x, list) else x for name, x in sizes.items()
@@ -50,7 +49,7 @@ def _measure(
             context.report(finding, WRONG, reason, **asdict(row))
         else:
             context.report(
-                finding, NOT_RUN, f"its result is wrong, so it is no yardstick: {reason}"
+                finding, NOT_RUN, f"its result is wrong, so its time is not compared: {reason}"
             )
 
     this.keep = keep

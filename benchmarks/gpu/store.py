@@ -1,8 +1,8 @@
-"""DIR/results.jsonl: one line a finding, appended whole when it is known. No torch.
+"""DIR/results.jsonl: one line for each finding, appended as soon as it is known. No torch.
 
 Kinds of lines: ``identity`` (what numbers depend on, under a key), ``finding`` (one check or
 measurement of a case) and ``end`` (a case's verdict). A line that a full disk or a kill cut short
-is skipped, and so cannot spoil the next.
+is skipped, and does not damage the next one.
 """
 
 import datetime
@@ -19,7 +19,7 @@ FILE = "results.jsonl"
 def append(path: Path, record: dict[str, Any]) -> None:
     """Add one line and flush it to the disk.
 
-    Raises OSError where it does not fit or may not be written.
+    Raises OSError if the file cannot be written or the disk is full.
     """
     line = json.dumps(
         record | {"at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
@@ -40,12 +40,12 @@ def _ends_whole(descriptor: int) -> bool:
 
 
 def size(path: Path) -> int:
-    """Bytes so far."""
+    """Return the file's bytes so far."""
     return path.stat().st_size if path.is_file() else 0
 
 
 def read(path: Path, offset: int = 0) -> list[dict[str, Any]]:
-    """Every whole line from an offset on; none where there is no such file."""
+    """Return every whole line from an offset on; none if there is no such file."""
     return list(_lines(path.read_bytes()[offset:])) if path.is_file() else []
 
 
@@ -61,9 +61,7 @@ def _lines(data: bytes) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Earlier:
-    """What DIR holds from earlier calls under the same identity, and how many cases are of
-    another one.
-    """
+    """What DIR holds of earlier calls under this identity, and the number of other cases."""
 
     ends: dict[tuple[str, str], dict[str, Any]]  # by (part, case): its last verdict
     findings: dict[tuple[str, str], dict[str, dict[str, Any]]]  # by (part, case), then by name
@@ -72,9 +70,7 @@ class Earlier:
 
 
 def earlier(records: Sequence[dict[str, Any]], key: str) -> Earlier:
-    """Sort the records by identity; a later line of the same case or finding replaces an earlier
-    one.
-    """
+    """Sort the records by identity; a later line of a case or finding replaces an earlier one."""
     found = Earlier({}, {}, {}, {})
     for record in records:
         if record["kind"] == "identity":

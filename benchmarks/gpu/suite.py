@@ -1,6 +1,4 @@
-"""Cases that run other programs: a file of tests under pytest, a small kernel under
-compute-sanitizer.
-"""
+"""Cases that run other programs: tests under pytest, a small kernel under compute-sanitizer."""
 
 import importlib.util
 import os
@@ -21,7 +19,10 @@ _SUMMARY = re.compile(_COUNTS.pattern + r".* in [\d.]+s\b")  # behind which work
 
 
 def run_tests(context: Context, file: str, workers: int, marker: str = "gpu") -> None:
-    """The tests of one file that bear the marker; right where some passed and none failed."""
+    """Run one file's tests that have the marker.
+
+    Right if some passed and none failed.
+    """
     command = [sys.executable, "-m", "pytest", "-v", "-m", marker, "-p", "no:cacheprovider", file]
     if workers > 1 and importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(workers)]
@@ -51,8 +52,9 @@ def run_tests(context: Context, file: str, workers: int, marker: str = "gpu") ->
 
 
 def _watched(command: list[str]) -> tuple[int, list[str]]:
-    """Exit code and lines of a command; each is printed at once, so that the log of a killed
-    case names its tests.
+    """Run a command and return its exit code and lines.
+
+    Each line is printed at once, so that the log of a killed case names its tests.
     """
     lines: list[str] = []
     with subprocess.Popen(
@@ -70,8 +72,9 @@ def _watched(command: list[str]) -> tuple[int, list[str]]:
 
 
 def sanitize(context: Context, op: str, tool: str) -> None:
-    """The small case of one operation under compute-sanitizer's memcheck, racecheck or
-    synccheck.
+    """Run the small case of one operation under a tool of compute-sanitizer.
+
+    ``tool`` is memcheck, racecheck or synccheck.
     """
     sanitizer = find_sanitizer()
     program = [sys.executable, "-m", "benchmarks.gpu.small", op, context.device]
@@ -100,9 +103,9 @@ def sanitize(context: Context, op: str, tool: str) -> None:
 
 
 def find_sanitizer() -> str:
-    """In PATH, in the CUDA toolkit, in the wheel nvidia-cuda-sanitizer-api.
+    """Return compute-sanitizer's path: in PATH, the CUDA toolkit or its wheel.
 
-    Raises NotRun where there is none.
+    The wheel is nvidia-cuda-sanitizer-api. Raises NotRun if there is none.
     """
     home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
     spec = importlib.util.find_spec("nvidia")

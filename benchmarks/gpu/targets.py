@@ -1,4 +1,4 @@
-"""The figures that this project has set itself, beside those that were measured."""
+"""Performance targets of this project, beside what was measured."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from benchmarks.gpu.case import MET, NOT_MET, NOT_RUN
 
 @dataclass(frozen=True)
 class Target:
-    """Ours must reach ``least`` times the rival's figure (of ``quantity``, larger is better) in
-    every matching row.
+    """A figure that ours must reach in every matching row: ``least`` times the other's.
 
-    ``shape`` are parts of the shape's name. Without a rival the figure itself must.
+    ``rival`` names the other; without one the figure itself must reach ``least``. Larger is better
+    in every ``quantity``. ``shape`` are parts of the shape's name.
     """
 
     op: str
@@ -25,15 +25,15 @@ class Target:
 
 
 CAUSAL = ("causal",)
-# A norm's row of 768 numbers is too short a work for a GPU below 64 Ki rows: its start and end take
-# as long.
+# With rows of 768 numbers, fewer than 64 Ki rows keep a GPU busy too briefly: starting and ending
+# the kernel takes as long.
 REACHABLE = ("rows 65536",)
 TARGETS = (
     Target("attention", "fwd", "megagpt triton", "sdpa flash", 1.15, CAUSAL),
     Target("attention", "fwd", "megagpt hopper", "sdpa cudnn", 1.0, ("head_dim 64", "causal")),
     Target("attention", "fwd", "megagpt hopper", "sdpa cudnn", 0.9, ("head_dim 128", "causal")),
     Target("attention", "bwd", "megagpt triton", "sdpa flash", 1.1, CAUSAL),
-    # Training chooses by forward and backward together: cuDNN is what torch takes on a Hopper GPU.
+    # Forward and backward together decide in training; torch uses cuDNN on a Hopper GPU.
     Target("attention", "both", "megagpt hopper", "sdpa cudnn", 1.0, CAUSAL),
     Target("attention", "both", "megagpt hopper", "flex_attention", 1.0, CAUSAL),
     Target("attention", "both", "megagpt triton", "flex_attention", 1.0, CAUSAL),
@@ -41,8 +41,8 @@ TARGETS = (
     Target("layer_norm", "bwd", "megagpt triton", "", 0.8, REACHABLE, "fraction_of_ceiling"),
     Target("layer_norm", "bwd", "megagpt triton", "torch", 2.0),
     Target("linear_cross_entropy", "both", "megagpt triton", "torch", 1.0),
-    # Of 29 ms on an H200 at this size the products take 25; the rest moves logits and the weight's
-    # gradient (est.).
+    # Of 29 ms on an H200 at this size the products take 25; the rest moves the logits and the
+    # weight's gradient (estimate).
     Target(
         "linear_cross_entropy",
         "both",
@@ -52,7 +52,7 @@ TARGETS = (
         ("width 4096,",),
         "fraction_of_ceiling",
     ),
-    # At widths from 4096 on the weight's fp32 gradient, which both hold, is most of the memory.
+    # From width 4096 on, most of the memory is the weight's fp32 gradient, which both hold.
     Target(
         "linear_cross_entropy",
         "both",
@@ -66,8 +66,10 @@ TARGETS = (
 
 
 def compare(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One line for each target and shape that anyone was measured in; a row has the fields of
-    kernels.bench.report.Row. A target without a measurement has one line, not run."""
+    """Return one line for each target and measured shape; a target without one is not run.
+
+    A row has the fields of kernels.bench.report.BenchmarkRow.
+    """
     found = {
         (row["op"], row["mode"], _without_version(row["provider"]), row["shape"]): row
         for row in rows
@@ -109,7 +111,7 @@ def _line(
 def _verdict(
     target: Target, ours: dict[str, Any] | None, rival: dict[str, Any] | None, ratio: float | None
 ) -> str:
-    """A kernel that is wrong, or gave nothing, meets nothing."""
+    """Return the verdict; a kernel that is wrong or failed does not meet its target."""
     if ours is not None and (ours["failure"] or not ours["correct"]):
         return f"{NOT_MET}: {ours['failure'] or 'its result is wrong'}"
     if ratio is None:
@@ -140,5 +142,5 @@ def _figure(row: dict[str, Any] | None, quantity: str) -> float | None:
 
 
 def _without_version(provider: str) -> str:
-    """``sdpa cudnn 91900`` is ``sdpa cudnn`` to a target."""
+    """Return the provider without its version: ``sdpa cudnn`` for ``sdpa cudnn 91900``."""
     return provider.rstrip("0123456789 ") if provider.startswith("sdpa") else provider

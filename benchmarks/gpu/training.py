@@ -1,6 +1,4 @@
-"""Cases that train a GPT on one device: through the trainer, and as a plain compiled PyTorch
-loop.
-"""
+"""Train a GPT on one device: through the trainer, and as a plain compiled PyTorch loop."""
 
 import json
 import math
@@ -31,11 +29,9 @@ announce_to_deepspeed()  # before anything imports it
 # before the plan asks for free memory, which makes torch read the allocator's settings
 set_cuda_defaults()
 
-DIFFERENT_TARGETS = 256  # so that a few steps bring the loss down, whatever the vocabulary
-TOLERANCE = {
-    torch.bfloat16: 0.02,
-    torch.float32: 1e-3,
-}  # of a mean loss, ours against torch's kernels
+DIFFERENT_TARGETS = 256  # few enough that the loss falls in a few steps, with any vocabulary
+# Of a mean loss, our kernels against torch's.
+TOLERANCE = {torch.bfloat16: 0.02, torch.float32: 1e-3}
 
 
 def configuration(
@@ -47,10 +43,10 @@ def configuration(
     bf16: bool = True,
     **zero: Any,
 ) -> ResolvedConfig:
-    """A run of one micro-batch a step on one rank; ``model`` are keys of megagpt.model, ``zero`` of
-    ZeRO's section.
+    """Return a run of one micro-batch for each step on one rank.
 
-    At ZeRO 0 it computes in fp32: the trainer refuses 16 bit there.
+    ``model`` are keys of megagpt.model, ``zero`` keys of ZeRO's section. At ZeRO 0 it computes in
+    fp32, because the trainer refuses 16 bits there.
     """
     document = {
         "train_batch_size": micro_batch,
@@ -71,7 +67,7 @@ def configuration(
 
 
 def batch(config: ResolvedConfig, step: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Random tokens and targets that follow from them, each (micro-batch, length)."""
+    """Return random tokens and targets that follow from them, each (micro-batch, length)."""
     model = config.megagpt.model
     generator = torch.Generator().manual_seed(step)
     shape = (config.train_batch_size, model.sequence_length)
@@ -81,19 +77,19 @@ def batch(config: ResolvedConfig, step: int, device: torch.device | str) -> tupl
 
 @dataclass(frozen=True)
 class Steps:
-    """What a few steps did: seconds of each (the first compiles), losses."""
+    """The seconds and the loss of each of a few steps; the first step compiles."""
 
     seconds: list[float]
     losses: list[float]
 
     @property
     def step_s(self) -> float:
-        """The median of those after the first two."""
+        """Return the median of the steps after the first two."""
         return statistics.median(self.seconds[2:] or self.seconds[-1:])
 
     @property
     def learnt(self) -> str:
-        """What speaks against the losses; empty where they are finite and fell."""
+        """Return what is wrong with the losses; empty if they are finite and fell."""
         if not all(map(math.isfinite, self.losses)):
             return f"a loss is not finite: {self.losses}"
         return (
@@ -104,7 +100,7 @@ class Steps:
 
 
 def run_steps(step: Callable[[int], float], count: int) -> Steps:
-    """Take steps, each of which returns its loss and so has ended."""
+    """Take steps; each returns its loss, so it has ended on the device."""
     seconds, losses = [], []
     for index in range(count):
         began = time.perf_counter()
@@ -114,8 +110,9 @@ def run_steps(step: Callable[[int], float], count: int) -> Steps:
 
 
 def trainer(config: ResolvedConfig) -> tuple[Any, Callable[[int], float], Callable[[], float]]:
-    """(engine, a step, the mean loss of a batch) of the trainer; alone, or as a rank that has
-    joined already.
+    """Return (engine, a step, the mean loss of a batch) of the trainer.
+
+    Joins a group of one rank, unless ranks have joined already.
     """
     from megagpt.parallel.engine import build_engine, build_mesh, join_ranks
     from megagpt.parallel.pipeline import MicroBatch, evaluate, train_step
@@ -132,11 +129,10 @@ def trainer(config: ResolvedConfig) -> tuple[Any, Callable[[int], float], Callab
 
 
 def measure(context: Context, steps: int, **settings: Any) -> None:
-    """MFU, tokens/s, the first step, memory beside the plan's; ``settings`` as in
-    ``configuration``.
+    """Measure MFU, tokens/s, the first step, and memory beside the plan's.
 
-    MEGAGPT_KERNELS in the environment chooses torch's kernels. Right where the loss falls, and is
-    torch's kernels' own.
+    ``settings`` are those of ``configuration``. MEGAGPT_KERNELS=torch in the environment selects
+    torch's kernels. Right if the loss falls and equals that of torch's kernels.
     """
     config = configuration(**settings)
     memory = planned(config, context.device)
@@ -156,7 +152,8 @@ def measure(context: Context, steps: int, **settings: Any) -> None:
     reason = done.learnt
     if not difference <= allowed:
         reason = (
-            f"the loss {loss} is {difference:.3g} from that of torch's kernels, {allowed} allowed"
+            f"the loss {loss} differs from that of torch's kernels by {difference:.3g}, "
+            f"{allowed} allowed"
         )
     if context.device == "cuda" and "MEGAGPT_KERNELS" not in os.environ and not launched:
         reason = reason or "none of our kernels ran"
@@ -169,10 +166,9 @@ def measure(context: Context, steps: int, **settings: Any) -> None:
 
 
 def plain(context: Context, steps: int, backend: str = "inductor", **settings: Any) -> None:
-    """The same steps in a plain loop: our model under torch.compile, torch's fused AdamW, fp32
-    weights.
+    """Train in a plain loop: torch.compile, torch's fused AdamW, fp32 weights.
 
-    Right where the loss falls, and the compiled model's is the eager one's.
+    Right if the loss falls and the compiled model's loss is that of the eager model.
     """
     from megagpt.model import GPT, initialise_
     from megagpt.parity.plain import adam, computing_in
@@ -204,9 +200,7 @@ def plain(context: Context, steps: int, backend: str = "inductor", **settings: A
 
 
 def trace(context: Context, steps: int, **settings: Any) -> None:
-    """A profiler's trace of three steps in DIR/traces, and how much of their time the device
-    computed.
-    """
+    """Write a profiler's trace of three steps to DIR/traces, and the share of device time."""
     from torch.profiler import ProfilerActivity, profile
 
     config = configuration(**settings)
@@ -239,9 +233,8 @@ def trace(context: Context, steps: int, **settings: Any) -> None:
     figures = {
         "step_ms": round(1000 * done.step_s, 2),
         "profiled_step_ms": round(1000 * statistics.mean(profiled.seconds), 2),
-        "busy_share": round(
-            sum(spent_us.values()) / 1e6 / sum(profiled.seconds), 3
-        ),  # overlaps count twice
+        # Overlapping kernels count twice.
+        "busy_share": round(sum(spent_us.values()) / 1e6 / sum(profiled.seconds), 3),
         "longest": [name[:60] for name in sorted(spent_us, key=lambda name: -spent_us[name])[:5]],
         "file": f"traces/{path.name}",
     }
@@ -249,23 +242,21 @@ def trace(context: Context, steps: int, **settings: Any) -> None:
 
 
 def planned(config: ResolvedConfig, device: str) -> dict[str, Any]:
-    """The plan's peaks in GiB. Raises NotRun where the device has not so much left."""
+    """Return the plan's peaks in GiB. Raises NotRun if the device has less free memory."""
     peak = rank_memory(Layout.of(config), 0).peak
     needed, host = peak.device / GIB, peak.host / GIB
     if device == "cuda":
         free = torch.cuda.mem_get_info()[0] / GIB
         if free < needed + RESERVE_GIB:
             raise NotRun(
-                f"too little device memory: {free:.0f} GiB free, planned {needed:.0f} and "
-                f"{RESERVE_GIB:.0f} more"
+                f"too little device memory: {free:.0f} GiB free, needs {needed:.0f} and a "
+                f"reserve of {RESERVE_GIB:.0f}"
             )
     return {"planned_gib": round(needed, 3), "planned_host_gib": round(host, 3)}
 
 
 def peaks(device: str) -> dict[str, Any]:
-    """What was held at most, in GiB: allocated and reserved on a GPU, resident in the host's
-    memory.
-    """
+    """Return the peaks in GiB: allocated and reserved on a GPU, resident on the host."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
     found: dict[str, Any] = {
         "allocated_gib": None,
@@ -279,9 +270,9 @@ def peaks(device: str) -> dict[str, Any]:
 
 
 def speed(config: ResolvedConfig, done: Steps, device: str) -> dict[str, Any]:
-    """What the steps took.
+    """Return what the steps took.
 
-    MFU is of the 16-bit peak also where the run computes in fp32, attention in full.
+    MFU is relative to the 16-bit peak even if the run computes in fp32; attention counts in full.
     """
     model = config.megagpt.model
     tokens_per_s = config.train_batch_size * model.sequence_length / done.step_s
@@ -308,7 +299,7 @@ def speed(config: ResolvedConfig, done: Steps, device: str) -> dict[str, Any]:
 
 @contextmanager
 def forced(kernels: str) -> Iterator[None]:
-    """Let MEGAGPT_KERNELS choose for a while."""
+    """Set MEGAGPT_KERNELS within the block."""
     before = os.environ.get("MEGAGPT_KERNELS")
     os.environ["MEGAGPT_KERNELS"] = kernels
     try:

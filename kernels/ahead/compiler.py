@@ -1,9 +1,7 @@
-"""Compile Triton functions for GPUs that are not here, and read from the result what would make
-them slow.
+"""Compile Triton functions for GPUs that are not here, and read what would make them slow.
 
 A module with kernels publishes ``AHEAD_OF_TIME: list[AheadOfTime]``: the configurations it ships.
-Compiling needs only the assembler that triton carries, no GPU, but a process without
-TRITON_INTERPRET.
+Compiling needs only triton's assembler, no GPU, and a process without TRITON_INTERPRET.
 
     python -m kernels.ahead.compiler [--capability 90] [--names NAME ...] [--write TABLE.csv]
 """
@@ -50,11 +48,11 @@ class AheadOfTime:
     """One shipped configuration of a Triton function.
 
     ``signature`` maps run-time arguments to triton types, e.g. ``{"x": "*bf16", "rows": "i32",
-    "stride": "i32:16"}``; pointers are taken as 16-byte aligned, and ``:16`` marks an integer
-    divisible by 16. A tuple argument is a tuple of such types or of integers known when compiling.
-    ``constants`` are the compile-time arguments (and run-time ones that triton would specialise,
-    such as a stride of 1). Written in Gluon, or with block sizes chosen for one compute
-    ``capability``, it is for that one only.
+    "stride": "i32:16"}``. Pointers are assumed to be 16-byte aligned; ``:16`` marks an integer
+    divisible by 16. A tuple argument is a tuple of such types, or of integers known when compiling.
+    ``constants`` are the compile-time arguments, and run-time ones that triton would specialise,
+    such as a stride of 1. ``capability`` is set for Gluon, and for block sizes chosen for one
+    compute capability: the configuration is only for that one.
     """
 
     name: str
@@ -68,12 +66,10 @@ class AheadOfTime:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the assembler said of one configuration, and how wide its loads from global memory
-    are.
-    """
+    """What the assembler reported of one configuration, and the widths of its global loads."""
 
     registers: int
-    spill_bytes: int  # stored to and loaded from local memory for want of registers
+    spill_bytes: int  # stored to and loaded from local memory because registers ran out
     serialised_wgmma: int  # ptxas warnings C7510-C7519: matrix products that wait for one another
     shared_bytes: int
     wide_loads: int  # of 16 bytes and more
@@ -88,8 +84,9 @@ class Compiled:
 def compile_for(
     entry: AheadOfTime, capability: int = 90, ptx_directory: Path | None = None
 ) -> Compiled:
-    """Compile for a compute capability (90 is sm_90), and write the PTX to a file of the entry's
-    name if asked to.
+    """Compile for a compute capability (90 is sm_90).
+
+    Writes the PTX to ``ptx_directory``, if given, in a file named after the entry.
     """
     target = GPUTarget("cuda", capability, 32)
     options = {"num_warps": entry.num_warps, "num_stages": entry.num_stages}
@@ -100,9 +97,8 @@ def compile_for(
         triton.knobs.compilation.scope(),
     ):
         triton.knobs.nvidia.dump_ptxas_log = True
-        triton.knobs.compilation.always_compile = (
-            True  # a cached kernel comes without the assembler's messages
-        )
+        # A cached kernel comes without the assembler's messages.
+        triton.knobs.compilation.always_compile = True
         kernel = triton.compile(_source(entry), target=target, options=options)
     if ptx_directory is not None:
         Path(ptx_directory, f"{entry.name}.ptx").write_text(kernel.asm["ptx"])
@@ -122,13 +118,13 @@ def _machine_code(cubin: bytes) -> str:
 
 
 def shipped(modules: tuple[str, ...] = MODULES) -> Iterator[AheadOfTime]:
-    """Every configuration the modules publish."""
+    """Yield every configuration that the modules publish."""
     for name in modules:
         yield from importlib.import_module(name).AHEAD_OF_TIME
 
 
 def _source(entry: AheadOfTime) -> ASTSource:
-    """The function with its types, constants (by position) and alignment (by position)."""
+    """Return the function with its types, its constants and alignments (by position)."""
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -161,11 +157,11 @@ def _source(entry: AheadOfTime) -> ASTSource:
 
 
 def _read(log: str, ptx: str, machine_code: str, shared_bytes: int) -> Compiled:
-    """Parse the assembler's verbose output, what the PTX asks for, and the machine code."""
+    """Parse the assembler's verbose output, the PTX and the machine code."""
     registers = re.search(r"Used (\d+) registers", log)
     if registers is None:
         raise RuntimeError(
-            f"compiling ahead of time: the assembler's output names no registers:\n{log}"
+            f"compiling ahead of time: no number of registers in the assembler's output:\n{log}"
         )
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     widths = Counter({True: 0, False: 0})
@@ -188,8 +184,9 @@ def _read(log: str, ptx: str, machine_code: str, shared_bytes: int) -> Compiled:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compile, print one JSON line for each configuration, and optionally write the table the
-    tests compare with.
+    """Compile, print one JSON line for each configuration, and write the table if asked to.
+
+    The tests compare with that table.
     """
     parser = argparse.ArgumentParser(
         prog="python -m kernels.ahead.compiler", description="Compile without a GPU."

@@ -1,6 +1,4 @@
-"""What the benchmark runs: for each operation, shapes a GPT trainer meets, random data, and what
-they cost.
-"""
+"""Benchmark cases: for each operation, shapes of GPT training, random data, and costs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,9 +13,7 @@ from kernels.costs import Cost
 
 @dataclass(frozen=True)
 class Sizes:
-    """The axes of the benchmark: sequence lengths and head dimensions, widths of rows, tokens in
-    a batch.
-    """
+    """Sizes that the cases combine: lengths, head dimensions, widths of rows, tokens in a batch."""
 
     lengths: tuple[int, ...]
     head_dims: tuple[int, ...]
@@ -32,23 +28,20 @@ GPU_SIZES = Sizes(
     (1024, 2048, 4096, 8192, 16384), (64, 128), (768, 1600, 4096, 8192, 12288), 16384, 50304, 2048
 )
 CPU_SIZES = Sizes((128, 256), (64,), (256, 768), 512, 2048, 128)
-CHECK_SIZES = Sizes(
-    (33,), (16,), (40,), 33, 70, 32
-)  # what the interpreter gets through in a second
+CHECK_SIZES = Sizes((33,), (16,), (40,), 33, 70, 32)  # one second in the interpreter
 
 
 VARIANTS = ("causal", "full", "documents", "dropout", "grouped", "decode")
-_DOCUMENTS, _DROPOUT, _GROUP = (
-    8,
-    0.1,
-    4,
-)  # documents of a sequence on average; query heads that share a head of keys
+_DOCUMENTS = 8  # of a sequence, on average
+_DROPOUT = 0.1
+_GROUP = 4  # query heads that share a head of keys
 
 
 @dataclass(frozen=True)
 class Case:
-    """One shape of one operation: arguments by name (floating-point ones get gradients),
-    options, cost.
+    """One shape of one operation: arguments by name, options, cost.
+
+    Floating-point arguments get gradients.
     """
 
     op: str
@@ -61,24 +54,25 @@ class Case:
 
     @property
     def bound(self) -> str:
-        """What limits it on a GPU: matrix products or memory."""
+        """Return what limits it on a GPU: matrix products ("gemm") or memory ("copy")."""
         return "gemm" if self.forward.flops else "copy"
 
     def cost(self, mode: str) -> Cost:
-        """Of forward, backward or both."""
+        """Return the cost of forward, backward or both."""
         return {"fwd": self.forward, "bwd": self.backward, "both": self.forward + self.backward}[
             mode
         ]
 
 
 def cases(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Case]:
-    """The cases of an operation, one at a time: the largest fill a good part of a GPU."""
+    """Yield the cases of an operation, one at a time: the largest fill much of a GPU."""
     yield from _MAKERS[op](op, sizes, dtype, device)
 
 
 def _random(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
-    """Normal numbers: zeros draw less power, so a GPU would run them at a higher clock than real
-    data.
+    """Return normal numbers.
+
+    Zeros would draw less power, so a GPU would run them at a higher clock than real data.
     """
     return torch.randn(shape, device=device, dtype=torch.float32).to(dtype)
 
@@ -124,14 +118,14 @@ def _attention(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterat
 
 
 def _document_ids(batch: int, length: int, device: str) -> Tensor:
-    """Ids (batch, length) of packed documents of random lengths, ascending along a sequence."""
+    """Return ids (batch, length) of packed documents of random lengths, ascending."""
     generator = torch.Generator().manual_seed(0)
     begins = torch.rand(batch, length, generator=generator) < _DOCUMENTS / length
     return begins.cumsum(dim=1).int().to(device)
 
 
 def _visible_share(document_ids: Tensor) -> float:
-    """The share of causal attention's query-key pairs that lie within one document."""
+    """Return the share of causal query-key pairs whose positions are in one document."""
     length = document_ids.shape[1]
     counts = [torch.unique(row, return_counts=True)[1].double() for row in document_ids.cpu()]
     pairs = sum(float((count * (count + 1)).sum()) for count in counts)

@@ -10,14 +10,14 @@ from kernels.verification.assembler import assembler
 
 
 def device_name() -> str:
-    """The GPU, or the CPU's architecture and threads."""
+    """Return the GPU's name, or the CPU's architecture and threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def versions() -> str:
-    """torch, triton, and on a GPU what runs and compiles for it."""
+    """Return the versions of torch and triton, and on a GPU of CUDA, cuDNN, driver and ptxas."""
     found = [f"torch {torch.__version__}"]
     if importlib.util.find_spec("triton") is not None:
         import triton
@@ -34,7 +34,7 @@ def versions() -> str:
 
 
 def driver() -> str:
-    """The version of the NVIDIA driver."""
+    """Return the version of the NVIDIA driver, or "unknown"."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
     try:
         return subprocess.run(

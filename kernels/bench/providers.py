@@ -1,5 +1,6 @@
-"""Who is compared: ours, plain torch, each of torch's attention backends by name, and libraries
-that are installed.
+"""The implementations that are compared: ours, torch's, and installed libraries.
+
+Each of torch's attention backends is a provider of its own.
 """
 
 import functools
@@ -32,16 +33,15 @@ _BACKENDS = {
 
 
 class UnavailableError(Exception):
-    """This provider cannot run here or cannot run this case; the message says why."""
+    """A provider that cannot run here, or not this case; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Provider:
-    """A name and how to get its function for a case, which takes the case's tensors and options by
-    name.
+    """An implementation's name, and how to get its function for a case.
 
-    ``own_masks``: what it drops is not what ours drops, so its numbers can be checked only without
-    dropout.
+    The function takes the case's tensors and options by name. ``own_masks``: it does not drop the
+    elements that ours drops, so its results can be checked only without dropout.
     """
 
     name: str
@@ -50,8 +50,9 @@ class Provider:
 
 
 def providers(op: str, device: str) -> list[Provider]:
-    """Those for an operation; whether one is available is known when it is prepared or first
-    runs.
+    """Return the providers of an operation.
+
+    Whether one is available is known when it is prepared or first runs.
     """
     found = [Provider("torch", _torch)]
     if device == "cuda":
@@ -76,7 +77,7 @@ def providers(op: str, device: str) -> list[Provider]:
 
 
 def _fused(op: str) -> list[Provider]:
-    """Every implementation of ours, named as dispatch's table names it."""
+    """Return each of our implementations, named as in dispatch's table."""
     return [
         Provider(f"megagpt {row.implementation}", functools.partial(_ours, row=row))
         for row in TABLE[op]
@@ -88,7 +89,7 @@ def _ours(case: Case, row: Row) -> Function:
     arguments: dict[str, Any] = case.tensors | case.options
     refusal = row_refusal(row, case.op, getattr(checks, case.op)(**arguments), **arguments)
     if refusal is not None and refusal.startswith("self-check:") and "no memory" not in refusal:
-        raise RuntimeError(refusal)  # what it gets wrong is no mere restriction
+        raise RuntimeError(refusal)  # a wrong result is a failure, not a restriction
     if refusal is not None:
         raise UnavailableError(refusal)
     function: Function = getattr(importlib.import_module(row.module), case.op)
@@ -101,7 +102,7 @@ def _torch(case: Case) -> Function:
 
 
 def _compiled(case: Case) -> Function:
-    torch.compiler.reset()  # after some shapes it would stop compiling and run the plain function
+    torch.compiler.reset()  # else torch.compile gives up after some shapes, and runs uncompiled
     function: Function = torch.compile(getattr(reference, case.op), dynamic=False)
     return function
 
@@ -119,7 +120,7 @@ def _sdpa(case: Case, backend: SDPBackend) -> Function:
         options["attn_mask"] = reference.visible(
             q.shape[2], k.shape[2], case.options["causal"], ids, q.device
         )
-    else:  # a single query is the last: it sees all
+    else:  # a single query is the last position and sees all keys
         options["is_causal"] = case.options["causal"] and q.shape[2] > 1
 
     def run(q: Tensor, k: Tensor, v: Tensor, *, dropout: float = 0.0, **_: Any) -> Tensor:
@@ -137,7 +138,8 @@ def _flex(case: Case) -> Function:
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
     q, k = case.tensors["q"], case.tensors["k"]
-    ids, mask = case.options.get("document_ids"), None
+    ids = case.options.get("document_ids")
+    mask = None
     if ids is not None:
         batch, length = ids.shape
         mask = create_block_mask(
@@ -159,7 +161,7 @@ def _flex(case: Case) -> Function:
 
 def _flash_attn(case: Case) -> Function:
     if "document_ids" in case.options:
-        raise UnavailableError("has documents only in another layout of q, k and v")
+        raise UnavailableError("supports documents only in another layout of q, k and v")
     flash = _import("flash_attn").flash_attn_func
 
     def run(
@@ -189,7 +191,7 @@ _LIGER: dict[str, Callable[[Any], Function]] = {
 
 def _liger(case: Case) -> Function:
     if "residual" in case.tensors:
-        raise UnavailableError("has no such function with the residual fused")
+        raise UnavailableError("has no function with a fused residual")
     return _LIGER[case.op](_import("liger_kernel.ops"))
 
 

@@ -1,4 +1,4 @@
-"""The benchmark's rows as one CSV, one Markdown table and a plot for each operation and mode."""
+"""The benchmark's rows as a CSV file, a Markdown table, and a plot for each operation and mode."""
 
 import csv
 import importlib.util
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class BenchmarkRow:
-    """One measurement. Times and rates are None where a provider was checked but not timed."""
+    """One measurement; times and rates are None if a provider was checked but not timed."""
 
     op: str
     provider: str
@@ -47,7 +47,7 @@ _FIGURES = ("p20_ms", "p50_ms", "p80_ms", "tflops", "gb_per_s", "fraction_of_cei
 
 @dataclass(frozen=True)
 class Heading:
-    """What every number depends on."""
+    """The conditions of every number."""
 
     command: str
     date: str
@@ -57,8 +57,9 @@ class Heading:
 
 
 def write_report(directory: Path, heading: Heading, rows: Sequence[BenchmarkRow]) -> list[Path]:
-    """Write results.csv, results.md and, where matplotlib is installed, the plots; returns their
-    paths.
+    """Write results.csv, results.md and, if matplotlib is installed, the plots.
+
+    Returns their paths.
     """
     written = write_tables(directory, heading, rows)
     if importlib.util.find_spec("matplotlib") is None:
@@ -69,7 +70,7 @@ def write_report(directory: Path, heading: Heading, rows: Sequence[BenchmarkRow]
 
 
 def write_tables(directory: Path, heading: Heading, rows: Sequence[BenchmarkRow]) -> list[Path]:
-    """Write results.csv and results.md; returns their paths."""
+    """Write results.csv and results.md, and return their paths."""
     directory.mkdir(parents=True, exist_ok=True)
     written = [directory / "results.csv", directory / "results.md"]
     _replace(written[0], as_csv(rows))
@@ -78,7 +79,7 @@ def write_tables(directory: Path, heading: Heading, rows: Sequence[BenchmarkRow]
 
 
 def as_csv(rows: Iterable[BenchmarkRow]) -> str:
-    """One line a row, a header first; empty where not timed."""
+    """Return a header and one line for each row; a field is empty if not timed."""
     text = io.StringIO()
     writer = csv.DictWriter(
         text, [field.name for field in fields(BenchmarkRow)], lineterminator="\n"
@@ -92,7 +93,7 @@ def as_csv(rows: Iterable[BenchmarkRow]) -> str:
 
 
 def from_csv(text: str) -> list[BenchmarkRow]:
-    """The rows that ``as_csv`` wrote."""
+    """Return the rows that ``as_csv`` wrote."""
     read: dict[str, Callable[[str], object]] = {
         "size": int,
         "correct": lambda word: word == "True",
@@ -107,14 +108,14 @@ def from_csv(text: str) -> list[BenchmarkRow]:
 
 
 def as_markdown(heading: Heading, rows: Sequence[BenchmarkRow]) -> str:
-    """The conditions, then a table for each operation and mode."""
+    """Return the conditions, then a table for each operation and mode."""
     lines = [
         "# Kernel benchmark",
         "",
         f"`{heading.command}`, {heading.date}, on {heading.machine}. {heading.ceilings}",
         "",
-        "Error is a multiple of plain torch's own in the same dtype, against the next wider one: "
-        "2 passes.",
+        "Error is a multiple of plain torch's own in the same dtype, both measured against the "
+        "next wider dtype; 2 or less passes.",
         *(["", *(f"* {note}" for note in heading.notes)] if heading.notes else []),
     ]
     for group in _grouped(rows):
@@ -142,7 +143,7 @@ def _markdown_row(row: BenchmarkRow) -> str:
 
 
 def _grouped(rows: Iterable[BenchmarkRow]) -> list[list[BenchmarkRow]]:
-    """Rows of one operation and mode together, in the order they came."""
+    """Return the rows in groups of one operation and mode, in their first order."""
     groups: dict[tuple[str, str], list[BenchmarkRow]] = {}
     for row in rows:
         groups.setdefault((row.op, row.mode), []).append(row)
@@ -150,7 +151,10 @@ def _grouped(rows: Iterable[BenchmarkRow]) -> list[list[BenchmarkRow]]:
 
 
 def _plot(directory: Path, rows: Sequence[BenchmarkRow]) -> Path | None:
-    """Rate by size, a line for each provider and kind of shape; None where nothing was timed."""
+    """Plot the rate by size, with a line for each provider and variant.
+
+    Returns None if nothing was timed.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -181,20 +185,20 @@ def _plot(directory: Path, rows: Sequence[BenchmarkRow]) -> Path | None:
 
 
 def _axis(row: BenchmarkRow) -> str:
-    """What of the shape the size is: ``width`` of ``rows 512, width 768``."""
+    """Return the name of the size within the shape: ``width`` in ``rows 512, width 768``."""
     return next(
         part for part in reversed(row.shape.split(", ")) if part.endswith(f" {row.size}")
     ).split()[0]
 
 
 def _variant(row: BenchmarkRow) -> str:
-    """What distinguishes shapes of one size: the head dimension, or a residual."""
+    """Return what distinguishes shapes of one size: the head dimension, or a residual."""
     parts = [part for part in row.shape.split(", ") if part.startswith(("head_dim", "residual"))]
     return f" ({', '.join(parts)})" if parts else ""
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write aside, then rename: a killed benchmark leaves the previous report whole."""
+    """Write a new file, then rename it: a killed benchmark leaves the previous report whole."""
     aside = path.with_name(path.name + ".new")
     aside.write_text(text)
     os.replace(aside, path)

@@ -1,6 +1,4 @@
-"""The benchmark's loop: every case, mode and provider of the operations asked for, on this
-machine.
-"""
+"""The benchmark's loop: every case, mode and provider of the chosen operations."""
 
 import datetime
 import importlib.util
@@ -14,8 +12,8 @@ from typing import Any
 import torch
 
 if not torch.cuda.is_available():
-    # Our kernels are only checked here, by the interpreter, which must be chosen before triton is
-    # first imported.
+    # Without a GPU our kernels are only checked, by the interpreter, which must be selected before
+    # triton is first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import kernels
@@ -24,14 +22,14 @@ from kernels.bench.machine import device_name, versions
 from kernels.bench.providers import Provider, UnavailableError, providers
 from kernels.bench.report import BenchmarkRow, Heading, write_report, write_tables
 from kernels.bench.timing import (
+    Expected,
     Measured,
-    Yardstick,
     copy_ceiling_gb_per_s,
     errors,
+    expected,
     gemm_ceiling_tflops,
     measure,
     step,
-    yardstick,
 )
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -41,7 +39,7 @@ INTERPRETED = "megagpt (interpreter)"
 
 @dataclass
 class BenchmarkRun:
-    """What holds for a whole run, and the rows and notes it gathers."""
+    """The conditions of a whole run, and the rows and notes that it collects."""
 
     device: str
     machine: str
@@ -51,20 +49,18 @@ class BenchmarkRun:
     copy_gb_per_s: float
     rows: list[BenchmarkRow] = field(default_factory=list)
     stopped: bool = False
-    only: tuple[
-        str, ...
-    ] = ()  # providers, by name or its first words; all of them where there is none
+    # Providers, by name or its first words; empty: all.
+    only: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
-    keep: Callable[[BenchmarkRow], object] = lambda row: (
-        None
-    )  # called with each row when it is known
-    absent: Callable[[Case, str, str, str], None] = lambda case, provider, mode, reason: (
-        None
-    )  # with what did not run
-    skip: Callable[[str, str], bool] = lambda provider, mode: False  # measured before
+    # Called with each new row.
+    keep: Callable[[BenchmarkRow], object] = lambda row: None
+    # Called with what did not run.
+    absent: Callable[[Case, str, str, str], None] = lambda case, provider, mode, reason: None
+    # Returns whether a provider and mode were measured before.
+    skip: Callable[[str, str], bool] = lambda provider, mode: False
 
     def note(self, text: str) -> None:
-        """Say something once."""
+        """Print and keep a note, once."""
         if text not in self.notes:
             print(text, flush=True)
             self.notes.append(text)
@@ -72,7 +68,7 @@ class BenchmarkRun:
     def add(
         self, case: Case, provider: str, mode: str, measured: Measured | None, error: float
     ) -> None:
-        """Keep and show one measurement; without one, a check of accuracy alone."""
+        """Keep and print one measurement; ``measured`` None is a check of accuracy alone."""
         row = self._row(case, provider, mode, measured, error)
         self.rows.append(row)
         self.keep(row)
@@ -86,7 +82,7 @@ class BenchmarkRun:
         )
 
     def fail(self, case: Case, provider: str, mode: str, failure: str) -> None:
-        """One of our own kernels that gave no result is a row too, and wrong."""
+        """Keep and print a failure of one of our own kernels: a row that counts as wrong."""
         row = replace(
             self._row(case, provider, mode, None, float("inf")), failure=failure.replace("|", "/")
         )
@@ -95,14 +91,12 @@ class BenchmarkRun:
         print(f"{case.op} {mode}, {provider}, {case.shape}: FAILED: {failure}", flush=True)
 
     def leave(self, case: Case, provider: str, mode: str, reason: str) -> None:
-        """Another's implementation that did not run is a note, once for each operation and
-        reason.
-        """
+        """Note another implementation that did not run, once for each operation and reason."""
         self.note(f"{case.op}: {provider} not run: {reason}")
         self.absent(case, provider, mode, reason)
 
     def wants(self, provider: str, mode: str) -> bool:
-        """Whether a provider was asked for, and not measured before."""
+        """Return whether a provider was requested and not measured before."""
         asked = not self.only or any(f"{provider} ".startswith(f"{name} ") for name in self.only)
         return asked and not self.skip(provider, mode)
 
@@ -135,8 +129,9 @@ class BenchmarkRun:
         )
 
     def fraction(self, rate: float, ceiling: float) -> float | None:
-        """Of what this GPU can do; a CPU's caches hold the small cases, which a ceiling says
-        nothing of.
+        """Return the fraction of this GPU's ceiling.
+
+        None on a CPU: its caches hold the small cases, which run faster than the ceiling.
         """
         return rate / ceiling if self.device == "cuda" else None
 
@@ -147,7 +142,7 @@ def sizes(
     widths: list[int] | None,
     tokens: int | None,
 ) -> Sizes:
-    """This device's sizes, with what is given in their place."""
+    """Return this device's sizes, replaced by what is given."""
     given = {"lengths": lengths, "head_dims": head_dims, "widths": widths}
     changes: dict[str, Any] = {name: tuple(values) for name, values in given.items() if values}
     if tokens:
@@ -164,14 +159,13 @@ def run(
     command: str,
     only: tuple[str, ...] = (),
 ) -> int:
-    """Measure, and write the tables after each row, the plots after each operation; returns 1
-    where one of our own kernels is wrong or fails.
+    """Measure; write the tables after each row and the plots after each operation.
+
+    Returns 1 if one of our own kernels is wrong or fails, else 0.
     """
     this = this_machine(dtype)
-    this.only, this.keep = (
-        only,
-        lambda row: write_tables(output, _heading(this, command), this.rows),
-    )
+    this.only = only
+    this.keep = lambda row: write_tables(output, _heading(this, command), this.rows)
     written: list[Path] = []
     for op in ops:
         try:
@@ -181,7 +175,7 @@ def run(
                 measure_case(this, case, modes)
             if this.device == "cpu":
                 _check_interpreted(this, op, modes)
-        except Exception as error:  # not even the yardstick ran: what was measured before is kept
+        except Exception as error:  # even the reference failed; keep what was measured before
             this.note(f"{op}: STOPPED: {_told(error)}")
             this.stopped = True
         written = write_report(output, _heading(this, command), this.rows)
@@ -195,7 +189,7 @@ def run(
 
 
 def _told(error: Exception) -> str:
-    """An error in one line."""
+    """Return an error in one line."""
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
@@ -216,7 +210,7 @@ def _ceilings(this: BenchmarkRun) -> str:
 
 
 def measure_case(this: BenchmarkRun, case: Case, modes: tuple[str, ...]) -> None:
-    """Every mode of a case with every provider that was asked for."""
+    """Measure every mode of a case with every requested provider."""
     for mode in modes:
         if case.op == "linear_cross_entropy" and mode == "bwd":
             this.note(
@@ -230,18 +224,18 @@ def measure_case(this: BenchmarkRun, case: Case, modes: tuple[str, ...]) -> None
             if this.wants(provider.name, mode)
         ]
         if wanted:
-            against = yardstick(case, mode)
+            against = expected(case, mode)
         for provider in wanted:
             _measure_one(this, case, mode, provider, against)
 
 
 def _measure_one(
-    this: BenchmarkRun, case: Case, mode: str, provider: Provider, against: Yardstick
+    this: BenchmarkRun, case: Case, mode: str, provider: Provider, against: Expected
 ) -> None:
-    """One row.
+    """Add one row.
 
-    Whatever another's code raises (no such backend, out of memory, a changed API) is a note; ours
-    fails.
+    Whatever another implementation raises (no such backend, out of memory, a changed API) becomes a
+    note. An error of ours is a failure.
     """
     try:
         function = provider.prepare(case)
@@ -268,14 +262,17 @@ def _error(
     mode: str,
     provider: Provider,
     function: Callable[..., Any],
-    against: Yardstick,
+    against: Expected,
 ) -> float:
-    """Against the yardstick; of a provider that drops other elements than ours, without dropout."""
+    """Return the error against the expected results.
+
+    A provider that drops other elements than ours is checked without dropout.
+    """
     if not provider.own_masks or "dropout" not in case.options:
         return errors(function, case, mode, against)
     this.note(
-        f"{case.op}: {provider.name} draws masks of its own: its numbers were checked without "
-        f"dropout."
+        f"{case.op}: {provider.name} draws dropout masks of its own; its results were checked "
+        f"without dropout."
     )
     options = {
         name: value for name, value in case.options.items() if not name.startswith("dropout")
@@ -284,10 +281,10 @@ def _error(
 
 
 def _check_interpreted(this: BenchmarkRun, op: str, modes: tuple[str, ...]) -> None:
-    """Our kernel's accuracy on small shapes."""
+    """Check our kernel's accuracy on small shapes, under the interpreter."""
     this.note(
-        "No GPU here: torch's providers ran on the CPU; our kernels were checked by the "
-        "interpreter, not timed."
+        "No GPU found: torch's implementations were timed on the CPU; our kernels were checked by "
+        "the interpreter, not timed."
     )
     if importlib.util.find_spec("triton") is None:
         this.note("Our kernels were not checked: the package triton is not installed.")
@@ -316,11 +313,13 @@ def _forced(mode: str) -> Iterator[None]:
 
 
 def this_machine(dtype: str | None) -> BenchmarkRun:
-    """A run on this device, whose ceilings are measured now; ``dtype`` None: bf16 on a GPU, else
-    fp32.
+    """Return a run on this device, with its ceilings measured now.
+
+    ``dtype`` None is bf16 on a GPU, else fp32.
     """
     device, dtype = (
         ("cuda", dtype or "bf16") if torch.cuda.is_available() else ("cpu", dtype or "fp32")
     )
-    gemm, copy = gemm_ceiling_tflops(DTYPES[dtype], device), copy_ceiling_gb_per_s(device)
+    gemm = gemm_ceiling_tflops(DTYPES[dtype], device)
+    copy = copy_ceiling_gb_per_s(device)
     return BenchmarkRun(device, device_name(), versions(), dtype, gemm, copy)

@@ -15,14 +15,15 @@ from kernels.bench.cases import Case
 
 _L2_BYTES = 256 * 2**20  # more than any GPU's second-level cache
 _BUDGET_S = 0.3  # of timed repetitions for one measurement
-_CYCLES_PER_S = 2_000_000_000  # no GPU's clock is faster by much
+_CYCLES_PER_S = 2_000_000_000  # about the fastest clock of any GPU
 _LONGEST_HEAD_START_S = 0.01
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Quantiles over repetitions, and the memory one of them takes beyond its arguments (None on
-    a CPU).
+    """Quantiles over repetitions, and the memory of one repetition beyond its arguments.
+
+    ``peak_mib`` is None on a CPU.
     """
 
     p20_ms: float
@@ -32,10 +33,10 @@ class Measured:
 
 
 def step(function: Callable[..., Any], case: Case, mode: str) -> Callable[[], Any]:
-    """A call without arguments that does what ``mode`` (fwd, bwd or both) says, on leaves of its
-    own.
+    """Return a call without arguments of what ``mode`` names: fwd, bwd or both.
 
     Forward runs without autograd; backward alone uses the graph of a forward outside the timing.
+    The leaves are copies.
     """
     if mode == "fwd":
         return lambda: _without_autograd(function, case)
@@ -68,8 +69,9 @@ def _without_autograd(function: Callable[..., Any], case: Case) -> Any:
 
 
 def measure(run: Callable[[], Any], device: str) -> Measured:
-    """Time a call until ``_BUDGET_S`` is spent, at least five times, with a cold second-level
-    cache on a GPU.
+    """Time a call until ``_BUDGET_S`` is spent, and at least five times.
+
+    On a GPU the second-level cache is cold.
     """
     once_ms = _repeat(run, 2, device)[-1]
     count = max(5, min(200, int(1000 * _BUDGET_S / max(once_ms, 1e-3))))
@@ -88,7 +90,7 @@ def _peak_mib(run: Callable[[], Any], device: str) -> float | None:
 
 
 def _repeat(run: Callable[[], Any], count: int, device: str) -> list[float]:
-    """Milliseconds of each repetition."""
+    """Return the milliseconds of each repetition."""
     if device == "cpu":
         times = []
         for _ in range(count):
@@ -104,8 +106,8 @@ def _repeat(run: Callable[[], Any], count: int, device: str) -> list[float]:
     head_start = _head_start_cycles(run)
     for start, end in marks:
         flush.zero_()
-        # The GPU idles until Python has launched all of the call, or small shapes would time
-        # Python.
+        # The GPU waits until Python has launched the whole call; otherwise small shapes would
+        # measure Python.
         torch.cuda._sleep(head_start)
         start.record()
         run()
@@ -115,7 +117,7 @@ def _repeat(run: Callable[[], Any], count: int, device: str) -> list[float]:
 
 
 def _head_start_cycles(run: Callable[[], Any]) -> int:
-    """Twice as long as Python takes over a call, the quickest of three."""
+    """Return twice the time of Python's part of a call, in cycles; the fastest of three."""
     host_s = []
     for _ in range(3):
         torch.cuda.synchronize()
@@ -125,15 +127,15 @@ def _head_start_cycles(run: Callable[[], Any]) -> int:
     return int(_CYCLES_PER_S * min(2 * min(host_s), _LONGEST_HEAD_START_S))
 
 
-Yardstick = list[tuple[Tensor, float]]
+Expected = list[tuple[Tensor, float]]
 
 
-def yardstick(case: Case, mode: str) -> Yardstick:
-    """The truth of each output (and gradient, unless ``mode`` is fwd), and how far torch's own is
-    from it.
+def expected(case: Case, mode: str) -> Expected:
+    """Return each exact output, and the error that torch's own has.
 
-    Truth is the plain-torch twin in the next wider dtype. Rounding the truth to the dtype counts as
-    error of torch's too, so that a lucky torch does not make all others look wrong.
+    With gradients too, unless ``mode`` is fwd. Exact is the result of the plain-torch twin in the
+    next wider dtype. The error of rounding it to the dtype is added to torch's own, so that by
+    chance a small error of torch does not make all others look wrong.
     """
     twin = getattr(reference, case.op)
     wide = (
@@ -151,12 +153,13 @@ def yardstick(case: Case, mode: str) -> Yardstick:
 
 
 def errors(
-    function: Callable[..., Any], case: Case, mode: str, against: Yardstick | None = None
+    function: Callable[..., Any], case: Case, mode: str, against: Expected | None = None
 ) -> float:
-    """The largest error of its results as a multiple of torch's own: 2 or less passes the tests'
-    rule of accuracy.
+    """Return the largest error of the results as a multiple of torch's own.
+
+    2 or less passes, as in the tests.
     """
-    against = yardstick(case, mode) if against is None else against
+    against = expected(case, mode) if against is None else against
     results = zip(_results(function, case, mode), against, strict=True)
     return max((_largest(ours, exact) / allowed for ours, (exact, allowed) in results), default=0.0)
 
@@ -168,14 +171,15 @@ def _results(function: Callable[..., Any], case: Case, mode: str) -> list[Tensor
 
 
 def _largest(value: Tensor, truth: Tensor) -> float:
-    """The largest absolute difference; infinite where a value is not a number."""
+    """Return the largest absolute difference; infinite if a value is NaN."""
     difference = (value.to(truth.dtype) - truth).abs()
     return float(difference.nan_to_num(nan=float("inf")).max()) if difference.numel() else 0.0
 
 
 def gemm_ceiling_tflops(dtype: torch.dtype, device: str) -> float:
-    """The rate of one large matrix product of random numbers: what no fused kernel here will
-    exceed.
+    """Return the rate of one large matrix product of random numbers.
+
+    No fused kernel here exceeds it.
     """
     size = 8192 if device == "cuda" else 512
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -183,7 +187,7 @@ def gemm_ceiling_tflops(dtype: torch.dtype, device: str) -> float:
 
 
 def copy_ceiling_gb_per_s(device: str) -> float:
-    """The rate of a copy far larger than the caches, reads and writes counted."""
+    """Return the rate of a copy far larger than the caches, reads and writes counted."""
     source = torch.randn((2**30 if device == "cuda" else 2**26) // 4, device=device)
     target = torch.empty_like(source)
     return float(

@@ -1,4 +1,4 @@
-"""The operations as Triton kernels: one file for each operation, its launches beside its kernels.
+"""The operations as Triton kernels: one file for each operation, with its launches.
 
-``kernels.dispatch`` chooses among these and the plain twins in ``kernels.reference``.
+``kernels.dispatch`` chooses between these and the plain twins in ``kernels.reference``.
 """

@@ -1,9 +1,11 @@
 """The feed-forward's activations, each one pass over memory forward and one backward.
 
-``bias_gelu``: y = u * sigmoid(2z), u = x + bias, z = sqrt(2/pi) * (u + 0.044715 u^3): GELU's tanh
-approximation, since (1 + tanh z) / 2 = sigmoid(2z). Backward computes u again from x, and sums the
-bias's gradient on the way. ``swiglu``: silu(gate) * value of channels that alternate gate, value: a
-tensor shard of whole rows holds whole pairs.
+``bias_gelu``: y = u * sigmoid(2z), u = x + bias, z = sqrt(2/pi) * (u + 0.044715 u^3). This is
+GELU's tanh approximation, since (1 + tanh z) / 2 = sigmoid(2z). Backward computes u again from x,
+and sums the bias's gradient in the same pass.
+
+``swiglu``: silu(gate) * value, with channels that alternate gate, value. A tensor shard of whole
+rows therefore holds whole pairs.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -25,18 +27,18 @@ _BLOCK = 1024  # channels for each program
 
 @triton.jit
 def _gelu(u):
-    """GELU of u, and its derivative."""
+    """Return GELU of u, and its derivative."""
     square = u * u
     twice_z = 1.5957691216057308 * u * (1.0 + 0.044715 * square)  # 2 * sqrt(2 / pi)
     gate = tl.sigmoid(twice_z)
     slope = 1.5957691216057308 * (1.0 + 0.134145 * square)  # d(2z)/du; 3 * 0.044715
-    # sigmoid(-2z), not 1 - gate, whose rounding error u * slope would multiply
+    # sigmoid(-2z), not 1 - gate: u * slope would multiply the rounding error of 1 - gate.
     return u * gate, gate + u * gate * tl.sigmoid(-twice_z) * slope
 
 
 @triton.jit
 def bias_gelu_forward(x, bias, y, channels, BLOCK: tl.constexpr):
-    """One block of one row for each program."""
+    """Compute one block of one row for each program; x and y (rows, channels)."""
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < channels
     offset = tl.program_id(0).to(tl.int64) * channels + column
@@ -51,8 +53,9 @@ def bias_gelu_forward(x, bias, y, channels, BLOCK: tl.constexpr):
 def bias_gelu_backward(
     dy, x, bias, dx, dbias, rows, channels, rows_per_program, BLOCK: tl.constexpr
 ):
-    """A run of rows and one block of channels for each program; dbias (programs, channels) takes
-    fp32 partial sums.
+    """Compute dx of a run of rows and one block of channels for each program.
+
+    dbias (programs, channels) gets fp32 partial sums.
     """
     program = tl.program_id(0).to(tl.int64)
     first = program * rows_per_program
@@ -71,7 +74,7 @@ def bias_gelu_backward(
 
 @triton.jit
 def swiglu_forward(x, y, count, BLOCK: tl.constexpr):
-    """BLOCK results for each program, of ``count``."""
+    """Compute BLOCK results for each program, of ``count``; x holds 2 * count channels."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     pair = first * 2 + tl.arange(0, 2 * BLOCK)
     channels = 2 * tl.cast(count, tl.int64)  # may not fit where count itself does
@@ -85,7 +88,7 @@ def swiglu_forward(x, y, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def swiglu_backward(dy, x, dx, count, BLOCK: tl.constexpr):
-    """The gradients of BLOCK pairs for each program, of ``count``."""
+    """Compute the gradients of BLOCK pairs for each program, of ``count``."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     pair = first * 2 + tl.arange(0, 2 * BLOCK)
     channels = 2 * tl.cast(count, tl.int64)  # may not fit where count itself does
@@ -117,12 +120,13 @@ def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 
 @torch.library.custom_op("megagpt::bias_gelu_backward", mutates_args=())
 def _bias_gelu_backward(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    dx, channels = _contiguous_like(x), x.shape[-1]
+    dx = _contiguous_like(x)
+    channels = x.shape[-1]
     if not x.numel():
         return dx, torch.zeros_like(bias)
     rows = x.numel() // channels
     blocks = triton.cdiv(channels, _BLOCK)
-    # About 1,000 programs fill the largest GPU several times over, and keep the partial sums few.
+    # About 1,000 programs fill the largest GPU several times, with few partial sums to add.
     programs = min(rows, triton.cdiv(1024 if x.is_cuda else 4, blocks))
     partial_sums = x.new_empty(programs, channels, dtype=torch.float32)
     launch(
@@ -187,17 +191,17 @@ refuse_second_order(_swiglu_backward, "swiglu")
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """GELU(x + bias) in the tanh approximation; bias (channels,)."""
+    """Return GELU(x + bias) in the tanh approximation; x (..., channels), bias (channels,)."""
     return _bias_gelu(x, bias)
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """silu(gate) * value of x (..., 2 * channels), whose channels alternate gate, value."""
+    """Return silu(gate) * value of x (..., 2 * channels), whose channels alternate gate, value."""
     return _swiglu(x)
 
 
 def refusal(op: str, *args: Any, **kwargs: Any) -> str | None:
-    """Nothing is refused: any number of rows and channels."""
+    """Refuse nothing: any number of rows and channels."""
     return None
 
 

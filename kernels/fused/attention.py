@@ -1,8 +1,8 @@
 """Fused attention: the public function, its two custom operators and their gradients.
 
 The kernels are in attention_forward.py and attention_backward.py, their block sizes in
-attention_tiles.py. As custom operators with shape functions they pass through torch.compile, and
-torch's FLOP counter knows them.
+attention_tiles.py. As custom operators with shape functions they work under torch.compile, and
+torch's FLOP counter counts them.
 """
 
 import math
@@ -44,13 +44,12 @@ def attention(
     head_offset: int = 0,
     deterministic: bool = False,
 ) -> Tensor:
-    """softmax(q k^T * scale) v as ``kernels.reference.attention`` defines it, without storing the
-    scores.
+    """Compute ``kernels.reference.attention`` without storing the scores.
 
-    Memory grows with length, not with its square. The result lies in memory as (batch, length,
-    heads, head_dim), so merging the heads afterwards is free. With ``deterministic``, or torch's
-    deterministic algorithms, repeated backward passes give the same bits, for seven matrix products
-    a score instead of five.
+    Memory grows with length, not with its square. The result is stored as (batch, length, heads,
+    head_dim), so merging the heads needs no copy. With ``deterministic``, or torch's deterministic
+    algorithms, repeated backward passes give the same bits; they take seven matrix products for
+    each score instead of five.
     """
     documents = (
         None if document_ids is None else document_bounds(document_ids).positions.contiguous()
@@ -65,7 +64,7 @@ def attention(
 def refusal(
     op: str, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **kwargs: Any
 ) -> str | None:
-    """Why the fused kernels cannot run this call; None when they can."""
+    """Return why the fused kernels cannot run this call, or None."""
     if q.shape[-1] > MAXIMUM_HEAD_DIM:
         return f"head_dim {q.shape[-1]} is above {MAXIMUM_HEAD_DIM}"
     if scale is not None and scale <= 0:
@@ -74,9 +73,9 @@ def refusal(
 
 
 def fault(op: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> str | None:
-    """What these kernels compute wrongly on this GPU; None where they are right.
+    """Return what these kernels compute wrongly on this GPU, or None.
 
-    The first call of a kind checks.
+    The first call of each kind runs the self-check.
     """
     if not q.numel() or not k.numel():
         return None  # nothing would be launched
@@ -84,21 +83,22 @@ def fault(op: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> str | Non
 
 
 def empty_heads_last(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised (batch, heads, length, head_dim) whose memory is laid out (batch, length,
-    heads, head_dim).
+    """Return an uninitialised tensor of the shape of ``like``, stored as (b, length, heads, d).
+
+    ``like`` is (batch, heads, length, head_dim).
     """
     batch, heads, length, head_dim = like.shape
     return like.new_empty(batch, length, heads, head_dim, dtype=dtype).transpose(1, 2)
 
 
 def _addressable(x: Tensor) -> Tensor:
-    """x, copied if an offset within one block of it would need more than 31 bits."""
+    """Return x, copied if an offset within one block of it would need more than 31 bits."""
     return x.contiguous() if 256 * max(x.stride(2), x.stride(3)) >= 2**31 else x
 
 
 @dataclass(frozen=True)
 class _Call:
-    """What every kernel of one call is told beside its tensors."""
+    """The arguments of one call that its kernels share, beside its tensors."""
 
     documents: Tensor | None
     seed: Tensor | None
@@ -108,13 +108,11 @@ class _Call:
     head_offset: int
 
     def tiles(self, phase: str, q: Tensor) -> Tiles:
-        """Block sizes of one pass."""
+        """Return the block sizes of one pass."""
         return tiles_for(phase, q, dropout=self.dropout > 0, documents=self.documents is not None)
 
     def scalars(self, q: Tensor, k: Tensor) -> tuple[float, ...]:
-        """heads, group, length, key_length, scale, scale_log2, keep_scale, head_offset: what
-        every kernel takes.
-        """
+        """Return heads, group, length, key_length, scale, scale_log2, keep_scale, head_offset."""
         sizes = (q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2])
         return (
             *sizes,
@@ -125,7 +123,7 @@ class _Call:
         )
 
     def constants(self, q: Tensor, tiles: Tiles) -> dict[str, Any]:
-        """The compile-time arguments and launch options."""
+        """Return the compile-time arguments and launch options."""
         return {
             "HEAD_DIM": q.shape[3],
             "BLOCK_DIM": padded(q.shape[3]),
@@ -137,7 +135,7 @@ class _Call:
 
 
 def _blocks(length: int, block: int, x: Tensor) -> tuple[int]:
-    """One program for each block of each head of x."""
+    """Return a grid of one program for each block of each head of x."""
     return (-(-length // block) * x.shape[0] * x.shape[1],)
 
 
@@ -154,8 +152,9 @@ def _forward(
     head_offset: int,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The result and the log2-sum-exp2 of each query's scaled scores (batch, heads, length) in
-    fp32.
+    """Return the result and the log2-sum-exp2 of each query's scaled scores.
+
+    The second is fp32 (batch, heads, length).
     """
     out = empty_heads_last(q)
     log_sum_exp = q.new_full(q.shape[:3], math.inf, dtype=torch.float32)
@@ -193,7 +192,7 @@ def backward(
     head_offset: int,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v."""
+    """Return the gradients of q, k and v."""
     dq, dk, dv = empty_heads_last(q), empty_heads_last(k), empty_heads_last(v)
     if not out.numel() or not k.numel():
         return dq.zero_(), dk.zero_(), dv.zero_()
@@ -222,7 +221,7 @@ def _(
 
 
 def _delta(out: Tensor, out_gradient: Tensor) -> Tensor:
-    delta = out.new_empty(out.shape[:3], dtype=torch.float32)
+    delta = out.new_empty(out.shape[:3], dtype=torch.float32)  # (batch, heads, length)
     heads, length, head_dim = out.shape[1:]
     launch(
         attention_backward_delta, _blocks(length, _ROWS_PER_DELTA_BLOCK, out), out,
@@ -239,21 +238,22 @@ def _launch_keys(
     *,
     add_query_gradient: bool,
 ) -> None:
-    """Fill dk and dv, one program a block of keys; with ``add_query_gradient`` add dq / scale to
-    an fp32 buffer.
+    """Fill dk and dv, one program for each block of keys.
+
+    With ``add_query_gradient`` also add dq / scale to an fp32 buffer.
     """
     q, k, v, out_gradient, _, _ = inputs
     tiles = call.tiles("backward_keys", q)
     launch(
         attention_backward_keys, _blocks(k.shape[2], tiles.BLOCK_N, k), q,
-        *inputs, *gradients, call.documents, call.seed, *(x.stride() for x in (q, k, v,
-        out_gradient, *gradients)),
+        *inputs, *gradients, call.documents, call.seed,
+        *(x.stride() for x in (q, k, v, out_gradient, *gradients)),
         *call.scalars(q, k), **call.constants(q, tiles), ADD_QUERY_GRADIENT=add_query_gradient,
     )  # fmt: skip
 
 
 def _launch_queries(inputs: tuple[Tensor, ...], dq: Tensor, call: _Call) -> None:
-    """Fill dq, one program a block of queries."""
+    """Fill dq, one program for each block of queries."""
     q, k, v, out_gradient, _, _ = inputs
     tiles = call.tiles("backward_queries", q)
     launch(
@@ -286,9 +286,15 @@ refuse_second_order(backward, "attention")
 def _flops(q: tuple[int, ...], k: tuple[int, ...], causal: bool, backward: bool) -> int:
     batch, heads, length, head_dim = q
     cost = costs.attention(
-        batch, heads, length, head_dim, key_length=k[2], causal=causal, itemsize=2,
-        backward=backward
-    )  # fmt: skip
+        batch,
+        heads,
+        length,
+        head_dim,
+        key_length=k[2],
+        causal=causal,
+        itemsize=2,
+        backward=backward,
+    )
     return cost.flops
 
 

@@ -1,6 +1,4 @@
-"""The attention configurations compiled ahead of time: what ``fused_attention`` launches for
-typical calls.
-"""
+"""The attention configurations that are compiled ahead of time: those of typical calls."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -42,8 +40,9 @@ def _configuration(
     group: int = 1,
     atomic: bool = True,
 ) -> AheadOfTime:
-    """One call with block sizes from the table. triton knows a group of 1 when compiling, so it
-    is a constant here.
+    """Return one call, with block sizes from the table.
+
+    Triton treats a group of 1 as a compile-time constant, so it is one here.
     """
     kernel = _KERNELS[phase]
     tiles = choose_tiles(
@@ -106,8 +105,9 @@ def _delta(head_dim: int) -> AheadOfTime:
 
 
 def _shipped(generation: int) -> Iterator[AheadOfTime]:
-    """What typical calls launch on the first GPUs of a generation (the major number of the
-    compute capability).
+    """Yield what typical calls launch on the first GPUs of a generation.
+
+    ``generation`` is the major number of the compute capability.
     """
     configuration = partial(_configuration, generation)
     yield from (

@@ -1,23 +1,23 @@
-"""Attention backward in Triton: scores are recomputed from the saved log-sum-exp (FlashAttention-2,
-Dao 2023).
+"""Attention backward in Triton, with scores recomputed from the saved log-sum-exp.
 
-With P the probabilities, D the dropout mask over its keep probability, and delta = rowsum(dO * O):
-dV = (P * D)^T dO      dP = (dO V^T) * D      dS = P * (dP - delta)      dQ = scale * dS K      dK =
-scale * dS^T Q
+FlashAttention-2 (Dao 2023). With P the probabilities, D the dropout mask divided by its keep
+probability, and delta = rowsum(dO * O):
 
-``attention_backward_keys`` walks once over the queries of a block of keys and adds its part of dQ
-to an fp32 buffer with atomics: five matrix products a score, in an order of summation that varies.
+    dV = (P * D)^T dO      dP = (dO V^T) * D      dS = P * (dP - delta)
+    dQ = scale * dS K      dK = scale * dS^T Q
+
+``attention_backward_keys`` goes once over the queries of a block of keys and adds its part of dQ to
+an fp32 buffer with atomics: five matrix products for each score, in a varying order of summation.
 Without ``ADD_QUERY_GRADIENT`` it leaves dQ to ``attention_backward_queries``: seven products, the
 same bits on every run.
 
-Scores are held transposed, keys by queries, so that P and dS feed the next products from registers;
-the other way round the kernel spilled hundreds of bytes at head dimension 64 on sm_90. A row is
-known by one fp32 log-sum-exp, as in FlashAttention: with scores of size S its weights are
-relatively wrong by up to about S * 2^-23.
+Scores are held transposed, (keys, queries), so that P and dS are operands of the next products
+without leaving the registers. Not transposed, the kernel spilled hundreds of bytes at head
+dimension 64 on sm_90. One fp32 log-sum-exp stands for a row, as in FlashAttention; with scores of
+size S the relative error of its weights is up to about S * 2^-23.
 """
 
-# Triton compiles these functions from the types they are launched with; Python annotations would
-# say nothing.
+# Triton compiles these functions for the types of each launch; it ignores annotations.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 import triton
@@ -40,7 +40,7 @@ def attention_backward_delta(
     out, out_gradient, delta, out_strides, gradient_strides, heads, length,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta (batch * heads, length) fp32: the sum over head_dim of out * out_gradient."""
+    """Compute delta (batch * heads, length) fp32: the sum over head_dim of out * out_gradient."""
     blocks = tl.cdiv(length, BLOCK_M)
     first_row, plane = tl.program_id(0) % blocks * BLOCK_M, tl.program_id(0) // blocks
     local_rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DIM)
@@ -72,11 +72,12 @@ def attention_backward_keys(
     CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, DROP_BELOW: tl.constexpr,
     ADD_QUERY_GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one block of keys, summed over the query heads that share them; part of dq
-    (fp32, unscaled).
+    """Compute dk and dv of one block of keys, and its part of dq (fp32, unscaled).
+
+    dk and dv are summed over the query heads that share the keys.
     """
     blocks = tl.cdiv(key_length, BLOCK_N)
-    # The first keys are seen by most queries: ascending order is heaviest first.
+    # Most queries see the first keys, so ascending order starts the longest programs first.
     block, plane = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     key_heads = heads // group
     batch, key_head = plane // key_heads, plane % key_heads
@@ -89,9 +90,10 @@ def attention_backward_keys(
     v_tile = head_start(v, v_strides, batch, key_head, first_key) + tile_offsets(
         v_strides, local_keys, columns
     )
+    # keys, values, key_gradient, value_gradient: (BLOCK_N, BLOCK_DIM)
     keys = load_tile(k_tile, key_index, columns, key_length, HEAD_DIM, True)
     values = load_tile(v_tile, key_index, columns, key_length, HEAD_DIM, True)
-    key_document = key_index
+    key_document = key_index  # (BLOCK_N,)
     if DOCUMENTS:
         documents += tl.cast(batch, tl.int64) * 2 * key_length
         key_document = tl.load(documents + key_index, mask=key_index < key_length, other=-1)
@@ -104,8 +106,8 @@ def attention_backward_keys(
     )
     key_gradient = tl.zeros((BLOCK_N, BLOCK_DIM), tl.float32)
     value_gradient = tl.zeros((BLOCK_N, BLOCK_DIM), tl.float32)
-    # One loop over heads and blocks together: a loop in a loop cost twenty registers, and the
-    # pipeline drained between.
+    # One loop over heads and blocks: nested loops cost twenty registers more, and the pipeline of
+    # loads ran empty between heads.
     start_blocks = tl.cdiv(tl.maximum(whole - start, 0), BLOCK_M)
     whole_blocks = tl.cdiv(tl.maximum(end - whole, 0), BLOCK_M)
     for step in tl.range(0, group * start_blocks):
@@ -113,24 +115,18 @@ def attention_backward_keys(
         key_gradient, value_gradient = _accumulate(
             keys, values, key_gradient, value_gradient, q, out_gradient, dq, log_sum_exp, delta,
             q_strides, gradient_strides, dq_strides, key_index, key_document, documents, seed,
-            head_offset,
-            batch, key_head * group + step // start_blocks, heads, first_key, first_row, length,
-            key_length,
-            scale_log2, keep_scale, HEAD_DIM, BLOCK_DIM, BLOCK_M, BLOCK_N, CAUSAL, DOCUMENTS,
-            DROP_BELOW,
-            ADD_QUERY_GRADIENT, True,
+            head_offset, batch, key_head * group + step // start_blocks, heads, first_key,
+            first_row, length, key_length, scale_log2, keep_scale, HEAD_DIM, BLOCK_DIM, BLOCK_M,
+            BLOCK_N, CAUSAL, DOCUMENTS, DROP_BELOW, ADD_QUERY_GRADIENT, True,
         )  # fmt: skip
     for step in tl.range(0, group * whole_blocks):
         first_row = whole + step % whole_blocks * BLOCK_M
         key_gradient, value_gradient = _accumulate(
             keys, values, key_gradient, value_gradient, q, out_gradient, dq, log_sum_exp, delta,
             q_strides, gradient_strides, dq_strides, key_index, key_document, documents, seed,
-            head_offset,
-            batch, key_head * group + step // whole_blocks, heads, first_key, first_row, length,
-            key_length,
-            scale_log2, keep_scale, HEAD_DIM, BLOCK_DIM, BLOCK_M, BLOCK_N, CAUSAL, DOCUMENTS,
-            DROP_BELOW,
-            ADD_QUERY_GRADIENT, False,
+            head_offset, batch, key_head * group + step // whole_blocks, heads, first_key,
+            first_row, length, key_length, scale_log2, keep_scale, HEAD_DIM, BLOCK_DIM, BLOCK_M,
+            BLOCK_N, CAUSAL, DOCUMENTS, DROP_BELOW, ADD_QUERY_GRADIENT, False,
         )  # fmt: skip
 
     inside = (key_index[:, None] < key_length) & (columns[None, :] < HEAD_DIM)
@@ -151,8 +147,9 @@ def query_range(
     documents, first_key, key_index, length, key_length,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """The queries that may see a block of keys: ``start``, the first that needs no mask
-    (``whole``), and ``end``.
+    """Return the range of queries that may see a block of keys: start, whole, end.
+
+    Queries from ``whole`` on need no mask.
     """
     offset = key_length - length
     start = tl.zeros_like(first_key)
@@ -167,8 +164,8 @@ def query_range(
         last = tl.max(tl.load(documents + key_length + key_index, mask=inside, other=-1))
         start = tl.maximum(start, tl.maximum(0, first - offset) // BLOCK_M * BLOCK_M)
         end = tl.minimum(end, last + 1 - offset)
-    # Zeroed keys beyond the end score 0, and exp2(0 - log_sum_exp) may be infinite: that block is
-    # masked throughout.
+    # Keys beyond the end are loaded as zeros. Their score is 0, and exp2(0 - log_sum_exp) may be
+    # infinite, so all queries of that block are masked.
     whole = end if DOCUMENTS else tl.where(first_key + BLOCK_N > key_length, end, whole)
     return start, tl.minimum(whole, end), end
 
@@ -179,13 +176,10 @@ def _accumulate(
     q_strides, gradient_strides, dq_strides, key_index, key_document, documents, seed, head_offset,
     batch, head, heads, first_key, first_row, length, key_length, scale_log2, keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    DOCUMENTS: tl.constexpr, DROP_BELOW: tl.constexpr, ADD_QUERY_GRADIENT: tl.constexpr,
-    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, DROP_BELOW: tl.constexpr,
+    ADD_QUERY_GRADIENT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add one block of queries of one head to the gradients of a block of keys and values, and
-    to its own.
-    """
+    """Add one block of queries of one head to the gradients of keys, values and queries."""
     local_rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DIM)
     rows = first_row + local_rows
     q_tile = head_start(q, q_strides, batch, head, first_row) + tile_offsets(
@@ -195,8 +189,9 @@ def _accumulate(
     gradient_tile += tile_offsets(gradient_strides, local_rows, columns)
     statistics = tl.cast(batch * heads + head, tl.int64) * length
 
-    queries = load_tile(q_tile, rows, columns, length, HEAD_DIM, True)
+    queries = load_tile(q_tile, rows, columns, length, HEAD_DIM, True)  # (BLOCK_M, BLOCK_DIM)
     lse = tl.load(log_sum_exp + statistics + rows, mask=rows < length, other=float("inf"))
+    # scores, weights, weight_gradient, score_gradient: (BLOCK_N, BLOCK_M)
     scores = product(keys, tl.trans(queries), tl.zeros((BLOCK_N, BLOCK_M), tl.float32))
     weights = tl.math.exp2(scores * scale_log2 - lse[None, :])
     if MASKED:
@@ -208,7 +203,7 @@ def _accumulate(
             visible = visible & (key_document[:, None] == row_document[None, :])
         weights = tl.where(visible, weights, 0.0)
 
-    gradient = load_tile(gradient_tile, rows, columns, length, HEAD_DIM, True)
+    gradient = load_tile(gradient_tile, rows, columns, length, HEAD_DIM, True)  # like queries
     dropped = weights
     weight_gradient = product(values, tl.trans(gradient), tl.zeros((BLOCK_N, BLOCK_M), tl.float32))
     if DROP_BELOW > 0:
@@ -241,9 +236,7 @@ def attention_backward_queries(
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, DROP_BELOW: tl.constexpr,
 ):  # fmt: skip
-    """dq of one block of queries, over the keys they see in ascending order: the deterministic
-    mode.
-    """
+    """Compute dq of one block of queries, over its keys in ascending order (deterministic)."""
     blocks = tl.cdiv(length, BLOCK_M)
     block = blocks - 1 - tl.program_id(0) % blocks
     plane = tl.program_id(0) // blocks
@@ -257,8 +250,9 @@ def attention_backward_queries(
     queries = load_tile(q_tile, rows, columns, length, HEAD_DIM, True)
     gradient_tile = head_start(out_gradient, gradient_strides, batch, head, first_row)
     gradient_tile += tile_offsets(gradient_strides, local_rows, columns)
+    # queries, gradient, total: (BLOCK_M, BLOCK_DIM)
     gradient = load_tile(gradient_tile, rows, columns, length, HEAD_DIM, True)
-    statistics = tl.cast(plane, tl.int64) * length + rows
+    statistics = tl.cast(plane, tl.int64) * length + rows  # (BLOCK_M,), like all loaded from there
     lse = tl.load(log_sum_exp + statistics, mask=rows < length, other=float("inf"))
     row_delta = tl.load(delta + statistics, mask=rows < length, other=0.0)
     last_key = last_visible(rows, length, key_length, CAUSAL)
@@ -279,10 +273,8 @@ def attention_backward_queries(
     for first_key in tl.range(start, end, BLOCK_N):
         total = _accumulate_query(
             queries, gradient, lse, row_delta, total, k_head, v_head, k_strides, v_strides, rows,
-            last_key,
-            documents, document, seed, head_offset + head, first_key, key_length, scale_log2,
-            keep_scale,
-            HEAD_DIM, BLOCK_DIM, BLOCK_N, DOCUMENTS, DROP_BELOW,
+            last_key, documents, document, seed, head_offset + head, first_key, key_length,
+            scale_log2, keep_scale, HEAD_DIM, BLOCK_DIM, BLOCK_N, DOCUMENTS, DROP_BELOW,
         )  # fmt: skip
     dq_tile = head_start(dq, dq_strides, batch, head, first_row) + tile_offsets(
         dq_strides, local_rows, columns
@@ -304,8 +296,9 @@ def _accumulate_query(
     start = tl.cast(first_key, tl.int64)
     k_tile = k_head + start * k_strides[2] + tile_offsets(k_strides, local_keys, columns)
     v_tile = v_head + start * v_strides[2] + tile_offsets(v_strides, local_keys, columns)
-    keys = load_tile(k_tile, key_index, columns, key_length, HEAD_DIM, True)
+    keys = load_tile(k_tile, key_index, columns, key_length, HEAD_DIM, True)  # (BLOCK_N, BLOCK_DIM)
     values = load_tile(v_tile, key_index, columns, key_length, HEAD_DIM, True)
+    # scores, visible, weights, weight_gradient, score_gradient: (BLOCK_M, BLOCK_N)
     scores = product(queries, tl.trans(keys), tl.zeros((rows.shape[0], BLOCK_N), tl.float32))
     visible = key_index[None, :] <= last_key[:, None]
     if DOCUMENTS:

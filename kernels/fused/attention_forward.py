@@ -1,12 +1,11 @@
-"""Attention forward in Triton: one program a block of queries, streaming over the keys it may see.
+"""Attention forward in Triton: one program for each block of queries, in a loop over its keys.
 
-FlashAttention-2 (Dao 2023): the softmax is rescaled as keys stream by, so scores never leave the
-chip. Scores stay unscaled until after the product and enter exp2 as ``score * scale * log2(e) -
+FlashAttention-2 (Dao 2023): the softmax is rescaled with each block of keys, so scores never leave
+the chip. Scores stay unscaled until after the product and enter exp2 as ``score * scale * log2(e) -
 maximum``, one fused multiply-add.
 """
 
-# Triton compiles these functions from the types they are launched with; Python annotations would
-# say nothing.
+# Triton compiles these functions for the types of each launch; it ignores annotations.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 import triton
@@ -31,15 +30,14 @@ def attention_forward(
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, DROP_BELOW: tl.constexpr,
 ):  # fmt: skip
-    """out (batch, heads, length, head_dim) and the log2-sum-exp2 of the scaled scores (batch *
-    heads, length), fp32.
+    """Compute out (batch, heads, length, head_dim) and log_sum_exp (batch * heads, length) fp32.
 
-    ``documents`` (batch, 2, key_length): the first and the last position of each position's
-    document, int32. A query that sees no key gets a zero row and a log-sum-exp of +inf, which makes
-    its probabilities zero in backward.
+    log_sum_exp is the log2-sum-exp2 of the scaled scores. ``documents`` (batch, 2, key_length)
+    int32: the first and the last position of each position's document. A query that sees no key
+    gets a zero row and a log-sum-exp of +inf, which makes its probabilities zero in backward.
     """
     blocks = tl.cdiv(length, BLOCK_M)
-    # Causal work grows with the row: the heaviest blocks go first, so that the light ones fill the
+    # Causal work grows with the row: the longest programs start first, and short ones fill the
     # last wave.
     block = blocks - 1 - tl.program_id(0) % blocks
     plane = tl.program_id(0) // blocks
@@ -50,7 +48,7 @@ def attention_forward(
     q_tile = head_start(q, q_strides, batch, head, first_row) + tile_offsets(
         q_strides, local_rows, columns
     )
-    queries = load_tile(q_tile, rows, columns, length, HEAD_DIM, True)
+    queries = load_tile(q_tile, rows, columns, length, HEAD_DIM, True)  # (BLOCK_M, BLOCK_DIM)
     k_head = head_start(k, k_strides, batch, head // group, 0)
     v_head = head_start(v, v_strides, batch, head // group, 0)
     seed = 0
@@ -71,18 +69,14 @@ def attention_forward(
     for first_key in tl.range(start, whole, BLOCK_N):
         maximum, total, weighted = _attend(
             queries, k_head, v_head, k_strides, v_strides, rows, last_key, documents, document,
-            seed,
-            head_offset + head, maximum, total, weighted, first_key, key_length, scale_log2,
-            keep_scale,
-            HEAD_DIM, BLOCK_DIM, BLOCK_N, DOCUMENTS, DROP_BELOW, False,
+            seed, head_offset + head, maximum, total, weighted, first_key, key_length, scale_log2,
+            keep_scale, HEAD_DIM, BLOCK_DIM, BLOCK_N, DOCUMENTS, DROP_BELOW, False,
         )  # fmt: skip
     for first_key in tl.range(whole, end, BLOCK_N):
         maximum, total, weighted = _attend(
             queries, k_head, v_head, k_strides, v_strides, rows, last_key, documents, document,
-            seed,
-            head_offset + head, maximum, total, weighted, first_key, key_length, scale_log2,
-            keep_scale,
-            HEAD_DIM, BLOCK_DIM, BLOCK_N, DOCUMENTS, DROP_BELOW, True,
+            seed, head_offset + head, maximum, total, weighted, first_key, key_length, scale_log2,
+            keep_scale, HEAD_DIM, BLOCK_DIM, BLOCK_N, DOCUMENTS, DROP_BELOW, True,
         )  # fmt: skip
 
     seen = total > 0.0
@@ -101,8 +95,9 @@ def key_range(
     documents, first_row, rows, length, key_length,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """The keys a block of queries may see: ``start``, the first that needs a mask (``whole``),
-    and ``end``.
+    """Return the range of keys that a block of queries may see: start, whole, end.
+
+    Keys from ``whole`` on need a mask.
     """
     offset = key_length - length
     end = key_length
@@ -110,13 +105,11 @@ def key_range(
     if CAUSAL:
         end = tl.maximum(0, tl.minimum(end, first_row + BLOCK_M + offset))
         whole = tl.minimum(whole, (first_row + offset + 1) // BLOCK_N * BLOCK_N)
-    # Needed when causal; otherwise true already, but without it ptxas 12.8 serialises the products
-    # (C7515).
+    # Only causal calls need this, but without it ptxas 12.8 serialises the products (C7515).
     whole = tl.maximum(0, whole)
     start = tl.zeros_like(end)
     if DOCUMENTS:
-        # Packed sequences: skip the blocks before the first key, and after the last, of any
-        # document in this block.
+        # Skip blocks of keys outside all documents of these queries.
         inside = rows < length
         firsts = tl.load(documents + offset + rows, mask=inside, other=key_length)
         lasts = tl.load(documents + key_length + offset + rows, mask=inside, other=-1)
@@ -133,9 +126,7 @@ def _attend(
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
     DOCUMENTS: tl.constexpr, DROP_BELOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Fold one block of keys into the running softmax (maximum, total) and the weighted sum of
-    values.
-    """
+    """Add one block of keys to the running softmax (maximum, total) and to the weighted values."""
     local_keys, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_DIM)
     key_index = first_key + local_keys
     k_tile = (
@@ -150,6 +141,7 @@ def _attend(
     )
 
     keys = load_tile(k_tile, key_index, columns, key_length, HEAD_DIM, MASKED)
+    # scores, visible, weights: (BLOCK_M, BLOCK_N)
     scores = product(queries, tl.trans(keys), tl.zeros((rows.shape[0], BLOCK_N), tl.float32))
     if MASKED:
         visible = key_index[None, :] <= last_key[:, None]
@@ -158,9 +150,9 @@ def _attend(
                 key_index[None, :], document[:, None], documents, key_length
             )
         scores = tl.where(visible, scores, float("-inf"))
-    new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale_log2)
+    new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale_log2)  # (BLOCK_M,)
     reference = new_maximum
-    if MASKED:  # a row that has seen nothing yet: keep -inf - -inf out of exp2
+    if MASKED:  # a row that has seen no key yet would compute exp2(-inf - -inf), which is NaN
         reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
     weights = tl.math.exp2(scores * scale_log2 - reference[:, None])
     rescale = tl.math.exp2(maximum - reference)
@@ -169,6 +161,7 @@ def _attend(
         keep = keep_tile(seed, plane, rows, first_key, BLOCK_N, DROP_BELOW)
         weights = tl.where(keep, weights * keep_scale, 0.0)
     values = load_tile(v_tile, key_index, columns, key_length, HEAD_DIM, MASKED)
+    # (BLOCK_M, BLOCK_DIM)
     weighted = product(
         narrow(weights, values.dtype, IN_INTERPRETER), values, weighted * rescale[:, None]
     )
@@ -177,8 +170,9 @@ def _attend(
 
 @triton.jit
 def last_visible(query, length, key_length, CAUSAL: tl.constexpr):
-    """The last key each query may see: its own position, the last query being aligned with the
-    last key.
+    """Return the last key each query may see: its own position if CAUSAL.
+
+    The last query is aligned with the last key.
     """
     last = tl.zeros_like(query) + key_length - 1
     if CAUSAL:
@@ -188,7 +182,8 @@ def last_visible(query, length, key_length, CAUSAL: tl.constexpr):
 
 @triton.jit
 def same_document(key, query_document, documents, key_length):
-    """Do keys belong to their queries' documents? A document is known by its first position;
-    both broadcast.
+    """Return whether keys belong to their queries' documents; both broadcast.
+
+    A document is identified by its first position.
     """
     return tl.load(documents + key, mask=key < key_length, other=-1) == query_document

@@ -1,4 +1,4 @@
-"""Block sizes of the attention kernels, and the configurations compiled ahead of time."""
+"""Block sizes of the attention kernels."""
 
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -14,8 +14,9 @@ MAXIMUM_HEAD_DIM = 256
 
 @dataclass(frozen=True)
 class Tiles:
-    """Queries (BLOCK_M) and keys (BLOCK_N) at a time, warps, and how many loads ahead the
-    pipeline runs.
+    """Block of queries (BLOCK_M) and of keys (BLOCK_N), warps, and the pipeline's stages.
+
+    ``num_stages`` is how many blocks the loads run ahead.
     """
 
     BLOCK_M: int
@@ -24,7 +25,7 @@ class Tiles:
     num_stages: int
 
     def options(self) -> dict[str, int]:
-        """As keyword arguments of a launch."""
+        """Return the fields as keyword arguments of a launch."""
         return asdict(self)
 
 
@@ -32,12 +33,12 @@ _Table = dict[str, dict[int, Tiles]]  # by pass, then by padded head dimension
 
 
 def _but(table: _Table, **changes: dict[int, Tiles]) -> _Table:
-    """The table with some of its rows changed."""
+    """Return the table with some of its rows changed."""
     return table | {phase: table[phase] | rows for phase, rows in changes.items()}
 
 
-# All were chosen by compiling: no spills, no serialised products, two programs a multiprocessor
-# where registers allow it. tests/kernels/compiled_kernels.csv has the figures.
+# All were chosen by compiling: no spills, no serialised products, two programs for each
+# multiprocessor if registers allow it. tests/kernels/compiled_kernels.csv has the figures.
 _HOPPER: _Table = {
     "forward": {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 128, 8, 2), 256: Tiles(64, 64, 8, 2)},
     "backward_keys": {
@@ -51,7 +52,7 @@ _HOPPER: _Table = {
         256: Tiles(64, 32, 8, 2),
     },
 }
-# Compute capability 8.0 holds the operands of products in registers, too.
+# Compute capability 8.0 also holds the operands of products in registers.
 _AMPERE = _but(
     _HOPPER,
     forward={128: Tiles(128, 64, 8, 2)},
@@ -60,7 +61,7 @@ _AMPERE = _but(
 )
 _BLACKWELL = _but(_HOPPER, backward_keys={256: Tiles(32, 32, 8, 1)})
 _LARGE = {8: _AMPERE, 9: _HOPPER, 10: _BLACKWELL}  # by the major number of the compute capability
-# The extra masks of documents take registers.
+# The masks of documents take registers.
 _BESIDE_DOCUMENTS: dict[str, dict[int, Tiles]] = {
     "forward": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 3)},
     "backward_keys": {128: Tiles(64, 32, 8, 2)},
@@ -70,7 +71,7 @@ _DOCUMENTS = {
     9: _but(_HOPPER, **_BESIDE_DOCUMENTS),
     10: _but(_BLACKWELL, **_BESIDE_DOCUMENTS),
 }
-# Dropout's random numbers need registers; and GPUs with less than 160 KiB of shared memory a
+# Dropout's random numbers need registers. GPUs with less than 160 KiB of shared memory for each
 # multiprocessor (compute capability 8.6, 8.9, 12.x) hold only small blocks.
 _SMALL: _Table = {
     "forward": {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 8, 2), 256: Tiles(64, 32, 8, 1)},
@@ -81,13 +82,13 @@ _SMALL: _Table = {
         256: Tiles(32, 32, 8, 1),
     },
 }
-# With documents as well, loads ahead make ptxas serialise Hopper's products.
+# With documents and dropout, ptxas serialises Hopper's products if loads run ahead.
 _SMALL_DOCUMENTS = _but(
     _SMALL,
     forward={64: Tiles(64, 32, 4, 1), 128: Tiles(64, 32, 8, 1)},
     backward_keys={64: Tiles(32, 64, 8, 1)},
 )
-# fp32 products run on the ordinary cores, with both operands in registers.
+# fp32 products run on the CUDA cores, with both operands in registers.
 _FP32: _Table = {
     "forward": {64: Tiles(32, 32, 4, 1), 128: Tiles(32, 32, 8, 1), 256: Tiles(16, 32, 8, 1)},
     "backward_keys": {64: Tiles(32, 32, 8, 1), 128: Tiles(16, 16, 8, 1), 256: Tiles(16, 16, 8, 1)},
@@ -106,13 +107,14 @@ _INTERPRETED = {
 
 
 def padded(head_dim: int) -> int:
-    """The power of two that holds a head; matrix products need at least 16."""
+    """Return the power of two that holds a head; matrix products need at least 16."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def tiles_for(phase: str, q: Tensor, *, dropout: bool, documents: bool) -> Tiles:
-    """The configuration of one pass (forward, backward_keys, backward_queries) for queries like
-    ``q``.
+    """Return the block sizes of one pass for queries like ``q`` on their device.
+
+    ``phase`` is forward, backward_keys or backward_queries.
     """
     if INTERPRETED:
         return _INTERPRETED[phase]
@@ -131,7 +133,10 @@ def tiles_for(phase: str, q: Tensor, *, dropout: bool, documents: bool) -> Tiles
 def choose_tiles(
     phase: str, head_dim: int, *, generation: int, fp32: bool, small: bool, documents: bool
 ) -> Tiles:
-    """The row of the tables above; ``generation`` is the major number of the compute capability."""
+    """Return the row of the tables above.
+
+    ``generation`` is the major number of the compute capability.
+    """
     if fp32:
         table = _FP32
     elif small:
@@ -143,10 +148,7 @@ def choose_tiles(
 
 @cache
 def _gpu(device: torch.device) -> tuple[int, int]:
-    """The major number of the compute capability, and the shared memory that one program may
-    have, in bytes.
-    """
-    properties: Any = torch.cuda.get_device_properties(
-        device
-    )  # torch's stub does not list the shared memory
+    """Return the major number of the compute capability, and a program's shared memory in bytes."""
+    # Any: torch's stub lacks the shared memory.
+    properties: Any = torch.cuda.get_device_properties(device)
     return int(properties.major), int(properties.shared_memory_per_block_optin)

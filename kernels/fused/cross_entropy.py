@@ -1,9 +1,8 @@
-"""Linear cross-entropy with its row functions in Triton; the chunks are
-``kernels.chunked_cross_entropy``'s.
+"""Linear cross-entropy in chunks, with the two functions of a chunk in Triton.
 
-The products are the library's, which runs them at full speed; what is left is bandwidth. torch's
-own loss reads and writes fp32 copies of the logits several times; these two functions read them
-twice and write them once.
+``kernels.chunked_cross_entropy`` does the rest: its products are the library's, which run at full
+speed. The loss is limited by memory bandwidth. torch's own reads and writes fp32 copies of the
+logits several times; these two functions read the logits twice and write them once.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -25,8 +24,10 @@ _BLOCK = 4096  # columns at a time: 16 elements for each thread of 8 warps
 
 @triton.jit
 def cross_entropy_statistics(logits, targets, statistics, vocabulary, BLOCK: tl.constexpr):
-    """One row for each program: maximum, sum of exp(logit - maximum), the target's logit (-inf
-    if it is not here).
+    """Compute one row for each program: maximum, sum of exp(logit - maximum), target's logit.
+
+    The target's logit is -inf if it is not among these columns. logits (rows, vocabulary),
+    statistics (3, rows) fp32.
     """
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
@@ -39,7 +40,7 @@ def cross_entropy_statistics(logits, targets, statistics, vocabulary, BLOCK: tl.
             tl.float32
         )
         larger = tl.maximum(maximum, tl.max(value, axis=0))
-        finite = tl.where(larger == float("-inf"), 0.0, larger)  # -inf - -inf is not a number
+        finite = tl.where(larger == float("-inf"), 0.0, larger)  # -inf - -inf is NaN
         total = total * tl.exp(maximum - finite) + tl.exp(value - finite)
         maximum = larger
     target = tl.load(targets + row)
@@ -56,7 +57,10 @@ def cross_entropy_statistics(logits, targets, statistics, vocabulary, BLOCK: tl.
 def cross_entropy_gradient(
     logits, targets, normaliser, scales, z_loss, vocabulary, BLOCK: tl.constexpr
 ):
-    """One block of one row for each program: the logits become their gradient, in place."""
+    """Overwrite one block of one row of the logits by their gradient, for each program.
+
+    normaliser (rows, 2) and scales (rows,), as in ``chunked_cross_entropy.RowFunctions``.
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < vocabulary
@@ -112,14 +116,14 @@ chunked_cross_entropy.ROW_FUNCTIONS["triton"] = chunked_cross_entropy.RowFunctio
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Tensor:
-    """``kernels.chunked_cross_entropy.linear_cross_entropy`` on Triton's row functions."""
+    """Compute ``kernels.chunked_cross_entropy.linear_cross_entropy`` with Triton's functions."""
     return chunked_cross_entropy.linear_cross_entropy(
         hidden, weight, targets, **options, implementation="triton"
     )
 
 
 def refusal(op: str, *args: Any, **kwargs: Any) -> str | None:
-    """Nothing is refused: any number of rows, any vocabulary."""
+    """Refuse nothing: any number of rows, any vocabulary."""
     return None
 
 

@@ -1,4 +1,4 @@
-"""Dropout in one pass, its mask drawn from counters and drawn again in backward: nothing is stored.
+"""Dropout in one pass; backward draws the mask again from its counters, so nothing is stored.
 
 The mask is ``kernels.philox.keep_mask``, bit for bit: a function of the sample's seed, the position
 and the channel.
@@ -25,7 +25,10 @@ _BLOCK = 1024  # channels for each program
 def dropout_apply(
     x, seeds, y, length, channels, position_offset, threshold, scale, BLOCK: tl.constexpr
 ):
-    """One block of one position for each program; a word below ``threshold`` drops its channel."""
+    """Apply dropout to one block of one position for each program.
+
+    x and y (batch, length, channels). A random word below ``threshold`` drops its channel.
+    """
     row = tl.program_id(0).to(tl.int64)
     sample = row // length
     position = (row % length + position_offset).to(tl.int32)
@@ -33,9 +36,9 @@ def dropout_apply(
     first = tl.program_id(1) * BLOCK
     group = first // 4 + tl.arange(0, BLOCK // 4)
     zero = group * 0
-    # One call of Philox gives four neighbouring channels their words.
+    # One call of Philox gives four neighbouring channels their words: each (BLOCK / 4,).
     a, b, c, d = tl.philox(seed, group, zero + position, zero, zero)
-    words = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+    words = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))  # (BLOCK,)
     column = first + tl.arange(0, BLOCK)
     mask = column < channels
     offset = row * channels + column
@@ -82,14 +85,14 @@ register_gradient(_dropout, "dropout", _gradient, _save)
 def dropout(x: Tensor, probability: float, *, seed: Tensor, position_offset: int = 0) -> Tensor:
     """Zero elements of x (batch, length, channels) and scale the rest by 1 / (1 - probability).
 
-    ``seed`` (batch,) int64; the mask depends on it, the position in the sequence and the channel
-    alone.
+    ``seed`` (batch,) int64. The mask depends only on it, on the position in the sequence and on the
+    channel.
     """
     return _dropout(x, probability, seed, position_offset)
 
 
 def refusal(op: str, *args: Any, **kwargs: Any) -> str | None:
-    """Nothing is refused: any length, any number of channels."""
+    """Refuse nothing: any length, any number of channels."""
     return None
 
 

@@ -1,8 +1,8 @@
-"""The Triton functions of layer and root-mean-square normalisation; ``kernels.fused.norms``
-launches them.
+"""The Triton functions of layer and RMS normalisation; ``kernels.fused.norms`` launches them.
 
-Inputs are contiguous rows, each of a dtype of its own; statistics and sums are fp32. CENTRED tells
-layer norm from RMS norm, and pointers that a flag switches off may be anything.
+Inputs are contiguous rows, each tensor with a dtype of its own; statistics and sums are fp32.
+CENTRED selects layer norm, otherwise it is RMS norm. A pointer that a flag switches off may be
+anything.
 """
 # mypy: disable-error-code="no-untyped-def, assignment"
 
@@ -20,8 +20,9 @@ def _load(pointer, offsets, mask):
 
 @triton.jit
 def _load_total(x, residual, total, offsets, mask, RESIDUAL: tl.constexpr):
-    """x, or x + residual rounded as it is stored: backward reads the stored sum, so both see the
-    same numbers.
+    """Return x, or x + residual rounded as it is stored.
+
+    Backward reads the stored sum, so forward must use the same numbers.
     """
     value = _load(x, offsets, mask)
     if RESIDUAL:
@@ -33,20 +34,20 @@ def _load_total(x, residual, total, offsets, mask, RESIDUAL: tl.constexpr):
 @triton.jit
 def norm_forward(
     x, residual, weight, bias, y, total, mean, rstd, rows, columns, eps,
-    CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows for each program, a whole row (columns <= BLOCK) in registers."""
+    """Normalise ROWS rows for each program, a whole row (columns <= BLOCK) in registers."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     inside = column < columns
     mask = (row < rows)[:, None] & inside[None, :]
-    offsets = row[:, None] * columns + column[None, :]
+    offsets = row[:, None] * columns + column[None, :]  # (ROWS, BLOCK), like mask and value
     value = _load_total(x, residual, total, offsets, mask, RESIDUAL)
     if RESIDUAL:
         tl.store(total + offsets, narrow(value, total.dtype.element_ty, IN_INTERPRETER), mask=mask)
     if CENTRED:
-        average = tl.sum(value, axis=1) / columns
+        average = tl.sum(value, axis=1) / columns  # (ROWS,)
         value = tl.where(mask, value - average[:, None], 0.0)
         tl.store(mean + row, average, mask=row < rows)
     scale = tl.rsqrt(tl.sum(value * value, axis=1) / columns + eps)
@@ -62,7 +63,7 @@ def norm_forward_wide(
     x, residual, weight, bias, y, total, mean, rstd, columns, eps,
     CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row for each program, in chunks of BLOCK columns: statistics first, then the result."""
+    """Normalise one row for each program, in chunks of BLOCK columns: statistics, then result."""
     row = tl.program_id(0).to(tl.int64)
     x += row * columns
     residual += row * columns
@@ -73,8 +74,8 @@ def norm_forward_wide(
         mask = column < columns
         value = _load_total(x, residual, total, column, mask, RESIDUAL)
         if CENTRED:
-            # Chan, Golub and LeVeque 1983: merging chunks keeps the precision that E[x^2] - E[x]^2
-            # would lose.
+            # Chan, Golub and LeVeque 1983: merge the chunks' squared distances, because
+            # E[x^2] - E[x]^2 would lose precision.
             count = tl.minimum(columns - start, BLOCK).to(tl.float32)
             seen = (start + count).to(tl.float32)
             chunk_average = tl.sum(value, axis=0) / count
@@ -107,17 +108,15 @@ def norm_forward_wide(
 
 @triton.jit
 def norm_backward(
-    dy, dtotal, x, weight, mean, rstd, dx, dresidual, dweight, dbias, rows, columns,
-    rows_per_program,
+    dy, dtotal, x, weight, mean, rstd, dx, dresidual, dweight, dbias,
+    rows, columns, rows_per_program,
     CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, WIDER: tl.constexpr, BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A run of rows for each program, ROWS at a time; its share of dweight and dbias stays in
-    registers to the end.
+    """Compute dx of a run of rows for each program, ROWS at a time.
 
-    WIDER: the residual's dtype is not that of the other summand, so the same gradient is stored in
-    both.
+    The program's share of dweight and dbias stays in registers to the end. WIDER: the residual's
+    dtype differs from that of x, so the same gradient is stored in both dtypes.
     """
     program = tl.program_id(0).to(tl.int64)
     first = program * rows_per_program
@@ -130,7 +129,7 @@ def norm_backward(
     for start in tl.range(first, last, ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)
         mask = (row < last)[:, None] & inside[None, :]
-        offsets = row[:, None] * columns + column[None, :]
+        offsets = row[:, None] * columns + column[None, :]  # (ROWS, BLOCK), like all loaded there
         gradient = _load(dy, offsets, mask)
         value = _load(x, offsets, mask)
         scale = tl.load(rstd + row, mask=row < last, other=0.0)[:, None]
@@ -157,17 +156,16 @@ def norm_backward(
 
 @triton.jit
 def norm_backward_wide(
-    dy, dtotal, x, weight, mean, rstd, averages, dx, dresidual, dweight, dbias, rows, columns,
-    rows_per_program,
+    dy, dtotal, x, weight, mean, rstd, averages, dx, dresidual, dweight, dbias,
+    rows, columns, rows_per_program,
     CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, WIDER: tl.constexpr, BIAS: tl.constexpr,
-    AVERAGED: tl.constexpr,
-    CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+    AVERAGED: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """As norm_backward for CHUNKS * BLOCK columns of each row, a row at a time, its numbers loaded
-    twice.
+    """Compute ``norm_backward`` for CHUNKS * BLOCK columns of a run of rows, one row at a time.
 
-    The second time they come from the cache. Where the columns are all of the row, the first time
-    gives its averages; else ``averages`` (2, rows) has them, from norm_row_averages.
+    Each row is loaded twice, the second time from the cache. If these columns are the whole row,
+    the first pass computes its averages. Otherwise (AVERAGED) ``averages`` (2, rows) has them, from
+    norm_row_averages.
     """
     program = tl.program_id(0).to(tl.int64)
     first = program * rows_per_program
@@ -177,8 +175,8 @@ def norm_backward_wide(
     for _ in tl.static_range(CHUNKS):
         weight_sums += (tl.zeros((BLOCK,), tl.float32),)
         bias_sums += (tl.zeros((BLOCK,), tl.float32),)
-    # Hoisting the weights out of the loop would take the registers that the sums need (triton 3.6
-    # spilled).
+    # No hoisting of the weights out of the loop: they would take the registers that the sums need
+    # (triton 3.6 spilled).
     for row in tl.range(first, tl.minimum(first + rows_per_program, rows), disable_licm=True):
         scale = tl.load(rstd + row)
         centre = 0.0
@@ -244,9 +242,7 @@ def norm_row_averages(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The averages over each row that its dx takes: of g * z, and of g; one row for each
-    program.
-    """
+    """Compute the averages over one row for each program that dx needs: of g * z, and of g."""
     row = tl.program_id(0).to(tl.int64)
     centre = 0.0
     if CENTRED:
@@ -264,7 +260,7 @@ def norm_row_averages(
 
 @triton.jit
 def _add_chunk(dy, x, weight, offset, column, columns, centre, along, plain):
-    """One chunk's part of the sums of g * (x - mean) and of g."""
+    """Add one chunk's part to the sums of g * (x - mean) and of g."""
     mask = column < columns
     gradient = _load(dy, offset + column, mask) * _load(weight, column, mask)
     return along + gradient * (_load(x, offset + column, mask) - centre), plain + gradient

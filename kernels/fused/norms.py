@@ -1,21 +1,23 @@
-"""Layer and root-mean-square normalisation, forward and backward, with the residual addition fused
-in.
+"""Layer and RMS normalisation, forward and backward, fused with the residual addition.
 
-Both norms are memory-bound, so the kernels read each byte once: forward 2 rows x columns elements,
-backward 3, one more where a residual takes part. Statistics are fp32 whatever the input. Rows of up
-to ``_WIDEST_TILE`` columns stay in registers; wider ones are walked in chunks and read twice, the
-second time from cache. Beyond ``_WIDEST_SUMS`` columns a multiprocessor's registers no longer hold
-the parameters' sums either: then the averages over rows are a kernel of their own, and backward
-moves 5 rows x columns elements.
+Both norms are limited by memory bandwidth, so the kernels read each byte once: forward moves 2 rows
+x columns elements, backward 3, and one more with a residual. Statistics are fp32 for every input
+dtype. Rows of up to ``_WIDEST_TILE`` columns stay in registers; wider ones are processed in chunks
+and read twice, the second time from cache. Beyond ``_WIDEST_SUMS`` columns a multiprocessor's
+registers no longer hold the sums for the parameters either. Then a kernel of its own computes the
+averages over rows, and backward moves 5 rows x columns elements.
 
 With z = (x - mean) * rstd and g = dy * weight, averages over a row (Ba et al. 2016; RMSNorm drops
-mean(g) and mean): dx = rstd * (g - mean(g) - z * mean(g * z))       dweight = sum over rows of dy *
-z       dbias = sum of dy The sums over rows are fp32 partial sums, one row of them for each
-program, added up by a second reduction in a fixed order: no atomics, so repeated runs give the same
-bits.
+mean(g) and mean):
 
-Beside activations of 16 bits, parameters may be fp32, and so may the residual stream (what autocast
-makes): y has the dtype of x, the sum that of the residual, and every gradient that of its input.
+    dx = rstd * (g - mean(g) - z * mean(g * z))
+    dweight = sum over rows of dy * z       dbias = sum over rows of dy
+
+The sums over rows are fp32 partial sums, one row for each program, and a second reduction adds them
+in a fixed order. There are no atomics, so repeated runs give the same bits.
+
+Beside 16-bit activations, parameters may be fp32, and so may the residual stream (as under
+autocast). y has the dtype of x, the sum that of the residual, and every gradient that of its input.
 """
 
 from dataclasses import dataclass
@@ -39,12 +41,11 @@ from kernels.launcher import launch
 _BOTH = "layer_norm or rms_norm"  # whose operators these are
 _WIDEST_TILE = 8192
 _CHUNK = 4096  # columns at a time in wider rows
-_SUM_CHUNK = 2048  # the same in their backward,
-_WIDEST_SUMS = (
-    6 * _SUM_CHUNK
-)  # whose sums of so many columns take 96 of the 255 registers of each of 256 threads
-# Beside 16 bits, fp32 takes registers that backward does not have at either width. There these are
-# less: the first with any fp32, the second with sums in fp32, of which backward stores two
+_SUM_CHUNK = 2048  # the same in backward
+# The sums over so many columns take 96 of the 255 registers of each of 256 threads.
+_WIDEST_SUMS = 6 * _SUM_CHUNK
+# Mixed dtypes need more registers than backward has at these widths. So the first limit is lower
+# if any tensor is fp32 beside 16 bits, the second if the sum is fp32: then backward stores two
 # gradients.
 _WIDEST_TILE_MIXED = _WIDEST_TILE // 2
 _WIDEST_SUMS_WIDER = _WIDEST_SUMS - _SUM_CHUNK
@@ -55,15 +56,16 @@ _WIDEST_SUMS_WIDER = _WIDEST_SUMS - _SUM_CHUNK
 
 @dataclass(frozen=True)
 class _Tile:
-    """How rows of a given width are covered: rows and columns at a time, warps; wide rows are
-    walked in chunks.
+    """How many rows and columns a program processes at a time, and with how many warps.
+
+    Wide rows are processed in chunks of ``block`` columns.
     """
 
     rows: int
     block: int
     warps: int
     wide: bool
-    stages: int = 3  # rows in flight while the backward works on one
+    stages: int = 3  # of the backward's pipeline of loads
 
 
 def _tile(columns: int) -> _Tile:
@@ -71,8 +73,8 @@ def _tile(columns: int) -> _Tile:
         return _Tile(rows=1, block=_CHUNK, warps=8, wide=True)
     block = max(16, triton.next_power_of_2(columns))
     rows = min(64, max(1, 4096 // block))
-    # 16 elements a thread: the backward keeps seven such tiles in registers, which just spares it
-    # spilling; at 8192 columns a third stage would make it spill on sm_100.
+    # 16 elements for each thread: backward keeps seven such tiles in registers, just without
+    # spilling. At 8192 columns a third stage would spill on sm_100.
     warps = min(16, max(4, rows * block // 512))
     return _Tile(
         rows=rows, block=block, warps=warps, wide=False, stages=2 if block == _WIDEST_TILE else 3
@@ -80,9 +82,7 @@ def _tile(columns: int) -> _Tile:
 
 
 def _programs(device: torch.device) -> int:
-    """Resident programs of the persistent backward: two for each multiprocessor hide one
-    another's latency.
-    """
+    """Return the number of programs in backward: two for each multiprocessor, to hide latency."""
     if device.type != "cuda":
         return 4
     return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -97,8 +97,9 @@ def _forward(
     eps: float,
     centred: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, x + residual, mean, rstd); the sum is empty without a residual, the mean without
-    centring.
+    """Return (y, x + residual, mean, rstd).
+
+    The sum is empty without a residual, the mean without centring.
     """
     y, total, mean, rstd = _forward_outputs(x, residual, weight, bias, eps, centred)
     columns = x.shape[-1]
@@ -184,10 +185,10 @@ def _backward(
     bias: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of what the forward normalised, x, in ``dtype`` and in its own, of weight and of
-    bias.
+    """Return gradients (dx, dresidual, dweight, dbias); x is what the forward normalised.
 
-    The second is empty where the dtypes are the same, the last without a bias.
+    dx has ``dtype``, dresidual the dtype of x. dresidual is empty if the dtypes are the same, dbias
+    if there is no bias.
     """
     dx, dresidual, dweight, dbias = _backward_outputs(
         dy, dtotal, x, weight, mean, rstd, bias, dtype
@@ -243,7 +244,7 @@ def _backward_narrow(
     dresidual: Tensor,
     bias: bool,
 ) -> Tensor:
-    """Fills dx, and dresidual unless it is empty.
+    """Fill dx, and dresidual unless it is empty.
 
     Returns partial sums (1 + bias, programs, columns) of the parameters' gradients.
     """
@@ -281,7 +282,7 @@ def _backward_wide(
     dresidual: Tensor,
     bias: bool,
 ) -> Tensor:
-    """Fills dx, and dresidual unless it is empty.
+    """Fill dx, and dresidual unless it is empty.
 
     Returns partial sums (1 + bias, programs, columns) of the parameters' gradients.
     """
@@ -305,9 +306,8 @@ def _backward_wide(
             STAGES=3,
             **flags,
         )
-    programs = min(
-        rows, triton.cdiv(_programs(x.device), 2 * parts)
-    )  # one program fills a multiprocessor
+    # Half as many programs as in the narrow backward: one fills a multiprocessor.
+    programs = min(rows, triton.cdiv(_programs(x.device), 2 * parts))
     partial_sums = x.new_empty(1 + bias, programs, columns, dtype=torch.float32)
     launch(
         norm_backward_wide,
@@ -334,14 +334,12 @@ def _backward_wide(
 
 
 def _is_wide(columns: int, mixed: bool) -> bool:
-    """Must the backward walk a row in chunks?"""
+    """Return whether backward must process a row in chunks."""
     return columns > (_WIDEST_TILE_MIXED if mixed else _WIDEST_TILE)
 
 
 def _parts(columns: int, wider: bool) -> tuple[int, int]:
-    """Into how many parts the backward cuts the columns of a wide row, and how many chunks a
-    part has.
-    """
+    """Return how many parts backward makes of a wide row's columns, and the chunks of a part."""
     chunks = triton.cdiv(columns, _SUM_CHUNK)
     parts = triton.cdiv(columns, _WIDEST_SUMS_WIDER if wider else _WIDEST_SUMS)
     return parts, triton.cdiv(chunks, parts)
@@ -354,7 +352,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     x, residual, weight, bias, _, _ = inputs
     _, total, mean, rstd = output
     ctx.set_materialize_grads(False)
-    ctx.has_residual, ctx.has_bias, ctx.dtype = residual is not None, bias is not None, x.dtype
+    ctx.has_residual = residual is not None
+    ctx.has_bias = bias is not None
+    ctx.dtype = x.dtype
     # The weight itself, not a view of it: ZeRO-3 frees a gathered parameter by its identity.
     ctx.save_for_backward(x if residual is None else total, weight, mean, rstd)
 
@@ -396,21 +396,19 @@ def layer_norm(
     eps: float = 1e-5,
     residual: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Layer normalisation over the last dimension; with a residual, of x + residual, returning
-    both.
-    """
+    """Compute ``kernels.reference.layer_norm``."""
     return _normalise(x, residual, weight, bias, eps, centred=True)
 
 
 def rms_norm(
     x: Tensor, weight: Tensor, *, eps: float = 1e-5, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Root-mean-square normalisation; with a residual, of x + residual, returning both."""
+    """Compute ``kernels.reference.rms_norm``."""
     return _normalise(x, residual, weight, None, eps, centred=False)
 
 
 def refusal(op: str, *args: Any, **kwargs: Any) -> str | None:
-    """Nothing is refused: any number of rows, any width."""
+    """Refuse nothing: any number of rows, any width."""
     return None
 
 
@@ -445,8 +443,9 @@ _TYPES: dict[str, Any] = {
 def _shipped(
     columns: int, centred: bool, residual: bool, dtype: str = "bf16", mixed: bool = False
 ) -> list[AheadOfTime]:
-    """Forward and backward at one width, as this module would launch them; ``mixed``: parameters
-    and sums in fp32.
+    """Return forward and backward at one width, as this module would launch them.
+
+    ``mixed``: parameters and sums in fp32.
     """
     tile = _tile(columns)
     types = {name: f"*{dtype}" if type_ == "*bf16" else type_ for name, type_ in _TYPES.items()}

@@ -1,7 +1,7 @@
-"""Rotary position embedding in one pass, from whatever strides the fused projection left.
+"""Rotary position embedding in one pass, for any strides of the input.
 
-A rotation's transpose is the rotation by the opposite angle, so backward is the same function with
-the sine negated, and keeps nothing but the table of angles.
+The transpose of a rotation is the rotation by the opposite angle. So backward is the same function
+with the sine negated, and keeps only the table of angles.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -26,19 +26,20 @@ def rotary_rotate(
     x, cosine, sine, y, x_strides, y_strides, heads, length, half,
     ROWS: tl.constexpr, HALF: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """ROWS positions of one head for each program; HALF is head_dim / 2 rounded up to a power of
-    two.
+    """Rotate ROWS positions of one head for each program.
+
+    x and y (batch, heads, length, 2 * half), cosine and sine (length, half). HALF is ``half``
+    rounded up to a power of two.
     """
-    blocks = tl.cdiv(
-        length, ROWS
-    )  # heads come along the same axis of the grid: the others end at 65,535
+    # Blocks and heads share the grid's first axis: the other axes end at 65,535.
+    blocks = tl.cdiv(length, ROWS)
     plane = tl.program_id(0) // blocks
     batch, head = plane // heads, plane % heads
     row = (tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, HALF).to(tl.int64)
     mask = (row < length)[:, None] & (column < half)[None, :]
     angle = row[:, None] * half + column[None, :]
-    cos = tl.load(cosine + angle, mask=mask, other=0.0)
+    cos = tl.load(cosine + angle, mask=mask, other=0.0)  # (ROWS, HALF), like all loaded
     sin = tl.load(sine + angle, mask=mask, other=0.0)
     if BACKWARD:
         sin = -sin
@@ -104,16 +105,16 @@ register_gradient(_rotary, "rotary", _gradient, _save)
 
 
 def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotate the pair of channels (i, i + head_dim / 2) of x (batch, heads, length, head_dim) by
-    its angle.
+    """Rotate each pair of channels (i, i + head_dim / 2) of x by its angle.
 
-    cosine and sine (length, head_dim / 2) in fp32, row t for position t; they get no gradient.
+    x (batch, heads, length, head_dim); cosine and sine (length, head_dim / 2) in fp32, row t for
+    position t. The tables get no gradient.
     """
     return _rotary(x, cosine, sine, False)
 
 
 def refusal(op: str, *args: Any, **kwargs: Any) -> str | None:
-    """Nothing is refused: any length, any even head dimension."""
+    """Refuse nothing: any length, any even head dimension."""
     return None
 
 

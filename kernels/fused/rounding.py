@@ -1,4 +1,4 @@
-"""Rounding to 16 bits inside Triton functions, right under the interpreter too."""
+"""Rounding to 16 bits inside Triton functions, also correct under the interpreter."""
 # mypy: disable-error-code="no-untyped-def"
 
 import triton
@@ -7,10 +7,9 @@ import triton.language as tl
 
 @triton.jit
 def narrow(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """An fp32 value in ``dtype``, rounded to nearest even.
+    """Return an fp32 value in ``dtype``, rounded to nearest even.
 
-    The interpreter truncates fp32 to bf16 where the GPU rounds, so there the rounding is done on
-    the bits.
+    The interpreter truncates fp32 to bf16 where the GPU rounds, so there the bits are rounded.
     """
     if INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)

@@ -1,7 +1,6 @@
-"""Triton functions that kernels share: where tiles lie, loading them, products, dropout masks."""
+"""Triton functions that kernels share: offsets of tiles, loads, products, dropout masks."""
 
-# Triton compiles these functions from the types they are launched with; Python annotations would
-# say nothing.
+# Triton compiles these functions for the types of each launch; it ignores annotations.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 import triton
@@ -10,23 +9,25 @@ import triton.language as tl
 from kernels.launcher import INTERPRETED
 from kernels.verification import proxy_fence
 
-proxy_fence.mend()  # before anything with a product is compiled
+proxy_fence.mend()  # before any function with a product is compiled
 
 IN_INTERPRETER = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
 def tile_offsets(strides, rows, columns):
-    """Offsets of a (rows, columns) tile of a tensor (batch, heads, length, head_dim) from its
-    own batch and head.
+    """Return the offsets of a (rows, columns) tile from the start of its batch and head.
+
+    ``strides`` are those of a tensor (batch, heads, length, head_dim).
     """
     return rows[:, None] * strides[2] + columns[None, :] * strides[3]
 
 
 @triton.jit
 def head_start(pointer, strides, batch, head, row):
-    """Where row ``row`` of one head begins; 64-bit, since whole tensors may hold more than 2^31
-    elements.
+    """Return the pointer to row ``row`` of one head.
+
+    It is computed in 64 bits, since a tensor may hold more than 2^31 elements.
     """
     batch, head, row = tl.cast(batch, tl.int64), tl.cast(head, tl.int64), tl.cast(row, tl.int64)
     return pointer + batch * strides[0] + head * strides[1] + row * strides[2]
@@ -36,9 +37,7 @@ def head_start(pointer, strides, batch, head, row):
 def load_tile(
     pointers, rows, columns, row_limit, COLUMN_LIMIT: tl.constexpr, MASK_ROWS: tl.constexpr
 ):
-    """Load a tile, with zeros beyond ``row_limit`` (if MASK_ROWS) and COLUMN_LIMIT (if the tile
-    is wider).
-    """
+    """Load a tile, with zeros beyond ``row_limit`` (if MASK_ROWS) and beyond COLUMN_LIMIT."""
     if columns.shape[0] != COLUMN_LIMIT:
         return tl.load(
             pointers,
@@ -52,10 +51,10 @@ def load_tile(
 
 @triton.jit
 def product(a, b, accumulator):
-    """accumulator + a @ b in fp32; fp32 operands are multiplied in fp32, not TF32.
+    """Return accumulator + a @ b in fp32; fp32 operands are multiplied in fp32, not TF32.
 
     The interpreter multiplies the bit patterns of bf16 operands (triton-lang/triton#11584), so
-    there they are widened.
+    there they are converted first.
     """
     if IN_INTERPRETER:
         return accumulator + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
@@ -64,7 +63,7 @@ def product(a, b, accumulator):
 
 @triton.jit
 def keep_tile(seed, plane, rows, first_column, COLUMNS: tl.constexpr, DROP_BELOW: tl.constexpr):
-    """True where dropout keeps an element: ``kernels.philox.keep_mask`` for a tile, bit for bit.
+    """Return True where dropout keeps an element: a tile of ``kernels.philox.keep_mask``.
 
     Four neighbouring columns share a Philox call; ``first_column`` is a multiple of 4. DROP_BELOW
     is the probability of dropping times 2^32.
@@ -73,5 +72,5 @@ def keep_tile(seed, plane, rows, first_column, COLUMNS: tl.constexpr, DROP_BELOW
     row = rows[:, None] + tl.zeros_like(groups)[None, :]
     group = tl.zeros_like(rows)[:, None] + groups[None, :]
     a, b, c, d = tl.philox(seed, group, row, tl.zeros_like(row) + plane, tl.zeros_like(row))
-    words = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+    words = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))  # (rows, COLUMNS)
     return words >= tl.full((1, 1), DROP_BELOW, tl.uint32)

@@ -1,9 +1,8 @@
-"""Attention on Hopper: a forward in Gluon where it applies, the portable backward from the same
-log-sum-exp.
+"""Attention on Hopper: a forward in Gluon, and the portable backward.
 
-The kernel is in hopper/forward.py. It runs on compute capability 9.0 alone, after it and the
-portable backward have passed the self-check there; MEGAGPT_HOPPER=0 leaves everything to the
-portable ones.
+The kernel is in hopper/forward.py. It runs only on compute capability 9.0, after it and the
+portable backward have passed the self-check there. MEGAGPT_HOPPER=0 turns it off, in favour of the
+portable forward.
 """
 
 import functools
@@ -27,12 +26,10 @@ from kernels.verification import self_check
 from kernels.verification.exact_attention import variant_of
 
 _BLOCK_N = 128  # keys at a time
-_STAGES = {
-    64: 4,
-    128: 2,
-}  # by head dimension: tiles of keys, and of values, that fit into shared memory
+# By head dimension: how many tiles of keys, and as many of values, fit into shared memory.
+_STAGES = {64: 4, 128: 2}
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-_ALIGNMENT = 8  # elements of 16 bits: TMA counts in 16 bytes
+_ALIGNMENT = 8  # elements of 16 bits: TMA needs multiples of 16 bytes
 _LARGEST_STRIDE = 2**38  # elements; TMA's strides have 40 bits of bytes
 
 
@@ -49,9 +46,7 @@ def attention(
     head_offset: int = 0,
     deterministic: bool = False,
 ) -> Tensor:
-    """softmax(q k^T * scale) v for the calls that ``refusal`` lets through, as
-    ``kernels.reference.attention``.
-    """
+    """Compute ``kernels.reference.attention``, for the calls that ``refusal`` accepts."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out, _ = _forward(
         q, k, v, scale, causal, deterministic or torch.are_deterministic_algorithms_enabled()
@@ -71,7 +66,7 @@ def refusal(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> str | None:
-    """Why this kernel cannot run the call; None when it can."""
+    """Return why this kernel cannot run the call, or None."""
     if dropout:
         return "it has no dropout"
     if document_ids is not None:
@@ -97,13 +92,12 @@ def refusal(
 
 
 def fault(op: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> str | None:
-    """What this kernel, or the backward it relies on, computes wrongly on this GPU.
+    """Return what this kernel or its backward computes wrongly on this GPU, or None.
 
-    The first call checks both.
-
-    To this kernel all rows that ``refusal`` lets through are alike. The portable kernels have code
-    of their own for rows that are not whole multiples of 16 elements, and are asked alone: TMA
-    cannot read the rows of that check.
+    The first call of each kind runs the self-check of both. To this kernel all rows that
+    ``refusal`` lets through are alike. The portable kernels have code of their own for rows that
+    are not whole multiples of 16 elements and are asked alone: TMA cannot read the rows of that
+    check.
     """
     *calls, aligned, causal, documents, dropout, deterministic, gradients = variant_of(
         q, k, v, **options
@@ -116,8 +110,9 @@ def fault(op: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> str | Non
 
 
 def _layout_refusal(name: str, x: Tensor) -> str | None:
-    """Why the tensor memory accelerator cannot read x: what it addresses lies in rows of whole
-    16 bytes.
+    """Return why the tensor memory accelerator (TMA) cannot read x, or None.
+
+    It reads rows whose distance is a multiple of 16 bytes.
     """
     if x.stride(3) != 1:
         return f"{name} has stride {x.stride(3)} between channels, not 1"
@@ -130,11 +125,14 @@ def _layout_refusal(name: str, x: Tensor) -> str | None:
 
 
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """Blocks of ``rows`` rows of one head of x (batch, heads, length, head_dim), for TMA."""
-    if x.data_ptr() % 16:  # a view that begins between two addresses TMA knows
+    """Return a TMA descriptor of blocks of ``rows`` rows of one head of x.
+
+    x is (batch, heads, length, head_dim).
+    """
+    if x.data_ptr() % 16:  # a view whose start TMA cannot address
         x = x.clone()
     head_dim = x.shape[3]
-    # The stride of a dimension of size 1 may be any number, and means nothing.
+    # The stride of a dimension of size 1 may be any number; it is not used.
     strides = [
         stride if size > 1 else head_dim
         for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
@@ -144,7 +142,7 @@ def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     )
 
 
-@functools.cache  # six of its microseconds for each of four tensors, in every call
+@functools.cache  # saves 6 microseconds for each of four tensors in every call
 def _layout(rows: int, head_dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([1, 1, rows, head_dim], _DTYPES[dtype])
 
@@ -153,8 +151,9 @@ def _layout(rows: int, head_dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayou
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
-    """The result and the log2-sum-exp2 of each query's scaled scores (batch, heads, length) in
-    fp32.
+    """Return the result and the log2-sum-exp2 of each query's scaled scores.
+
+    The second is fp32 (batch, heads, length).
     """
     out, log_sum_exp = _outputs(q, k, v)
     batch, heads, length, head_dim = q.shape
@@ -203,7 +202,7 @@ def _forward_flops(q: Any, k: Any, v: Any, scale: float, causal: bool, *_: Any, 
 
 
 def _shipped(head_dim: int, dtype: torch.dtype, causal: bool) -> AheadOfTime:
-    """One configuration, as ``_forward`` launches it."""
+    """Return one configuration, as ``_forward`` launches it."""
     name = str(_DTYPES[dtype])
     blocks = {"q": ROWS.value, "k": _BLOCK_N, "v": _BLOCK_N, "out": ROWS.value}
     types: dict[str, Any] = {

@@ -1,24 +1,23 @@
-"""Attention forward for Hopper in Gluon: one warp copies, two warp groups multiply while they take
-exponentials.
+"""Attention forward for Hopper in Gluon: copies, products and exponentials overlap.
 
-Ordinary Triton waits for every matrix product before it goes on, so softmax and the tensor cores
-take turns within a program. Here each consumer, a warp group of 64 query rows, starts the next
-scores and the last weighted values together and takes the exponentials of the one while the other
-is still multiplying (FlashAttention-3, Shah et al. 2024, sec. 3):
+Ordinary Triton waits for every matrix product, so softmax and the tensor cores take turns within a
+program. Here one warp, the producer, copies tiles. Two warp groups, the consumers, have 64 query
+rows each. A consumer starts the product for the next scores together with the product of the last
+weights and values, and computes the exponentials of the scores while the second product still runs
+(FlashAttention-3, Shah et al. 2024, sec. 3):
 
     producer    K0 V0 K1 V1 ...   each into a ring of STAGES tiles, once both consumers released it
     consumer    S0 = Q K0         softmax(S0)
                 S1 = Q K1 | O += P0 V0    softmax(S1)     rescale O
                 S2 = Q K2 | O += P1 V1    softmax(S2)     rescale O      ...      O += Pn Vn
 
-Every tile has two barriers: ``ready`` counts the bytes that the tensor memory accelerator (TMA) has
-delivered, ``empty`` the consumers that are done with the tile. Round r of the ring completes phase
-r of either. TMA fills what lies beyond the tensors with zeros and stores nothing there, so only
+Every tile has two barriers. ``ready`` counts the bytes that the tensor memory accelerator (TMA) has
+copied; ``empty`` counts the consumers that have finished with the tile. Round r of the ring
+completes phase r of both. TMA reads zeros beyond the tensors and stores nothing there, so only
 scores need a mask.
 """
 
-# Gluon compiles these functions from the types they are launched with; Python annotations would say
-# nothing.
+# Gluon compiles these functions for the types of each launch; it ignores annotations.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 from triton.experimental import gluon
@@ -32,22 +31,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 CONSUMERS = gl.constexpr(2)
-ROWS = gl.constexpr(64)  # of queries for each consumer: what one warp group multiplies at a time
-_PRODUCER_REGISTERS = gl.constexpr(24)  # a thread; the least there is
+ROWS = gl.constexpr(64)  # of queries for each consumer: one warp group's product has 64 rows
+_PRODUCER_REGISTERS = gl.constexpr(24)  # for each thread; the minimum
 _CONSUMER_REGISTERS = gl.constexpr(240)  # 240 + 240 + 24 = 3 * 168: all that 12 warps have
 
 
-# Not specialised: a length or a number of heads of 1 would be a constant, of another type than the
-# loops count in.
+# Not specialised: a length or a number of heads of 1 would become a constant, whose type is not
+# that of the loops' counters.
 @gluon.jit(do_not_specialize=["heads", "group", "length", "key_length"])
 def attention_forward_hopper(
     q, k, v, out, log_sum_exp, heads, group, length, key_length, scale_log2,
     HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """As ``attention_forward``, from and to TMA descriptors of (batch, heads, length, head_dim).
+    """Compute what ``attention_forward`` does, from and to TMA descriptors.
 
-    Launch with four warps: the first consumer. Every query must see a key: if CAUSAL, length <=
-    key_length.
+    q, k, v and out are (batch, heads, length, head_dim). Launch with four warps: the first
+    consumer. Every query must see a key: if CAUSAL, length <= key_length.
     """
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, HEAD_DIM], q.dtype)
     key_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, HEAD_DIM], q.dtype)
@@ -60,7 +59,7 @@ def attention_forward_hopper(
     fence_async_shared()
 
     blocks = gl.cdiv(length, CONSUMERS * ROWS)
-    # Causal work grows with the row: the heaviest blocks go first, so that the light ones fill the
+    # Causal work grows with the row: the longest programs start first, and short ones fill the
     # last wave.
     first_row = (blocks - 1 - gl.program_id(0) % blocks) * (CONSUMERS * ROWS)
     plane = gl.program_id(0) // blocks
@@ -84,7 +83,7 @@ def attention_forward_hopper(
 
 @gluon.jit
 def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    """COUNT barriers, each completing a phase after ARRIVALS arrivals."""
+    """Create COUNT barriers; each completes a phase after ARRIVALS arrivals."""
     barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for index in gl.static_range(COUNT):
         mbarrier.init(barriers.index(index), count=ARRIVALS)
@@ -93,7 +92,7 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 @gluon.jit
 def _produce(q, k, v, tiles, barriers, where, group):
-    """One warp: copy both blocks of queries, then keys and values, two rings in step."""
+    """Copy both blocks of queries, then all keys and values, in one warp."""
     q_tiles, k_tiles, v_tiles = tiles
     q_ready, k_ready, v_ready, k_empty, v_empty = barriers
     batch, head, first_row, steps = where
@@ -111,12 +110,10 @@ def _produce(q, k, v, tiles, barriers, where, group):
 
 @gluon.jit
 def _copy(tensor, position, tiles, ready, empty, step):
-    """Start copying into the tile of a step, once the consumers of the round before have
-    released it.
-    """
+    """Start copying into the tile of a step, once the consumers have released it."""
     STAGES: gl.constexpr = tiles.shape[0]
     stage = step % STAGES
-    # A new barrier counts as one whose phase 1 is over, so the first round does not wait.
+    # A new barrier counts as having completed phase 1, so the first round does not wait.
     mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)
     mbarrier.expect(ready.index(stage), tensor.block_type.nbytes)
     tma.async_copy_global_to_shared(tensor, position, ready.index(stage), tiles.index(stage))
@@ -126,7 +123,7 @@ def _copy(tensor, position, tiles, ready, empty, step):
 def _consume(
     out, log_sum_exp, tiles, barriers, where, sizes, CONSUMER: gl.constexpr, CAUSAL: gl.constexpr
 ):
-    """One warp group: 64 rows of the result from all the keys of the program."""
+    """Compute 64 rows of the result in one warp group, from all the keys of the program."""
     q_tiles, k_tiles, v_tiles = tiles
     q_ready, k_ready, v_ready, k_empty, v_empty = barriers
     batch, head, first_row, steps = where
@@ -150,7 +147,7 @@ def _consume(
 
     mbarrier.wait(q_ready.index(0), 0)
     mbarrier.wait(k_ready.index(0), 0)
-    scores = gl.zeros((ROWS, BLOCK_N), gl.float32, score_layout)
+    scores = gl.zeros((ROWS, BLOCK_N), gl.float32, score_layout)  # like weights
     scores = warpgroup_mma(
         queries, k_tiles.index(0).permute((1, 0)), scores, use_acc=False, is_async=True
     )
@@ -178,7 +175,7 @@ def _consume(
     statistics = log_sum_exp + (batch * heads + head).to(gl.int64) * length
     gl.store(statistics + rows, maximum + gl.log2(total), mask=rows < length)
     result = weighted / _column(total, out_layout)
-    queries.store(result.to(out.dtype))  # nobody reads the queries any more
+    queries.store(result.to(out.dtype))  # the tile of queries is no longer needed
     fence_async_shared()
     tma.async_copy_shared_to_global(out, [batch, head, first, 0], queries)
     tma.store_wait(0)
@@ -188,9 +185,7 @@ def _consume(
 def _advance(
     queries, ring, maximum, total, weighted, weights, last, step, scale_log2, MASKED: gl.constexpr
 ):
-    """Scores and weights of a step's keys, while the values of the step before are weighted and
-    added up.
-    """
+    """Compute the weights of a step's keys while the values of the step before are added."""
     k_tiles, v_tiles, k_ready, v_ready, k_empty, v_empty = ring
     STAGES: gl.constexpr = k_tiles.shape[0]
     BLOCK_N: gl.constexpr = k_tiles.shape[1]
@@ -208,12 +203,12 @@ def _advance(
     maximum, total, next_weights, rescale = _softmax(
         scores, maximum, total, last, step * BLOCK_N, scale_log2, MASKED
     )
-    # These values are needed in the next step only. Waiting for them here ends a basic block, over
-    # which ptxas does not move the wait below; without it the wait went up, before the
+    # Only the next step needs these values. Waiting for them here ends a basic block, and ptxas
+    # does not move the wait below out of its block. Without this, ptxas moved that wait before the
     # exponentials, and nothing overlapped.
     mbarrier.wait(v_ready.index(stage), phase)
-    # The weights pass through the wait, so that their registers stay theirs until the product has
-    # read them.
+    # The weights pass through the wait, so that their registers are not reused before the product
+    # has read them.
     weighted, weights = warpgroup_mma_wait(0, deps=(weighted, weights))
     mbarrier.arrive(v_empty.index(before), count=1)
     weighted = weighted * _column(rescale, out_layout)
@@ -225,13 +220,14 @@ def _advance(
 
 @gluon.jit
 def _softmax(scores, maximum, total, last, first_key, scale_log2, MASKED: gl.constexpr):
-    """The running maximum and total with a tile of scores folded in, its weights, and what
-    earlier ones shrink by.
+    """Add a tile of scores to the running maximum and total.
+
+    Returns both, the tile's weights, and the factor for what was summed before.
     """
     if MASKED:
         keys = first_key + gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))
         scores = gl.where(gl.expand_dims(keys, 0) <= gl.expand_dims(last, 1), scores, float("-inf"))
-    # Every row sees key 0, in the first tile: from then on the maximum is finite.
+    # Every row sees key 0, in the first tile, so the maximum is finite from then on.
     new_maximum = gl.maximum(maximum, gl.max(scores, 1) * scale_log2)
     weights = gl.exp2(scores * scale_log2 - gl.expand_dims(new_maximum, 1))
     rescale = gl.exp2(maximum - new_maximum)
@@ -240,8 +236,9 @@ def _softmax(scores, maximum, total, last, first_key, scale_log2, MASKED: gl.con
 
 @gluon.jit
 def _column(values, layout: gl.constexpr):
-    """One number for each row, as a column that broadcasts over a tile; rows lie alike in both
-    layouts.
+    """Return one number for each row as a column that broadcasts over a tile.
+
+    The layouts of rows and of the tile must distribute rows alike.
     """
     return gl.expand_dims(
         gl.convert_layout(values, gl.SliceLayout(1, layout), assert_trivial=True), 1

@@ -1,1 +1,1 @@
-"""Is what the compiler made right on this GPU? Self-checks, the ptxas in use, the proxy fence."""
+"""Checks of what the compiler made for this GPU: self-check, ptxas in use, proxy fence."""

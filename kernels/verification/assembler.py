@@ -1,8 +1,7 @@
-"""Which ptxas turns triton's PTX into machine code, and whether reports say that it miscompiles
-attention.
+"""Which ptxas turns Triton's PTX into machine code, and whether it may miscompile attention.
 
-Triton takes the program that TRITON_PTXAS_PATH names (TRITON_PTXAS_BLACKWELL_PATH for compute
-capability 10.0 and above), and silently its own where that one does not run.
+Triton uses the program that TRITON_PTXAS_PATH names (TRITON_PTXAS_BLACKWELL_PATH for compute
+capability 10.0 and above). If that does not run, it silently uses its own.
 """
 
 import functools
@@ -13,8 +12,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-# triton-lang/triton#11781 names 13.3 as the first with the fix; one reporter found 13.1.80 right,
-# too.
+# triton-lang/triton#11781 names 13.3 as the first version with the fix; one reporter found 13.1.80
+# correct.
 _MENDED = (13, 3)
 _PACKAGE = "nvidia-cuda-nvcc"
 _TIMEOUT_S = 30
@@ -22,20 +21,19 @@ _TIMEOUT_S = 30
 
 @dataclass(frozen=True)
 class Assembler:
-    """One ptxas: its version, e.g. "12.8.93", or None where it cannot be read, and how triton
-    came to use it.
-    """
+    """One ptxas: its version, e.g. "12.8.93", or None if unknown, and why triton uses it."""
 
     version: str | None
     origin: str
-    variable: str  # that names another one
+    variable: str  # the environment variable that selects another one
 
     def __str__(self) -> str:
         return f"ptxas {self.version or 'of unknown version'} ({self.origin})"
 
     def reported_wrong(self) -> bool:
-        """Tell whether this version, as far as it is known, is reported to miscompile products
-        from registers.
+        """Return whether this version may miscompile products that read registers.
+
+        True if the version is unknown.
         """
         return (
             self.version is None
@@ -43,7 +41,7 @@ class Assembler:
         )
 
     def advice(self) -> str:
-        """Say what to type after a wrong result on compute capability 9.0."""
+        """Return what to type after a wrong result on compute capability 9.0."""
         if not self.reported_wrong():
             return "this ptxas is not known to be wrong: please report it"
         first = ".".join(map(str, _MENDED))
@@ -64,7 +62,7 @@ def assembler(capability: tuple[int, int]) -> Assembler:
         import triton
 
         used = str(getattr(triton.knobs.nvidia, name).path)
-    except Exception as error:  # whatever a broken installation raises: only a name is wanted here
+    except Exception as error:  # a broken installation may raise anything; here it is only named
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         return Assembler(None, f"triton cannot use it: {reason}", variable)
     wanted = os.environ.get(variable)
@@ -79,9 +77,7 @@ def assembler(capability: tuple[int, int]) -> Assembler:
 
 @functools.cache
 def version_of(path: str) -> str | None:
-    """Run ``path --version`` and return the version, e.g. "12.8.93"; None where it cannot be run
-    or tells none.
-    """
+    """Return the version that ``path --version`` prints, e.g. "12.8.93", or None."""
     try:
         said = subprocess.run(
             [path, "--version"], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
@@ -96,7 +92,7 @@ def version_of(path: str) -> str | None:
 
 @functools.cache
 def _installed() -> str | None:
-    """Path of the ptxas of the package nvidia-cuda-nvcc, if that is here and new enough."""
+    """Return the path of nvidia-cuda-nvcc's ptxas, if it is installed and new enough, or None."""
     try:
         found = importlib.util.find_spec("nvidia.cu13")
     except ImportError:

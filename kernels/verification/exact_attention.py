@@ -1,10 +1,10 @@
-"""Attention inputs whose results are exact in 16 bits, for every variant that Triton compiles.
+"""Attention inputs with results that are exact in 16 bits, for every variant Triton compiles.
 
-A query gives equal weight to a power of two of keys and none to the others, so weights are exact,
-too. The keys are a node of the binary tree over positions: all whose index begins with the same
-bits. Queries choose nodes of all sizes, from one key to all of them, so that products run over many
-blocks of keys with operands that are not zero. Every score gradient that is not zero is an integer
-over a power of two, of few bits.
+A query gives equal weight to a power of two of keys and none to the others, so weights are exact.
+The keys are a node of the binary tree over positions: all keys whose index begins with the same
+bits. Queries choose nodes of all sizes, from one key to all of them. Products therefore run over
+many blocks of keys with operands that are not zero. Every score gradient that is not zero is an
+integer over a power of two, with few bits.
 """
 
 from typing import Any, NamedTuple
@@ -12,23 +12,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# several blocks of queries, and more blocks of keys than any ring of tiles holds; a power of two
+# Several blocks of queries, and more blocks of keys than any ring of tiles holds; a power of two.
 LENGTH = 1024
-DROPOUT = 0.5  # what remains is doubled, which is exact
-_SCALE = (
-    64.0  # the least advantage of a chosen key, 2, times this leaves exp2 nothing of the others
-)
+DROPOUT = 0.5  # the kept elements are doubled, which is exact
+# A chosen key scores higher than others by at least 2; times this, exp2 of the others is 0.
+_SCALE = 64.0
 _CHANNELS = 16  # of an output gradient that are not zero: their sums have few bits
-# With dropout, outputs are fractions, and score gradients have the bits of both.
-_CHANNELS_BESIDE_DROPOUT, _LEVELS_BESIDE_DROPOUT = 1, 6
+# With dropout, outputs are fractions, and score gradients have the bits of both factors.
+_CHANNELS_BESIDE_DROPOUT = 1
+_LEVELS_BESIDE_DROPOUT = 6
 
 
 class Variant(NamedTuple):
-    """What attention is compiled for: calls that are alike in all of it run the same machine code.
+    """What attention is compiled for: equal variants run the same machine code.
 
-    Lengths and the group are classes that Triton tells apart: 1, 16 (a multiple of 16) or 0 (any
-    other). ``aligned`` is true where rows are whole multiples of 16 elements apart and channels
-    adjacent. ``gradients`` is false where only the forward will run.
+    Triton distinguishes three classes of lengths and of the group: 1, 16 (a multiple of 16) and 0
+    (any other). ``aligned``: rows are multiples of 16 elements apart and channels are adjacent.
+    ``gradients`` is False if only the forward will run.
     """
 
     head_dim: int
@@ -43,7 +43,7 @@ class Variant(NamedTuple):
     gradients: bool = True
 
     def __str__(self) -> str:
-        """Name what is not as in most calls."""
+        """Return the head dimension and what differs from most calls."""
         flags = {
             "not causal": not self.causal,
             "documents": self.documents,
@@ -69,11 +69,12 @@ def variant_of(
     deterministic: bool = False,
     **_: Any,
 ) -> tuple[Any, ...]:
-    """Return the ``Variant`` that a call of ``kernels.attention`` runs, as a tuple, which
-    torch.compile can trace.
+    """Return the ``Variant`` of a call of ``kernels.attention``, as a plain tuple.
+
+    torch.compile can trace a tuple.
     """
-    # A single query without gradients is a step of generation. Longer ones may be computed again
-    # with gradients inside a backward (reentrant checkpointing), where nothing can be checked.
+    # One query without gradients is a step of generation. Several may be computed again with
+    # gradients inside a backward (reentrant checkpointing), where the self-check cannot run.
     wants_gradients = torch.is_grad_enabled() or (
         q.shape[2] > 1 and not torch.is_inference_mode_enabled()
     )
@@ -95,35 +96,36 @@ def variant_of(
 
 
 def _class(size: int) -> int:
-    """How Triton specialises an integer argument."""
+    """Return the class to which Triton specialises an integer argument."""
     return 1 if size == 1 else 16 if size % 16 == 0 else 0
 
 
 def _constant(head_dim: int) -> int:
-    """Return the number itself; torch.compile, to which it may be a symbol, reads it bit by bit
-    as a constant.
+    """Return the number itself, which may be a symbol under torch.compile, as a constant.
+
+    The comparison of each bit makes torch.compile fix its value.
     """
     if not torch.compiler.is_compiling():
         return head_dim
-    return sum(1 << bit for bit in range(9) if head_dim // 2**bit % 2 == 1)  # at most 256 get here
+    return sum(1 << bit for bit in range(9) if head_dim // 2**bit % 2 == 1)  # it is at most 256
 
 
 class ExactCase(NamedTuple):
-    """Integers in fp64, (1, heads, length, head_dim) each, and the options of the call."""
+    """Integers in fp64, each (1, heads, length, head_dim), and the options of the call."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     out_gradient: Tensor
     options: dict[str, Any]
-    unit: float  # every exact result is a multiple of it
+    unit: float  # every exact result is a multiple of this
 
 
 def exact_case(variant: Variant, device: torch.device) -> ExactCase:
-    """Draw the inputs, the same ones every time.
+    """Return inputs for a variant, the same on every call.
 
-    A head of n channels tells 2^(n - 1) keys apart: below 11 there are fewer keys, below 4 next to
-    none.
+    A head of n channels distinguishes 2^(n - 1) keys: fewer than LENGTH if n is below 11, and
+    hardly any below 4.
     """
     generator = torch.Generator("cpu").manual_seed(0)
 
@@ -131,13 +133,14 @@ def exact_case(variant: Variant, device: torch.device) -> ExactCase:
         return torch.randint(low, high + 1, shape, generator=generator, device="cpu")
 
     head_dim = variant.head_dim
-    span = min(LENGTH, 1 << (head_dim - 1))  # as many keys as codes of head_dim - 1 bits tell apart
+    span = min(LENGTH, 1 << (head_dim - 1))  # as many keys as there are codes of head_dim - 1 bits
     key_length = span if variant.key_length == 16 or span <= 16 else span - 5
     length = {1: 1, 16: max(1, key_length - key_length % 16), 0: key_length // 2 + 1}[
         variant.length
     ]
     group = {1: 1, 16: 16, 0: 3}[variant.group]
-    key_heads = 16 if length == 1 else 1 if group == 16 else 2  # each query is one case
+    # More heads if there is one query: each query tests one node.
+    key_heads = 16 if length == 1 else 1 if group == 16 else 2
     heads = group * key_heads
 
     position = torch.arange(key_length, device="cpu")
@@ -149,7 +152,7 @@ def exact_case(variant: Variant, device: torch.device) -> ExactCase:
     q, k = _codes(level, node, position, span, head_dim, key_heads, integers)
 
     v = integers(-1, 1, 1, key_heads, key_length, head_dim)
-    if not variant.dropout:  # neighbours average 1, and with them every node of more than one key
+    if not variant.dropout:  # neighbours average 1, and so does every node of more than one key
         odd = v[:, :, 1::2]
         odd.copy_(2 - v[:, :, : 2 * odd.shape[2] : 2])
     channels = _CHANNELS_BESIDE_DROPOUT if variant.dropout else _CHANNELS
@@ -169,19 +172,21 @@ def exact_case(variant: Variant, device: torch.device) -> ExactCase:
 
 
 class _Documents:
-    """Regions of a quarter of the keys, each with two documents that take turns by two
-    positions.
+    """Regions of a quarter of the keys, each with two documents.
+
+    The documents alternate by pairs of positions.
     """
 
     def __init__(self, span: int, key_length: int) -> None:
-        self.width, self.key_length = max(4, span // 4), key_length
-        self.offset = self.width // 5 * 2  # regions begin beside the blocks of keys
+        self.width = max(4, span // 4)
+        self.key_length = key_length
+        self.offset = self.width // 5 * 2  # regions do not begin where blocks of keys do
 
     def of(self, position: Tensor) -> Tensor:
         return (position + self.offset) // self.width * 2 + (position >> 1) % 2
 
     def bounds(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """First and last position of the region."""
+        """Return the first and last position of the region."""
         start = (position + self.offset) // self.width * self.width - self.offset
         return start.clamp(min=0), (start + self.width - 1).clamp(max=self.key_length - 1)
 
@@ -194,12 +199,11 @@ def _choose(
     documents: _Documents | None,
     random: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Return level and index of the node of each query (heads, length): its keys are index *
-    2^level and on.
+    """Return level and index of each query's node, both (heads, length).
 
-    All of them are visible, or, where two documents take turns, every other pair, which is half of
-    them. One node in four is the last that is visible, and one in four lies half beyond what is
-    visible, so that a mask is needed.
+    The keys of a node are index * 2^level and those after it, 2^level in all. The query sees all of
+    them or, with two documents, every other pair, which is half of them. One node in four is the
+    last visible one. One in four lies half beyond the visible keys, so that it needs a mask.
     """
     levels = span.bit_length() - 1
     if variant.dropout:
@@ -212,7 +216,7 @@ def _choose(
     wanted = random[0] % (levels + 1)
     level, node = torch.zeros_like(wanted), query.expand_as(wanted)
     for size in range(levels + 1):
-        if documents is not None and size < 2:  # the query's own key
+        if documents is not None and size < 2:  # level 0 is the query's own key
             continue
         first, last = -(-start >> size), ((end + 1) >> size) - 1
         fits = (last >= first) & (wanted >= size)
@@ -221,9 +225,8 @@ def _choose(
             random[2] % 4 == 0, last, first + random[1] % (last - first + 1).clamp(min=1)
         )
         node = torch.where(fits, drawn, node)
-    half = (
-        ((end + 1) & -(end + 1)).double().log2().long()
-    )  # 2^half visible keys up to the end are half a node
+    # The last 2^half visible keys are half a node.
+    half = ((end + 1) & -(end + 1)).double().log2().long()
     beginning = end + 1 - (1 << half)
     fits = (half < span.bit_length() - 1) & (half <= levels) & (beginning >= start)
     if documents is not None:
@@ -243,8 +246,9 @@ def _codes(
 ) -> tuple[Tensor, Tensor]:
     """Return q and k, whose product is 0 for the keys of a node and at most -2 for all others.
 
-    A key bears the bits of its position as signs and a 1; a query the leading bits of its node, and
-    minus their number. In every other channel one of the two is random and the other zero.
+    The channels of a key hold the bits of its position as signs, and a 1; those of a query hold the
+    leading bits of its node, and minus their number. In every other channel one of the two is
+    random and the other zero.
     """
     heads, length = level.shape
     bits = span.bit_length() - 1

@@ -1,10 +1,10 @@
-"""A fence that triton 3.6 leaves out between copying a tile into shared memory and multiplying it.
+"""A fence that triton 3.6 omits between copying a tile into shared memory and multiplying it.
 
-``cp.async`` writes shared memory through the generic proxy, the matrix products of compute
-capability 9.0 and 10.0 (``wgmma``, ``tcgen05.mma``) read it through the asynchronous one. Between
-the two the PTX memory model demands ``fence.proxy.async``, or a product may read what was there
-before. Triton 3.7 emits it after the barrier that follows the wait for the copies; 3.6 does not
-(triton-lang/triton#9610). For attention this module inserts it there.
+``cp.async`` writes shared memory through the generic proxy. The matrix products of compute
+capability 9.0 and 10.0 (``wgmma``, ``tcgen05.mma``) read it through the asynchronous proxy. Between
+the two the PTX memory model requires ``fence.proxy.async``, or a product may read old contents.
+Triton 3.7 emits it after the barrier that follows the wait for the copies; 3.6 does not
+(triton-lang/triton#9610). This module inserts it there for attention.
 """
 
 import functools
@@ -17,18 +17,17 @@ _FENCE = "\tfence.proxy.async.shared::cta;"
 _WAIT = re.compile(r"\s*cp\.async\.wait_(group|all)\b")
 _BARRIER = re.compile(r"\s*bar(rier)?\.sync\b")
 _PRODUCT = re.compile(r"\s*(@!?%p\d+\s+)?(wgmma\.fence|wgmma\.mma_async|tcgen05\.mma)\b")
-_MENDED_KERNELS = "attention_"  # what the names of the kernels with matrix products begin with
+_MENDED_KERNELS = "attention_"  # prefix of the kernels with matrix products
 
 
 def missing_fences(ptx: str) -> list[int]:
-    """Return the lines (from 0) behind which a proxy fence is missing, following the order of the
-    listing.
+    """Return the lines (from 0) after which a proxy fence is missing, in the listing's order.
 
-    One for each wait for copies that a product follows, with no fence between: the line of the
-    first barrier behind the wait, or of the wait if there is none.
+    There is one for each wait for copies that a product follows with no fence between. It is the
+    line of the first barrier after the wait, or of the wait if there is none.
     """
     missing: list[int] = []
-    waited: int | None = None  # where a fence would go, if one is needed
+    waited: int | None = None  # the line after which a fence would go
     behind_barrier = False
     for number, line in enumerate(ptx.splitlines()):
         if _WAIT.match(line):
@@ -46,7 +45,7 @@ def missing_fences(ptx: str) -> list[int]:
 
 
 def with_fences(ptx: str) -> str:
-    """Insert the missing fences."""
+    """Return the PTX with the missing fences."""
     lines = ptx.splitlines()
     for number in reversed(missing_fences(ptx)):
         lines.insert(number + 1, _FENCE)
@@ -54,17 +53,16 @@ def with_fences(ptx: str) -> str:
 
 
 def needed() -> bool:
-    """Tell whether this triton leaves fences out."""
+    """Return whether this triton omits fences."""
     major, minor = (int(part) for part in triton.__version__.split(".")[:2])
     return (major, minor) < (3, 7)
 
 
 @functools.cache
 def mend() -> None:
-    """Let triton 3.6 compile attention with the fence. Do nothing under 3.7 and newer.
+    """Make triton 3.6 compile attention with the fence; do nothing under 3.7 and newer.
 
-    The key of triton's cache changes too, so that neither compiler is given what the other one
-    made.
+    The key of triton's cache changes too, so that neither compiler loads what the other compiled.
     """
     if not needed():
         return

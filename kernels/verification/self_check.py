@@ -1,10 +1,10 @@
-"""Does this GPU, with this driver and assembler, compute attention right? Asked on inputs with
-exact answers.
+"""Check that this GPU, driver and assembler compute attention right, on exact inputs.
 
-ptxas 12.8, which triton 3.6 and 3.7 carry, is reported to miscompile the very products attention is
-made of (triton-lang/triton#11781: input registers reused before an asynchronous product has read
-them). A wrong product is no rounding difference, so every bit of the answers must agree. Each
-variant that Triton compiles is checked when a call first needs it; checking compiles nothing else.
+ptxas 12.8, which triton 3.6 and 3.7 contain, is reported to miscompile the products that attention
+uses (triton-lang/triton#11781: input registers are reused before an asynchronous product has read
+them). A wrong product is no rounding difference, so every bit must agree. Each variant that Triton
+compiles is checked when a call first needs it. The check compiles nothing that the call does not
+need.
 """
 
 import importlib
@@ -33,12 +33,12 @@ _VERDICTS: dict[tuple[str, torch.device, torch.dtype, Variant], str | None] = {}
 def verdict(
     module: str, device: torch.device, dtype: torch.dtype, variant: tuple[Any, ...]
 ) -> str | None:
-    """What the ``attention`` of a module gets wrong on this device; None where every bit agrees.
+    """Return what the ``attention`` of a module gets wrong on this device, or None.
 
-    Asked once in this process for each device, dtype and ``variant`` (a ``Variant``), and a
-    disagreement is logged as a warning. torch.compile asks while it compiles. A kernel that cannot
-    even be compiled or launched is at fault too. Where it cannot be asked (no memory, inside
-    backward, a CUDA graph being captured) the kernel is refused this once.
+    Runs once in this process for each device, dtype and ``variant`` (a ``Variant``), and logs a
+    failure as a warning. torch.compile calls it while it compiles. A kernel that cannot be compiled
+    or launched has failed. If the check cannot run now (no memory, inside backward, while a CUDA
+    graph is captured), the kernel is refused for this call only.
     """
     variant = Variant(*variant)
     key = (module, device, dtype, variant)
@@ -48,14 +48,14 @@ def verdict(
         not variant.gradients
         and _VERDICTS.get((*key[:3], variant._replace(gradients=True)), "unknown") is None
     ):
-        return None  # its forward was right beside its backward
+        return None  # the check with gradients has passed, and includes the forward
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return "self-check: impossible while a CUDA graph is captured; call it once before"
-    if torch._C._current_graph_task_id() != -1:  # whose thread another backward would wait for
-        return "self-check: impossible inside backward; call it once before"
+        return "self-check: impossible while a CUDA graph is captured; call attention once before"
+    if torch._C._current_graph_task_id() != -1:  # a nested backward would wait for this thread
+        return "self-check: impossible inside backward; call attention once before"
     try:
-        # Whatever the caller is amidst (autocast, inference mode, a default device, a FLOP counter,
-        # hooks of activation checkpointing) holds in its own thread alone.
+        # A new thread has none of the caller's modes (autocast, inference mode, a default device,
+        # a FLOP counter, hooks of activation checkpointing).
         with _any_algorithm(), uncounted(), ThreadPoolExecutor(max_workers=1) as thread:
             found = thread.submit(
                 _ask, importlib.import_module(module).attention, *key[1:]
@@ -75,7 +75,7 @@ def verdict(
 def _ask(
     attention: Attention, device: torch.device, dtype: torch.dtype, variant: Variant
 ) -> str | None:
-    """The question, in a new thread, which begins on GPU 0 whatever the device."""
+    """Run the check in a new thread, which starts with GPU 0 as its current device."""
     if device.type != "cuda":
         return disagreement(attention, device, dtype, variant)
     with torch.cuda.device(device):
@@ -88,9 +88,7 @@ def _ask(
 
 @contextmanager
 def _any_algorithm() -> Iterator[None]:
-    """Let torch's own products, which are the yardstick, run even where they cannot be
-    deterministic.
-    """
+    """Allow torch's own products, the reference, even if they are not deterministic."""
     wanted = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)
@@ -103,14 +101,15 @@ def _any_algorithm() -> Iterator[None]:
 def disagreement(
     attention: Attention, device: torch.device, dtype: torch.dtype, variant: Variant
 ) -> str | None:
-    """What ``attention`` gets wrong on this device, forward or backward; None where every bit
-    agrees.
+    """Return what ``attention`` gets wrong on this device, forward or backward, or None.
+
+    Every bit must agree.
     """
     case = exact_case(variant, device)
     truth = answers(reference.attention, case, torch.float64, variant)
     ours = answers(attention, case, dtype, variant, deterministic=variant.deterministic)
     for name, value in ours.items():
-        # fp64's softmax strays from the exact answer by its last place.
+        # fp64's softmax may be wrong in its last place.
         exact = (truth[name] / case.unit).round() * case.unit
         if not torch.equal(value, exact.to(dtype)):
             return f"self-check: {name} is wrong for {variant}"
@@ -135,8 +134,9 @@ def answers(
 
 
 def _laid_out(x: Tensor, aligned: bool) -> Tensor:
-    """x in memory as a model has it, (batch, length, heads, head_dim), with rows of whole
-    multiples of 16, or odd.
+    """Return x stored as a model stores it, (batch, length, heads, head_dim).
+
+    The distance between rows is a multiple of 16 elements if ``aligned``, else odd.
     """
     batch, heads, length, head_dim = x.shape
     pitch = -(-head_dim // 16) * 16 if aligned else head_dim | 1

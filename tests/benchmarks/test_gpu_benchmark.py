@@ -97,7 +97,7 @@ def test_each_end_has_its_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[
         "is wrong": "WRONG: another: 2 + 2 = 5",
         "raises": "WRONG: case: AttributeError: no such function",
         "crashes": "WRONG: crashed, SIGSEGV",
-        "no memory on the host": "not run: killed by the system, usually for want of host memory",
+        "no memory on the host": "not run: killed by the system, usually out of host memory",
         "hangs": "WRONG: no end within 2 s",
         "memory": "not run: too little memory: MemoryError: full",
         "a package": "not run: missing package no_such_package",
@@ -574,9 +574,7 @@ def test_training_and_offload(tmp_path: Path, one_rank: RankPool) -> None:
 
 
 def test_offload_shrinks_to_what_fits() -> None:
-    """6.7B takes more than 128 GiB allow; page-locked memory is reckoned at up to twice its
-    size.
-    """
+    """6.7B needs more than 128 GiB; page-locked memory counts up to twice its size."""
     model = {"preset": "gpt3-6.7b"}
     settings = {"micro_batch": 4, "recompute": "full", "sub_group_size": 200_000_000}
     chosen = {

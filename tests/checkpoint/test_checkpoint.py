@@ -245,7 +245,7 @@ PICKLE = b"cos\nsystem\n(S'touch executed'\ntR."
     "content", [GIANT_HEADER, PICKLE, b"", struct.pack("<Q", 2) + b"[]"], ids=repr
 )
 def test_a_malformed_tensor_file_is_refused_at_once(run_directory: Path, content: bytes) -> None:
-    """Even where the manifest vouches for it; nothing is executed, nothing large allocated (S1,
+    """Even if the manifest lists its digest; nothing is executed, nothing large allocated (S1,
     S3).
     """
     manifest = read_manifest(newest(run_directory))

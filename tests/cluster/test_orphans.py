@@ -96,7 +96,7 @@ def test_a_rank_ends_with_every_process_of_its_launcher(
             f"the launcher has died (process {launch.chain[position].number}, "
             in (tmp_path / "output").read_text()
         )
-        if name == "deepspeed":  # the node launcher lives, and hears of it
+        if name == "deepspeed":  # the node launcher is alive, and is told of it
             assert code_in(tmp_path) == [str(int(ExitCode.FAILED))]
     finally:
         launch.end()

@@ -191,7 +191,7 @@ def train_and_check(rows: list[Row], request: pytest.FixtureRequest, swap: Path)
 
 
 def check(pool: RankPool, row: Row, swap: Path) -> None:
-    """Train a row and assert all that is to be seen of it."""
+    """Train a row and assert everything that can be seen of it."""
     config = document(row, swap)
     ranks = pool.run(
         "tests.support.jobs.training:train_swapping_small_tensors", config=config, steps=STEPS

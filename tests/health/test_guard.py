@@ -42,7 +42,7 @@ PIPELINE, TENSOR = (
     {"pipeline": 2},
     {"tensor": 2},
 )  # of four ranks, so that there are two replicas as well
-MESHES = [  # the rank that is spoilt: of the first or the last stage
+MESHES = [  # the rank whose gradient is corrupted: of the first or the last stage
     (PIPELINE, 1, 0, "nan"),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
@@ -97,7 +97,7 @@ def test_one_bad_gradient_on_one_rank_of_a_mesh_changes_no_weight_anywhere(
 def assert_nothing_changes(
     ranks: Any, config: dict[str, Any], directory: Path, rank: int, kind: str
 ) -> None:
-    """By a step that is spoilt on one rank, compared with a run that ends before it; and it is
+    """By a step that is corrupt on one rank, compared with a run that ends before it; and it is
     on record.
     """
     bad_step = CLEAN_STEPS + 1

@@ -47,7 +47,7 @@ def test_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton takes its own without a word."""
+    """Triton silently uses its own."""
     monkeypatch.setenv("TRITON_PTXAS_PATH", "/nowhere/ptxas")
     assert (
         str(assembler((9, 0)))

@@ -248,7 +248,7 @@ def test_dropout(fused_device: str, probability: float, causal: bool, determinis
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_yardstick_loses_nothing_on_the_way(dtype: torch.dtype) -> None:
+def test_the_reference_loses_nothing_on_the_way(dtype: torch.dtype) -> None:
     """Where the twin writes its probabilities out, fp64 stays fp64, and scores are not rounded
     to 16 bits.
     """
@@ -406,7 +406,7 @@ def test_integers_are_exact(fused_device: str, dtype: torch.dtype, deterministic
         gradients(reference.attention, torch.float64),
         strict=True,
     ):
-        exact = (truth * 64).round() / 64  # fp64's softmax strays from it by its last place
+        exact = (truth * 64).round() / 64  # fp64's softmax may be wrong in its last place
         assert exact.any()
         assert torch.equal(ours, exact.to(dtype))
 

@@ -26,7 +26,7 @@ from kernels.bench import timing as benchmark_timing
 from kernels.bench.cases import CHECK_SIZES, Case, cases
 from kernels.bench.providers import Provider, UnavailableError
 from kernels.bench.report import BenchmarkRow, Heading, as_markdown, write_report
-from kernels.bench.timing import errors, measure, step, yardstick
+from kernels.bench.timing import errors, expected, measure, step
 from kernels.costs import OPERATIONS, Cost
 from tests import REPOSITORY
 
@@ -90,14 +90,14 @@ def test_a_run_writes_one_report(
     }  # fmt: skip
     if DEVICE == "cpu":
         assert all(not r["p50_ms"] for r in ours)
-        assert "No GPU here" in capsys.readouterr().out
-        assert "No GPU here" in (output / "results.md").read_text()
+        assert "No GPU found" in capsys.readouterr().out
+        assert "No GPU found" in (output / "results.md").read_text()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["layernrom", "--output", "x"], "layernrom: no such operation; choose from attention"),
+        (["layernrom", "--output", "x"], "layernrom: unknown operation; choose from attention"),
         (["attention"], "--output"),
         (["--dtype", "fp64", "--output", "x"], "invalid choice: 'fp64'"),
     ],
@@ -214,10 +214,10 @@ def test_an_operation_that_stops_loses_no_other(
     def broken(case: Case, mode: str) -> Any:
         if case.op == "rms_norm":
             raise torch.OutOfMemoryError("full")
-        return yardstick(case, mode)
+        return expected(case, mode)
 
     found = benchmark_report.importlib.util.find_spec
-    monkeypatch.setattr(benchmark_run, "yardstick", broken)
+    monkeypatch.setattr(benchmark_run, "expected", broken)
     monkeypatch.setattr(benchmark_run, "_check_interpreted", lambda *arguments: None)
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name: None if name == "matplotlib" else found(name)

@@ -1,6 +1,4 @@
-"""What differentiation may ask of the fused operations: right, or refused by name; never wrong
-without a word.
-"""
+"""Derivatives of the fused operations: right, or refused by name; never silently wrong."""
 
 from collections.abc import Callable
 from typing import Any

@@ -79,7 +79,7 @@ def test_the_interpreter_is_obeyed_and_counted(
     monkeypatch.setenv(dispatch.VARIABLE, "interpret")
     assert (
         kernels.explain("attention", q, q, q)
-        == "attention: triton (hopper: the interpreter does not know Gluon)"
+        == "attention: triton (hopper: the interpreter cannot run Gluon)"
     )
     kernels.attention(q, q, q)
     assert kernels.launches() == {"attention_forward": 1}
@@ -285,7 +285,10 @@ def test_interpret_set_after_the_start_is_refused() -> None:
         "os.environ['MEGAGPT_KERNELS'] = 'interpret'; kernels.attention(q, q, q)"
     )
     done = run_python(code)
-    assert "MEGAGPT_KERNELS=interpret came too late; set it before Python starts" in done.stderr
+    assert (
+        "MEGAGPT_KERNELS=interpret was set after kernels was imported; set it before Python starts"
+        in done.stderr
+    )
 
 
 def test_the_log_says_once_which_implementation_runs_and_why(

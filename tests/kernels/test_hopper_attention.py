@@ -367,8 +367,8 @@ def assert_results_are_seen_by_tma(ptx: str) -> None:
 
 
 def assert_registers_suffice(ptx: str) -> None:
-    """Three warp groups have what they begin with, shared out anew: while they work, and before
-    (triton's own).
+    """Three warp groups have the registers they begin with, redistributed: while they work, and
+    before (triton's own).
     """
     at_first = re.search(r"^\.maxnreg (\d+)", ptx, re.MULTILINE)
     assert at_first is not None
@@ -531,13 +531,16 @@ def test_a_want_of_memory_is_no_verdict(
         found = self_check.verdict(
             "kernels.hopper.attention", torch.device("cuda"), torch.bfloat16, Variant(64)
         )
-        assert found == "self-check: impossible while a CUDA graph is captured; call it once before"
+        assert (
+            found
+            == "self-check: impossible while a CUDA graph is captured; call attention once before"
+        )
     monkeypatch.setattr(self_check, "_VERDICTS", {})
     x, found = torch.ones(1, requires_grad=True), []
     key = ("kernels.hopper.attention", torch.device("cpu"), torch.bfloat16, Variant(64))
     x.register_hook(lambda gradient: found.append(self_check.verdict(*key)))
     (2 * x).backward()
-    assert found == ["self-check: impossible inside backward; call it once before"]
+    assert found == ["self-check: impossible inside backward; call attention once before"]
     assert not caplog.records
     assert caught_in(nullcontext(), monkeypatch) is None
 

@@ -1,5 +1,5 @@
 """What a pipeline sends: gradients once a step or once a micro-batch, and ZeRO-3's parameters as
-seldom as it may.
+rarely as it may.
 """
 
 from typing import Any

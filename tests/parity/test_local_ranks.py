@@ -1,4 +1,4 @@
-"""Ranks that a command starts on this machine: what it hears of one that fails."""
+"""Ranks that a command starts on this machine: what it reports of one that fails."""
 
 import pytest
 import torch.distributed as dist

@@ -90,7 +90,7 @@ def test_the_small_model_is_of_the_kind_of_the_large_one() -> None:
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("ranks", [1, 3, 12, 16, 24, 128])
 def test_the_small_model_hosts_every_mesh_of_its_world(ranks: int, activation: str) -> None:
-    """Nothing is refused for want of heads, rows, positions, blocks, or of micro-batches; and it
+    """Nothing is refused for lack of heads, rows, positions, blocks, or of micro-batches; and it
     stays small.
     """
     file = load_config(
@@ -147,7 +147,7 @@ def test_a_large_world_is_cut_as_the_files_own_model_can_be() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("ranks", [2, 4, 16])
 def test_offload_to_nvme_has_enough_to_swap(ranks: int, precision: str) -> None:
-    """DeepSpeed keeps tiles and pieces below 1 MiB in host memory, without a word.
+    """DeepSpeed keeps tiles and pieces below 1 MiB in host memory, silently.
 
     In bf16, the ranks that swap are at least those with the table of tokens, which is then most of
     the model.
@@ -225,7 +225,7 @@ def test_a_wrong_number_of_ranks_for_the_files_own_mesh_is_said_and_the_rest_goe
 @pytest.mark.parametrize("stated", [8, 12, 16, 24, 1024, None])
 @pytest.mark.parametrize("gpus", [0, 4, 8, 12, 16, None])
 def test_what_is_advised_for_the_files_own_mesh_helps(stated: int | None, gpus: int | None) -> None:
-    """With the words that are to be typed, here where they fit on the GPUs, else by a launcher."""
+    """With the words to type, here where they fit on the GPUs, else by a launcher."""
     file = load_config(MESH_OF_EIGHT, [f"megagpt.parallel.world_size={stated or 'null'}"])
     request = ParityRequest(file, MESH_OF_EIGHT, own_only=True, gpus=gpus)
     with pytest.raises(UserError, match="To try it: ") as error:

@@ -16,10 +16,10 @@ def test_the_picture_is_drawn_from_these_imports() -> None:
     )
 
 
-def test_a_circle_has_no_floors() -> None:
-    assert architecture_figure.floors({"a": {"b"}, "b": set()}) == {"a": 1, "b": 0}
+def test_a_circle_has_no_layers() -> None:
+    assert architecture_figure.layers({"a": {"b"}, "b": set()}) == {"a": 1, "b": 0}
     with pytest.raises(ValueError, match=r"among \['a', 'b'\]"):
-        architecture_figure.floors({"a": {"b"}, "b": {"a"}, "c": set()})
+        architecture_figure.layers({"a": {"b"}, "b": {"a"}, "c": set()})
 
 
 def test_every_package_is_on_the_page() -> None:

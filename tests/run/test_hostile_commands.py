@@ -50,7 +50,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy to be spoilt; it is where commands run."""
+    """A copy to corrupt; it is where commands run."""
     shutil.copytree(sound, tmp_path / "place")
     monkeypatch.chdir(tmp_path / "place")
     write_run(Path("run"), Path("data"), steps=(STEP,))
@@ -65,9 +65,7 @@ def malice(place: Path) -> bytes:
 
 
 def spoil(place: Path, file: str, content: bytes = b"") -> None:
-    """Put the pickle there, or other content; where a manifest vouches for the file, let it
-    vouch for that.
-    """
+    """Put the pickle there, or other content, also into a manifest that has the file's digest."""
     content = content or malice(place)
     (place / file).write_bytes(content)
     checkpoint = step_directory(place / "run" / "checkpoints", STEP)

@@ -244,7 +244,7 @@ def test_the_other_ranks_of_a_host_let_the_first_speak(
 def test_data_that_changed_since_the_save_are_refused(
     two_ranks: RankPool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sound in themselves, prepared anew: another order of tokens under the same cursor would go
+    """Sound in themselves, prepared again: another order of tokens under the same cursor would go
     unnoticed.
     """
     config, directory = run_config(data, 2, (1, "none", "none"), save_every=2), tmp_path / "run"

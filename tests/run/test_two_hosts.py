@@ -150,7 +150,7 @@ def within_seconds(waits_s: float = 0.0) -> Iterator[None]:
     design.
 
     A start is imports above all, five of six seconds on an idle machine: beside other work both
-    take longer, so that the longer one of an import before and one after is the yardstick. They
+    take longer, so that the longer one of an import before and one after is the reference. They
     count as the start does, waits for a core included, as its processes on the other host cannot be
     asked for theirs.
     """
@@ -384,7 +384,7 @@ def test_a_rank_that_never_joins_is_named_by_the_others(
 def test_a_second_run_in_the_directory_is_refused_on_both_hosts(
     sound: TwoHosts, configuration: Path, tmp_path: Path
 ) -> None:
-    """Rank 0 finds the lock; the rank of the other host hears of it."""
+    """Rank 0 finds the lock; the rank of the other host is told of it."""
     sound.write_hostfile(ONE_EACH)
     run = tmp_path / "run"
     with run_directory.lock(run):
@@ -454,7 +454,7 @@ def test_a_host_that_drops_out_ends_the_run_on_both_sides_of_the_cable(
         took_s = time.monotonic() - pulled
         assert took_s < STALL_S + 5
     finally:
-        sound.plug_cable("host-b")  # ssh hears of the end of the session
+        sound.plug_cable("host-b")  # ssh is told of the end of the session
         shown, _ = command.communicate(timeout=DEADLINE_S)
     assert command.returncode != 0
     record = EndRecord.read(run)

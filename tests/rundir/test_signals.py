@@ -396,7 +396,7 @@ def test_ranks_whose_launcher_is_killed_save_and_end(
 def test_ranks_whose_launcher_is_told_to_end_save_and_end(
     start: Start, configuration: Path, tmp_path: Path
 ) -> None:
-    """DeepSpeed's command dies of SIGTERM without a word to its ranks; both save, well before a
+    """DeepSpeed's command dies of SIGTERM and does not tell its ranks; both save, well before a
     launcher kills (F3).
     """
     run = tmp_path / "run"

@@ -98,7 +98,7 @@ def until(condition: Callable[[], Any]) -> Any:
     """What the condition yields, once that is something; polled, with patience."""
     end = time.monotonic() + PATIENCE_S
     while not (found := condition()):
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "the condition did not become true in time"
         time.sleep(0.02)
     return found
 

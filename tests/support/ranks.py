@@ -1,6 +1,6 @@
 """A pool of real ranks (processes joined by gloo) that serves many test cases.
 
-Starting ranks costs seconds, so a pool lives for the session. A job that fails or outlasts its
+Starting ranks costs seconds, so a pool lives for the session. A job that fails or exceeds its
 deadline fails one test, with what every rank was doing; the pool is then ended, by its own process
 ids, and the next test gets a new one.
 """

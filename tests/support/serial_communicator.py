@@ -221,7 +221,7 @@ def of_the_group(rank: int, batch: Batch) -> Any:
 
 
 def lazily_of_a_pair(rank: int, batch: Batch) -> Any:
-    """NCCL without a bound device: what is posted singly uses a communicator of the two ranks,
+    """NCCL without a bound device: what is posted alone uses a communicator of the two ranks,
     for both ways.
     """
     return (
@@ -237,7 +237,7 @@ def one_for_all(rank: int, batch: Batch) -> Any:
 
 
 def one_by_one(ranks: Sequence[Program]) -> list[Program]:
-    """The same operations in the same order, each posted singly."""
+    """The same operations in the same order, each posted alone."""
     single = {
         step.batch: [
             replace(step.batch, operations=(operation,), together=False)

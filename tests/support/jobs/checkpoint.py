@@ -100,7 +100,7 @@ def started(config: Config, directory: Path) -> Iterator[Run]:
 
 
 def train(config: Config, directory: Path, poison: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Train to the end, or to where the guard stops; ``poison`` spoils gradients (see
+    """Train to the end, or to where the guard stops; ``poison`` corrupts gradients (see
     ``poison_gradients``).
     """
     with started(config, directory) as run:
@@ -189,7 +189,7 @@ def failing_save(config: Config, directory: Path, failing_rank: int, fault: str)
 
 
 def spoilt_save(config: Config, directory: Path, spoilt_rank: int) -> str:
-    """Train, spoil one master weight of one rank, and save; what every rank is told."""
+    """Train, corrupt one master weight of one rank, and save; what every rank is told."""
     with started(config, directory) as run:
         loop.train(run)
         if run.engine.mesh.rank == spoilt_rank:
@@ -240,7 +240,7 @@ def unforeseen_space() -> Iterator[None]:
 @contextmanager
 def disk_filled_before(module: Any, name: str) -> Iterator[None]:
     """Another process takes what is left of the disk, to the last byte, when a file of this name
-    is to be written.
+    is written.
     """
     write = module.write_atomically
 
@@ -297,7 +297,7 @@ def recorded_samples(run: Run) -> dict[int, list[int]]:
 
 
 def poison_gradients(run: Run, steps: Sequence[int], rank: int, kind: str) -> None:
-    """On one rank, at some steps: a loss of NaN, an infinite gradient beneath a finite loss, or
+    """On one rank, at some steps: a loss of NaN, an infinite gradient under a finite loss, or
     the other way round.
     """
     if run.engine.mesh.rank != rank:

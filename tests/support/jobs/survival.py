@@ -74,7 +74,7 @@ class RecordedClock:
 def named_by_a_device(
     work_s: list[float], steps: int, by_host: bool
 ) -> list[list[tuple[int, float]]]:
-    """Who is named after each step, where each rank's stream works so long and then waits for
+    """Who is named after each step, where each rank's stream works this long and then waits for
     the slowest.
     """
     clock, rank, world_size = RecordedClock(), dist.get_rank(), dist.get_world_size()

@@ -62,8 +62,8 @@ def assert_as_accurate_as_torch(
 
     The rule of FlashAttention's tests (hopper/test_flash_attn.py), whose second term allows for
     rounding the result; and one unit in the last place of the largest value, for small results that
-    torch rounds luckily. ``rounding`` adds what is known of an operation's sums, by the name of the
-    result.
+    torch rounds correctly by chance. ``rounding`` adds what is known of an operation's sums, by the
+    name of the result.
     """
     dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
     mixed = len({tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}) > 1

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_NEVER_S = 60.0  # a barrier that nothing has completed for so long never will be
+_NEVER_S = 60.0  # a barrier that nothing completes within this time never completes
 _PROGRAM = threading.local()  # of each partition: its program's index, and its products in flight
 
 

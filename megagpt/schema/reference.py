@@ -1,4 +1,4 @@
-"""What a configuration file may hold, for editors (JSON Schema) and for readers (Markdown tables).
+"""Describe the configuration file for editors (JSON Schema) and for readers (Markdown tables).
 
 `python -m megagpt.schema.reference > ds_configs/schema.json` writes the schema; with `--tables` it
 prints the last section of docs/configuration.md.
@@ -29,16 +29,14 @@ DERIVED_DEFAULTS = {
 
 
 class _FileSchema(GenerateJsonSchema):
-    """Leaves out the titles that pydantic makes of every key: they repeat it with a capital
-    letter.
-    """
+    """A schema generator without pydantic's titles, which repeat each key with a capital letter."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
 
 
 def schema_text() -> str:
-    """The JSON Schema of a whole file, as ds_configs/schema.json holds it."""
+    """Return the JSON Schema of a whole file, as ds_configs/schema.json holds it."""
     schema = RunConfig.model_json_schema(by_alias=True, schema_generator=_FileSchema)
     schema["$defs"]["ModelSection"].pop(
         "required"
@@ -48,7 +46,7 @@ def schema_text() -> str:
 
 
 def reference_text() -> str:
-    """One Markdown table a section: every key with its meaning, its default and its role."""
+    """Return one Markdown table for each section: key, meaning, default and role."""
     return "\n\n".join(_tables(RunConfig, "", "Top level")) + "\n"
 
 
@@ -81,7 +79,7 @@ def _default(model: type[BaseModel], name: str, field: FieldInfo) -> str:
 
 
 def main() -> None:
-    """Print the schema, or with `--tables` the tables."""
+    """Print the schema, or the tables with `--tables`."""
     parser = argparse.ArgumentParser(description="Describe the configuration file.")
     parser.add_argument(
         "--tables", action="store_true", help="Markdown tables of every key instead of JSON Schema"

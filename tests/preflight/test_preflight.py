@@ -206,7 +206,7 @@ def test_a_world_that_would_be_refused_is_refused_here(
     ("hosts", "lines"),
     [
         ([], "as many key-value heads and MLP .*--set megagpt.parallel.tensor=4$"),
-        (HOSTS, "(?s)4 ranks cannot hold replicas of tensor 6 .*--set megagpt.parallel.tensor=4$"),
+        (HOSTS, "(?s)4 ranks is not a multiple of tensor 6 .*--set megagpt.parallel.tensor=4$"),
         ([Host("a", 6)], "as many key-value heads and MLP .*--set megagpt.parallel.tensor=2$"),
     ],
 )

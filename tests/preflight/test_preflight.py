@@ -205,9 +205,9 @@ def test_a_world_that_would_be_refused_is_refused_here(
 @pytest.mark.parametrize(
     ("hosts", "lines"),
     [
-        ([], "as many key-value heads and MLP .*--set megagpt.parallel.tensor=4$"),
+        ([], "must divide num_kv_heads and the MLP .*--set megagpt.parallel.tensor=4$"),
         (HOSTS, "(?s)4 ranks is not a multiple of tensor 6 .*--set megagpt.parallel.tensor=4$"),
-        ([Host("a", 6)], "as many key-value heads and MLP .*--set megagpt.parallel.tensor=2$"),
+        ([Host("a", 6)], "must divide num_kv_heads and the MLP .*--set megagpt.parallel.tensor=2$"),
     ],
 )
 def test_a_run_is_judged_as_it_will_be_on_these_hosts(hosts: list[Host], lines: str) -> None:

@@ -113,10 +113,7 @@ STATED = put(put(COMPLETE, "megagpt.parallel.world_size", 5), "megagpt.parallel.
         pytest.param(
             json.dumps(UNEVEN_ROWS),
             3,
-            [
-                "megagpt.parallel.tensor: 3 is refused: each rank takes as many rows of the "
-                "embedding as any other"
-            ],
+            ["megagpt.parallel.tensor: 3 is refused: it must divide the rows of the embedding"],
             id="vocabulary (F14)",
         ),
         pytest.param(

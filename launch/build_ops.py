@@ -1,5 +1,6 @@
-"""Compile the DeepSpeed ops that a configuration needs, once and visibly: python
-launch/build_ops.py
+"""Compile the DeepSpeed ops that a configuration needs.
+
+python launch/build_ops.py
 """
 
 import sys

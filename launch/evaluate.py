@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Loss, perplexity and bits per byte on the validation split: python launch/evaluate.py
---run_dir runs/NAME
+"""Evaluate a trained model on the validation split: loss, perplexity and bits per byte.
+
+python launch/evaluate.py --run_dir runs/NAME
 """
 
 import argparse

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""The trained model for Hugging Face transformers: python launch/export.py --run_dir runs/NAME
---output DIR
+"""Export the trained model for Hugging Face transformers.
+
+python launch/export.py --run_dir runs/NAME --output DIR
 """
 
 import argparse

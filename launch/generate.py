@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Continue prompts with a trained model: python launch/generate.py --run_dir runs/NAME --prompt
-"import os"
+"""Continue prompts with a trained model.
+
+python launch/generate.py --run_dir runs/NAME --prompt "import os"
 """
 
 import argparse

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Go on from a published model: python launch/import_hf.py --model DIR --deepspeed_config F
---run_dir runs/NAME
+"""Start a run from a published Hugging Face model.
+
+python launch/import_hf.py --model DIR --deepspeed_config F --run_dir runs/NAME
 """
 
 import argparse

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Does every strategy train alike? python launch/parity.py here, or under a launcher: deepspeed
-launch/parity.py
+"""Check that every parallel strategy trains like one plain process.
+
+python launch/parity.py on this machine, or under a launcher: deepspeed launch/parity.py
 """
 
 import argparse
@@ -42,7 +43,7 @@ def main() -> int:
 
 
 def together(request: ParityRequest, asked: int | None, signs: list[str], launch: Launch) -> int:
-    """Compare on this rank of a launcher's."""
+    """Run the comparison on this rank of a launcher."""
     require_launched(request, asked, signs, launch.world_size)
     plan(
         request, launch.world_size
@@ -59,7 +60,7 @@ def together(request: ParityRequest, asked: int | None, signs: list[str], launch
 
 
 def here(request: ParityRequest, asked: int | None) -> int:
-    """Compare on ranks started on this machine."""
+    """Run the comparison on ranks that are started on this machine."""
     from megagpt.parallel.device import announce_to_deepspeed
     from megagpt.parity import local_ranks
 

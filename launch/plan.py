@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Legal? fits? how fast? python launch/plan.py --deepspeed_config F --hostfile hosts; imports no
-torch.
+"""Check whether a configuration is legal, fits and how fast it would be, without torch.
+
+python launch/plan.py --deepspeed_config F --hostfile hosts
 """
 
 import argparse
@@ -61,7 +62,10 @@ def main() -> int:
 
 
 def stated_world_size(arguments: argparse.Namespace) -> int:
-    """The ranks that the configuration expects, where the command line says nothing."""
+    """Return the configuration's `megagpt.parallel.world_size`.
+
+    Raises UserError if neither it nor an option gives the number of ranks.
+    """
     from megagpt.config import load_config
     from megagpt.utils import UserError
 

@@ -1,4 +1,7 @@
-"""Look at every host before a run: python launch/preflight.py --hostfile hosts"""
+"""Check every host before a run.
+
+python launch/preflight.py --hostfile hosts
+"""
 
 import sys
 from pathlib import Path

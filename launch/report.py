@@ -1,4 +1,7 @@
-"""One HTML page with the curves of a run: python launch/report.py --run_dir runs/NAME"""
+"""Write one HTML page with the curves of a run.
+
+python launch/report.py --run_dir runs/NAME
+"""
 
 import sys
 from pathlib import Path

@@ -1,5 +1,6 @@
-"""Resume a run after each crash: python launch/supervise.py --restarts 5 -- deepspeed
-launch/train.py ...
+"""Restart a run after each crash; it resumes from its last checkpoint.
+
+python launch/supervise.py --restarts 5 -- deepspeed launch/train.py ...
 """
 
 import sys

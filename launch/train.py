@@ -1,4 +1,7 @@
-"""Train: deepspeed launch/train.py, or python launch/train.py for one process."""
+"""Train a model.
+
+deepspeed launch/train.py, or for one process: python launch/train.py
+"""
 
 import sys
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Reading prepared tokens: memory-mapped streams, cut into samples visited in a reproducible order.
+"""Read prepared tokens: memory-mapped streams, cut into samples in a reproducible order.
 
-A run reads a `SampleStream`: sample `index` is a pure function of (data, seed, index), the same on
+A run reads a `SampleStream`. Sample `index` is a pure function of (data, seed, index), the same on
 every rank and mesh, so the position in the data is one integer and resuming costs nothing. numpy
 only.
 """
@@ -41,9 +41,7 @@ __all__ = [
 
 
 class TokenStream:
-    """The tokens of one split as one long sequence, whatever files they lie in, and where its
-    documents begin.
-    """
+    """The tokens of one split as one long sequence, with the starts of its documents."""
 
     def __init__(
         self, directory: Path, shards: Sequence[TokenShard], dtype: np.dtype, vocabulary: int
@@ -58,7 +56,7 @@ class TokenStream:
         return int(self._starts[-1])
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) as int64; UserError where one is not of the vocabulary."""
+        """Return tokens [start, stop) as int64; raise UserError if an id is out of range."""
         pieces = [self._tokens[shard][low:high] for shard, low, high in self._pieces(start, stop)]
         tokens = np.concatenate(pieces, dtype=np.int64)
         if (
@@ -68,7 +66,7 @@ class TokenStream:
         return tokens
 
     def _id_problem(self, place: int) -> str:
-        """What is wrong with the token at a place in the stream."""
+        """Return the error message for the token at a position in the stream."""
         ((shard, low, _),) = self._pieces(place, place + 1)
         file, tokens = self._files[shard], self._tokens[shard]
         return (
@@ -78,9 +76,7 @@ class TokenStream:
         )
 
     def document_ids(self, start: int, stop: int) -> np.ndarray:
-        """The number, in the split, of the document that each token of [start, stop) belongs to,
-        as int64.
-        """
+        """Return the document number, within the split, of each token in [start, stop): int64."""
         return np.concatenate(
             [self._shard_document_ids(*piece) for piece in self._pieces(start, stop)]
         )
@@ -97,7 +93,7 @@ class TokenStream:
         return self._first_documents[shard] + first - 1 + np.cumsum(begins)
 
     def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """(shard, low, high) of the shards that [start, stop) touches."""
+        """Return (shard, low, high) of the shards that [start, stop) touches."""
         if not 0 <= start < stop <= len(self):
             raise IndexError(f"tokens [{start}, {stop}) of a stream of {len(self)}")
         first, last = np.searchsorted(self._starts, [start, stop - 1], side="right") - 1
@@ -130,9 +126,7 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the contents, for checkpoints: equal for equal tokens and tokenizer,
-        wherever they lie.
-        """
+        """A hash of tokens and tokenizer for checkpoints; it does not depend on the directory."""
         return self.manifest.fingerprint
 
     def split(self, name: Split) -> TokenStream:
@@ -148,11 +142,10 @@ class Dataset:
 
 
 def open_dataset(directory: Path) -> Dataset:
-    """Open a prepared dataset once its files agree with its manifest by size, dtype, largest token
-    and probes.
+    """Open a prepared dataset after checking its files: size, dtype, largest token and probes.
 
-    Takes well under two seconds. UserError with file, offset, found and expected where they do not
-    agree.
+    Takes well under two seconds. Raises UserError with file, offset, found and expected value
+    if the files do not agree with the manifest.
     """
     manifest = read_dataset_manifest(Path(directory))
     check_file(Path(directory), manifest)
@@ -161,7 +154,7 @@ def open_dataset(directory: Path) -> Dataset:
 
 @dataclass(frozen=True)
 class Sample:
-    """`tokens` and the token after each, `targets`: int64 [L].
+    """One sample: `tokens` and the token after each, `targets`, both int64 [L].
 
     `document_ids`: int32 [L], equal within a document.
     """
@@ -174,7 +167,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples stacked: int64 [n, L], int64 [n, L], int32 [n, L] or None, int64 [n]."""
+    """Stacked samples: int64 [n, L], int64 [n, L], int32 [n, L] or None, int64 [n]."""
 
     tokens: np.ndarray
     targets: np.ndarray
@@ -185,10 +178,10 @@ class Batch:
 class SampleStream:
     """Endless samples of `sequence_length` tokens from one dataset or a weighted blend.
 
-    Samples are windows of L + 1 tokens that overlap by one: each token is a target once an epoch,
-    and the rest of a split that fills no window is left out. The training split is visited in a new
-    order each epoch, the validation split in its own. In a blend each dataset counts its own
-    epochs. A sample's id is its index.
+    Samples are windows of L + 1 tokens that overlap by one, so each token is a target once an
+    epoch. The rest of a split that fills no window is not used. The training split is read in a
+    new order each epoch, the validation split in its stored order. In a blend each dataset
+    counts its own epochs. A sample's id is its index.
     """
 
     def __init__(
@@ -217,8 +210,9 @@ class SampleStream:
         seed: int,
         document_mask: bool,
     ) -> SampleStream:
-        """Open (directory, weight) pairs; UserError for a bad dataset, weight, or differing
-        tokenizers.
+        """Open (directory, weight) pairs.
+
+        Raises UserError for a bad dataset, a bad weight, or different tokenizers.
         """
         blend = Blend([weight for _, weight in data])
         datasets = [open_dataset(directory) for directory, _ in data]
@@ -244,14 +238,12 @@ class SampleStream:
 
     @property
     def samples_per_epoch(self) -> int:
-        """Windows in all the datasets together; each dataset of a blend begins its next epoch on
-        its own.
-        """
+        """Windows of all datasets together; each dataset of a blend has its own epochs."""
         return sum(self._windows)
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the data and their shares: what a resumed run compares."""
+        """A hash of the data and their shares, which a resumed run compares."""
         contents = [
             [dataset.fingerprint, str(share)]
             for dataset, share in zip(self.datasets, self._blend.shares, strict=True)
@@ -259,14 +251,12 @@ class SampleStream:
         return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
     def locate(self, index: int) -> tuple[Dataset, int]:
-        """The dataset of sample `index` and its first token there: for people who look at a
-        sample on record.
-        """
+        """Return the dataset of sample `index` and its first token there, to look a sample up."""
         number, window = self._window(index)
         return self.datasets[number], window * self.sequence_length
 
     def sample(self, index: int) -> Sample:
-        """Sample `index`, counted over all epochs without end."""
+        """Return sample `index`, counted over all epochs."""
         number, window = self._window(index)
         stream, start = self._streams[number], window * self.sequence_length
         stop = start + self.sequence_length
@@ -278,7 +268,7 @@ class SampleStream:
         return Sample(tokens[:-1], tokens[1:], document_ids, index)
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """The samples at `indices`, stacked in that order."""
+        """Return the samples at `indices`, stacked in that order."""
         samples = [self.sample(index) for index in indices]
         return Batch(
             tokens=np.stack([sample.tokens for sample in samples]),
@@ -290,7 +280,7 @@ class SampleStream:
         )
 
     def _window(self, index: int) -> tuple[int, int]:
-        """(number of the dataset, window in it) of sample `index`."""
+        """Return (number of the dataset, window in it) of sample `index`."""
         number, visit = self._blend.locate(index)
         epoch, place = divmod(visit, self._windows[number])
         if not self._shuffled:

@@ -1,7 +1,6 @@
-"""Preparing a dataset: read documents, tokenise them in worker processes, write shards, publish.
+"""Prepare a dataset: read documents, tokenize them in worker processes, write shards, publish.
 
-`python launch/download_data.py --help` is the command; `prepare_embedded_corpus` is what a run
-calls by itself.
+`python launch/download_data.py --help` is the command. A run calls `prepare_embedded_corpus`.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class PreparationRequest:
-    """What to prepare; the options of the command."""
+    """What to prepare: the options of the command."""
 
     dataset: str
     output: Path
@@ -81,7 +80,7 @@ class PreparationRequest:
     force: bool = False
 
     def check(self) -> None:
-        """UserError for a value that no preparation could use."""
+        """Raise UserError for a value that no preparation can use."""
         parse_tokenizer_name(self.tokenizer)
         if self.output.name in ("", ".."):
             raise UserError(
@@ -97,7 +96,7 @@ class PreparationRequest:
                 raise UserError(f"--{option.replace('_', '-')} {value}: use a whole number above 0")
 
     def description(self, source: Corpus) -> dict[str, JsonValue]:
-        """What decides the contents, as the manifest keeps it; the number of workers does not."""
+        """Return what decides the contents, for the manifest; the number of workers does not."""
         return {
             **source.description,
             "tokenizer": self.tokenizer,
@@ -108,11 +107,10 @@ class PreparationRequest:
 
 
 def prepare_embedded_corpus(directory: Path) -> None:
-    """Make the standard library's sources a dataset at `directory`, unless one is there; one line
-    on the screen.
+    """Make a dataset of the standard library's sources at `directory`, unless one exists.
 
-    Takes a few seconds on one core and no network. Any number of processes of one host may call it
-    at once: one prepares, the others wait for it.
+    Takes a few seconds on one core and needs no network; prints one line. Several processes of
+    one host may call it at once: one prepares, the others wait.
     """
     if not (Path(directory) / MANIFEST_FILE).exists():
         prepare(
@@ -127,11 +125,10 @@ def prepare_embedded_corpus(directory: Path) -> None:
 
 
 def prepare(request: PreparationRequest, report: Report = print) -> DatasetManifest:
-    """Prepare the dataset, or continue to; a dataset that is there already and is the same is left
-    as it is.
+    """Prepare the dataset, or continue; an existing dataset with the same contents is kept.
 
-    UserError where another dataset, or anything else, is in the way: nothing is overwritten without
-    `force`.
+    Raises UserError if another dataset, or anything else, is at the destination: nothing is
+    overwritten without `force`.
     """
     request.check()
     source = open_source(
@@ -156,8 +153,9 @@ def prepare(request: PreparationRequest, report: Report = print) -> DatasetManif
 def _present(
     request: PreparationRequest, description: dict[str, JsonValue]
 ) -> DatasetManifest | None:
-    """The dataset at the destination where it is the one asked for; None where the destination
-    is free (or forced).
+    """Return the dataset at the destination if it is the requested one.
+
+    None if the destination is free or `force` is set.
     """
     output = request.output
     if not output.exists():
@@ -186,7 +184,7 @@ def _prepare_staged(
     staging: Path,
     report: Report,
 ) -> DatasetManifest:
-    """Fill the staging directory from its last commit point, up to and including the manifest."""
+    """Fill the staging directory from its last commit point, including the manifest."""
     wanted: dict[str, JsonValue] = {"request": dict(description), "version": source.version}
     progress = _progress(request, wanted, staging, report)
     if (staging / MANIFEST_FILE).exists():
@@ -219,9 +217,9 @@ def _prepare_staged(
 def _progress(
     request: PreparationRequest, wanted: dict[str, JsonValue], staging: Path, report: Report
 ) -> PreparationProgress:
-    """Where to continue.
+    """Return where to continue.
 
-    Another request's leftovers are an error; with --force, they are removed.
+    Raises UserError if the unfinished data are of another request; `force` removes them.
     """
     progress = None if request.force else read_progress(staging)
     if progress is None or (progress.request != wanted and not progress.pieces):
@@ -240,7 +238,7 @@ def _progress(
 
 
 def _discard_unless_committed(staging: Path) -> None:
-    """Leave nothing behind a request that failed before anything worth continuing was written."""
+    """Empty the staging directory if a request fails before its first commit point."""
     try:
         progress = read_progress(staging)
     except UserError:
@@ -250,9 +248,7 @@ def _discard_unless_committed(staging: Path) -> None:
 
 
 def _clear(staging: Path) -> None:
-    """Empty a staging directory of what a preparation writes; UserError where anything else lies
-    there.
-    """
+    """Empty a staging directory; raise UserError if it has files of another origin."""
     shards = r"(train|val)-\d{5}\.(bin|offsets)"
     names = rf"{shards}|{TOKENIZER_FILE}|{PROGRESS_FILE}|{MANIFEST_FILE}|\..*\.partial"
     paths = list(staging.iterdir())
@@ -266,7 +262,7 @@ def _clear(staging: Path) -> None:
 
 
 def _training_texts(source: Corpus, request: PreparationRequest) -> Iterator[str]:
-    """The training split's text, up to 64 Mi characters of it."""
+    """Yield the training split's text, up to 64 Mi characters of it."""
     characters = 0
     for split, piece in assign_splits(source, request.validation_fraction):
         if split == "train":
@@ -279,7 +275,7 @@ def _training_texts(source: Corpus, request: PreparationRequest) -> Iterator[str
 def _require_space_for(
     source: Corpus, request: PreparationRequest, encoding: tiktoken.Encoding, staging: Path
 ) -> None:
-    """Refuse at once what clearly will not fit; the writer looks again before each write."""
+    """Raise UserError if the data clearly will not fit; the writer checks again later."""
     bytes_per_token = 1.0 if request.tokenizer == "bytes" else TYPICAL_BYTES_PER_TOKEN
     limits = [request.max_tokens, source.size_bytes and int(source.size_bytes / bytes_per_token)]
     tokens = min((limit for limit in limits if limit is not None), default=0)
@@ -293,8 +289,9 @@ def _write_all(
     staging: Path,
     report: Report,
 ) -> None:
-    """Tokenise everything after the commit point and append it, committing every 16 Mi tokens
-    and at the end.
+    """Tokenize and append everything after the commit point.
+
+    Commits every 16 Mi tokens and at the end.
     """
     pieces, uncommitted_tokens = writer.progress.pieces, 0
     upcoming = batches(assign_splits(source, request.validation_fraction, skip=pieces))
@@ -323,7 +320,7 @@ def _write_all(
 
 
 def _limits(request: PreparationRequest) -> dict[Split, int]:
-    """Tokens each split may have: --max-tokens shared out by the fraction held out."""
+    """Return the maximum tokens of each split: --max-tokens divided by the fraction."""
     if request.max_tokens is None:
         return {"train": sys.maxsize, "val": sys.maxsize}
     fraction = (
@@ -337,8 +334,9 @@ def _limits(request: PreparationRequest) -> dict[Split, int]:
 def _progress_bar(
     total_tokens: int | None, writer: DatasetWriter, report: Report
 ) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal, else a line every ten seconds; the yielded function brings it up to
-    date.
+    """Show a bar on a terminal, else a line every ten seconds.
+
+    The yielded function updates it.
     """
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -366,7 +364,7 @@ def _progress_bar(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command `launch/download_data.py`."""
+    """Run the command `launch/download_data.py`."""
     prepare(PreparationRequest(**vars(_parser().parse_args(arguments))))
 
 

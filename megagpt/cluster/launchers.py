@@ -1,9 +1,9 @@
-"""How this process was started, and which of how many ranks it therefore is.
+"""How this process was started, and which rank of how many it is.
 
-Each launcher has variables of its own; torch and DeepSpeed read RANK, WORLD_SIZE, LOCAL_RANK,
-MASTER_ADDR and MASTER_PORT (and we LOCAL_SIZE, the ranks of this host). `adopt_launch` derives
-these, or says what keeps it from that: a process that does not know its rank would train alone,
-beside others that do the same.
+Each launcher sets its own variables. torch and DeepSpeed read RANK, WORLD_SIZE, LOCAL_RANK,
+MASTER_ADDR and MASTER_PORT; we also read LOCAL_SIZE, the number of ranks of this host.
+`adopt_launch` derives them, or says why it cannot: a process that does not know its rank would
+train alone, beside others that do the same.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 @dataclass(frozen=True)
 class Launch:
-    """This rank among all ranks; None and an empty ``hosts`` (else in the order of the ranks)
-    are what nobody said.
+    """This rank among all ranks.
+
+    None and empty ``hosts`` mean not known. ``hosts`` are in the order of the ranks.
     """
 
     launcher: str
@@ -44,24 +45,24 @@ class Launch:
     hosts: tuple[Host, ...] = ()
 
     def host_of(self, rank: int) -> str | None:
-        """The name of the host that runs a rank, where the launcher says it."""
+        """Return the name of the host that runs a rank, or None if the launcher does not tell."""
         names = [host.name for host in self.hosts for _ in range(host.slots)]
         return names[rank] if len(names) == self.world_size else None
 
 
 def signs_of_launcher(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """The variables that say that a launcher has started this process; to be asked before
-    `adopt_launch` sets some.
+    """Return the variables that show that a launcher started this process.
+
+    Call it before `adopt_launch`, which sets some of them.
     """
     return [name for name in (*OF_A_START, "SLURM_STEP_NUM_TASKS") if environment.get(name)]
 
 
 def adopt_launch(environment: MutableMapping[str, str] = os.environ) -> Launch:
-    """What the launcher's variables say, set under the names that torch reads; without a launcher,
-    one rank alone.
+    """Return this rank's launch and set the variables that torch reads.
 
-    Raises UserError where they say half, contradict themselves, or spread the ranks unevenly over
-    the hosts.
+    Without a launcher it is one rank alone. Raises UserError if variables are missing,
+    contradict each other, or spread the ranks unevenly over the hosts.
     """
     if environment.get("SLURM_STEP_NUM_TASKS") and not environment.get("RANK"):
         _set(environment, _of_slurm(environment))
@@ -78,7 +79,7 @@ def adopt_launch(environment: MutableMapping[str, str] = os.environ) -> Launch:
 
 
 def _of_variables(environment: Mapping[str, str]) -> Launch:
-    """The launch that a complete set of variables describes."""
+    """Return the launch that a complete set of variables describes."""
     missing = [name for name in OF_A_RANK if not environment.get(name)]
     if missing:
         given = [name for name in OF_A_RANK if environment.get(name)]
@@ -109,13 +110,13 @@ def _hosts(launcher: str, environment: Mapping[str, str]) -> list[Host]:
 
 
 def _number_of_hosts(environment: Mapping[str, str]) -> int | None:
-    """As DeepSpeed, torchrun or Slurm says it."""
+    """Return the number of hosts that DeepSpeed, torchrun or Slurm reports, or None."""
     names = ("CROSS_SIZE", "GROUP_WORLD_SIZE", "SLURM_STEP_NUM_NODES")
     return next((_whole(environment, name) for name in names if environment.get(name)), None)
 
 
 def _launcher(environment: Mapping[str, str]) -> str:
-    """What a user types before `launch/train.py`."""
+    """Return what a user types before `launch/train.py`."""
     if "CROSS_RANK" in environment:
         return "deepspeed"
     if "TORCHELASTIC_RUN_ID" in environment:
@@ -124,7 +125,7 @@ def _launcher(environment: Mapping[str, str]) -> str:
 
 
 def _problems(launch: Launch) -> Iterator[str]:
-    """What is wrong with the numbers of a launch."""
+    """Yield what is wrong with the numbers of a launch."""
     if not 0 <= launch.rank < launch.world_size:
         yield (
             f"environment: RANK={launch.rank} is not among the {launch.world_size} ranks of "
@@ -147,7 +148,7 @@ def _problems(launch: Launch) -> Iterator[str]:
 
 
 def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables of a task that srun started."""
+    """Return the variables of a task that srun started."""
     names = (
         "SLURM_PROCID",
         "SLURM_LOCALID",
@@ -184,8 +185,9 @@ def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _require_visible_devices(environment: Mapping[str, str], tasks_here: int) -> None:
-    """A rank takes the GPU of its own local number: `--gpus-per-task` would show it that of
-    another number only.
+    """Raise UserError if this task cannot see the GPU of its local rank.
+
+    `--gpus-per-task` shows each task one GPU only, as number 0.
     """
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     if visible and len(visible.split(",")) < tasks_here:
@@ -197,9 +199,7 @@ def _require_visible_devices(environment: Mapping[str, str], tasks_here: int) ->
 
 
 def _require_alone(environment: Mapping[str, str]) -> None:
-    """Refuse to train alone where a scheduler has started, or granted, more processes than this
-    one.
-    """
+    """Raise UserError if a scheduler has started, or granted, more processes than this one."""
     for name in MPI_SIZES:
         if (size := environment.get(name, "1")) != "1":
             raise UserError(
@@ -214,19 +214,19 @@ def _require_alone(environment: Mapping[str, str]) -> None:
 
 
 def _starts() -> str:
-    """How to start this command by each launcher."""
+    """Return how to start this command with each launcher."""
     script = _script()
     return f"deepspeed {script}, torchrun --nproc-per-node N {script}, or srun python {script}"
 
 
 def _script() -> str:
-    """What was typed after `python`, where it is one of our commands."""
+    """Return what was typed after `python`, if it is one of our commands."""
     script = Path(sys.argv[0])
     return str(script) if script.parent.name == "launch" else "launch/train.py"
 
 
 def _of_one_process() -> dict[str, str]:
-    """The variables of a world of one rank on this machine, with a port that nobody uses."""
+    """Return the variables of a world of one rank on this machine, with a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -235,8 +235,9 @@ def _of_one_process() -> dict[str, str]:
 
 
 def _set(environment: MutableMapping[str, str], values: Mapping[str, str]) -> None:
-    """Set variables; one that has another value, from a job script perhaps, is an error rather
-    than overwritten.
+    """Set variables; raise UserError if one already has another value.
+
+    A job script may have set it.
     """
     for name in OF_A_START:
         if environment.get(name, values[name]) not in ("", values[name]):

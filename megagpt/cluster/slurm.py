@@ -1,4 +1,4 @@
-"""Slurm's compact lists: which hosts a job step has and how many tasks each runs.
+"""Slurm's compact lists: the hosts of a job step and the number of tasks of each.
 
 `gpu[01-03,7],login1` are five hosts, `2(x3),1` is two tasks on each of three hosts and one on a
 fourth (srun(1), SLURM_STEP_NODELIST and SLURM_STEP_TASKS_PER_NODE).
@@ -24,11 +24,10 @@ TASKS = re.compile(r"([0-9]+)(?:\(x([0-9]+)\))?")
 
 
 def hosts_of_step(environment: Mapping[str, str]) -> list[Host]:
-    """The hosts of this job step with their tasks, in the order of the tasks; empty outside of
-    Slurm.
+    """Return the hosts of this job step with their tasks, in task order; empty outside Slurm.
 
-    Tasks are numbered host by host (srun's block distribution) or in turns (cyclic); only the first
-    is understood.
+    srun numbers tasks host by host (block distribution) or in turns (cyclic). Only block is
+    supported.
     """
     nodes, tasks = (
         environment.get("SLURM_STEP_NODELIST"),
@@ -47,7 +46,7 @@ def hosts_of_step(environment: Mapping[str, str]) -> list[Host]:
 
 
 def expand_hosts(nodes: str) -> list[str]:
-    """The host names of a list such as `gpu[01-03,7],login1`."""
+    """Return the host names of a list such as `gpu[01-03,7],login1`."""
     parts = PARTS.findall(nodes)
     names = [name for part in parts if part for name in _expand_part(part.rstrip(","), nodes)]
     if (
@@ -60,7 +59,7 @@ def expand_hosts(nodes: str) -> list[str]:
 
 
 def expand_tasks(tasks: str) -> list[int]:
-    """The tasks of each host from a list such as `2(x3),1`."""
+    """Return the tasks of each host from a list such as `2(x3),1`."""
     counts: list[int] = []
     for part in tasks.split(","):
         match = TASKS.fullmatch(part)
@@ -73,9 +72,7 @@ def expand_tasks(tasks: str) -> list[int]:
 
 
 def _expand_part(part: str, whole: str) -> list[str]:
-    """The names of one part, which may hold several brackets: every combination of what they
-    list.
-    """
+    """Return the names of one part, which may have several brackets: every combination."""
     choices = [[text] if text else _numbers(ranges, whole) for ranges, text in PIECES.findall(part)]
     if math.prod(map(len, choices)) > MAX_HOSTS:
         raise UserError(f"environment: SLURM_STEP_NODELIST={whole!a} is no list of hosts")
@@ -83,7 +80,7 @@ def _expand_part(part: str, whole: str) -> list[str]:
 
 
 def _numbers(ranges: str, whole: str) -> list[str]:
-    """`01-03,7` as 01, 02, 03, 7: the width of a range's beginning is kept."""
+    """Return 01, 02, 03, 7 for `01-03,7`; a range keeps the width of its first number."""
     numbers: list[str] = []
     for text in ranges.split(","):
         match = RANGE.fullmatch(text)

@@ -1,7 +1,7 @@
-"""Where documents come from: Python's own standard library, local files, any Hugging Face dataset.
+"""Sources of documents: Python's standard library, local files, any Hugging Face dataset.
 
-A source yields pieces in an order that never changes: most are whole documents, a long text file
-comes in several. The number of pieces taken is all that an interrupted preparation has to remember.
+A source yields pieces in a fixed order. Most are whole documents; a long text file comes in several
+pieces. An interrupted preparation only has to remember the number of pieces taken.
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ INSTALLED = {"site-packages", "dist-packages", "__pycache__"}
 
 @dataclass(frozen=True)
 class TextPiece:
-    """Part of a document: `document` counts from 0, `starts` and `ends` say whether its first
-    and last part is here.
+    """Part of a document.
+
+    `document` counts from 0. `starts` and `ends` say whether this is its first and its last
+    part.
     """
 
     document: int
@@ -57,7 +59,8 @@ class TextPiece:
 class Corpus(Protocol):
     """A corpus.
 
-    `description` goes into the manifest; `version` must be equal for a preparation to be continued.
+    `description` goes into the manifest. A preparation continues only if `version` is
+    unchanged.
     """
 
     description: dict[str, JsonValue]
@@ -65,14 +68,14 @@ class Corpus(Protocol):
     size_bytes: int | None  # of the text, where it is known beforehand
 
     def pieces(self, skip: int = 0) -> Iterator[TextPiece]:
-        """Every piece but the first `skip`."""
+        """Yield every piece except the first `skip`."""
         ...
 
 
 def open_source(
     dataset: str, *, config: str | None = None, split: str = "train", column: str = "text"
 ) -> Corpus:
-    """The source that `--dataset` names; UserError where there is none."""
+    """Return the source that `--dataset` names; raise UserError if there is none."""
     if dataset == "stdlib":
         return StandardLibrary(Path(sysconfig.get_path("stdlib")))
     suffix = next((suffix for suffix in FORMAT_OF_SUFFIX if dataset.endswith(suffix)), None)
@@ -128,9 +131,7 @@ def _local_source(pattern: str, file_format: str, column: str) -> Corpus:
 
 
 class StandardLibrary:
-    """The sources of the Python that runs this, one document a module: the corpus that needs no
-    download.
-    """
+    """The sources of the running Python, one document a module: a corpus without a download."""
 
     def __init__(self, root: Path) -> None:
         self._paths = sorted(
@@ -194,8 +195,9 @@ class TextFiles:
 
 
 def _text_pieces(path: Path) -> Iterator[str]:
-    """The file's text, cut where no tokenizer's pattern reaches across: a line break between two
-    visible characters.
+    """Yield the file's text, cut where no tokenizer pattern crosses.
+
+    That is at a line break between two visible characters.
     """
     text = ""
     for block in _decoded_blocks(path):
@@ -211,7 +213,7 @@ def _text_pieces(path: Path) -> Iterator[str]:
 
 
 def _last_plain_line_break(text: str) -> int | None:
-    """The position after the last "\\n" that has a visible character on either side."""
+    """Return the position after the last "\\n" that has a visible character on either side."""
     place = len(text)
     while (place := text.rfind("\n", 1, place)) != -1:
         if (
@@ -244,10 +246,9 @@ def _decoded_blocks(path: Path) -> Iterator[str]:
 
 
 class TableFiles:
-    """One text column of a Hugging Face dataset: from the hub, or local .jsonl, .jsonl.zst and
-    .parquet files.
+    """One text column of a Hugging Face dataset, from the hub or from local files.
 
-    `datasets` streams it, one document a row. Code that a dataset brings along is never run.
+    `datasets` streams it, one document a row. Code that comes with a dataset is never run.
     """
 
     def __init__(
@@ -274,8 +275,9 @@ class TableFiles:
         return iter(dataset.skip(skip) if skip else dataset)
 
     def _guarded(self, function: Any, *arguments: Any, **keywords: Any) -> Any:
-        """Call into `datasets`; what goes wrong there (no such dataset or configuration, no
-        network, a damaged file) comes back as one line.
+        """Call a function of `datasets`; raise its errors as UserError of one line.
+
+        For example: no such dataset or configuration, no network, a damaged file.
         """
         from datasets.exceptions import DatasetsError
 

@@ -1,4 +1,4 @@
-"""Tokenising in worker processes: batches in order, a bounded number of them in flight."""
+"""Tokenize in worker processes: batches in order, a bounded number of them in flight."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _encoding: tiktoken.Encoding | None = None  # of a worker process
 
 
 def batches(pieces: Iterable[tuple[Split, TextPiece]]) -> Iterator[Batch]:
-    """Runs of pieces of about a megabyte of text."""
+    """Yield batches of pieces, each of about a megabyte of text."""
     batch: Batch = []
     characters = 0
     for split, piece in pieces:
@@ -58,9 +58,9 @@ def batches(pieces: Iterable[tuple[Split, TextPiece]]) -> Iterator[Batch]:
 
 
 def encode_batch(encoding: tiktoken.Encoding, batch: Batch) -> list[EncodedPiece]:
-    """Token ids of each piece.
+    """Return the token ids of each piece.
 
-    A special token's name in a text is text: no document can end another.
+    The name of a special token in a text is text: no document can end another.
     """
     end = np.array([encoding.eot_token], np.uint32)
     encoded = []
@@ -78,7 +78,7 @@ def encode_batch(encoding: tiktoken.Encoding, batch: Batch) -> list[EncodedPiece
 
 @contextmanager
 def encoder(workers: int, tokenizer_directory: Path) -> Iterator[Encode]:
-    """A function from batches to their tokens, in order; one worker is this process itself."""
+    """Yield a function from batches to tokens, in order; one worker is this process."""
     if workers == 1:
         yield partial(map, partial(encode_batch, load_tokenizer(tokenizer_directory)))
         return
@@ -101,7 +101,7 @@ def encoder(workers: int, tokenizer_directory: Path) -> Iterator[Encode]:
 def _in_order(
     pool: ProcessPoolExecutor, in_flight: int, batches: Iterable[Batch]
 ) -> Iterator[list[EncodedPiece]]:
-    """`pool.map`, but reading ahead only `in_flight` batches: a corpus is larger than memory."""
+    """Map like `pool.map`, but read only `in_flight` batches ahead: a corpus may exceed memory."""
     futures: deque[Future[list[EncodedPiece]]] = deque()
     for batch in batches:
         futures.append(pool.submit(_encode_in_worker, batch))
@@ -118,7 +118,7 @@ def _start_worker(tokenizer_directory: Path) -> None:
 
 
 def _end_with_parent() -> None:
-    """A killed parent leaves its workers waiting for work for ever; end with it instead."""
+    """End this worker when its parent dies; it would otherwise wait for work forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

@@ -1,9 +1,8 @@
-"""Writing a dataset: plain appends, commit points to continue from, the manifest last, one rename
-to publish.
+"""Write a dataset: appends, commit points to continue from, the manifest last, then one rename.
 
-Everything happens in `NAME.partial` beside the destination. `progress.json` there says how far each
-file is good; after a kill the files are cut back to that and the writing goes on. Readers see the
-directory only once it is complete.
+Everything happens in `NAME.partial` beside the destination. `progress.json` there says how much of
+each file is complete. After a kill the files are truncated to that and writing continues. Readers
+see the directory only when it is complete.
 """
 
 from __future__ import annotations
@@ -40,15 +39,16 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ShardProgress(BaseModel):
-    """How much of one shard is safely on the disk."""
+    """How much of one shard is safely on disk."""
 
     tokens: int = 0
     documents: int = 0
 
 
 class PreparationProgress(BaseModel):
-    """What an interrupted preparation continues from; `request` is what was asked for, compared
-    before continuing.
+    """What an interrupted preparation continues from.
+
+    `request` is what was asked for; it must be equal to continue.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -66,7 +66,7 @@ class PreparationProgress(BaseModel):
 
 
 def read_progress(staging: Path) -> PreparationProgress | None:
-    """The commit point in a staging directory, None where there is none yet."""
+    """Return the commit point in a staging directory, or None if there is none yet."""
     path = staging / PROGRESS_FILE
     if not path.exists():
         return None
@@ -79,9 +79,7 @@ def read_progress(staging: Path) -> PreparationProgress | None:
 
 
 class SplitWriter:
-    """Appends one split's tokens and document offsets, shard by shard, from where `shards` says
-    it stopped.
-    """
+    """Append one split's tokens and document offsets, continuing after `shards`."""
 
     def __init__(
         self,
@@ -104,9 +102,7 @@ class SplitWriter:
             self._open_last()
 
     def write(self, tokens: np.ndarray, *, starts_document: bool) -> None:
-        """Append `tokens`; a shard is closed once it is full, so documents and pieces stay whole
-        in it.
-        """
+        """Append `tokens`; a full shard is closed, so documents and pieces stay whole in it."""
         if not self.shards or self.shards[-1].tokens >= self._shard_tokens:
             self.sync()
             self.close()
@@ -130,8 +126,9 @@ class SplitWriter:
         self._files = None
 
     def _open_last(self) -> None:
-        """Open the last shard's files cut back to the commit point: what lies beyond it may be
-        torn.
+        """Open the last shard's files, truncated to the commit point.
+
+        Data beyond it may be torn.
         """
         shard, stem = self.shards[-1], f"{self._split}-{len(self.shards) - 1:05d}"
         self._files = (
@@ -166,7 +163,7 @@ def _write_all(file: BinaryIO, data: bytes) -> None:
 
 
 class DatasetWriter:
-    """Writes both splits into a staging directory and commits them together."""
+    """Write both splits into a staging directory and commit them together."""
 
     def __init__(
         self, staging: Path, progress: PreparationProgress, *, vocabulary: int, shard_tokens: int
@@ -178,8 +175,9 @@ class DatasetWriter:
         }
 
     def write(self, split: Split, tokens: np.ndarray, *, starts_document: bool) -> None:
-        """Append part of a document or all of it; UserError, with need and have, where the disk
-        is full.
+        """Append a part of a document.
+
+        Raises UserError with needed and free space if the disk is full.
         """
         if (
             tokens.max(initial=0) >= self._vocabulary
@@ -189,8 +187,9 @@ class DatasetWriter:
             self._splits[split].write(tokens, starts_document=starts_document)
 
     def commit(self, pieces: int) -> None:
-        """Make everything written so far, from the source's first `pieces`, survive a kill or a
-        power cut.
+        """Make everything durable that was written from the source's first `pieces`.
+
+        It then survives a kill or a power cut.
         """
         with explain_full_disk(self._staging, 0):
             for split in self._splits.values():
@@ -205,9 +204,7 @@ class DatasetWriter:
     def finish(
         self, *, tokenizer: TokenizerRecord, end_of_document: int, source: dict[str, JsonValue]
     ) -> DatasetManifest:
-        """Hash the files and write the manifest; the staging directory is then a complete
-        dataset.
-        """
+        """Hash the files and write the manifest, which completes the staging directory."""
         self.close()
         splits = {split: self._sealed_shards(split) for split in SPLITS}
         manifest = DatasetManifest(
@@ -244,8 +241,9 @@ def _sealed_shard(path: Path, shard: ShardProgress, dtype: np.dtype) -> TokenSha
 
 @contextmanager
 def explain_full_disk(directory: Path, need_bytes: int) -> Iterator[None]:
-    """Refuse to write `need_bytes` that would not fit, and turn a full disk into a UserError
-    with need and have.
+    """Raise UserError if `need_bytes` do not fit or if the disk fills up.
+
+    The message has the needed and the free space.
     """
     require_space(directory, need_bytes)
     try:
@@ -274,12 +272,11 @@ def _disk_full(directory: Path, need_bytes: int, reason: str) -> UserError:
 
 @contextmanager
 def exclusive_staging(directory: Path) -> Iterator[Path]:
-    """The staging directory of `directory`, made if need be and locked against other processes of
-    this host.
+    """Lock the staging directory of `directory` against other processes of this host, and yield it.
 
-    Waits while another process holds it. The lock is on the directory itself and dies with its
-    holder, so there is nothing stale to clean up; a holder that published has renamed the directory
-    away, and the next one makes another.
+    Makes it if needed, and waits while another process holds it. The lock is on the directory
+    itself and dies with its holder, so a stale one needs no cleaning. A holder that published
+    has renamed the directory, and the next one makes another.
     """
     staging = dataset_staging_directory(directory)
     while True:
@@ -313,16 +310,15 @@ def _is_open_as(descriptor: int, path: Path) -> bool:
 
 
 def _remove_if_empty(lock: int, staging: Path) -> None:
-    """Leave no empty directory behind; after publishing, the name may be another process's
-    already.
-    """
+    """Remove an empty staging directory, unless the name now belongs to another process."""
     if _is_open_as(lock, staging) and not any(staging.iterdir()):
         staging.rmdir()
 
 
 def publish(staging: Path, directory: Path) -> None:
-    """Rename a complete staging directory to its destination; a dataset that was there is
-    removed after the rename.
+    """Rename a complete staging directory to its destination.
+
+    A dataset that was there is removed after the rename.
     """
     manifest = DatasetManifest.model_validate_json((staging / MANIFEST_FILE).read_bytes())
     shards = [shard for shards in manifest.splits.values() for shard in shards]

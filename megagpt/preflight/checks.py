@@ -1,8 +1,7 @@
-"""Look at every host before a run: can it be reached, has it the same software, room, devices, the
-same directories.
+"""Check every host before a run: reachable, same software, free space, devices, same paths.
 
-One table, a row a host; below it each problem with what to type. The hosts are asked in parallel,
-through ssh as DeepSpeed's launcher does it; torch is imported there only.
+The result is a table with a row a host, and below it each problem with what to type. The hosts are
+asked in parallel, through ssh as DeepSpeed's launcher does. torch is imported only there.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ Values = dict[str, Any]
 
 @dataclass
 class Report:
-    """One host: what it said of itself, and what is wrong with it."""
+    """One host: its answers and its problems."""
 
     host: Host | None  # None: this machine, without ssh
     values: Values = field(default_factory=dict)
@@ -60,17 +59,17 @@ class Report:
 
 
 def require_legal_on(hosts: Sequence[Host], config: RunConfig, source: str) -> None:
-    """Raise ConfigError for what a run would be refused for, on as many ranks as it expects, or
-    as the hosts have; as one replica where neither is known.
+    """Raise ConfigError if a run would be refused.
+
+    The number of ranks is the one that the run expects, else that of the hosts, else one
+    replica.
     """
     ranks = config.megagpt.parallel.world_size or world_size([*hosts]) or None
     require_legal(config, source, World(ranks, ANY_VOCABULARY))
 
 
 def examine(hosts: Sequence[Host], config: RunConfig, run_directory: Path) -> list[Report]:
-    """A report of each host, or of this machine where there are none; nothing stays behind on
-    any of them.
-    """
+    """Return a report of each host, or of this machine if there are none; leave nothing behind."""
     variables, problems = forwarded.read() if hosts else ({}, [])
     reports = [Report(host) for host in hosts] or [Report(None)]
     question = _question(config, run_directory, variables)
@@ -119,7 +118,7 @@ def _ask_facts(report: Report, question: Values) -> None:
 
 
 def _ask(report: Report, request: Values) -> Any:
-    """The answer of a host's probe; where there is none, None and a problem."""
+    """Return the answer of a host's probe; if there is none, return None and add a problem."""
     source = (
         f"{Path(host_probe.__file__).read_text()}\nanswer(json.loads({json.dumps(request)!r}))\n"
     )
@@ -139,7 +138,7 @@ def _ask(report: Report, request: Values) -> Any:
 
 
 def _problems_alone(report: Report) -> Iterator[str]:
-    """What is wrong with a host whatever the others are like."""
+    """Yield the problems of a host that do not depend on the others."""
     values, name = report.values, report.name
     if not values["directory"]:
         yield (
@@ -171,7 +170,7 @@ def _problems_alone(report: Report) -> Iterator[str]:
 
 
 def _places(values: Values, name: str) -> Iterator[str]:
-    """Directories that cannot be written, disks that are full."""
+    """Yield directories that cannot be written and disks that are full."""
     for place in (values["place"], *values["disks"].values()):
         if not place["writable"]:
             yield (
@@ -187,7 +186,7 @@ def _places(values: Values, name: str) -> Iterator[str]:
 
 
 def _notes(report: Report) -> Iterator[str]:
-    """What a run survives and a user may want to know."""
+    """Yield facts that do not stop a run but that a user may want to know."""
     states = report.values.get("ops", {})
     if unbuilt := ", ".join(
         op.removesuffix("Builder") for op, state in states.items() if state == "not yet"
@@ -205,18 +204,14 @@ def _notes(report: Report) -> Iterator[str]:
 
 
 def _clock_skew_s(report: Report) -> float:
-    """How far a clock is outside of the time that the question took: it was read somewhere in
-    between.
-    """
+    """Return how far a clock is outside the interval of the question: it was read within it."""
     begun, ended = report.asked_s
     clock = report.values["clock_s"]
     return clock - min(max(clock, begun), ended)
 
 
 def _compare(reports: Sequence[Report]) -> None:
-    """Find hosts that differ from the first in what has to be alike, and names that mean one
-    machine.
-    """
+    """Add problems to hosts that differ from the first, and notes about other devices."""
     for report in reports[1:]:
         first = reports[0]
         for library, version in report.values["software"].items():
@@ -239,9 +234,7 @@ def _compare(reports: Sequence[Report]) -> None:
 
 
 def _see_whether_shared(reports: Sequence[Report]) -> None:
-    """Whether all hosts mean one directory by the path of the run: a mark of the first must be
-    seen by the others.
-    """
+    """Check that all hosts share the run's directory: they must see the first host's file."""
     usable = [report for report in reports if report.values["place"]["writable"]]
     if len(usable) < 2:
         return
@@ -267,7 +260,7 @@ def _look_for(report: Report, mark: str, writer: str) -> None:
 
 
 def _world_problems(hosts: Sequence[Host], config: RunConfig) -> Iterator[str]:
-    """What a run on these hosts would be refused for."""
+    """Yield why a run on these hosts would be refused."""
     expected, ranks = config.megagpt.parallel.world_size, world_size([*hosts])
     if hosts and expected not in (None, ranks):
         yield (
@@ -279,7 +272,7 @@ def _world_problems(hosts: Sequence[Host], config: RunConfig) -> Iterator[str]:
 
 
 def table(reports: Sequence[Report]) -> str:
-    """One row a host, one column a thing that was looked at."""
+    """Return a table with one row a host and one column a check."""
     rows = [_row(report) for report in reports]
     columns = [
         max(len(row[column]) for row in (HEADINGS, *rows)) for column in range(len(HEADINGS))

@@ -1,5 +1,6 @@
-"""What each rank does for `link.py`: reduce a number and a large tensor over all ranks; rank 0
-prints the times.
+"""The program of each rank for `link.py`: all-reduce a number and a large tensor.
+
+Rank 0 prints the times.
 """
 
 import json
@@ -36,7 +37,7 @@ def main() -> None:
 
 
 def fastest_s(tensor: torch.Tensor) -> float:
-    """The shortest of several all-reduces, after one that sets up the connections."""
+    """Return the shortest time of several all-reduces, after one that sets up the connections."""
     times = []
     for _ in range(1 + REPEATS):
         dist.barrier()

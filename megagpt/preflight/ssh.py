@@ -1,5 +1,6 @@
-"""Run Python on a host as DeepSpeed's launcher will, through ssh without questions, and explain
-why that fails.
+"""Run Python on a host as DeepSpeed's launcher does, through non-interactive ssh.
+
+Explains why that fails.
 """
 
 from __future__ import annotations
@@ -37,19 +38,16 @@ OTHERWISE = "try it by hand: ssh -o BatchMode=yes {host} true"
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back from a host; ``failure`` says in a line why nothing useful did, with what
-    to do, else None.
-    """
+    """The output of a host; ``failure`` is one line with the reason and the remedy, or None."""
 
     output: str
     failure: str | None
 
 
 def run_python(host: str | None, source: str, *, timeout_s: float) -> Reply:
-    """Run a program on a host or, where that is None, on this machine; it travels through standard
-    input.
+    """Run a program, sent through standard input, on a host or (None) on this machine.
 
-    The interpreter is this one by its path, which DeepSpeed's launcher uses on every host.
+    The interpreter is the path of this one, which DeepSpeed's launcher uses on every host.
     """
     command = [sys.executable, "-"]
     if host is not None:

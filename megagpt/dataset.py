@@ -46,7 +46,8 @@ class TokenStream:
     def __init__(
         self, directory: Path, shards: Sequence[TokenShard], dtype: np.dtype, vocabulary: int
     ) -> None:
-        self._files, self._vocabulary = [directory / shard.file for shard in shards], vocabulary
+        self._files = [directory / shard.file for shard in shards]
+        self._vocabulary = vocabulary
         self._tokens = [np.memmap(file, dtype, mode="r") for file in self._files]
         self._offsets = [_open_offsets(directory / shard.offsets.file) for shard in shards]
         self._starts = np.cumsum([0, *(shard.tokens for shard in shards)])
@@ -59,16 +60,16 @@ class TokenStream:
         """Return tokens [start, stop) as int64; raise UserError if an id is out of range."""
         pieces = [self._tokens[shard][low:high] for shard, low, high in self._pieces(start, stop)]
         tokens = np.concatenate(pieces, dtype=np.int64)
-        if (
-            tokens.max() >= self._vocabulary
-        ):  # a change between the probes; on a GPU it would be an assertion in CUDA
+        # the probes may miss a change; on a GPU a wrong id would be a CUDA assertion
+        if tokens.max() >= self._vocabulary:
             raise UserError(self._id_problem(start + int(np.argmax(tokens >= self._vocabulary))))
         return tokens
 
     def _id_problem(self, place: int) -> str:
         """Return the error message for the token at a position in the stream."""
         ((shard, low, _),) = self._pieces(place, place + 1)
-        file, tokens = self._files[shard], self._tokens[shard]
+        file = self._files[shard]
+        tokens = self._tokens[shard]
         return (
             f"{file}: token id {tokens[low]} found at byte {low * tokens.itemsize}, ids below "
             f"{self._vocabulary} expected: changed since preparation\n"
@@ -83,8 +84,7 @@ class TokenStream:
 
     def _shard_document_ids(self, shard: int, low: int, high: int) -> np.ndarray:
         offsets = self._offsets[shard]
-        # Scalars of the file's own type: with any other, searchsorted would convert the whole file
-        # first.
+        # Scalars of the file's type: with another type, searchsorted would convert the whole file.
         first, last = np.searchsorted(
             offsets, [OFFSET_DTYPE.type(low), OFFSET_DTYPE.type(high - 1)], side="right"
         )
@@ -194,9 +194,12 @@ class SampleStream:
         seed: int,
         document_mask: bool,
     ) -> None:
-        self.datasets, self.sequence_length = tuple(datasets), sequence_length
-        self._blend, self._seed = blend, seed
-        self._shuffled, self._document_mask = split == "train", document_mask
+        self.datasets = tuple(datasets)
+        self.sequence_length = sequence_length
+        self._blend = blend
+        self._seed = seed
+        self._shuffled = split == "train"
+        self._document_mask = document_mask
         self._streams = [dataset.split(split) for dataset in datasets]
         self._windows = [_count_windows(dataset, split, sequence_length) for dataset in datasets]
 
@@ -258,7 +261,8 @@ class SampleStream:
     def sample(self, index: int) -> Sample:
         """Return sample `index`, counted over all epochs."""
         number, window = self._window(index)
-        stream, start = self._streams[number], window * self.sequence_length
+        stream = self._streams[number]
+        start = window * self.sequence_length
         stop = start + self.sequence_length
         tokens = stream.read(start, stop + 1)
         document_ids = None
@@ -293,8 +297,8 @@ def _count_windows(dataset: Dataset, split: Split, sequence_length: int) -> int:
     windows = (tokens - 1) // sequence_length
     if windows < 1:
         raise UserError(
-            f"{dataset.directory}: its {split} split has {tokens} tokens, a sample takes "
-            f"{sequence_length + 1}; use a model.sequence_length of at most {max(tokens - 1, 0)}, "
-            "or more data"
+            f"{dataset.directory}: its {split} split has {tokens} tokens, but a sample needs "
+            f"{sequence_length + 1}; set megagpt.model.sequence_length to at most "
+            f"{max(tokens - 1, 0)}, or use more data"
         )
     return windows

@@ -52,13 +52,13 @@ from megagpt.utils import MIB, UserError, human_count
 if TYPE_CHECKING:
     import tiktoken
 
-COMMIT_TOKENS = 16 * MIB  # between commit points: what a kill can cost
-TRAINING_CHARACTERS = 64 * MIB  # of text that a BPE is trained on, from the corpus's beginning
-TYPICAL_BYTES_PER_TOKEN = (
-    3.0  # of English and code in a BPE of some thousand tokens; for the first look at the disk
-)
+COMMIT_TOKENS = 16 * MIB  # between commit points: the most that a kill can lose
+TRAINING_CHARACTERS = 64 * MIB  # from the beginning of the corpus, to train a BPE on
+# of English and code in a BPE of a few thousand tokens; for the first check of free space
+TYPICAL_BYTES_PER_TOKEN = 3.0
 PLAIN_REPORT_INTERVAL_S = 10.0
-EMBEDDED_TOKENIZER, EMBEDDED_VALIDATION_FRACTION = "bpe:4096", 0.05
+EMBEDDED_TOKENIZER = "bpe:4096"
+EMBEDDED_VALIDATION_FRACTION = 0.05
 
 Report = Callable[[str], None]
 
@@ -134,7 +134,8 @@ def prepare(request: PreparationRequest, report: Report = print) -> DatasetManif
     source = open_source(
         request.dataset, config=request.config, split=request.split, column=request.column
     )
-    description, began = request.description(source), time.monotonic()
+    description = request.description(source)
+    began = time.monotonic()
     with exclusive_staging(request.output) as staging:
         present = _present(request, description)
         if present is not None:
@@ -162,7 +163,7 @@ def _present(
         return None
     if not (output / MANIFEST_FILE).exists():
         raise UserError(
-            f"{output}: in the way, and not a dataset (no {MANIFEST_FILE}); choose another --output"
+            f"{output}: exists and is not a dataset (no {MANIFEST_FILE}); choose another --output"
         )
     if request.force:
         return None
@@ -204,7 +205,7 @@ def _prepare_staged(
         writer.close()
     if not progress.tokens("train"):
         raise UserError(
-            f"--dataset {request.dataset}: no text found, so there is nothing to train on"
+            f"--dataset {request.dataset}: no text found; choose another dataset or --column"
         )
     tokenizer = TokenizerRecord(
         **record_file(staging / TOKENIZER_FILE).model_dump(), name=request.tokenizer
@@ -229,7 +230,7 @@ def _progress(
     elif progress.request != wanted:
         raise UserError(
             f"{staging}: holds the unfinished preparation of other data or with other options; "
-            f"--force discards it"
+            f"give --force to discard it"
         )
     elif progress.pieces:
         done = human_count(sum(map(progress.tokens, SPLITS)))
@@ -242,7 +243,7 @@ def _discard_unless_committed(staging: Path) -> None:
     try:
         progress = read_progress(staging)
     except UserError:
-        return  # damaged: the message names --force, which clears it
+        return  # damaged: the message names --force, which removes it
     if progress is not None and not progress.pieces:
         _clear(staging)
 
@@ -255,7 +256,7 @@ def _clear(staging: Path) -> None:
     foreign = [path.name for path in paths if not re.fullmatch(names, path.name)]
     if foreign:
         raise UserError(
-            f"{staging}: in the way, and no preparation wrote {foreign[0]} there; move it elsewhere"
+            f"{staging}: contains {foreign[0]}, which no preparation wrote; move it elsewhere"
         )
     for path in paths:
         path.unlink()
@@ -293,7 +294,8 @@ def _write_all(
 
     Commits every 16 Mi tokens and at the end.
     """
-    pieces, uncommitted_tokens = writer.progress.pieces, 0
+    pieces = writer.progress.pieces
+    uncommitted_tokens = 0
     upcoming = batches(assign_splits(source, request.validation_fraction, skip=pieces))
     room = {
         split: limit - writer.progress.tokens(split) for split, limit in _limits(request).items()
@@ -371,9 +373,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
         prog="launch/download_data.py",
-        description="Prepare a dataset: tokenise a corpus into a directory that a run reads "
-        "(docs/data.md). "
-        "The same command after an interruption continues; nothing is overwritten without --force.",
+        description="Prepare a dataset: tokenize a corpus into a directory that a run reads "
+        "(docs/data.md). After an interruption, the same command continues. Nothing is "
+        "overwritten without --force.",
     )
     add = parser.add_argument
     add(
@@ -383,44 +385,45 @@ def _parser() -> argparse.ArgumentParser:
         "such as HuggingFaceFW/fineweb-edu, or a path or quoted pattern of .txt, .jsonl, "
         ".jsonl.zst or .parquet files",
     )
-    add("--output", required=True, type=Path, help="the directory to make, for example data/NAME")
+    add("--output", required=True, type=Path, help="directory to make, for example data/NAME")
     add(
         "--tokenizer",
         default="bpe:8192",
-        help="gpt2, cl100k_base, o200k_base, bytes, or bpe:SIZE trained on this text (default: "
-        "%(default)s)",
+        help="gpt2, cl100k_base, o200k_base, bytes, or bpe:SIZE trained on this text [%(default)s]",
     )
-    add("--config", help="a Hugging Face dataset's configuration, for example sample-10BT")
+    add("--config", help="configuration of a Hugging Face dataset, for example sample-10BT")
     add(
         "--split",
         default="train",
-        help="a Hugging Face dataset's split to read (default: %(default)s)",
+        help="split of a Hugging Face dataset to read [%(default)s]",
     )
-    add("--column", default="text", help="the column that holds the text (default: %(default)s)")
+    add("--column", default="text", help="column with the text [%(default)s]")
     add(
         "--validation-fraction",
         type=float,
-        help="of the documents to hold out (default: 0.01; of fewer than twenty documents, the "
-        "last 0.1 of the text)",
+        help="share of the documents to hold out [0.01; with fewer than twenty documents, the "
+        "last 0.1 of the text]",
     )
     add(
-        "--max-tokens", type=int, help="stop after so many tokens, training and validation together"
+        "--max-tokens",
+        type=int,
+        help="stop after this many tokens, training and validation together [all]",
     )
     add(
         "--shard-tokens",
         type=int,
         default=PreparationRequest.shard_tokens,
-        help="tokens a file (default: %(default)s)",
+        help="tokens per file [%(default)s]",
     )
     add(
         "--workers",
         type=int,
         default=os.cpu_count() or 1,
-        help="tokenising processes (default: one a core, %(default)s)",
+        help="tokenizer processes [one per core: %(default)s]",
     )
     add(
         "--force",
         action="store_true",
-        help="replace a dataset at --output, or an unfinished one, by a new one",
+        help="replace a dataset, or an unfinished one, at --output",
     )
     return parser

@@ -13,7 +13,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-KIB, MIB, GIB = 1024, 1024**2, 1024**3
+KIB = 1024
+MIB = 1024**2
+GIB = 1024**3
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULT_FILE_MODE = 0o644
 
@@ -127,9 +129,8 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
-            os.fchmod(
-                file.fileno(), DEFAULT_FILE_MODE
-            )  # mkstemp makes files that only their owner can read
+            # mkstemp makes files that only their owner can read
+            os.fchmod(file.fileno(), DEFAULT_FILE_MODE)
             os.fsync(file.fileno())
         os.replace(aside, path)
     except BaseException:

@@ -17,7 +17,7 @@ from megagpt.utils import UserError
 HOST_PATTERN = re.compile(
     r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*"
 )
-MAX_HOST_LENGTH = 253  # RFC 1035: the longest name that can be resolved
+MAX_HOST_LENGTH = 253  # RFC 1035: the longest name that resolves
 LINE_PATTERN = re.compile(r"(\S+)[ \t]+slots=([1-9][0-9]{0,3})")
 EXAMPLE = "worker-1 slots=8"
 
@@ -116,7 +116,7 @@ def _parse_line(content: str) -> Host | str:
         )
     name, slots = match.groups()
     if len(name) > MAX_HOST_LENGTH:
-        return f"a host name of {len(name)} characters; at most {MAX_HOST_LENGTH} can be resolved"
+        return f"the host name has {len(name)} characters; at most {MAX_HOST_LENGTH} are possible"
     if HOST_PATTERN.fullmatch(name) is None:
         return (
             f"{_shown(name)} is not a host name: letters, digits, dots and hyphens, a letter "

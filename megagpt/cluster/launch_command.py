@@ -17,12 +17,11 @@ from pathlib import Path
 from megagpt.cluster.hosts import Host
 from megagpt.cluster.processes import Process, all_processes, ancestors, process
 
-COMMAND_VARIABLE = (
-    "MEGAGPT_COMMAND"  # what was typed, told to ranks that cannot see it (`rendezvous.py`)
-)
+# the command that was typed, for ranks that cannot see it (`rendezvous.py`)
+COMMAND_VARIABLE = "MEGAGPT_COMMAND"
 NODE_LAUNCHER = "deepspeed.launcher.launch"
 TYPED = ("deepspeed", "torchrun")
-TORCH_RUN = ("-m", "torch.distributed.run")  # torchrun by its longer name
+TORCH_RUN = ("-m", "torch.distributed.run")  # the long form of torchrun
 SAME_LAUNCH = ("--world_info=", "--master_addr=", "--master_port=")
 
 

@@ -21,11 +21,11 @@ from megagpt.cluster.slurm import hosts_of_step
 from megagpt.utils import UserError
 
 OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-OF_A_START = OF_A_RANK[:3]  # users export the other two beforehand
-# Chosen from the job's number, so that every rank finds the same one and jobs on one host different
-# ones; below the ports that the system itself gives away (from 32768).
+OF_A_START = OF_A_RANK[:3]  # users may export the other two beforehand
+# The job's number selects the port: the same on every rank, different for jobs on one host. The
+# range is below the system's ephemeral ports (from 32768).
 SLURM_PORTS = range(10_000, 30_000)
-# What MPI's starters tell a process of the number of its peers.
+# Variables in which MPI's launchers give the number of processes.
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -84,8 +84,8 @@ def _of_variables(environment: Mapping[str, str]) -> Launch:
     if missing:
         given = [name for name in OF_A_RANK if environment.get(name)]
         raise UserError(
-            f"environment: {', '.join(given)} set and {', '.join(missing)} missing: "
-            f"unset all of them, or let a launcher set them: {_starts()}"
+            f"environment: {', '.join(given)} set, but {', '.join(missing)} missing: "
+            f"unset all of them, or start with {_starts()}"
         )
     _whole(environment, "MASTER_PORT")
     size = next(
@@ -142,8 +142,8 @@ def _problems(launch: Launch) -> Iterator[str]:
         return
     if launch.local_size * launch.num_hosts != launch.world_size:
         yield (
-            f"{launch.launcher}: {launch.local_size} ranks on host {socket.gethostname()}, "
-            f"{launch.world_size} on {launch.num_hosts} hosts: give every host the same number"
+            f"{launch.launcher}: {launch.local_size} ranks on host {socket.gethostname()}, but "
+            f"{launch.world_size} on {launch.num_hosts} hosts; give every host the same number"
         )
 
 
@@ -158,19 +158,20 @@ def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
     )
     if missing := [name for name in (*names, "SLURM_JOB_ID") if not environment.get(name)]:
         raise UserError(
-            f"environment: SLURM_STEP_NUM_TASKS set and {', '.join(missing)} missing: start with "
+            f"environment: SLURM_STEP_NUM_TASKS set, but {', '.join(missing)} missing: start with "
             f"{_starts()}"
         )
     hosts = hosts_of_step(environment)
-    node, rank = _whole(environment, "SLURM_NODEID"), _whole(environment, "SLURM_PROCID")
+    node = _whole(environment, "SLURM_NODEID")
+    rank = _whole(environment, "SLURM_PROCID")
     if node >= len(hosts):
         raise UserError(
             f"environment: SLURM_NODEID={node} is not among the hosts of SLURM_STEP_NODELIST"
         )
     if rank != sum(host.slots for host in hosts[:node]) + _whole(environment, "SLURM_LOCALID"):
         raise UserError(
-            "srun: ranks are dealt to the hosts in turns, neighbours belong together: "
-            "--distribution=block"
+            "srun assigned ranks cyclically; use --distribution=block so that neighbouring ranks "
+            "share a host"
         )
     _require_visible_devices(environment, hosts[node].slots)
     job = _whole(environment, "SLURM_JOB_ID") + _whole(environment, "SLURM_STEP_ID", "0")
@@ -192,9 +193,9 @@ def _require_visible_devices(environment: Mapping[str, str], tasks_here: int) ->
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     if visible and len(visible.split(",")) < tasks_here:
         raise UserError(
-            f"srun: {tasks_here} tasks on this host, and this one sees only "
-            f"CUDA_VISIBLE_DEVICES={visible}: every rank has to see the GPUs of all: "
-            f"--gpus-per-node={tasks_here} in place of --gpus-per-task, or --gpu-bind=none"
+            f"srun: {tasks_here} tasks on this host, but this one sees only "
+            f"CUDA_VISIBLE_DEVICES={visible}; every rank must see all GPUs of its host: use "
+            f"--gpus-per-node={tasks_here} instead of --gpus-per-task, or --gpu-bind=none"
         )
 
 
@@ -203,13 +204,13 @@ def _require_alone(environment: Mapping[str, str]) -> None:
     for name in MPI_SIZES:
         if (size := environment.get(name, "1")) != "1":
             raise UserError(
-                f"environment: {name}={size} and no RANK: each process would train alone; start "
+                f"environment: {name}={size}, but no RANK: each process would train alone; start "
                 f"with {_starts()}"
             )
     if environment.get("SLURM_JOB_ID") and (tasks := environment.get("SLURM_NTASKS", "1")) != "1":
         raise UserError(
-            f"Slurm granted {tasks} tasks and this is the only process: start all with srun python "
-            f"{_script()}, or this one only, on purpose, with SLURM_NTASKS=1 python {_script()}"
+            f"Slurm granted {tasks} tasks, but this is the only process: start all with srun "
+            f"python {_script()}, or only this one with SLURM_NTASKS=1 python {_script()}"
         )
 
 
@@ -242,7 +243,7 @@ def _set(environment: MutableMapping[str, str], values: Mapping[str, str]) -> No
     for name in OF_A_START:
         if environment.get(name, values[name]) not in ("", values[name]):
             raise UserError(
-                f"environment: {name}={environment[name]}, and the launcher says {values[name]}: "
+                f"environment: {name}={environment[name]}, but the launcher says {values[name]}: "
                 f"unset {name}"
             )
     environment.update(values)
@@ -251,5 +252,7 @@ def _set(environment: MutableMapping[str, str], values: Mapping[str, str]) -> No
 def _whole(environment: Mapping[str, str], name: str, default: str = "") -> int:
     text = environment.get(name) or default
     if not text.isdecimal():
-        raise UserError(f"environment: {name}={text!a} is no whole number; start with {_starts()}")
+        raise UserError(
+            f"environment: {name}={text!a} is not a whole number; start with {_starts()}"
+        )
     return int(text)

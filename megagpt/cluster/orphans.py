@@ -18,10 +18,8 @@ from megagpt.cluster.processes import Process, ancestors
 from megagpt.utils import ExitCode
 
 INTERVAL_S = 1.0
-FAREWELL_S = 2.0  # a write to a log or to a reader that hangs is not waited for any longer
-GRACE_S = (
-    25.0  # for a rank that was asked to save; DeepSpeed's launcher gives as long, less five seconds
-)
+FAREWELL_S = 2.0  # limit for writing the last log line: the log or its reader may hang
+GRACE_S = 25.0  # for a rank that was asked to save; DeepSpeed's launcher waits 30 s
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
-import deepspeed  # noqa: F401  # takes seconds on a cold disk: they pass before the ranks have come, not after
+import deepspeed  # noqa: F401  # before the ranks gather: the import takes seconds on a cold disk
 import torch.distributed as dist
 
 from megagpt.cluster.launch_command import (
@@ -30,8 +30,7 @@ from megagpt.common.text import redacted, without_control_characters
 from megagpt.utils import TransientError, UserError, human_duration
 
 TIMEOUT_VARIABLE = "MEGAGPT_JOIN_TIMEOUT_S"
-# the slowest start: torch from a cold network disk, the embedded corpus prepared on one of the
-# hosts
+# enough for the slowest start: torch from a cold network disk, one host prepares the corpus
 TIMEOUT_S = 300
 NOTICE_S = 10.0
 PAUSE_S = 0.5
@@ -40,7 +39,7 @@ COMMAND_WIDTH = 120
 COMMAND, COMPLETE, VERDICT, HEARD = "command", "complete", "verdict", "heard"
 PREFLIGHT = "python launch/preflight.py --hostfile hosts"
 PORT_REMEDY = (
-    "end what uses it, or choose another: deepspeed --master_port N, torchrun "
+    "stop what uses it, or choose another: deepspeed --master_port N, torchrun "
     "--master-port N, or MASTER_PORT"
 )
 
@@ -61,7 +60,7 @@ def gathered_ranks(
         with of_rank_0():
             yield
         return
-    store = _gather(launch)  # which rank 0 serves for as long as this function lives
+    store = _gather(launch)  # rank 0 serves it until this function returns
     if launch.rank == 0:
         with _announced(of_rank_0, store, launch):
             yield
@@ -119,16 +118,15 @@ def _rank_0_may_end() -> Iterator[None]:
     try:
         yield
     except dist.DistNetworkError as error:
-        raise TransientError(
-            "rank 0 has ended while the ranks gathered; it has said why"
-        ) from error
+        raise TransientError("rank 0 exited during rendezvous; see its log") from error
 
 
 def _timeout_s() -> int:
     text = os.environ.get(TIMEOUT_VARIABLE, str(TIMEOUT_S))
     if not text.isdecimal() or int(text) == 0:
         raise UserError(
-            f"environment: {TIMEOUT_VARIABLE}={text!a} is no whole number of seconds, such as 300"
+            f"environment: {TIMEOUT_VARIABLE}={text!a} is not a whole number of seconds "
+            f"(for example 300)"
         )
     return int(text)
 
@@ -148,7 +146,7 @@ def _open_store(launch: Launch, end: float) -> dist.Store:
             is_master=serves,
             timeout=_until(end),
             wait_for_workers=False,
-            multi_tenant=True,  # torch's own store comes to the same port, once all are here
+            multi_tenant=True,  # torch's own store uses the same port later
         )
     except dist.DistNetworkError as error:
         raise UserError(
@@ -184,8 +182,8 @@ def _await_server(launch: Launch, address: str, port: int, end: float) -> None:
             if time.monotonic() >= end:
                 raise TransientError(
                     f"{_name(launch, 0)} did not answer at {address}:{port} within "
-                    f"{human_duration(_timeout_s())} ({error}): is its host up, did it end with an "
-                    f"error, does a firewall stand between? To check all hosts: {PREFLIGHT}"
+                    f"{human_duration(_timeout_s())} ({error}); check its host, its log and the "
+                    f"firewall; to check all hosts: {PREFLIGHT}"
                 ) from error
         time.sleep(PAUSE_S)
 
@@ -202,24 +200,24 @@ def _tell(store: dist.Store, launch: Launch) -> None:
 def _await_others(store: dist.Store, launch: Launch, end: float) -> None:
     """Wait for the last rank; after a while rank 0 prints which ranks it waits for."""
     notice_at = time.monotonic() + NOTICE_S if launch.rank == 0 else end
-    while not store.check([COMPLETE]):  # its `wait` would write a warning at each time-out
+    while not store.check([COMPLETE]):  # its `wait` would log a warning at each time-out
         time.sleep(PAUSE_S)
         if lost := hosts_without_session():
             raise TransientError(
-                f"the ssh session to {', '.join(lost)} has ended, {_missing(store, launch)} will "
-                f"not come: see above what was said there, or check all hosts: {PREFLIGHT}"
+                f"the ssh session to {', '.join(lost)} has ended, so {_missing(store, launch)} "
+                f"cannot join; see its output above, or check all hosts: {PREFLIGHT}"
             )
         if time.monotonic() >= end:
             raise TransientError(
-                f"{_missing(store, launch)} did not join within {human_duration(_timeout_s())}: "
-                f"look there for an error, or check all hosts: {PREFLIGHT}"
+                f"{_missing(store, launch)} did not join within {human_duration(_timeout_s())}; "
+                f"look for an error in its output, or check all hosts: {PREFLIGHT}"
             )
         if time.monotonic() >= notice_at:
             notice_at = end
             left = human_duration(end - time.monotonic())
             waiting = (
-                f"waiting for {_missing(store, launch)}; {left} left ({TIMEOUT_VARIABLE} "
-                f"allows more)"
+                f"waiting for {_missing(store, launch)}; {left} left (set {TIMEOUT_VARIABLE} "
+                f"to wait longer)"
             )
             print(waiting, file=sys.stderr, flush=True)
 

@@ -46,9 +46,8 @@ class Job(Generic[Result]):
         return self._result
 
     def _run_politely(self) -> None:
-        os.setpriority(
-            os.PRIO_PROCESS, threading.get_native_id(), LEAST_PRIORITY
-        )  # on Linux a thread has its own
+        # on Linux each thread has its own priority
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LEAST_PRIORITY)
         self._run()
 
     def _run(self) -> None:

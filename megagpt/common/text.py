@@ -10,8 +10,7 @@ MASK = "[secret]"
 # WANDB_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY, AWS_ACCESS_KEY_ID, PGPASSWORD,
 # GOOGLE_APPLICATION_CREDENTIALS ...
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
-# Shorter values are settings (TOKENIZERS_PARALLELISM=false), and masking them would garble ordinary
-# text.
+# Shorter values are settings (TOKENIZERS_PARALLELISM=false); masking them would garble other text.
 _SHORTEST_SECRET = 8
 
 

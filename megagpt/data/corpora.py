@@ -23,12 +23,9 @@ from pydantic import JsonValue
 from megagpt.utils import MIB, UserError
 
 TEXT_BLOCK_BYTES = MIB
-LONGEST_TEXT_PIECE = (
-    16 * MIB
-)  # characters; only a text without a single plain line break is cut elsewhere
+LONGEST_TEXT_PIECE = 16 * MIB  # characters; a text without plain line breaks is cut here
 FORMAT_OF_SUFFIX = {".txt": "text", ".jsonl": "json", ".jsonl.zst": "json", ".parquet": "parquet"}
-# Tests, the editor, tables of character sets and help texts: large, and not the code that people
-# read.
+# Tests, the editor, character tables and help texts: large, and not typical code.
 LEFT_OUT = {
     "test",
     "tests",
@@ -103,14 +100,14 @@ def _local_source(pattern: str, file_format: str, column: str) -> Corpus:
     )
     if not paths:
         raise UserError(
-            f"--dataset {pattern}: no such file; a pattern needs quotes, so that the shell leaves "
-            f"it whole"
+            f"--dataset {pattern}: no such file; put a pattern in quotes, so that the shell does "
+            f"not expand it"
         )
     status = [path.stat() for path in paths]
     empty = [str(path) for path, s in zip(paths, status, strict=True) if s.st_size == 0]
     if empty:
         raise UserError(
-            f"--dataset {pattern}: empty: {', '.join(empty)}; remove it or name other files"
+            f"--dataset {pattern}: empty files: {', '.join(empty)}; remove them or name others"
         )
     version: JsonValue = [
         [str(path), s.st_size, s.st_mtime_ns] for path, s in zip(paths, status, strict=True)
@@ -139,8 +136,8 @@ class StandardLibrary:
         )
         if len(self._paths) < 20:
             raise UserError(
-                f"{root}: {len(self._paths)} Python sources found; this Python comes without its "
-                "standard library's sources, use --dataset with a text of your own"
+                f"{root}: {len(self._paths)} Python sources found; this Python has no standard "
+                "library sources; use --dataset with your own text"
             )
         python = f"{platform.python_implementation()} {platform.python_version()}"
         self.description: dict[str, JsonValue] = {
@@ -153,7 +150,7 @@ class StandardLibrary:
 
     def pieces(self, skip: int = 0) -> Iterator[TextPiece]:
         for number, path in enumerate(self._paths[skip:], start=skip):
-            with tokenize.open(path) as file:  # honours a module's own declaration of its encoding
+            with tokenize.open(path) as file:  # respects the encoding that a module declares
                 yield TextPiece(number, file.read())
 
 
@@ -173,12 +170,10 @@ class TextFiles:
         version: JsonValue,
         size_bytes: int | None,
     ) -> None:
-        self._paths, self.description, self.version, self.size_bytes = (
-            paths,
-            description,
-            version,
-            size_bytes,
-        )
+        self._paths = paths
+        self.description = description
+        self.version = version
+        self.size_bytes = size_bytes
 
     def pieces(self, skip: int = 0) -> Iterator[TextPiece]:
         return itertools.islice(self._all_pieces(), skip, None)
@@ -190,7 +185,8 @@ class TextFiles:
             text = next(texts, "")
             for following in texts:
                 yield TextPiece(document, text, starts, ends=False)
-                text, starts = following, False
+                text = following
+                starts = False
             yield TextPiece(document, text, starts, ends=True)
 
 
@@ -259,8 +255,11 @@ class TableFiles:
         version: JsonValue,
         size_bytes: int | None,
     ) -> None:
-        self.description, self.version, self.size_bytes = description, version, size_bytes
-        self._arguments, self._column = arguments, column
+        self.description = description
+        self.version = version
+        self.size_bytes = size_bytes
+        self._arguments = arguments
+        self._column = column
 
     def pieces(self, skip: int = 0) -> Iterator[TextPiece]:
         rows = enumerate(self._rows(skip), start=skip)

@@ -32,9 +32,7 @@ BATCH_PIECES = 4096  # however short the documents are
 class EncodedPiece(NamedTuple):
     split: Split
     starts_document: bool
-    tokens: (
-        np.ndarray
-    )  # uint32; the end-of-document token last where the document ends here; none for an empty text
+    tokens: np.ndarray  # uint32; ends with the end-of-document token if the document ends here
 
 
 Batch = list[tuple[Split, TextPiece]]
@@ -52,7 +50,8 @@ def batches(pieces: Iterable[tuple[Split, TextPiece]]) -> Iterator[Batch]:
         characters += len(piece.text)
         if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_PIECES:
             yield batch
-            batch, characters = [], 0
+            batch = []
+            characters = 0
     if batch:
         yield batch
 
@@ -82,7 +81,7 @@ def encoder(workers: int, tokenizer_directory: Path) -> Iterator[Encode]:
     if workers == 1:
         yield partial(map, partial(encode_batch, load_tokenizer(tokenizer_directory)))
         return
-    # Spawned, not forked: the parent may hold threads of datasets and pyarrow.
+    # Spawned, not forked: the parent may have threads of datasets and pyarrow.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
         workers, context, initializer=_start_worker, initargs=(tokenizer_directory,)
@@ -91,8 +90,8 @@ def encoder(workers: int, tokenizer_directory: Path) -> Iterator[Encode]:
         yield partial(_in_order, pool, 2 * workers)
     except BrokenProcessPool:
         raise RuntimeError(
-            "a tokenising worker process died, often for want of memory; the same command again "
-            "continues, with fewer --workers if it happens again"
+            "a tokenizer worker died (often out of memory); rerun the same command to continue, "
+            "with fewer --workers if it happens again"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -25,9 +25,7 @@ from megagpt.data.manifest import (
 from megagpt.utils import KIB, MIB, UserError
 
 PROBE_BYTES = 64 * KIB
-PROBES_PER_FILE = (
-    16  # files up to 1 MiB are read whole; of larger ones, 16 blocks from the first to the last
-)
+PROBES_PER_FILE = 16  # so files up to 1 MiB are read whole
 SCAN_TOKENS = 4 * MIB
 
 
@@ -125,11 +123,12 @@ def _all_shards(manifest: DatasetManifest) -> list[TokenShard]:
 
 def _shard_problems(directory: Path, shard: TokenShard, manifest: DatasetManifest) -> list[str]:
     """Return contradictions in the manifest's own numbers, before any block is read."""
-    path, item_bytes = directory / shard.file, manifest.token_dtype.itemsize
+    path = directory / shard.file
+    item_bytes = manifest.token_dtype.itemsize
     if shard.bytes != shard.tokens * item_bytes:
         found = shard.bytes / shard.tokens
         return [
-            f"{path}: {found:g} bytes a token found, {manifest.dtype} has {item_bytes}: wrong "
+            f"{path}: {found:g} bytes per token found, {manifest.dtype} has {item_bytes}: wrong "
             f"dtype in the manifest"
         ]
     if shard.offsets.bytes != shard.documents * OFFSET_DTYPE.itemsize:
@@ -217,7 +216,8 @@ def _hash_problems(directory: Path, record: FileRecord) -> list[str]:
 
 
 def _token_problems(directory: Path, shard: TokenShard, manifest: DatasetManifest) -> list[str]:
-    path, dtype = directory / shard.file, manifest.token_dtype
+    path = directory / shard.file
+    dtype = manifest.token_dtype
     for first, block in _token_blocks(path, dtype):
         if problem := _id_problem(manifest, first * dtype.itemsize, block.tobytes()):
             return [f"{path}: {problem}"]

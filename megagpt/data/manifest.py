@@ -115,7 +115,7 @@ def read_dataset_manifest(directory: Path) -> DatasetManifest:
         raise UserError(_missing(Path(directory))) from None
     except NotADirectoryError:
         raise UserError(
-            f"{directory}: a file; a dataset is a directory made by launch/download_data.py"
+            f"{directory}: is a file; a dataset is a directory made by launch/download_data.py"
         ) from None
     except ValidationError as error:
         lines = (
@@ -141,12 +141,12 @@ def _missing(directory: Path) -> str:
     command = f"python launch/download_data.py --dataset stdlib --output {directory}"
     if dataset_staging_directory(directory).is_dir():
         return (
-            f"{directory}: its preparation has not finished; the same command again continues "
-            f"it: {command}"
+            f"{directory}: its preparation has not finished; rerun the same command to continue: "
+            f"{command}"
         )
     if directory.is_dir():
         return (
-            f"{directory}: not a dataset, it has no {MANIFEST_FILE}; name another directory, "
+            f"{directory}: not a dataset (no {MANIFEST_FILE}); name another directory, "
             f"or make one: {command}"
         )
     return f"{directory}: no dataset here; prepare one: {command} (--help lists other sources)"

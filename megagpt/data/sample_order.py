@@ -19,10 +19,9 @@ import numpy as np
 
 from megagpt.utils import UserError
 
-# four give a pseudo-random permutation for large domains (Luby and Rackoff 1988); small ones need
-# more
+# four suffice for large domains (Luby and Rackoff 1988); small ones need more
 ROUNDS = 8
-LONGEST_PERIOD = 65_536  # of a blend: 0.1 s to lay out, 0.4 MB to hold
+LONGEST_PERIOD = 65_536  # of a blend: takes 0.1 s to lay out and 0.4 MB
 
 
 def permute(index: int, count: int, *, seed: int, epoch: int) -> int:
@@ -36,7 +35,8 @@ def permute(index: int, count: int, *, seed: int, epoch: int) -> int:
     left_size = math.isqrt(count - 1) + 1
     right_size = -(-count // left_size)
     while True:
-        left, right = index % left_size, index // left_size
+        left = index % left_size
+        right = index // left_size
         for number in range(0, ROUNDS, 2):
             left = (left + _round_value(seed, epoch, number, right)) % left_size
             right = (right + _round_value(seed, epoch, number + 1, left)) % right_size
@@ -71,8 +71,8 @@ class Blend:
         if self.period > LONGEST_PERIOD:
             nearest = [max(round(float(share), 4), 0.0001) for share in self.shares]
             raise UserError(
-                f"data.path: weights {list(weights)} repeat only after {self.period} samples, at "
-                f"most {LONGEST_PERIOD} are kept; write them as round decimals or whole numbers, "
+                f"megagpt.data.path: weights {list(weights)} repeat only after {self.period} "
+                f"samples (limit {LONGEST_PERIOD}); write them as round decimals or whole numbers, "
                 f"for example {nearest}"
             )
         self._counts = [int(share * self.period) for share in self.shares]
@@ -87,16 +87,18 @@ class Blend:
 
 def _shares(weights: Sequence[float]) -> list[Fraction]:
     if not weights or not all(math.isfinite(weight) and weight > 0 for weight in weights):
-        raise UserError(f"data.path: weights {list(weights)}: each must be a positive number")
-    exact = [
-        Fraction(str(weight)) for weight in weights
-    ]  # 0.1 means one tenth, not the nearest binary fraction
+        raise UserError(
+            f"megagpt.data.path: weights {list(weights)}: each must be a positive number"
+        )
+    # 0.1 means one tenth, not the nearest binary fraction
+    exact = [Fraction(str(weight)) for weight in weights]
     return [weight / sum(exact) for weight in exact]
 
 
 def _lay_out(counts: list[int], period: int) -> tuple[np.ndarray, np.ndarray]:
     """Return one period: the dataset of each place, and its rank among the dataset's own."""
-    datasets, ranks = np.empty(period, np.uint16), np.empty(period, np.uint32)
+    datasets = np.empty(period, np.uint16)
+    ranks = np.empty(period, np.uint32)
     waiting = [(0, dataset, 0) for dataset in range(len(counts))]  # (earliest place, dataset, rank)
     ready: list[tuple[int, int, int]] = []  # (deadline, dataset, rank)
     for place in range(period):

@@ -27,9 +27,9 @@ END_OF_DOCUMENT = "<|endoftext|>"
 PUBLISHED_NAMES = ("gpt2", "cl100k_base", "o200k_base")
 SMALLEST_BPE_VOCABULARY = 257  # every byte and the end of a document
 
-# How GPT-2 cuts a text before merging: github.com/openai/gpt-2, src/encoder.py.
+# How GPT-2 splits a text before merging: github.com/openai/gpt-2, src/encoder.py.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Nothing merges among bytes, so the cut only bounds how much text is looked at at once.
+# Bytes never merge, so this split only limits how much text is processed at once.
 LINE_PATTERN = r"[^\n]*\n|[^\n]+"
 
 
@@ -76,10 +76,8 @@ def fetch_published(name: str) -> tiktoken.Encoding:
 
     try:
         return tiktoken.get_encoding(name)
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # requests' exceptions are OSErrors; a wrong hash is a ValueError
+    # requests' exceptions are OSErrors; a wrong hash is a ValueError
+    except (OSError, ValueError) as error:
         raise UserError(
             f"--tokenizer {name}: tiktoken cannot fetch it ({type(error).__name__}: {error}). Set "
             "TIKTOKEN_CACHE_DIR to the cache of a machine that has it, or train one on the data "
@@ -123,9 +121,9 @@ def save_tokenizer(encoding: tiktoken.Encoding, directory: Path) -> None:
     of the tokens' ids. tiktoken also takes a piece that is a token without merging it: Hugging
     Face's `ignore_merges`.
     """
-    # Encoding has no public way out for its pattern and merges; these names have been stable since
-    # tiktoken 0.1.
-    ranks, special_tokens = encoding._mergeable_ranks, encoding._special_tokens
+    # Encoding has no public access to pattern and merges; these names exist since tiktoken 0.1.
+    ranks = encoding._mergeable_ranks
+    special_tokens = encoding._special_tokens
     vocabulary = {_token_text(token): rank for token, rank in ranks.items()} | special_tokens
     by_rank = sorted(ranks, key=ranks.__getitem__)
     merges = [split for token in by_rank for split in _splits(token, ranks)]

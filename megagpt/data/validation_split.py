@@ -12,7 +12,8 @@ from megagpt.data.corpora import Corpus, TextPiece
 from megagpt.data.manifest import Split
 
 FEW_DOCUMENTS = 20
-FRACTION_OF_MANY, FRACTION_OF_FEW = 0.01, 0.1
+FRACTION_OF_MANY = 0.01
+FRACTION_OF_FEW = 0.1
 
 
 def assign_splits(
@@ -47,10 +48,8 @@ def characters_of_few(source: Corpus) -> int | None:
 def _every_nth(source: Corpus, fraction: float, skip: int) -> Iterator[tuple[Split, TextPiece]]:
     exact = Fraction(str(fraction))
     for piece in source.pieces(skip):
-        held_out_before, held_out_after = (
-            math.ceil(piece.document * exact),
-            math.ceil((piece.document + 1) * exact),
-        )
+        held_out_before = math.ceil(piece.document * exact)
+        held_out_after = math.ceil((piece.document + 1) * exact)
         yield ("val" if held_out_after > held_out_before else "train"), piece
 
 
@@ -59,7 +58,8 @@ def _head_and_tail(source: Corpus, cut: int) -> Iterator[tuple[Split, TextPiece]
 
     The document that contains the cut becomes two.
     """
-    position, first_held_out = 0, True
+    position = 0
+    first_held_out = True
     for piece in source.pieces():
         head, tail = _cut_at_line(piece.text, cut - position)
         if head:

@@ -33,7 +33,7 @@ from megagpt.data.manifest import (
 from megagpt.utils import MIB, UserError, human_bytes, sync_directory, write_atomically
 
 PROGRESS_FILE = "progress.json"
-RESERVE_BYTES = 16 * MIB  # left free on the disk, for the manifest and for whoever shares it
+RESERVE_BYTES = 16 * MIB  # kept free on the disk, for the manifest and other users
 SPLITS: tuple[Split, ...] = ("train", "val")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -54,7 +54,7 @@ class PreparationProgress(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     request: dict[str, JsonValue]
-    pieces: int = 0  # of the source that are in the files
+    pieces: int = 0  # pieces of the source that are in the files
     splits: dict[Split, list[ShardProgress]] = {"train": [], "val": []}
 
     def tokens(self, split: Split) -> int:
@@ -89,12 +89,10 @@ class SplitWriter:
         shard_tokens: int,
         shards: list[ShardProgress],
     ) -> None:
-        self._staging, self._split, self._dtype, self._shard_tokens = (
-            staging,
-            split,
-            dtype,
-            shard_tokens,
-        )
+        self._staging = staging
+        self._split = split
+        self._dtype = dtype
+        self._shard_tokens = shard_tokens
         self.shards = shards
         self._files: tuple[BinaryIO, BinaryIO] | None = None
         _remove_shards_from(staging, split, len(shards))
@@ -130,7 +128,8 @@ class SplitWriter:
 
         Data beyond it may be torn.
         """
-        shard, stem = self.shards[-1], f"{self._split}-{len(self.shards) - 1:05d}"
+        shard = self.shards[-1]
+        stem = f"{self._split}-{len(self.shards) - 1:05d}"
         self._files = (
             _open_at(self._staging / f"{stem}.bin", shard.tokens * self._dtype.itemsize),
             _open_at(self._staging / f"{stem}.offsets", shard.documents * OFFSET_DTYPE.itemsize),
@@ -138,9 +137,8 @@ class SplitWriter:
 
 
 def _open_at(path: Path, size: int) -> BinaryIO:
-    file = path.open(
-        "ab", buffering=0
-    )  # unbuffered: after a full disk there is nothing left to flush on closing
+    # unbuffered: after a full disk, closing must not flush
+    file = path.open("ab", buffering=0)
     if os.fstat(file.fileno()).st_size < size:
         file.close()
         raise UserError(
@@ -168,7 +166,9 @@ class DatasetWriter:
     def __init__(
         self, staging: Path, progress: PreparationProgress, *, vocabulary: int, shard_tokens: int
     ) -> None:
-        self._staging, self._vocabulary, self.progress = staging, vocabulary, progress
+        self._staging = staging
+        self._vocabulary = vocabulary
+        self.progress = progress
         dtype = np.dtype(dtype_for(vocabulary)).newbyteorder("<")
         self._splits = {
             s: SplitWriter(staging, s, dtype, shard_tokens, progress.splits[s]) for s in SPLITS
@@ -179,9 +179,8 @@ class DatasetWriter:
 
         Raises UserError with needed and free space if the disk is full.
         """
-        if (
-            tokens.max(initial=0) >= self._vocabulary
-        ):  # a cast to uint16 would make 70000 4464 without a word
+        # a cast to uint16 would silently turn 70000 into 4464
+        if tokens.max(initial=0) >= self._vocabulary:
             raise ValueError(f"token id {tokens.max()} in a vocabulary of {self._vocabulary}")
         with explain_full_disk(self._staging, tokens.nbytes):
             self._splits[split].write(tokens, starts_document=starts_document)
@@ -260,13 +259,11 @@ def require_space(directory: Path, need_bytes: int) -> None:
 
 
 def _disk_full(directory: Path, need_bytes: int, reason: str) -> UserError:
-    need, have = (
-        human_bytes(need_bytes + RESERVE_BYTES),
-        human_bytes(shutil.disk_usage(directory).free),
-    )
+    need = human_bytes(need_bytes + RESERVE_BYTES)
+    have = human_bytes(shutil.disk_usage(directory).free)
     return UserError(
-        f"{directory}: {reason}: need {need} more at least, have {have}. Free some space and give "
-        "the same command again: it continues from the last commit point"
+        f"{directory}: {reason}: need at least {need} more, have {have}. Free some space and rerun "
+        "the same command: it continues from the last commit point"
     )
 
 
@@ -283,10 +280,8 @@ def exclusive_staging(directory: Path) -> Iterator[Path]:
         try:
             staging.mkdir(parents=True, exist_ok=True)
             lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
-        except (
-            FileExistsError,
-            FileNotFoundError,
-        ):  # another process published or removed it at this moment
+        # another process published or removed it at this moment
+        except (FileExistsError, FileNotFoundError):
             if staging.exists() and not staging.is_dir():
                 raise
             continue

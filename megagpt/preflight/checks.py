@@ -22,16 +22,12 @@ from megagpt.planning.legality import ANY_VOCABULARY, World, require_legal
 from megagpt.preflight import forwarded, host_probe, ssh
 from megagpt.utils import GIB, human_bytes
 
-ASK_TIMEOUT_S = (
-    120.0  # torch from a cold network disk; a host that is down is known after ssh's 5 s
-)
+ASK_TIMEOUT_S = 120.0  # torch from a cold network disk; ssh reports a dead host after 5 s
 AT_ONCE = 64  # hosts asked in parallel
 CLOCK_TOLERANCE_S = 5.0
 LEAST_DISK = 1 * GIB
-LEAST_MEMORY = 2 * GIB  # torch and DeepSpeed alone take about one a rank
-LEAST_SHARED_MEMORY = (
-    1 * GIB
-)  # NCCL keeps its buffers there; containers get 64 MiB unless told otherwise
+LEAST_MEMORY = 2 * GIB  # torch and DeepSpeed alone take about 1 GiB a rank
+LEAST_SHARED_MEMORY = 1 * GIB  # for NCCL's buffers; containers have 64 MiB by default
 
 Values = dict[str, Any]
 
@@ -44,10 +40,7 @@ class Report:
     values: Values = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    asked_s: tuple[float, float] = (
-        0.0,
-        0.0,
-    )  # when the question left and when the answer came, by our clock
+    asked_s: tuple[float, float] = (0.0, 0.0)  # times of question and answer by our clock
 
     @property
     def name(self) -> str:
@@ -128,10 +121,10 @@ def _ask(report: Report, request: Values) -> Any:
     if reply.failure is None:
         try:
             return json.loads(reply.output.splitlines()[-1])
-        except (ValueError, IndexError):  # a login script that prints, or ends the session
+        except (ValueError, IndexError):  # a login script printed, or ended the session
             reply = ssh.Reply(
                 "",
-                f"its answer is none: {reply.output[-60:]!a}: does a login script print or exit?",
+                f"sent no answer ({reply.output[-60:]!a}); check if a login script prints or exits",
             )
     report.problems.append(f"{report.name}: {reply.failure}")
     return None
@@ -142,29 +135,29 @@ def _problems_alone(report: Report) -> Iterator[str]:
     values, name = report.values, report.name
     if not values["directory"]:
         yield (
-            f"{name}: {Path.cwd()} is missing: every host needs the same paths, copy or share "
+            f"{name}: {Path.cwd()} is missing; every host needs the same paths: copy or share "
             f"the directory"
         )
         return
     if "failure" in values:
         yield (
-            f"{name}: torch or the code cannot be imported: {values['failure']!a}: make setup, "
+            f"{name}: torch or the code cannot be imported: {values['failure']!a}; run make setup "
             f"there"
         )
         return
     devices = len(values["devices"])
     if report.host and devices and devices < report.host.slots:
-        yield f"{name}: {report.host.slots} slots and {devices} GPUs: write slots={devices}"
+        yield f"{name}: {report.host.slots} slots, but {devices} GPUs; write slots={devices}"
     for op, state in values["ops"].items():
         if state not in ("built", "not yet"):
             yield f"{name}: DeepSpeed's {op.removesuffix('Builder')}: {state}"
     yield from _places(values, name)
     memory, shared = values["memory_bytes"], values["shared_memory_bytes"]
     if memory is not None and memory < LEAST_MEMORY:
-        yield f"{name}: {human_bytes(memory)} of memory left: end what uses it"
+        yield f"{name}: {human_bytes(memory)} of memory left; stop what uses it"
     if devices and shared is not None and shared < LEAST_SHARED_MEMORY:
         yield (
-            f"{name}: /dev/shm has {human_bytes(shared)}, NCCL needs more: docker run "
+            f"{name}: /dev/shm has {human_bytes(shared)}, NCCL needs 1 GiB: docker run "
             f"--shm-size=16g, or --ipc=host"
         )
 
@@ -192,14 +185,14 @@ def _notes(report: Report) -> Iterator[str]:
         op.removesuffix("Builder") for op, state in states.items() if state == "not yet"
     ):
         yield (
-            f"{report.name}: {unbuilt} will be compiled at the first start; or now: python "
+            f"{report.name}: {unbuilt} will be compiled at the first start; to do it now: python "
             f"launch/build_ops.py"
         )
     skew = _clock_skew_s(report)
     if abs(skew) > CLOCK_TOLERANCE_S:
         yield (
-            f"{report.name}: its clock is {skew:+.0f} s off, logs will not line up: timedatectl "
-            f"set-ntp true, there"
+            f"{report.name}: its clock is {skew:+.0f} s off, so log times will not match: run "
+            f"timedatectl set-ntp true there"
         )
 
 
@@ -217,19 +210,19 @@ def _compare(reports: Sequence[Report]) -> None:
         for library, version in report.values["software"].items():
             if version != (wanted := first.values["software"][library]):
                 report.problems.append(
-                    f"{report.name}: {library} {version}, {first.name} has {wanted}: "
+                    f"{report.name}: {library} {version}, but {first.name} has {wanted}: "
                     f"install the same: .venv/bin/python -m pip install -r requirements.txt"
                 )
         codes = (report.values.get("code"), first.values.get("code"))
         if None not in codes and codes[0] != codes[1]:
             report.problems.append(
-                f"{report.name}: its code differs from that of {first.name}: git pull, or copy it "
-                f"again"
+                f"{report.name}: its code differs from that of {first.name}; run git pull there, "
+                f"or copy it again"
             )
         devices = [{*one.values.get("devices", [])} for one in (report, first)]
         if devices[0] != devices[1]:
             report.notes.append(
-                f"{report.name}: other devices than {first.name}: the slowest sets the pace"
+                f"{report.name}: other devices than {first.name}; the slowest sets the pace"
             )
 
 
@@ -253,9 +246,9 @@ def _look_for(report: Report, mark: str, writer: str) -> None:
     report.values["shared"] = seen
     if seen is False:
         report.problems.append(
-            f"{report.name}: {Path(mark).parent} is another directory than on {writer}, and every "
-            "host writes its part of a checkpoint there: share it (NFS ...), or choose a shared "
-            "--run_dir"
+            f"{report.name}: {Path(mark).parent} is not the same directory as on {writer}, but "
+            "every host writes its part of a checkpoint there: share it (for example over NFS), or "
+            "choose a shared --run_dir"
         )
 
 
@@ -264,8 +257,8 @@ def _world_problems(hosts: Sequence[Host], config: RunConfig) -> Iterator[str]:
     expected, ranks = config.megagpt.parallel.world_size, world_size([*hosts])
     if hosts and expected not in (None, ranks):
         yield (
-            f"the hostfile has {ranks} ranks, megagpt.parallel.world_size is {expected}: bring "
-            f"back the missing hosts"
+            f"the hostfile has {ranks} ranks, but megagpt.parallel.world_size is {expected}: add "
+            f"the missing hosts, or change it"
         )
     if len(hosts) > 1 and expected is None:
         yield f"megagpt.parallel.world_size is missing: --set megagpt.parallel.world_size={ranks}"

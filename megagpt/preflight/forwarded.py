@@ -30,13 +30,13 @@ def read() -> tuple[dict[str, str], list[str]]:
             name, equals, value = line.partition("=")
             if not equals or NAME.fullmatch(name.strip()) is None:
                 problems.append(
-                    f"{path}: line {number}: the launcher takes NAME=VALUE only, no comment, no "
-                    f"blank line"
+                    f"{path}: line {number}: the launcher accepts only NAME=VALUE, no comments or "
+                    f"blank lines"
                 )
             elif SECRET.search(name):
                 problems.append(
-                    f"{path}: line {number}: {name.strip()} would stand on a command line that all "
-                    "users can read; set it on each host instead (docs/clusters.md)"
+                    f"{path}: line {number}: {name.strip()} would appear on a command line that "
+                    "all users can read; set it on each host instead (docs/clusters.md)"
                 )
             else:
                 variables[name.strip()] = value.strip()

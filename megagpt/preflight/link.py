@@ -17,13 +17,13 @@ from megagpt.preflight import forwarded, ssh
 from megagpt.utils import UserError, human_bytes
 
 TIMEOUT_S = 90
-PORT = 29_400  # beside torch's own 29500
+PORT = 29_400  # not torch's default, 29500
 RANKS = Path(__file__).with_name("link_ranks.py")
-# as DeepSpeed asks for it
+# the call that DeepSpeed uses
 ADDRESS = "import subprocess; print(subprocess.check_output(['hostname', '-I'], text=True))"
 START = """
 import os, signal
-signal.alarm({timeout})  # nobody is left behind when the connection breaks
+signal.alarm({timeout})  # leave no process behind if the connection breaks
 os.chdir({directory!r})
 os.environ.update({variables!r})
 from torch.distributed.run import main
@@ -62,8 +62,8 @@ def measure_links(hosts: Sequence[Host]) -> Link:
         if reply.failure is not None:
             raise UserError(
                 f"{host.name}: no all-reduce with the others: {reply.failure}\n"
-                f"is every port of {address} open to the others? NCCL_SOCKET_IFNAME (on CPUs "
-                "GLOO_SOCKET_IFNAME) in .deepspeed_env names the network device to use"
+                f"check that every port of {address} is open to the others; NCCL_SOCKET_IFNAME (on "
+                "CPUs GLOO_SOCKET_IFNAME) in .deepspeed_env selects the network device"
             )
     return Link(**json.loads(replies[0].output.splitlines()[-1]))
 

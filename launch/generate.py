@@ -49,24 +49,29 @@ def parse_arguments() -> argparse.Namespace:
         "--prompt",
         action="append",
         required=True,
-        help="text to continue; give it again for another",
+        help="text to continue; repeat the option for several",
     )
-    add("--max_new_tokens", type=whole_number(0), default=256, help="longest continuation [256]")
+    add(
+        "--max_new_tokens",
+        type=whole_number(0),
+        default=256,
+        help="maximum number of new tokens [256]",
+    )
     add(
         "--temperature",
         type=non_negative,
         default=0.8,
-        help="0: always the best token; 1: as trained [0.8]",
+        help="0: always the most likely token; 1: the model's distribution [0.8]",
     )
-    add("--top_k", type=whole_number(1), help="draw from the k best tokens [all]")
+    add("--top_k", type=whole_number(1), help="sample from the k most likely tokens [all]")
     add(
         "--top_p",
         type=probability,
         default=1.0,
-        help="draw from the best tokens that sum to this probability [1]",
+        help="sample from the most likely tokens with this total probability [1]",
     )
-    add("--seed", type=whole_number(0), default=0, help="another seed, another text [0]")
-    add("--step", type=whole_number(0), help="step of the checkpoint [the newest]")
+    add("--seed", type=whole_number(0), default=0, help="seed of the sampling [0]")
+    add("--step", type=whole_number(0), help="step of the checkpoint [newest]")
     return parser.parse_args()
 
 

@@ -101,7 +101,8 @@ class RunConfig(Section):
                 )
             )
         if isinstance(self.scheduler, WarmupLR | WarmupDecayLR):
-            maximum, peak = self.scheduler.params.warmup_max_lr, self.optimizer.params.lr
+            maximum = self.scheduler.params.warmup_max_lr
+            peak = self.optimizer.params.lr
             if maximum not in (None, peak):
                 message = (
                     f"{maximum} differs from optimizer.params.lr {peak}; make them equal, "

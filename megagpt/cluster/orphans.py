@@ -51,7 +51,8 @@ def launcher_processes(lineage: list[Process]) -> list[Process]:
         if typed(process) is not None or process.name.startswith("slurmstepd"):
             return lineage[:position]
         if NODE_LAUNCHER in process.words:
-            last, across_ssh = position, True
+            last = position
+            across_ssh = True
         elif across_ssh and process.name.startswith("sshd"):
             return lineage[:position] + _launcher_beyond_ssh(lineage)
     return lineage[:last]

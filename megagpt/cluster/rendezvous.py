@@ -36,7 +36,10 @@ NOTICE_S = 10.0
 PAUSE_S = 0.5
 HEARING_S = 3.0
 COMMAND_WIDTH = 120
-COMMAND, COMPLETE, VERDICT, HEARD = "command", "complete", "verdict", "heard"
+COMMAND = "command"
+COMPLETE = "complete"
+VERDICT = "verdict"
+HEARD = "heard"
 PREFLIGHT = "python launch/preflight.py --hostfile hosts"
 PORT_REMEDY = (
     "stop what uses it, or choose another: deepspeed --master_port N, torchrun "

@@ -62,7 +62,7 @@ class Corpus(Protocol):
 
     description: dict[str, JsonValue]
     version: JsonValue
-    size_bytes: int | None  # of the text, where it is known beforehand
+    size_bytes: int | None  # size of the text, if it is known in advance
 
     def pieces(self, skip: int = 0) -> Iterator[TextPiece]:
         """Yield every piece except the first `skip`."""

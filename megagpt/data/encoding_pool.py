@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import tiktoken
 
 BATCH_CHARACTERS = MIB  # about 50 ms of work for one core
-BATCH_PIECES = 4096  # however short the documents are
+BATCH_PIECES = 4096  # limit if the documents are short
 
 
 class EncodedPiece(NamedTuple):
@@ -38,7 +38,7 @@ class EncodedPiece(NamedTuple):
 Batch = list[tuple[Split, TextPiece]]
 Encode = Callable[[Iterable[Batch]], Iterator[list[EncodedPiece]]]
 
-_encoding: tiktoken.Encoding | None = None  # of a worker process
+_encoding: tiktoken.Encoding | None = None  # set in a worker process
 
 
 def batches(pieces: Iterable[tuple[Split, TextPiece]]) -> Iterator[Batch]:

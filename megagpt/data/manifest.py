@@ -43,7 +43,7 @@ class TokenShard(FileRecord):
     """One `.bin` of tokens, and its `.offsets`: the position in it of each document's start."""
 
     tokens: Annotated[int, Field(ge=1)]
-    documents: Count  # that begin in this shard
+    documents: Count  # documents that begin in this shard
     max_token: Count
     offsets: FileRecord
 

@@ -107,7 +107,8 @@ class SplitWriter:
             self.shards.append(ShardProgress())
             self._open_last()
         assert self._files is not None
-        shard, (tokens_file, offsets_file) = self.shards[-1], self._files
+        shard = self.shards[-1]
+        tokens_file, offsets_file = self._files
         if starts_document:
             _write_all(offsets_file, np.array(shard.tokens, OFFSET_DTYPE).tobytes())
             shard.documents += 1

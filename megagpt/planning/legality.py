@@ -19,7 +19,7 @@ from megagpt.schema.arithmetic import nearest_first
 ANY_VOCABULARY = 0
 MOST_TRIED = 500  # configurations to search for a legal one; each takes about 1 ms
 
-Items = tuple[str, ...]  # of `--set`
+Items = tuple[str, ...]  # `--set` items
 
 
 @dataclass(frozen=True)

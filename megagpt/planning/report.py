@@ -137,7 +137,8 @@ def _gib(size: Bytes) -> str:
 
 
 def _speed(plan: Plan) -> str:
-    layout, result = plan.layout, plan.estimate
+    layout = plan.layout
+    result = plan.estimate
     sent = max(plan.sent, key=lambda of_rank: sum(vars(of_rank).values()))
     axes = {
         "data, parameters": sent.gathers,

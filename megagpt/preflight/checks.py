@@ -132,7 +132,8 @@ def _ask(report: Report, request: Values) -> Any:
 
 def _problems_alone(report: Report) -> Iterator[str]:
     """Yield the problems of a host that do not depend on the others."""
-    values, name = report.values, report.name
+    values = report.values
+    name = report.name
     if not values["directory"]:
         yield (
             f"{name}: {Path.cwd()} is missing; every host needs the same paths: copy or share "
@@ -152,7 +153,8 @@ def _problems_alone(report: Report) -> Iterator[str]:
         if state not in ("built", "not yet"):
             yield f"{name}: DeepSpeed's {op.removesuffix('Builder')}: {state}"
     yield from _places(values, name)
-    memory, shared = values["memory_bytes"], values["shared_memory_bytes"]
+    memory = values["memory_bytes"]
+    shared = values["shared_memory_bytes"]
     if memory is not None and memory < LEAST_MEMORY:
         yield f"{name}: {human_bytes(memory)} of memory left; stop what uses it"
     if devices and shared is not None and shared < LEAST_SHARED_MEMORY:
@@ -254,7 +256,8 @@ def _look_for(report: Report, mark: str, writer: str) -> None:
 
 def _world_problems(hosts: Sequence[Host], config: RunConfig) -> Iterator[str]:
     """Yield why a run on these hosts would be refused."""
-    expected, ranks = config.megagpt.parallel.world_size, world_size([*hosts])
+    expected = config.megagpt.parallel.world_size
+    ranks = world_size([*hosts])
     if hosts and expected not in (None, ranks):
         yield (
             f"the hostfile has {ranks} ranks, but megagpt.parallel.world_size is {expected}: add "

@@ -92,7 +92,8 @@ def problems_in(
 def _translate(
     details: ErrorDetails, document: object, model: type[BaseModel], refused: Mapping[str, str]
 ) -> list[Problem]:
-    kind, location = details["type"], details["loc"]
+    kind = details["type"]
+    location = details["loc"]
     path = _path_in_document(location, document, keep_last=kind in ("missing", "extra_forbidden"))
     if kind == "default_factory_not_called" or isinstance(details["input"], NotFinite):
         # reported already, at the key that this default depends on, or as a non-finite number
@@ -108,7 +109,9 @@ def _translate(
 
 
 def _message(details: ErrorDetails, location: KeyPath, model: type[BaseModel]) -> str:
-    kind, value, context = details["type"], details["input"], details.get("ctx", {})
+    kind = details["type"]
+    value = details["input"]
+    context = details.get("ctx", {})
     if kind == "missing":
         return _missing_key(location, model)
     if value == "auto":

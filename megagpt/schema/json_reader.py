@@ -164,7 +164,8 @@ def hidden_problems(value: object, path: KeyPath = ()) -> list[Problem]:
 
 def _syntax_hint(text: str, position: int) -> str:
     """Return a hint for the most common mistakes in hand-written JSON."""
-    rest, before = text[position : position + 2], text[:position].rstrip()
+    rest = text[position : position + 2]
+    before = text[:position].rstrip()
     if rest.startswith(("}", "]")) and before.endswith(","):
         return " (remove the comma before it)"
     if rest in ("//", "/*") or rest.startswith("#"):

@@ -156,7 +156,8 @@ class CheckpointConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> CheckpointConfig:
-        milestone, interval = self.milestone_interval_steps, self.interval_steps
+        milestone = self.milestone_interval_steps
+        interval = self.interval_steps
         if milestone and (interval == 0 or milestone % interval):
             nearest = f"{-(-milestone // interval) * interval} or 0" if interval else "0"
             problem = f"{milestone} is not a multiple of interval_steps {interval}: use {nearest}"

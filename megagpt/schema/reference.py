@@ -38,9 +38,8 @@ class _FileSchema(GenerateJsonSchema):
 def schema_text() -> str:
     """Return the JSON Schema of a whole file, as ds_configs/schema.json holds it."""
     schema = RunConfig.model_json_schema(by_alias=True, schema_generator=_FileSchema)
-    schema["$defs"]["ModelSection"].pop(
-        "required"
-    )  # a preset gives these keys, so an editor must not ask for them
+    # a preset gives these keys, so an editor must not ask for them
+    schema["$defs"]["ModelSection"].pop("required")
     document = {"$schema": SCHEMA_DIALECT, **schema, "title": "A megagpt run"}
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
@@ -51,9 +50,11 @@ def reference_text() -> str:
 
 
 def _tables(model: type[BaseModel], prefix: str, title: str, variant: str = "") -> list[str]:
-    rows, below = [], []
+    rows = []
+    below = []
     for name, field in model.model_fields.items():
-        key, members = field.alias or name, models_in(field.annotation)
+        key = field.alias or name
+        members = models_in(field.annotation)
         if _role(field) or not members:
             rows.append(
                 f"| `{key}` | {field.description} | {_default(model, name, field)} | "

@@ -184,7 +184,7 @@ def test_hosts_that_do_not_answer_are_named_and_the_others_still_looked_at(
     [
         (
             "megagpt.parallel.world_size=8",
-            "the hostfile has 4 ranks, megagpt.parallel.world_size is 8: bring back",
+            "the hostfile has 4 ranks, but megagpt.parallel.world_size is 8: add the missing hosts",
         ),
         (
             "train_batch_size=16",
@@ -256,12 +256,12 @@ def fake_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
         (
             "ssh: connect to host host-b port 22: Connection timed out",
             255,
-            "Take it from the hostfile until it is",
+            "or remove it from the hostfile",
         ),
         (
             "ssh: connect to host host-b port 22: No route to host",
             255,
-            "Take it from the hostfile until it is",
+            "or remove it from the hostfile",
         ),
         ("something new\x1b[2J", 255, "ssh -o BatchMode=yes host-b true"),
         ("sh: python: not found", 127, "install it at the same path"),

@@ -67,7 +67,8 @@ def gathers_of_step(shard: Shard) -> float:
     step with a pipeline (compat.py). A tied weight that is embedding and head at once is
     gathered for both.
     """
-    layout, reuse = shard.layout, reuse_distance(shard.layout)
+    layout = shard.layout
+    reuse = reuse_distance(layout)
     uses = 2.0
     if layout.recompute == "full" and reuse < layout.model.block_matmul_parameters / layout.tensor:
         blocks = (

@@ -216,7 +216,8 @@ class _Rank:
         Adam moves 30 bytes an element through the memory that holds its state; NVMe reads
         16 and writes 12.
         """
-        zero, assumed = self.layout.zero, self.assumed
+        zero = self.layout.zero
+        assumed = self.assumed
         moved = ADAM_BYTES * self.shard.partition
         if zero.optimizer_device == "none":
             return moved / (1e9 * assumed.device_memory_gb_per_s)

@@ -233,7 +233,7 @@ DAMAGE = {
     ),
     "manifest of another dtype": (
         lambda d: edit_manifest(d, lambda m: m.update(dtype="uint32")),
-        r"2 bytes a token found, uint32 has 4",
+        r"2 bytes per token found, uint32 has 4",
     ),
     "id out of range": (
         write_an_id_out_of_range,
@@ -270,7 +270,7 @@ def set_file_name(name):
 
 
 BAD_MANIFESTS = {
-    "missing": (lambda d: (d / "manifest.json").unlink(), "not a dataset (no manifest.json)"),
+    "missing": (lambda d: (d / "manifest.json").unlink(), r"not a dataset \(no manifest.json\)"),
     "a pickle": (
         lambda d: (d / "manifest.json").write_bytes(pickle.dumps({"format_version": 1})),
         "Invalid JSON",

@@ -1,1 +1,1 @@
-"""The commands: parse the options, call, return an exit code."""
+"""The commands: each parses its options, calls megagpt and returns an exit code."""

@@ -23,7 +23,7 @@ def commands() -> dict[str, str]:
 
 
 def usage() -> str:
-    """Return the list of commands."""
+    """Return the usage text with the list of commands."""
     lines = [f"  {name:<14} {text}" for name, text in commands().items()]
     return "\n".join(
         [

@@ -1,5 +1,6 @@
-"""Compile the DeepSpeed ops that a configuration needs, once and visibly: python
-launch/build_ops.py
+"""Compile the DeepSpeed ops that a configuration needs.
+
+python launch/build_ops.py
 """
 
 import sys
@@ -12,8 +13,8 @@ import argparse
 from megagpt.common.arguments import command_parser
 from megagpt.utils import run_command
 
-LOST = {"AsyncIOBuilder": "offload to NVMe does not work without it"}
-LOST_ADAM = "training works without it, with torch's own Adam, whose optimizer step is slower"
+LOST = {"AsyncIOBuilder": "offload to NVMe needs it"}
+LOST_ADAM = "training works without it, but uses torch's Adam, whose optimizer step is slower"
 
 
 def main() -> None:
@@ -24,9 +25,9 @@ def main() -> None:
     from megagpt.parallel.device import announce_to_deepspeed
 
     announce_to_deepspeed()
-    from deepspeed.accelerator import (
-        get_accelerator,
-    )  # after the configuration, so that its errors do too
+
+    # after the configuration, so that its errors appear at once
+    from deepspeed.accelerator import get_accelerator
 
     from megagpt.parallel import ops
 
@@ -34,7 +35,8 @@ def main() -> None:
     for op in ops.needed_ops(config, get_accelerator().device_name()):
         if reason := ops.missing_tools(op):
             print(
-                f"DeepSpeed's {op.removesuffix('Builder')} is left out: {reason}", file=sys.stderr
+                f"DeepSpeed's {op.removesuffix('Builder')} cannot be built: {reason}",
+                file=sys.stderr,
             )
             print(LOST.get(op, LOST_ADAM), file=sys.stderr)
         else:
@@ -44,11 +46,12 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(
         description="Compile the DeepSpeed ops that a configuration needs, into the cache that "
-        "its runs use. "
-        "A run does so itself; this does it beforehand."
+        "its runs use. A run compiles them itself if you do not."
     )
     parser.add_argument(
-        "--deepspeed_config", default="ds_configs/default.json", help="[ds_configs/default.json]"
+        "--deepspeed_config",
+        default="ds_configs/default.json",
+        help="JSON file of the run [ds_configs/default.json]",
     )
     return parser.parse_args()
 

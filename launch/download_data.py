@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Prepare a dataset: python launch/download_data.py --dataset stdlib --output data/stdlib
-(docs/data.md).
+"""Prepare a dataset (docs/data.md).
+
+python launch/download_data.py --dataset stdlib --output data/stdlib
 """
 
 import sys

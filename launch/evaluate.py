@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Loss, perplexity and bits per byte on the validation split: python launch/evaluate.py
---run_dir runs/NAME
+"""Evaluate a trained model on the validation split: loss, perplexity and bits per byte.
+
+python launch/evaluate.py --run_dir runs/NAME
 """
 
 import argparse
@@ -38,23 +39,18 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(
-        description="Loss (nats a token), perplexity and bits per byte on the validation split of "
-        "each dataset of a run: a sentence on stderr, one JSON object a line on stdout."
+        description="Compute loss (nats a token), perplexity and bits per byte on the validation split of each "
+        "dataset of a run. Print a sentence on stderr and one JSON object per line on stdout."
     )
     add = parser.add_argument
     add("--run_dir", type=Path, required=True, help="run directory, such as runs/NAME")
-    add(
-        "--batch_size",
-        type=whole_number(1),
-        default=8,
-        help="sequences at once [8]",
-    )
+    add("--batch_size", type=whole_number(1), default=8, help="sequences per batch [8]")
     add(
         "--batches",
         type=whole_number(1),
-        help="evaluate on so many batches only, a fixed random choice from the split [all]",
+        help="evaluate only this many batches, a fixed random choice from the split [all]",
     )
-    add("--step", type=whole_number(0), help="step of the checkpoint [the newest sound one]")
+    add("--step", type=whole_number(0), help="step of the checkpoint [newest]")
     return parser.parse_args()
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""The trained model for Hugging Face transformers: python launch/export.py --run_dir runs/NAME
---output DIR
+"""Export the trained model for Hugging Face transformers.
+
+python launch/export.py --run_dir runs/NAME --output DIR
 """
 
 import argparse
@@ -15,9 +16,8 @@ from megagpt.utils import human_bytes, human_count, run_command
 
 def main() -> None:
     arguments = parse_arguments()
-    from megagpt.huggingface.export import (
-        export,  # after the arguments, so that --help and a wrong value answer at once
-    )
+    # after the arguments, so that --help and a wrong value answer at once
+    from megagpt.huggingface.export import export
 
     written = export(
         arguments.run_dir,
@@ -37,20 +37,19 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(
         description="Write the trained model of a run, with its tokenizer, as a directory that "
-        "Hugging Face "
-        "transformers loads: safetensors, without the rows that pad the vocabulary."
+        "Hugging Face transformers loads: safetensors, without the padding rows of the embedding."
     )
     add = parser.add_argument
     add("--run_dir", type=Path, required=True, help="run directory, such as runs/NAME")
-    add("--output", type=Path, required=True, help="directory to make")
-    add("--step", type=whole_number(0), help="step of the checkpoint [the newest]")
+    add("--output", type=Path, required=True, help="directory to create")
+    add("--step", type=whole_number(0), help="step of the checkpoint [newest]")
     add(
         "--dtype",
         choices=("fp32", "bf16", "fp16"),
         default="fp32",
-        help="format of the weights [fp32]",
+        help="number format of the weights [fp32]",
     )
-    add("--overwrite", action="store_true", help="replace an earlier export in the directory")
+    add("--overwrite", action="store_true", help="replace an earlier export in --output")
     return parser.parse_args()
 
 

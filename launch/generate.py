@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Continue prompts with a trained model: python launch/generate.py --run_dir runs/NAME --prompt
-"import os"
+"""Continue prompts with a trained model.
+
+python launch/generate.py --run_dir runs/NAME --prompt "import os"
 """
 
 import argparse
@@ -49,34 +50,34 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         action="extend",
         required=True,
-        help="texts to continue, each by itself; one that begins with a dash: --prompt=-x",
+        help="texts to continue; write one that begins with a dash as --prompt=-x",
     )
     add(
         "--max_new_tokens",
         type=whole_number(0),
         default=256,
-        help="tokens to write at most, fewer where the model ends the document [256]",
+        help="maximum number of new tokens; the model may end the document earlier [256]",
     )
     add(
         "--temperature",
         type=non_negative,
         default=0.8,
-        help="0: always the likeliest token; 1: draw by the model's probabilities [0.8]",
+        help="0: always the most likely token; 1: the model's distribution [0.8]",
     )
-    add("--top_k", type=whole_number(1), help="draw from the k likeliest tokens only [all]")
+    add("--top_k", type=whole_number(1), help="sample from the k most likely tokens [all]")
     add(
         "--top_p",
         type=probability,
         default=1.0,
-        help="draw from the fewest likeliest tokens whose probabilities reach this sum [1]",
+        help="sample from the most likely tokens with this total probability [1]",
     )
     add(
         "--seed",
         type=whole_number(0),
         default=0,
-        help="seed of the draws; of no effect at temperature 0 [0]",
+        help="seed of the sampling; no effect at temperature 0 [0]",
     )
-    add("--step", type=whole_number(0), help="step of the checkpoint [the newest sound one]")
+    add("--step", type=whole_number(0), help="step of the checkpoint [newest]")
     return parser.parse_args()
 
 

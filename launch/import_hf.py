@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Go on from a published model: python launch/import_hf.py --model DIR --deepspeed_config F
---run_dir runs/NAME
+"""Start a run from a published Hugging Face model.
+
+python launch/import_hf.py --model DIR --deepspeed_config F --run_dir runs/NAME
 """
 
 import argparse
@@ -21,7 +22,7 @@ def main() -> None:
     from megagpt.parallel.device import announce_to_deepspeed
 
     announce_to_deepspeed()
-    from megagpt.huggingface.importing import import_model  # it imports DeepSpeed
+    from megagpt.huggingface.importing import import_model  # imports DeepSpeed
 
     made = import_model(arguments.model, config, arguments.run_dir)
     print(
@@ -32,8 +33,8 @@ def main() -> None:
         print(f"replaced in {arguments.deepspeed_config}: {', '.join(made.given_way)}")
     if not made.tokenizer_compared:
         print(
-            f"{arguments.model} has no tokenizer.json: make sure that the data were prepared with "
-            f"its tokenizer"
+            f"{arguments.model}: no tokenizer.json; make sure that the data were prepared with "
+            f"the tokenizer of this model"
         )
     print(
         f"next: deepspeed launch/train.py --deepspeed_config {made.configuration} --run_dir "
@@ -43,19 +44,18 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(
-        description="Make a run directory from a model that Hugging Face transformers saved "
-        "(config.json and "
-        "safetensors): training goes on from its weights, with the data, optimizer and ranks of "
-        "the configuration."
+        description="Create a run directory from a model that Hugging Face transformers saved "
+        "(config.json and safetensors). Training continues from its weights, with the data, "
+        "optimizer and ranks of the configuration."
     )
     add = parser.add_argument
     add("--model", type=Path, required=True, help="directory of the model")
     add(
         "--deepspeed_config",
         required=True,
-        help="the run's JSON file; its model gives way to this one",
+        help="JSON file of the run; --model replaces its model",
     )
-    add("--run_dir", type=Path, required=True, help="run directory to make, such as runs/NAME")
+    add("--run_dir", type=Path, required=True, help="run directory to create, such as runs/NAME")
     add(
         "--set",
         nargs="+",

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Does every strategy train alike? python launch/parity.py here, or under a launcher: deepspeed
-launch/parity.py
+"""Check that every parallel strategy trains like one plain process.
+
+python launch/parity.py on this machine, or under a launcher: deepspeed launch/parity.py
 """
 
 import argparse
@@ -22,7 +23,7 @@ from megagpt.utils import run_command
 def main() -> int:
     arguments = parse_arguments()
     if (hostfile := hostfile_of_launcher()) is not None:
-        read_hostfile(hostfile)  # DeepSpeed would have stayed on this machine without it
+        read_hostfile(hostfile)  # without it DeepSpeed would use this machine only
     signs = signs_of_launcher()
     launch = adopt_launch()
     request = ParityRequest(
@@ -42,11 +43,9 @@ def main() -> int:
 
 
 def together(request: ParityRequest, asked: int | None, signs: list[str], launch: Launch) -> int:
-    """Compare on this rank of a launcher's."""
+    """Run the comparison on this rank of a launcher."""
     require_launched(request, asked, signs, launch.world_size)
-    plan(
-        request, launch.world_size
-    )  # what is impossible is said before the ranks wait for each other
+    plan(request, launch.world_size)  # errors appear before the ranks wait for each other
     from megagpt.parallel.device import announce_to_deepspeed
 
     announce_to_deepspeed()
@@ -54,19 +53,19 @@ def together(request: ParityRequest, asked: int | None, signs: list[str], launch
     from megagpt.parity import compare as parity
     from megagpt.parity import local_ranks
 
-    with gathered_ranks():  # or who is missing
+    with gathered_ranks():  # raises an error that names missing ranks
         return int(not local_ranks.joined(parity.run, request))
 
 
 def here(request: ParityRequest, asked: int | None) -> int:
-    """Compare on ranks started on this machine."""
+    """Run the comparison on ranks that are started on this machine."""
     from megagpt.parallel.device import announce_to_deepspeed
     from megagpt.parity import local_ranks
 
     request = replace(request, gpus=local_ranks.gpus_here())
     ranks = asked or request.gpus or local_ranks.CPU_RANKS
     require_devices(request, ranks)
-    plan(request, ranks)  # what is impossible is said before any rank starts
+    plan(request, ranks)  # errors appear before any rank starts
     announce_to_deepspeed()
     from megagpt.parity import compare as parity
 
@@ -77,13 +76,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = command_parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="""\
-Train the same few steps of a small model under every strategy described below that these ranks
-can host, and in one plain PyTorch process. Print the differences; exit with code 1 beyond
-tolerance. Under a launcher its ranks are used; --ranks, or else the file's
-megagpt.parallel.world_size, says how many there must be, so that a missing host is noticed.
+Train the same few steps of a small model under every strategy below that fits these ranks, and
+in one plain PyTorch process. Print the differences; exit with code 1 if one exceeds the
+tolerance. Under a launcher, use its ranks. --ranks, or else megagpt.parallel.world_size, gives
+their expected number, so that a missing host is an error.
 
 The first row is the file's own strategy: its mesh, schedule, ZeRO stage, offload and
-recomputation; the sizes in its zero_optimization section shrink as the model does. Then come all
+recomputation. The sizes in its zero_optimization section shrink with the model. Then come all
 meshes of tensor x pipeline x data (up to 16 ranks; beyond, a tensor axis of at most 8 or dividing
 the file's key-value heads, a pipeline of at most 8 or the file's number of blocks). Each mesh is
 tried with every ZeRO stage and offload. At every ZeRO stage, without offload, one setting at a
@@ -95,39 +94,35 @@ on 1,024; each takes a few seconds. NVMe adds up to a third.""",
     add(
         "--deepspeed_config",
         default="ds_configs/default.json",
-        help="strategy, kind of model and optimizer [ds_configs/default.json]",
+        help="JSON file with the strategy, model and optimizer [ds_configs/default.json]",
     )
     add(
         "--ranks",
         type=whole_number(1),
-        help="processes to start on this machine [one a GPU; 4 without]; under a launcher, how "
-        "many it has to have "
-        "started [what the file states]",
+        help="processes to start on this machine [one per GPU; 4 without GPUs]; under a launcher, "
+        "the number that it must have started [megagpt.parallel.world_size]",
     )
-    add("--steps", type=whole_number(1), default=3, help="optimizer steps of each strategy [3]")
-    add("--own_only", action="store_true", help="only the strategy that the file asks for")
+    add("--steps", type=whole_number(1), default=3, help="optimizer steps per strategy [3]")
+    add("--own_only", action="store_true", help="run only the file's own strategy")
     add(
         "--precision",
         choices=("fp32", "bf16"),
         default="fp32",
-        help="compute in it; in bf16, compared with how far one plain process in bf16 strays from "
+        help="number format; bf16 is judged by how far one plain process in bf16 deviates from "
         "fp32 [fp32]",
     )
     add(
         "--tolerance",
         type=non_negative,
-        help="in fp32: of losses and norms, relative; of weights 100 times that [1e-4]; in bf16: "
-        "how many times as far "
-        "as the plain process in bf16 a strategy may stray [2]",
+        help="fp32: relative tolerance of losses and norms; weights 100 times that [1e-4]. bf16: "
+        "allowed deviation, as a multiple of the plain bf16 process's [2]",
     )
     add(
         "--nvme_path",
-        help="a directory on a fast local disk: offload to it is tried too [the file's, if it has "
-        "one]",
+        help="directory on a fast local disk; also test offload to it [the file's nvme_path]",
     )
-    add(
-        "--local_rank", type=int, help=argparse.SUPPRESS
-    )  # DeepSpeed's launcher passes it; the environment has it too
+    # DeepSpeed's launcher passes it; the environment has it too
+    add("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

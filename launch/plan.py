@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Legal? fits? how fast? python launch/plan.py --deepspeed_config F --hostfile hosts; imports no
-torch.
+"""Check whether a configuration is legal, fits and how fast it would be, without torch.
+
+python launch/plan.py --deepspeed_config F --hostfile hosts
 """
 
 import argparse
@@ -21,9 +22,9 @@ from megagpt.utils import ExitCode, abandon, run_command
 
 RATES = {
     "peak_tflops": "TFLOP/s of a device in 16 bit",
-    "link_gb_per_s": "GB/s each way between the devices of a host",
-    "network_gb_per_s": "GB/s each way of a device to other hosts",
-    "host_gb_per_s": "GB/s each way of a device to its host",
+    "link_gb_per_s": "GB/s per direction between the devices of a host",
+    "network_gb_per_s": "GB/s per direction from a device to other hosts",
+    "host_gb_per_s": "GB/s per direction between a device and its host",
     "host_memory_gb_per_s": "GB/s of a host's memory",
     "nvme_gb_per_s": "GB/s of a host's NVMe",
 }
@@ -38,7 +39,7 @@ def main() -> int:
     from megagpt.planning.report import text
 
     device = find(arguments.device)
-    assert device is not None  # argparse knows the choices
+    assert device is not None  # argparse checks the choices
     ranks = arguments.ranks or stated_world_size(arguments)
     hosts = (
         read_hostfile(arguments.hostfile)
@@ -55,21 +56,24 @@ def main() -> int:
     plan = make_plan(arguments.deepspeed_config, arguments.set, hosts, limits, assumed)
     try:
         print(json.dumps(as_json(plan), indent=2) if arguments.json else text(plan), flush=True)
-    except BrokenPipeError:  # `| head`: the verdict is in the exit code too
+    except BrokenPipeError:  # `| head`: the exit code has the verdict too
         abandon(sys.stdout)
     return ExitCode.DONE if plan.good else ExitCode.BAD_INPUT
 
 
 def stated_world_size(arguments: argparse.Namespace) -> int:
-    """The ranks that the configuration expects, where the command line says nothing."""
+    """Return the configuration's `megagpt.parallel.world_size`.
+
+    Raises UserError if neither it nor an option gives the number of ranks.
+    """
     from megagpt.config import load_config
     from megagpt.utils import UserError
 
     stated = load_config(arguments.deepspeed_config, arguments.set).megagpt.parallel.world_size
     if stated is None and not arguments.hostfile:
         raise UserError(
-            "how many ranks? give --hostfile hosts or --ranks 8 (the file states no "
-            "parallel.world_size)"
+            f"{arguments.deepspeed_config}: the number of ranks is unknown (no "
+            "megagpt.parallel.world_size); give --hostfile hosts or --ranks 8"
         )
     return stated or 0
 
@@ -79,30 +83,30 @@ def parse_arguments() -> argparse.Namespace:
     from megagpt.planning.plan import EFFICIENCY, HOST_MEMORY_GIB, RESERVE_GIB
 
     parser = command_parser(
-        description="Whether a configuration is legal and fits, where every rank would be, how "
-        "fast a step would be at "
-        "the rates given or assumed, and what would fit instead. Exit code 0: legal and fits; 2: "
-        "not.",
+        description="Show whether a configuration is legal and fits, where every rank runs, how "
+        "fast a step would be at given or assumed rates, and what would fit instead. Exit code "
+        "0: legal and fits; 2: not.",
     )
     add = parser.add_argument
     add(
         "--deepspeed_config",
         default="ds_configs/default.json",
-        help="the run's JSON file [ds_configs/default.json]",
+        help="JSON file of the run [ds_configs/default.json]",
     )
     where = parser.add_mutually_exclusive_group()
+    where.add_argument("--hostfile", type=Path, help="hostfile, as the launcher reads it")
     where.add_argument(
-        "--hostfile", type=Path, help="hosts and their slots, as the launcher reads them"
-    )
-    where.add_argument(
-        "--ranks", type=whole_number(1), metavar="N", help="ranks [megagpt.parallel.world_size]"
+        "--ranks",
+        type=whole_number(1),
+        metavar="N",
+        help="number of ranks [megagpt.parallel.world_size]",
     )
     add(
         "--slots",
         type=whole_number(1),
         default=8,
         metavar="N",
-        help="ranks of a host, without a hostfile [8]",
+        help="ranks per host without a hostfile [8]",
     )
     add(
         "--set",
@@ -113,16 +117,16 @@ def parse_arguments() -> argparse.Namespace:
         help="override keys of the JSON file",
     )
     devices = [name.lower() for name in ACCELERATORS]
-    add("--device", choices=devices, type=str.lower, default="h100", help="[h100]")
+    add("--device", choices=devices, type=str.lower, default="h100", help="kind of GPU [h100]")
     add(
         "--device_memory_gib",
         type=positive,
         metavar="GIB",
-        help="memory of a device [its data sheet's]",
+        help="memory of a device [from the data sheet]",
     )
     for name, default, what in (
         ("host_memory_gib", HOST_MEMORY_GIB, "memory of a host"),
-        ("reserve_gib", RESERVE_GIB, "of a device, not ours: CUDA context, NCCL, fragments"),
+        ("reserve_gib", RESERVE_GIB, "device memory not for us: CUDA context, NCCL, fragments"),
     ):
         add(
             f"--{name}",
@@ -135,14 +139,14 @@ def parse_arguments() -> argparse.Namespace:
         "--efficiency",
         type=probability,
         metavar="SHARE",
-        help=f"of the peak that products reach [{EFFICIENCY}]",
+        help=f"share of the peak that matrix products reach [{EFFICIENCY}]",
     )
     for name, what in RATES.items():
         add(
             f"--{name}",
             type=positive,
             metavar="X",
-            help=f"{what} [from the data sheet or assumed, and printed]",
+            help=f"{what} [data sheet or assumption; printed]",
         )
     add("--json", action="store_true", help="print the plan as one JSON object")
     return parser.parse_args()

@@ -1,4 +1,7 @@
-"""Look at every host before a run: python launch/preflight.py --hostfile hosts"""
+"""Check every host before a run.
+
+python launch/preflight.py --hostfile hosts
+"""
 
 import sys
 from pathlib import Path
@@ -15,9 +18,7 @@ def main() -> int:
     arguments = parse_arguments()
     from megagpt.cluster.hosts import read_hostfile
     from megagpt.config import load_config
-    from megagpt.preflight import (
-        checks as preflight,
-    )  # after the arguments, so that --help answers at once
+    from megagpt.preflight import checks as preflight  # after the arguments: --help is instant
     from megagpt.preflight.link import describe_links, measure_links
 
     config = load_config(arguments.deepspeed_config, arguments.set)
@@ -25,9 +26,8 @@ def main() -> int:
     preflight.require_legal_on(hosts, config, arguments.deepspeed_config)
     directory = arguments.run_dir or Path("runs") / Path(arguments.deepspeed_config).stem
     reports = preflight.examine(hosts, config, directory)
-    print(
-        preflight.table(reports), flush=True
-    )  # before the problems, also where both go into one file
+    # flush: the table precedes the problems, also if both go to one file
+    print(preflight.table(reports), flush=True)
     problems = [problem for report in reports for problem in report.problems]
     if arguments.bandwidth and not problems:
         print(describe_links(measure_links(hosts)))
@@ -40,19 +40,18 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(
-        description="Look at every host before a run: ssh, software, code, devices, memory, "
-        "disks, clocks, the shared "
-        "run directory. Exit code 2 where a run would fail. Without --hostfile, look at this "
-        "machine."
+        description="Check every host before a run: ssh, software, code, devices, memory, disks, "
+        "clocks, the shared run directory. Exit code 2 if a run would fail. Without --hostfile, "
+        "check this machine."
     )
     add = parser.add_argument
-    add("--hostfile", type=Path, help="as given to deepspeed")
+    add("--hostfile", type=Path, help="hostfile, as given to deepspeed [this machine]")
     add(
         "--deepspeed_config",
         default="ds_configs/default.json",
-        help="the run's JSON file [ds_configs/default.json]",
+        help="JSON file of the run [ds_configs/default.json]",
     )
-    add("--run_dir", type=Path, help="the run's directory [runs/NAME-OF-THE-CONFIG]")
+    add("--run_dir", type=Path, help="run directory [runs/NAME-OF-THE-CONFIG]")
     add(
         "--set",
         nargs="+",
@@ -64,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--bandwidth",
         action="store_true",
-        help="measure latency and bandwidth between all ranks, too",
+        help="also measure latency and bandwidth between all ranks",
     )
     return parser.parse_args()
 

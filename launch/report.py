@@ -1,4 +1,7 @@
-"""One HTML page with the curves of a run: python launch/report.py --run_dir runs/NAME"""
+"""Write one HTML page with the curves of a run.
+
+python launch/report.py --run_dir runs/NAME
+"""
 
 import sys
 from pathlib import Path
@@ -13,9 +16,8 @@ from megagpt.utils import run_command
 
 def main() -> None:
     arguments = parse_arguments()
-    from megagpt.monitoring.report import (
-        write_report,
-    )  # after the arguments, so that --help answers at once
+    # after the arguments, so that --help answers at once
+    from megagpt.monitoring.report import write_report
 
     print(write_report(arguments.run_dir))
 
@@ -23,12 +25,15 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(
         description="Write report.html into a run directory and print its path: loss, gradient "
-        "norm, learning rate, "
-        "speed, memory, samples and events, in one file that needs no network. Works while the "
-        "run goes on."
+        "norm, learning rate, speed, memory, samples and events, in one file that needs no "
+        "network. Works during the run."
     )
     parser.add_argument(
-        "--run_dir", type=Path, required=True, metavar="DIR", help="the run, runs/NAME"
+        "--run_dir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="run directory, such as runs/NAME",
     )
     return parser.parse_args()
 

@@ -1,4 +1,7 @@
-"""Train: deepspeed launch/train.py, or python launch/train.py for one process."""
+"""Train a model.
+
+deepspeed launch/train.py, or for one process: python launch/train.py
+"""
 
 import sys
 from pathlib import Path
@@ -20,15 +23,19 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(
-        description="Train a GPT; a run directory with checkpoints is continued."
+        description="Train a GPT. A run directory with checkpoints continues from the newest."
     )
     add = parser.add_argument
     add(
         "--deepspeed_config",
         default="ds_configs/default.json",
-        help="the run's JSON file [ds_configs/default.json]",
+        help="JSON file of the run [ds_configs/default.json]",
     )
-    add("--run_dir", type=Path, help="where everything it writes goes [runs/NAME-OF-THE-CONFIG]")
+    add(
+        "--run_dir",
+        type=Path,
+        help="directory for everything the run writes [runs/NAME-OF-THE-CONFIG]",
+    )
     add(
         "--set",
         nargs="+",
@@ -37,10 +44,9 @@ def parse_arguments() -> argparse.Namespace:
         metavar="KEY=VALUE",
         help="override keys of the JSON file",
     )
-    add("--resume", action="store_true", help="insist that there is a checkpoint to continue from")
-    add(
-        "--local_rank", type=int, help=argparse.SUPPRESS
-    )  # DeepSpeed's launcher passes it; the environment has it too
+    add("--resume", action="store_true", help="fail if there is no checkpoint to continue from")
+    # DeepSpeed's launcher passes it; the environment has it too
+    add("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

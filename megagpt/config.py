@@ -1,7 +1,7 @@
-"""One JSON file a run: read strictly, checked once, then trusted.
+"""Read a run's JSON file strictly, check it once and hand it down as a value.
 
-`load_config` reads a file (a DeepSpeed config plus one `megagpt` object) and reports every error at
-once; `RunConfig.resolved` fills in what only the world and the data can say.
+`load_config` reads a file (a DeepSpeed configuration plus one `megagpt` object) and reports all
+errors at once. `RunConfig.resolved` fills in what depends on the world size and on the data.
 """
 
 from __future__ import annotations
@@ -44,42 +44,38 @@ __all__ = [
     "load_config",
 ]
 
-# rows of the embedding: whole tiles for the matrix units, divisible by any tensor axis here
+# Multiple of the embedding rows: whole tiles for matrix units, divisible by any tensor axis here
 VOCABULARY_MULTIPLE = 128
-NOT_FOR_DEEPSPEED = (
-    "megagpt",
-    "$schema",
-    "wandb",
-    "tensorboard",
-)  # monitor.py drives the trackers, on the right rank
+# monitor.py calls the trackers itself, on one rank
+NOT_FOR_DEEPSPEED = ("megagpt", "$schema", "wandb", "tensorboard")
 
 
 class RunConfig(Section):
     """A run as its file describes it.
 
-    Values that depend on the world or the data may still be absent or "auto".
+    Values that depend on the world size or on the data may be absent or "auto".
     """
 
     schema_file: str | None = Field(
         None, alias="$schema", description="JSON Schema for editors; ignored by the run"
     )
     train_batch_size: int | None = identity(
-        None, "sequences of one optimizer step, over all ranks", ge=1
+        None, "sequences per optimizer step, over all ranks", ge=1
     )
     train_micro_batch_size_per_gpu: int | None = execution(
-        None, "sequences of one forward-backward, on one rank", ge=1
+        None, "sequences per forward-backward on one rank", ge=1
     )
     gradient_accumulation_steps: int | None = execution(
-        None, "micro-batches of one optimizer step", ge=1
+        None, "micro-batches per optimizer step", ge=1
     )
     optimizer: OptimizerConfig = section(..., "optimizer")
     scheduler: SchedulerConfig | None = section(None, "learning-rate schedule; default: constant")
-    gradient_clipping: float = identity(1.0, "largest gradient norm; 0: no clipping", ge=0)
+    gradient_clipping: float = identity(1.0, "maximum gradient norm; 0: no clipping", ge=0)
     fp16: Fp16Config = section(Fp16Config(), "half precision")
     bf16: Bf16Config = section(Bf16Config(), "bfloat16")
     data_types: DataTypesConfig = section(DataTypesConfig(), "number formats")
     communication_data_type: FloatType | None = execution(
-        None, "format of reduced gradients; default: the model's"
+        None, "number format of gradient reduction; default: the model's"
     )
     zero_optimization: ZeroConfig = section(ZeroConfig(), "ZeRO and offload")
     aio: AioConfig | None = section(None, "disk I/O of the NVMe offload")
@@ -101,14 +97,15 @@ class RunConfig(Section):
             problems.append(
                 (
                     "fp16.enabled",
-                    f"true beside bf16.enabled {shown(self.bf16.enabled)}; enable one of the two",
+                    f"true, and bf16.enabled is {shown(self.bf16.enabled)}; enable only one",
                 )
             )
         if isinstance(self.scheduler, WarmupLR | WarmupDecayLR):
-            maximum, peak = self.scheduler.params.warmup_max_lr, self.optimizer.params.lr
+            maximum = self.scheduler.params.warmup_max_lr
+            peak = self.optimizer.params.lr
             if maximum not in (None, peak):
                 message = (
-                    f"{maximum} would replace optimizer.params.lr {peak}; make them equal, "
+                    f"{maximum} differs from optimizer.params.lr {peak}; make them equal, "
                     f"or remove it"
                 )
                 problems.append(("scheduler.params.warmup_max_lr", message))
@@ -116,31 +113,31 @@ class RunConfig(Section):
             self.zero_optimization.optimizer_device,
             self.zero_optimization.parameter_device,
         ):
-            problems.append(("aio", 'acts only with an offload to "nvme"; remove it'))
+            problems.append(("aio", 'has no effect without offload to "nvme"; remove it'))
         refuse(problems)
         return self
 
     @classmethod
     def from_json(cls, text: str, source: str = "config.json") -> Self:
-        """Read what `to_json` wrote (or any configuration text), with all the checks of
-        `load_config`.
-        """
+        """Read configuration text, such as that of `to_json`, with the checks of `load_config`."""
         document, problems = config_json.parse(text, source)
         return _validated(cls, document, problems, source, ())
 
     def to_json(self) -> str:
-        """Canonical text: one order of keys, defaults written out, so that equal runs have equal
-        text.
+        """Return canonical text: equal runs have equal text.
+
+        The keys are in a fixed order and defaults are written out.
         """
         return json.dumps(self._document(), indent=2, ensure_ascii=False) + "\n"
 
     def as_written(self) -> dict[str, Any]:
-        """The document, without the keys that were left out."""
+        """Return the document without the keys that were left out."""
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
 
     def changed(self, overrides: Sequence[str]) -> RunConfig:
-        """This configuration as its file would give it with `a.b=value` overrides on top; raises
-        ConfigError.
+        """Return this configuration with `a.b=value` overrides on top.
+
+        Raises ConfigError.
         """
         document = self.as_written()
         keys_set, errors = _override(document, overrides)
@@ -149,27 +146,26 @@ class RunConfig(Section):
         return _validated(RunConfig, document, [], "", keys_set)
 
     def deepspeed_dict(self) -> dict[str, Any]:
-        """What `deepspeed.initialize` gets: DeepSpeed's sections, nothing of ours, a fresh copy
-        each time.
-        """
+        """Return a new dict for `deepspeed.initialize`: DeepSpeed's sections only."""
         return {
             key: value for key, value in self._document().items() if key not in NOT_FOR_DEEPSPEED
         }
 
     def identity(self) -> dict[str, Any]:
-        """The keys that say what is trained, by dotted name; of a resolved run, they fix its
-        result.
+        """Return the keys that say what is trained, by dotted name.
+
+        Two resolved runs with the same identity compute the same result.
         """
         return dict(_leaves_of_role("identity", self))
 
     def resolved(
         self, *, world_size: int, vocabulary: int | None, bf16_native: bool
     ) -> ResolvedConfig:
-        """The run on `world_size` ranks with data of `vocabulary` tokens, with nothing left open.
+        """Return the run with every value known, on `world_size` ranks with `vocabulary` tokens.
 
-        `vocabulary` is None where the data are not at hand (planning). Raises ConfigError with
-        every impossible value and the nearest possible ones. `bf16_native`: the device multiplies
-        bfloat16 matrices in hardware.
+        `vocabulary` is None if the data are not available (planning). `bf16_native`: the
+        device multiplies bfloat16 matrices in hardware. Raises ConfigError with every
+        impossible value and the closest possible ones.
         """
         ranks = _data_parallel_size(self.megagpt.parallel, world_size)
         rows_and_tokens = _vocabulary(self, vocabulary)
@@ -184,15 +180,13 @@ class RunConfig(Section):
 
 
 class ResolvedConfig(RunConfig):
-    """A run with nothing left open: what the trainer works with and what runs/NAME/config.json
-    holds.
-    """
+    """A run with every value known: what the trainer uses and what runs/NAME/config.json holds."""
 
-    train_batch_size: int = identity(..., "sequences of one optimizer step, over all ranks", ge=1)
+    train_batch_size: int = identity(..., "sequences per optimizer step, over all ranks", ge=1)
     train_micro_batch_size_per_gpu: int = execution(
-        ..., "sequences of one forward-backward, on one rank", ge=1
+        ..., "sequences per forward-backward on one rank", ge=1
     )
-    gradient_accumulation_steps: int = execution(..., "micro-batches of one optimizer step", ge=1)
+    gradient_accumulation_steps: int = execution(..., "micro-batches per optimizer step", ge=1)
     megagpt: MegagptConfig = section(..., "everything that DeepSpeed has no key for")
 
     @property
@@ -212,8 +206,9 @@ Config = TypeVar("Config", bound=RunConfig)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a configuration file with `a.b=value` overrides on top; raises ConfigError with ALL
-    errors at once.
+    """Read a configuration file and apply `a.b=value` overrides.
+
+    Raises ConfigError with all errors at once.
     """
     source = str(path)
     document, _ = config_json.parse(config_json.read_text(Path(path)), source)
@@ -232,8 +227,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def _override(
     document: dict[str, Any], overrides: Sequence[str]
 ) -> tuple[list[KeyPath], list[str]]:
-    """Write the overrides into the document; `null` removes a key, where there can be such a
-    one.
+    """Write the overrides into the document; `null` removes a key that exists.
+
+    Return the keys that were set and the error lines.
     """
     keys_set, errors = config_json.apply_overrides(document, overrides)
     for path in dict.fromkeys(keys_set):
@@ -254,8 +250,9 @@ def _is_unknown(document: dict[str, Any], path: KeyPath) -> bool:
 
 
 def identity_differences(recorded: Mapping[str, Any], requested: Mapping[str, Any]) -> list[str]:
-    """Compare two `identity()` results: `megagpt.model.num_layers: 12 in the run directory, 24
-    requested`.
+    """Compare two results of `identity()` and return one line for each key that differs.
+
+    For example `megagpt.model.num_layers: 12 in the run directory, 24 requested`.
     """
     keys = dict.fromkeys([*recorded, *requested])
     return [
@@ -273,8 +270,9 @@ def _validated(
     source: str,
     keys_set: Sequence[KeyPath],
 ) -> Config:
-    """The checked configuration, or every problem of it; what the command line set is blamed on
-    the command line.
+    """Return the checked configuration, or raise ConfigError with every problem.
+
+    A problem at a key of `keys_set` names `--set` as its source, not the file.
     """
     try:
         config = model.model_validate(document)
@@ -324,9 +322,7 @@ def _leaves(document: dict[str, Any], path: KeyPath) -> list[KeyPath]:
 
 
 def unexpected_world(parallel: ParallelConfig, world_size: int) -> Problem | None:
-    """What is wrong where another number of ranks started than the run states; None where
-    nothing is.
-    """
+    """Return the problem if the number of started ranks is not the one that is set, else None."""
     expected = parallel.world_size
     if expected is None or expected == world_size:
         return None
@@ -344,7 +340,7 @@ def _data_parallel_size(parallel: ParallelConfig, world_size: int) -> int | Prob
     if world_size % replica:
         return Problem(
             ("megagpt", "parallel"),
-            f"{world_size} ranks cannot hold replicas of tensor {parallel.tensor} x pipeline "
+            f"{world_size} ranks is not a multiple of tensor {parallel.tensor} x pipeline "
             f"{parallel.pipeline}: use {nearest_multiples(world_size, replica)} ranks",
         )
     return world_size // replica
@@ -361,14 +357,15 @@ def _batch_sizes(config: RunConfig, data_parallel_size: int) -> BatchSizes | Pro
 
 
 def _vocabulary(config: RunConfig, of_data: int | None) -> tuple[int, int] | Problem:
-    """(rows of the embedding, tokens that exist): the former padded, neither smaller than the
-    data need.
+    """Return (rows of the embedding, tokens that exist).
+
+    The rows are padded. Neither number is smaller than the vocabulary of the data.
     """
     model = config.megagpt.model
     wanted = model.vocab_size or of_data or model.vocabulary or model.published_vocabulary
     if wanted is None:
         key = ("megagpt", "model", "vocab_size")
-        return Problem(key, "unknown while the data are not prepared; give it, or prepare the data")
+        return Problem(key, "unknown until the data are prepared; set it, or prepare the data")
     rows = round_up(wanted, VOCABULARY_MULTIPLE)
     tokens = model.vocabulary or of_data or wanted
     for name, value in (("vocab_size", wanted), ("vocabulary", tokens)):
@@ -381,7 +378,7 @@ def _vocabulary(config: RunConfig, of_data: int | None) -> tuple[int, int] | Pro
     if tokens > rows:
         return Problem(
             ("megagpt", "model", "vocabulary"),
-            f"{tokens} tokens do not fit into vocab_size {wanted}: remove one",
+            f"{tokens} tokens do not fit into vocab_size {wanted}: remove one of the two",
         )
     return rows, tokens
 
@@ -390,7 +387,7 @@ def _resolve(
     config: RunConfig, batch: BatchSizes, vocabulary: tuple[int, int], bf16_native: bool
 ) -> ResolvedConfig:
     document = config._document()
-    document.pop("$schema", None)  # it is relative to the file it stood in
+    document.pop("$schema", None)  # it is relative to the original file
     document["train_batch_size"] = batch.train_batch
     document["train_micro_batch_size_per_gpu"] = batch.micro_batch
     document["gradient_accumulation_steps"] = batch.accumulation_steps
@@ -404,20 +401,19 @@ def _resolve(
 
 
 def _total_steps(config: RunConfig, batch: BatchSizes) -> int:
-    """The run's steps; a length in tokens is rounded up to whole steps, so that none of them is
-    missing.
-    """
+    """Return the number of steps; a length in tokens is rounded up to whole steps."""
     training = config.megagpt.training
     if training.total_steps is not None:
         return training.total_steps
-    assert training.total_tokens is not None  # the section holds exactly one of the two
+    assert training.total_tokens is not None  # the section has exactly one of the two keys
     tokens_per_step = batch.train_batch * config.megagpt.model.sequence_length
     return -(-training.total_tokens // tokens_per_step)
 
 
 def _resolve_scheduler(document: dict[str, Any], total_steps: int) -> None:
-    """Give the schedule its length and peak; DeepSpeed's WarmupDecayLR would else peak at 0.001,
-    whatever lr says.
+    """Set the length and the peak of the learning-rate schedule.
+
+    Without warmup_max_lr DeepSpeed's WarmupDecayLR peaks at 0.001, whatever lr is.
     """
     if "scheduler" not in document:
         return

@@ -1,6 +1,6 @@
-"""Reading prepared tokens: memory-mapped streams, cut into samples visited in a reproducible order.
+"""Read prepared tokens: memory-mapped streams, cut into samples in a reproducible order.
 
-A run reads a `SampleStream`: sample `index` is a pure function of (data, seed, index), the same on
+A run reads a `SampleStream`. Sample `index` is a pure function of (data, seed, index), the same on
 every rank and mesh, so the position in the data is one integer and resuming costs nothing. numpy
 only.
 """
@@ -42,14 +42,13 @@ __all__ = [
 
 
 class TokenStream:
-    """The tokens of one split as one long sequence, whatever files they lie in, and where its
-    documents begin.
-    """
+    """The tokens of one split as one long sequence, with the starts of its documents."""
 
     def __init__(
         self, directory: Path, shards: Sequence[TokenShard], dtype: np.dtype, vocabulary: int
     ) -> None:
-        self._files, self._vocabulary = [directory / shard.file for shard in shards], vocabulary
+        self._files = [directory / shard.file for shard in shards]
+        self._vocabulary = vocabulary
         self._tokens = [np.memmap(file, dtype, mode="r") for file in self._files]
         self._offsets = [_open_offsets(directory / shard.offsets.file) for shard in shards]
         self._starts = np.cumsum([0, *(shard.tokens for shard in shards)])
@@ -59,19 +58,19 @@ class TokenStream:
         return int(self._starts[-1])
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) as int64; UserError where one is not of the vocabulary."""
+        """Return tokens [start, stop) as int64; raise UserError if an id is out of range."""
         pieces = [self._tokens[shard][low:high] for shard, low, high in self._pieces(start, stop)]
         tokens = np.concatenate(pieces, dtype=np.int64)
-        if (
-            tokens.max() >= self._vocabulary
-        ):  # a change between the probes; on a GPU it would be an assertion in CUDA
+        # the probes may miss a change; on a GPU a wrong id would be a CUDA assertion
+        if tokens.max() >= self._vocabulary:
             raise UserError(self._id_problem(start + int(np.argmax(tokens >= self._vocabulary))))
         return tokens
 
     def _id_problem(self, place: int) -> str:
-        """What is wrong with the token at a place in the stream."""
+        """Return the error message for the token at a position in the stream."""
         ((shard, low, _),) = self._pieces(place, place + 1)
-        file, tokens = self._files[shard], self._tokens[shard]
+        file = self._files[shard]
+        tokens = self._tokens[shard]
         return (
             f"{file}: token id {tokens[low]} found at byte {low * tokens.itemsize}, ids below "
             f"{self._vocabulary} expected: changed since preparation\n"
@@ -79,17 +78,14 @@ class TokenStream:
         )
 
     def document_ids(self, start: int, stop: int) -> np.ndarray:
-        """The number, in the split, of the document that each token of [start, stop) belongs to,
-        as int64.
-        """
+        """Return the document number, within the split, of each token in [start, stop): int64."""
         return np.concatenate(
             [self._shard_document_ids(*piece) for piece in self._pieces(start, stop)]
         )
 
     def _shard_document_ids(self, shard: int, low: int, high: int) -> np.ndarray:
         offsets = self._offsets[shard]
-        # Scalars of the file's own type: with any other, searchsorted would convert the whole file
-        # first.
+        # Scalars of the file's type: with another type, searchsorted would convert the whole file.
         first, last = np.searchsorted(
             offsets, [OFFSET_DTYPE.type(low), OFFSET_DTYPE.type(high - 1)], side="right"
         )
@@ -98,7 +94,7 @@ class TokenStream:
         return self._first_documents[shard] + first - 1 + np.cumsum(begins)
 
     def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """(shard, low, high) of the shards that [start, stop) touches."""
+        """Return (shard, low, high) of the shards that [start, stop) touches."""
         if not 0 <= start < stop <= len(self):
             raise IndexError(f"tokens [{start}, {stop}) of a stream of {len(self)}")
         first, last = np.searchsorted(self._starts, [start, stop - 1], side="right") - 1
@@ -131,9 +127,7 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the contents, for checkpoints: equal for equal tokens and tokenizer,
-        wherever they lie.
-        """
+        """A hash of tokens and tokenizer for checkpoints; it does not depend on the directory."""
         return self.manifest.fingerprint
 
     def split(self, name: Split) -> TokenStream:
@@ -149,11 +143,10 @@ class Dataset:
 
 
 def open_dataset(directory: Path) -> Dataset:
-    """Open a prepared dataset once its files agree with its manifest by size, dtype, largest token
-    and probes.
+    """Open a prepared dataset after checking its files: size, dtype, largest token and probes.
 
-    Takes well under two seconds. UserError with file, offset, found and expected where they do not
-    agree.
+    Takes well under two seconds. Raises UserError with file, offset, found and expected value
+    if the files do not agree with the manifest.
     """
     manifest = read_dataset_manifest(Path(directory))
     check_file(Path(directory), manifest)
@@ -162,7 +155,7 @@ def open_dataset(directory: Path) -> Dataset:
 
 @dataclass(frozen=True)
 class Sample:
-    """`tokens` and the token after each, `targets`: int64 [L].
+    """One sample: `tokens` and the token after each, `targets`, both int64 [L].
 
     `document_ids`: int32 [L], equal within a document.
     """
@@ -175,7 +168,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples stacked: int64 [n, L], int64 [n, L], int32 [n, L] or None, int64 [n]."""
+    """Stacked samples: int64 [n, L], int64 [n, L], int32 [n, L] or None, int64 [n]."""
 
     tokens: np.ndarray
     targets: np.ndarray
@@ -186,10 +179,11 @@ class Batch:
 class SampleStream:
     """Endless samples of `sequence_length` tokens from one dataset or a weighted blend.
 
-    Samples are windows of L + 1 tokens that overlap by one: each token is a target once an epoch,
-    and the rest of a split that fills no window is left out. Each epoch visits the windows in a new
-    pseudo-random order, so the first samples of a split are a random choice from all of it, and
-    always the same one. In a blend each dataset counts its own epochs. A sample's id is its index.
+    Samples are windows of L + 1 tokens that overlap by one, so each token is a target once an
+    epoch. The rest of a split that fills no window is not used. Every split is read in a new
+    pseudo-random order each epoch, so the first samples of a split are a random choice from all of
+    it, and always the same one. In a blend each dataset counts its own epochs. A sample's id is its
+    index.
     """
 
     def __init__(
@@ -202,8 +196,10 @@ class SampleStream:
         seed: int,
         document_mask: bool,
     ) -> None:
-        self.datasets, self.sequence_length = tuple(datasets), sequence_length
-        self._blend, self._seed = blend, seed
+        self.datasets = tuple(datasets)
+        self.sequence_length = sequence_length
+        self._blend = blend
+        self._seed = seed
         self._document_mask = document_mask
         self._streams = [dataset.split(split) for dataset in datasets]
         self._windows = [_count_windows(dataset, split, sequence_length) for dataset in datasets]
@@ -218,8 +214,9 @@ class SampleStream:
         seed: int,
         document_mask: bool,
     ) -> SampleStream:
-        """Open (directory, weight) pairs; UserError for a bad dataset, weight, or differing
-        tokenizers.
+        """Open (directory, weight) pairs.
+
+        Raises UserError for a bad dataset, a bad weight, or different tokenizers.
         """
         blend = Blend([weight for _, weight in data])
         datasets = [open_dataset(directory) for directory, _ in data]
@@ -245,9 +242,7 @@ class SampleStream:
 
     @property
     def samples_per_epoch(self) -> int:
-        """Windows in all the datasets together; each dataset of a blend begins its next epoch on
-        its own.
-        """
+        """Windows of all datasets together; each dataset of a blend has its own epochs."""
         return sum(self._windows)
 
     def share(self, samples: int) -> float:
@@ -258,7 +253,7 @@ class SampleStream:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the data and their shares: what a resumed run compares."""
+        """A hash of the data and their shares, which a resumed run compares."""
         contents = [
             [dataset.fingerprint, str(share)]
             for dataset, share in zip(self.datasets, self._blend.shares, strict=True)
@@ -266,16 +261,15 @@ class SampleStream:
         return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
     def locate(self, index: int) -> tuple[Dataset, int]:
-        """The dataset of sample `index` and its first token there: for people who look at a
-        sample on record.
-        """
+        """Return the dataset of sample `index` and its first token there, to look a sample up."""
         number, window = self._window(index)
         return self.datasets[number], window * self.sequence_length
 
     def sample(self, index: int) -> Sample:
-        """Sample `index`, counted over all epochs without end."""
+        """Return sample `index`, counted over all epochs."""
         number, window = self._window(index)
-        stream, start = self._streams[number], window * self.sequence_length
+        stream = self._streams[number]
+        start = window * self.sequence_length
         stop = start + self.sequence_length
         tokens = stream.read(start, stop + 1)
         document_ids = None
@@ -285,7 +279,7 @@ class SampleStream:
         return Sample(tokens[:-1], tokens[1:], document_ids, index)
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """The samples at `indices`, stacked in that order."""
+        """Return the samples at `indices`, stacked in that order."""
         samples = [self.sample(index) for index in indices]
         return Batch(
             tokens=np.stack([sample.tokens for sample in samples]),
@@ -297,7 +291,7 @@ class SampleStream:
         )
 
     def _window(self, index: int) -> tuple[int, int]:
-        """(number of the dataset, window in it) of sample `index`."""
+        """Return (number of the dataset, window in it) of sample `index`."""
         number, visit = self._blend.locate(index)
         epoch, place = divmod(visit, self._windows[number])
         return number, permute(place, self._windows[number], seed=self._seed, epoch=epoch)
@@ -308,8 +302,8 @@ def _count_windows(dataset: Dataset, split: Split, sequence_length: int) -> int:
     windows = (tokens - 1) // sequence_length
     if windows < 1:
         raise UserError(
-            f"{dataset.directory}: its {split} split has {tokens} tokens, a sample takes "
-            f"{sequence_length + 1}; use a model.sequence_length of at most {max(tokens - 1, 0)}, "
-            "or more data"
+            f"{dataset.directory}: its {split} split has {tokens} tokens, but a sample needs "
+            f"{sequence_length + 1}; set megagpt.model.sequence_length to at most "
+            f"{max(tokens - 1, 0)}, or use more data"
         )
     return windows

@@ -1,7 +1,6 @@
-"""Preparing a dataset: read documents, tokenise them in worker processes, write shards, publish.
+"""Prepare a dataset: read documents, tokenize them in worker processes, write shards, publish.
 
-`python launch/download_data.py --help` is the command; `prepare_embedded_corpus` is what a run
-calls by itself.
+`python launch/download_data.py --help` is the command. A run calls `prepare_embedded_corpus`.
 """
 
 from __future__ import annotations
@@ -53,20 +52,20 @@ from megagpt.utils import MIB, UserError, human_count
 if TYPE_CHECKING:
     import tiktoken
 
-COMMIT_TOKENS = 16 * MIB  # between commit points: what a kill can cost
-TRAINING_CHARACTERS = 64 * MIB  # of text that a BPE is trained on, from the corpus's beginning
-TYPICAL_BYTES_PER_TOKEN = (
-    3.0  # of English and code in a BPE of some thousand tokens; for the first look at the disk
-)
+COMMIT_TOKENS = 16 * MIB  # between commit points: the most that a kill can lose
+TRAINING_CHARACTERS = 64 * MIB  # from the beginning of the corpus, to train a BPE on
+# of English and code in a BPE of a few thousand tokens; for the first check of free space
+TYPICAL_BYTES_PER_TOKEN = 3.0
 PLAIN_REPORT_INTERVAL_S = 10.0
-EMBEDDED_TOKENIZER, EMBEDDED_VALIDATION_FRACTION = "bpe:4096", 0.05
+EMBEDDED_TOKENIZER = "bpe:4096"
+EMBEDDED_VALIDATION_FRACTION = 0.05
 
 Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class PreparationRequest:
-    """What to prepare; the options of the command."""
+    """What to prepare: the options of the command."""
 
     dataset: str
     output: Path
@@ -81,7 +80,7 @@ class PreparationRequest:
     force: bool = False
 
     def check(self) -> None:
-        """UserError for a value that no preparation could use."""
+        """Raise UserError for a value that no preparation can use."""
         parse_tokenizer_name(self.tokenizer)
         if self.output.name in ("", ".."):
             raise UserError(
@@ -97,7 +96,7 @@ class PreparationRequest:
                 raise UserError(f"--{option.replace('_', '-')} {value}: use a whole number above 0")
 
     def description(self, source: Corpus) -> dict[str, JsonValue]:
-        """What decides the contents, as the manifest keeps it; the number of workers does not."""
+        """Return what decides the contents, for the manifest; the number of workers does not."""
         return {
             **source.description,
             "tokenizer": self.tokenizer,
@@ -108,11 +107,10 @@ class PreparationRequest:
 
 
 def prepare_embedded_corpus(directory: Path) -> None:
-    """Make the standard library's sources a dataset at `directory`, unless one is there; one line
-    on the screen.
+    """Make a dataset of the standard library's sources at `directory`, unless one exists.
 
-    Takes a few seconds on one core and no network. Any number of processes of one host may call it
-    at once: one prepares, the others wait for it.
+    Takes a few seconds on one core and needs no network; prints one line. Several processes of
+    one host may call it at once: one prepares, the others wait.
     """
     if not (Path(directory) / MANIFEST_FILE).exists():
         prepare(
@@ -127,17 +125,17 @@ def prepare_embedded_corpus(directory: Path) -> None:
 
 
 def prepare(request: PreparationRequest, report: Report = print) -> DatasetManifest:
-    """Prepare the dataset, or continue to; a dataset that is there already and is the same is left
-    as it is.
+    """Prepare the dataset, or continue; an existing dataset with the same contents is kept.
 
-    UserError where another dataset, or anything else, is in the way: nothing is overwritten without
-    `force`.
+    Raises UserError if another dataset, or anything else, is at the destination: nothing is
+    overwritten without `force`.
     """
     request.check()
     source = open_source(
         request.dataset, config=request.config, split=request.split, column=request.column
     )
-    description, began = request.description(source), time.monotonic()
+    description = request.description(source)
+    began = time.monotonic()
     with exclusive_staging(request.output) as staging:
         present = _present(request, description)
         if present is not None:
@@ -156,15 +154,16 @@ def prepare(request: PreparationRequest, report: Report = print) -> DatasetManif
 def _present(
     request: PreparationRequest, description: dict[str, JsonValue]
 ) -> DatasetManifest | None:
-    """The dataset at the destination where it is the one asked for; None where the destination
-    is free (or forced).
+    """Return the dataset at the destination if it is the requested one.
+
+    None if the destination is free or `force` is set.
     """
     output = request.output
     if not output.exists():
         return None
     if not (output / MANIFEST_FILE).exists():
         raise UserError(
-            f"{output}: in the way, and not a dataset (no {MANIFEST_FILE}); choose another --output"
+            f"{output}: exists and is not a dataset (no {MANIFEST_FILE}); choose another --output"
         )
     if request.force:
         return None
@@ -186,7 +185,7 @@ def _prepare_staged(
     staging: Path,
     report: Report,
 ) -> DatasetManifest:
-    """Fill the staging directory from its last commit point, up to and including the manifest."""
+    """Fill the staging directory from its last commit point, including the manifest."""
     wanted: dict[str, JsonValue] = {"request": dict(description), "version": source.version}
     progress = _progress(request, wanted, staging, report)
     if (staging / MANIFEST_FILE).exists():
@@ -206,7 +205,7 @@ def _prepare_staged(
         writer.close()
     if not progress.tokens("train"):
         raise UserError(
-            f"--dataset {request.dataset}: no text found, so there is nothing to train on"
+            f"--dataset {request.dataset}: no text found; choose another dataset or --column"
         )
     tokenizer = TokenizerRecord(
         **record_file(staging / TOKENIZER_FILE).model_dump(), name=request.tokenizer
@@ -219,9 +218,9 @@ def _prepare_staged(
 def _progress(
     request: PreparationRequest, wanted: dict[str, JsonValue], staging: Path, report: Report
 ) -> PreparationProgress:
-    """Where to continue.
+    """Return where to continue.
 
-    Another request's leftovers are an error; with --force, they are removed.
+    Raises UserError if the unfinished data are of another request; `force` removes them.
     """
     progress = None if request.force else read_progress(staging)
     if progress is None or (progress.request != wanted and not progress.pieces):
@@ -231,7 +230,7 @@ def _progress(
     elif progress.request != wanted:
         raise UserError(
             f"{staging}: holds the unfinished preparation of other data or with other options; "
-            f"--force discards it"
+            f"give --force to discard it"
         )
     elif progress.pieces:
         done = human_count(sum(map(progress.tokens, SPLITS)))
@@ -240,33 +239,31 @@ def _progress(
 
 
 def _discard_unless_committed(staging: Path) -> None:
-    """Leave nothing behind a request that failed before anything worth continuing was written."""
+    """Empty the staging directory if a request fails before its first commit point."""
     try:
         progress = read_progress(staging)
     except UserError:
-        return  # damaged: the message names --force, which clears it
+        return  # damaged: the message names --force, which removes it
     if progress is not None and not progress.pieces:
         _clear(staging)
 
 
 def _clear(staging: Path) -> None:
-    """Empty a staging directory of what a preparation writes; UserError where anything else lies
-    there.
-    """
+    """Empty a staging directory; raise UserError if it has files of another origin."""
     shards = r"(train|val)-\d{5}\.(bin|offsets)"
     names = rf"{shards}|{TOKENIZER_FILE}|{PROGRESS_FILE}|{MANIFEST_FILE}|\..*\.partial"
     paths = list(staging.iterdir())
     foreign = [path.name for path in paths if not re.fullmatch(names, path.name)]
     if foreign:
         raise UserError(
-            f"{staging}: in the way, and no preparation wrote {foreign[0]} there; move it elsewhere"
+            f"{staging}: contains {foreign[0]}, which no preparation wrote; move it elsewhere"
         )
     for path in paths:
         path.unlink()
 
 
 def _training_texts(source: Corpus, request: PreparationRequest) -> Iterator[str]:
-    """The training split's text, up to 64 Mi characters of it."""
+    """Yield the training split's text, up to 64 Mi characters of it."""
     characters = 0
     for split, piece in assign_splits(source, request.validation_fraction):
         if split == "train":
@@ -279,7 +276,7 @@ def _training_texts(source: Corpus, request: PreparationRequest) -> Iterator[str
 def _require_space_for(
     source: Corpus, request: PreparationRequest, encoding: tiktoken.Encoding, staging: Path
 ) -> None:
-    """Refuse at once what clearly will not fit; the writer looks again before each write."""
+    """Raise UserError if the data clearly will not fit; the writer checks again later."""
     bytes_per_token = 1.0 if request.tokenizer == "bytes" else TYPICAL_BYTES_PER_TOKEN
     limits = [request.max_tokens, source.size_bytes and int(source.size_bytes / bytes_per_token)]
     tokens = min((limit for limit in limits if limit is not None), default=0)
@@ -293,10 +290,12 @@ def _write_all(
     staging: Path,
     report: Report,
 ) -> None:
-    """Tokenise everything after the commit point and append it, committing every 16 Mi tokens
-    and at the end.
+    """Tokenize and append everything after the commit point.
+
+    Commits every 16 Mi tokens and at the end.
     """
-    pieces, uncommitted_tokens = writer.progress.pieces, 0
+    pieces = writer.progress.pieces
+    uncommitted_tokens = 0
     upcoming = batches(assign_splits(source, request.validation_fraction, skip=pieces))
     room = {
         split: limit - writer.progress.tokens(split) for split, limit in _limits(request).items()
@@ -323,7 +322,7 @@ def _write_all(
 
 
 def _limits(request: PreparationRequest) -> dict[Split, int]:
-    """Tokens each split may have: --max-tokens shared out by the fraction held out."""
+    """Return the maximum tokens of each split: --max-tokens divided by the fraction."""
     if request.max_tokens is None:
         return {"train": sys.maxsize, "val": sys.maxsize}
     fraction = (
@@ -337,8 +336,9 @@ def _limits(request: PreparationRequest) -> dict[Split, int]:
 def _progress_bar(
     total_tokens: int | None, writer: DatasetWriter, report: Report
 ) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal, else a line every ten seconds; the yielded function brings it up to
-    date.
+    """Show a bar on a terminal, else a line every ten seconds.
+
+    The yielded function updates it.
     """
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -366,16 +366,16 @@ def _progress_bar(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command `launch/download_data.py`."""
+    """Run the command `launch/download_data.py`."""
     prepare(PreparationRequest(**vars(_parser().parse_args(arguments))))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
         prog="launch/download_data.py",
-        description="Prepare a dataset: tokenise a corpus into a directory that a run reads "
-        "(docs/data.md). "
-        "The same command after an interruption continues; nothing is overwritten without --force.",
+        description="Prepare a dataset: tokenize a corpus into a directory that a run reads "
+        "(docs/data.md). After an interruption, the same command continues. Nothing is "
+        "overwritten without --force.",
     )
     add = parser.add_argument
     add(
@@ -385,44 +385,45 @@ def _parser() -> argparse.ArgumentParser:
         "such as HuggingFaceFW/fineweb-edu, or a path or quoted pattern of .txt, .jsonl, "
         ".jsonl.zst or .parquet files",
     )
-    add("--output", required=True, type=Path, help="the directory to make, for example data/NAME")
+    add("--output", required=True, type=Path, help="directory to make, for example data/NAME")
     add(
         "--tokenizer",
         default="bpe:8192",
-        help="gpt2, cl100k_base, o200k_base, bytes, or bpe:SIZE trained on this text (default: "
-        "%(default)s)",
+        help="gpt2, cl100k_base, o200k_base, bytes, or bpe:SIZE trained on this text [%(default)s]",
     )
-    add("--config", help="a Hugging Face dataset's configuration, for example sample-10BT")
+    add("--config", help="configuration of a Hugging Face dataset, for example sample-10BT")
     add(
         "--split",
         default="train",
-        help="a Hugging Face dataset's split to read (default: %(default)s)",
+        help="split of a Hugging Face dataset to read [%(default)s]",
     )
-    add("--column", default="text", help="the column that holds the text (default: %(default)s)")
+    add("--column", default="text", help="column with the text [%(default)s]")
     add(
         "--validation-fraction",
         type=float,
-        help="of the documents to hold out (default: 0.01; of fewer than twenty documents, the "
-        "last 0.1 of the text)",
+        help="share of the documents to hold out [0.01; with fewer than twenty documents, the "
+        "last 0.1 of the text]",
     )
     add(
-        "--max-tokens", type=int, help="stop after so many tokens, training and validation together"
+        "--max-tokens",
+        type=int,
+        help="stop after this many tokens, training and validation together [all]",
     )
     add(
         "--shard-tokens",
         type=int,
         default=PreparationRequest.shard_tokens,
-        help="tokens a file (default: %(default)s)",
+        help="tokens per file [%(default)s]",
     )
     add(
         "--workers",
         type=int,
         default=os.cpu_count() or 1,
-        help="tokenising processes (default: one a core, %(default)s)",
+        help="tokenizer processes [one per core: %(default)s]",
     )
     add(
         "--force",
         action="store_true",
-        help="replace a dataset at --output, or an unfinished one, by a new one",
+        help="replace a dataset, or an unfinished one, at --output",
     )
     return parser

@@ -1,6 +1,4 @@
-"""Small helpers that need the standard library only: atomic files, suggestions, sizes, exit
-codes.
-"""
+"""Helpers that need only the standard library: atomic files, suggestions, sizes, exit codes."""
 
 from __future__ import annotations
 
@@ -15,13 +13,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-KIB, MIB, GIB = 1024, 1024**2, 1024**3
+KIB = 1024
+MIB = 1024**2
+GIB = 1024**3
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULT_FILE_MODE = 0o644
 
 
 class ExitCode(IntEnum):
-    """What a command or a rank tells its caller; anything else that fails exits 1."""
+    """The exit code of a command or a rank; any other failure exits with 1."""
 
     DONE = 0
     FAILED = 1
@@ -33,18 +33,16 @@ class ExitCode(IntEnum):
 class UserError(Exception):
     """Bad input: the message says what happened, where, and what to type.
 
-    Commands exit with code 2 on it.
+    Commands exit with code 2.
     """
 
 
 class TransientError(UserError):
-    """Nothing is wrong with the input, and the same command may succeed later; commands exit
-    with code 1 on it.
-    """
+    """The input is good and the same command may succeed later; commands exit with code 1."""
 
 
 def tell_of_other_kernels() -> None:
-    """Say so where the distribution `kernels` of Hugging Face is installed: ours hides it."""
+    """Warn if Hugging Face's distribution `kernels` is installed, which our package hides."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return
     with suppress(metadata.PackageNotFoundError):
@@ -58,11 +56,9 @@ def tell_of_other_kernels() -> None:
 
 
 def run_command(main: Callable[[], int | None]) -> int:
-    """Run a command's `main`; a `UserError` becomes its message on stderr and exit code 2, never a
-    traceback.
+    """Run a command's `main`; print a `UserError` on stderr and return 2, without a traceback.
 
-    A reader that has seen enough (`| head -1`) or a terminal that has gone does not change the exit
-    code.
+    A reader that closes early (`| head -1`) or a closed terminal does not change the exit code.
     """
     tell_of_other_kernels()
     try:
@@ -79,11 +75,11 @@ def run_command(main: Callable[[], int | None]) -> int:
 
 
 def end_process(code: int) -> NoReturn:
-    """End a rank with an exit code; one that has failed at once.
+    """End a rank with an exit code; if it is not 0, end at once.
 
-    Python would first wait for what libraries have running (gloo, DeepSpeed: 1 to 5 s were seen),
-    while peers wait for this rank and its launcher waits to end them. Nothing is lost: whoever
-    fails has written all it has to say.
+    Python would first wait for threads of libraries (gloo, DeepSpeed: 1 to 5 s were measured),
+    while peers wait for this rank and its launcher waits to end them. Nothing is lost: a
+    failing rank has already written its messages.
     """
     if code == ExitCode.DONE:
         sys.exit(code)
@@ -94,9 +90,9 @@ def end_process(code: int) -> NoReturn:
 
 
 def abandon(stream: TextIO) -> None:
-    """Send what a stream still holds, and all that follows, nowhere: its reader has gone.
+    """Redirect a stream to nowhere, because its reader has gone.
 
-    A failed flush keeps its text, Python flushes stdout again as it ends, and failing there too it
+    A failed flush keeps its text. Python flushes stdout again at exit; if that fails too, it
     exits with code 120.
     """
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -108,7 +104,7 @@ def abandon(stream: TextIO) -> None:
 
 @contextmanager
 def abandoned_on_failure(stream: TextIO) -> Iterator[None]:
-    """Abandon the stream where writing to it raises OSError, which is passed on."""
+    """Abandon the stream if writing to it raises OSError, and pass the error on."""
     try:
         yield
     except OSError:
@@ -117,12 +113,11 @@ def abandoned_on_failure(stream: TextIO) -> Iterator[None]:
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
-    """Put `data` (text as UTF-8) at `path` so that a reader sees the old file or the new one, never
-    a part.
+    """Write `data` (text as UTF-8) to `path`; a reader sees the old file or the new one.
 
-    The file is written beside its destination, flushed to the disk and renamed; the directory's
-    entry is flushed too, so the new name survives a power cut. Missing parent directories are made.
-    On any error the old file stands.
+    The file is written beside its destination, flushed to disk and renamed. The directory entry
+    is flushed too, so that the new name survives a power cut. Missing parent directories are
+    made. On any error the old file stays.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,9 +129,8 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
-            os.fchmod(
-                file.fileno(), DEFAULT_FILE_MODE
-            )  # mkstemp makes files that only their owner can read
+            # mkstemp makes files that only their owner can read
+            os.fchmod(file.fileno(), DEFAULT_FILE_MODE)
             os.fsync(file.fileno())
         os.replace(aside, path)
     except BaseException:
@@ -146,7 +140,7 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Flush a directory's entries: a rename or a new file in it is durable only after this."""
+    """Flush a directory's entries; only then is a rename or a new file in it durable."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -155,20 +149,20 @@ def sync_directory(directory: Path) -> None:
 
 
 def closest(word: str, candidates: Iterable[str]) -> str | None:
-    """The candidate that `word` was most likely meant to be, or None where nothing is near."""
+    """Return the candidate that `word` probably means, or None if none is similar."""
     by_lower_case = {candidate.lower(): candidate for candidate in candidates}
     near = difflib.get_close_matches(word.lower(), by_lower_case, n=1, cutoff=0.6)
     return by_lower_case[near[0]] if near else None
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
-    """`, did you mean "stage"?` or an empty string, to be put at the end of an error line."""
+    """Return `, did you mean "stage"?` for the end of an error line, or an empty string."""
     suggestion = closest(word, candidates)
     return f', did you mean "{suggestion}"?' if suggestion else ""
 
 
 def human_count(count: float) -> str:
-    """A count with a decimal prefix and three digits: 124M, 1.56B, 13.0B."""
+    """Return a count with a decimal prefix and three digits: 124M, 1.56B, 13.0B."""
     for divisor, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(count) >= divisor:
             scaled = count / divisor
@@ -177,7 +171,7 @@ def human_count(count: float) -> str:
 
 
 def human_bytes(size: float) -> str:
-    """A size in binary units with two digits: 1.50 GiB."""
+    """Return a size in binary units with two digits: 1.50 GiB."""
     for divisor, suffix in ((1024 * GIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if abs(size) >= divisor:
             return f"{size / divisor:.2f} {suffix}"
@@ -185,7 +179,7 @@ def human_bytes(size: float) -> str:
 
 
 def human_duration(duration_s: float) -> str:
-    """A duration in its two largest units: 42 s, 3 min 05 s, 2 h 07 min, 5 d 03 h."""
+    """Return a duration in its two largest units: 42 s, 3 min 05 s, 2 h 07 min, 5 d 03 h."""
     total = round(duration_s)
     if total < 60:
         return f"{total} s"

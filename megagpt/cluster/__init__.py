@@ -1,4 +1,4 @@
-"""Who this rank is and who the others are: hostfiles, launchers, processes, rendezvous.
+"""Which rank this process is and who the others are: hostfiles, launchers, rendezvous.
 
 Only ``rendezvous`` needs torch.
 """

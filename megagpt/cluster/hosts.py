@@ -1,8 +1,8 @@
-"""The hostfile: strictly checked before anything hands a host name to ssh.
+"""The hostfile, strictly checked before a host name is passed to ssh.
 
-DeepSpeed's own parser takes any text without blanks as a name, so a line beginning with
-`-oProxyCommand=` became an ssh option and was executed. Here a name is letters, digits, dots and
-hyphens, and begins with a letter or digit.
+DeepSpeed's own parser takes any text without blanks as a name, so a line that began with
+`-oProxyCommand=` became an ssh option and was executed. Here a name consists of letters, digits,
+dots and hyphens, and begins with a letter or digit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megagpt.utils import UserError
 HOST_PATTERN = re.compile(
     r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*"
 )
-MAX_HOST_LENGTH = 253  # RFC 1035: the longest name that can be resolved
+MAX_HOST_LENGTH = 253  # RFC 1035: the longest name that resolves
 LINE_PATTERN = re.compile(r"(\S+)[ \t]+slots=([1-9][0-9]{0,3})")
 EXAMPLE = "worker-1 slots=8"
 
@@ -32,15 +32,16 @@ class HostfileError(UserError):
 
 @dataclass(frozen=True)
 class Host:
-    """One line of a hostfile: a machine and the ranks it runs."""
+    """One line of a hostfile: a machine and the number of its ranks."""
 
     name: str
     slots: int
 
 
 def read_hostfile(path: str | Path) -> list[Host]:
-    """The hosts of a file, in order; raises HostfileError with every problem and its line
-    number.
+    """Return the hosts of a file, in order.
+
+    Raises HostfileError with every problem and its line number.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -56,7 +57,7 @@ def read_hostfile(path: str | Path) -> list[Host]:
 
 
 def parse_hostfile(text: str, source: str = "hostfile") -> list[Host]:
-    """As `read_hostfile`, from the text itself.
+    """Return the hosts of a hostfile's text, as `read_hostfile` does.
 
     Blank lines and lines that begin with # are comments.
     """
@@ -80,14 +81,12 @@ def parse_hostfile(text: str, source: str = "hostfile") -> list[Host]:
 
 
 def world_size(hosts: list[Host]) -> int:
-    """The ranks that all hosts run together."""
+    """Return the number of ranks of all hosts."""
     return sum(host.slots for host in hosts)
 
 
 def problems_between(hosts: list[Host], source: str) -> list[str]:
-    """Hosts listed twice, and hosts with other slots than most: every rank's mesh would be
-    lopsided.
-    """
+    """Return errors for hosts listed twice and for unequal slots, which would break the mesh."""
     counts = Counter(host.name.lower() for host in hosts)
     errors = [
         f"{source}: {name} is listed {count} times; keep one line"
@@ -105,8 +104,9 @@ def problems_between(hosts: list[Host], source: str) -> list[str]:
 
 
 def _parse_line(content: str) -> Host | str:
-    """The host, or what is wrong with the line; `ascii` keeps control characters of a hostile
-    file off the terminal.
+    """Return the host, or what is wrong with the line.
+
+    `ascii` keeps control characters of a hostile file off the terminal.
     """
     match = LINE_PATTERN.fullmatch(content)
     if match is None:
@@ -116,7 +116,7 @@ def _parse_line(content: str) -> Host | str:
         )
     name, slots = match.groups()
     if len(name) > MAX_HOST_LENGTH:
-        return f"a host name of {len(name)} characters; at most {MAX_HOST_LENGTH} can be resolved"
+        return f"the host name has {len(name)} characters; at most {MAX_HOST_LENGTH} are possible"
     if HOST_PATTERN.fullmatch(name) is None:
         return (
             f"{_shown(name)} is not a host name: letters, digits, dots and hyphens, a letter "

@@ -1,9 +1,8 @@
-"""The command that started this rank, as it was typed, and the hosts that DeepSpeed's launcher was
-given.
+"""The command that started this rank, and the hosts that DeepSpeed's launcher was given.
 
-`deepspeed` runs, on each host, one process (`deepspeed.launcher.launch`) that starts the ranks
-there: below itself on one host, through pdsh and ssh on several. Their command lines are all that
-tells a rank of the others.
+On each host `deepspeed` runs one process (`deepspeed.launcher.launch`) that starts the ranks there.
+On one host it is a child of `deepspeed`, on several it runs through pdsh and ssh. A rank learns of
+the others only from these command lines.
 """
 
 from __future__ import annotations
@@ -18,20 +17,19 @@ from pathlib import Path
 from megagpt.cluster.hosts import Host
 from megagpt.cluster.processes import Process, all_processes, ancestors, process
 
-COMMAND_VARIABLE = (
-    "MEGAGPT_COMMAND"  # what was typed, told to ranks that cannot see it (`rendezvous.py`)
-)
+# the command that was typed, for ranks that cannot see it (`rendezvous.py`)
+COMMAND_VARIABLE = "MEGAGPT_COMMAND"
 NODE_LAUNCHER = "deepspeed.launcher.launch"
 TYPED = ("deepspeed", "torchrun")
-TORCH_RUN = ("-m", "torch.distributed.run")  # torchrun by its longer name
+TORCH_RUN = ("-m", "torch.distributed.run")  # the long form of torchrun
 SAME_LAUNCH = ("--world_info=", "--master_addr=", "--master_port=")
 
 
 def command_of_launcher(process_id: int | None = None) -> list[str] | None:
-    """The `deepspeed` or `torchrun` command that started this process, or None where this machine
-    does not see it.
+    """Return the `deepspeed` or `torchrun` command that started this process, or None.
 
-    It is an ancestor of this process or, across ssh, of the pdsh that carries the same launch.
+    It is an ancestor of this process or, across ssh, of the pdsh of the same launch. None if it
+    runs on another machine.
     """
     lineage = _lineage(process_id)
     return (
@@ -42,24 +40,22 @@ def command_of_launcher(process_id: int | None = None) -> list[str] | None:
 
 
 def hostfile_of_launcher(process_id: int | None = None) -> Path | None:
-    """The --hostfile of the `deepspeed` command that started this process, or None.
+    """Return the --hostfile of the `deepspeed` command that started this process, or None.
 
-    DeepSpeed reads it before any of our code runs; a missing one makes it warn and train on this
-    machine alone.
+    DeepSpeed reads it before any of our code runs. If it is missing, DeepSpeed warns and trains
+    on this machine alone.
     """
     return hostfile_in(command_of_launcher(process_id) or [""])
 
 
 def hostfile_in(command: Sequence[str]) -> Path | None:
-    """The --hostfile of a `deepspeed` command, or None; also of any other command."""
+    """Return the --hostfile of a `deepspeed` command; None without one and for other commands."""
     launcher, *words = command
     return _option(words, "--hostfile", "-H") if Path(launcher).name == "deepspeed" else None
 
 
 def hosts_of_launcher(process_id: int | None = None) -> list[Host]:
-    """The hosts that DeepSpeed's launcher starts ranks on, in the order of the ranks; empty
-    without that launcher.
-    """
+    """Return the hosts of DeepSpeed's launcher, in the order of the ranks; empty without it."""
     node = node_launcher(_lineage(process_id))
     if node is None:
         return []
@@ -69,10 +65,10 @@ def hosts_of_launcher(process_id: int | None = None) -> list[Host]:
 
 
 def hosts_without_session(process_id: int | None = None) -> list[str]:
-    """The hosts of this launch whose ssh session has ended, as far as this machine sees the pdsh
-    that opened them.
+    """Return the hosts of this launch whose ssh session has ended.
 
-    pdsh keeps one ssh below itself for each host, and goes on with the rest when one ends.
+    Empty if the pdsh that opened the sessions runs on another machine. pdsh keeps one ssh child
+    for each host, and continues with the others when one ends.
     """
     pdsh = pdsh_of(_lineage(process_id))
     if pdsh is None:
@@ -87,12 +83,12 @@ def hosts_without_session(process_id: int | None = None) -> list[str]:
 
 
 def node_launcher(lineage: Iterable[Process]) -> Process | None:
-    """DeepSpeed's process of this host among the ancestors of a rank."""
+    """Return DeepSpeed's process of this host among a rank's ancestors, or None."""
     return next((member for member in lineage if NODE_LAUNCHER in member.words), None)
 
 
 def pdsh_of(lineage: Iterable[Process]) -> Process | None:
-    """The pdsh that started these processes by ssh, where it runs on this machine."""
+    """Return the pdsh that started these processes by ssh, if it runs on this machine."""
     node = node_launcher(lineage)
     if node is None:
         return None
@@ -104,8 +100,9 @@ def pdsh_of(lineage: Iterable[Process]) -> Process | None:
 
 
 def typed(member: Process) -> list[str] | None:
-    """The command where a process is a launcher that users type: a script comes after its
-    interpreter.
+    """Return the command if a process is a launcher that users type, else None.
+
+    A script's name follows that of its interpreter.
     """
     for position, word in enumerate(member.words[:2]):
         if (name := Path(word).name) in TYPED:
@@ -121,7 +118,7 @@ def _typed_among(processes: Iterable[Process]) -> list[str] | None:
 
 
 def _lineage(process_id: int | None) -> list[Process]:
-    """A process and its ancestors."""
+    """Return a process and its ancestors."""
     number = os.getpid() if process_id is None else process_id
     return [*filter(None, [process(number)]), *ancestors(number)]
 

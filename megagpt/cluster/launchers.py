@@ -1,9 +1,9 @@
-"""How this process was started, and which of how many ranks it therefore is.
+"""How this process was started, and which rank of how many it is.
 
-Each launcher has variables of its own; torch and DeepSpeed read RANK, WORLD_SIZE, LOCAL_RANK,
-MASTER_ADDR and MASTER_PORT (and we LOCAL_SIZE, the ranks of this host). `adopt_launch` derives
-these, or says what keeps it from that: a process that does not know its rank would train alone,
-beside others that do the same.
+Each launcher sets its own variables. torch and DeepSpeed read RANK, WORLD_SIZE, LOCAL_RANK,
+MASTER_ADDR and MASTER_PORT; we also read LOCAL_SIZE, the number of ranks of this host.
+`adopt_launch` derives them, or says why it cannot: a process that does not know its rank would
+train alone, beside others that do the same.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from megagpt.cluster.slurm import hosts_of_step
 from megagpt.utils import UserError
 
 OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-OF_A_START = OF_A_RANK[:3]  # users export the other two beforehand
-# Chosen from the job's number, so that every rank finds the same one and jobs on one host different
-# ones; below the ports that the system itself gives away (from 32768).
+OF_A_START = OF_A_RANK[:3]  # users may export the other two beforehand
+# The job's number selects the port: the same on every rank, different for jobs on one host. The
+# range is below the system's ephemeral ports (from 32768).
 SLURM_PORTS = range(10_000, 30_000)
-# What MPI's starters tell a process of the number of its peers.
+# Variables in which MPI's launchers give the number of processes.
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """This rank among all ranks; None and an empty ``hosts`` (else in the order of the ranks)
-    are what nobody said.
+    """This rank among all ranks.
+
+    None and empty ``hosts`` mean not known. ``hosts`` are in the order of the ranks.
     """
 
     launcher: str
@@ -44,24 +45,24 @@ class Launch:
     hosts: tuple[Host, ...] = ()
 
     def host_of(self, rank: int) -> str | None:
-        """The name of the host that runs a rank, where the launcher says it."""
+        """Return the name of the host that runs a rank, or None if the launcher does not tell."""
         names = [host.name for host in self.hosts for _ in range(host.slots)]
         return names[rank] if len(names) == self.world_size else None
 
 
 def signs_of_launcher(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """The variables that say that a launcher has started this process; to be asked before
-    `adopt_launch` sets some.
+    """Return the variables that show that a launcher started this process.
+
+    Call it before `adopt_launch`, which sets some of them.
     """
     return [name for name in (*OF_A_START, "SLURM_STEP_NUM_TASKS") if environment.get(name)]
 
 
 def adopt_launch(environment: MutableMapping[str, str] = os.environ) -> Launch:
-    """What the launcher's variables say, set under the names that torch reads; without a launcher,
-    one rank alone.
+    """Return this rank's launch and set the variables that torch reads.
 
-    Raises UserError where they say half, contradict themselves, or spread the ranks unevenly over
-    the hosts.
+    Without a launcher it is one rank alone. Raises UserError if variables are missing,
+    contradict each other, or spread the ranks unevenly over the hosts.
     """
     if environment.get("SLURM_STEP_NUM_TASKS") and not environment.get("RANK"):
         _set(environment, _of_slurm(environment))
@@ -78,13 +79,13 @@ def adopt_launch(environment: MutableMapping[str, str] = os.environ) -> Launch:
 
 
 def _of_variables(environment: Mapping[str, str]) -> Launch:
-    """The launch that a complete set of variables describes."""
+    """Return the launch that a complete set of variables describes."""
     missing = [name for name in OF_A_RANK if not environment.get(name)]
     if missing:
         given = [name for name in OF_A_RANK if environment.get(name)]
         raise UserError(
-            f"environment: {', '.join(given)} set and {', '.join(missing)} missing: "
-            f"unset all of them, or let a launcher set them: {_starts()}"
+            f"environment: {', '.join(given)} set, but {', '.join(missing)} missing: "
+            f"unset all of them, or start with {_starts()}"
         )
     _whole(environment, "MASTER_PORT")
     size = next(
@@ -109,13 +110,13 @@ def _hosts(launcher: str, environment: Mapping[str, str]) -> list[Host]:
 
 
 def _number_of_hosts(environment: Mapping[str, str]) -> int | None:
-    """As DeepSpeed, torchrun or Slurm says it."""
+    """Return the number of hosts that DeepSpeed, torchrun or Slurm reports, or None."""
     names = ("CROSS_SIZE", "GROUP_WORLD_SIZE", "SLURM_STEP_NUM_NODES")
     return next((_whole(environment, name) for name in names if environment.get(name)), None)
 
 
 def _launcher(environment: Mapping[str, str]) -> str:
-    """What a user types before `launch/train.py`."""
+    """Return what a user types before `launch/train.py`."""
     if "CROSS_RANK" in environment:
         return "deepspeed"
     if "TORCHELASTIC_RUN_ID" in environment:
@@ -124,7 +125,7 @@ def _launcher(environment: Mapping[str, str]) -> str:
 
 
 def _problems(launch: Launch) -> Iterator[str]:
-    """What is wrong with the numbers of a launch."""
+    """Yield what is wrong with the numbers of a launch."""
     if not 0 <= launch.rank < launch.world_size:
         yield (
             f"environment: RANK={launch.rank} is not among the {launch.world_size} ranks of "
@@ -141,13 +142,13 @@ def _problems(launch: Launch) -> Iterator[str]:
         return
     if launch.local_size * launch.num_hosts != launch.world_size:
         yield (
-            f"{launch.launcher}: {launch.local_size} ranks on host {socket.gethostname()}, "
-            f"{launch.world_size} on {launch.num_hosts} hosts: give every host the same number"
+            f"{launch.launcher}: {launch.local_size} ranks on host {socket.gethostname()}, but "
+            f"{launch.world_size} on {launch.num_hosts} hosts; give every host the same number"
         )
 
 
 def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables of a task that srun started."""
+    """Return the variables of a task that srun started."""
     names = (
         "SLURM_PROCID",
         "SLURM_LOCALID",
@@ -157,19 +158,20 @@ def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
     )
     if missing := [name for name in (*names, "SLURM_JOB_ID") if not environment.get(name)]:
         raise UserError(
-            f"environment: SLURM_STEP_NUM_TASKS set and {', '.join(missing)} missing: start with "
+            f"environment: SLURM_STEP_NUM_TASKS set, but {', '.join(missing)} missing: start with "
             f"{_starts()}"
         )
     hosts = hosts_of_step(environment)
-    node, rank = _whole(environment, "SLURM_NODEID"), _whole(environment, "SLURM_PROCID")
+    node = _whole(environment, "SLURM_NODEID")
+    rank = _whole(environment, "SLURM_PROCID")
     if node >= len(hosts):
         raise UserError(
             f"environment: SLURM_NODEID={node} is not among the hosts of SLURM_STEP_NODELIST"
         )
     if rank != sum(host.slots for host in hosts[:node]) + _whole(environment, "SLURM_LOCALID"):
         raise UserError(
-            "srun: ranks are dealt to the hosts in turns, neighbours belong together: "
-            "--distribution=block"
+            "srun assigned ranks cyclically; use --distribution=block so that neighbouring ranks "
+            "share a host"
         )
     _require_visible_devices(environment, hosts[node].slots)
     job = _whole(environment, "SLURM_JOB_ID") + _whole(environment, "SLURM_STEP_ID", "0")
@@ -184,49 +186,48 @@ def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _require_visible_devices(environment: Mapping[str, str], tasks_here: int) -> None:
-    """A rank takes the GPU of its own local number: `--gpus-per-task` would show it that of
-    another number only.
+    """Raise UserError if this task cannot see the GPU of its local rank.
+
+    `--gpus-per-task` shows each task one GPU only, as number 0.
     """
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     if visible and len(visible.split(",")) < tasks_here:
         raise UserError(
-            f"srun: {tasks_here} tasks on this host, and this one sees only "
-            f"CUDA_VISIBLE_DEVICES={visible}: every rank has to see the GPUs of all: "
-            f"--gpus-per-node={tasks_here} in place of --gpus-per-task, or --gpu-bind=none"
+            f"srun: {tasks_here} tasks on this host, but this one sees only "
+            f"CUDA_VISIBLE_DEVICES={visible}; every rank must see all GPUs of its host: use "
+            f"--gpus-per-node={tasks_here} instead of --gpus-per-task, or --gpu-bind=none"
         )
 
 
 def _require_alone(environment: Mapping[str, str]) -> None:
-    """Refuse to train alone where a scheduler has started, or granted, more processes than this
-    one.
-    """
+    """Raise UserError if a scheduler has started, or granted, more processes than this one."""
     for name in MPI_SIZES:
         if (size := environment.get(name, "1")) != "1":
             raise UserError(
-                f"environment: {name}={size} and no RANK: each process would train alone; start "
+                f"environment: {name}={size}, but no RANK: each process would train alone; start "
                 f"with {_starts()}"
             )
     if environment.get("SLURM_JOB_ID") and (tasks := environment.get("SLURM_NTASKS", "1")) != "1":
         raise UserError(
-            f"Slurm granted {tasks} tasks and this is the only process: start all with srun python "
-            f"{_script()}, or this one only, on purpose, with SLURM_NTASKS=1 python {_script()}"
+            f"Slurm granted {tasks} tasks, but this is the only process: start all with srun "
+            f"python {_script()}, or only this one with SLURM_NTASKS=1 python {_script()}"
         )
 
 
 def _starts() -> str:
-    """How to start this command by each launcher."""
+    """Return how to start this command with each launcher."""
     script = _script()
     return f"deepspeed {script}, torchrun --nproc-per-node N {script}, or srun python {script}"
 
 
 def _script() -> str:
-    """What was typed after `python`, where it is one of our commands."""
+    """Return what was typed after `python`, if it is one of our commands."""
     script = Path(sys.argv[0])
     return str(script) if script.parent.name == "launch" else "launch/train.py"
 
 
 def _of_one_process() -> dict[str, str]:
-    """The variables of a world of one rank on this machine, with a port that nobody uses."""
+    """Return the variables of a world of one rank on this machine, with a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -235,13 +236,14 @@ def _of_one_process() -> dict[str, str]:
 
 
 def _set(environment: MutableMapping[str, str], values: Mapping[str, str]) -> None:
-    """Set variables; one that has another value, from a job script perhaps, is an error rather
-    than overwritten.
+    """Set variables; raise UserError if one already has another value.
+
+    A job script may have set it.
     """
     for name in OF_A_START:
         if environment.get(name, values[name]) not in ("", values[name]):
             raise UserError(
-                f"environment: {name}={environment[name]}, and the launcher says {values[name]}: "
+                f"environment: {name}={environment[name]}, but the launcher says {values[name]}: "
                 f"unset {name}"
             )
     environment.update(values)
@@ -250,5 +252,7 @@ def _set(environment: MutableMapping[str, str], values: Mapping[str, str]) -> No
 def _whole(environment: Mapping[str, str], name: str, default: str = "") -> int:
     text = environment.get(name) or default
     if not text.isdecimal():
-        raise UserError(f"environment: {name}={text!a} is no whole number; start with {_starts()}")
+        raise UserError(
+            f"environment: {name}={text!a} is not a whole number; start with {_starts()}"
+        )
     return int(text)

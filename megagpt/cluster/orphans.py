@@ -1,9 +1,8 @@
-"""A rank ends when its launcher has died: nobody else would end it, and it would hold its GPU and
-its run's lock.
+"""End a rank when its launcher has died; otherwise it would keep its GPU and its run's lock.
 
 DeepSpeed's and torch's launchers start ranks as ordinary processes, which outlive a launcher that
-was killed; through pdsh they outlive a lost ssh session too. (Linux can signal a process whose
-parent dies, but not one whose grandparent, pdsh or ssh session does.)
+was killed. Through pdsh they also outlive a lost ssh session. (Linux can signal a process when its
+parent dies, but not when its grandparent, pdsh or ssh session does.)
 """
 
 from __future__ import annotations
@@ -19,20 +18,18 @@ from megagpt.cluster.processes import Process, ancestors
 from megagpt.utils import ExitCode
 
 INTERVAL_S = 1.0
-FAREWELL_S = 2.0  # a write to a log or to a reader that hangs is not waited for any longer
-GRACE_S = (
-    25.0  # for a rank that was asked to save; DeepSpeed's launcher gives as long, less five seconds
-)
+FAREWELL_S = 2.0  # limit for writing the last log line: the log or its reader may hang
+GRACE_S = 25.0  # for a rank that was asked to save; DeepSpeed's launcher waits 30 s
 
 log = logging.getLogger(__name__)
 
 
 def end_with_launcher(ask_to_stop: Callable[[], None] | None = None) -> None:
-    """From now on, let this rank end (exit code 1) within about a second of its launcher's death.
+    """End this rank (exit code 1) within about a second after its launcher dies.
 
-    With ``ask_to_stop``, which is called in a thread of its own, the rank is asked first and has
-    GRACE_S to end by itself. Its last checkpoint is whole in any case: a save that is cut off is
-    never committed. Without a launcher, as in `python launch/train.py`, nothing happens.
+    ``ask_to_stop`` is called first, in a thread of its own, and the rank has GRACE_S to end by
+    itself. Its last checkpoint stays valid: an interrupted save is never committed. Without a
+    launcher, as in `python launch/train.py`, this does nothing.
     """
     launcher = launcher_processes([*ancestors()])
     if launcher:
@@ -42,11 +39,11 @@ def end_with_launcher(ask_to_stop: Callable[[], None] | None = None) -> None:
 
 
 def launcher_processes(lineage: list[Process]) -> list[Process]:
-    """Those among a rank's ancestors, nearest first, without which it shall not live on.
+    """Return a rank's ancestors, nearest first, whose death ends the rank.
 
-    They end with the command that was typed (what is above it, a shell perhaps, may leave) or, on a
-    host that was reached by ssh, with the session. pdsh and the command above it count where they
-    run on this machine.
+    The last one is the command that was typed (its parent, for example a shell, may end) or, on
+    a host reached by ssh, the session. pdsh and the command above it are included if they run
+    on this machine.
     """
     last = 0
     across_ssh = False
@@ -54,16 +51,15 @@ def launcher_processes(lineage: list[Process]) -> list[Process]:
         if typed(process) is not None or process.name.startswith("slurmstepd"):
             return lineage[:position]
         if NODE_LAUNCHER in process.words:
-            last, across_ssh = position, True
+            last = position
+            across_ssh = True
         elif across_ssh and process.name.startswith("sshd"):
             return lineage[:position] + _launcher_beyond_ssh(lineage)
     return lineage[:last]
 
 
 def _launcher_beyond_ssh(lineage: list[Process]) -> list[Process]:
-    """The pdsh that opened the session and the `deepspeed` above it, where they run on this
-    machine.
-    """
+    """Return the pdsh that opened the session and the `deepspeed` above it, if on this machine."""
     pdsh = pdsh_of(lineage)
     if pdsh is None:
         return []
@@ -75,7 +71,7 @@ def _launcher_beyond_ssh(lineage: list[Process]) -> list[Process]:
 
 
 def _watch(launcher: Iterable[Process], ask_to_stop: Callable[[], None] | None) -> None:
-    """Wait for the death of any of these processes, then end this one."""
+    """Wait until any of these processes dies, then end this one."""
     while all(process.is_alive() for process in launcher):
         time.sleep(INTERVAL_S)
     dead = next(process for process in launcher if not process.is_alive())

@@ -1,4 +1,4 @@
-"""The processes of this machine as /proc shows them: who started whom, by which command.
+"""The processes of this machine, from /proc: parents and command lines.
 
 Standard library only.
 """
@@ -17,9 +17,7 @@ LISTENS = "0A"  # TCP_LISTEN of include/net/tcp_states.h
 
 @dataclass(frozen=True)
 class Process:
-    """One process; its number and the moment it started tell it from a later one of the same
-    number.
-    """
+    """One process; number and start time distinguish it from a later one with the same number."""
 
     number: int
     parent: int
@@ -28,13 +26,11 @@ class Process:
 
     @property
     def name(self) -> str:
-        """Of its program, without the directory; `sshd` of `sshd: root@pts/0`, as daemons rename
-        themselves.
-        """
+        """The program's name without directory; `sshd` for a daemon's title `sshd: root@pts/0`."""
         return Path(self.words[0].split(":")[0]).name if self.words else ""
 
     def is_alive(self) -> bool:
-        """Whether it still runs: one that has ended and waits for its parent to notice does not."""
+        """Return whether it still runs; a zombie does not."""
         try:
             state, _, started = _status(self.number)
         except OSError:
@@ -43,7 +39,7 @@ class Process:
 
 
 def process(number: int) -> Process | None:
-    """The process of a number, or None where there is none, or where the system has no /proc."""
+    """Return the process with this number; None if there is none, or no /proc."""
     try:
         words = (
             (PROC / str(number) / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
@@ -55,7 +51,7 @@ def process(number: int) -> Process | None:
 
 
 def ancestors(number: int | None = None) -> Iterator[Process]:
-    """The parent of a process (of this one, by default), its parent, and so on."""
+    """Yield the parent of a process (default: this one), its parent, and so on."""
     own = process(os.getpid() if number is None else number)
     while own is not None and own.parent > 0:
         own = process(own.parent)
@@ -64,7 +60,7 @@ def ancestors(number: int | None = None) -> Iterator[Process]:
 
 
 def all_processes() -> Iterator[Process]:
-    """Every process that can be seen."""
+    """Yield every process that can be seen."""
     try:
         numbers = [int(path.name) for path in PROC.iterdir() if path.name.isdecimal()]
     except OSError:
@@ -75,7 +71,7 @@ def all_processes() -> Iterator[Process]:
 
 
 def listener(port: int) -> Process | None:
-    """The process that listens at a TCP port of this machine, where this user may see it."""
+    """Return the process that listens on a TCP port of this machine, if this user may see it."""
     sockets = {f"socket:[{inode}]" for inode in _listening(port)}
     return (
         next((member for member in all_processes() if sockets & _open_files(member)), None)
@@ -85,8 +81,9 @@ def listener(port: int) -> Process | None:
 
 
 def _listening(port: int) -> Iterator[str]:
-    """The inodes of the sockets that listen there: proc_pid_net(5); address, state and inode are
-    words 1, 3 and 9.
+    """Yield the inodes of the sockets that listen on a port (proc_pid_net(5)).
+
+    Address, state and inode are words 1, 3 and 9.
     """
     for table in ("tcp", "tcp6"):
         try:
@@ -99,9 +96,7 @@ def _listening(port: int) -> Iterator[str]:
 
 
 def _open_files(member: Process) -> set[str]:
-    """What the process has open, as the links in /proc name it; empty where it is another
-    user's.
-    """
+    """Return the targets of a process's open files; empty if it is another user's."""
     found = set()
     with suppress(OSError):
         for link in (PROC / str(member.number) / "fd").iterdir():
@@ -111,8 +106,9 @@ def _open_files(member: Process) -> set[str]:
 
 
 def _status(number: int) -> tuple[str, int, int]:
-    """State, parent and start of a process: fields 3, 4 and 22 of proc_pid_stat(5); its name may
-    hold blanks.
+    """Return state, parent and start time: fields 3, 4 and 22 of proc_pid_stat(5).
+
+    The name before them may contain blanks.
     """
     fields = (PROC / str(number) / "stat").read_text(errors="replace").rpartition(")")[2].split()
     return fields[0], int(fields[1]), int(fields[19])

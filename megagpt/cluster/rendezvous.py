@@ -1,7 +1,7 @@
-"""The ranks find each other, or say who is missing.
+"""Gather the ranks, or say which are missing.
 
-torch waits for all ranks for as long as for a collective, half an hour, and then does not know
-which did not come.
+torch waits for all ranks as long as for a collective, half an hour, and then cannot say which did
+not come.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
-import deepspeed  # noqa: F401  # takes seconds on a cold disk: they pass before the ranks have come, not after
+import deepspeed  # noqa: F401  # before the ranks gather: the import takes seconds on a cold disk
 import torch.distributed as dist
 
 from megagpt.cluster.launch_command import (
@@ -30,17 +30,19 @@ from megagpt.common.text import redacted, without_control_characters
 from megagpt.utils import TransientError, UserError, human_duration
 
 TIMEOUT_VARIABLE = "MEGAGPT_JOIN_TIMEOUT_S"
-# the slowest start: torch from a cold network disk, the embedded corpus prepared on one of the
-# hosts
+# enough for the slowest start: torch from a cold network disk, one host prepares the corpus
 TIMEOUT_S = 300
 NOTICE_S = 10.0
 PAUSE_S = 0.5
 HEARING_S = 3.0
 COMMAND_WIDTH = 120
-COMMAND, COMPLETE, VERDICT, HEARD = "command", "complete", "verdict", "heard"
+COMMAND = "command"
+COMPLETE = "complete"
+VERDICT = "verdict"
+HEARD = "heard"
 PREFLIGHT = "python launch/preflight.py --hostfile hosts"
 PORT_REMEDY = (
-    "end what uses it, or choose another: deepspeed --master_port N, torchrun "
+    "stop what uses it, or choose another: deepspeed --master_port N, torchrun "
     "--master-port N, or MASTER_PORT"
 )
 
@@ -49,19 +51,19 @@ PORT_REMEDY = (
 def gathered_ranks(
     of_rank_0: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Iterator[None]:
-    """A context that is entered once every rank has come and rank 0 has entered ``of_rank_0``.
+    """Enter a context once every rank has come and rank 0 has entered ``of_rank_0``.
 
-    Where that raises UserError, all ranks do. The process group is to be made inside. Every rank
-    must call it. Raises UserError, naming the ranks that are missing and their hosts, after
-    MEGAGPT_JOIN_TIMEOUT_S (300), or as soon as the ssh session to a host is seen to end. What one
-    rank alone can see, the command that was typed, all know afterwards.
+    If that raises UserError, all ranks raise it. Create the process group inside. Every rank
+    must call this. Raises UserError with the missing ranks and their hosts after
+    MEGAGPT_JOIN_TIMEOUT_S (300), or as soon as the ssh session to a host is seen to end.
+    Afterwards all ranks know the command that was typed, which only some can see.
     """
     launch = adopt_launch()
     if launch.world_size == 1:
         with of_rank_0():
             yield
         return
-    store = _gather(launch)  # which rank 0 serves for as long as this function lives
+    store = _gather(launch)  # rank 0 serves it until this function returns
     if launch.rank == 0:
         with _announced(of_rank_0, store, launch):
             yield
@@ -74,7 +76,7 @@ def gathered_ranks(
 def _announced(
     context: Callable[[], AbstractContextManager[object]], store: dist.Store, launch: Launch
 ) -> Iterator[None]:
-    """Rank 0's context, entered; the others hear how that went."""
+    """Enter rank 0's context and tell the other ranks whether that succeeded."""
     try:
         entered = context()
     except UserError as error:
@@ -87,16 +89,14 @@ def _announced(
 
 
 def _await_hearers(store: dist.Store, launch: Launch) -> None:
-    """Serve the store until every other rank has read the verdict; one that has died is not
-    waited for.
-    """
+    """Serve the store until every other rank has read the verdict, for at most HEARING_S."""
     end = time.monotonic() + HEARING_S
     while store.add(HEARD, 0) < launch.world_size - 1 and time.monotonic() < end:
         time.sleep(0.05)
 
 
 def _await_verdict(store: dist.Store) -> None:
-    """Go on as rank 0 does, or end as it does."""
+    """Continue if rank 0 does, or raise its UserError."""
     with _rank_0_may_end():
         store.wait([VERDICT], timedelta(seconds=TIMEOUT_S))
         refusal = store.get(VERDICT).decode()
@@ -117,26 +117,25 @@ def _gather(launch: Launch) -> dist.Store:
 
 @contextmanager
 def _rank_0_may_end() -> Iterator[None]:
-    """Give the loss of the store that rank 0 serves its reason."""
+    """Explain the loss of the store that rank 0 serves."""
     try:
         yield
     except dist.DistNetworkError as error:
-        raise TransientError(
-            "rank 0 has ended while the ranks gathered; it has said why"
-        ) from error
+        raise TransientError("rank 0 exited during rendezvous; see its log") from error
 
 
 def _timeout_s() -> int:
     text = os.environ.get(TIMEOUT_VARIABLE, str(TIMEOUT_S))
     if not text.isdecimal() or int(text) == 0:
         raise UserError(
-            f"environment: {TIMEOUT_VARIABLE}={text!a} is no whole number of seconds, such as 300"
+            f"environment: {TIMEOUT_VARIABLE}={text!a} is not a whole number of seconds "
+            f"(for example 300)"
         )
     return int(text)
 
 
 def _open_store(launch: Launch, end: float) -> dist.Store:
-    """The store at MASTER_ADDR:MASTER_PORT, which rank 0 serves, or torchrun's own process does."""
+    """Return the store at MASTER_ADDR:MASTER_PORT, served by rank 0 or by torchrun's agent."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     serves = launch.rank == 0 and not agent_serves
@@ -150,7 +149,7 @@ def _open_store(launch: Launch, end: float) -> dist.Store:
             is_master=serves,
             timeout=_until(end),
             wait_for_workers=False,
-            multi_tenant=True,  # torch's own store comes to the same port, once all are here
+            multi_tenant=True,  # torch's own store uses the same port later
         )
     except dist.DistNetworkError as error:
         raise UserError(
@@ -160,7 +159,10 @@ def _open_store(launch: Launch, end: float) -> dist.Store:
 
 
 def _user_of(port: int) -> str:
-    """` by process 4711 (python launch/train.py; to end it: kill 4711)`, where that can be seen."""
+    """Return the process that uses a port, if it can be seen.
+
+    For example ` by process 4711 (python launch/train.py; to end it: kill 4711)`.
+    """
     user = listener(port)
     if user is None:
         return ""
@@ -172,9 +174,7 @@ def _user_of(port: int) -> str:
 
 
 def _await_server(launch: Launch, address: str, port: int, end: float) -> None:
-    """Wait until somebody listens: torch's store would try as long, and write a warning each
-    time.
-    """
+    """Wait until the port answers; torch's store would write a warning at each attempt."""
     while True:
         try:
             socket.create_connection(
@@ -185,14 +185,14 @@ def _await_server(launch: Launch, address: str, port: int, end: float) -> None:
             if time.monotonic() >= end:
                 raise TransientError(
                     f"{_name(launch, 0)} did not answer at {address}:{port} within "
-                    f"{human_duration(_timeout_s())} ({error}): is its host up, did it end with an "
-                    f"error, does a firewall stand between? To check all hosts: {PREFLIGHT}"
+                    f"{human_duration(_timeout_s())} ({error}); check its host, its log and the "
+                    f"firewall; to check all hosts: {PREFLIGHT}"
                 ) from error
         time.sleep(PAUSE_S)
 
 
 def _tell(store: dist.Store, launch: Launch) -> None:
-    """Say that this rank is here, and what it can see; the last to come says that all are."""
+    """Announce this rank and what it can see; the last rank announces that all are here."""
     if (command := command_of_launcher()) is not None:
         store.set(COMMAND, shlex.join(command))
     store.set(_key(launch.rank), "here")
@@ -201,26 +201,26 @@ def _tell(store: dist.Store, launch: Launch) -> None:
 
 
 def _await_others(store: dist.Store, launch: Launch, end: float) -> None:
-    """Wait for the last rank; rank 0 says after a while whom it waits for."""
+    """Wait for the last rank; after a while rank 0 prints which ranks it waits for."""
     notice_at = time.monotonic() + NOTICE_S if launch.rank == 0 else end
-    while not store.check([COMPLETE]):  # its `wait` would write a warning at each time-out
+    while not store.check([COMPLETE]):  # its `wait` would log a warning at each time-out
         time.sleep(PAUSE_S)
         if lost := hosts_without_session():
             raise TransientError(
-                f"the ssh session to {', '.join(lost)} has ended, {_missing(store, launch)} will "
-                f"not come: see above what was said there, or check all hosts: {PREFLIGHT}"
+                f"the ssh session to {', '.join(lost)} has ended, so {_missing(store, launch)} "
+                f"cannot join; see its output above, or check all hosts: {PREFLIGHT}"
             )
         if time.monotonic() >= end:
             raise TransientError(
-                f"{_missing(store, launch)} did not join within {human_duration(_timeout_s())}: "
-                f"look there for an error, or check all hosts: {PREFLIGHT}"
+                f"{_missing(store, launch)} did not join within {human_duration(_timeout_s())}; "
+                f"look for an error in its output, or check all hosts: {PREFLIGHT}"
             )
         if time.monotonic() >= notice_at:
             notice_at = end
             left = human_duration(end - time.monotonic())
             waiting = (
-                f"waiting for {_missing(store, launch)}; {left} left ({TIMEOUT_VARIABLE} "
-                f"allows more)"
+                f"waiting for {_missing(store, launch)}; {left} left (set {TIMEOUT_VARIABLE} "
+                f"to wait longer)"
             )
             print(waiting, file=sys.stderr, flush=True)
 
@@ -232,7 +232,7 @@ def _missing(store: dist.Store, launch: Launch) -> str:
 
 
 def _hear(store: dist.Store) -> None:
-    """Learn the command that was typed, where any rank could see it."""
+    """Store the command that was typed, if any rank could see it."""
     if store.check([COMMAND]):
         os.environ[COMMAND_VARIABLE] = store.get(COMMAND).decode()
 

@@ -1,4 +1,4 @@
 """Helpers that know nothing of training: options of commands, text, background work.
 
-Standard library only. Anything may import it.
+Standard library only. Every module may import them.
 """

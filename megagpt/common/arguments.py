@@ -1,6 +1,6 @@
-"""What the options of all commands share: `--version`, and types that say their range.
+"""Options that all commands share: `--version`, and types that check their range.
 
-argparse turns what a type refuses into exit code 2.
+If a type raises, argparse exits with code 2.
 """
 
 import argparse
@@ -19,14 +19,14 @@ PACKAGES = ("torch", "deepspeed", "triton", "numpy")
 
 
 def command_parser(**options: Any) -> argparse.ArgumentParser:
-    """Return a parser with what every command answers: `--help` and `--version`."""
+    """Return a parser with the options of every command: `--help` and `--version`."""
     parser = argparse.ArgumentParser(**options)
     parser.add_argument("--version", action=_Version, help="show versions and the commit, and exit")
     return parser
 
 
 class _Version(argparse.Action):
-    """Print ``version_text`` and exit; the text is made only when it is asked for."""
+    """Print ``version_text`` and exit; the text is computed only on request."""
 
     def __init__(self, option_strings: list[str], dest: str, help: str | None = None) -> None:  # noqa: A002
         super().__init__(option_strings, dest=argparse.SUPPRESS, nargs=0, help=help)
@@ -37,7 +37,7 @@ class _Version(argparse.Action):
 
 
 def version_text() -> str:
-    """Return the versions of megagpt, Python and the packages that matter, with the commit."""
+    """Return the versions of megagpt, Python and the main packages, with the commit."""
     found = [f"Python {platform.python_version()}"]
     for package in PACKAGES:
         try:
@@ -48,7 +48,7 @@ def version_text() -> str:
 
 
 def _commit() -> str:
-    """Return the commit of the checkout, and whether it was changed; empty outside a checkout."""
+    """Return the commit of the checkout and whether it is modified; empty outside a checkout."""
     if not (REPOSITORY / ".git").exists():
         return ""
     command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12"]
@@ -60,7 +60,7 @@ def _commit() -> str:
 
 
 def whole_number(minimum: int) -> Callable[[str], int]:
-    """A type for whole numbers from ``minimum`` up."""
+    """Return an argparse type for whole numbers of at least ``minimum``."""
 
     def parse(text: str) -> int:
         try:
@@ -75,7 +75,7 @@ def whole_number(minimum: int) -> Callable[[str], int]:
 
 
 def non_negative(text: str) -> float:
-    """A type for numbers from 0 up."""
+    """Parse a number of at least 0."""
     value = _finite(text)
     if value < 0:
         raise ArgumentTypeError(f"{text} is below 0")
@@ -83,7 +83,7 @@ def non_negative(text: str) -> float:
 
 
 def positive(text: str) -> float:
-    """A type for numbers above 0."""
+    """Parse a number above 0."""
     value = _finite(text)
     if value <= 0:
         raise ArgumentTypeError(f"{text} is not above 0")
@@ -91,7 +91,7 @@ def positive(text: str) -> float:
 
 
 def probability(text: str) -> float:
-    """A type for numbers above 0 and at most 1."""
+    """Parse a number above 0 and at most 1."""
     value = _finite(text)
     if not 0 < value <= 1:
         raise ArgumentTypeError(f"{text} is not above 0 and at most 1")

@@ -1,4 +1,4 @@
-"""Work in threads that must not keep a dying process alive, nor take a core from training.
+"""Work in daemon threads of low priority, so that it delays neither exit nor training.
 
 Standard library only.
 """
@@ -17,11 +17,10 @@ LEAST_PRIORITY = 19
 
 
 class Job(Generic[Result]):
-    """One piece of work whose result, or error, is asked for later: begun in a thread, or done by
-    the caller at once.
+    """One piece of work that runs in a thread or at once, and whose result is asked for later.
 
-    ``in_background``: the thread and those that it starts compute only where the cores have nothing
-    better to do.
+    ``in_background``: run in a thread of the lowest priority; threads that it starts inherit
+    it.
     """
 
     def __init__(self, work: Callable[[], Result], *, in_background: bool) -> None:
@@ -35,11 +34,11 @@ class Job(Generic[Result]):
 
     @property
     def done(self) -> bool:
-        """Whether the result is there, or an error."""
+        """Whether the work has ended, with a result or an error."""
         return not self._thread.is_alive()
 
     def result(self) -> Result:
-        """Wait for it; raises what the work raised."""
+        """Wait for the result and return it; raise what the work raised."""
         if self._thread.ident is not None:
             self._thread.join()
         if self._error is not None:
@@ -47,9 +46,8 @@ class Job(Generic[Result]):
         return self._result
 
     def _run_politely(self) -> None:
-        os.setpriority(
-            os.PRIO_PROCESS, threading.get_native_id(), LEAST_PRIORITY
-        )  # on Linux a thread has its own
+        # on Linux each thread has its own priority
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LEAST_PRIORITY)
         self._run()
 
     def _run(self) -> None:
@@ -60,16 +58,16 @@ class Job(Generic[Result]):
 
 
 def threads_of_this_rank() -> int:
-    """How many threads a rank may keep busy beside the other ranks of its host."""
+    """Return how many threads a rank may keep busy, given the other ranks of its host."""
     ranks_here = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) // ranks_here))
 
 
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """[work(item) for item in items], several at a time; raises the first error, once every thread
-    has ended.
+    """Return [work(item) for item in items], computed in several threads.
 
-    Threads inherit the priority of the one that calls.
+    Raises the first error once every thread has ended. Threads inherit the priority of the
+    caller.
     """
     todo: queue.SimpleQueue[tuple[int, Item]] = queue.SimpleQueue()
     results: dict[int, Result] = {}

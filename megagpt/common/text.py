@@ -1,4 +1,4 @@
-"""Make text that came from a model or a machine safe to show and to keep."""
+"""Make text from a model or a machine safe to show and to store."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ MASK = "[secret]"
 # WANDB_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY, AWS_ACCESS_KEY_ID, PGPASSWORD,
 # GOOGLE_APPLICATION_CREDENTIALS ...
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
-# Shorter values are settings (TOKENIZERS_PARALLELISM=false), and masking them would garble ordinary
-# text.
+# Shorter values are settings (TOKENIZERS_PARALLELISM=false); masking them would garble other text.
 _SHORTEST_SECRET = 8
 
 
 def redacted(text: str) -> str:
-    """`text` with every value of a secret-looking environment variable replaced by `MASK`."""
+    """Return `text` with the values of secret-looking environment variables replaced by `MASK`."""
     for secret in _secrets():
         text = text.replace(secret, MASK)
     return text
 
 
 def _secrets() -> list[str]:
-    """The values to hide, longest first so that one which contains another goes whole."""
+    """Return the values to hide, longest first, so that one that contains another goes whole."""
     values = {value for name, value in os.environ.items() if _SECRET_NAME.search(name)}
     return sorted(
         (value for value in values if len(value) >= _SHORTEST_SECRET), key=len, reverse=True
@@ -31,10 +30,10 @@ def _secrets() -> list[str]:
 
 
 def without_control_characters(text: str) -> str:
-    r"""`text` with control characters spelled out (`\x1b`), so that what a model writes never
-    drives a terminal.
+    r"""Return `text` with control characters as `\x1b`, so that it cannot control a terminal.
 
-    Newlines and tabs stay; the C1 range counts too, since 0x9b begins a command on some terminals.
+    Newlines and tabs stay. The C1 range is included, since 0x9b begins a command on some
+    terminals.
     """
     return "".join(
         character

@@ -1,7 +1,7 @@
-"""Where documents come from: Python's own standard library, local files, any Hugging Face dataset.
+"""Sources of documents: Python's standard library, local files, any Hugging Face dataset.
 
-A source yields pieces in an order that never changes: most are whole documents, a long text file
-comes in several. The number of pieces taken is all that an interrupted preparation has to remember.
+A source yields pieces in a fixed order. Most are whole documents; a long text file comes in several
+pieces. An interrupted preparation only has to remember the number of pieces taken.
 """
 
 from __future__ import annotations
@@ -23,12 +23,9 @@ from pydantic import JsonValue
 from megagpt.utils import MIB, UserError
 
 TEXT_BLOCK_BYTES = MIB
-LONGEST_TEXT_PIECE = (
-    16 * MIB
-)  # characters; only a text without a single plain line break is cut elsewhere
+LONGEST_TEXT_PIECE = 16 * MIB  # characters; a text without plain line breaks is cut here
 FORMAT_OF_SUFFIX = {".txt": "text", ".jsonl": "json", ".jsonl.zst": "json", ".parquet": "parquet"}
-# Tests, the editor, tables of character sets and help texts: large, and not the code that people
-# read.
+# Tests, the editor, character tables and help texts: large, and not typical code.
 LEFT_OUT = {
     "test",
     "tests",
@@ -44,8 +41,10 @@ INSTALLED = {"site-packages", "dist-packages", "__pycache__"}
 
 @dataclass(frozen=True)
 class TextPiece:
-    """Part of a document: `document` counts from 0, `starts` and `ends` say whether its first
-    and last part is here.
+    """Part of a document.
+
+    `document` counts from 0. `starts` and `ends` say whether this is its first and its last
+    part.
     """
 
     document: int
@@ -57,22 +56,23 @@ class TextPiece:
 class Corpus(Protocol):
     """A corpus.
 
-    `description` goes into the manifest; `version` must be equal for a preparation to be continued.
+    `description` goes into the manifest. A preparation continues only if `version` is
+    unchanged.
     """
 
     description: dict[str, JsonValue]
     version: JsonValue
-    size_bytes: int | None  # of the text, where it is known beforehand
+    size_bytes: int | None  # size of the text, if it is known in advance
 
     def pieces(self, skip: int = 0) -> Iterator[TextPiece]:
-        """Every piece but the first `skip`."""
+        """Yield every piece except the first `skip`."""
         ...
 
 
 def open_source(
     dataset: str, *, config: str | None = None, split: str = "train", column: str = "text"
 ) -> Corpus:
-    """The source that `--dataset` names; UserError where there is none."""
+    """Return the source that `--dataset` names; raise UserError if there is none."""
     if dataset == "stdlib":
         return StandardLibrary(Path(sysconfig.get_path("stdlib")))
     suffix = next((suffix for suffix in FORMAT_OF_SUFFIX if dataset.endswith(suffix)), None)
@@ -100,14 +100,14 @@ def _local_source(pattern: str, file_format: str, column: str) -> Corpus:
     )
     if not paths:
         raise UserError(
-            f"--dataset {pattern}: no such file; a pattern needs quotes, so that the shell leaves "
-            f"it whole"
+            f"--dataset {pattern}: no such file; put a pattern in quotes, so that the shell does "
+            f"not expand it"
         )
     status = [path.stat() for path in paths]
     empty = [str(path) for path, s in zip(paths, status, strict=True) if s.st_size == 0]
     if empty:
         raise UserError(
-            f"--dataset {pattern}: empty: {', '.join(empty)}; remove it or name other files"
+            f"--dataset {pattern}: empty files: {', '.join(empty)}; remove them or name others"
         )
     version: JsonValue = [
         [str(path), s.st_size, s.st_mtime_ns] for path, s in zip(paths, status, strict=True)
@@ -128,9 +128,7 @@ def _local_source(pattern: str, file_format: str, column: str) -> Corpus:
 
 
 class StandardLibrary:
-    """The sources of the Python that runs this, one document a module: the corpus that needs no
-    download.
-    """
+    """The sources of the running Python, one document a module: a corpus without a download."""
 
     def __init__(self, root: Path) -> None:
         self._paths = sorted(
@@ -138,8 +136,8 @@ class StandardLibrary:
         )
         if len(self._paths) < 20:
             raise UserError(
-                f"{root}: {len(self._paths)} Python sources found; this Python comes without its "
-                "standard library's sources, use --dataset with a text of your own"
+                f"{root}: {len(self._paths)} Python sources found; this Python has no standard "
+                "library sources; use --dataset with your own text"
             )
         python = f"{platform.python_implementation()} {platform.python_version()}"
         self.description: dict[str, JsonValue] = {
@@ -152,7 +150,7 @@ class StandardLibrary:
 
     def pieces(self, skip: int = 0) -> Iterator[TextPiece]:
         for number, path in enumerate(self._paths[skip:], start=skip):
-            with tokenize.open(path) as file:  # honours a module's own declaration of its encoding
+            with tokenize.open(path) as file:  # respects the encoding that a module declares
                 yield TextPiece(number, file.read())
 
 
@@ -172,12 +170,10 @@ class TextFiles:
         version: JsonValue,
         size_bytes: int | None,
     ) -> None:
-        self._paths, self.description, self.version, self.size_bytes = (
-            paths,
-            description,
-            version,
-            size_bytes,
-        )
+        self._paths = paths
+        self.description = description
+        self.version = version
+        self.size_bytes = size_bytes
 
     def pieces(self, skip: int = 0) -> Iterator[TextPiece]:
         return itertools.islice(self._all_pieces(), skip, None)
@@ -189,13 +185,15 @@ class TextFiles:
             text = next(texts, "")
             for following in texts:
                 yield TextPiece(document, text, starts, ends=False)
-                text, starts = following, False
+                text = following
+                starts = False
             yield TextPiece(document, text, starts, ends=True)
 
 
 def _text_pieces(path: Path) -> Iterator[str]:
-    """The file's text, cut where no tokenizer's pattern reaches across: a line break between two
-    visible characters.
+    """Yield the file's text, cut where no tokenizer pattern crosses.
+
+    That is at a line break between two visible characters.
     """
     text = ""
     for block in _decoded_blocks(path):
@@ -211,7 +209,7 @@ def _text_pieces(path: Path) -> Iterator[str]:
 
 
 def _last_plain_line_break(text: str) -> int | None:
-    """The position after the last "\\n" that has a visible character on either side."""
+    """Return the position after the last "\\n" that has a visible character on either side."""
     place = len(text)
     while (place := text.rfind("\n", 1, place)) != -1:
         if (
@@ -244,10 +242,9 @@ def _decoded_blocks(path: Path) -> Iterator[str]:
 
 
 class TableFiles:
-    """One text column of a Hugging Face dataset: from the hub, or local .jsonl, .jsonl.zst and
-    .parquet files.
+    """One text column of a Hugging Face dataset, from the hub or from local files.
 
-    `datasets` streams it, one document a row. Code that a dataset brings along is never run.
+    `datasets` streams it, one document a row. Code that comes with a dataset is never run.
     """
 
     def __init__(
@@ -258,8 +255,11 @@ class TableFiles:
         version: JsonValue,
         size_bytes: int | None,
     ) -> None:
-        self.description, self.version, self.size_bytes = description, version, size_bytes
-        self._arguments, self._column = arguments, column
+        self.description = description
+        self.version = version
+        self.size_bytes = size_bytes
+        self._arguments = arguments
+        self._column = column
 
     def pieces(self, skip: int = 0) -> Iterator[TextPiece]:
         rows = enumerate(self._rows(skip), start=skip)
@@ -274,8 +274,9 @@ class TableFiles:
         return iter(dataset.skip(skip) if skip else dataset)
 
     def _guarded(self, function: Any, *arguments: Any, **keywords: Any) -> Any:
-        """Call into `datasets`; what goes wrong there (no such dataset or configuration, no
-        network, a damaged file) comes back as one line.
+        """Call a function of `datasets`; raise its errors as UserError of one line.
+
+        For example: no such dataset or configuration, no network, a damaged file.
         """
         from datasets.exceptions import DatasetsError
 

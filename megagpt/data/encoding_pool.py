@@ -1,4 +1,4 @@
-"""Tokenising in worker processes: batches in order, a bounded number of them in flight."""
+"""Tokenize in worker processes: batches in order, a bounded number of them in flight."""
 
 from __future__ import annotations
 
@@ -26,25 +26,23 @@ if TYPE_CHECKING:
     import tiktoken
 
 BATCH_CHARACTERS = MIB  # about 50 ms of work for one core
-BATCH_PIECES = 4096  # however short the documents are
+BATCH_PIECES = 4096  # limit if the documents are short
 
 
 class EncodedPiece(NamedTuple):
     split: Split
     starts_document: bool
-    tokens: (
-        np.ndarray
-    )  # uint32; the end-of-document token last where the document ends here; none for an empty text
+    tokens: np.ndarray  # uint32; ends with the end-of-document token if the document ends here
 
 
 Batch = list[tuple[Split, TextPiece]]
 Encode = Callable[[Iterable[Batch]], Iterator[list[EncodedPiece]]]
 
-_encoding: tiktoken.Encoding | None = None  # of a worker process
+_encoding: tiktoken.Encoding | None = None  # set in a worker process
 
 
 def batches(pieces: Iterable[tuple[Split, TextPiece]]) -> Iterator[Batch]:
-    """Runs of pieces of about a megabyte of text."""
+    """Yield batches of pieces, each of about a megabyte of text."""
     batch: Batch = []
     characters = 0
     for split, piece in pieces:
@@ -52,15 +50,16 @@ def batches(pieces: Iterable[tuple[Split, TextPiece]]) -> Iterator[Batch]:
         characters += len(piece.text)
         if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_PIECES:
             yield batch
-            batch, characters = [], 0
+            batch = []
+            characters = 0
     if batch:
         yield batch
 
 
 def encode_batch(encoding: tiktoken.Encoding, batch: Batch) -> list[EncodedPiece]:
-    """Token ids of each piece.
+    """Return the token ids of each piece.
 
-    A special token's name in a text is text: no document can end another.
+    The name of a special token in a text is text: no document can end another.
     """
     end = np.array([encoding.eot_token], np.uint32)
     encoded = []
@@ -78,11 +77,11 @@ def encode_batch(encoding: tiktoken.Encoding, batch: Batch) -> list[EncodedPiece
 
 @contextmanager
 def encoder(workers: int, tokenizer_directory: Path) -> Iterator[Encode]:
-    """A function from batches to their tokens, in order; one worker is this process itself."""
+    """Yield a function from batches to tokens, in order; one worker is this process."""
     if workers == 1:
         yield partial(map, partial(encode_batch, load_tokenizer(tokenizer_directory)))
         return
-    # Spawned, not forked: the parent may hold threads of datasets and pyarrow.
+    # Spawned, not forked: the parent may have threads of datasets and pyarrow.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
         workers, context, initializer=_start_worker, initargs=(tokenizer_directory,)
@@ -91,8 +90,8 @@ def encoder(workers: int, tokenizer_directory: Path) -> Iterator[Encode]:
         yield partial(_in_order, pool, 2 * workers)
     except BrokenProcessPool:
         raise RuntimeError(
-            "a tokenising worker process died, often for want of memory; the same command again "
-            "continues, with fewer --workers if it happens again"
+            "a tokenizer worker died (often out of memory); rerun the same command to continue, "
+            "with fewer --workers if it happens again"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -101,7 +100,7 @@ def encoder(workers: int, tokenizer_directory: Path) -> Iterator[Encode]:
 def _in_order(
     pool: ProcessPoolExecutor, in_flight: int, batches: Iterable[Batch]
 ) -> Iterator[list[EncodedPiece]]:
-    """`pool.map`, but reading ahead only `in_flight` batches: a corpus is larger than memory."""
+    """Map like `pool.map`, but read only `in_flight` batches ahead: a corpus may exceed memory."""
     futures: deque[Future[list[EncodedPiece]]] = deque()
     for batch in batches:
         futures.append(pool.submit(_encode_in_worker, batch))
@@ -118,7 +117,7 @@ def _start_worker(tokenizer_directory: Path) -> None:
 
 
 def _end_with_parent() -> None:
-    """A killed parent leaves its workers waiting for work for ever; end with it instead."""
+    """End this worker when its parent dies; it would otherwise wait for work forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

@@ -1,9 +1,8 @@
-"""Is a dataset still what its manifest says? By sizes and probes before every run, by everything on
-demand.
+"""Check a dataset against its manifest: sizes and probes before every run, all on request.
 
 A probe is the digest of one block of 64 KiB. Sizes and probes find a truncated, replaced or
-otherwise rewritten file in well under two seconds at any size of data; `verify(directory,
-full=True)` finds a single changed bit.
+rewritten file in well under two seconds at any size of data. `verify(directory, full=True)` finds a
+single changed bit.
 """
 
 from __future__ import annotations
@@ -26,14 +25,12 @@ from megagpt.data.manifest import (
 from megagpt.utils import KIB, MIB, UserError
 
 PROBE_BYTES = 64 * KIB
-PROBES_PER_FILE = (
-    16  # files up to 1 MiB are read whole; of larger ones, 16 blocks from the first to the last
-)
+PROBES_PER_FILE = 16  # so files up to 1 MiB are read whole
 SCAN_TOKENS = 4 * MIB
 
 
 def record_file(path: Path) -> FileRecord:
-    """What the manifest keeps of a finished file."""
+    """Return what the manifest stores about a finished file."""
     return FileRecord(
         file=path.name,
         bytes=path.stat().st_size,
@@ -43,8 +40,9 @@ def record_file(path: Path) -> FileRecord:
 
 
 def check_file(directory: Path, manifest: DatasetManifest) -> None:
-    """Compare the files with the manifest by size, largest token and probes; one UserError with
-    every difference.
+    """Compare the files with the manifest by size, largest token and probes.
+
+    Raises one UserError with every difference.
     """
     directory = Path(directory)
     problems = _file_problems(directory, manifest.tokenizer)
@@ -57,9 +55,7 @@ def check_file(directory: Path, manifest: DatasetManifest) -> None:
 
 
 def verify(directory: Path, *, full: bool = False) -> DatasetManifest:
-    """Check a dataset as a run does; with `full`, hash every file and look at every token and
-    offset too.
-    """
+    """Check a dataset as a run does; with `full`, also hash every file and check every token."""
     manifest = read_dataset_manifest(directory)
     check_file(directory, manifest)
     if full:
@@ -80,9 +76,7 @@ def sha256_of(path: Path) -> str:
 
 
 def probes_of(path: Path) -> list[str]:
-    """Digests of up to 16 blocks of 64 KiB, evenly spaced from the file's first byte to its
-    last.
-    """
+    """Return digests of up to 16 blocks of 64 KiB, evenly spaced from first to last byte."""
     return [_digest(block) for _, block in _probed_blocks(path)]
 
 
@@ -91,7 +85,7 @@ def largest_token(path: Path, dtype: np.dtype) -> int:
 
 
 def _probed_blocks(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(offset, content) of each block that is probed."""
+    """Yield (offset, content) of each probed block."""
     with path.open("rb") as file:
         for offset in _probe_offsets(path.stat().st_size):
             file.seek(offset)
@@ -111,8 +105,9 @@ def _probe_offsets(size: int) -> list[int]:
 
 
 def _token_blocks(path: Path, dtype: np.dtype) -> Iterator[tuple[int, np.ndarray]]:
-    """(index of the first token, tokens) block by block; plain reads, so that a shrinking file
-    is no SIGBUS.
+    """Yield (index of the first token, tokens) block by block.
+
+    Uses plain reads, because a memory map of a shrinking file raises SIGBUS.
     """
     first = 0
     with path.open("rb") as file:
@@ -127,12 +122,13 @@ def _all_shards(manifest: DatasetManifest) -> list[TokenShard]:
 
 
 def _shard_problems(directory: Path, shard: TokenShard, manifest: DatasetManifest) -> list[str]:
-    """What the manifest's own numbers rule out, before any block is read."""
-    path, item_bytes = directory / shard.file, manifest.token_dtype.itemsize
+    """Return contradictions in the manifest's own numbers, before any block is read."""
+    path = directory / shard.file
+    item_bytes = manifest.token_dtype.itemsize
     if shard.bytes != shard.tokens * item_bytes:
         found = shard.bytes / shard.tokens
         return [
-            f"{path}: {found:g} bytes a token found, {manifest.dtype} has {item_bytes}: wrong "
+            f"{path}: {found:g} bytes per token found, {manifest.dtype} has {item_bytes}: wrong "
             f"dtype in the manifest"
         ]
     if shard.offsets.bytes != shard.documents * OFFSET_DTYPE.itemsize:
@@ -154,8 +150,9 @@ def _file_problems(
     record: FileRecord,
     inspect: Callable[[int, bytes], str | None] = lambda offset, block: None,
 ) -> list[str]:
-    """The first thing wrong with a file; ``inspect`` says what is wrong with a probed block, if
-    it can tell.
+    """Return the first problem of a file.
+
+    ``inspect`` may explain a probed block.
     """
     path = directory / record.file
     try:
@@ -180,7 +177,7 @@ def _probe_problem(offset: int, block: bytes, expected: str) -> str | None:
 
 
 def _id_problem(manifest: DatasetManifest, offset: int, block: bytes) -> str | None:
-    """The first token id of a block at a byte offset that the vocabulary does not have."""
+    """Return an error for the first token id in a block that is outside the vocabulary, or None."""
     dtype = manifest.token_dtype
     skipped = -offset % dtype.itemsize  # a probe may begin within a token
     tokens = np.frombuffer(
@@ -219,7 +216,8 @@ def _hash_problems(directory: Path, record: FileRecord) -> list[str]:
 
 
 def _token_problems(directory: Path, shard: TokenShard, manifest: DatasetManifest) -> list[str]:
-    path, dtype = directory / shard.file, manifest.token_dtype
+    path = directory / shard.file
+    dtype = manifest.token_dtype
     for first, block in _token_blocks(path, dtype):
         if problem := _id_problem(manifest, first * dtype.itemsize, block.tobytes()):
             return [f"{path}: {problem}"]

@@ -1,9 +1,8 @@
-"""A dataset's manifest: what the directory holds.
+"""The manifest of a dataset: what the directory holds.
 
-`manifest.json` is written last, so a directory that has one is complete. It names each file with
-its size, its sha256 and the digests of a few blocks of it (probes: megagpt/data/integrity.py). File
-names follow a closed pattern, so no manifest reaches outside its directory, and nothing in it names
-code.
+`manifest.json` is written last, so a directory that has one is complete. It lists each file with
+its size, its sha256 and digests of some blocks (probes: megagpt/data/integrity.py). File names must
+match a fixed pattern, so a manifest cannot name a file outside its directory or name code.
 """
 
 from __future__ import annotations
@@ -41,10 +40,10 @@ class FileRecord(_Record):
 
 
 class TokenShard(FileRecord):
-    """One `.bin` of tokens, and the `.offsets` beside it: where in it each document begins."""
+    """One `.bin` of tokens, and its `.offsets`: the position in it of each document's start."""
 
     tokens: Annotated[int, Field(ge=1)]
-    documents: Count  # that begin in this shard
+    documents: Count  # documents that begin in this shard
     max_token: Count
     offsets: FileRecord
 
@@ -54,8 +53,9 @@ class TokenizerRecord(FileRecord):
 
 
 class DatasetManifest(_Record):
-    """What a dataset directory holds; `vocabulary` counts ids, `source` says where the text is
-    from.
+    """What a dataset directory holds.
+
+    `vocabulary` is the number of token ids, `source` where the text is from.
     """
 
     format_version: Literal[1]
@@ -79,9 +79,7 @@ class DatasetManifest(_Record):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the contents (tokens, documents, tokenizer), whatever the directory is
-        called.
-        """
+        """A hash of tokens, documents and tokenizer, independent of the directory's name."""
         contents = self.model_dump(mode="json", exclude={"source"})
         return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
@@ -95,7 +93,7 @@ class DatasetManifest(_Record):
         return self.model_dump_json(indent=2) + "\n"
 
     def summary(self) -> str:
-        """`8.1M training and 430k validation tokens of 453 documents, vocabulary 4096`."""
+        """Return a summary: `8.1M training and 430k validation tokens of 453 documents, ...`."""
         train, val = human_count(self.tokens("train")), human_count(self.tokens("val"))
         return (
             f"{train} training and {val} validation tokens of {self.documents} documents, "
@@ -104,14 +102,12 @@ class DatasetManifest(_Record):
 
 
 def dtype_for(vocabulary: int) -> Literal["uint16", "uint32"]:
-    """The narrower type that holds every id below `vocabulary`."""
+    """Return the smaller type that holds every id below `vocabulary`."""
     return "uint16" if vocabulary <= 2**16 else "uint32"
 
 
 def read_dataset_manifest(directory: Path) -> DatasetManifest:
-    """Parse and check `directory/manifest.json`; UserError where it is missing or is not one of
-    ours.
-    """
+    """Read and check `directory/manifest.json`; raise UserError if it is missing or invalid."""
     path = Path(directory) / MANIFEST_FILE
     try:
         return DatasetManifest.model_validate_json(path.read_bytes())
@@ -119,7 +115,7 @@ def read_dataset_manifest(directory: Path) -> DatasetManifest:
         raise UserError(_missing(Path(directory))) from None
     except NotADirectoryError:
         raise UserError(
-            f"{directory}: a file; a dataset is a directory made by launch/download_data.py"
+            f"{directory}: is a file; a dataset is a directory made by launch/download_data.py"
         ) from None
     except ValidationError as error:
         lines = (
@@ -129,12 +125,12 @@ def read_dataset_manifest(directory: Path) -> DatasetManifest:
 
 
 def dataset_staging_directory(directory: Path) -> Path:
-    """Where a dataset lies until it is complete."""
+    """Return the directory in which a dataset is built until it is complete."""
     return directory.with_name(f"{directory.name}.partial")
 
 
 def remedy(directory: Path) -> str:
-    """The last line of an error about a damaged dataset."""
+    """Return the last line of an error about a damaged dataset."""
     return (
         f"{directory}: restore it from a copy, or prepare it again: "
         f"python launch/download_data.py --dataset ... --output {directory} --force"
@@ -145,12 +141,12 @@ def _missing(directory: Path) -> str:
     command = f"python launch/download_data.py --dataset stdlib --output {directory}"
     if dataset_staging_directory(directory).is_dir():
         return (
-            f"{directory}: its preparation has not finished; the same command again continues "
-            f"it: {command}"
+            f"{directory}: its preparation has not finished; rerun the same command to continue: "
+            f"{command}"
         )
     if directory.is_dir():
         return (
-            f"{directory}: not a dataset, it has no {MANIFEST_FILE}; name another directory, "
+            f"{directory}: not a dataset (no {MANIFEST_FILE}); name another directory, "
             f"or make one: {command}"
         )
     return f"{directory}: no dataset here; prepare one: {command} (--help lists other sources)"

@@ -1,10 +1,9 @@
-"""Tokenizers: chosen or trained once, stored beside the data as `tokenizer.json`, loaded without
-the network.
+"""Tokenizers: chosen or trained once, stored with the data, loaded without the network.
 
-The file is Hugging Face's tokenizer format, so other tools read it too; training and generation use
-tiktoken, which splits and merges the same way at several times the speed. An encoding's ids are the
-model's: bytes and merged tokens first, special tokens after them, and every encoding has
-`<|endoftext|>` (`encoding.eot_token`) to close a document.
+`tokenizer.json` is in Hugging Face's format, so other tools read it too. Training and generation
+use tiktoken, which splits and merges the same way at several times the speed. The ids of an
+encoding are the model's: bytes and merged tokens first, special tokens after them. Every encoding
+has `<|endoftext|>` (`encoding.eot_token`) to end a document.
 
 tiktoken and tokenizers are imported where they are used: naming a tokenizer on a command line needs
 neither.
@@ -28,16 +27,16 @@ END_OF_DOCUMENT = "<|endoftext|>"
 PUBLISHED_NAMES = ("gpt2", "cl100k_base", "o200k_base")
 SMALLEST_BPE_VOCABULARY = 257  # every byte and the end of a document
 
-# How GPT-2 cuts a text before merging: github.com/openai/gpt-2, src/encoder.py.
+# How GPT-2 splits a text before merging: github.com/openai/gpt-2, src/encoder.py.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Nothing merges among bytes, so the cut only bounds how much text is looked at at once.
+# Bytes never merge, so this split only limits how much text is processed at once.
 LINE_PATTERN = r"[^\n]*\n|[^\n]+"
 
 
 def parse_tokenizer_name(name: str) -> int | None:
-    """Check a tokenizer's name; the vocabulary size of a `bpe:SIZE`, None for the others.
+    """Check a tokenizer's name and return the vocabulary size of `bpe:SIZE`, None for the others.
 
-    UserError on any other.
+    Raises UserError for an unknown name.
     """
     size = re.fullmatch(r"bpe:(\d{1,7})", name)
     if size and int(size[1]) >= SMALLEST_BPE_VOCABULARY:
@@ -57,8 +56,9 @@ def parse_tokenizer_name(name: str) -> int | None:
 
 
 def build_tokenizer(name: str, documents: Callable[[], Iterable[str]]) -> tiktoken.Encoding:
-    """The encoding called `name`: published, plain bytes, or trained on `documents()` for
-    `bpe:SIZE`.
+    """Return the encoding `name`: published, plain bytes, or trained for `bpe:SIZE`.
+
+    It is trained on `documents()`.
     """
     vocabulary_size = parse_tokenizer_name(name)
     if vocabulary_size is not None:
@@ -71,17 +71,13 @@ def build_tokenizer(name: str, documents: Callable[[], Iterable[str]]) -> tiktok
 
 
 def fetch_published(name: str) -> tiktoken.Encoding:
-    """One of OpenAI's encodings, through tiktoken: from its cache directory, else over the
-    network.
-    """
+    """Return one of OpenAI's encodings from tiktoken's cache directory, or over the network."""
     import tiktoken
 
     try:
         return tiktoken.get_encoding(name)
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # requests' exceptions are OSErrors; a wrong hash is a ValueError
+    # requests' exceptions are OSErrors; a wrong hash is a ValueError
+    except (OSError, ValueError) as error:
         raise UserError(
             f"--tokenizer {name}: tiktoken cannot fetch it ({type(error).__name__}: {error}). Set "
             "TIKTOKEN_CACHE_DIR to the cache of a machine that has it, or train one on the data "
@@ -90,10 +86,10 @@ def fetch_published(name: str) -> tiktoken.Encoding:
 
 
 def train_byte_level_bpe(documents: Iterable[str], vocabulary_size: int) -> tiktoken.Encoding:
-    """Train a byte-level BPE with GPT-2's cut; `vocabulary_size` tokens, or fewer where the text
-    has no more pairs.
+    """Train a byte-level BPE with GPT-2's pattern.
 
-    The same documents in the same order give the same vocabulary.
+    It has `vocabulary_size` tokens, or fewer if the text has no more pairs. The same documents
+    in the same order give the same vocabulary.
     """
     from tokenizers import trainers
 
@@ -108,8 +104,9 @@ def train_byte_level_bpe(documents: Iterable[str], vocabulary_size: int) -> tikt
 
 
 def replace_surrogates(text: str) -> str:
-    """`text` with lone surrogates (a JSON string may hold `\\ud800`) replaced, so that it has a
-    UTF-8 form.
+    """Return `text` with lone surrogates replaced, so that it can be encoded as UTF-8.
+
+    A JSON string may hold `\\ud800`.
     """
     if text.isascii():
         return text
@@ -117,17 +114,16 @@ def replace_surrogates(text: str) -> str:
 
 
 def save_tokenizer(encoding: tiktoken.Encoding, directory: Path) -> None:
-    """Write `encoding` as `directory/tokenizer.json`, in a form that Hugging Face `tokenizers`
-    reads to the same ids.
+    """Write `encoding` as `directory/tokenizer.json`; Hugging Face `tokenizers` gives the same ids.
 
-    tiktoken merges any two neighbours that form a token, lowest id first; Hugging Face merges
-    listed pairs only, first listed first. Listing every split of every token, by the token's id,
-    makes the two the same procedure. tiktoken also takes a piece that is a token without merging
-    it: Hugging Face's `ignore_merges`.
+    tiktoken merges any two neighbours that form a token, lowest id first. Hugging Face merges
+    listed pairs only, first listed first. So we list every split of every token, in the order
+    of the tokens' ids. tiktoken also takes a piece that is a token without merging it: Hugging
+    Face's `ignore_merges`.
     """
-    # Encoding has no public way out for its pattern and merges; these names have been stable since
-    # tiktoken 0.1.
-    ranks, special_tokens = encoding._mergeable_ranks, encoding._special_tokens
+    # Encoding has no public access to pattern and merges; these names exist since tiktoken 0.1.
+    ranks = encoding._mergeable_ranks
+    special_tokens = encoding._special_tokens
     vocabulary = {_token_text(token): rank for token, rank in ranks.items()} | special_tokens
     by_rank = sorted(ranks, key=ranks.__getitem__)
     merges = [split for token in by_rank for split in _splits(token, ranks)]
@@ -137,11 +133,10 @@ def save_tokenizer(encoding: tiktoken.Encoding, directory: Path) -> None:
 
 
 def load_tokenizer(directory: Path) -> tiktoken.Encoding:
-    """The encoding stored in a dataset's directory (or any directory with its `tokenizer.json`);
-    never the network.
+    """Return the encoding stored as `tokenizer.json` in a directory; never uses the network.
 
-    UserError where the file is missing or is not a byte-level BPE that `save_tokenizer` could have
-    written.
+    Raises UserError if the file is missing or is not a byte-level BPE as `save_tokenizer`
+    writes it.
     """
     path = Path(directory) / TOKENIZER_FILE
     try:
@@ -182,7 +177,7 @@ def _encoding(
 
 
 def _byte_level_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]], pattern: str):  # type: ignore[no-untyped-def]
-    """A Hugging Face tokenizer that cuts by `pattern`, spells bytes as characters and merges."""
+    """Return a Hugging Face tokenizer: split by `pattern`, bytes to characters, merge."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
@@ -197,11 +192,10 @@ def _byte_level_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, st
 
 
 def _portable(pattern: str) -> str:
-    """`pattern` without possessive intervals, which Hugging Face's regular expressions read as a
-    repeated interval.
+    """Return `pattern` without possessive intervals.
 
-    Equal for cl100k_base's `\\p{N}{1,3}+`: nothing follows it in its alternative for which it could
-    give back.
+    Hugging Face reads them as repeated intervals. The result is equal for cl100k_base's
+    `\\p{N}{1,3}+`: nothing that follows in its alternative could make it give back.
     """
     return re.sub(r"(\{\d+,\d+\})\+", r"\1", pattern)
 
@@ -213,9 +207,7 @@ def _splits(token: bytes, ranks: dict[bytes, int]) -> Iterator[tuple[str, str]]:
 
 
 def _character_of_byte() -> dict[int, str]:
-    """GPT-2's spelling of a byte as one printable character; bytes that print stand for
-    themselves.
-    """
+    """Return GPT-2's printable character for each byte; printable bytes stand for themselves."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),

@@ -1,6 +1,4 @@
-"""Which documents are held out for validation: decided by position alone, so an interrupted
-preparation agrees.
-"""
+"""Choose the validation documents by position alone, so that an interrupted preparation agrees."""
 
 from __future__ import annotations
 
@@ -14,17 +12,18 @@ from megagpt.data.corpora import Corpus, TextPiece
 from megagpt.data.manifest import Split
 
 FEW_DOCUMENTS = 20
-FRACTION_OF_MANY, FRACTION_OF_FEW = 0.01, 0.1
+FRACTION_OF_MANY = 0.01
+FRACTION_OF_FEW = 0.1
 
 
 def assign_splits(
     source: Corpus, fraction: float | None, skip: int = 0
 ) -> Iterator[tuple[Split, TextPiece]]:
-    """Each piece with its split, but the first `skip`.
+    """Yield each piece with its split, except the first `skip`.
 
-    From twenty documents on, whole documents are held out at even distances, beginning with the
-    first: `fraction` of them (0.01 unless given). Fewer documents are one long text whose end is
-    held out: `fraction` of its characters (0.1 unless given).
+    From twenty documents on, whole documents are held out at equal distances, beginning with
+    the first: `fraction` of them (default 0.01). With fewer, the end of the text is held out:
+    `fraction` of its characters (default 0.1).
     """
     characters = characters_of_few(source)
     if characters is None:
@@ -34,8 +33,9 @@ def assign_splits(
 
 
 def characters_of_few(source: Corpus) -> int | None:
-    """The length of a source of fewer than twenty documents; None for a larger one, of which
-    only those are read.
+    """Return the length of a source of fewer than twenty documents; None for a larger one.
+
+    Reads at most twenty documents.
     """
     characters = 0
     for piece in source.pieces():
@@ -48,18 +48,18 @@ def characters_of_few(source: Corpus) -> int | None:
 def _every_nth(source: Corpus, fraction: float, skip: int) -> Iterator[tuple[Split, TextPiece]]:
     exact = Fraction(str(fraction))
     for piece in source.pieces(skip):
-        held_out_before, held_out_after = (
-            math.ceil(piece.document * exact),
-            math.ceil((piece.document + 1) * exact),
-        )
+        held_out_before = math.ceil(piece.document * exact)
+        held_out_after = math.ceil((piece.document + 1) * exact)
         yield ("val" if held_out_after > held_out_before else "train"), piece
 
 
 def _head_and_tail(source: Corpus, cut: int) -> Iterator[tuple[Split, TextPiece]]:
-    """Characters up to the first line break from `cut` on, then the rest; the document between
-    them becomes two.
+    """Yield the text up to the first line break from `cut` on as train, then the rest as val.
+
+    The document that contains the cut becomes two.
     """
-    position, first_held_out = 0, True
+    position = 0
+    first_held_out = True
     for piece in source.pieces():
         head, tail = _cut_at_line(piece.text, cut - position)
         if head:

@@ -1,9 +1,8 @@
-"""Writing a dataset: plain appends, commit points to continue from, the manifest last, one rename
-to publish.
+"""Write a dataset: appends, commit points to continue from, the manifest last, then one rename.
 
-Everything happens in `NAME.partial` beside the destination. `progress.json` there says how far each
-file is good; after a kill the files are cut back to that and the writing goes on. Readers see the
-directory only once it is complete.
+Everything happens in `NAME.partial` beside the destination. `progress.json` there says how much of
+each file is complete. After a kill the files are truncated to that and writing continues. Readers
+see the directory only when it is complete.
 """
 
 from __future__ import annotations
@@ -34,27 +33,28 @@ from megagpt.data.manifest import (
 from megagpt.utils import MIB, UserError, human_bytes, sync_directory, write_atomically
 
 PROGRESS_FILE = "progress.json"
-RESERVE_BYTES = 16 * MIB  # left free on the disk, for the manifest and for whoever shares it
+RESERVE_BYTES = 16 * MIB  # kept free on the disk, for the manifest and other users
 SPLITS: tuple[Split, ...] = ("train", "val")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ShardProgress(BaseModel):
-    """How much of one shard is safely on the disk."""
+    """How much of one shard is safely on disk."""
 
     tokens: int = 0
     documents: int = 0
 
 
 class PreparationProgress(BaseModel):
-    """What an interrupted preparation continues from; `request` is what was asked for, compared
-    before continuing.
+    """What an interrupted preparation continues from.
+
+    `request` is what was asked for; it must be equal to continue.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     request: dict[str, JsonValue]
-    pieces: int = 0  # of the source that are in the files
+    pieces: int = 0  # pieces of the source that are in the files
     splits: dict[Split, list[ShardProgress]] = {"train": [], "val": []}
 
     def tokens(self, split: Split) -> int:
@@ -66,7 +66,7 @@ class PreparationProgress(BaseModel):
 
 
 def read_progress(staging: Path) -> PreparationProgress | None:
-    """The commit point in a staging directory, None where there is none yet."""
+    """Return the commit point in a staging directory, or None if there is none yet."""
     path = staging / PROGRESS_FILE
     if not path.exists():
         return None
@@ -79,9 +79,7 @@ def read_progress(staging: Path) -> PreparationProgress | None:
 
 
 class SplitWriter:
-    """Appends one split's tokens and document offsets, shard by shard, from where `shards` says
-    it stopped.
-    """
+    """Append one split's tokens and document offsets, continuing after `shards`."""
 
     def __init__(
         self,
@@ -91,12 +89,10 @@ class SplitWriter:
         shard_tokens: int,
         shards: list[ShardProgress],
     ) -> None:
-        self._staging, self._split, self._dtype, self._shard_tokens = (
-            staging,
-            split,
-            dtype,
-            shard_tokens,
-        )
+        self._staging = staging
+        self._split = split
+        self._dtype = dtype
+        self._shard_tokens = shard_tokens
         self.shards = shards
         self._files: tuple[BinaryIO, BinaryIO] | None = None
         _remove_shards_from(staging, split, len(shards))
@@ -104,16 +100,15 @@ class SplitWriter:
             self._open_last()
 
     def write(self, tokens: np.ndarray, *, starts_document: bool) -> None:
-        """Append `tokens`; a shard is closed once it is full, so documents and pieces stay whole
-        in it.
-        """
+        """Append `tokens`; a full shard is closed, so documents and pieces stay whole in it."""
         if not self.shards or self.shards[-1].tokens >= self._shard_tokens:
             self.sync()
             self.close()
             self.shards.append(ShardProgress())
             self._open_last()
         assert self._files is not None
-        shard, (tokens_file, offsets_file) = self.shards[-1], self._files
+        shard = self.shards[-1]
+        tokens_file, offsets_file = self._files
         if starts_document:
             _write_all(offsets_file, np.array(shard.tokens, OFFSET_DTYPE).tobytes())
             shard.documents += 1
@@ -130,10 +125,12 @@ class SplitWriter:
         self._files = None
 
     def _open_last(self) -> None:
-        """Open the last shard's files cut back to the commit point: what lies beyond it may be
-        torn.
+        """Open the last shard's files, truncated to the commit point.
+
+        Data beyond it may be torn.
         """
-        shard, stem = self.shards[-1], f"{self._split}-{len(self.shards) - 1:05d}"
+        shard = self.shards[-1]
+        stem = f"{self._split}-{len(self.shards) - 1:05d}"
         self._files = (
             _open_at(self._staging / f"{stem}.bin", shard.tokens * self._dtype.itemsize),
             _open_at(self._staging / f"{stem}.offsets", shard.documents * OFFSET_DTYPE.itemsize),
@@ -141,9 +138,8 @@ class SplitWriter:
 
 
 def _open_at(path: Path, size: int) -> BinaryIO:
-    file = path.open(
-        "ab", buffering=0
-    )  # unbuffered: after a full disk there is nothing left to flush on closing
+    # unbuffered: after a full disk, closing must not flush
+    file = path.open("ab", buffering=0)
     if os.fstat(file.fileno()).st_size < size:
         file.close()
         raise UserError(
@@ -166,31 +162,34 @@ def _write_all(file: BinaryIO, data: bytes) -> None:
 
 
 class DatasetWriter:
-    """Writes both splits into a staging directory and commits them together."""
+    """Write both splits into a staging directory and commit them together."""
 
     def __init__(
         self, staging: Path, progress: PreparationProgress, *, vocabulary: int, shard_tokens: int
     ) -> None:
-        self._staging, self._vocabulary, self.progress = staging, vocabulary, progress
+        self._staging = staging
+        self._vocabulary = vocabulary
+        self.progress = progress
         dtype = np.dtype(dtype_for(vocabulary)).newbyteorder("<")
         self._splits = {
             s: SplitWriter(staging, s, dtype, shard_tokens, progress.splits[s]) for s in SPLITS
         }
 
     def write(self, split: Split, tokens: np.ndarray, *, starts_document: bool) -> None:
-        """Append part of a document or all of it; UserError, with need and have, where the disk
-        is full.
+        """Append a part of a document.
+
+        Raises UserError with needed and free space if the disk is full.
         """
-        if (
-            tokens.max(initial=0) >= self._vocabulary
-        ):  # a cast to uint16 would make 70000 4464 without a word
+        # a cast to uint16 would silently turn 70000 into 4464
+        if tokens.max(initial=0) >= self._vocabulary:
             raise ValueError(f"token id {tokens.max()} in a vocabulary of {self._vocabulary}")
         with explain_full_disk(self._staging, tokens.nbytes):
             self._splits[split].write(tokens, starts_document=starts_document)
 
     def commit(self, pieces: int) -> None:
-        """Make everything written so far, from the source's first `pieces`, survive a kill or a
-        power cut.
+        """Make everything durable that was written from the source's first `pieces`.
+
+        It then survives a kill or a power cut.
         """
         with explain_full_disk(self._staging, 0):
             for split in self._splits.values():
@@ -205,9 +204,7 @@ class DatasetWriter:
     def finish(
         self, *, tokenizer: TokenizerRecord, end_of_document: int, source: dict[str, JsonValue]
     ) -> DatasetManifest:
-        """Hash the files and write the manifest; the staging directory is then a complete
-        dataset.
-        """
+        """Hash the files and write the manifest, which completes the staging directory."""
         self.close()
         splits = {split: self._sealed_shards(split) for split in SPLITS}
         manifest = DatasetManifest(
@@ -244,8 +241,9 @@ def _sealed_shard(path: Path, shard: ShardProgress, dtype: np.dtype) -> TokenSha
 
 @contextmanager
 def explain_full_disk(directory: Path, need_bytes: int) -> Iterator[None]:
-    """Refuse to write `need_bytes` that would not fit, and turn a full disk into a UserError
-    with need and have.
+    """Raise UserError if `need_bytes` do not fit or if the disk fills up.
+
+    The message has the needed and the free space.
     """
     require_space(directory, need_bytes)
     try:
@@ -262,34 +260,29 @@ def require_space(directory: Path, need_bytes: int) -> None:
 
 
 def _disk_full(directory: Path, need_bytes: int, reason: str) -> UserError:
-    need, have = (
-        human_bytes(need_bytes + RESERVE_BYTES),
-        human_bytes(shutil.disk_usage(directory).free),
-    )
+    need = human_bytes(need_bytes + RESERVE_BYTES)
+    have = human_bytes(shutil.disk_usage(directory).free)
     return UserError(
-        f"{directory}: {reason}: need {need} more at least, have {have}. Free some space and give "
-        "the same command again: it continues from the last commit point"
+        f"{directory}: {reason}: need at least {need} more, have {have}. Free some space and rerun "
+        "the same command: it continues from the last commit point"
     )
 
 
 @contextmanager
 def exclusive_staging(directory: Path) -> Iterator[Path]:
-    """The staging directory of `directory`, made if need be and locked against other processes of
-    this host.
+    """Lock the staging directory of `directory` against other processes of this host, and yield it.
 
-    Waits while another process holds it. The lock is on the directory itself and dies with its
-    holder, so there is nothing stale to clean up; a holder that published has renamed the directory
-    away, and the next one makes another.
+    Makes it if needed, and waits while another process holds it. The lock is on the directory
+    itself and dies with its holder, so a stale one needs no cleaning. A holder that published
+    has renamed the directory, and the next one makes another.
     """
     staging = dataset_staging_directory(directory)
     while True:
         try:
             staging.mkdir(parents=True, exist_ok=True)
             lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
-        except (
-            FileExistsError,
-            FileNotFoundError,
-        ):  # another process published or removed it at this moment
+        # another process published or removed it at this moment
+        except (FileExistsError, FileNotFoundError):
             if staging.exists() and not staging.is_dir():
                 raise
             continue
@@ -313,16 +306,15 @@ def _is_open_as(descriptor: int, path: Path) -> bool:
 
 
 def _remove_if_empty(lock: int, staging: Path) -> None:
-    """Leave no empty directory behind; after publishing, the name may be another process's
-    already.
-    """
+    """Remove an empty staging directory, unless the name now belongs to another process."""
     if _is_open_as(lock, staging) and not any(staging.iterdir()):
         staging.rmdir()
 
 
 def publish(staging: Path, directory: Path) -> None:
-    """Rename a complete staging directory to its destination; a dataset that was there is
-    removed after the rename.
+    """Rename a complete staging directory to its destination.
+
+    A dataset that was there is removed after the rename.
     """
     manifest = DatasetManifest.model_validate_json((staging / MANIFEST_FILE).read_bytes())
     shards = [shard for shards in manifest.splits.values() for shard in shards]

@@ -1,4 +1,4 @@
-"""Is a configuration legal, does it fit, how fast would it be: answered before anything starts.
+"""Answers before a run starts: is a configuration legal, does it fit, how fast is it.
 
-``cost`` has the formulas. No torch.
+``cost`` has the formulas. No module here imports torch.
 """

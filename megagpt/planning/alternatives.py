@@ -1,9 +1,8 @@
-"""Other ways to run the same step on the same ranks: the neighbours of a layout, and those of them
-that fit.
+"""Other layouts that run the same step on the same ranks, and those of them that fit.
 
-A neighbour has the same model, world and global batch; it differs in the mesh, in ZeRO and offload,
-in recomputation or in the micro-batch. One change is tried before two, and of those that fit the
-fastest by estimate come first.
+An alternative has the same model, world size and global batch. It differs in the mesh, in ZeRO and
+offload, in recomputation or in the micro-batch. Single changes are tried before pairs; among those
+that fit, the fastest by estimate comes first.
 """
 
 from __future__ import annotations
@@ -31,7 +30,10 @@ DEVICES: tuple[Device, ...] = ("none", "cpu")
 def alternatives(
     layout: Layout, assumed: Assumptions, fits: Fits, legal: Callable[[Layout], bool]
 ) -> list[Layout]:
-    """The fastest few neighbours that fit and are legal; empty where no two changes are enough."""
+    """Return the fastest few alternatives that fit and are legal.
+
+    Empty if two changes are not enough.
+    """
     axes = [_meshes(layout, assumed), _states(), _recomputes(), _micro_batches(layout)]
     one = [(change,) for axis in axes for change in axis]
     two = [
@@ -49,7 +51,7 @@ def alternatives(
 
 
 def _changed(layout: Layout, changes: Iterable[tuple[Change, ...]]) -> Iterator[Layout]:
-    """The layouts that these changes make, each once, without the impossible ones."""
+    """Yield the layouts that these changes make, each once, without the impossible ones."""
     seen = {layout}
     for combination in changes:
         other: Layout | None = layout
@@ -65,13 +67,16 @@ def _fits_everywhere(layout: Layout, fits: Fits) -> bool:
 
 
 def _fits_somewhere(layout: Layout, fits: Fits) -> bool:
-    """A quick look at the ranks that hold most: the first two and the last."""
+    """Check only the ranks that hold most: the first two and the last."""
     ranks = {0, min(1, layout.pipeline - 1), layout.pipeline - 1}
     return all(fits(rank_memory(layout, rank, data_ranks=1)) for rank in ranks)
 
 
 def _meshes(layout: Layout, assumed: Assumptions) -> list[Change]:
-    """Other tensor and pipeline axes; what the data axis gains, accumulation loses."""
+    """Return changes to other tensor and pipeline axes.
+
+    A longer data axis means fewer accumulation steps.
+    """
     sizes = itertools.product(_divisors(layout.world_size), repeat=2)
     return [
         partial(_to_mesh, tensor, pipeline)
@@ -110,8 +115,9 @@ def _to_mesh(tensor: int, pipeline: int, layout: Layout) -> Layout | None:
 
 
 def _states() -> list[Change]:
-    """Other ZeRO stages, with the optimizer on the device or in host memory, and from ZeRO 3 the
-    parameters too.
+    """Return changes to other ZeRO stages, with or without offload of the optimizer state.
+
+    At ZeRO 3 also with or without offload of the parameters.
     """
     choices = itertools.product((1, 2, 3), DEVICES, DEVICES)
     return [
@@ -139,7 +145,7 @@ def _to_recompute(kind: str, layout: Layout) -> Layout:
 
 
 def _micro_batches(layout: Layout) -> list[Change]:
-    """Smaller micro-batches, and more of them."""
+    """Return changes to smaller micro-batches, and more of them."""
     return [
         partial(_to_micro_batch, layout.micro_batch // size)
         for size in _divisors(layout.micro_batch)[:-1]
@@ -157,8 +163,10 @@ def _divisors(number: int) -> list[int]:
 
 
 def set_items(written: RunConfig, resolved: ResolvedConfig, layout: Layout) -> list[str]:
-    """The `--set` items that turn a configuration into one with this layout."""
-    now, parallel, zero = Layout.of(resolved), layout.parallel, layout.zero
+    """Return the `--set` items that turn a configuration into one with this layout."""
+    now = Layout.of(resolved)
+    parallel = layout.parallel
+    zero = layout.zero
     items = {
         f"megagpt.parallel.{key}": getattr(parallel, key)
         for key in (
@@ -172,7 +180,9 @@ def set_items(written: RunConfig, resolved: ResolvedConfig, layout: Layout) -> l
         if getattr(parallel, key) != getattr(now.parallel, key)
     }
     if "gradient_reduction" not in written.megagpt.parallel.model_fields_set:
-        items.pop("megagpt.parallel.gradient_reduction", None)  # the default follows the pipeline
+        items.pop(
+            "megagpt.parallel.gradient_reduction", None
+        )  # its default depends on the pipeline
     if layout.recompute != now.recompute:
         items["megagpt.training.recompute"] = layout.recompute
     if layout.micro_batch != now.micro_batch or written.train_micro_batch_size_per_gpu is None:

@@ -1,8 +1,7 @@
-"""What a run puts where, as plain numbers: all that memory and speed depend on, without a device or
-a rank.
+"""Which rank holds what, as plain numbers: all that memory and speed depend on.
 
-A value that the planner may vary by `dataclasses.replace`, thousands of times a second, where a
-configuration is checked as a whole each time.
+No device and no rank. The planner varies a `Layout` with `dataclasses.replace` thousands of times a
+second; a configuration would be validated each time.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ BYTES_OF_TYPE = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 @dataclass(frozen=True)
 class Layout:
-    """The model, its mesh, one step's batch, and what ZeRO does with it.
+    """The model, the mesh, one step's batch, and the ZeRO settings.
 
-    `micro_batch` counts sequences, `micro_batches` forward-backward passes of a step on one rank;
-    `element_bytes` is the size of a parameter in the model's type, `accumulation_bytes` of a
-    gradient as it accumulates.
+    `micro_batch` counts sequences, `micro_batches` the forward-backward passes of a step on one
+    rank. `element_bytes` is the size of a parameter in the model's type, `accumulation_bytes`
+    that of an accumulated gradient.
     """
 
     model: ModelConfig
@@ -41,7 +40,7 @@ class Layout:
 
     @classmethod
     def of(cls, config: ResolvedConfig) -> Layout:
-        """The layout of a run whose ranks are known."""
+        """Return the layout of a run whose number of ranks is known."""
         element_type = "fp16" if config.fp16.enabled else "bf16" if config.bf16.enabled else "fp32"
         return cls(
             model=config.megagpt.model,
@@ -93,34 +92,37 @@ class Layout:
 
     @property
     def reduces_per_step(self) -> bool:
-        """Gradients cross the data axis once a step, whole until then; ZeRO 0 reduces in its own
-        way.
+        """Whether gradients are reduced once at the end of a step, by a ZeRO optimizer.
+
+        ZeRO 0 reduces in its own way.
         """
         return self.parallel.gradient_reduction == "per_step" and self.zero.stage > 0
 
     @property
     def schedule(self) -> str:
-        """The schedule that really runs: torch's 1F1B needs as many micro-batches as stages, and
-        with fewer has no steady state, so that it is GPipe (pipeline.py).
+        """The schedule that runs in effect.
+
+        torch's 1F1B with fewer micro-batches than stages has no steady state and is GPipe
+        (pipeline.py).
         """
         few = self.micro_batches < self.num_stages
         return "gpipe" if self.parallel.schedule == "1f1b" and few else self.parallel.schedule
 
     @property
     def stages(self) -> list[range]:
-        """The layers of every stage, 0 being the embedding and num_layers + 1 the head."""
+        """The layers of every stage; 0 is the embedding and num_layers + 1 the head."""
         return _cut(self.model, self.num_stages)
 
     def stages_of(self, pipeline_rank: int) -> range:
-        """The stages that a pipeline rank holds."""
+        """Return the stages that a pipeline rank holds."""
         return range(pipeline_rank, self.num_stages, self.pipeline)
 
     def with_parallel(self, **changes: Any) -> Layout:
-        """The same with other values in `megagpt.parallel`."""
+        """Return the same layout with other values in `megagpt.parallel`."""
         return replace(self, parallel=self.parallel.model_copy(update=changes))
 
     def with_zero(self, **changes: Any) -> Layout:
-        """The same with other values in `zero_optimization`."""
+        """Return the same layout with other values in `zero_optimization`."""
         return replace(self, zero=self.zero.model_copy(update=changes))
 
 
@@ -130,6 +132,6 @@ def _cut(model: ModelConfig, num_stages: int) -> list[range]:
 
 
 def model_layers(model: ModelConfig, layers: range) -> tuple[int, bool, bool]:
-    """(blocks, whether the embedding is among these layers, whether the head is)."""
+    """Return (number of blocks, whether the embedding is included, whether the head is)."""
     embedding, head = 0 in layers, model.num_layers + 1 in layers
     return len(layers) - embedding - head, embedding, head

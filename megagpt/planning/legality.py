@@ -1,8 +1,8 @@
-"""Is a run legal where it is to run, and if not, which is the nearest one that is? No torch.
+"""Check whether a run is legal, and find the nearest legal one if it is not. No torch.
 
-`planning/rules.py` knows what is refused and what helps against each refusal. That may break
-something else: another row, a batch that no longer divides. So what is printed as legal has passed
-the whole check again, in the same world.
+`planning/rules.py` lists what is refused and the remedies. A remedy may break another rule or make
+the batch indivisible. So a configuration is printed as legal only after it has passed the whole
+check in the same world.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ from megagpt.config import ConfigError, ResolvedConfig, RunConfig, unexpected_wo
 from megagpt.planning.rules import Rule, refusals
 from megagpt.schema.arithmetic import nearest_first
 
-# tokens, while the data are not prepared: whatever they turn out to have, the rest can be judged
+# the vocabulary of data that are not prepared; all other rules can be checked
 ANY_VOCABULARY = 0
-MOST_TRIED = 500  # configurations looked at for a legal one, a millisecond each
+MOST_TRIED = 500  # configurations to search for a legal one; each takes about 1 ms
 
-Items = tuple[str, ...]  # of `--set`
+Items = tuple[str, ...]  # `--set` items
 
 
 @dataclass(frozen=True)
 class World:
-    """What a file does not say: how many ranks there are (None: as many as make one replica),
-    how many tokens the data have (None: as many as the model; ANY_VOCABULARY: not known), and
+    """What a file does not say about a run.
+
+    `ranks`: the number of ranks (None: those of one replica). `vocabulary`: the number of
+    tokens of the data (None: that of the model; ANY_VOCABULARY: not known). `bf16_native`:
     whether the device multiplies bf16 matrices in hardware (None: not known).
     """
 
@@ -34,9 +36,9 @@ class World:
     bf16_native: bool | None = None
 
     def resolve(self, written: RunConfig) -> ResolvedConfig:
-        """The run in this world; where the device is not known, on one where it is legal.
+        """Return the resolved run in this world; raise ConfigError if there is none.
 
-        Raises ConfigError.
+        If `bf16_native` is not known, assume the value with which the run is legal.
         """
         if self.bf16_native is None:
             without, with_bf16 = (
@@ -55,8 +57,10 @@ class World:
         )
 
     def refusals(self, config: RunConfig, written: RunConfig) -> list[Rule]:
-        """The rows that refuse what was written and resolved here, without those that the data
-        may yet acquit.
+        """Return the rules that refuse this run.
+
+        Rules that depend on the rows of the embedding are left out while the vocabulary is
+        not known.
         """
         return refusals(
             config, rows_known=self.vocabulary != ANY_VOCABULARY or self._stand_in(written) is None
@@ -64,22 +68,21 @@ class World:
 
     @staticmethod
     def _stand_in(written: RunConfig) -> int | None:
-        """Tokens to go on with until the data are prepared; None where the configuration itself
-        says how many.
-        """
+        """Return a provisional vocabulary, or None if the configuration gives one."""
         return None if written.megagpt.model.vocab_size or written.megagpt.model.vocabulary else 1
 
 
 def require_legal(written: RunConfig, source: str = "", world: World | None = None) -> None:
-    """Raise ConfigError with all that is wrong; `source` (the file) stands before each line."""
+    """Raise ConfigError with all problems; `source` (the file) precedes each line."""
     if lines := problems(written, world):
         prefix = f"{source}: " if source else ""
         raise ConfigError(prefix + line for line in lines)
 
 
 def problems(written: RunConfig, world: World | None = None) -> list[str]:
-    """A line for each row that refuses and each number that does not divide, and the nearest
-    legal run behind the last; empty for a legal one.
+    """Return a line for each rule that refuses and each impossible number; empty for a legal run.
+
+    The last line offers the nearest legal run.
     """
     verdict = judge(written, world)
     lines = [rule.line(verdict.config) for rule in verdict.refused] + verdict.impossible
@@ -91,10 +94,10 @@ def problems(written: RunConfig, world: World | None = None) -> list[str]:
 
 @dataclass(frozen=True)
 class Legality:
-    """The rows that refuse a configuration, resolved as far as it can be, and why it could not be.
+    """The rules that refuse a configuration, and why it could not be resolved.
 
-    Where other ranks started than it states, it is resolved on those that it states: what else is
-    wrong shows, too.
+    If the number of ranks differs from `megagpt.parallel.world_size`, the configuration is
+    resolved for the number that it states, so that other problems show too.
     """
 
     config: RunConfig
@@ -103,7 +106,7 @@ class Legality:
 
 
 def judge(written: RunConfig, world: World | None) -> Legality:
-    """The whole check that a run passes before it starts."""
+    """Run the whole check that a run passes before it starts."""
     if world is None:
         return Legality(written, refusals(written), [])
     parallel = written.megagpt.parallel
@@ -118,12 +121,13 @@ def judge(written: RunConfig, world: World | None) -> Legality:
 
 
 def nearest_legal(written: RunConfig, world: World | None) -> Items | None:
-    """The `--set` items of a legal run, found by the fewest remedies; None where none was found."""
+    """Return the `--set` items of a legal run with the fewest remedies, or None."""
     queue: deque[Items] = deque([()])
     seen: set[Items] = {()}
     tried = 0
     while queue and tried < MOST_TRIED:
-        items, tried = queue.popleft(), tried + 1
+        items = queue.popleft()
+        tried += 1
         try:
             changed = written.changed(items)
         except ConfigError:
@@ -140,8 +144,11 @@ def nearest_legal(written: RunConfig, world: World | None) -> Items | None:
 
 
 def _remedies(written: RunConfig, verdict: Legality, world: World | None) -> Iterator[str]:
-    """Of the first row that refuses; else the ranks that there are; where only numbers do not
-    divide, smaller axes of the mesh, or other ways to cut the batch, then other batches.
+    """Yield remedies to try.
+
+    If a rule refuses: its remedies. Else if another number of ranks started: that number. Else
+    if the ranks do not divide: smaller axes of the mesh. Else other ways to split the batch,
+    then other batches.
     """
     if verdict.refused:
         yield from verdict.refused[0].remedies_for(verdict.config)
@@ -160,11 +167,9 @@ def _remedies(written: RunConfig, verdict: Legality, world: World | None) -> Ite
 
 
 def _other_batches(written: RunConfig, replicas: int) -> Iterator[str]:
-    """As many steps of accumulation as it takes; smaller micro-batches; the batches next to the
-    one that does not divide, of which micro-batches, where they are stated, take any number of
-    steps.
-    """
-    micro_batch, steps = written.train_micro_batch_size_per_gpu, written.gradient_accumulation_steps
+    """Yield other batch settings: any accumulation, smaller micro-batches, nearest batches."""
+    micro_batch = written.train_micro_batch_size_per_gpu
+    steps = written.gradient_accumulation_steps
     any_steps = "gradient_accumulation_steps=null"
     if steps is not None:
         yield any_steps
@@ -185,6 +190,6 @@ def _other_batches(written: RunConfig, replicas: int) -> Iterator[str]:
 
 
 def _with(items: Items, more: Items) -> Items:
-    """Later items stand instead of earlier ones of the same key."""
+    """Return the items with `more` added; later items replace earlier ones of the same key."""
     by_key = {item.partition("=")[0]: item for item in (*items, *more)}
     return tuple(by_key.values())

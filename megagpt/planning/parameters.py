@@ -1,10 +1,9 @@
-"""The parameters of a pipeline stage, each with its elements on one tensor shard, in the order of
-`model.parameters()`.
+"""The parameters of a pipeline stage with their sizes, in the order of `model.parameters()`.
 
-Tensor parallelism cuts attention by whole key-value groups and the MLP by its hidden channels
-(Shoeybi et al. 2019, arXiv 1909.08053, section 3), the embedding and the head by rows of the
-vocabulary. Norms, positions and the biases behind an output that all ranks add up are whole
-everywhere.
+A size is the number of elements on one tensor shard. Tensor parallelism splits attention by whole
+key-value groups, the MLP by its hidden channels (Shoeybi et al. 2019, arXiv 1909.08053, section 3),
+the embedding and the head by rows of the vocabulary. Norms, positions and the biases behind an
+all-reduced output are whole on every rank.
 """
 
 from __future__ import annotations
@@ -18,9 +17,7 @@ from megagpt.planning.layout import Layout
 
 
 class Parameter(NamedTuple):
-    """One parameter of a stage: its global name, its elements on one tensor shard, and whether
-    weight decay applies.
-    """
+    """One parameter of a stage: global name, elements on one tensor shard, weight decay."""
 
     name: str
     numel: int
@@ -28,7 +25,7 @@ class Parameter(NamedTuple):
 
 
 def parameters_of_rank(layout: Layout, pipeline_rank: int) -> list[Parameter]:
-    """All parameters that a rank of this pipeline rank takes part in, over its virtual stages."""
+    """Return the parameters of one rank of this pipeline rank, over its virtual stages."""
     stages = [layout.stages[stage] for stage in layout.stages_of(pipeline_rank)]
     return [
         parameter for layers in stages for parameter in _stage(layout.model, layers, layout.tensor)
@@ -36,7 +33,7 @@ def parameters_of_rank(layout: Layout, pipeline_rank: int) -> list[Parameter]:
 
 
 def group_elements(parameters: Iterable[Parameter]) -> tuple[int, int]:
-    """Elements with and without weight decay: the two groups of the optimizer (engine.py)."""
+    """Return the elements with and without weight decay: the optimizer's two groups (engine.py)."""
     sizes = [0, 0]
     for parameter in parameters:
         sizes[0 if parameter.decayed else 1] += parameter.numel
@@ -45,8 +42,9 @@ def group_elements(parameters: Iterable[Parameter]) -> tuple[int, int]:
 
 @cache
 def _stage(model: ModelConfig, layers: range, tensor: int) -> tuple[Parameter, ...]:
-    """The parameters of a contiguous run of layers, a tied head's only where the embedding is
-    elsewhere.
+    """Return the parameters of consecutive layers.
+
+    A tied head has its own weight only if the embedding is in another stage.
     """
     found: list[Parameter] = []
     for layer in layers:
@@ -69,7 +67,10 @@ def _embedding(model: ModelConfig, tensor: int) -> Iterator[Parameter]:
 
 
 def _block(model: ModelConfig, block: str, tensor: int) -> Iterator[Parameter]:
-    """Norm, attention, norm, MLP. A matrix that is cut by columns has a bias that nobody shares."""
+    """Yield norm, attention, norm, MLP.
+
+    The bias of a column-split matrix is split too; other biases are whole.
+    """
     width = model.hidden_size
     qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_size
     up = model.mlp_size * (2 if model.activation == "swiglu" else 1)

@@ -1,5 +1,6 @@
-"""Which rank is which, and on which host: the mesh as `distributed.py` lays it out, before any
-process exists.
+"""The host and mesh position of every rank, as `distributed.py` assigns them.
+
+Known before any process exists.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from megagpt.planning.layout import Layout
 
 
 class Place(NamedTuple):
-    """One rank: where it runs, and where it is on the axes."""
+    """One rank: where it runs, and its position on the axes."""
 
     rank: int
     host: str
@@ -25,15 +26,16 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Placement:
-    """Every rank's place, in the order of ranks; hosts are filled one after another, tensor is
-    the innermost axis.
+    """The place of every rank, in the order of ranks.
+
+    Hosts are filled one after another; tensor is the innermost axis.
     """
 
     places: tuple[Place, ...]
 
     @classmethod
     def of(cls, layout: Layout, hosts: Sequence[Host]) -> Placement:
-        """The hosts' slots together must be the layout's ranks."""
+        """Place a layout's ranks on hosts, which must have as many slots together."""
         slots = [(host.name, slot) for host in hosts for slot in range(host.slots)]
         places = []
         for rank, (host, slot) in enumerate(slots):
@@ -43,13 +45,11 @@ class Placement:
         return cls(tuple(places))
 
     def of_pipeline_rank(self, pipeline_rank: int) -> list[Place]:
-        """The ranks that hold the same stages."""
+        """Return the ranks that hold the same stages."""
         return [place for place in self.places if place.pipeline == pipeline_rank]
 
     def split_tensor_groups(self) -> list[list[Place]]:
-        """Tensor groups whose ranks are on more than one host: every layer then waits for the
-        network.
-        """
+        """Return the tensor groups that span several hosts; they use the network in every layer."""
         groups: dict[tuple[int, int], list[Place]] = {}
         for place in self.places:
             groups.setdefault((place.pipeline, place.data), []).append(place)
@@ -57,7 +57,7 @@ class Placement:
 
 
 def hosts_of(ranks: int, ranks_per_host: int) -> list[Host]:
-    """Hosts without names for so many ranks; the last may have fewer slots."""
+    """Return hosts with made-up names for this many ranks; the last may have fewer slots."""
     whole, rest = divmod(ranks, ranks_per_host)
     hosts = [Host(f"host-{index + 1}", ranks_per_host) for index in range(whole)]
     return hosts + ([Host(f"host-{whole + 1}", rest)] if rest else [])

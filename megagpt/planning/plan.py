@@ -1,5 +1,4 @@
-"""What a configuration would do on given hosts: is it legal, who holds what, does it fit, how fast,
-what would fit.
+"""What a configuration would do on given hosts: legality, placement, memory, speed, alternatives.
 
 No torch and no device: everything follows from the configuration, the hosts and the assumptions
 that the plan prints.
@@ -26,17 +25,21 @@ from megagpt.planning.placement import Placement
 from megagpt.planning.rules import can_be_cut
 from megagpt.utils import GIB, UserError
 
-LINK_SHARE = 0.7  # of a link's speed on its data sheet, what collectives reach
-EFFICIENCY = 0.5  # of a device's peak, what large 16-bit products and attention reach together
+LINK_SHARE = 0.7  # share of a link's data-sheet speed that collectives reach
+EFFICIENCY = 0.5  # share of a device's peak that large 16-bit products and attention reach
 NETWORK_GB_PER_S = 40.0  # one 400 Gbit/s adapter a device
-HOST_MEMORY_GB_PER_S, NVME_GB_PER_S = 200.0, 10.0
-HOST_MEMORY_GIB, RESERVE_GIB = 1024.0, 6.0
+HOST_MEMORY_GB_PER_S = 200.0
+NVME_GB_PER_S = 10.0
+HOST_MEMORY_GIB = 1024.0
+RESERVE_GIB = 6.0
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What there is: memory of a device and of a host in GiB, and how much of the device is not
-    ours to fill (the CUDA context, NCCL's buffers, fragments of the allocator).
+    """Available memory of a device and of a host in GiB.
+
+    `reserve_gib` of the device is not available to us: the CUDA context, NCCL's buffers,
+    fragmentation of the allocator.
     """
 
     device_gib: float
@@ -46,7 +49,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Alternative:
-    """A layout that fits, and how to ask for it."""
+    """A layout that fits, and the `--set` items that select it."""
 
     items: list[str]
     estimate: Estimate
@@ -55,9 +58,9 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Plan:
-    """The answers.
+    """The result of planning.
 
-    `refusals` are the lines of planning/rules.py; `memory` and `sent` have an entry a pipeline
+    `refusals` are the lines of planning/rules.py; `memory` and `sent` have one entry a pipeline
     rank.
     """
 
@@ -75,17 +78,17 @@ class Plan:
 
     @property
     def fits_device(self) -> bool:
-        """Every rank's peak leaves the reserve free."""
+        """Whether every rank's peak leaves the reserve free."""
         return all(fits_device(rank, self.limits) for rank in self.memory)
 
     @property
     def fits_host(self) -> bool:
-        """Every host has the memory that its ranks keep there."""
+        """Whether every host has enough memory for its ranks."""
         return self.host_gib <= self.limits.host_gib
 
     @property
     def host_gib(self) -> float:
-        """The most that the ranks of one host keep in its memory."""
+        """The most host memory that the ranks of one host use, in GiB."""
         by_host: dict[str, float] = {}
         for place in self.placement.places:
             by_host[place.host] = (
@@ -95,18 +98,19 @@ class Plan:
 
     @property
     def good(self) -> bool:
-        """Legal, and it fits."""
+        """Whether the run is legal and fits."""
         return not self.refusals and self.fits_device and self.fits_host
 
 
 def fits_device(memory: RankMemory, limits: Limits) -> bool:
-    """Whether a rank's peak leaves the reserve free."""
+    """Return whether a rank's peak leaves the reserve free."""
     return memory.peak.device / GIB <= limits.device_gib - limits.reserve_gib
 
 
 def assume(device: Accelerator, ranks_per_host: int, **given: Any) -> Assumptions:
-    """Rates of a device's data sheet, lowered to what programs reach; whatever is given and not
-    None stands instead.
+    """Return the rates of a device's data sheet, reduced to what programs reach.
+
+    Values in `given` replace them, unless None.
     """
     assumed = Assumptions(
         peak_tflops=device.peak_tflops,
@@ -125,12 +129,14 @@ def assume(device: Accelerator, ranks_per_host: int, **given: Any) -> Assumption
 def make_plan(
     path: str, overrides: Sequence[str], hosts: Sequence[Host], limits: Limits, assumed: Assumptions
 ) -> Plan:
-    """Plan a configuration file on these hosts; raises ConfigError where it is no configuration
-    for so many ranks.
+    """Plan a configuration file on these hosts.
+
+    Raises ConfigError if the configuration is impossible on this number of ranks.
     """
     written = load_config(path, overrides)
     world = world_of(written, world_size(list(hosts)))
-    verdict, refused = judge(written, world), problems(written, world)
+    verdict = judge(written, world)
+    refused = problems(written, world)
     config = verdict.config
     if verdict.impossible or not isinstance(config, ResolvedConfig) or not can_be_cut(config):
         raise ConfigError(f"{path}: {line}" for line in refused)
@@ -143,15 +149,17 @@ def make_plan(
 
 
 def world_of(written: RunConfig, ranks: int) -> World:
-    """GPUs that compute in bf16; the vocabulary is the configuration's or its preset's, else
-    that of the data.
+    """Return a world of GPUs that compute in bf16.
+
+    The vocabulary is that of the configuration or of its preset, else that of the data.
     """
     return World(ranks, _vocabulary_here(written), bf16_native=True)
 
 
 def _vocabulary_here(written: RunConfig) -> int | None:
-    """Of the prepared data, which are looked at only where nothing else tells it: that costs the
-    import of numpy.
+    """Return the vocabulary of the prepared data, or None.
+
+    The data are read only if nothing else tells it, because that imports numpy.
     """
     model = written.megagpt.model
     if model.vocab_size or model.vocabulary or model.published_vocabulary:
@@ -194,8 +202,9 @@ def _plan(
 def _alternatives(
     plan: Plan, path: str, overrides: Sequence[str], written: RunConfig, world: World
 ) -> list[Alternative]:
-    """Neighbours that fit; each is read again from the file with its `--set` items, so that what
-    is printed works.
+    """Return alternatives that fit.
+
+    Each is read again from the file with its `--set` items, so that what is printed works.
     """
     limits = plan.limits
 
@@ -226,7 +235,7 @@ def _alternative(layout: Layout, items: list[str], assumed: Assumptions) -> Alte
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """The plan for machines: bytes and seconds, hosts and ranks, nothing rounded."""
+    """Return the plan for machines: bytes and seconds, hosts and ranks, nothing rounded."""
     return {
         "legal": not plan.refusals,
         "fits": plan.fits_device and plan.fits_host,

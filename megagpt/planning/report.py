@@ -13,12 +13,12 @@ from megagpt.planning.schedules import bubble_formula
 from megagpt.planning.stages import describe_stage
 from megagpt.utils import GIB, human_count
 
-FEW_RANKS = 16  # shown one by one
-SHOWN_STAGES = 8  # of memory, one column each; of more, the first, the last and the fullest
+FEW_RANKS = 16  # up to this many ranks, show each
+SHOWN_STAGES = 8  # columns of memory; with more stages, show the first, the last and the fullest
 
 
 def text(plan: Plan) -> str:
-    """Everything, the verdict first, and where it is no, what to type instead at the end."""
+    """Return the whole plan as text: the verdict first, alternatives last if it is negative."""
     parts = [
         _verdict(plan),
         *_refusals(plan),
@@ -33,7 +33,8 @@ def text(plan: Plan) -> str:
 
 
 def _verdict(plan: Plan) -> str:
-    layout, room = plan.layout, plan.limits.device_gib - plan.limits.reserve_gib
+    layout = plan.layout
+    room = plan.limits.device_gib - plan.limits.reserve_gib
     legal = "refused" if plan.refusals else "legal"
     fits = "it fits" if plan.fits_device and plan.fits_host else "IT DOES NOT FIT"
     used = f"{_fullest(plan.memory).peak.device / GIB:.1f} of {room:.1f} GiB a device"
@@ -59,7 +60,7 @@ def _refusals(plan: Plan) -> Iterator[str]:
 
 
 def _mesh(plan: Plan) -> str:
-    """Each rank where there are few, else the hosts of each pipeline rank."""
+    """Return each rank if there are few, else the hosts of each pipeline rank."""
     places = plan.placement.places
     if len(places) <= FEW_RANKS:
         rows = [
@@ -78,7 +79,7 @@ def _mesh(plan: Plan) -> str:
         lines.append(
             f"warning: {len(split)} tensor groups cross hosts, such as ranks "
             f"{split[0][0].rank}-{split[0][-1].rank} on {hosts}: every layer waits for the "
-            "network; use a tensor axis that divides the slots of a host"
+            "network; set megagpt.parallel.tensor to a divisor of the slots of a host"
         )
     return "\n".join(["mesh:", *(f"  {line}" for line in lines)])
 
@@ -90,7 +91,7 @@ def _run_of_ranks(places: Sequence[Place], pipeline_rank: int) -> str:
 
 
 def _stages(plan: Plan) -> str:
-    """What each stage holds, and its shares of arithmetic and parameters."""
+    """Return what each stage holds, with its shares of work and parameters."""
     layout = plan.layout
     lines = [
         f"stage {stage} on pipeline {stage % layout.pipeline}: "
@@ -103,9 +104,7 @@ def _stages(plan: Plan) -> str:
 
 
 def _memory(plan: Plan) -> str:
-    """GiB of a rank by line, a column a pipeline rank; a line that is zero everywhere is left
-    out.
-    """
+    """Return a table of GiB by kind, one column a pipeline rank; lines of zeros are left out."""
     shown = _shown(plan.memory)
     columns = [[*memory.lines(), ("peak", memory.peak)] for memory in shown]
     rows = [
@@ -138,7 +137,8 @@ def _gib(size: Bytes) -> str:
 
 
 def _speed(plan: Plan) -> str:
-    layout, result = plan.layout, plan.estimate
+    layout = plan.layout
+    result = plan.estimate
     sent = max(plan.sent, key=lambda of_rank: sum(vars(of_rank).values()))
     axes = {
         "data, parameters": sent.gathers,
@@ -154,7 +154,7 @@ def _speed(plan: Plan) -> str:
         f"{result.update_s:.2f}"
     )
     return (
-        "speed (an estimate, no measurement):\n"
+        "speed (an estimate, not a measurement):\n"
         f"  step {result.step_s:.2f} s = {parts}\n"
         f"  {human_count(result.tokens_per_s)} tokens/s, {device_rate} a device, MFU "
         f"{result.mfu:.0%}\n"
@@ -172,8 +172,8 @@ def _assumptions(plan: Plan) -> str:
 def _alternatives(found: Sequence[Alternative]) -> str:
     if not found:
         return (
-            "nothing that is legal and fits is two changes or fewer away: use more ranks, or a "
-            "smaller model or batch"
+            "found no legal run that fits within two changes; use more ranks, a smaller model or "
+            "a smaller batch"
         )
     lines = [
         f"  --set {shlex.join(other.items)}\n"
@@ -181,13 +181,13 @@ def _alternatives(found: Sequence[Alternative]) -> str:
         f"{other.estimate.mfu:.0%}"
         for other in found
     ]
-    return "\n".join(["legal and fits, with the same ranks and batch, fastest first:", *lines])
+    return "\n".join(
+        ["these are legal and fit, with the same ranks and batch, fastest first:", *lines]
+    )
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with columns as wide as their widest entry, the first to the left, the others to the
-    right.
-    """
+    """Return lines with aligned columns: the first to the left, the others to the right."""
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
 
     def line(row: Sequence[str]) -> str:

@@ -1,8 +1,7 @@
-"""The one table of what composes: each row refuses a combination, says why, and what to try
-instead.
+"""The table of what composes: each rule refuses a combination, says why and what to try instead.
 
-A row stands here because DeepSpeed 0.19.8 would ignore the combination or fail late, or because
-this trainer does not do it yet: a key that is accepted acts. What helps against one row may break
+A rule exists because DeepSpeed 0.19.8 would ignore the combination or fail late, or because this
+trainer does not support it: every accepted key takes effect. A remedy for one rule may break
 another: `legality.py` searches.
 """
 
@@ -21,7 +20,7 @@ from megagpt.schema.arithmetic import nearest_first
 from megagpt.schema.deepspeed import ZERO_KEY_STAGES
 from megagpt.schema.errors import shown
 
-# what DeepSpeed takes where offload_param.buffer_size is absent (zero/offload_config.py)
+# DeepSpeed's default of offload_param.buffer_size (zero/offload_config.py)
 BUFFER_ELEMENTS = 100_000_000
 
 
@@ -30,41 +29,39 @@ Remedies = Callable[[RunConfig], Iterable[str]]
 
 @dataclass(frozen=True)
 class Rule:
-    """One row.
+    """One rule.
 
-    `remedies` are `--set` items, one or several with spaces between them, of which each makes a
-    refused configuration legal in this respect; the nearest comes first.
+    Each remedy is one or several `--set` items, separated by spaces, that satisfy this rule;
+    the nearest comes first. `counts_rows`: the rule depends on the rows of the embedding and
+    waits until the data or the configuration tell them.
     """
 
     key: str
     refuses: Callable[[RunConfig], bool]
     reason: str
     remedies: tuple[str, ...] | Remedies
-    counts_rows: bool = (
-        False  # of the vocabulary: this row waits until the data, or the configuration, tell them
-    )
+    counts_rows: bool = False
 
     def remedies_for(self, config: RunConfig) -> Iterable[str]:
-        """The `--set` items for this configuration."""
+        """Return the `--set` items for this configuration."""
         return self.remedies(config) if callable(self.remedies) else self.remedies
 
     def line(self, config: RunConfig) -> str:
-        """`megagpt.parallel.tensor: 2 is refused: ...`."""
+        """Return an error line: `megagpt.parallel.tensor: 2 is refused: ...`."""
         return f"{self.key}: {shown(_value_at(config, self.key))} is refused: {self.reason}"
 
 
 def refusals(config: RunConfig, *, rows_known: bool = True) -> list[Rule]:
-    """The rows that refuse this configuration; an empty list is a legal one.
+    """Return the rules that refuse this configuration; empty if it is legal.
 
-    `rows_known`: whether `vocab_size` is what the run will have, not a stand-in until its data are
-    prepared.
+    `rows_known`: whether `vocab_size` is final, not provisional until the data are prepared.
     """
     rows_known = rows_known and isinstance(config, ResolvedConfig)
     return [rule for rule in RULES if (rows_known or not rule.counts_rows) and rule.refuses(config)]
 
 
 def can_be_cut(config: RunConfig) -> bool:
-    """Whether every stage has a block; of what cannot be cut nothing can be planned."""
+    """Return whether every stage has a block; if not, nothing can be planned."""
     return not _has_pipeline(config) or config.megagpt.parallel.pipeline <= _most_stages(config)
 
 
@@ -96,24 +93,24 @@ def _ties_embeddings(config: RunConfig) -> bool:
 
 
 def _shareable(config: RunConfig) -> int:
-    """What the number of tensor ranks has to divide in each block."""
+    """Return the number that the tensor axis must divide in each block."""
     return gcd(config.megagpt.model.num_kv_heads, config.megagpt.model.mlp_size)
 
 
 def _shares_rows(config: RunConfig) -> bool:
-    """Whether the rows of the embedding are divided, too."""
+    """Return whether the tensor axis divides the rows of the embedding."""
     return (config.megagpt.model.vocab_size or 0) % config.megagpt.parallel.tensor == 0
 
 
 def _fewer_tensor_ranks(config: RunConfig) -> Iterator[str]:
-    """Numbers of tensor ranks below the wanted one that divide the blocks."""
+    """Yield smaller tensor axes that divide the blocks."""
     for ranks in range(config.megagpt.parallel.tensor - 1, 0, -1):
         if _shareable(config) % ranks == 0:
             yield f"megagpt.parallel.tensor={ranks}"
 
 
 def _fewer_for_the_rows(config: RunConfig) -> Iterator[str]:
-    """Numbers of tensor ranks below the wanted one that divide the blocks and the rows."""
+    """Yield smaller tensor axes that divide the blocks and the rows of the embedding."""
     rows = config.megagpt.model.vocab_size or 0
     return (item for item in _fewer_tensor_ranks(config) if rows % int(item.partition("=")[2]) == 0)
 
@@ -123,12 +120,12 @@ def _length(config: RunConfig) -> int:
 
 
 def _most_stages(config: RunConfig) -> int:
-    """Pipeline ranks that can all have a block in each of their stages."""
+    """Return the largest pipeline axis with a block in every stage."""
     return max(1, config.megagpt.model.num_layers // config.megagpt.parallel.virtual_stages)
 
 
 def _fewer_stages(config: RunConfig) -> Iterator[str]:
-    """Fewer stages on each rank, or else fewer ranks: what no rank is left without work by."""
+    """Yield fewer stages a rank, then fewer ranks, so that every stage has a block."""
     parallel = config.megagpt.parallel
     blocks = config.megagpt.model.num_layers
     for virtual in range(min(parallel.virtual_stages - 1, blocks // parallel.pipeline), 0, -1):
@@ -139,34 +136,33 @@ def _fewer_stages(config: RunConfig) -> Iterator[str]:
 
 
 def _micro_batches(config: RunConfig) -> int:
-    """Micro-batches of a step; 0 until they are known."""
+    """Return the micro-batches of a step; 0 until they are known."""
     return config.gradient_accumulation_steps or 0 if isinstance(config, ResolvedConfig) else 0
 
 
 def _fills_rounds(config: RunConfig, micro_batches: int) -> bool:
-    """Whether torch's interleaved schedule can cut so many micro-batches into rounds."""
+    """Return whether torch's interleaved schedule can split this many micro-batches into rounds."""
     return micro_batches % max(1, micro_batches // config.megagpt.parallel.pipeline) == 0
 
 
 def _other_batches(config: RunConfig) -> Iterator[str]:
-    """Batches of as many micro-batches as fill whole rounds, by whichever keys say how many
-    there are.
-    """
+    """Yield batches that fill whole rounds, with each key that sets the micro-batches."""
     if not isinstance(config, ResolvedConfig):
         return
     wanted = _micro_batches(config)
     samples = config.train_micro_batch_size_per_gpu * config.data_parallel_size
     for count in nearest_first(wanted, among=range(1, 2 * wanted + 1)):
         if _fills_rounds(config, count):
-            batch, steps = (
-                f"train_batch_size={count * samples}",
-                f"gradient_accumulation_steps={count}",
-            )
+            batch = f"train_batch_size={count * samples}"
+            steps = f"gradient_accumulation_steps={count}"
             yield from (batch, steps, f"{batch} {steps}")
 
 
 def _at_stage(stage: int, *others: str) -> Remedies:
-    """Another ZeRO stage, without the keys that do nothing there; or else other items."""
+    """Return remedies: another ZeRO stage, without the keys that have no effect there.
+
+    `others` are tried after it.
+    """
 
     def remedies(config: RunConfig) -> Iterator[str]:
         zero = config.zero_optimization
@@ -184,20 +180,21 @@ def _at_stage(stage: int, *others: str) -> Remedies:
 
 
 def _model_type(config: RunConfig) -> str:
-    """fp32, fp16, bf16, or "unknown" while bf16.enabled is still "auto"."""
+    """Return fp32, fp16, bf16, or "unknown" while bf16.enabled is "auto"."""
     if config.bf16.enabled == "auto":
         return "unknown"
     return "fp16" if config.fp16.enabled else "bf16" if config.bf16.enabled else "fp32"
 
 
 def _accumulates_otherwise(config: RunConfig) -> bool:
-    """Gradients accumulate in a format other than the model's."""
-    wanted, model_type = config.data_types.grad_accum_dtype, _model_type(config)
+    """Return whether gradients accumulate in a format other than the model's."""
+    wanted = config.data_types.grad_accum_dtype
+    model_type = _model_type(config)
     return wanted is not None and "unknown" not in (wanted, model_type) and wanted != model_type
 
 
 def _layout(config: RunConfig) -> Layout | None:
-    """Who holds what, once the ranks are known and if every rank has its part."""
+    """Return the layout, or None if the ranks are not known or do not divide the model."""
     shared = _shareable(config) % config.megagpt.parallel.tensor == 0 and _shares_rows(config)
     return (
         Layout.of(config)
@@ -207,7 +204,7 @@ def _layout(config: RunConfig) -> Layout | None:
 
 
 def _largest_parameter_shard(config: RunConfig) -> int:
-    """Elements of the largest parameter's share on any rank; 0 until the ranks are known."""
+    """Return the elements of a rank's share of the largest parameter; 0 if ranks are unknown."""
     if (layout := _layout(config)) is None:
         return 0
     parameters = (
@@ -219,8 +216,9 @@ def _largest_parameter_shard(config: RunConfig) -> int:
 
 
 def _has_unequal_tiles(config: RunConfig) -> bool:
-    """ZeRO 3's optimizer makes an all-reduce over the stages for each tile: those with fewer
-    would wait for ever.
+    """Return whether pipeline ranks have different numbers of optimizer tiles at ZeRO 3.
+
+    ZeRO 3's optimizer runs an all-reduce over the stages for each tile, so ranks would hang.
     """
     layout = _layout(config)
     return layout is not None and len(set(tile_counts(layout))) > 1
@@ -243,7 +241,10 @@ def _buffer_too_small(config: RunConfig) -> bool:
 
 
 def _other_accumulation(config: RunConfig) -> list[str]:
-    """A pipeline of tied embeddings can reduce each micro-batch at ZeRO 3 only."""
+    """Return remedies: reduce every micro-batch, or accumulate in the model's format.
+
+    With a pipeline and tied embeddings, reducing every micro-batch also needs ZeRO 3.
+    """
     in_its_format = f"data_types.grad_accum_dtype={_model_type(config)}"
     per_micro_batch = "megagpt.parallel.gradient_reduction=per_micro_batch"
     if _has_pipeline(config) and _ties_embeddings(config) and _stage(config) < 3:
@@ -251,19 +252,19 @@ def _other_accumulation(config: RunConfig) -> list[str]:
     return [per_micro_batch, in_its_format]
 
 
-NOT_FROM_NVME = {  # keys that do nothing for parameters on NVMe (compat.py, read_when_needed)
+NOT_FROM_NVME = {  # keys without effect for parameters on NVMe (compat.py, read_when_needed)
     "stage3_prefetch_bucket_size": "a parameter on NVMe is read when its module needs it, not "
-    "ahead",
-    "stage3_max_live_parameters": "it bounds what is fetched ahead, and from NVMe nothing is",
-    "stage3_max_reuse_distance": "a parameter on NVMe is read again for each use: keeping it "
-    "takes an I/O buffer",
+    "prefetched",
+    "stage3_max_live_parameters": "it limits prefetching, and nothing is prefetched from NVMe",
+    "stage3_max_reuse_distance": "a parameter on NVMe is read again for each use; keeping it "
+    "would occupy an I/O buffer",
 }
 
 RULES: tuple[Rule, ...] = (
     Rule(
         "megagpt.parallel.tensor",
         lambda config: _shareable(config) % config.megagpt.parallel.tensor != 0,
-        "each rank takes as many key-value heads and MLP channels as any other",
+        "it must divide num_kv_heads and the MLP width",
         _fewer_tensor_ranks,
     ),
     Rule(
@@ -271,8 +272,7 @@ RULES: tuple[Rule, ...] = (
         lambda config: (
             _shareable(config) % config.megagpt.parallel.tensor == 0 and not _shares_rows(config)
         ),
-        "each rank takes as many rows of the embedding as any other: of the vocabulary, padded to "
-        "a multiple of 128",
+        "it must divide the rows of the embedding (the vocabulary, padded to a multiple of 128)",
         _fewer_for_the_rows,
         counts_rows=True,
     ),
@@ -282,20 +282,19 @@ RULES: tuple[Rule, ...] = (
             config.megagpt.parallel.sequence
             and _length(config) % config.megagpt.parallel.tensor != 0
         ),
-        "each tensor rank holds as many positions as any other, and they do not divide the "
-        "sequence",
+        "megagpt.parallel.tensor must divide megagpt.model.sequence_length",
         ("megagpt.parallel.sequence=false",),
     ),
     Rule(
         "megagpt.parallel.pipeline",
         lambda config: config.megagpt.parallel.pipeline > 1 and _stage(config) == 0,
-        "DeepSpeed cannot put off the reduction of a pipeline's gradients without a ZeRO optimizer",
+        "DeepSpeed cannot delay the reduction of a pipeline's gradients without a ZeRO optimizer",
         _at_stage(1),
     ),
     Rule(
         "megagpt.parallel.pipeline",
         lambda config: not can_be_cut(config),
-        "a stage would have no block, the model having fewer blocks than stages",
+        "a stage would have no block: the model has fewer blocks than stages",
         _fewer_stages,
     ),
     Rule(
@@ -315,7 +314,7 @@ RULES: tuple[Rule, ...] = (
             and config.megagpt.parallel.schedule == "interleaved"
             and config.megagpt.parallel.virtual_stages == 1
         ),
-        "it interleaves several stages of a rank, and there is one",
+        "it needs several stages on each rank, but megagpt.parallel.virtual_stages is 1",
         ("megagpt.parallel.virtual_stages=2", "megagpt.parallel.schedule=1f1b"),
     ),
     Rule(
@@ -325,7 +324,7 @@ RULES: tuple[Rule, ...] = (
             and config.megagpt.parallel.schedule == "interleaved"
             and not _fills_rounds(config, _micro_batches(config))
         ),
-        "the interleaved schedule runs its micro-batches in equal rounds of about one a pipeline "
+        "the interleaved schedule runs the micro-batches in equal rounds of about one per pipeline "
         "rank",
         _other_batches,
     ),
@@ -337,9 +336,9 @@ RULES: tuple[Rule, ...] = (
             and _ties_embeddings(config)
             and (_stage(config) < 3 or _optimizer_device(config) == "nvme")
         ),
-        "the copies of a tied embedding on the first and last stage add their gradients up, of "
-        "which ZeRO 1 and 2 cut the two at different places, and which are on the disk with an "
-        "optimizer on NVMe",
+        "the gradients of the two copies of the tied embedding cannot be summed per micro-batch: "
+        "ZeRO 1 and 2 partition the copies differently, and with an optimizer on NVMe the "
+        "gradients are on disk",
         ("megagpt.parallel.gradient_reduction=per_step",),
     ),
     Rule(
@@ -351,8 +350,8 @@ RULES: tuple[Rule, ...] = (
             and config.megagpt.parallel.schedule == "interleaved"
             and config.megagpt.parallel.gradient_reduction == "per_micro_batch"
         ),
-        "ZeRO 1 then reduces what the last backward of a step reaches: of one of a rank's stages "
-        "only",
+        "ZeRO 1 then reduces only the gradients of a step's last backward, which are those of one "
+        "of a rank's stages",
         ("zero_optimization.overlap_comm=false",),
     ),
     Rule(
@@ -362,8 +361,8 @@ RULES: tuple[Rule, ...] = (
             and _parameter_device(config) == "nvme"
             and _ties_embeddings(config)
         ),
-        "adding the gradients of a tied embedding's two copies was not shown to work with "
-        "parameters on NVMe",
+        "summing the gradients of a tied embedding's two copies was never tested with parameters "
+        "on NVMe",
         ("megagpt.model.tie_embeddings=false",),
     ),
     Rule(
@@ -371,7 +370,7 @@ RULES: tuple[Rule, ...] = (
         lambda config: (
             config.megagpt.parallel.schedule != "1f1b" and config.megagpt.parallel.pipeline == 1
         ),
-        "it orders the micro-batches of a pipeline, and there is none",
+        "it orders the micro-batches of a pipeline, but megagpt.parallel.pipeline is 1",
         ("megagpt.parallel.schedule=1f1b",),
     ),
     Rule(
@@ -379,13 +378,13 @@ RULES: tuple[Rule, ...] = (
         lambda config: (
             config.megagpt.parallel.virtual_stages > 1 and config.megagpt.parallel.pipeline == 1
         ),
-        "it cuts the stages of a pipeline, and there is none",
+        "it splits the stages of a pipeline, but megagpt.parallel.pipeline is 1",
         ("megagpt.parallel.virtual_stages=1",),
     ),
     Rule(
         "megagpt.parallel.sequence",
         lambda config: config.megagpt.parallel.sequence and config.megagpt.parallel.tensor == 1,
-        "it splits the norms over the tensor axis, which has one rank",
+        "it splits the sequence over the tensor axis, but megagpt.parallel.tensor is 1",
         ("megagpt.parallel.sequence=false",),
     ),
     Rule(
@@ -419,7 +418,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "zero_optimization.offload_param.device",
         lambda config: _parameter_device(config) == "nvme" and _model_type(config) == "fp32",
-        "DeepSpeed swaps parameters to NVMe in bf16 or fp16 only, and this run computes in fp32",
+        "DeepSpeed swaps parameters to NVMe in bf16 or fp16 only, but this run computes in fp32",
         ("bf16.enabled=true",),
     ),
     *(
@@ -449,8 +448,8 @@ RULES: tuple[Rule, ...] = (
             and _model_type(config) in ("bf16", "fp16")
             and not _has_pipeline(config)
         ),
-        "DeepSpeed keeps 16-bit weights at ZeRO 0 in optimizers of another kind, which "
-        "checkpoints cannot address",
+        "with 16-bit weights at ZeRO 0 DeepSpeed uses other optimizers, whose state checkpoints "
+        "cannot address",
         _at_stage(1),
     ),
     Rule(
@@ -460,8 +459,7 @@ RULES: tuple[Rule, ...] = (
             and _stage(config) > 0
             and config.megagpt.parallel.gradient_reduction == "per_step"
         ),
-        "the one reduction of a step adds micro-batches up in the model's format before it "
-        "converts them",
+        "with per_step, micro-batches are summed in the model's format before the conversion",
         _other_accumulation,
     ),
     Rule(
@@ -469,7 +467,7 @@ RULES: tuple[Rule, ...] = (
         lambda config: (
             _accumulates_otherwise(config) and config.data_types.grad_accum_dtype != "fp32"
         ),
-        "it is less exact than the model, or another 16-bit format",
+        "it is less precise than the model's format, or the other 16-bit format",
         ("data_types.grad_accum_dtype=fp32", "data_types.grad_accum_dtype=null"),
     ),
     Rule(
@@ -480,15 +478,15 @@ RULES: tuple[Rule, ...] = (
             and _stage(config) == 1
             and _optimizer_device(config) == "none"
         ),
-        "DeepSpeed then leaves the ZeRO optimizer for its BF16_Optimizer, which cannot coalesce "
-        "reductions",
+        "DeepSpeed then uses its BF16_Optimizer instead of the ZeRO optimizer, and that cannot "
+        "coalesce reductions",
         _at_stage(2),
     ),
     Rule(
         "zero_optimization.sub_group_size",
         _has_unequal_tiles,
-        "it cuts the shards of pipeline stages into different numbers of optimizer tiles, and "
-        "they need equal ones",
+        "it splits the shards of the pipeline stages into different numbers of optimizer tiles; "
+        "all stages need the same number",
         _one_tile,
         counts_rows=True,
     ),

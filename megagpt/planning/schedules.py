@@ -1,8 +1,7 @@
-"""The order in which a pipeline rank runs its micro-batches, as torch's schedules run them, and
-what follows from it.
+"""The order in which torch's schedules run the micro-batches of a pipeline rank.
 
 GPipe (Huang et al. 2019, arXiv 1811.06965), 1F1B and interleaved 1F1B (Narayanan et al. 2021, arXiv
-2104.04473, section 2.2). No torch: the planner counts held activations and idle time with it, and
+2104.04473, section 2.2). No torch: the planner computes held activations and idle time from it, and
 the documentation draws it.
 """
 
@@ -26,7 +25,7 @@ class Action(NamedTuple):
 def actions(
     schedule: str, pipeline: int, virtual_stages: int, micro_batches: int
 ) -> list[list[Action]]:
-    """What each pipeline rank does, in order; `schedule` is gpipe, 1f1b or interleaved."""
+    """Return each pipeline rank's actions in order; `schedule`: gpipe, 1f1b or interleaved."""
     return [
         actions_of_rank(schedule, rank, pipeline, virtual_stages, micro_batches)
         for rank in range(pipeline)
@@ -36,11 +35,11 @@ def actions(
 def warm_up(
     schedule: str, rank: int, pipeline: int, virtual_stages: int, micro_batches: int
 ) -> int:
-    """Forwards before a rank begins to alternate: gpipe m - 1, 1f1b p - rank - 1, interleaved (v -
-    1) x round + 2 (p - rank - 1), where a round is about p micro-batches; never more than there are
-    forwards.
+    """Return the number of forwards before a rank begins to alternate.
 
-    torch's 1F1B says p - rank and alternates backward first, which is the same order.
+    gpipe m - 1; 1f1b p - rank - 1; interleaved (v - 1) x round + 2 (p - rank - 1), where a
+    round is about p micro-batches. Never more than the forwards of a step. torch's 1F1B says p
+    - rank and alternates backward first, which is the same order.
     """
     behind = pipeline - 1 - rank
     if schedule == "gpipe":
@@ -52,9 +51,7 @@ def warm_up(
 
 
 def round_length(pipeline: int, micro_batches: int) -> int:
-    """Micro-batches that the interleaved schedule sends through one stage before it turns to the
-    next.
-    """
+    """Return the micro-batches that the interleaved schedule sends through one stage at a time."""
     return micro_batches // max(1, micro_batches // pipeline)
 
 
@@ -62,13 +59,9 @@ def round_length(pipeline: int, micro_batches: int) -> int:
 def actions_of_rank(
     schedule: str, rank: int, pipeline: int, virtual_stages: int, micro_batches: int
 ) -> list[Action]:
-    """Warm up with forwards, alternate one forward and one backward, then the backwards that are
-    left.
-    """
-    warm, total = (
-        warm_up(schedule, rank, pipeline, virtual_stages, micro_batches),
-        virtual_stages * micro_batches,
-    )
+    """Return a rank's actions: warm-up forwards, then alternating, then the remaining backwards."""
+    warm = warm_up(schedule, rank, pipeline, virtual_stages, micro_batches)
+    total = virtual_stages * micro_batches
     length = round_length(pipeline, micro_batches)
     seen: Counter[tuple[bool, int]] = Counter()
 
@@ -85,10 +78,9 @@ def actions_of_rank(
 
 
 def micro_batches_to_peak(schedule: str, pipeline: int, micro_batches: int) -> int:
-    """As many micro-batches as a rank sees before it holds the most: then the schedule repeats
-    itself.
+    """Return the micro-batches after which a rank has held its maximum; then the schedule repeats.
 
-    Warming up takes at most v + 1 rounds of forwards, which is less than three rounds through v
+    Warm-up takes at most v + 1 rounds of forwards, which is less than three rounds through v
     stages.
     """
     if schedule == "gpipe":
@@ -100,8 +92,9 @@ def micro_batches_to_peak(schedule: str, pipeline: int, micro_batches: int) -> i
 
 
 def peak_held(order: Sequence[Action], weight: Callable[[int], float]) -> float:
-    """The most that one rank holds at a time, where a forward through a stage adds its weight
-    until its backward.
+    """Return the most that one rank holds at a time.
+
+    A forward through a stage adds the weight of the stage, its backward removes it.
     """
     held = peak = 0.0
     for action in order:
@@ -112,7 +105,7 @@ def peak_held(order: Sequence[Action], weight: Callable[[int], float]) -> float:
 
 @dataclass(frozen=True)
 class Span:
-    """An action with its times, in whatever unit the durations had."""
+    """An action with its start and end, in the unit of the durations."""
 
     action: Action
     start: float
@@ -125,11 +118,10 @@ def timeline(
     backward: Callable[[int], float],
     transfer: float = 0.0,
 ) -> list[list[Span]]:
-    """When each rank does what, given how long each stage's forward and backward take, and a
-    transfer between ranks.
+    """Return when each rank does what, given the durations of each stage and of a transfer.
 
-    A forward waits for the stage before, a backward for the stage behind, and both for the rank's
-    own last action.
+    A forward waits for the previous stage, a backward for the next stage, and both for the
+    rank's own previous action.
     """
     last = max(action.stage for order in orders for action in order)
     ends: dict[Action, float] = {}
@@ -162,14 +154,15 @@ def timeline(
 
 
 def bubble(spans: Sequence[Sequence[Span]]) -> float:
-    """The idle share of the ranks' time, from the first start to the last end, 0 to 1."""
+    """Return the idle share of the ranks' time, from the first start to the last end, 0 to 1."""
     length = max(span.end for rank in spans for span in rank)
     busy = sum(span.end - span.start for rank in spans for span in rank)
     return 1 - busy / (length * len(spans))
 
 
 def bubble_formula(pipeline: int, virtual_stages: int, micro_batches: int) -> float:
-    """Idle share with equal stages: (p - 1) / (v m + p - 1) (Narayanan et al. 2021, section
-    2.2).
+    """Return the idle share with equal stages: (p - 1) / (v m + p - 1).
+
+    Narayanan et al. 2021, section 2.2.
     """
     return (pipeline - 1) / (virtual_stages * micro_batches + pipeline - 1)

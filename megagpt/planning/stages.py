@@ -1,6 +1,4 @@
-"""Where a model is cut into pipeline stages: contiguous runs of its layers, balanced by work and
-then by parameters.
-"""
+"""Split a model into pipeline stages: consecutive layers, balanced by work, then by parameters."""
 
 from __future__ import annotations
 
@@ -9,16 +7,15 @@ from functools import cache
 
 from megagpt.config import ModelConfig
 
-# how much longer the slowest stage may take than need be, where that makes the largest stage
-# smaller
+# how much slower than necessary the slowest stage may be to make the largest stage smaller
 SLOWER = 0.02
 
 
 def layer_costs(model: ModelConfig) -> list[float]:
-    """Matrix elements that one token multiplies, by layer: the embedding, each block, the head.
+    """Return the matrix elements that a token multiplies in each layer: embedding, blocks, head.
 
-    The embedding looks rows up and multiplies nothing; attention's own products are the same in
-    every block.
+    The embedding is a table look-up and multiplies nothing. Attention's own products are the
+    same in every block.
     """
     attention = 2 * model.num_heads * model.head_size * model.sequence_length
     block = model.block_matmul_parameters + attention
@@ -26,8 +23,9 @@ def layer_costs(model: ModelConfig) -> list[float]:
 
 
 def stage_parameters(model: ModelConfig, layers: range) -> int:
-    """Parameters of a stage; a tied weight is there twice where its two layers are on different
-    stages.
+    """Return the parameters of a stage.
+
+    A tied weight counts twice over the model if its two layers are in different stages.
     """
     table = model.vocab_size * model.hidden_size
     positions = model.sequence_length * model.hidden_size if model.position == "learned" else 0
@@ -43,8 +41,9 @@ def stage_parameters(model: ModelConfig, layers: range) -> int:
 
 
 def describe_stage(model: ModelConfig, layers: range) -> str:
-    """What a stage holds, and its shares: `embedding, blocks 0-5 (49% of the work, 52% of the
-    parameters)`.
+    """Return a stage's contents and shares.
+
+    For example `embedding, blocks 0-5 (49% of the work, 52% of the parameters)`.
     """
     blocks = [layer - 1 for layer in layers if 1 <= layer <= model.num_layers]
     held = ["embedding"] * (0 in layers) + [f"blocks {blocks[0]}-{blocks[-1]}"]
@@ -56,12 +55,11 @@ def describe_stage(model: ModelConfig, layers: range) -> str:
 
 
 def cut(model: ModelConfig, num_stages: int) -> list[range]:
-    """The layers of each stage, 0 being the embedding and num_layers + 1 the head; no stage without
-    a block.
+    """Return the layers of each stage; 0 is the embedding and num_layers + 1 the head.
 
-    The slowest stage, which all others wait for, is as fast as can be; of the cuts whose slowest is
-    within ``SLOWER`` of that, the one whose largest stage has the fewest parameters. Needs
-    num_stages <= num_layers.
+    Every stage has a block. The slowest stage is as fast as possible. Among the splits whose
+    slowest stage is within ``SLOWER`` of that, choose the one whose largest stage has the
+    fewest parameters. Needs num_stages <= num_layers.
     """
     costs = layer_costs(model)
 
@@ -84,19 +82,20 @@ Worst = tuple[float, float]
 def _best(
     blocks: int, num_stages: int, burden: Callable[[range], Worst]
 ) -> tuple[Worst, list[range]]:
-    """The cut whose largest burdens, the first kind before the second, are smallest (linear
-    partitioning, by dynamic programming), and those burdens. Of equal cuts, the one with the
-    smaller first stages.
+    """Return the split with the smallest largest burdens, and those burdens.
+
+    The first kind of burden decides before the second. Of equal splits, the one with smaller
+    first stages wins. Linear partitioning by dynamic programming.
     """
     of = cache(burden)
 
     def stage(first: int, last: int) -> range:
-        """Holding blocks first to last (counted from 1), and the embedding or head beside them."""
+        """Return the layers of blocks first to last (from 1), with the embedding or head."""
         return range(0 if first == 1 else first, blocks + 2 if last == blocks else last + 1)
 
     @cache
     def best(first: int, stages: int) -> tuple[Worst, tuple[int, ...]]:
-        """For blocks from ``first`` on in so many stages, with the last block of each."""
+        """Return the best split of blocks from ``first`` on: the last block of each stage."""
         if stages == 1:
             return of(stage(first, blocks)), (blocks,)
         options = []

@@ -1,8 +1,7 @@
-"""Look at every host before a run: can it be reached, has it the same software, room, devices, the
-same directories.
+"""Check every host before a run: reachable, same software, free space, devices, same paths.
 
-One table, a row a host; below it each problem with what to type. The hosts are asked in parallel,
-through ssh as DeepSpeed's launcher does it; torch is imported there only.
+The result is a table with a row a host, and below it each problem with what to type. The hosts are
+asked in parallel, through ssh as DeepSpeed's launcher does. torch is imported only there.
 """
 
 from __future__ import annotations
@@ -23,32 +22,25 @@ from megagpt.planning.legality import ANY_VOCABULARY, World, require_legal
 from megagpt.preflight import forwarded, host_probe, ssh
 from megagpt.utils import GIB, human_bytes
 
-ASK_TIMEOUT_S = (
-    120.0  # torch from a cold network disk; a host that is down is known after ssh's 5 s
-)
+ASK_TIMEOUT_S = 120.0  # torch from a cold network disk; ssh reports a dead host after 5 s
 AT_ONCE = 64  # hosts asked in parallel
 CLOCK_TOLERANCE_S = 5.0
 LEAST_DISK = 1 * GIB
-LEAST_MEMORY = 2 * GIB  # torch and DeepSpeed alone take about one a rank
-LEAST_SHARED_MEMORY = (
-    1 * GIB
-)  # NCCL keeps its buffers there; containers get 64 MiB unless told otherwise
+LEAST_MEMORY = 2 * GIB  # torch and DeepSpeed alone take about 1 GiB a rank
+LEAST_SHARED_MEMORY = 1 * GIB  # for NCCL's buffers; containers have 64 MiB by default
 
 Values = dict[str, Any]
 
 
 @dataclass
 class Report:
-    """One host: what it said of itself, and what is wrong with it."""
+    """One host: its answers and its problems."""
 
     host: Host | None  # None: this machine, without ssh
     values: Values = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    asked_s: tuple[float, float] = (
-        0.0,
-        0.0,
-    )  # when the question left and when the answer came, by our clock
+    asked_s: tuple[float, float] = (0.0, 0.0)  # times of question and answer by our clock
 
     @property
     def name(self) -> str:
@@ -60,17 +52,17 @@ class Report:
 
 
 def require_legal_on(hosts: Sequence[Host], config: RunConfig, source: str) -> None:
-    """Raise ConfigError for what a run would be refused for, on as many ranks as it expects, or
-    as the hosts have; as one replica where neither is known.
+    """Raise ConfigError if a run would be refused.
+
+    The number of ranks is the one that the run expects, else that of the hosts, else one
+    replica.
     """
     ranks = config.megagpt.parallel.world_size or world_size([*hosts]) or None
     require_legal(config, source, World(ranks, ANY_VOCABULARY))
 
 
 def examine(hosts: Sequence[Host], config: RunConfig, run_directory: Path) -> list[Report]:
-    """A report of each host, or of this machine where there are none; nothing stays behind on
-    any of them.
-    """
+    """Return a report of each host, or of this machine if there are none; leave nothing behind."""
     variables, problems = forwarded.read() if hosts else ({}, [])
     reports = [Report(host) for host in hosts] or [Report(None)]
     question = _question(config, run_directory, variables)
@@ -119,7 +111,7 @@ def _ask_facts(report: Report, question: Values) -> None:
 
 
 def _ask(report: Report, request: Values) -> Any:
-    """The answer of a host's probe; where there is none, None and a problem."""
+    """Return the answer of a host's probe; if there is none, return None and add a problem."""
     source = (
         f"{Path(host_probe.__file__).read_text()}\nanswer(json.loads({json.dumps(request)!r}))\n"
     )
@@ -129,49 +121,51 @@ def _ask(report: Report, request: Values) -> Any:
     if reply.failure is None:
         try:
             return json.loads(reply.output.splitlines()[-1])
-        except (ValueError, IndexError):  # a login script that prints, or ends the session
+        except (ValueError, IndexError):  # a login script printed, or ended the session
             reply = ssh.Reply(
                 "",
-                f"its answer is none: {reply.output[-60:]!a}: does a login script print or exit?",
+                f"sent no answer ({reply.output[-60:]!a}); check if a login script prints or exits",
             )
     report.problems.append(f"{report.name}: {reply.failure}")
     return None
 
 
 def _problems_alone(report: Report) -> Iterator[str]:
-    """What is wrong with a host whatever the others are like."""
-    values, name = report.values, report.name
+    """Yield the problems of a host that do not depend on the others."""
+    values = report.values
+    name = report.name
     if not values["directory"]:
         yield (
-            f"{name}: {Path.cwd()} is missing: every host needs the same paths, copy or share "
+            f"{name}: {Path.cwd()} is missing; every host needs the same paths: copy or share "
             f"the directory"
         )
         return
     if "failure" in values:
         yield (
-            f"{name}: torch or the code cannot be imported: {values['failure']!a}: make setup, "
+            f"{name}: torch or the code cannot be imported: {values['failure']!a}; run make setup "
             f"there"
         )
         return
     devices = len(values["devices"])
     if report.host and devices and devices < report.host.slots:
-        yield f"{name}: {report.host.slots} slots and {devices} GPUs: write slots={devices}"
+        yield f"{name}: {report.host.slots} slots, but {devices} GPUs; write slots={devices}"
     for op, state in values["ops"].items():
         if state not in ("built", "not yet"):
             yield f"{name}: DeepSpeed's {op.removesuffix('Builder')}: {state}"
     yield from _places(values, name)
-    memory, shared = values["memory_bytes"], values["shared_memory_bytes"]
+    memory = values["memory_bytes"]
+    shared = values["shared_memory_bytes"]
     if memory is not None and memory < LEAST_MEMORY:
-        yield f"{name}: {human_bytes(memory)} of memory left: end what uses it"
+        yield f"{name}: {human_bytes(memory)} of memory left; stop what uses it"
     if devices and shared is not None and shared < LEAST_SHARED_MEMORY:
         yield (
-            f"{name}: /dev/shm has {human_bytes(shared)}, NCCL needs more: docker run "
+            f"{name}: /dev/shm has {human_bytes(shared)}, NCCL needs 1 GiB: docker run "
             f"--shm-size=16g, or --ipc=host"
         )
 
 
 def _places(values: Values, name: str) -> Iterator[str]:
-    """Directories that cannot be written, disks that are full."""
+    """Yield directories that cannot be written and disks that are full."""
     for place in (values["place"], *values["disks"].values()):
         if not place["writable"]:
             yield (
@@ -187,61 +181,55 @@ def _places(values: Values, name: str) -> Iterator[str]:
 
 
 def _notes(report: Report) -> Iterator[str]:
-    """What a run survives and a user may want to know."""
+    """Yield facts that do not stop a run but that a user may want to know."""
     states = report.values.get("ops", {})
     if unbuilt := ", ".join(
         op.removesuffix("Builder") for op, state in states.items() if state == "not yet"
     ):
         yield (
-            f"{report.name}: {unbuilt} will be compiled at the first start; or now: python "
+            f"{report.name}: {unbuilt} will be compiled at the first start; to do it now: python "
             f"launch/build_ops.py"
         )
     skew = _clock_skew_s(report)
     if abs(skew) > CLOCK_TOLERANCE_S:
         yield (
-            f"{report.name}: its clock is {skew:+.0f} s off, logs will not line up: timedatectl "
-            f"set-ntp true, there"
+            f"{report.name}: its clock is {skew:+.0f} s off, so log times will not match: run "
+            f"timedatectl set-ntp true there"
         )
 
 
 def _clock_skew_s(report: Report) -> float:
-    """How far a clock is outside of the time that the question took: it was read somewhere in
-    between.
-    """
+    """Return how far a clock is outside the interval of the question: it was read within it."""
     begun, ended = report.asked_s
     clock = report.values["clock_s"]
     return clock - min(max(clock, begun), ended)
 
 
 def _compare(reports: Sequence[Report]) -> None:
-    """Find hosts that differ from the first in what has to be alike, and names that mean one
-    machine.
-    """
+    """Add problems to hosts that differ from the first, and notes about other devices."""
     for report in reports[1:]:
         first = reports[0]
         for library, version in report.values["software"].items():
             if version != (wanted := first.values["software"][library]):
                 report.problems.append(
-                    f"{report.name}: {library} {version}, {first.name} has {wanted}: "
+                    f"{report.name}: {library} {version}, but {first.name} has {wanted}: "
                     f"install the same: .venv/bin/python -m pip install -r requirements.txt"
                 )
         codes = (report.values.get("code"), first.values.get("code"))
         if None not in codes and codes[0] != codes[1]:
             report.problems.append(
-                f"{report.name}: its code differs from that of {first.name}: git pull, or copy it "
-                f"again"
+                f"{report.name}: its code differs from that of {first.name}; run git pull there, "
+                f"or copy it again"
             )
         devices = [{*one.values.get("devices", [])} for one in (report, first)]
         if devices[0] != devices[1]:
             report.notes.append(
-                f"{report.name}: other devices than {first.name}: the slowest sets the pace"
+                f"{report.name}: other devices than {first.name}; the slowest sets the pace"
             )
 
 
 def _see_whether_shared(reports: Sequence[Report]) -> None:
-    """Whether all hosts mean one directory by the path of the run: a mark of the first must be
-    seen by the others.
-    """
+    """Check that all hosts share the run's directory: they must see the first host's file."""
     usable = [report for report in reports if report.values["place"]["writable"]]
     if len(usable) < 2:
         return
@@ -260,26 +248,27 @@ def _look_for(report: Report, mark: str, writer: str) -> None:
     report.values["shared"] = seen
     if seen is False:
         report.problems.append(
-            f"{report.name}: {Path(mark).parent} is another directory than on {writer}, and every "
-            "host writes its part of a checkpoint there: share it (NFS ...), or choose a shared "
-            "--run_dir"
+            f"{report.name}: {Path(mark).parent} is not the same directory as on {writer}, but "
+            "every host writes its part of a checkpoint there: share it (for example over NFS), or "
+            "choose a shared --run_dir"
         )
 
 
 def _world_problems(hosts: Sequence[Host], config: RunConfig) -> Iterator[str]:
-    """What a run on these hosts would be refused for."""
-    expected, ranks = config.megagpt.parallel.world_size, world_size([*hosts])
+    """Yield why a run on these hosts would be refused."""
+    expected = config.megagpt.parallel.world_size
+    ranks = world_size([*hosts])
     if hosts and expected not in (None, ranks):
         yield (
-            f"the hostfile has {ranks} ranks, megagpt.parallel.world_size is {expected}: bring "
-            f"back the missing hosts"
+            f"the hostfile has {ranks} ranks, but megagpt.parallel.world_size is {expected}: add "
+            f"the missing hosts, or change it"
         )
     if len(hosts) > 1 and expected is None:
         yield f"megagpt.parallel.world_size is missing: --set megagpt.parallel.world_size={ranks}"
 
 
 def table(reports: Sequence[Report]) -> str:
-    """One row a host, one column a thing that was looked at."""
+    """Return a table with one row a host and one column a check."""
     rows = [_row(report) for report in reports]
     columns = [
         max(len(row[column]) for row in (HEADINGS, *rows)) for column in range(len(HEADINGS))

@@ -1,7 +1,7 @@
 """`.deepspeed_env`: the variables that DeepSpeed's launcher sets for the ranks of other hosts.
 
-The launcher reads it from the home directory and from the working directory (DS_ENV_FILE gives it
-another name), breaks off at a line without `=`, a comment and a blank line too, and puts every
+The launcher reads it from the home directory and from the working directory (DS_ENV_FILE sets
+another name). It stops at any line without `=`, also at a comment or a blank line. It puts every
 value on a command line that it logs and that all users of all hosts can see.
 """
 
@@ -16,15 +16,13 @@ SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|AUTH", re.IGNO
 
 
 def files() -> list[Path]:
-    """Those that the launcher would read here, in its order."""
+    """Return the files that the launcher would read here, in its order."""
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     return [path for directory in (Path.home(), Path()) if (path := directory / name).is_file()]
 
 
 def read() -> tuple[dict[str, str], list[str]]:
-    """The variables of all files, without secrets, and what is wrong with the files, a line
-    each.
-    """
+    """Return the variables of all files, without secrets, and a line for each problem."""
     variables: dict[str, str] = {}
     problems: list[str] = []
     for path in files():
@@ -32,13 +30,13 @@ def read() -> tuple[dict[str, str], list[str]]:
             name, equals, value = line.partition("=")
             if not equals or NAME.fullmatch(name.strip()) is None:
                 problems.append(
-                    f"{path}: line {number}: the launcher takes NAME=VALUE only, no comment, no "
-                    f"blank line"
+                    f"{path}: line {number}: the launcher accepts only NAME=VALUE, no comments or "
+                    f"blank lines"
                 )
             elif SECRET.search(name):
                 problems.append(
-                    f"{path}: line {number}: {name.strip()} would stand on a command line that all "
-                    "users can read; set it on each host instead (docs/clusters.md)"
+                    f"{path}: line {number}: {name.strip()} would appear on a command line that "
+                    "all users can read; set it on each host instead (docs/clusters.md)"
                 )
             else:
                 variables[name.strip()] = value.strip()

@@ -1,8 +1,8 @@
-"""What one host has: its software, code, memory, disks and devices. Standard library only.
+"""Examine one host: software, code, memory, disks and devices. Standard library only.
 
-`preflight/checks.py` sends this very file to the Python of each host, through ssh's standard input,
-with a call of `answer` at its end: so it works on hosts that lack the code, and nothing that it is
-asked appears on a command line.
+`preflight/checks.py` sends this file to the Python of each host through ssh's standard input, with
+a call of `answer` appended. So it works on hosts without the code, and no request appears on a
+command line.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ SOURCES = ("megagpt", "kernels")
 
 
 def answer(request: dict[str, Any]) -> None:
-    """Do one task and print its result as the only line on standard output, where libraries
-    print too.
+    """Do one task and print its result as the only line on standard output.
+
+    What libraries print goes to standard error.
     """
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)
@@ -41,8 +42,9 @@ def facts(
     variables: dict[str, str],
     ops: dict[str, list[str]],
 ) -> dict[str, Any]:
-    """Everything that a run in `directory` depends on; ``ops`` are those that it needs, by type
-    of device.
+    """Return everything that a run in `directory` depends on.
+
+    ``ops`` are the ops that it needs, by type of device.
     """
     os.environ.update(variables)
     found = {
@@ -70,9 +72,7 @@ def facts(
 
 
 def code_fingerprint(directories: Sequence[Path]) -> str:
-    """SHA-256 over the names and contents of the Python files in some directories, wherever
-    those lie.
-    """
+    """Return a SHA-256 of the Python files' names and contents, independent of their location."""
     digest = hashlib.sha256()
     for directory in directories:
         for path in sorted(directory.rglob("*.py")):
@@ -84,18 +84,18 @@ def code_fingerprint(directories: Sequence[Path]) -> str:
 
 
 def leave_mark(path: str) -> bool:
-    """Write a small file, to be looked for from the other hosts."""
+    """Create a small file that the other hosts look for."""
     Path(path).touch()
     return True
 
 
 def see_mark(path: str) -> bool:
-    """Whether the file of another host is here too. Listing the directory makes NFS look again."""
+    """Return whether another host's file is visible; listing the directory refreshes NFS."""
     return Path(path).name in os.listdir(Path(path).parent)
 
 
 def wipe_mark(path: str) -> bool:
-    """Take the file away."""
+    """Remove the file."""
     Path(path).unlink(missing_ok=True)
     return True
 
@@ -109,7 +109,7 @@ TASKS: dict[str, Callable[..., Any]] = {
 
 
 def _machine() -> str:
-    """What tells this machine from another: two names may mean one."""
+    """Return an id of this machine: two host names may mean the same one."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -141,7 +141,7 @@ def _free(path: str) -> int | None:
 
 
 def _place(path: str) -> dict[str, Any]:
-    """The nearest directory that exists, whether it can be written, and its free space."""
+    """Return the nearest existing directory, whether it is writable, and its free space."""
     place = Path(path).absolute()
     while not place.exists():
         place = place.parent
@@ -159,7 +159,7 @@ def _state_of(op: str) -> str:
 
 
 def _devices(needed: dict[str, list[str]]) -> dict[str, Any]:
-    """The devices that torch sees, and for each op whether it is compiled, can be, or why not."""
+    """Return the devices that torch sees, and for each op whether it is or can be compiled."""
     try:
         import torch
 
@@ -171,8 +171,6 @@ def _devices(needed: dict[str, list[str]]) -> dict[str, Any]:
         announce_to_deepspeed()
         ops.use_private_extensions()
         states = {op: _state_of(op) for op in needed["cuda" if count else "cpu"]}
-    except (
-        Exception
-    ) as error:  # whatever keeps torch or the code from being imported is the finding
+    except Exception as error:  # any import error is a finding
         return {"failure": f"{type(error).__name__}: {error}"}
     return {"devices": names, "ops": states}

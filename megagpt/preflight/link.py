@@ -1,7 +1,7 @@
-"""How fast the ranks of all hosts reach each other: the time of an all-reduce, small and large.
+"""Measure how fast the ranks of all hosts reach each other: a small and a large all-reduce.
 
-torchrun is started on each host through ssh, one rank a slot, with `link_ranks.py`; torch is
-imported there only.
+torchrun is started on each host through ssh, one rank a slot, with `link_ranks.py`. torch is
+imported only there.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from megagpt.preflight import forwarded, ssh
 from megagpt.utils import UserError, human_bytes
 
 TIMEOUT_S = 90
-PORT = 29_400  # beside torch's own 29500
+PORT = 29_400  # not torch's default, 29500
 RANKS = Path(__file__).with_name("link_ranks.py")
-# as DeepSpeed asks for it
+# the call that DeepSpeed uses
 ADDRESS = "import subprocess; print(subprocess.check_output(['hostname', '-I'], text=True))"
 START = """
 import os, signal
-signal.alarm({timeout})  # nobody is left behind when the connection breaks
+signal.alarm({timeout})  # leave no process behind if the connection breaks
 os.chdir({directory!r})
 os.environ.update({variables!r})
 from torch.distributed.run import main
@@ -33,8 +33,10 @@ main({words!r})
 
 @dataclass(frozen=True)
 class Link:
-    """Times over all ranks; ``bus_bytes_per_s`` is that of the slowest link, counted as NCCL's
-    tests count it: 2 (n - 1) / n of the tensor pass each of n ranks.
+    """Times over all ranks.
+
+    ``bus_bytes_per_s`` is that of the slowest link, as NCCL's tests define it: each of n ranks
+    passes 2 (n - 1) / n of the tensor.
     """
 
     ranks: int
@@ -45,9 +47,7 @@ class Link:
 
 
 def measure_links(hosts: Sequence[Host]) -> Link:
-    """All-reduce over one rank a slot of every host; raises UserError where the hosts do not
-    come together.
-    """
+    """Run an all-reduce over one rank a slot of every host; raise UserError if it fails."""
     if sum(host.slots for host in hosts) < 2:
         raise UserError(
             "--bandwidth: nothing to measure with one rank: give --hostfile, with two slots or more"
@@ -62,8 +62,8 @@ def measure_links(hosts: Sequence[Host]) -> Link:
         if reply.failure is not None:
             raise UserError(
                 f"{host.name}: no all-reduce with the others: {reply.failure}\n"
-                f"is every port of {address} open to the others? NCCL_SOCKET_IFNAME (on CPUs "
-                "GLOO_SOCKET_IFNAME) in .deepspeed_env names the network device to use"
+                f"check that every port of {address} is open to the others; NCCL_SOCKET_IFNAME (on "
+                "CPUs GLOO_SOCKET_IFNAME) in .deepspeed_env selects the network device"
             )
     return Link(**json.loads(replies[0].output.splitlines()[-1]))
 
@@ -76,7 +76,7 @@ def describe_links(link: Link) -> str:
 
 
 def _address_of(host: str) -> str:
-    """The first address of a host, which the others shall find rank 0 at."""
+    """Return the first address of a host, where the others will find rank 0."""
     reply = ssh.run_python(host, ADDRESS, timeout_s=TIMEOUT_S)
     if reply.failure is not None or not reply.output.split():
         raise UserError(
@@ -88,7 +88,7 @@ def _address_of(host: str) -> str:
 def _start(
     hosts: Sequence[Host], node: int, address: str, variables: Mapping[str, str]
 ) -> ssh.Reply:
-    """Run the ranks of one host to their end."""
+    """Run the ranks of one host until they end."""
     words = [
         "--nnodes",
         str(len(hosts)),

@@ -1,5 +1,6 @@
-"""What each rank does for `link.py`: reduce a number and a large tensor over all ranks; rank 0
-prints the times.
+"""The program of each rank for `link.py`: all-reduce a number and a large tensor.
+
+Rank 0 prints the times.
 """
 
 import json
@@ -11,12 +12,12 @@ import torch
 import torch.distributed as dist
 
 DEADLINE_S = 90
-REPEATS = 5  # the fastest counts: others on the network only slow it down
+REPEATS = 5  # the fastest counts; other traffic only slows it down
 TENSOR_BYTES = 64 * 1024**2
 
 
 def main() -> None:
-    signal.alarm(DEADLINE_S)  # a rank whose peers never come shall not stay behind
+    signal.alarm(DEADLINE_S)  # do not leave a rank behind whose peers never come
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     dist.init_process_group("nccl" if on_gpu else "gloo")
@@ -36,7 +37,7 @@ def main() -> None:
 
 
 def fastest_s(tensor: torch.Tensor) -> float:
-    """The shortest of several all-reduces, after one that sets up the connections."""
+    """Return the shortest time of several all-reduces, after one that sets up the connections."""
     times = []
     for _ in range(1 + REPEATS):
         dist.barrier()

@@ -1,5 +1,6 @@
-"""Run Python on a host as DeepSpeed's launcher will, through ssh without questions, and explain
-why that fails.
+"""Run Python on a host as DeepSpeed's launcher does, through non-interactive ssh.
+
+Explains why that fails.
 """
 
 from __future__ import annotations
@@ -10,46 +11,42 @@ import sys
 from dataclasses import dataclass
 
 CONNECT_S = 5
-SSH_FAILED = 255  # ssh's own exit code; any other is the command's
-NOT_FOUND = (126, 127)  # a shell's, where the command is missing or no program
+SSH_FAILED = 255  # exit code of ssh itself; others are the command's
+NOT_FOUND = (126, 127)  # exit codes of a shell if the command is missing or not executable
 
-# What ssh says, and what to do about it; the first that is found counts.
+# What ssh prints, and the remedy; the first match is used.
 SILENT = (
-    "the host does not answer: is it up, is its address right? Take it from the hostfile "
-    "until it is"
+    "the host does not answer; check that it is up and that its address is right, or remove it "
+    "from the hostfile"
 )
 REMEDIES = {
-    "REMOTE HOST IDENTIFICATION HAS CHANGED": "its key is another than before: if it was "
-    "installed anew, "
-    "ssh-keygen -R {host}; if not, somebody answers in its place",
-    "Host key verification failed": "its key is unknown here: ssh {host} once, compare the "
-    "fingerprint, say yes",
-    "Permission denied": "it does not accept your key: ssh-copy-id {host}",
-    "Could not resolve hostname": "the name is unknown: correct the hostfile, or name its address "
-    "in ~/.ssh/config",
-    "Connection refused": "the host is up and no ssh daemon listens: systemctl start ssh, there",
+    "REMOTE HOST IDENTIFICATION HAS CHANGED": "its key has changed; if the host was "
+    "reinstalled, run ssh-keygen -R {host}; if not, another machine may answer in its place",
+    "Host key verification failed": "its key is unknown here; run ssh {host} once, compare the "
+    "fingerprint and answer yes",
+    "Permission denied": "it does not accept your key; run ssh-copy-id {host}",
+    "Could not resolve hostname": "unknown name; correct the hostfile, or set its "
+    "address in ~/.ssh/config",
+    "Connection refused": "no ssh daemon listens on the host; run systemctl start ssh there",
     "timed out": SILENT,
     "No route to host": SILENT,
-    "Network is unreachable": "no way leads to it: correct its address",
+    "Network is unreachable": "there is no route to it; correct its address",
 }
 OTHERWISE = "try it by hand: ssh -o BatchMode=yes {host} true"
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back from a host; ``failure`` says in a line why nothing useful did, with what
-    to do, else None.
-    """
+    """The output of a host; ``failure`` is one line with the reason and the remedy, or None."""
 
     output: str
     failure: str | None
 
 
 def run_python(host: str | None, source: str, *, timeout_s: float) -> Reply:
-    """Run a program on a host or, where that is None, on this machine; it travels through standard
-    input.
+    """Run a program, sent through standard input, on a host or (None) on this machine.
 
-    The interpreter is this one by its path, which DeepSpeed's launcher uses on every host.
+    The interpreter is the path of this one, which DeepSpeed's launcher uses on every host.
     """
     command = [sys.executable, "-"]
     if host is not None:
@@ -64,7 +61,7 @@ def run_python(host: str | None, source: str, *, timeout_s: float) -> Reply:
     except subprocess.TimeoutExpired:
         return Reply(
             "",
-            f"no answer within {timeout_s:.0f} s: the host, or a disk that Python lies on, hangs",
+            f"no answer within {timeout_s:.0f} s: the host, or the disk with Python, hangs",
         )
     return Reply(
         done.stdout, _explain(host, done.returncode, done.stderr) if done.returncode else None
@@ -78,7 +75,7 @@ def _explain(host: str | None, code: int, stderr: str) -> str:
     )
     if code in NOT_FOUND:
         return (
-            f"no {sys.executable} there: install it at the same path (make setup), or share "
+            f"no {sys.executable} there; install it at the same path (make setup), or share "
             f"the directory"
         )
     if code != SSH_FAILED or host is None:

@@ -1,4 +1,4 @@
-"""Integer arithmetic of a run: what divides what, and the nearest values that would."""
+"""Integer arithmetic of a run: divisibility, and the closest values that divide."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from math import isqrt
 
 
 def round_up(value: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is at least `value`."""
+    """Return the smallest multiple of `multiple` that is at least `value`."""
     return -(-value // multiple) * multiple
 
 
 def nearest_multiples(value: int, unit: int) -> str:
-    """`510 or 513`: the multiples of `unit` on both sides of `value`, for an error's last words."""
+    """Return the multiples of `unit` below and above `value` for an error message: `510 or 513`."""
     below, above = value // unit * unit, round_up(value, unit)
     return f"{below} or {above}" if 0 < below < above else f"{above}"
 
 
 def nearest_divisors(value: int, whole: int) -> str:
-    """`8 or 16`: the divisors of `whole` on both sides of `value`."""
+    """Return the divisors of `whole` below and above `value` for an error message: `8 or 16`."""
     small = [candidate for candidate in range(1, isqrt(whole) + 1) if whole % candidate == 0]
     divisors = sorted({*small, *(whole // divisor for divisor in small)})
     below = [divisor for divisor in divisors if divisor <= value][-1:]
@@ -28,14 +28,15 @@ def nearest_divisors(value: int, whole: int) -> str:
 
 
 def nearest_first(value: int, among: Iterable[int]) -> list[int]:
-    """Integers by their distance from `value`; of two as near, the smaller first."""
+    """Return the integers sorted by distance from `value`; the smaller first if equally near."""
     return sorted(among, key=lambda other: (abs(other - value), other))
 
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """DeepSpeed's triad: `train_batch = micro_batch * accumulation_steps * data_parallel_size`,
-    in sequences.
+    """DeepSpeed's three batch sizes, in sequences.
+
+    `train_batch = micro_batch * accumulation_steps * data_parallel_size`.
     """
 
     train_batch: int
@@ -49,8 +50,9 @@ def solve_batch(
     accumulation_steps: int | None,
     data_parallel_size: int,
 ) -> BatchSizes | str:
-    """Fill in what is absent, as DeepSpeed does, but never round: the reason (a string) where
-    nothing fits.
+    """Compute the absent batch sizes as DeepSpeed does, but never round.
+
+    Return a string with the reason if no integers fit.
     """
     ranks = data_parallel_size
     if train_batch is None:

@@ -1,8 +1,8 @@
-"""DeepSpeed's own sections: the keys that act in this trainer, with DeepSpeed's names and meaning.
+"""DeepSpeed's sections: the keys that take effect in this trainer, with DeepSpeed's names.
 
 Checked against DeepSpeed 0.19.8 (runtime/config.py, zero/config.py, zero/offload_config.py,
-precision_config.py, lr_schedules.py, swap_tensor/aio_config.py). A default of `None` means: absent,
-DeepSpeed's own default holds.
+precision_config.py, lr_schedules.py, swap_tensor/aio_config.py). A default of `None` means that the
+key is absent and DeepSpeed's default holds.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ FloatType = Literal["fp32", "fp16", "bf16"]
 
 
 class OptimizerParams(Section):
-    """Adam's numbers, written out because DeepSpeed's three Adams disagree on the default weight
-    decay.
+    """The parameters of Adam.
+
+    All have a default here because DeepSpeed's three Adams have different default weight
+    decays.
     """
 
     lr: float = identity(..., "peak learning rate", ge=0)
@@ -43,7 +45,7 @@ class OptimizerParams(Section):
     eps: float = identity(1e-8, "added to the root of the second moment", gt=0)
     weight_decay: float = identity(0.0, "decay of matrices; norms and biases never decay", ge=0)
     adam_w_mode: bool = identity(True, "decoupled weight decay; false only with type Adam")
-    torch_adam: bool = execution(False, "torch's Adam instead of DeepSpeed's compiled one")
+    torch_adam: bool = execution(False, "use torch's Adam instead of DeepSpeed's compiled one")
 
 
 class OptimizerConfig(Section):
@@ -68,8 +70,8 @@ class OptimizerConfig(Section):
 
 class _WarmupParams(Section):
     warmup_num_steps: int = identity(
-        1000, "steps of the warm-up", ge=2
-    )  # DeepSpeed silently turns 1 into 2
+        1000, "steps of the warm-up; at least 2", ge=2
+    )  # DeepSpeed silently changes 1 to 2
     warmup_type: Literal["log", "linear"] = identity("log", "shape of the warm-up")
 
 
@@ -144,7 +146,7 @@ class Bf16Config(Section):
     """bfloat16 computation with fp32 master weights."""
 
     enabled: AutoBool = execution(
-        False, 'compute in bf16; "auto": where the device does so natively'
+        False, 'compute in bf16; "auto": if the device supports it natively'
     )
 
 
@@ -152,7 +154,7 @@ class DataTypesConfig(Section):
     """Number formats."""
 
     grad_accum_dtype: FloatType | None = execution(
-        None, "format in which gradients accumulate; default: the model's"
+        None, "number format of accumulated gradients; default: the model's"
     )
 
 
@@ -167,7 +169,7 @@ class AioConfig(Section):
 
 
 class _OffloadSection(Section):
-    device: Literal["none", "cpu", "nvme"] = execution("none", "where it is kept")
+    device: Literal["none", "cpu", "nvme"] = execution("none", "where it is stored")
     nvme_path: str | None = execution(
         None, "directory on the NVMe drive (device nvme)", min_length=1
     )
@@ -184,7 +186,7 @@ class _OffloadSection(Section):
         else:
             given = [key for key in self._nvme_only() if getattr(self, key) is not None]
             refuse(
-                (key, f'acts only with device "nvme", and device is "{self.device}"')
+                (key, f'has no effect with device "{self.device}", only with "nvme"; remove it')
                 for key in given
             )
         return self
@@ -227,8 +229,8 @@ class OffloadParamConfig(_OffloadSection):
         return ("nvme_path", "buffer_count", "buffer_size", "max_in_cpu")
 
 
-# Which ZeRO stages read a key (zero/stage_1_and_2.py, zero/stage3.py, zero/parameter_offload.py).
-# At any other stage DeepSpeed accepts it and does nothing.
+# ZeRO stages that read a key (zero/stage_1_and_2.py, zero/stage3.py, zero/parameter_offload.py).
+# At other stages DeepSpeed accepts the key and ignores it.
 ZERO_KEY_STAGES: dict[str, tuple[int, ...]] = {
     "overlap_comm": (1, 2, 3),
     "contiguous_gradients": (1, 2, 3),
@@ -248,7 +250,7 @@ ZERO_KEY_STAGES: dict[str, tuple[int, ...]] = {
 
 
 class ZeroConfig(Section):
-    """What is partitioned over the data axis, and where it is kept.
+    """What ZeRO partitions over the data axis, and where it is kept.
 
     Sizes are in elements, not bytes.
     """
@@ -272,29 +274,31 @@ class ZeroConfig(Section):
         None, "elements of one optimizer tile (stage 3)", ge=1
     )
     stage3_prefetch_bucket_size: ElementCount | None = execution(
-        None, "elements fetched ahead of use; not with parameters on NVMe", ge=0
+        None, "elements to prefetch; not with parameters on NVMe", ge=0
     )
     stage3_param_persistence_threshold: ElementCount | None = execution(
         None, "parameters smaller than this stay whole on every rank", ge=0
     )
     stage3_model_persistence_threshold: ElementCount | None = execution(
-        None, "bound on the elements that stay whole", ge=0
+        None, "maximum elements that stay whole on every rank", ge=0
     )
     stage3_max_live_parameters: ElementCount | None = execution(
         None,
-        "elements gathered at one time, with those fetched ahead; not with parameters on NVMe",
+        "maximum elements gathered at one time, prefetched ones included; not with parameters on "
+        "NVMe",
         ge=0,
     )
     stage3_max_reuse_distance: ElementCount | None = execution(
         None,
-        "keep a parameter that is used again within so many elements; not with parameters on NVMe",
+        "keep a parameter that is used again within this many elements; not with parameters on "
+        "NVMe",
         ge=0,
     )
     stage3_use_all_reduce_for_fetch_params: bool | None = execution(
         None, "gather parameters by all-reduce"
     )
     stage3_allgather_sequential: bool | None = execution(
-        None, "gather parameter by parameter, without buckets"
+        None, "gather parameters one by one, without buckets"
     )
     offload_optimizer: OffloadOptimizerConfig | None = section(
         None, "optimizer state outside the accelerator"
@@ -309,7 +313,7 @@ class ZeroConfig(Section):
             if getattr(self, key) is not None and self.stage not in stages
         ]
         refuse(
-            (key, f"does nothing at stage {self.stage}; remove it, or use {_stages(key)}")
+            (key, f"has no effect at stage {self.stage}; remove it, or use {_stages(key)}")
             for key in idle
         )
         return self
@@ -330,9 +334,9 @@ def _stages(key: str) -> str:
 
 
 class WandbConfig(Section):
-    """Weights & Biases; goes offline by itself without a key or a network."""
+    """Weights & Biases; works offline without a key or a network."""
 
-    enabled: bool = execution(False, "report there")
+    enabled: bool = execution(False, "send metrics to it")
     project: str = execution("megagpt", "project")
     group: str | None = execution(None, "group of runs")
     team: str | None = execution(None, "team or user")
@@ -341,6 +345,6 @@ class WandbConfig(Section):
 class TensorboardConfig(Section):
     """TensorBoard event files."""
 
-    enabled: bool = execution(False, "write them")
+    enabled: bool = execution(False, "write event files")
     output_path: str | None = execution(None, "directory; default: the run directory")
-    job_name: str = execution("tensorboard", "directory below it")
+    job_name: str = execution("tensorboard", "subdirectory of output_path")

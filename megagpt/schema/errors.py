@@ -1,6 +1,4 @@
-"""What is wrong with a run's configuration: every problem at once, each with its key and what to
-write instead.
-"""
+"""Error messages for configurations: all problems at once, each with its key and the remedy."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from megagpt.utils import UserError, did_you_mean
 KeyPath = tuple[str | int, ...]
 
 AUTO_REFUSED = (
-    '"auto" is resolved only in bf16.enabled and scheduler.params.total_num_steps; write the value'
+    '"auto" is accepted only in bf16.enabled and scheduler.params.total_num_steps; write the value'
 )
 EXPECTED_KIND = {
     "int_type": "an integer",
@@ -38,7 +36,7 @@ BOUND_WORDS = {
 class ConfigError(UserError):
     """A configuration that cannot be used.
 
-    `errors` holds one line for each problem, `str(error)` joins them.
+    `errors` holds one line for each problem; `str(error)` joins them.
     """
 
     def __init__(self, errors: Iterable[str]) -> None:
@@ -47,27 +45,25 @@ class ConfigError(UserError):
 
 
 class NotFinite:
-    """Stands where a text had NaN, Infinity or a number beyond the range of a float: JSON has no
-    such values.
-    """
+    """A placeholder for NaN, Infinity or a number beyond a float; JSON has no such values."""
 
     def __init__(self, spelling: str) -> None:
         self.spelling = spelling
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong, and the key it is wrong at (empty: the whole document)."""
+    """One problem and the key it concerns (empty: the whole document)."""
 
     path: KeyPath
     message: str
 
     def line(self, source: str) -> str:
-        """`ds_configs/x.json: zero_optimization.stage: must be at most 3, got 4`."""
+        """Return an error line: `x.json: zero_optimization.stage: must be at most 3, got 4`."""
         return ": ".join(part for part in (source, dotted(self.path), self.message) if part)
 
 
 def dotted(path: KeyPath) -> str:
-    """A key as the user types it: `megagpt.data.path[0].weight`."""
+    """Return a key as the user types it: `megagpt.data.path[0].weight`."""
     text = ""
     for element in path:
         text += f"[{element}]" if isinstance(element, int) else f".{element}" if text else element
@@ -75,7 +71,7 @@ def dotted(path: KeyPath) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as JSON, short enough for an error line."""
+    """Return a value as JSON, cut to 60 characters."""
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -83,8 +79,9 @@ def shown(value: object) -> str:
 def problems_in(
     error: ValidationError, document: object, model: type[BaseModel], refused: Mapping[str, str]
 ) -> list[Problem]:
-    """Translate pydantic's errors; `refused` maps dotted keys that we refuse on purpose to what
-    to use instead.
+    """Translate pydantic's errors.
+
+    `refused` maps the dotted keys that we reject on purpose to what to use instead.
     """
     problems: list[Problem] = []
     for details in error.errors(include_url=False):
@@ -95,10 +92,11 @@ def problems_in(
 def _translate(
     details: ErrorDetails, document: object, model: type[BaseModel], refused: Mapping[str, str]
 ) -> list[Problem]:
-    kind, location = details["type"], details["loc"]
+    kind = details["type"]
+    location = details["loc"]
     path = _path_in_document(location, document, keep_last=kind in ("missing", "extra_forbidden"))
     if kind == "default_factory_not_called" or isinstance(details["input"], NotFinite):
-        # reported already: the key that this default follows from, or the number that is none
+        # reported already, at the key that this default depends on, or as a non-finite number
         return []
     if kind == "section_check":
         found: Sequence[tuple[str, str]] = details["ctx"]["problems"]
@@ -111,7 +109,9 @@ def _translate(
 
 
 def _message(details: ErrorDetails, location: KeyPath, model: type[BaseModel]) -> str:
-    kind, value, context = details["type"], details["input"], details.get("ctx", {})
+    kind = details["type"]
+    value = details["input"]
+    context = details.get("ctx", {})
     if kind == "missing":
         return _missing_key(location, model)
     if value == "auto":
@@ -145,7 +145,7 @@ def _missing_key(location: KeyPath, model: type[BaseModel]) -> str:
 
 
 def _unknown_key(path: KeyPath, location: KeyPath, model: type[BaseModel]) -> str:
-    """A near key of the same section, else the place where a key of exactly this name lives."""
+    """Suggest a similar key of the same section, else the section that has a key of this name."""
     word = str(path[-1])
     siblings = [key for parent in _models_at(model, location[:-1]) for key in keys_of(parent)]
     suggestion = did_you_mean(word, siblings)
@@ -156,9 +156,7 @@ def _unknown_key(path: KeyPath, location: KeyPath, model: type[BaseModel]) -> st
 
 
 def _path_in_document(location: KeyPath, document: object, *, keep_last: bool) -> KeyPath:
-    """Pydantic's location without the tags that it inserts for unions: only keys and indices of
-    the document.
-    """
+    """Return pydantic's location without its union tags: only keys and indices of the document."""
     path: list[str | int] = []
     here = document
     for position, element in enumerate(location):
@@ -173,12 +171,12 @@ def _path_in_document(location: KeyPath, document: object, *, keep_last: bool) -
 
 
 def keys_of(model: type[BaseModel]) -> list[str]:
-    """The keys that a section accepts, as written in the file."""
+    """Return the keys that a section accepts, as written in the file."""
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every accepted key at any depth, dotted, sections before their members, each once."""
+    """Return every accepted key at any depth, dotted, once; sections come before their members."""
     found: dict[str, None] = {}
     for name, field in model.model_fields.items():
         key = prefix + (field.alias or name)
@@ -189,17 +187,16 @@ def all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The section classes that a type annotation mentions, through unions, tuples and
-    `Annotated`.
-    """
+    """Return the section classes in a type annotation, through unions, tuples and `Annotated`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for argument in get_args(annotation) for model in models_in(argument)]
 
 
 def _models_at(root: type[BaseModel], location: KeyPath) -> list[type[BaseModel]]:
-    """The section classes that a location may name; a class name in it is the tag of a union's
-    member.
+    """Return the section classes that a location may name.
+
+    A class name in the location is the tag of a union's member.
     """
     models = [root]
     for element in location:

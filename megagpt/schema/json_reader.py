@@ -1,5 +1,6 @@
-"""Strict JSON for configurations: no duplicate keys, no NaN, syntax errors with line and column,
-`--set` overrides.
+"""Strict JSON for configurations, and `--set` overrides.
+
+Rejects duplicate keys and NaN; syntax errors show line and column.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class JsonObject(dict[str, Any]):
 
 
 def read_text(path: Path) -> str:
-    """The file's text; a missing file is an error that lists the configurations lying there."""
+    """Return a file's text; if it is missing, raise ConfigError that lists the files beside it."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -48,8 +49,9 @@ def read_text(path: Path) -> str:
 
 
 def parse(text: str, source: str) -> tuple[dict[str, Any], list[Problem]]:
-    """The document and the problems that JSON itself hides (duplicates, NaN); a syntax error
-    ends it at once.
+    """Parse the text; return the document and its duplicate keys and non-finite numbers.
+
+    Raises ConfigError on a syntax error.
     """
     try:
         document = json.loads(
@@ -71,11 +73,11 @@ def parse(text: str, source: str) -> tuple[dict[str, Any], list[Problem]]:
 def apply_overrides(
     document: dict[str, Any], overrides: Sequence[str]
 ) -> tuple[list[KeyPath], list[str]]:
-    """Write `a.b=value` items into the document, the last one winning; gives the keys set and the
-    error lines.
+    """Write `a.b=value` items into the document; the last one of a key wins.
 
-    A value is JSON (`3`, `true`, `[1, 2]`, `"text"`); a bare word that is not JSON is taken as a
-    string. `null` is left for `remove`, once it is known whether there is such a key.
+    Return the keys that were set and the error lines. A value is JSON (`3`, `true`, `[1, 2]`,
+    `"text"`); a word that is not JSON is a string. `null` stays in the document: `remove`
+    deletes the key once it is known to exist.
     """
     keys_set: list[KeyPath] = []
     errors: list[str] = []
@@ -108,7 +110,7 @@ def _put(document: dict[str, Any], path: tuple[str, ...], value: object) -> None
 
 
 def is_null(document: dict[str, Any], path: KeyPath) -> bool:
-    """Whether `null` stands at a key."""
+    """Return whether the value at a key is `null`."""
     here: Any = document
     for name in path:
         if not isinstance(here, dict) or name not in here:
@@ -118,7 +120,7 @@ def is_null(document: dict[str, Any], path: KeyPath) -> bool:
 
 
 def remove(document: dict[str, Any], path: KeyPath) -> None:
-    """Take a key that is there out of the document."""
+    """Delete an existing key from the document."""
     here: Any = document
     for name in path[:-1]:
         here = here[name]
@@ -143,9 +145,7 @@ def _parse_float(text: str) -> float | NotFinite:
 
 
 def hidden_problems(value: object, path: KeyPath = ()) -> list[Problem]:
-    """The duplicate keys and non-finite numbers of a document, which a plain dict would not
-    show.
-    """
+    """Return the duplicate keys and non-finite numbers, which a plain dict would hide."""
     if isinstance(value, NotFinite):
         return [Problem(path, f"{value.spelling} is not a JSON number; write a finite one")]
     problems: list[Problem] = []
@@ -163,8 +163,9 @@ def hidden_problems(value: object, path: KeyPath = ()) -> list[Problem]:
 
 
 def _syntax_hint(text: str, position: int) -> str:
-    """The three mistakes that hand-written JSON suffers from most."""
-    rest, before = text[position : position + 2], text[:position].rstrip()
+    """Return a hint for the most common mistakes in hand-written JSON."""
+    rest = text[position : position + 2]
+    before = text[:position].rstrip()
     if rest.startswith(("}", "]")) and before.endswith(","):
         return " (remove the comma before it)"
     if rest in ("//", "/*") or rest.startswith("#"):

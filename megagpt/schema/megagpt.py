@@ -31,42 +31,40 @@ class DataConfig(Section):
         "data/stdlib", "directory of the dataset, or a list of {path, weight} to blend"
     )
     seed: int = identity(0, "seed of the sample order", ge=0)
-    document_mask: bool = identity(
-        False, "attention never crosses from one packed document into another"
-    )
+    document_mask: bool = identity(False, "tokens attend only to tokens of their own document")
 
     @model_validator(mode="after")
     def _check_blend(self) -> DataConfig:
-        refuse([("path", "an empty list; name at least one dataset")] if not self.path else [])
+        refuse([("path", "the list is empty; name at least one dataset")] if not self.path else [])
         return self
 
     @property
     def sources(self) -> tuple[DataSource, ...]:
-        """The datasets with their weights, one or many."""
+        """The datasets with their weights, one or several."""
         return (DataSource(path=self.path),) if isinstance(self.path, str) else self.path
 
 
 class ParallelConfig(Section):
-    """The mesh: world = pipeline x data x tensor."""
+    """The mesh: world size = pipeline x data x tensor."""
 
-    tensor: int = execution(1, "ranks that share each layer", ge=1)
+    tensor: int = execution(1, "tensor-parallel ranks; each layer is split over them", ge=1)
     pipeline: int = execution(1, "pipeline stages", ge=1)
     schedule: Literal["gpipe", "1f1b", "interleaved"] = execution(
         "1f1b", "order of the micro-batches in a pipeline"
     )
     virtual_stages: int = execution(
-        1, "model chunks of each pipeline rank (interleaved schedule)", ge=1
+        1, "model chunks per pipeline rank (interleaved schedule)", ge=1
     )
     sequence: bool = execution(
-        False, "split the norm regions along the sequence over the tensor axis"
+        False, "split the sequence over the tensor axis outside attention and MLP"
     )
     gradient_reduction: Literal["per_step", "per_micro_batch"] = execution(
         lambda keys: "per_step" if keys["pipeline"] > 1 else "per_micro_batch",
-        "when gradients cross the data axis; default: per_step with a pipeline, else "
+        "when gradients are reduced over the data axis; default: per_step with a pipeline, else "
         "per_micro_batch",
     )
     world_size: int | None = execution(
-        None, "the ranks that this run expects: a world shrunken by a lost host is refused", ge=1
+        None, "ranks that this run expects; a start with another number is refused", ge=1
     )
 
     @property
@@ -90,40 +88,40 @@ class TrainingSection(Section):
     seed: int = identity(0, "seed of the initial weights and of dropout", ge=0)
     recompute: Literal["none", "selective", "full"] = execution(
         "none",
-        "activations computed again in backward: none, each block's MLP (selective), or whole "
+        "activations to recompute in backward: none, each block's MLP (selective), or whole "
         "blocks (full)",
     )
     eval_interval_steps: int = execution(100, "steps between evaluations", ge=0)
     eval_batches: int = execution(
-        8, "global batches of one evaluation: a fixed random choice from the validation split", ge=1
+        8, "global batches per evaluation: a fixed random choice from the validation split", ge=1
     )
-    sample_interval_steps: int = execution(0, "steps between written samples", ge=0)
-    sample_prompts: tuple[str, ...] = execution((), "texts that the samples continue", strict=False)
+    sample_interval_steps: int = execution(0, "steps between text samples", ge=0)
+    sample_prompts: tuple[str, ...] = execution((), "prompts of the text samples", strict=False)
     on_nonfinite: Literal["skip", "stop"] = execution(
-        "skip", "a loss or gradient that is not finite: skip that step, or stop"
+        "skip", "if a loss or gradient is not finite: skip the step, or stop"
     )
     on_spike: Literal["warn", "ignore", "skip", "rewind"] = execution(
         "warn",
-        "a loss that jumps: report it, say nothing, skip that step, or go back to the last "
+        "if the loss spikes: report it, ignore it, skip the step, or go back to the last "
         "checkpoint",
     )
     drift_check_interval_steps: int = execution(
-        100, "steps between comparisons of what data- or tensor-parallel ranks hold alike", ge=0
+        100, "steps between checks that replicated values are equal on all ranks", ge=0
     )
 
     @model_validator(mode="after")
     def _check(self) -> TrainingSection:
         problems = self._length_problems()
         if self.sample_interval_steps and not self.sample_prompts:
-            due = f"a sample is due every {self.sample_interval_steps} steps"
+            due = f"sample_interval_steps is {self.sample_interval_steps}"
             problems.append(
-                ("sample_prompts", f'empty, while {due}: give ["..."], or sample_interval_steps 0')
+                ("sample_prompts", f'empty, but {due}: give ["..."], or sample_interval_steps 0')
             )
         if self.sample_prompts and not self.sample_interval_steps:
             problems.append(
                 (
                     "sample_prompts",
-                    "given, while sample_interval_steps is 0: no sample is ever written",
+                    "given, but sample_interval_steps is 0: give an interval, or remove it",
                 )
             )
         refuse(problems)
@@ -133,14 +131,12 @@ class TrainingSection(Section):
         if self.total_steps is None and self.total_tokens is None:
             return [("total_steps", "required key is missing (or give total_tokens)")]
         if self.total_steps is not None and self.total_tokens is not None:
-            return [("total_tokens", "given beside total_steps; keep one of the two")]
+            return [("total_tokens", "given together with total_steps; keep only one")]
         return []
 
 
 class TrainingConfig(TrainingSection):
-    """Training with its length known in steps; `total_tokens`, where given, is what they were
-    derived from.
-    """
+    """Training with its length known in steps; they follow from `total_tokens` if that is given."""
 
     total_steps: int = execution(..., "optimizer steps of the run", ge=1)
 
@@ -152,22 +148,21 @@ class CheckpointConfig(Section):
     """What is saved, and how often."""
 
     interval_steps: int = execution(500, "steps between checkpoints", ge=0)
-    keep: int = execution(
-        3, "newest checkpoints that are kept; at least two, so that a damaged one is survived", ge=2
-    )
-    asynchronous: bool = execution(False, "write in the background while training goes on")
+    keep: int = execution(3, "newest checkpoints to keep; at least 2, in case one is damaged", ge=2)
+    asynchronous: bool = execution(False, "write in the background while training continues")
     milestone_interval_steps: int = execution(
         0,
-        "every so many steps a checkpoint is kept for good, a multiple of interval_steps; 0: none",
+        "steps between checkpoints that are never deleted; a multiple of interval_steps; 0: none",
         ge=0,
     )
 
     @model_validator(mode="after")
     def _check(self) -> CheckpointConfig:
-        milestone, interval = self.milestone_interval_steps, self.interval_steps
+        milestone = self.milestone_interval_steps
+        interval = self.interval_steps
         if milestone and (interval == 0 or milestone % interval):
             nearest = f"{-(-milestone // interval) * interval} or 0" if interval else "0"
-            problem = f"{milestone} is no multiple of interval_steps {interval}: use {nearest}"
+            problem = f"{milestone} is not a multiple of interval_steps {interval}: use {nearest}"
             refuse([("milestone_interval_steps", problem)])
         return self
 
@@ -176,12 +171,12 @@ class MonitorConfig(Section):
     """What is reported."""
 
     log_interval_steps: int = execution(
-        10, "steps between lines on the screen and in metrics.jsonl", ge=0
+        10, "steps between lines on screen and in metrics.jsonl", ge=0
     )
     stall_timeout_s: int = execution(
         1800,
-        "seconds that a step, a validation batch, a save or (then at least 900) a stage of the "
-        "start may last before the run counts as hung; 0: no limit",
+        "seconds after which a step, a validation batch or a save counts as hung (a stage of "
+        "start-up: at least 900); 0: no limit",
         ge=0,
     )
 
@@ -198,7 +193,7 @@ class MegagptSection(Section):
 
 
 class MegagptConfig(MegagptSection):
-    """The `megagpt` object with nothing left to fill in."""
+    """The `megagpt` object with every value known."""
 
     model: ModelConfig = section(..., "shape of the model")
     training: TrainingConfig = section(..., "length, evaluation, samples, guards")

@@ -1,6 +1,4 @@
-"""The `megagpt.model` section: the shape of a GPT, the published presets, and its exact number
-of parameters.
-"""
+"""The `megagpt.model` section: the shape of a GPT, published presets, number of parameters."""
 
 from __future__ import annotations
 
@@ -24,10 +22,10 @@ PresetName = Literal[
 ]
 GPT2_VOCABULARY = 50257  # the byte-level BPE of GPT-2, which GPT-3 uses too
 
-# GPT-2: Radford et al. 2019, table 2, with the released weights' heads. GPT-3: table 2.1 of arXiv
-# 2005.14165, where two rows contradict themselves (hidden size != heads x head size). Nearest
-# consistent shape: the 1.3B row prints 24 heads of 128 for a hidden size of 2048 (16 heads fit),
-# and the 13B row prints 5140 for 40 heads of 128 (5120).
+# GPT-2: Radford et al. 2019, table 2; numbers of heads from the released weights. GPT-3: table 2.1
+# of arXiv 2005.14165. Two of its rows are inconsistent (hidden size != heads x head size), so these
+# have the closest consistent shape: the 1.3B row says 24 heads of 128 for a hidden size of 2048 (we
+# use 16 heads), the 13B row says 5140 for 40 heads of 128 (we use 5120).
 _SHAPES: dict[str, tuple[int, int, int, int]] = {  # layers, hidden size, heads, sequence length
     "gpt2-124m": (12, 768, 12, 1024),
     "gpt2-355m": (24, 1024, 16, 1024),
@@ -52,28 +50,23 @@ PRESETS: dict[str, dict[str, int]] = {
 
 
 class ModelSection(Section):
-    """The model as written in the file: a preset's keys are filled in, keys beside it override
-    it.
-    """
+    """The model as written in the file; keys beside a preset override it."""
 
-    preset: PresetName | None = execution(
-        None, "published shape to start from; keys beside it override it"
-    )
+    preset: PresetName | None = execution(None, "published shape; keys given with it override it")
     vocab_size: int | None = identity(
         None,
-        "rows of the embedding; default: the data's vocabulary; always rounded up to a multiple "
-        "of 128",
+        "rows of the embedding, rounded up to a multiple of 128; default: the data's vocabulary",
         ge=1,
     )
     vocabulary: int | None = identity(
         None,
-        "tokens that exist; rows beyond are padding, never learnt; default: the data's "
-        "vocabulary, or vocab_size",
+        "tokens that exist; further rows are untrained padding; default: the data's vocabulary, "
+        "or vocab_size",
         ge=1,
     )
     num_layers: int = identity(..., "number of transformer blocks", ge=1)
     hidden_size: int = identity(..., "width of the residual stream", ge=1)
-    num_heads: int = identity(..., "query heads of each attention; must divide hidden_size", ge=1)
+    num_heads: int = identity(..., "query heads per attention layer; must divide hidden_size", ge=1)
     num_kv_heads: int = identity(
         lambda keys: keys["num_heads"],
         "key and value heads; must divide num_heads; default: num_heads",
@@ -81,7 +74,7 @@ class ModelSection(Section):
     )
     sequence_length: int = identity(1024, "tokens of one training sequence", ge=1)
     position: Literal["learned", "rotary"] = identity(
-        "learned", "position information: a table or rotations"
+        "learned", "position encoding: a learned table or rotary"
     )
     norm: Literal["layernorm", "rmsnorm"] = identity(
         "layernorm", "normalisation before each sub-layer"
@@ -115,7 +108,7 @@ class ModelSection(Section):
             problems.append(
                 (
                     "position",
-                    f"rotary turns pairs of numbers, and the head size {self.head_size} is odd",
+                    f"rotary needs an even head size (found {self.head_size}); change num_heads",
                 )
             )
         if self.num_heads % self.num_kv_heads:
@@ -139,27 +132,23 @@ class ModelSection(Section):
 
     @property
     def published_vocabulary(self) -> int | None:
-        """The vocabulary that the preset was published with: for planning a run whose data are
-        not here.
-        """
+        """The vocabulary that the preset was published with, for planning without the data."""
         return GPT2_VOCABULARY if self.preset else None
 
 
 class ModelConfig(ModelSection):
-    """The model with nothing left to fill in: `vocab_size` is the number of rows of the
-    embedding.
-    """
+    """The model with every value known; `vocab_size` is the number of rows of the embedding."""
 
     vocab_size: int = identity(
-        ..., "rows of the embedding, a multiple of 128 where a run resolved it", ge=1
+        ..., "rows of the embedding; in a resolved run a multiple of 128", ge=1
     )
     vocabulary: int = identity(
-        lambda keys: keys["vocab_size"], "tokens that exist; rows beyond are padding", ge=1
+        lambda keys: keys["vocab_size"], "tokens that exist; further rows are padding", ge=1
     )
 
     @property
     def num_parameters(self) -> int:
-        """Every trained number once; a tied head counts with the embedding."""
+        """Trained parameters, each counted once; a tied head counts with the embedding."""
         tables = self.vocab_size * (1 if self.tie_embeddings else 2)
         positions = self.sequence_length if self.position == "learned" else 0
         return (
@@ -170,9 +159,7 @@ class ModelConfig(ModelSection):
 
     @property
     def block_matmul_parameters(self) -> int:
-        """The weights of one block that multiply activations: attention's four matrices and the
-        MLP's.
-        """
+        """Weights of one block that multiply activations: four attention matrices and the MLP's."""
         key_value_size = self.num_kv_heads * self.head_size
         attention = 2 * self.hidden_size * self.hidden_size + 2 * self.hidden_size * key_value_size
         mlp_matrices = 2 if self.activation == "gelu" else 3
@@ -180,7 +167,7 @@ class ModelConfig(ModelSection):
 
     @property
     def block_parameters(self) -> int:
-        """Everything that is trained in one block."""
+        """All trained parameters of one block."""
         return self.block_matmul_parameters + self._block_biases + 2 * self.norm_parameters
 
     @property
@@ -193,7 +180,7 @@ class ModelConfig(ModelSection):
 
     @property
     def norm_parameters(self) -> int:
-        """Everything that is trained in one norm."""
+        """All trained parameters of one norm."""
         return self.hidden_size * (2 if self.norm == "layernorm" and self.bias else 1)
 
 

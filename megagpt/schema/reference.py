@@ -1,4 +1,4 @@
-"""What a configuration file may hold, for editors (JSON Schema) and for readers (Markdown tables).
+"""Describe the configuration file for editors (JSON Schema) and for readers (Markdown tables).
 
 `python -m megagpt.schema.reference > ds_configs/schema.json` writes the schema; with `--tables` it
 prints the last section of docs/configuration.md.
@@ -29,33 +29,32 @@ DERIVED_DEFAULTS = {
 
 
 class _FileSchema(GenerateJsonSchema):
-    """Leaves out the titles that pydantic makes of every key: they repeat it with a capital
-    letter.
-    """
+    """A schema generator without pydantic's titles, which repeat each key with a capital letter."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
 
 
 def schema_text() -> str:
-    """The JSON Schema of a whole file, as ds_configs/schema.json holds it."""
+    """Return the JSON Schema of a whole file, as ds_configs/schema.json holds it."""
     schema = RunConfig.model_json_schema(by_alias=True, schema_generator=_FileSchema)
-    schema["$defs"]["ModelSection"].pop(
-        "required"
-    )  # a preset gives these keys, so an editor must not ask for them
+    # a preset gives these keys, so an editor must not ask for them
+    schema["$defs"]["ModelSection"].pop("required")
     document = {"$schema": SCHEMA_DIALECT, **schema, "title": "A megagpt run"}
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
 def reference_text() -> str:
-    """One Markdown table a section: every key with its meaning, its default and its role."""
+    """Return one Markdown table for each section: key, meaning, default and role."""
     return "\n\n".join(_tables(RunConfig, "", "Top level")) + "\n"
 
 
 def _tables(model: type[BaseModel], prefix: str, title: str, variant: str = "") -> list[str]:
-    rows, below = [], []
+    rows = []
+    below = []
     for name, field in model.model_fields.items():
-        key, members = field.alias or name, models_in(field.annotation)
+        key = field.alias or name
+        members = models_in(field.annotation)
         if _role(field) or not members:
             rows.append(
                 f"| `{key}` | {field.description} | {_default(model, name, field)} | "
@@ -81,7 +80,7 @@ def _default(model: type[BaseModel], name: str, field: FieldInfo) -> str:
 
 
 def main() -> None:
-    """Print the schema, or with `--tables` the tables."""
+    """Print the schema, or the tables with `--tables`."""
     parser = argparse.ArgumentParser(description="Describe the configuration file.")
     parser.add_argument(
         "--tables", action="store_true", help="Markdown tables of every key instead of JSON Schema"

@@ -126,8 +126,7 @@ def test_a_meeting_place_of_the_job_script_is_kept() -> None:
 def test_half_of_the_variables_is_no_start(missing: str) -> None:
     said = refusal({name: value for name, value in BY_HAND.items() if name != missing})
     assert (
-        f"and {missing} missing: unset all of them, or let a launcher set them: deepspeed "
-        f"launch/train.py" in said
+        f"but {missing} missing: unset all of them, or start with deepspeed launch/train.py" in said
     )
 
 
@@ -135,14 +134,14 @@ def test_half_of_the_variables_is_no_start(missing: str) -> None:
     ("environment", "reason"),
     [
         (BY_HAND | {"RANK": "4"}, "RANK=4 is not among the 4 ranks"),
-        (BY_HAND | {"RANK": "-1"}, "RANK='-1' is no whole number"),
-        (BY_HAND | {"WORLD_SIZE": "four"}, "WORLD_SIZE='four' is no whole number"),
-        (BY_HAND | {"MASTER_PORT": "http"}, "MASTER_PORT='http' is no whole number"),
+        (BY_HAND | {"RANK": "-1"}, "RANK='-1' is not a whole number"),
+        (BY_HAND | {"WORLD_SIZE": "four"}, "WORLD_SIZE='four' is not a whole number"),
+        (BY_HAND | {"MASTER_PORT": "http"}, "MASTER_PORT='http' is not a whole number"),
         (DEEPSPEED | {"LOCAL_RANK": "2"}, "LOCAL_RANK=2 is not among the 2 ranks of this host"),
-        (DEEPSPEED | {"WORLD_SIZE": "5"}, "5 on 2 hosts: give every host the same number"),
+        (DEEPSPEED | {"WORLD_SIZE": "5"}, "5 on 2 hosts; give every host the same number"),
         (
             TORCHRUN | {"LOCAL_WORLD_SIZE": "3"},
-            "3 ranks on host .*, 4 on 2 hosts: give every host the same number",
+            "3 ranks on host .*, but 4 on 2 hosts; give every host the same number",
         ),
         (
             slurm(SLURM_STEP_TASKS_PER_NODE="2,1"),
@@ -150,26 +149,26 @@ def test_half_of_the_variables_is_no_start(missing: str) -> None:
         ),
         (
             slurm(1, SLURM_LOCALID="0", SLURM_NODEID="1"),
-            "dealt to the hosts in turns.*--distribution=block",
+            "srun assigned ranks cyclically; use --distribution=block",
         ),
         (
             slurm(SLURM_STEP_NODELIST="gpu[09-11]"),
-            "are 3 hosts and SLURM_STEP_TASKS_PER_NODE=2.x2. are 2",
+            "has 3 hosts, but SLURM_STEP_TASKS_PER_NODE=2.x2. has 2",
         ),
         (slurm(SLURM_NODEID="2"), "SLURM_NODEID=2 is not among the hosts"),
         (
             slurm(CUDA_VISIBLE_DEVICES="1"),
-            "--gpus-per-node=2 in place of --gpus-per-task, or --gpu-bind=none",
+            "--gpus-per-node=2 instead of --gpus-per-task, or --gpu-bind=none",
         ),
-        (slurm(WORLD_SIZE="8"), "WORLD_SIZE=8, and the launcher says 4: unset WORLD_SIZE"),
+        (slurm(WORLD_SIZE="8"), "WORLD_SIZE=8, but the launcher says 4: unset WORLD_SIZE"),
         (slurm(SLURM_PROCID=""), "SLURM_PROCID missing: start with"),
         (
             {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"},
-            "granted 8 tasks and this is the only .*: start all with srun",
+            "granted 8 tasks, but this is the only .*: start all with srun",
         ),
         (
             {"OMPI_COMM_WORLD_SIZE": "2"},
-            "OMPI_COMM_WORLD_SIZE=2 and no RANK: each process would train alone",
+            "OMPI_COMM_WORLD_SIZE=2, but no RANK: each process would train alone",
         ),
     ],
 )
@@ -235,7 +234,7 @@ def test_lists_of_hosts(nodes: str, hosts: list[str]) -> None:
     ],
 )
 def test_damaged_lists_of_hosts_are_refused(nodes: str) -> None:
-    with pytest.raises(UserError, match="is no list of hosts"):
+    with pytest.raises(UserError, match="is not a list of hosts"):
         expand_hosts(nodes)
 
 
@@ -257,7 +256,7 @@ def test_lists_of_tasks(tasks: str, counts: list[int]) -> None:
 
 @pytest.mark.parametrize("tasks", ["", "x", "2(x)", "2(x3", "2(x9999999999)", "2,"])
 def test_damaged_lists_of_tasks_are_refused(tasks: str) -> None:
-    with pytest.raises(UserError, match="is no list of numbers of tasks"):
+    with pytest.raises(UserError, match="is not a list of task counts"):
         expand_tasks(tasks)
 
 

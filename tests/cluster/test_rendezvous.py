@@ -53,10 +53,13 @@ def test_missing_ranks_are_named_with_their_hosts(
     said = refusal(monkeypatch, 0)
     missing = "rank 1 (host host-a), rank 2 (host host-b), rank 3 (host host-b)"
     assert said.startswith(
-        f"{missing} did not join within 1 s: look there for an error, or check all hosts: python"
+        f"{missing} did not join within 1 s; look for an error in its output, or check all hosts: "
     )
     shown = capfd.readouterr().err
-    notice = rf"^waiting for {re.escape(missing)}; [01] s left \({TIMEOUT_VARIABLE} allows more\)$"
+    notice = (
+        rf"^waiting for {re.escape(missing)}; [01] s left "
+        rf"\(set {TIMEOUT_VARIABLE} to wait longer\)$"
+    )
     assert re.search(notice, shown, re.MULTILINE)
 
 
@@ -64,7 +67,7 @@ def test_a_first_rank_that_never_comes_is_named(monkeypatch: pytest.MonkeyPatch)
     said = refusal(monkeypatch, 3)
     assert said.startswith("rank 0 (host host-a) did not answer at 127.0.0.1:")
     assert (
-        "within 1 s ([Errno 111] Connection refused): is its host up, did it end with an error"
+        "within 1 s ([Errno 111] Connection refused); check its host, its log and the firewall"
         in said
     )
 
@@ -80,7 +83,7 @@ def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         f"port {port} of host {socket.gethostname()} is in use by process {os.getpid()} ("
     )
     assert re.match(
-        rf"{own}.*; to end it: kill {os.getpid()}\); end what uses it, or choose another: "
+        rf"{own}.*; to end it: kill {os.getpid()}\); stop what uses it, or choose another: "
         rf"deepspeed --master_port",
         said,
     )
@@ -112,7 +115,7 @@ def test_a_leftover_rank_that_holds_the_port_is_named(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "1.5"])
 def test_a_time_limit_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv(TIMEOUT_VARIABLE, text)
-    assert f"{TIMEOUT_VARIABLE}='{text}' is no whole number of seconds, such as 300" in refusal(
+    assert f"{TIMEOUT_VARIABLE}='{text}' is not a whole number of seconds" in refusal(
         monkeypatch, 0
     )
 

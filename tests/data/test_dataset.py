@@ -233,7 +233,7 @@ DAMAGE = {
     ),
     "manifest of another dtype": (
         lambda d: edit_manifest(d, lambda m: m.update(dtype="uint32")),
-        r"2 bytes a token found, uint32 has 4",
+        r"2 bytes per token found, uint32 has 4",
     ),
     "id out of range": (
         write_an_id_out_of_range,
@@ -270,7 +270,7 @@ def set_file_name(name):
 
 
 BAD_MANIFESTS = {
-    "missing": (lambda d: (d / "manifest.json").unlink(), "not a dataset, it has no manifest.json"),
+    "missing": (lambda d: (d / "manifest.json").unlink(), r"not a dataset \(no manifest.json\)"),
     "a pickle": (
         lambda d: (d / "manifest.json").write_bytes(pickle.dumps({"format_version": 1})),
         "Invalid JSON",
@@ -321,7 +321,7 @@ def test_missing_data_says_what_to_type(tmp_path):
     ):
         open_dataset(tmp_path / "none")
     (tmp_path / "half.partial").mkdir()
-    with pytest.raises(UserError, match="has not finished; the same command again continues it"):
+    with pytest.raises(UserError, match="has not finished; rerun the same command to continue"):
         open_dataset(tmp_path / "half")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="a dataset is a directory"):
@@ -537,7 +537,7 @@ def test_document_ids_separate_the_documents_of_a_sample(tmp_path):
 def test_a_split_too_short_for_a_sample_is_refused(small, tmp_path):
     with pytest.raises(
         UserError,
-        match=r"val split has 20 tokens, a sample takes 33; use a model.sequence_length of at",
+        match=r"val split has 20 tokens, but a sample needs 33; set megagpt.model.sequence_length",
     ):
         open_stream(small, split="val", sequence_length=32)
     without = write_dataset(tmp_path / "without", [[1, 2, 3]])

@@ -236,7 +236,7 @@ def test_the_manifest_says_what_the_data_are(tmp_path):
 
 
 BAD_REQUESTS = {
-    "no such file": ({"dataset": "none/*.jsonl"}, "no such file; a pattern needs quotes"),
+    "no such file": ({"dataset": "none/*.jsonl"}, "no such file; put a pattern in quotes"),
     "no such kind": (
         {"dataset": "a/b/c.csv"},
         r"use stdlib, a Hugging Face dataset \(owner/name\), or a path",
@@ -341,10 +341,10 @@ def test_a_directory_of_something_else_is_never_touched(tmp_path):
         (tmp_path / place).mkdir()
         (tmp_path / place / "thesis.tex").write_text("years of work")
     for force in (False, True):
-        with pytest.raises(UserError, match=r"out: in the way, and not a dataset"):
+        with pytest.raises(UserError, match=r"out: exists and is not a dataset"):
             quietly(request(path, tmp_path / "out", force=force))
         with pytest.raises(
-            UserError, match=r"other\.partial: in the way, and no preparation wrote thesis\.tex"
+            UserError, match=r"other\.partial: contains thesis\.tex, which no preparation wrote"
         ):
             quietly(request(path, tmp_path / "other", force=force))
     quietly(request(path, tmp_path / "done"))
@@ -510,7 +510,7 @@ def test_unfinished_work_for_another_request_is_kept(tmp_path):
     run_with_trouble(tmp_path, killed(2), *arguments)
     left = names(tmp_path / "out.partial")
     with pytest.raises(
-        UserError, match="unfinished preparation of other data or with other options; --force"
+        UserError, match="unfinished preparation of other data or with other options; give --force"
     ):
         quietly(request(path, tmp_path / "out", max_tokens=100))
     write_jsonl(path, DOCUMENTS[:50])  # the corpus changed meanwhile
@@ -569,7 +569,7 @@ def test_a_small_disk_is_refused_before_anything_is_written(tmp_path):
         path = tmp_path / "data.txt"
         path.write_text("0123456789abcde\n" * 100_000)
         with pytest.raises(
-            UserError, match=r"need 19\.05 MiB more at least, have 1\d\.\d\d MiB\. Free some space"
+            UserError, match=r"need at least 19\.05 MiB more, have 1\d\.\d\d MiB\. Free some space"
         ):
             quietly(request(path, disk / "out"))
         assert names(disk) == set()

@@ -108,8 +108,8 @@ def test_the_small_model_hosts_every_mesh_of_its_world(ranks: int, activation: s
         "megagpt.parallel.gradient_reduction",
         "zero_optimization.offload_optimizer.device",
     }
-    assert "DeepSpeed cannot put off the reduction" in reasons.get(
-        "megagpt.parallel.pipeline", "DeepSpeed cannot put off the reduction"
+    assert "DeepSpeed cannot delay the reduction" in reasons.get(
+        "megagpt.parallel.pipeline", "DeepSpeed cannot delay the reduction"
     )
     assert resolved(document, tried[0], ranks, None).megagpt.model.num_parameters < 5e6
 

@@ -63,7 +63,7 @@ def test_a_configuration_that_fits() -> None:
     done = command("--deepspeed_config", "ds_configs/gpt2_124m.json", "--ranks", "8")
     assert (done.returncode, done.stderr) == (0, "")
     assert "legal; it fits" in done.stdout
-    assert "an estimate, no measurement" in done.stdout
+    assert "an estimate, not a measurement" in done.stdout
     assert "efficiency 0.5" in done.stdout
 
 

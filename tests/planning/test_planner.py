@@ -23,14 +23,14 @@ SIX_HEADS = {"num_layers": 2, "hidden_size": 96, "num_heads": 6, "sequence_lengt
 CASES: list[
     tuple[dict[str, Any], str]
 ] = [  # changes to the minimal (ZeRO 3) configuration; words of the reason
-    ({"megagpt.parallel.tensor": 3, "train_batch_size": 12}, "as many key-value heads"),
+    ({"megagpt.parallel.tensor": 3, "train_batch_size": 12}, "divide num_kv_heads"),
     (
         {"megagpt.parallel.tensor": 3, "megagpt.model": SIX_HEADS, "train_batch_size": 12},
-        "as many rows of the embedding",
+        "divide the rows of the embedding",
     ),
     (
         {"megagpt.parallel": {"tensor": 2, "sequence": True}, "megagpt.model.sequence_length": 127},
-        "as many positions as any other",
+        "must divide megagpt.model.sequence_length",
     ),
     (
         {"megagpt.parallel.pipeline": 2, "zero_optimization": {"stage": 0}},
@@ -46,7 +46,7 @@ CASES: list[
             "megagpt.model.num_layers": 8,
             "megagpt.parallel": {"pipeline": 2, "schedule": "interleaved"},
         },
-        "interleaves several stages",
+        "needs several stages on each rank",
     ),
     (
         {
@@ -62,7 +62,7 @@ CASES: list[
             "megagpt.parallel": {"pipeline": 2, "gradient_reduction": "per_micro_batch"},
             "zero_optimization": {"stage": 2},
         },
-        "copies of a tied embedding",
+        "copies of the tied embedding",
     ),
     (
         {
@@ -80,7 +80,7 @@ CASES: list[
             },
             "zero_optimization": {"stage": 1, "overlap_comm": True},
         },
-        "of one of a rank's stages only",
+        "of a rank's stages",
     ),
     (
         {
@@ -88,11 +88,11 @@ CASES: list[
             "zero_optimization.offload_param": NVME,
             "bf16.enabled": True,
         },
-        "parameters on NVMe",
+        "never tested with parameters",
     ),
     ({"megagpt.parallel.schedule": "gpipe"}, "orders the micro-batches"),
-    ({"megagpt.parallel.virtual_stages": 2}, "cuts the stages"),
-    ({"megagpt.parallel.sequence": True}, "splits the norms"),
+    ({"megagpt.parallel.virtual_stages": 2}, "splits the stages"),
+    ({"megagpt.parallel.sequence": True}, "splits the sequence"),
     (
         {"zero_optimization": {"stage": 0}, "megagpt.parallel.gradient_reduction": "per_step"},
         "coalesced reduction needs a ZeRO optimizer",
@@ -117,20 +117,20 @@ CASES: list[
             reason,
         )
         for key, reason in (
-            ("stage3_prefetch_bucket_size", "not ahead"),
-            ("stage3_max_live_parameters", "bounds what is fetched ahead"),
+            ("stage3_prefetch_bucket_size", "not prefetched"),
+            ("stage3_max_live_parameters", "limits prefetching"),
             ("stage3_max_reuse_distance", "is read again for each use"),
         )
     ),
-    ({"data_types.grad_accum_dtype": "bf16", "bf16.enabled": False}, "less exact than the model"),
-    ({"bf16.enabled": True, "zero_optimization": {"stage": 0}}, "optimizers of another kind"),
+    ({"data_types.grad_accum_dtype": "bf16", "bf16.enabled": False}, "less precise than the model"),
+    ({"bf16.enabled": True, "zero_optimization": {"stage": 0}}, "uses other optimizers"),
     (
         {
             "data_types.grad_accum_dtype": "fp32",
             "bf16.enabled": True,
             "megagpt.parallel.gradient_reduction": "per_step",
         },
-        "before it converts them",
+        "before the conversion",
     ),
     (
         {
@@ -482,6 +482,6 @@ def test_missing_ranks_hide_nothing_else() -> None:
         World(1000, 50257, bf16_native=True),
     )
     reduction, missing, offer = legality.problems(load_config(path, changes), world)
-    assert "copies of a tied embedding" in reduction
+    assert "copies of the tied embedding" in reduction
     assert "bring back the missing hosts" in missing
     assert is_legal(path, [*changes, *printed_items(offer)], world)

@@ -100,15 +100,15 @@ def test_sound_hosts_have_no_problems(monkeypatch: pytest.MonkeyPatch, tmp_path:
     [
         (
             {"software": {"Python": "3.12.1", "torch": "2.12.0", "deepspeed": "0.19.8"}},
-            "torch 2.12.0, host-a has 2.13.0: install",
+            "torch 2.12.0, but host-a has 2.13.0: install",
         ),
-        ({"code": "fedcba"}, "its code differs from that of host-a: git pull"),
-        ({"directory": False}, "is missing: every host needs the same paths"),
+        ({"code": "fedcba"}, "its code differs from that of host-a; run git pull"),
+        ({"directory": False}, "is missing; every host needs the same paths"),
         (
             {"failure": "ImportError: libcuda.so.1"},
             "cannot be imported: 'ImportError: libcuda.so.1'",
         ),
-        ({"devices": ["NVIDIA H200"]}, "2 slots and 1 GPUs: write slots=1"),
+        ({"devices": ["NVIDIA H200"]}, "2 slots, but 1 GPUs; write slots=1"),
         (
             {"ops": {"AsyncIOBuilder": "there is no C++ compiler (apt install g++)"}},
             "AsyncIO: there is no C.. compiler",
@@ -116,7 +116,7 @@ def test_sound_hosts_have_no_problems(monkeypatch: pytest.MonkeyPatch, tmp_path:
         ({"memory_bytes": GIB}, "1.00 GiB of memory left"),
         (
             {"shared_memory_bytes": 64 * MIB},
-            "/dev/shm has 64.00 MiB, NCCL needs more: docker run --shm-size",
+            "/dev/shm has 64.00 MiB, NCCL needs 1 GiB: docker run --shm-size",
         ),
         (
             {"place": {"path": "/shared", "writable": False, "free_bytes": GIB}},
@@ -132,7 +132,7 @@ def test_sound_hosts_have_no_problems(monkeypatch: pytest.MonkeyPatch, tmp_path:
         ),
         (
             {"apart": True},
-            "/shared is another directory than on host-a, and every host writes its part",
+            "/shared is not the same directory as on host-a, but every host writes its part",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -154,7 +154,7 @@ def test_a_host_that_a_run_would_fail_on_is_named_with_the_remedy(
     [
         ({"clock_ahead_s": 3600.0}, "its clock is +3"),
         ({"ops": {"CPUAdamBuilder": "not yet"}}, "CPUAdam will be compiled at the first start"),
-        ({"devices": ["NVIDIA A100"] * 2}, "other devices than host-a: the slowest sets the pace"),
+        ({"devices": ["NVIDIA A100"] * 2}, "other devices than host-a; the slowest sets the pace"),
     ],
     ids=["clock", "ops", "devices"],
 )
@@ -175,7 +175,7 @@ def test_hosts_that_do_not_answer_are_named_and_the_others_still_looked_at(
     problems, _, table = examined(
         monkeypatch, tmp_path, {"host-a": "ssh: no", "host-b": sound("b", memory_bytes=0)}
     )
-    assert problems == ["host-a: ssh: no", "host-b: 0 B of memory left: end what uses it"]
+    assert problems == ["host-a: ssh: no", "host-b: 0 B of memory left; stop what uses it"]
     assert table.splitlines()[1].split()[:3] == ["host-a", "NO", "ANSWER"]
 
 
@@ -184,7 +184,7 @@ def test_hosts_that_do_not_answer_are_named_and_the_others_still_looked_at(
     [
         (
             "megagpt.parallel.world_size=8",
-            "the hostfile has 4 ranks, megagpt.parallel.world_size is 8: bring back",
+            "the hostfile has 4 ranks, but megagpt.parallel.world_size is 8: add the missing hosts",
         ),
         (
             "train_batch_size=16",
@@ -205,9 +205,9 @@ def test_a_world_that_would_be_refused_is_refused_here(
 @pytest.mark.parametrize(
     ("hosts", "lines"),
     [
-        ([], "as many key-value heads and MLP .*--set megagpt.parallel.tensor=4$"),
-        (HOSTS, "(?s)4 ranks cannot hold replicas of tensor 6 .*--set megagpt.parallel.tensor=4$"),
-        ([Host("a", 6)], "as many key-value heads and MLP .*--set megagpt.parallel.tensor=2$"),
+        ([], "must divide num_kv_heads and the MLP .*--set megagpt.parallel.tensor=4$"),
+        (HOSTS, "(?s)4 ranks is not a multiple of tensor 6 .*--set megagpt.parallel.tensor=4$"),
+        ([Host("a", 6)], "must divide num_kv_heads and the MLP .*--set megagpt.parallel.tensor=2$"),
     ],
 )
 def test_a_run_is_judged_as_it_will_be_on_these_hosts(hosts: list[Host], lines: str) -> None:
@@ -256,12 +256,12 @@ def fake_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
         (
             "ssh: connect to host host-b port 22: Connection timed out",
             255,
-            "Take it from the hostfile until it is",
+            "or remove it from the hostfile",
         ),
         (
             "ssh: connect to host host-b port 22: No route to host",
             255,
-            "Take it from the hostfile until it is",
+            "or remove it from the hostfile",
         ),
         ("something new\x1b[2J", 255, "ssh -o BatchMode=yes host-b true"),
         ("sh: python: not found", 127, "install it at the same path"),
@@ -281,7 +281,7 @@ def test_failures_of_ssh_are_explained(
 def test_a_host_that_hangs_is_given_up(fake_ssh: Callable[[str], None]) -> None:
     fake_ssh("exec sleep 60")
     assert ssh.run_python("host-b", "", timeout_s=0.5).failure == (
-        "no answer within 0 s: the host, or a disk that Python lies on, hangs"
+        "no answer within 0 s: the host, or the disk with Python, hangs"
     )
 
 
@@ -315,7 +315,7 @@ def test_variables_that_the_launcher_would_break_off_at_or_show_are_named(
         "line 4",
         "line 5",
     ]
-    assert "WANDB_API_KEY would stand on a command line that all users can read" in problems[2]
+    assert "WANDB_API_KEY would appear on a command line that all users can read" in problems[2]
     assert CANARY not in str(problems)
 
 

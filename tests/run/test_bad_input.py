@@ -113,10 +113,7 @@ STATED = put(put(COMPLETE, "megagpt.parallel.world_size", 5), "megagpt.parallel.
         pytest.param(
             json.dumps(UNEVEN_ROWS),
             3,
-            [
-                "megagpt.parallel.tensor: 3 is refused: each rank takes as many rows of the "
-                "embedding as any other"
-            ],
+            ["megagpt.parallel.tensor: 3 is refused: it must divide the rows of the embedding"],
             id="vocabulary (F14)",
         ),
         pytest.param(
@@ -135,7 +132,7 @@ STATED = put(put(COMPLETE, "megagpt.parallel.world_size", 5), "megagpt.parallel.
             8,
             [
                 "megagpt.parallel.pipeline: 3 is refused",
-                "5 ranks cannot hold replicas of tensor 1 x pipeline 3: use 3 or 6 ranks",
+                "5 ranks is not a multiple of tensor 1 x pipeline 3: use 3 or 6 ranks",
                 "the run expects 5 ranks and 8 started: start 5 of them",
                 "nearest legal: --set megagpt.parallel.pipeline=2 megagpt.parallel.world_size=8",
             ],

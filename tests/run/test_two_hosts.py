@@ -320,7 +320,9 @@ def test_dead_hosts_are_named_by_preflight(
         ("dead", "192.0.2.9 port 22: No route"),
         ("silent", "192.0.2.10 port 22: Connection timed out"),
     ):
-        assert re.search(rf"{host}: ssh: .*{said}.*: the host does not answer: is it up", shown)
+        assert re.search(
+            rf"{host}: ssh: .*{said}.*: the host does not answer; check that it is up", shown
+        )
     assert [line.split()[:2] for line in shown.splitlines()[1:2]] == [["host-a", "ok"]]
 
 
@@ -342,8 +344,8 @@ def test_a_dead_host_ends_the_start_at_once(
     assert code != 0
     assert re.search(rf"{host}: ssh: connect to host \S+ port 22: {said}", shown)
     assert (
-        f"the ssh session to {host} has ended, rank 1 (host {host}) will not come: see above what "
-        f"was said" in shown
+        f"the ssh session to {host} has ended, so rank 1 (host {host}) cannot join; see its output "
+        f"above" in shown
     )
     assert not (tmp_path / "run").exists()
 
@@ -378,7 +380,7 @@ def test_a_rank_that_never_joins_is_named_by_the_others(
     os.kill(stopped.number, signal.SIGKILL)
     shown, _ = command.communicate(timeout=DEADLINE_S)
     assert command.returncode != 0
-    assert "rank 1 (host host-b) did not join within 10 s: look there for an error" in shown
+    assert "rank 1 (host host-b) did not join within 10 s; look for an error in its output" in shown
 
 
 def test_a_second_run_in_the_directory_is_refused_on_both_hosts(

@@ -112,7 +112,7 @@ def test_integral_floats_are_accepted_for_element_counts_only() -> None:
 )
 def test_auto_is_refused_elsewhere(key: str) -> None:
     assert errors_of(put(MINIMAL, key, "auto")) == [
-        f'x.json: {key}: "auto" is resolved only in bf16.enabled and '
+        f'x.json: {key}: "auto" is accepted only in bf16.enabled and '
         f"scheduler.params.total_num_steps; write the value"
     ]
 
@@ -187,14 +187,14 @@ def test_whatever_stands_at_a_key_only_config_errors_come_out(key: str, value: o
     [
         ("megagpt.model.num_heads", 5, "5 does not divide hidden_size 64: use 4 or 8"),
         ("megagpt.model.num_kv_heads", 3, "3 does not divide num_heads 4: use 2 or 4"),
-        ("megagpt.training.total_tokens", 5, "given beside total_steps; keep one of the two"),
+        ("megagpt.training.total_tokens", 5, "given together with total_steps; keep only one"),
         (
             "megagpt.checkpoint.milestone_interval_steps",
             600,
-            "600 is no multiple of interval_steps 500: use 1000 or 0",
+            "600 is not a multiple of interval_steps 500: use 1000 or 0",
         ),
-        ("megagpt.data.path", [], "an empty list; name at least one dataset"),
-        ("fp16.enabled", True, 'true beside bf16.enabled "auto"; enable one of the two'),
+        ("megagpt.data.path", [], "the list is empty; name at least one dataset"),
+        ("fp16.enabled", True, 'true, and bf16.enabled is "auto"; enable only one'),
         (
             "optimizer.params.adam_w_mode",
             False,
@@ -203,14 +203,14 @@ def test_whatever_stands_at_a_key_only_config_errors_come_out(key: str, value: o
         (
             "zero_optimization.allgather_bucket_size",
             1000,
-            "does nothing at stage 3; remove it, or use stage 1 or 2",
+            "has no effect at stage 3; remove it, or use stage 1 or 2",
         ),
         (
             "zero_optimization.offload_optimizer.nvme_path",
             "d",
-            'acts only with device "nvme", and device is "cpu"',
+            'has no effect with device "cpu", only with "nvme"; remove it',
         ),
-        ("aio", {}, 'acts only with an offload to "nvme"; remove it'),
+        ("aio", {}, 'has no effect without offload to "nvme"; remove it'),
     ],
 )
 def test_sections_check_themselves(key: str, value: object, expected: str) -> None:
@@ -231,7 +231,7 @@ def test_a_schedule_may_not_replace_the_learning_rate() -> None:
         "params": {"warmup_max_lr": 0.001, "warmup_num_steps": 10},
     }
     assert errors_of(put(MINIMAL, "scheduler", scheduler)) == [
-        "x.json: scheduler.params.warmup_max_lr: 0.001 would replace optimizer.params.lr 0.0003; "
+        "x.json: scheduler.params.warmup_max_lr: 0.001 differs from optimizer.params.lr 0.0003; "
         "make them equal, or remove it"
     ]
     del scheduler["params"]["warmup_max_lr"]  # type: ignore[attr-defined]

@@ -79,7 +79,7 @@ def test_a_length_in_tokens_becomes_whole_steps() -> None:
         (
             6,
             {"megagpt.parallel.tensor": 4},
-            "megagpt.parallel: 6 ranks cannot hold replicas of tensor 4 x pipeline 1: use 4 or 8 "
+            "megagpt.parallel: 6 ranks is not a multiple of tensor 4 x pipeline 1: use 4 or 8 "
             "ranks",
         ),
         (
@@ -91,7 +91,8 @@ def test_a_length_in_tokens_becomes_whole_steps() -> None:
         (
             1,
             {"megagpt.model.vocab_size": 1000, "megagpt.model.vocabulary": 1030},
-            "megagpt.model.vocabulary: 1030 tokens do not fit into vocab_size 1000: remove one",
+            "megagpt.model.vocabulary: 1030 tokens do not fit into vocab_size 1000: "
+            "remove one of the two",
         ),
         (
             1,
@@ -131,7 +132,7 @@ def test_every_impossible_value_is_reported_together() -> None:
 
 def test_an_unknown_vocabulary_needs_data_or_a_preset() -> None:
     (line,) = resolve_errors(MINIMAL, vocabulary=None)
-    assert line.startswith("megagpt.model.vocab_size: unknown while the data are not prepared")
+    assert line.startswith("megagpt.model.vocab_size: unknown until the data are prepared")
     document = put(MINIMAL, "megagpt.model", {"preset": "gpt2-124m"})
     assert resolve(document, vocabulary=None).megagpt.model.vocab_size == 50304
 

@@ -1,8 +1,8 @@
-"""What the makers say of their accelerators: peak, memory, links. No torch.
+"""Data-sheet values of accelerators: peak FLOP/s, memory, links. No torch.
 
 NVIDIA's data sheets (A100 2020, L4 and L40S 2023, H100 and H200 2023, H200 NVL and B200 2024):
-dense 16-bit peaks with fp32 accumulation in TFLOP/s, memory in GiB and GB/s, and GB/s each way to
-the others of a host (NVLink, or PCI Express where there is none) and to the host itself.
+dense 16-bit peaks with fp32 accumulation in TFLOP/s, memory in GiB and GB/s. Links are in GB/s per
+direction, to the other devices of a host (NVLink, or PCI Express without it) and to host memory.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One kind of device; `link_gb_per_s` joins those of a host, `host_gb_per_s` is the way to
-    the host's memory.
+    """One kind of device.
+
+    `link_gb_per_s` connects the devices of a host, `host_gb_per_s` a device and host memory.
     """
 
     peak_tflops: float
@@ -24,8 +25,8 @@ class Accelerator:
     host_gb_per_s: float
 
 
-# By words of the name that the driver gives ("NVIDIA H100 80GB HBM3"); the first whose words are
-# all there counts.
+# Keyed by words of the driver's name ("NVIDIA H100 80GB HBM3"); the first key whose words all occur
+# is used.
 ACCELERATORS = {
     "B200": Accelerator(2250.0, 180, 8000, 900, 64),
     "H200 NVL": Accelerator(835.0, 141, 4800, 450, 64),
@@ -40,11 +41,11 @@ ACCELERATORS = {
 
 
 def find(name: str) -> Accelerator | None:
-    """Return the accelerator that a driver's name or a user's word means, whatever its case; None
-    where none does.
+    """Return the accelerator that a driver's name or a user's word means, or None.
 
-    Words are compared whole: a GH200, an L40 and an RTX A1000 are other devices than an H200, an L4
-    and an A100. A slice of a device (MIG) has only a part of its rates.
+    Case does not matter. Words are compared whole: a GH200, an L40 and an RTX A1000 are other
+    devices than an H200, an L4 and an A100. A slice of a device (MIG) gives None: it has only
+    part of the rates.
     """
     words = set(re.findall(r"[a-z0-9]+", name.lower()))
     if "mig" in words:

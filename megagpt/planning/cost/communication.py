@@ -1,6 +1,6 @@
 """What a rank sends over each axis of the mesh in one optimizer step, in bytes.
 
-A ring all-gather or reduce-scatter of S bytes over N ranks sends S (N - 1) / N from each, an
+With N ranks, a ring all-gather or reduce-scatter of S bytes sends S (N - 1) / N from each rank, an
 all-reduce twice that (Thakur et al. 2005, "Optimization of collective communication operations in
 MPICH", section 5). The letters are those of model_states.py and working_memory.py. DeepSpeed 0.19.8
 reduces the gradients of ZeRO 1 and 2 by all-reduce, where the ZeRO paper has a reduce-scatter,
@@ -18,8 +18,9 @@ from megagpt.planning.layout import Layout, model_layers
 
 @dataclass(frozen=True)
 class Communication:
-    """Bytes that one rank sends in a step: `gathers` and `reductions` over the data axis,
-    `tensor` and `pipeline` over theirs.
+    """Bytes that one rank sends in a step.
+
+    `gathers` and `reductions` go over the data axis, `tensor` and `pipeline` over theirs.
     """
 
     gathers: float
@@ -29,7 +30,7 @@ class Communication:
 
 
 def communication(layout: Layout, pipeline_rank: int, shard: Shard) -> Communication:
-    """Of one rank of this pipeline rank, whose parameters are those of the shard."""
+    """Return the bytes of one rank of a pipeline rank; `shard` holds its parameters."""
     return Communication(
         gathers=gathers(shard),
         reductions=reductions(shard),
@@ -40,9 +41,10 @@ def communication(layout: Layout, pipeline_rank: int, shard: Shard) -> Communica
 
 
 def gathers(shard: Shard) -> float:
-    """ZeRO 1, 2: e n once, the updated parameters; 3: e n times `gathers_of_step`.
+    """Return the bytes of gathering parameters.
 
-    All times (D - 1) / D.
+    ZeRO 1, 2: e n once, the updated parameters. ZeRO 3: e n times `gathers_of_step`. All times
+    (D - 1) / D.
     """
     if shard.stage == 0:
         return 0
@@ -51,17 +53,22 @@ def gathers(shard: Shard) -> float:
 
 
 def gathers_of_step(shard: Shard) -> float:
-    """ZeRO 3: how often a step gathers a parameter, on average over the n of a rank: u - k (u - w).
+    """Return how often ZeRO 3 gathers a parameter in a step, on average: u - k (u - w).
 
-    u: its uses, one forward and one backward a micro-batch, and the forward of blocks that full
-    recomputation repeats (up to the last matrix, which backward then finds). k: the share that
-    DeepSpeed keeps until the next use, those that are used again within R =
-    `stage3_max_reuse_distance` elements; forward and backward of a parameter lie up to 2 n apart,
-    so k = min(1, R / 2 n). w: windows beyond which it knows nothing, a micro-batch, or with a
-    pipeline the step (compat.py). A tied weight that is embedding and head at once is gathered for
-    both.
+    u: uses of the parameter. Each micro-batch uses it once forward and once backward. Full
+    recomputation repeats the forward of a block, up to its last matrix, which backward then
+    finds.
+
+    k: the share that DeepSpeed keeps until the next use, which are the parameters used again
+    within R = `stage3_max_reuse_distance` elements. Forward and backward of a parameter are up
+    to 2 n apart, so k = min(1, R / 2 n).
+
+    w: windows; DeepSpeed keeps nothing from one to the next. A window is a micro-batch, or the
+    step with a pipeline (compat.py). A tied weight that is embedding and head at once is
+    gathered for both.
     """
-    layout, reuse = shard.layout, reuse_distance(shard.layout)
+    layout = shard.layout
+    reuse = reuse_distance(layout)
     uses = 2.0
     if layout.recompute == "full" and reuse < layout.model.block_matmul_parameters / layout.tensor:
         blocks = (
@@ -74,8 +81,10 @@ def gathers_of_step(shard: Shard) -> float:
 
 
 def reductions(shard: Shard) -> float:
-    """ZeRO 0, 1: 2 e n once; 2: once a step or a micro-batch, as `gradient_reduction` says; 3: e
-    n, as often. All times (D - 1) / D.
+    """Return the bytes of reducing gradients.
+
+    ZeRO 0, 1: 2 e n once. ZeRO 2: the same, once a step or once a micro-batch, as
+    `gradient_reduction` says. ZeRO 3: e n, as often as ZeRO 2. All times (D - 1) / D.
     """
     layout = shard.layout
     per_micro_batch = shard.stage >= 2 and not layout.reduces_per_step
@@ -86,9 +95,10 @@ def reductions(shard: Shard) -> float:
 
 
 def tensor(layout: Layout, stage: int) -> float:
-    """Of one micro-batch in a stage: an all-reduce of T e h behind attention and MLP forward, and
-    before them backward, 4 a block, one behind the embedding, one before the head. Times (t - 1) /
-    t.
+    """Return the bytes of the tensor axis for one micro-batch in a stage.
+
+    An all-reduce of T e h follows attention and MLP in forward and precedes them in backward: 4
+    a block. One more follows the embedding and one precedes the head. All times (t - 1) / t.
 
     Full recomputation repeats the one behind attention; torch stops before the other, which no
     gradient needs. Sequence parallelism sends the same, as reduce-scatters and all-gathers
@@ -101,8 +111,10 @@ def tensor(layout: Layout, stage: int) -> float:
 
 
 def pipeline(layout: Layout, pipeline_rank: int) -> float:
-    """A hidden state of T e h to the next stage and a gradient as large to the one before, for
-    every micro-batch.
+    """Return the bytes of the pipeline axis.
+
+    For every micro-batch, a hidden state of T e h goes to the next stage and a gradient of the
+    same size to the previous one.
     """
     stages = layout.stages_of(pipeline_rank)
     sends = sum((stage < layout.num_stages - 1) + (stage > 0) for stage in stages)
@@ -111,5 +123,5 @@ def pipeline(layout: Layout, pipeline_rank: int) -> float:
 
 
 def ring(ranks: int) -> float:
-    """(N - 1) / N."""
+    """Return (N - 1) / N."""
     return (ranks - 1) / ranks

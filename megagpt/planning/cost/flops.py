@@ -1,11 +1,11 @@
 """Model FLOPs of a GPT: what the mathematics needs, whatever the program recomputes or skips.
 
-The count follows PaLM (arXiv 2204.02311, appendix B): a token costs 6 FLOPs a weight that
+The count follows PaLM (arXiv 2204.02311, appendix B): a token costs 6 FLOPs for each weight that
 multiplies it (2 forward, 4 backward) plus 12 x layers x heads x head size x sequence length for the
-two products of attention. Embedding and position tables are looked up, not multiplied, and count
-nothing; the head counts, tied or not; norms, biases and the softmax are left out. PaLM counts
-attention in FULL although half of it is masked; so does `model_flops_per_token` unless told
-`causal=True`, so that our MFU compares with published ones.
+two products of attention. Embedding and position tables are looked up and count nothing. The head
+counts, tied or not. Norms, biases and the softmax are left out. PaLM counts attention in FULL
+although half of it is masked. `model_flops_per_token` does the same unless `causal=True`, so that
+our MFU compares with published ones.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ FLOPS_PER_MULTIPLY_ADD = 2
 
 
 def matmul_parameters(model: ModelConfig) -> int:
-    """Weights that multiply activations: the blocks' matrices and the head."""
+    """Return the number of weights that multiply activations: the blocks' matrices and the head."""
     return model.num_layers * model.block_matmul_parameters + model.vocab_size * model.hidden_size
 
 
 def attention_flops_per_token(model: ModelConfig, *, causal: bool = False) -> float:
-    """Forward FLOPs of query-key and attention-value products, on average over the positions of a
-    sequence.
+    """Return the forward FLOPs of the two attention products, averaged over a sequence's positions.
 
-    With `causal` a query at position i attends to i + 1 keys, (sequence length + 1) / 2 on average.
+    With `causal` a query at position i attends to i + 1 keys, (sequence length + 1) / 2 on
+    average.
     """
     keys = (model.sequence_length + 1) / 2 if causal else model.sequence_length
     products = 2
@@ -40,7 +40,10 @@ def attention_flops_per_token(model: ModelConfig, *, causal: bool = False) -> fl
 
 
 def model_flops_per_token(model: ModelConfig, *, causal: bool = False) -> float:
-    """Forward and backward FLOPs of one trained token; attention in full, or its causal half."""
+    """Return the forward and backward FLOPs of one trained token.
+
+    Attention counts in full, or its causal half with `causal`.
+    """
     forward = FLOPS_PER_MULTIPLY_ADD * matmul_parameters(model) + attention_flops_per_token(
         model, causal=causal
     )
@@ -54,5 +57,5 @@ def model_flops_utilisation(
     peak_flops_per_s: float,
     causal: bool = False,
 ) -> float:
-    """MFU: the share of a device's peak that the model's mathematics uses, 0 to 1."""
+    """Return the MFU: the share of a device's peak that the model's mathematics uses, 0 to 1."""
     return tokens_per_s_per_device * model_flops_per_token(model, causal=causal) / peak_flops_per_s

@@ -1,6 +1,4 @@
-"""The memory of one rank, line by line, and its peak: model states plus what a step needs while
-it computes.
-"""
+"""The memory of one rank, line by line, and its peak: model states plus working memory."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ GRADIENT_LINES = ("accumulating_gradients", "reduced_gradients")
 class RankMemory:
     """What a rank of one pipeline rank holds.
 
-    Its step has three phases, and the largest is the peak.
+    A step has three phases; the largest one sets the peak.
     """
 
     layout: Layout
@@ -28,9 +26,7 @@ class RankMemory:
 
     @property
     def resident(self) -> Bytes:
-        """All through the run: states without gradients, buffers of torch's pipelining, ZeRO 3's
-        reduce bucket.
-        """
+        """Held throughout the run: states without gradients, pipeline buffers, ZeRO 3's bucket."""
         held = [
             getattr(self.states, name) for name in _names(self.states) if name not in GRADIENT_LINES
         ]
@@ -54,7 +50,7 @@ class RankMemory:
 
     @property
     def peak(self) -> Bytes:
-        """The most in device memory, the most in host memory, the most on NVMe."""
+        """The maximum in device memory, in host memory and on NVMe, each over the phases."""
         sums = [self.resident + phase for phase in self.phases.values()]
         return Bytes(
             max(s.device for s in sums), max(s.host for s in sums), max(s.nvme for s in sums)
@@ -62,11 +58,11 @@ class RankMemory:
 
     @property
     def peak_phase(self) -> str:
-        """The phase with the most in device memory."""
+        """The phase that uses most device memory."""
         return max(self.phases, key=lambda name: self.phases[name].device)
 
     def lines(self) -> Iterator[tuple[str, Bytes]]:
-        """Every line by its name, states first."""
+        """Yield every line with its name, states first."""
         for name in _names(self.states):
             yield name.replace("_", " "), getattr(self.states, name)
         for name in _names(self.working):
@@ -74,9 +70,10 @@ class RankMemory:
 
 
 def rank_memory(layout: Layout, pipeline_rank: int, *, data_ranks: int | None = None) -> RankMemory:
-    """Of the data rank with the most, or of the first few; tensor ranks are alike.
+    """Return the memory of the data rank that holds most, among all or the first `data_ranks`.
 
-    Data ranks differ where ZeRO 1 and 2 keep a gradient whole of which a partition has only a part.
+    Tensor ranks hold the same amount. Data ranks differ at ZeRO 1 and 2, which keep a gradient
+    whole if the rank's partition contains a part of it.
     """
     shard = shard_of(layout, pipeline_rank)
     looked_at = min(data_ranks or layout.data, layout.data if layout.zero.stage in (1, 2) else 1)

@@ -1,12 +1,13 @@
-"""Parameters, gradients, master weights and Adam's moments: the bytes a rank holds of each, and
-where.
+"""Bytes of parameters, gradients, master weights and Adam's moments on a rank, and where they are.
 
-The ZeRO paper's 16 bytes a parameter (Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1: 2
-weights, 2 gradients, 12 optimizer) as DeepSpeed 0.19.8 really allocates them, with its padding and
-copies. In the formulas: n are the elements of a rank's stages on its tensor shard, D the ranks on
-the data axis, e the bytes of an element (2 in 16 bit, 4 in fp32), a those of an accumulated
-gradient. `tests/planning/test_memory.py` counts the live tensors. Line numbers refer to DeepSpeed's
-`runtime/`.
+The ZeRO paper counts 16 bytes a parameter (Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1:
+2 weights, 2 gradients, 12 optimizer). This module counts what DeepSpeed 0.19.8 allocates, with its
+padding and copies.
+
+In the formulas, n is the number of elements of a rank's stages on its tensor shard, D the number of
+ranks on the data axis, e the bytes of an element (2 in 16 bit, 4 in fp32), a those of an
+accumulated gradient. `tests/planning/test_memory.py` counts the live tensors. Line numbers refer to
+DeepSpeed's `runtime/`.
 """
 
 from __future__ import annotations
@@ -23,18 +24,21 @@ from megagpt.utils import MIB
 
 FP32_BYTES = 4
 PERSISTENCE_THRESHOLD = 100_000  # elements; defaults of zero/config.py and zero/offload_config.py
-SUB_GROUP_SIZE = MAX_LIVE_PARAMETERS = MAX_REUSE_DISTANCE = 1_000_000_000
-OPTIMIZER_BUFFER_COUNT, PARAMETER_BUFFER_COUNT, PARAMETER_BUFFER_SIZE = 4, 5, 100_000_000
+SUB_GROUP_SIZE = 1_000_000_000
+MAX_LIVE_PARAMETERS = 1_000_000_000
+MAX_REUSE_DISTANCE = 1_000_000_000
+OPTIMIZER_BUFFER_COUNT = 4
+PARAMETER_BUFFER_COUNT = 5
+PARAMETER_BUFFER_SIZE = 100_000_000
 MAX_IN_CPU = 1_000_000_000
 LEAST_SWAPPED_BYTES = MIB  # smaller pieces stay in host memory (swap_tensor/utils.py:14)
-ALIGNMENT = (
-    2  # elements: partitions of 16-bit numbers begin at multiples of 4 bytes (stage_1_and_2.py:403)
-)
+# elements; partitions of 16-bit numbers begin at multiples of 4 bytes (stage_1_and_2.py:403)
+ALIGNMENT = 2
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """Bytes of one rank in device memory, in host memory and on NVMe; they add."""
+    """Bytes of one rank in device memory, in host memory and on NVMe; `+` adds them."""
 
     device: float = 0
     host: float = 0
@@ -45,8 +49,9 @@ class Bytes:
 
 
 def reuse_distance(layout: Layout) -> int:
-    """Elements within which ZeRO 3 keeps a parameter whole for its next use: none with
-    parameters on NVMe (compat.py, `read_when_needed`).
+    """Return the elements within which ZeRO 3 keeps a parameter whole for its next use.
+
+    0 with parameters on NVMe (compat.py, `read_when_needed`).
     """
     given = layout.zero.stage3_max_reuse_distance
     if layout.zero.parameter_device == "nvme":
@@ -55,7 +60,7 @@ def reuse_distance(layout: Layout) -> int:
 
 
 def placed(size: float, place: str) -> Bytes:
-    """`size` bytes at `none` (the device), `cpu` or `nvme`, as the configuration names places."""
+    """Return `size` bytes at `none` (the device), `cpu` or `nvme`, as in the configuration."""
     return Bytes(
         size if place == "none" else 0,
         size if place == "cpu" else 0,
@@ -65,10 +70,10 @@ def placed(size: float, place: str) -> Bytes:
 
 @dataclass(frozen=True)
 class ModelStates:
-    """One line a kind of state.
+    """Bytes of each kind of state.
 
-    Gradients have two: `accumulating` from the first backward of a step to the reduction, `reduced`
-    from there to the update; never both.
+    Gradients have two lines, of which one at a time is in use: `accumulating` from the first
+    backward of a step to the reduction, `reduced` from there to the update.
     """
 
     parameters: Bytes
@@ -82,8 +87,10 @@ class ModelStates:
 
 
 def model_states(layout: Layout, pipeline_rank: int, data_rank: int = 0) -> ModelStates:
-    """What one rank holds; equal on all tensor ranks, and but for ZeRO 1 and 2's gradients on
-    all data ranks.
+    """Return the states of one rank.
+
+    They are equal on all tensor ranks and, except for the gradients of ZeRO 1 and 2, on all
+    data ranks.
     """
     shard = shard_of(layout, pipeline_rank, data_rank)
     return ModelStates(
@@ -99,13 +106,13 @@ def model_states(layout: Layout, pipeline_rank: int, data_rank: int = 0) -> Mode
 
 
 def shard_of(layout: Layout, pipeline_rank: int, data_rank: int = 0) -> Shard:
-    """The elements of a rank's stages."""
+    """Return the elements of a rank's stages."""
     return Shard(layout, pipeline_rank, tuple(parameters_of_rank(layout, pipeline_rank)), data_rank)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The elements that the formulas are made of, for one rank."""
+    """The elements that the formulas use, for one rank."""
 
     layout: Layout
     pipeline_rank: int
@@ -124,8 +131,9 @@ class Shard:
 
     @cached_property
     def group_partitions(self) -> list[int]:
-        """Of ZeRO 1 and 2: each optimizer group is one flat buffer, filled up to a multiple of 2
-        D and cut in D.
+        """ZeRO 1 and 2: elements of a rank's partition of each optimizer group.
+
+        A group is one flat buffer, padded to a multiple of 2 D and cut into D parts.
         """
         unit = ALIGNMENT * self.layout.data
         return [
@@ -134,12 +142,12 @@ class Shard:
 
     @property
     def padded(self) -> int:
-        """Of ZeRO 1 and 2: the elements of the flat buffers."""
+        """ZeRO 1 and 2: the elements of the flat buffers."""
         return self.layout.data * sum(self.group_partitions)
 
     @cached_property
     def partitions(self) -> list[int]:
-        """Of ZeRO 3: every parameter is cut by itself into D pieces of ceil(numel / D) elements."""
+        """ZeRO 3: each parameter is cut into D parts of ceil(numel / D) elements."""
         return [-(-parameter.numel // self.layout.data) for parameter in self.parameters]
 
     @cached_property
@@ -151,14 +159,15 @@ class Shard:
 
     @cached_property
     def touched(self) -> int:
-        """Of ZeRO 1 and 2: the elements of all parameters of which some lie in this rank's
-        partitions: it keeps their gradients whole.
+        """ZeRO 1 and 2: elements of all parameters that overlap this rank's partitions.
+
+        The rank keeps the gradients of these parameters whole.
         """
         return sum(self._touched(decayed) for decayed in (True, False))
 
     @cached_property
     def padding(self) -> int:
-        """Of ZeRO 1 and 2: elements of this rank's partitions that stand for nothing."""
+        """ZeRO 1 and 2: padding elements in this rank's partitions."""
         empty = 0
         for numel, size in zip(group_elements(self.parameters), self.group_partitions, strict=True):
             empty += min(size, max(0, (self.data_rank + 1) * size - numel))
@@ -166,9 +175,7 @@ class Shard:
 
     @cached_property
     def tiles(self) -> list[int]:
-        """Of ZeRO 3: partitioned elements of each sub-group, the unit in which the optimizer
-        works (stage3.py:1210).
-        """
+        """ZeRO 3: partitioned elements of each sub-group, the optimizer's unit (stage3.py:1210)."""
         limit = self.layout.zero.sub_group_size or SUB_GROUP_SIZE
         tiles: list[int] = []
         for decayed in (True, False):
@@ -180,10 +187,13 @@ class Shard:
 
     @cached_property
     def persistent(self) -> int:
-        """Of ZeRO 3: elements of parameters so small that they stay whole, D x ceil(numel / D)
-        of each as they are gathered (zero/parameter_offload.py:317).
+        """ZeRO 3: elements of the parameters that stay whole because they are small.
+
+        Each counts D x ceil(numel / D) elements, as gathered
+        (zero/parameter_offload.py:317).
         """
-        zero, total = self.layout.zero, 0
+        zero = self.layout.zero
+        total = 0
         threshold = _given(zero.stage3_param_persistence_threshold, PERSISTENCE_THRESHOLD)
         bound = _given(zero.stage3_model_persistence_threshold, sys.maxsize)
         gathered = 0
@@ -195,15 +205,19 @@ class Shard:
 
     @property
     def accumulates_compactly(self) -> bool:
-        """Of ZeRO 1 and 2: fp32 accumulation beside a 16-bit model has one flat partition
-        (stage_1_and_2.py:1259).
+        """ZeRO 1 and 2: gradients accumulate in one flat partition (stage_1_and_2.py:1259).
+
+        This is so if a 16-bit model accumulates in fp32.
         """
         return self.layout.accumulation_bytes != self.layout.element_bytes
 
     def _touched(self, decayed: bool) -> int:
         group = [parameter.numel for parameter in self.parameters if parameter.decayed == decayed]
         size = self.group_partitions[0 if decayed else 1]
-        first, last, start, total = self.data_rank * size, (self.data_rank + 1) * size, 0, 0
+        first = self.data_rank * size
+        last = first + size
+        start = 0
+        total = 0
         for numel in group:
             if start < last and start + numel > first:
                 total += numel
@@ -212,21 +226,20 @@ class Shard:
 
 
 def tile_counts(layout: Layout) -> list[int]:
-    """Optimizer tiles of each pipeline rank at ZeRO 3; elsewhere nothing is cut into tiles by
-    size.
-    """
+    """Return the number of optimizer tiles of each pipeline rank at ZeRO 3; empty below ZeRO 3."""
     if layout.zero.stage < 3:
         return []
     return [len(shard_of(layout, rank).tiles) for rank in range(layout.pipeline)]
 
 
 def fewest_elements_of_one_tile(layout: Layout) -> int:
-    """The smallest `sub_group_size` that leaves each pipeline rank's shard in one piece a group."""
+    """Return the smallest `sub_group_size` that gives every pipeline rank one tile a group."""
     return max(sum(shard_of(layout, rank).partitions) for rank in range(layout.pipeline))
 
 
 def _tiles(partitions: Sequence[int], limit: int) -> list[int]:
-    tiles, current = [], 0
+    tiles = []
+    current = 0
     for index, numel in enumerate(partitions):
         current += numel
         if current >= limit or index == len(partitions) - 1:
@@ -240,9 +253,11 @@ def _given(value: int | None, default: int) -> int:
 
 
 def parameters(shard: Shard) -> Bytes:
-    """ZeRO 0: e n; 1, 2: e round_up(n, 2 D) a group; 3: e sum(ceil(numel / D)), on the device,
-    in host memory, or on NVMe but for `max_in_cpu` elements and for pieces below 1 MiB, which
-    stay in host memory.
+    """Return the bytes of the parameters.
+
+    ZeRO 0: e n. ZeRO 1, 2: e round_up(n, 2 D) for each group. ZeRO 3: e sum(ceil(numel / D)),
+    on the device, in host memory, or on NVMe. With NVMe, `max_in_cpu` elements and pieces below
+    1 MiB stay in host memory.
     """
     size = shard.layout.element_bytes
     if shard.stage < 3:
@@ -259,9 +274,10 @@ def parameters(shard: Shard) -> Bytes:
 
 
 def persistent_parameters(shard: Shard) -> Bytes:
-    """ZeRO 3: e times the elements of parameters of at most
-    `stage3_param_persistence_threshold`, whole on the device beside their partitions, unless
-    those are the whole and there.
+    """Return the bytes of small parameters that ZeRO 3 keeps whole beside their partitions.
+
+    These are parameters of at most `stage3_param_persistence_threshold` elements. 0 if the
+    partition is the whole parameter and on the device.
     """
     alone = shard.layout.data == 1 and shard.layout.zero.parameter_device == "none"
     return Bytes(
@@ -272,10 +288,11 @@ def persistent_parameters(shard: Shard) -> Bytes:
 
 
 def accumulating_gradients(shard: Shard) -> Bytes:
-    """Until the reduction. ZeRO 0, 1, and any with `per_step`: e n, whole.
+    """Return the bytes of gradients until the reduction.
 
-    ZeRO 2: e times the parameters that this rank has a part of, or an fp32 partition; ZeRO 3 has
-    its partition a sum(ceil(numel / D)) at all times.
+    ZeRO 0, ZeRO 1, and any stage with `per_step`: e n, whole. ZeRO 2: e times the parameters
+    that overlap this rank's partition, or an fp32 partition. ZeRO 3: always its partition a
+    sum(ceil(numel / D)).
 
     Offload of the optimizer moves the partitions of ZeRO 2 and 3 to host memory.
     """
@@ -293,10 +310,11 @@ def accumulating_gradients(shard: Shard) -> Bytes:
 
 
 def reduced_gradients(shard: Shard) -> Bytes:
-    """From the reduction to the update.
+    """Return the bytes of gradients from the reduction to the update.
 
-    ZeRO 0: e n; 1, 2: e times the parameters that this rank has a part of, and its padding, or an
-    fp32 partition; 3: the partition. Offload at ZeRO 1 and 2 has them in fp32 buffers: see there.
+    ZeRO 0: e n. ZeRO 1, 2: e times the parameters that overlap this rank's partition, with its
+    padding, or an fp32 partition. ZeRO 3: the partition. With offload at ZeRO 1 and 2 they are
+    in the fp32 buffers of `offload_buffers`.
     """
     layout = shard.layout
     if shard.stage == 0:
@@ -310,8 +328,9 @@ def reduced_gradients(shard: Shard) -> Bytes:
 
 
 def _gradient_partition(shard: Shard) -> Bytes:
-    """a times the elements that this rank updates; of ZeRO 3 in host memory where the optimizer
-    is offloaded.
+    """Return a times the elements that this rank updates.
+
+    At ZeRO 3 they are in host memory if the optimizer is offloaded.
     """
     size = shard.layout.accumulation_bytes * shard.partition
     in_host = shard.stage == 3 and shard.layout.zero.optimizer_device != "none"
@@ -319,14 +338,19 @@ def _gradient_partition(shard: Shard) -> Bytes:
 
 
 def master_weights(shard: Shard) -> Bytes:
-    """4 bytes an element that this rank updates, in fp32 runs too; none at ZeRO 0, where the
-    parameters are their own masters. NVMe takes tiles of 1 MiB and more.
+    """Return 4 bytes for each element that this rank updates, also in fp32 runs.
+
+    0 at ZeRO 0, where the parameters themselves are the masters. NVMe takes tiles of at least 1
+    MiB.
     """
     return Bytes() if shard.stage == 0 else _optimizer_bytes(shard, FP32_BYTES)
 
 
 def moments(shard: Shard) -> Bytes:
-    """Adam's two: 8 bytes an element that this rank updates, where the master weights are."""
+    """Return the bytes of Adam's two moments: 8 for each element that this rank updates.
+
+    They are where the master weights are.
+    """
     return _optimizer_bytes(shard, 2 * FP32_BYTES)
 
 
@@ -339,8 +363,9 @@ def _optimizer_bytes(shard: Shard, size: int) -> Bytes:
 
 
 def offload_buffers(shard: Shard) -> Bytes:
-    """What offloading needs beside the states themselves: fp32 gradients for the CPU's Adam,
-    copies in the model's type, buffers of disk I/O.
+    """Return the bytes that offload needs in addition to the states.
+
+    fp32 gradients for the CPU's Adam, copies in the model's type, buffers of disk I/O.
     """
     zero = shard.layout.zero
     total = Bytes()
@@ -359,8 +384,9 @@ def offload_buffers(shard: Shard) -> Bytes:
 
 
 def _fp32_gradients(shard: Shard) -> Bytes:
-    """4 bytes an element that this rank updates; on NVMe, of a tile that is there, the pieces of
-    1 MiB and more.
+    """Return 4 bytes for each element that this rank updates.
+
+    With NVMe, the pieces of at least 1 MiB are on the disk, if a tile is.
     """
     total = FP32_BYTES * shard.partition
     if shard.layout.zero.optimizer_device != "nvme" or not any(map(_is_swapped, shard.tiles)):
@@ -374,8 +400,10 @@ def _is_swapped(numel: int) -> bool:
 
 
 def _zero12_buffers(shard: Shard) -> Bytes:
-    """ZeRO 1 and 2: e times the partition for the way back, and e times the largest parameter,
-    on both sides of the bus (stage_1_and_2.py:540, 657).
+    """Return the transfer buffers of ZeRO 1 and 2 (stage_1_and_2.py:540, 657).
+
+    e times the partition in host memory for the way back, and e times the largest parameter on
+    both sides of the bus.
     """
     if shard.stage == 3:
         return Bytes()
@@ -385,8 +413,9 @@ def _zero12_buffers(shard: Shard) -> Bytes:
 
 
 def _nvme_optimizer_buffers(shard: Shard) -> Bytes:
-    """`buffer_count` times 4 bytes times the largest tile, page-locked
-    (swap_tensor/optimizer_utils.py:184).
+    """Return the pinned buffers of NVMe offload (swap_tensor/optimizer_utils.py:184).
+
+    `buffer_count` x 4 bytes x the largest tile.
     """
     assert shard.layout.zero.offload_optimizer is not None
     count = _given(shard.layout.zero.offload_optimizer.buffer_count, OPTIMIZER_BUFFER_COUNT)
@@ -394,10 +423,10 @@ def _nvme_optimizer_buffers(shard: Shard) -> Bytes:
 
 
 def snapshot(shard: Shard, *, on_gpu: bool = True) -> Bytes:
-    """What a save in the background copies to host memory and keeps (checkpoint/writer.py): master
-    weights and two moments, 4 bytes an element each.
+    """Return the host memory of a save in the background (checkpoint/writer.py).
 
-    What is copied from a GPU is pinned, a block for each run of elements: see `pinned_block`.
+    It keeps master weights and two moments, 4 bytes an element each. What is copied from a GPU
+    is pinned, a block for each run of elements: see `pinned_block`.
     """
     if not shard.layout.saves_in_background:
         return Bytes()
@@ -407,8 +436,9 @@ def snapshot(shard: Shard, *, on_gpu: bool = True) -> Bytes:
 
 
 def _saved_runs(shard: Shard) -> Sequence[int]:
-    """Elements of each flat run of optimizer state (compat.py, `buckets`); of ZeRO 0 the
-    parameters in turns.
+    """Return the elements of each flat run of optimizer state (compat.py, `buckets`).
+
+    At ZeRO 0, data ranks take turns at the parameters.
     """
     if shard.stage == 3:
         return shard.tiles
@@ -419,8 +449,8 @@ def _saved_runs(shard: Shard) -> Sequence[int]:
 
 
 def pinned_block(size: int) -> int:
-    """Bytes that torch pins for a tensor of `size` bytes: the next power of two
-    (aten/src/ATen/core/ CachingHostAllocator.h, `PowerOf2Ceil`; pytorch issues 95823 and
-    150517).
+    """Return the bytes that torch pins for a tensor of `size` bytes: the next power of two.
+
+    aten/src/ATen/core/CachingHostAllocator.h, `PowerOf2Ceil`; pytorch issues 95823 and 150517.
     """
     return 1 << (size - 1).bit_length() if size else 0

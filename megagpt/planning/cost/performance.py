@@ -1,9 +1,7 @@
-"""How long a step takes, as an estimate: the model's arithmetic and bytes over assumed rates.
+"""Estimate of a step's time: the model's arithmetic and bytes divided by assumed rates.
 
-Not a measurement.
-
-Every rate is in `Assumptions`, printed with the plan and to be replaced by what a machine was
-measured to do (`python -m kernels.benchmark`, nccl-tests, fio).
+It is not a measurement. All rates are in `Assumptions` and printed with the plan. Replace them by
+measured rates of a machine (`python -m kernels.benchmark`, nccl-tests, fio).
 """
 
 from __future__ import annotations
@@ -27,18 +25,17 @@ from megagpt.planning.cost.model_states import Shard, shard_of
 from megagpt.planning.layout import Layout, model_layers
 from megagpt.planning.schedules import actions, bubble, timeline
 
-ADAM_BYTES = (
-    30  # read weight, gradient and two moments in fp32, write three of them and 16-bit weights
-)
+# read weight, gradient and two moments in fp32, write three of them and 16-bit weights
+ADAM_BYTES = 30
 SWAPPED_BYTES = 28  # NVMe reads the same four and writes three
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Rates of one rank, or of one host where the name says so; GB are 10^9 bytes, each way."""
+    """Rates of one rank, or of one host if the name says so; GB are 10^9 bytes per direction."""
 
     peak_tflops: float
-    efficiency: float  # of the peak that products and attention reach together
+    efficiency: float  # share of the peak that products and attention reach
     link_gb_per_s: float
     network_gb_per_s: float
     host_gb_per_s: float
@@ -50,8 +47,9 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of a step and where they go; `bubble` is the idle share of the time in which
-    micro-batches run.
+    """Seconds of a step and of its parts.
+
+    `bubble` is the idle share of the time in which micro-batches run.
     """
 
     step_s: float
@@ -64,11 +62,10 @@ class Estimate:
 
 
 def estimate(layout: Layout, assumed: Assumptions, *, simulated: bool = True) -> Estimate:
-    """Passes of all micro-batches in the schedule's order, then what of reduction and update
-    nothing hides.
+    """Estimate the passes of all micro-batches, then the reduction and update that nothing hides.
 
-    Without simulation the slowest stage sets the pace and the bubble follows its formula: coarser,
-    and fast enough to compare thousands of layouts.
+    Without simulation the slowest stage sets the pace and the bubble follows its formula. That
+    is coarser, and fast enough to compare thousands of layouts.
     """
     passes_s, idle = _simulated(layout, assumed) if simulated else _paced(layout, assumed)
     looked_at = (
@@ -86,7 +83,7 @@ def estimate(layout: Layout, assumed: Assumptions, *, simulated: bool = True) ->
 
 
 def _simulated(layout: Layout, assumed: Assumptions) -> tuple[float, float]:
-    """(seconds of all passes, idle share) of the schedule with each stage's own durations."""
+    """Return (seconds of all passes, idle share) of the schedule with each stage's durations."""
     orders = actions(layout.schedule, layout.pipeline, layout.virtual_stages, layout.micro_batches)
     forward, backward = _durations(layout, assumed)
     spans = timeline(
@@ -96,8 +93,9 @@ def _simulated(layout: Layout, assumed: Assumptions) -> tuple[float, float]:
 
 
 def _paced(layout: Layout, assumed: Assumptions) -> tuple[float, float]:
-    """(seconds of all passes, idle share) at the pace of the slowest rank, which waits for (p -
-    1) / v others.
+    """Return (seconds of all passes, idle share) at the pace of the slowest rank.
+
+    The slowest rank waits for (p - 1) / v others.
     """
     forward, backward = _durations(layout, assumed)
     ranks = [
@@ -111,10 +109,10 @@ def _paced(layout: Layout, assumed: Assumptions) -> tuple[float, float]:
 
 
 def _durations(layout: Layout, assumed: Assumptions) -> tuple[list[float], list[float]]:
-    """Seconds of each stage's forward and backward of one micro-batch, computing again included.
+    """Return the seconds of each stage's forward and backward of one micro-batch.
 
-    The tensor axis is waited for; ZeRO 3's gathers run beside the arithmetic and cost what exceeds
-    it.
+    Backward includes recomputation. The tensor axis does not overlap with arithmetic. ZeRO 3's
+    gathers do, so they cost only what exceeds the arithmetic.
     """
     forward, backward = [], []
     tensor_forward = 2 / 5 if layout.recompute == "full" else 2 / 4
@@ -130,8 +128,9 @@ def _durations(layout: Layout, assumed: Assumptions) -> tuple[list[float], list[
 
 
 def forward_flops(layout: Layout, stage: int) -> float:
-    """FLOPs of one micro-batch's forward through a stage on one rank; attention by its causal
-    half, as our kernels.
+    """Return the FLOPs of one micro-batch's forward through a stage on one rank.
+
+    Attention counts its causal half, as our kernels compute it.
     """
     model = layout.model
     blocks, _, head = model_layers(model, layout.stages[stage])
@@ -142,21 +141,23 @@ def forward_flops(layout: Layout, stage: int) -> float:
 
 
 def _mlp_share(layout: Layout) -> float:
-    """The MLP's share of a block's arithmetic, which selective recomputation repeats."""
+    """Return the MLP's share of a block's arithmetic, which selective recomputation repeats."""
     model = layout.model
     matrices = 2 if model.activation == "gelu" else 3
     return matrices * model.hidden_size * model.mlp_size / model.block_matmul_parameters
 
 
 def _gather(layout: Layout, assumed: Assumptions, stage: int) -> tuple[float, float]:
-    """ZeRO 3: (seconds to gather a stage's parameters, from the host's memory or disk where they
-    are, how often for one micro-batch).
+    """Return (seconds to gather a stage's parameters, gathers per micro-batch) at ZeRO 3.
+
+    The seconds include reading from host memory or disk if the parameters are there.
     """
     if layout.zero.stage < 3:
         return 0, 1
     shard = shard_of(layout, stage % layout.pipeline)
     size = layout.element_bytes * shard.elements / layout.virtual_stages
-    place, own = layout.zero.parameter_device, size / layout.data
+    place = layout.zero.parameter_device
+    own = size / layout.data
     from_host_s = own / (1e9 * assumed.host_gb_per_s) if place != "none" else 0
     from_disk_s = (
         own * assumed.ranks_per_host / (1e9 * assumed.nvme_gb_per_s) if place == "nvme" else 0
@@ -166,8 +167,9 @@ def _gather(layout: Layout, assumed: Assumptions, stage: int) -> tuple[float, fl
 
 
 def _transfer_s(layout: Layout, assumed: Assumptions) -> float:
-    """Seconds that a hidden state takes to the next pipeline rank, which is on another host
-    where a stage fills one.
+    """Return the seconds that a hidden state takes to the next pipeline rank.
+
+    That rank is on another host if a stage fills one.
     """
     far = layout.data * layout.tensor >= assumed.ranks_per_host
     rate = assumed.network_gb_per_s if far else assumed.link_gb_per_s
@@ -175,7 +177,7 @@ def _transfer_s(layout: Layout, assumed: Assumptions) -> float:
 
 
 def _tensor_rate(layout: Layout, assumed: Assumptions) -> float:
-    """GB/s of a tensor group, which crosses hosts only where it is larger than one."""
+    """Return the GB/s of a tensor group, which crosses hosts only if it is larger than one."""
     return (
         assumed.link_gb_per_s
         if layout.tensor <= assumed.ranks_per_host
@@ -184,7 +186,7 @@ def _tensor_rate(layout: Layout, assumed: Assumptions) -> float:
 
 
 def _data_rate(layout: Layout, assumed: Assumptions) -> float:
-    """GB/s of a data group, whose ranks are a tensor group apart."""
+    """Return the GB/s of a data group, whose ranks are a tensor group apart."""
     within = layout.data * layout.tensor <= assumed.ranks_per_host
     return assumed.link_gb_per_s if within else assumed.network_gb_per_s
 
@@ -193,24 +195,29 @@ class _Rank:
     """The end of a step on one pipeline rank: reduction and update."""
 
     def __init__(self, layout: Layout, assumed: Assumptions, pipeline_rank: int) -> None:
-        self.layout, self.assumed = layout, assumed
+        self.layout = layout
+        self.assumed = assumed
         self.shard: Shard = shard_of(layout, pipeline_rank)
         self.sent: Communication = communication(layout, pipeline_rank, self.shard)
 
     @property
     def reduction_s(self) -> float:
-        """Gradients over the data axis, and ZeRO 1 and 2's updated parameters; nothing of it
-        counted as hidden.
+        """Seconds to reduce gradients and, at ZeRO 1 and 2, gather updated parameters.
+
+        Nothing of it counts as hidden.
         """
         size = self.sent.reductions + (self.sent.gathers if self.layout.zero.stage < 3 else 0)
         return size / (1e9 * _data_rate(self.layout, self.assumed))
 
     @property
     def update_s(self) -> float:
-        """Adam moves 30 bytes an element through the memory that holds its state, NVMe reads 16
-        and writes 12.
+        """Seconds of the update.
+
+        Adam moves 30 bytes an element through the memory that holds its state; NVMe reads
+        16 and writes 12.
         """
-        zero, assumed = self.layout.zero, self.assumed
+        zero = self.layout.zero
+        assumed = self.assumed
         moved = ADAM_BYTES * self.shard.partition
         if zero.optimizer_device == "none":
             return moved / (1e9 * assumed.device_memory_gb_per_s)

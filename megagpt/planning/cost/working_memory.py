@@ -1,13 +1,14 @@
-"""What a rank holds on the device only while it computes: activations, buffers of the pipeline,
-DeepSpeed's buckets.
+"""Device memory that a rank needs while it computes: activations, pipeline buffers, buckets.
 
-Activations are those that autograd keeps for our model on our kernels, which
-`tests/planning/test_working_memory.py` counts: 32 bytes a token and hidden channel in 16 bit and a
-plain GPT block. Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1) have 34 without the score
-matrices, which flash attention never stores; the other two are dropout's masks, which ours computes
-again. In the formulas: T tokens of a micro-batch on a rank, h hidden size, k key-value width, m MLP
-width, V vocabulary, t tensor ranks, e bytes of an element. Upper bounds where DeepSpeed decides as
-it runs.
+The activations are those that autograd keeps for our model on our kernels;
+`tests/planning/test_working_memory.py` counts them: 32 bytes for each token and hidden channel of a
+plain GPT block in 16 bit. Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1) have 34 without
+the score matrices, which flash attention never stores. The other two are dropout masks, which our
+kernels recompute.
+
+In the formulas: T tokens of a micro-batch on a rank, h hidden size, k key-value width, m MLP width,
+V vocabulary, t tensor ranks, e bytes of an element. The results are upper bounds where DeepSpeed
+decides at run time.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ from megagpt.utils import MIB
 
 REDUCE_BUCKET_SIZE = 500_000_000  # elements; default of DeepSpeed's zero/config.py
 LOGITS_CHUNK_BYTES = 256 * MIB  # kernels/chunked_cross_entropy.py, as are the next two
-LEAST_CHUNK_ROWS, GROUP_CHUNK_ROWS = 128, 2048
+LEAST_CHUNK_ROWS = 128
+GROUP_CHUNK_ROWS = 2048
 
 
 @dataclass(frozen=True)
 class WorkingMemory:
-    """Bytes on the device, a line a kind."""
+    """Bytes on the device, by kind."""
 
     activations: float
     pipeline_buffers: float
@@ -46,7 +48,7 @@ class WorkingMemory:
 
 
 def working_memory(layout: Layout, pipeline_rank: int, shard: Shard) -> WorkingMemory:
-    """Of one rank of this pipeline rank, whose parameters are those of the shard."""
+    """Return the memory of one rank of a pipeline rank; `shard` holds its parameters."""
     return WorkingMemory(
         activations=activations(layout, pipeline_rank),
         pipeline_buffers=pipeline_buffers(layout, pipeline_rank),
@@ -60,11 +62,11 @@ def working_memory(layout: Layout, pipeline_rank: int, shard: Shard) -> WorkingM
 
 
 def activations(layout: Layout, pipeline_rank: int) -> float:
-    """The most that the schedule lets this rank keep: what a micro-batch leaves in a stage, from
-    its forward to its backward.
+    """Return the largest total that the schedule makes this rank keep.
 
-    Equal stages: 1f1b min(p - rank, micro-batches) of them, gpipe all, interleaved warm_up + 1 of 1
-    / v the size.
+    A micro-batch keeps memory in a stage from its forward to its backward. With equal stages:
+    1f1b keeps min(p - rank, micro-batches) of them, gpipe all, interleaved warm_up + 1 of 1 / v
+    the size.
     """
     if layout.num_stages == 1:
         return kept_by_stage(layout, 0)
@@ -77,8 +79,9 @@ def activations(layout: Layout, pipeline_rank: int) -> float:
 
 
 def kept_by_stage(layout: Layout, stage: int) -> float:
-    """Bytes that one micro-batch leaves in a stage until its backward: in each block, in the
-    head, and the output that torch's pipelining keeps.
+    """Return the bytes that one micro-batch keeps in a stage until its backward.
+
+    They are in each block, in the head, and in the output that torch's pipelining keeps.
     """
     blocks, _, has_head = model_layers(layout.model, layout.stages[stage])
     kept = blocks * kept_by_block(layout)
@@ -89,11 +92,12 @@ def kept_by_stage(layout: Layout, stage: int) -> float:
 
 
 def kept_by_block(layout: Layout) -> float:
-    """Without recomputation T e (4 h + (attention + MLP) / t) and fp32 statistics: the inputs of
-    two norms and what they return, cut over t too with sequence parallelism; see
-    `_attention_width`, `_mlp_width`.
+    """Return the bytes that one micro-batch keeps in a block.
 
-    selective: without the MLP's; full: the block's input alone, T e h.
+    Without recomputation: T e (4 h + (attention + MLP) / t) and fp32 statistics. 4 h are the
+    inputs and outputs of two norms, also divided by t with sequence parallelism. See
+    `_attention_width` and `_mlp_width`. selective: without the MLP's. full: only the block's
+    input, T e h.
     """
     model, element = layout.model, layout.element_bytes
     if layout.recompute == "full":
@@ -105,8 +109,10 @@ def kept_by_block(layout: Layout) -> float:
 
 
 def kept_by_head(layout: Layout) -> float:
-    """T e h for the last norm's input and T e h for the gradient that the loss computes ahead,
-    with the head's own in fp32: 4 V h / t.
+    """Return the bytes that one micro-batch keeps in the head.
+
+    T e h for the last norm's input, T e h for the gradient that the loss computes ahead, and
+    the gradient of the head's weight in fp32: 4 V h / t.
     """
     model = layout.model
     norm = (
@@ -119,8 +125,10 @@ def kept_by_head(layout: Layout) -> float:
 
 
 def _attention_width(model: ModelConfig) -> float:
-    """Elements a token: the fused projection h + 2 k, the output h; with rotary positions turned
-    queries and keys, h + k, or else with grouped keys the queries in an order of their own, h.
+    """Return the elements that attention keeps for a token.
+
+    The fused projection h + 2 k and the output h. With rotary positions also the rotated
+    queries and keys, h + k. Without them, grouped keys need the reordered queries, h.
     """
     key_width = model.num_kv_heads * model.head_size
     extra = model.hidden_size + key_width if model.position == "rotary" else 0
@@ -130,19 +138,20 @@ def _attention_width(model: ModelConfig) -> float:
 
 
 def _mlp_width(model: ModelConfig) -> int:
-    """Elements a token: before and after GELU, 2 m; gate and value, the gate's SiLU and the
-    product, 4 m.
+    """Return the elements that the MLP keeps for a token.
+
+    gelu: before and after it, 2 m. swiglu: gate, value, the gate's SiLU and the product, 4 m.
     """
     return model.mlp_size * (2 if model.activation == "gelu" else 4)
 
 
 def _norm_statistics(model: ModelConfig) -> int:
-    """Bytes a token and norm: mean and deviation in fp32, or the root of the mean square."""
+    """Return bytes for a token and norm: fp32 mean and deviation, or root of the mean square."""
     return FP32_BYTES * (2 if model.norm == "layernorm" else 1)
 
 
 def _rotary_tables(model: ModelConfig) -> int:
-    """Cosines and sines in fp32, once a block whatever the batch."""
+    """Return the bytes of cosines and sines in fp32, once a block whatever the batch."""
     return FP32_BYTES * model.sequence_length * model.head_size if model.position == "rotary" else 0
 
 
@@ -151,14 +160,16 @@ def _norm_shards(layout: Layout) -> int:
 
 
 def _hidden_bytes(layout: Layout) -> float:
-    """One hidden state of a micro-batch, T e h."""
+    """Return the bytes of one hidden state of a micro-batch, T e h."""
     return layout.tokens * layout.model.hidden_size * layout.element_bytes / _norm_shards(layout)
 
 
 def pipeline_buffers(layout: Layout, pipeline_rank: int) -> float:
-    """What is under way, at most T e h for the inputs of every stage but the first and T e h for
-    the gradients of every stage's output but the last's: a schedule posts one receipt a
-    direction (`compat.EngineStage` allocates it then).
+    """Return the bytes of receive buffers between stages, at most.
+
+    T e h for the inputs of every stage but the first, and T e h for the output gradients of
+    every stage but the last. A schedule posts one receive a direction (`compat.EngineStage`
+    allocates it then).
     """
     stages = layout.stages_of(pipeline_rank)
     directions = sum((stage > 0) + (stage < layout.num_stages - 1) for stage in stages)
@@ -166,8 +177,9 @@ def pipeline_buffers(layout: Layout, pipeline_rank: int) -> float:
 
 
 def head(layout: Layout, pipeline_rank: int) -> float:
-    """One chunk of logits, e rows V / t: about 256 MiB, or 2,048 rows where the vocabulary is
-    cut.
+    """Return the bytes of one chunk of logits, e rows V / t.
+
+    About 256 MiB, or 2,048 rows if the vocabulary is split over ranks.
     """
     if layout.num_stages - 1 not in layout.stages_of(pipeline_rank):
         return 0
@@ -181,8 +193,9 @@ def head(layout: Layout, pipeline_rank: int) -> float:
 
 
 def recomputation(layout: Layout) -> float:
-    """What backward holds of one block beside what was kept: the activations that it computes
-    again, and gradients of two tensors as wide as the block's widest.
+    """Return the bytes that backward needs for one block in addition to what was kept.
+
+    The recomputed activations, and gradients of two tensors as wide as the block's widest.
     """
     model, element = layout.model, layout.element_bytes
     widest = max(
@@ -206,9 +219,11 @@ def recomputation(layout: Layout) -> float:
 
 
 def gathered_parameters(shard: Shard) -> float:
-    """ZeRO 3, at most: e min(n, L + 2 the largest module), L the larger of
-    `stage3_max_live_parameters` and `stage3_max_reuse_distance`, 0 with parameters on NVMe. Two,
-    as full recomputation comes upon the next before backward has left one.
+    """Return the bytes that ZeRO 3 gathers, at most e min(n, L + 2 x the largest module).
+
+    L is the larger of `stage3_max_live_parameters` and `stage3_max_reuse_distance`, 0 with
+    parameters on NVMe. Two modules, because full recomputation gathers the next one before
+    backward has released the last.
     """
     zero = shard.layout.zero
     if shard.stage < 3 or (shard.layout.data == 1 and zero.parameter_device == "none"):
@@ -227,9 +242,10 @@ def gathered_parameters(shard: Shard) -> float:
 
 
 def reduce_buffers(shard: Shard) -> float:
-    """ZeRO 1, 2: e `reduce_bucket_size`, twice with `overlap_comm`; 3: once, for as long as the
-    run lasts (stage_1_and_2.py:3256, stage3.py:780). The buffer has its size however small the
-    model.
+    """Return the bytes of the reduce buckets (stage_1_and_2.py:3256, stage3.py:780).
+
+    ZeRO 1, 2: e `reduce_bucket_size`, twice with `overlap_comm`. ZeRO 3: once, during the whole
+    run. The buffer has this size however small the model is.
     """
     zero = shard.layout.zero
     if shard.stage == 0 or zero.contiguous_gradients is False:
@@ -239,7 +255,7 @@ def reduce_buffers(shard: Shard) -> float:
 
 
 def reduce_copies(shard: Shard) -> float:
-    """The flat copy of a bucket that crosses the network: e min(n, `reduce_bucket_size`)."""
+    """Return the bytes of the flat copy of a bucket to be sent: e min(n, `reduce_bucket_size`)."""
     return (
         _gradient_bytes(shard) * min(shard.elements, _bucket(shard)) if shard.layout.data > 1 else 0
     )
@@ -250,14 +266,15 @@ def _bucket(shard: Shard) -> int:
 
 
 def _gradient_bytes(shard: Shard) -> int:
-    """A gradient on its way: of ZeRO 1 as it accumulated, else in the model's type."""
+    """Return the bytes of a reduced gradient element: ZeRO 1 as accumulated, else as the model."""
     return shard.layout.accumulation_bytes if shard.stage == 1 else shard.layout.element_bytes
 
 
 def update(shard: Shard) -> float:
-    """The gradient that Adam reads, flat and in fp32: (e + 4) times the largest optimizer
-    group's partition (ZeRO 1, 2) or sub-group (3) in 16 bit, 4 times in fp32; on the device only
-    where the optimizer is there.
+    """Return the bytes of the flat fp32 gradient that Adam reads.
+
+    (e + 4) times the largest optimizer group's partition (ZeRO 1, 2) or sub-group (3) in 16
+    bit, 4 times in fp32. 0 if the optimizer is offloaded.
     """
     layout = shard.layout
     if shard.stage == 0 or layout.zero.optimizer_device != "none":

@@ -30,11 +30,14 @@ class StragglerWatch:
     """
 
     def __init__(self, mesh: Mesh, device: torch.device, clock: waits.Clock | None = None) -> None:
-        self.device, self.peers = device, peers(mesh.device_mesh.mesh)
+        self.device = device
+        self.peers = peers(mesh.device_mesh.mesh)
         self.clock: waits.Clock = clock or (
             waits.DeviceClock() if device.type == "cuda" else waits.HostClock()
         )
-        self.steps, self.worked_s, self.lasted_s = 0, 0.0, 0.0
+        self.steps = 0
+        self.worked_s = 0.0
+        self.lasted_s = 0.0
         self.rows: Counter[int] = Counter()
         waits.hook(device)
 
@@ -67,7 +70,8 @@ class StragglerWatch:
         mine = torch.tensor([self.worked_s, self.lasted_s], dtype=torch.float64, device=self.device)
         of_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(of_ranks, mine)
-        self.worked_s, self.lasted_s = 0.0, 0.0
+        self.worked_s = 0.0
+        self.lasted_s = 0.0
         worked_s, lasted_s = torch.stack(of_ranks).T.tolist()
         return self._named(slower_ranks(worked_s, max(lasted_s), self.peers))
 

@@ -47,11 +47,9 @@ class Pulse:
 
     def beat(self, doing: str, step: int | None = None) -> None:
         """Begin something else."""
-        self.step, self.doing, self.since_s = (
-            self.step if step is None else step,
-            doing,
-            time.monotonic(),
-        )
+        self.step = self.step if step is None else step
+        self.doing = doing
+        self.since_s = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -104,14 +102,14 @@ class Watch:
         timeout_s: float,
         report: Callable[[list[RankState], float], None],
     ) -> None:
-        self.directory, self.pulse = directory / "logs" / "watch", pulse
-        self.rank, self.world_size, self.timeout_s, self.report = (
-            rank,
-            world_size,
-            timeout_s,
-            report,
-        )
-        self.name, self.module_names = f"rank {rank}", dict[int, str]()
+        self.directory = directory / "logs" / "watch"
+        self.pulse = pulse
+        self.rank = rank
+        self.world_size = world_size
+        self.timeout_s = timeout_s
+        self.report = report
+        self.name = f"rank {rank}"
+        self.module_names = dict[int, str]()
         self.tick_s = min(
             1.0, max(0.1, timeout_s / 50)
         )  # seen a tick late, reported a patience later: within 5 s
@@ -132,7 +130,8 @@ class Watch:
         """Once there is an engine: what this rank is called, and the names of modules by their
         ids.
         """
-        self.name, self.module_names = name, dict(module_names)
+        self.name = name
+        self.module_names = dict(module_names)
 
     def __exit__(
         self,

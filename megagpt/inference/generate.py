@@ -127,7 +127,10 @@ class Sampler:
             raise ValueError(
                 f"{given}: need temperature >= 0, top_k >= 1 (or None) and 0 < top_p <= 1"
             )
-        self.allowed, self.temperature, self.top_k, self.top_p = allowed, temperature, top_k, top_p
+        self.allowed = allowed
+        self.temperature = temperature
+        self.top_k = top_k
+        self.top_p = top_p
         self.generator = torch.Generator().manual_seed(seed)
 
     def pick(self, logits: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""What the device of this rank is and can do: its name, bf16, its peak."""
+"""The device of this rank: its name, whether bf16 is fast on it, its peak FLOP/s and memory."""
 
 import math
 import os
@@ -17,35 +17,33 @@ _CPU_MEASURING_S = 0.5
 
 
 def announce_to_deepspeed() -> None:
-    """Where torch sees no accelerator, say so to DeepSpeed before it is imported, unless the user
-    chose one.
+    """Tell DeepSpeed to use the CPU if torch sees no accelerator, unless the user chose one.
 
-    It would find out itself, and print a warning on the user's screen
-    (accelerator/real_accelerator.py:213).
+    Call it before DeepSpeed is imported. DeepSpeed would find out by itself, but print a warning on
+    the user's screen (accelerator/real_accelerator.py:213).
     """
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-# What torch reads when it first allocates on a GPU, and when it makes the first NCCL group. By each
-# name, all names that it has or had: a user may have set any.
+# Environment variables that torch reads at its first GPU allocation and its first NCCL group. With
+# each name come its other names, because a user may have set any of them.
 CUDA_DEFAULTS = {
-    # ZeRO-3 allocates and frees parameters of all sizes: fixed segments leave gaps that none of
-    # them fits.
+    # ZeRO-3 allocates and frees parameters of all sizes; with fixed segments that fragments memory.
     "PYTORCH_ALLOC_CONF": (
         "expandable_segments:True",
         ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"),
     ),
-    # Entries of NCCL's flight recorder, which the watch reads when a run hangs
+    # The entries of NCCL's flight recorder, which the watch reads when a run hangs
     # (flight_recorder.py).
     "TORCH_FR_BUFFER_SIZE": ("2000", ("TORCH_NCCL_TRACE_BUFFER_SIZE",)),
 }
 
 
 def set_cuda_defaults(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Where there are GPUs, choose torch's allocator and recorder settings that the user left open.
+    """Set torch's allocator and recorder variables that the user left unset, if there are GPUs.
 
-    Must be called before the first tensor on a GPU and before the first process group.
+    Call it before the first tensor on a GPU and before the first process group.
     """
     if not torch.cuda.is_available():
         return
@@ -55,22 +53,22 @@ def set_cuda_defaults(environment: MutableMapping[str, str] = os.environ) -> Non
 
 
 def describe_device(device: torch.device) -> str:
-    """For a log line: `NVIDIA H200` or `CPU, 2 threads`."""
+    """Return the device for a log line: `NVIDIA H200` or `CPU, 2 threads`."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type.upper()}, {torch.get_num_threads()} threads"
 
 
 def multiplies_bf16_natively(device: torch.device) -> bool:
-    """Whether bf16 matrix products beat fp32: on GPUs since Ampere.
+    """Return whether bf16 matrix products are faster than fp32: on GPUs since Ampere.
 
-    On CPUs they were seen 85 times slower.
+    On CPUs they were measured 85 times slower.
     """
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The peak that MFU is a fraction of, in FLOP/s; None where it is unknown.
+    """Return the peak that MFU is a fraction of, in FLOP/s; None if unknown.
 
     On GPUs the data sheet's, as published MFUs use. On a CPU, whose sheet says no such thing, the
     speed of torch's own fp32 matrix product on this machine, measured now: the fastest of those
@@ -89,8 +87,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 class PeakMemory:
     """The most memory that this rank has held, in GiB.
 
-    ``reserved`` is what torch's allocator took from a GPU, of which ``allocated`` was in use; the
-    rest lies between blocks. None on a CPU, where the process's memory counts.
+    ``reserved`` is what torch's allocator took from a GPU; ``allocated`` is the part in use. On a
+    CPU ``reserved`` is None and ``allocated`` is the process's peak resident memory.
     """
 
     allocated: float
@@ -98,7 +96,7 @@ class PeakMemory:
 
 
 def peak_memory(device: torch.device) -> PeakMemory:
-    """Return the peak of this rank's GPU, or of the process where it computes on the CPU."""
+    """Return this rank's peak GPU memory, or the process's peak if it computes on the CPU."""
     if device.type == "cuda":
         allocated = torch.cuda.max_memory_allocated(device)
         return PeakMemory(allocated / GIB, torch.cuda.max_memory_reserved(device) / GIB)

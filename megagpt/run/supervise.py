@@ -98,7 +98,8 @@ class Supervisor:
     """One command under supervision; ``run`` returns the exit code of the whole."""
 
     def __init__(self, command: Sequence[str], restarts: int) -> None:
-        self.command, self.restarts = list(command), restarts
+        self.command = list(command)
+        self.restarts = restarts
         self.directory = run_directory_of(command)
         self.crashes: list[Ending] = []
         self.mark = f"{os.getpid()}-{time.time_ns()}"  # of all that this supervisor starts

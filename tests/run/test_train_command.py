@@ -273,8 +273,7 @@ def test_bad_input_under_the_launcher_is_said_once(
     shown = finished.stdout + finished.stderr
     assert finished.returncode == 2
     assert (
-        shown.count("holds another run: choose another --run_dir, or take back these differences")
-        == 1
+        shown.count("holds another run; choose another --run_dir, or undo these differences") == 1
     )
     assert shown.count("megagpt.model.num_layers: ") == 1
     assert "Traceback" not in shown

@@ -89,7 +89,7 @@ def test_ranks_that_differ_in_data_code_and_libraries_end_at_once(
             f"rank 2 (host {socket.gethostname()}) differs from rank 0 (host "
             f"{socket.gethostname()}) in code\n" in said
         )
-        assert "in version of triton: give every host the same, start again" in said
+        assert "in version of triton; give every host the same and start again" in said
         assert said.count("differs from rank 0") == 3
     assert not (run / run_directory.CONFIG_FILE).exists()
 

@@ -271,8 +271,8 @@ def test_ranks_that_disagree_are_named(two_ranks: RankPool, prepared: Path, tmp_
     )
     here = f"(host {gethostname()})"
     expected = (
-        f"rank 1 {here} differs from rank 0 {here} in configuration: give every host the "
-        f"same, start again"
+        f"rank 1 {here} differs from rank 0 {here} in configuration; give every host the "
+        f"same and start again"
     )
     assert said == [expected] * 2
 

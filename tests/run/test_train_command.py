@@ -167,7 +167,7 @@ def test_a_finished_run_says_so_and_trains_no_further(
     finished = command("--deepspeed_config", configuration, "--run_dir", directory)
     assert finished.returncode == 0, finished.stderr
     assert (
-        f"already done: {directory} is at step 8 of 6; to train on: --set "
+        f"already done: {directory} is at step 8 of 6; to train longer: --set "
         f"megagpt.training.total_steps=" in (finished.stdout)
     )
     assert weights == {

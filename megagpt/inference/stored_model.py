@@ -1,5 +1,6 @@
-"""The trained model of a run as plain PyTorch: for generating, evaluating and exporting, in one
-process.
+"""The trained model of a run in plain PyTorch, for generating, evaluating and exporting.
+
+One process is enough.
 """
 
 from collections.abc import Callable
@@ -18,18 +19,17 @@ from megagpt.utils import UserError
 def open_weights(
     run_directory: Path, step: int | None = None
 ) -> tuple[int, Callable[[str], torch.Tensor]]:
-    """(step, a function from a global name to that whole weight, fp32 on the CPU) of a run's newest
-    sound checkpoint.
+    """Return the step of a run's newest sound checkpoint, and a function from name to weight.
 
-    Raises UserError where there is no checkpoint (of ``step``) that can be loaded; so does the
-    function.
+    The function takes a global name and returns the whole weight, fp32 on the CPU. Both raise
+    UserError if no checkpoint (of ``step``) can be loaded.
     """
     reader = open_checkpoint(run_directory, step)
 
     def weight(name: str) -> torch.Tensor:
         try:
             return reader.tensor(WEIGHT, name)
-        except DamagedCheckpointError as error:  # its manifest vouches for what it should not
+        except DamagedCheckpointError as error:  # the manifest does not match the files
             raise UserError(
                 f"{run_directory}: {error}; choose the checkpoint of another step with --step"
             ) from error
@@ -44,10 +44,9 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> tuple[GPT, ResolvedConfig, int]:
-    """The plain model of a run, in one process: (model, configuration, step) of its newest sound
-    checkpoint.
+    """Return the model, the configuration and the step of a run's newest sound checkpoint.
 
-    Raises UserError where the directory is no run, or has no checkpoint (of that step) that can be
+    Raise UserError if the directory is not a run, or has no checkpoint (of ``step``) that can be
     loaded.
     """
     config = read_config(run_directory)

@@ -502,7 +502,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(
         (
             0,
             "full_disk",
-            r"a checkpoint needs .*KiB, the disk has 1000 B.*free some space .*go: "
+            r"a checkpoint needs .*KiB, the disk has 1000 B.*free some space .*removed: "
             r".*/step_00000004\)",
         ),
         (

@@ -170,7 +170,7 @@ def test_nothing_to_plot_is_said_and_nothing_is_written(tmp_path: Path) -> None:
 def test_a_torn_config_is_named(tmp_path: Path) -> None:
     write_run(tmp_path)
     (tmp_path / "config.json").write_text('{"megagpt": ')
-    with pytest.raises(UserError, match=r"config\.json: is not JSON"):
+    with pytest.raises(UserError, match=r"config\.json: not JSON"):
         write_report(tmp_path)
 
 

@@ -1,4 +1,7 @@
-"""What every rank must have alike; hosts may hold different copies of code, data or libraries."""
+"""What must be identical on every rank: configuration, data, code, library versions.
+
+Hosts may hold different copies of them.
+"""
 
 import importlib.metadata
 import socket

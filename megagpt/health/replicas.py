@@ -1,4 +1,4 @@
-"""Finds replicas that have drifted apart, by comparing checksums of what ranks hold alike.
+"""Finds replicas that have drifted apart, by comparing checksums of identical copies.
 
 A flipped bit or a lost update on one rank raises no error and no jump in the loss, and can stay
 unseen for weeks.
@@ -23,7 +23,7 @@ Copies = Iterable[tuple[str, Tensor]]
 
 
 def data_copies(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    """Yield what every rank of this data axis holds alike.
+    """Yield what must be identical on every rank of this data axis.
 
     These are parameters below ZeRO-3, the small ones that ZeRO-3 leaves whole, and Adam's moments
     at ZeRO 0.
@@ -40,7 +40,7 @@ def data_copies(engine: Engine) -> Iterator[tuple[str, Tensor]]:
 
 
 def tensor_copies(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    """Yield what every rank of this tensor axis holds alike.
+    """Yield what must be identical on every rank of this tensor axis.
 
     These are master weights and moments of parameters that are not shared (norms, the biases after
     a sum, positions), or the shards of them that ZeRO gives this data rank.

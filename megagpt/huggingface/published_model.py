@@ -122,10 +122,10 @@ class PublishedModel:
         for key in fixed.values():
             value = self._flat.get(key.theirs, key.default)
             if value not in key.values:
-                yield f"{key.theirs} {shown(value)}: megagpt has {json.dumps(key.values[0])} only"
+                yield f"{key.theirs} {shown(value)}: megagpt needs {json.dumps(key.values[0])}"
         for name, value in self._flat.items():
             if name not in fixed and name not in known and value is not False:
-                yield f"{name} {shown(value)}: megagpt has nothing like it"
+                yield f"{name} {shown(value)}: megagpt does not support it"
 
     def _values(self, problems: list[str]) -> dict[str, Any]:
         """Return our keys with their values, None for derived ones; append to ``problems``."""
@@ -158,7 +158,8 @@ class PublishedModel:
 
     def _not_derived(self, model: ModelSection) -> Iterator[str]:
         for key in self.architecture.keys:
-            value, ours = self._flat.get(key.theirs), getattr(model, key.ours)
+            value = self._flat.get(key.theirs)
+            ours = getattr(model, key.ours)
             if key.ours in DERIVED and value not in (None, ours):
                 yield (
                     f"{key.theirs} {shown(value)}: megagpt's is {ours} at hidden_size "

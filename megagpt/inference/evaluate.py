@@ -94,9 +94,9 @@ def open_validation(config: MegagptConfig) -> list[tuple[Path, SampleStream]]:
         )
         if stream.vocabulary > config.model.vocab_size:
             raise UserError(
-                f"{directory}: its vocabulary is {stream.vocabulary}, the model's "
-                f"{config.model.vocab_size}: it was prepared anew since the run; prepare it again "
-                "with the tokenizer of the run"
+                f"{directory}: its vocabulary changed since the run (found {stream.vocabulary} "
+                f"tokens, need at most {config.model.vocab_size}); prepare it again with the "
+                "tokenizer of the run"
             )
         streams.append((directory, stream))
     return streams

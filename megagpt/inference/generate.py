@@ -158,9 +158,9 @@ def open_tokenizer(config: MegagptConfig) -> tiktoken.Encoding:
     encoding = load_tokenizer(directory)
     if encoding.n_vocab > config.model.vocabulary:
         raise UserError(
-            f"{directory}: its vocabulary is {encoding.n_vocab}, the model's "
-            f"{config.model.vocabulary}: it was prepared anew since the run; prepare it again with "
-            "the tokenizer of the run"
+            f"{directory}: its vocabulary changed since the run (found {encoding.n_vocab} tokens, "
+            f"need at most {config.model.vocabulary}); prepare it again with the tokenizer of the "
+            "run"
         )
     return encoding
 

@@ -234,7 +234,7 @@ def _rows(progress: Progress) -> list[tuple[str, str, str, str]]:
         else "{1:.4f} at step {0}".format(*progress.validation)
     )
     rate = (
-        f"{human_count(record.tokens_per_s)} ({human_count(record.tokens_per_s_per_device)} a "
+        f"{human_count(record.tokens_per_s)} ({human_count(record.tokens_per_s_per_device)} per "
         f"device)"
     )
     return [

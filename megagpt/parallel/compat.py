@@ -264,7 +264,8 @@ class EngineStage(PipelineStage):
 
     @contextmanager
     def _placeholders(self) -> Iterator[None]:
-        device, self.device = self.device, torch.device("meta")
+        device = self.device
+        self.device = torch.device("meta")
         try:
             yield
         finally:

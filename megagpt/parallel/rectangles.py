@@ -73,7 +73,8 @@ def rectangles(box: Box, start: int, numel: int) -> list[Rectangle]:
     At most three: the rest of a row, whole rows, the start of a row.
     """
     (top, _), (left, right) = box if len(box) == 2 else ((0, 1), *box)
-    width, end = right - left, start + numel
+    width = right - left
+    end = start + numel
     first_whole, last_whole = -(-start // width), end // width
     if first_whole > last_whole:  # both ends are in the same row
         return [_row(top, left, width, start, end, start)]

@@ -47,8 +47,8 @@ class ParityRequest:
             f"--ranks {ranks}"
         )
         if self.gpus is not None and (self.gpus == 0 or ranks <= self.gpus):
-            return f"--ranks {ranks}, or with so many slots in the hostfile {launched}"
-        return f"with so many slots in the hostfile {launched}"
+            return f"--ranks {ranks}, or with that many slots in the hostfile {launched}"
+        return f"with that many slots in the hostfile {launched}"
 
     @property
     def disk(self) -> str | None:

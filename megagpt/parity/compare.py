@@ -179,7 +179,7 @@ def _expected(engine: Engine, exact: PlainRun, piece: Piece) -> Tensor:
 def _meaningful(engine: Engine, piece: Piece) -> Tensor:
     """Return a mask that is False at the bias of keys, unless keys are rotated.
 
-    That bias moves all scores of a query alike, so its gradient is rounding noise, which Adam
+    That bias moves all scores of a query equally, so its gradient is rounding noise, which Adam
     amplifies.
     """
     model = engine.config.megagpt.model

@@ -59,7 +59,8 @@ class Strategy:
 
 def own_strategy(file: RunConfig) -> Strategy:
     """Return the strategy of the file."""
-    parallel, zero = file.megagpt.parallel, file.zero_optimization
+    parallel = file.megagpt.parallel
+    zero = file.zero_optimization
     usual = ParallelConfig(pipeline=parallel.pipeline, tensor=parallel.tensor)
     mesh: dict[str, Any] = {"pipeline": parallel.pipeline, "tensor": parallel.tensor}
     mesh |= {

@@ -212,24 +212,24 @@ def test_it_is_the_run_that_would_have_begun_with_these_weights(
 # ----------------------------------------------------------------------------- what is not imported
 
 LLAMA_REFUSALS = [
-    ({"rms_norm_eps": 1e-6}, "rms_norm_eps 1e-06: megagpt has 1e-05 only"),
+    ({"rms_norm_eps": 1e-6}, "rms_norm_eps 1e-06: megagpt needs 1e-05"),
     (
         {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
-        "rope_theta 500000.0: megagpt has 10000.0 only",
+        "rope_theta 500000.0: megagpt needs 10000.0",
     ),
     (
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
-        'rope_scaling.type "linear": megagpt has nothing like it\n*rope_scaling.factor 2.0: '
+        'rope_scaling.type "linear": megagpt does not support it\n*rope_scaling.factor 2.0: '
         "megagpt has nothing",
     ),
-    ({"hidden_act": "gelu"}, 'hidden_act "gelu": megagpt has "silu" only'),
+    ({"hidden_act": "gelu"}, 'hidden_act "gelu": megagpt needs "silu"'),
     ({"head_dim": 16}, "head_dim 16: megagpt's is 8 at hidden_size 32"),
     ({"intermediate_size": 96}, "intermediate_size 96: megagpt's is 128 at hidden_size 32"),
     ({"attention_bias": True}, "mlp_bias false: megagpt has one bias for all layers"),
-    ({"sliding_window": 4096}, "sliding_window 4096: megagpt has nothing like it"),
+    ({"sliding_window": 4096}, "sliding_window 4096: megagpt does not support it"),
     (
         {"quantization_config": {"bits": 4}},
-        'quantization_config {"bits": 4}: megagpt has nothing like it',
+        'quantization_config {"bits": 4}: megagpt does not support it',
     ),
     ({"max_position_embeddings": 8}, "max_position_embeddings 8: shorter than the run's sequences"),
     (
@@ -254,8 +254,8 @@ LLAMA_REFUSALS = [
         {"hidden_size": float("inf")},
         "config.json: not JSON (Infinity is not finite); download it again",
     ),
-    ({"rope_scaling": "linear"}, 'rope_scaling "linear": megagpt has nothing like it'),
-    ({"rope_parameters": [1, 2]}, "rope_parameters [1, 2]: megagpt has nothing like it"),
+    ({"rope_scaling": "linear"}, 'rope_scaling "linear": megagpt does not support it'),
+    ({"rope_parameters": [1, 2]}, "rope_parameters [1, 2]: megagpt does not support it"),
     ({"num_hidden_layers": 1}, "model.layers.1.input_layernorm.weight: megagpt has no such tensor"),
     ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight: missing"),
     (

@@ -211,7 +211,7 @@ def test_a_wrong_number_of_ranks_for_the_files_own_mesh_is_said_and_the_rest_goe
         in found.left_out
     )
     assert (
-        "to try it: --ranks 16, or with so many slots in the hostfile deepspeed --hostfile hosts"
+        "to try it: --ranks 16, or with that many slots in the hostfile deepspeed --hostfile hosts"
         in found.left_out
     )
     assert all(strategy.file is None for strategy, _ in found.legal)
@@ -249,7 +249,7 @@ def test_more_ranks_than_gpus_are_refused_with_the_launchers_command() -> None:
         require_devices(request, 4)
     said = str(error.value)
     assert said.startswith(
-        "--ranks 4: too many (found 2 GPUs, need one per rank); type --ranks 2, or with so many "
+        "--ranks 4: too many (found 2 GPUs, need one per rank); type --ranks 2, or with that many "
         "slots in the"
     )
     assert (

@@ -149,9 +149,7 @@ class Attention(nn.Module):
         self.queries_per_group = config.num_heads // config.num_kv_heads
         self.dropout = config.dropout
         self.site = dropout_site(layer, 0)
-        self.head_offset = (
-            0  # the first query head here, where the projections hold some groups only
-        )
+        self.head_offset = 0  # the first query head here, if the projections hold only some groups
         self.qkv = Linear(
             config.hidden_size,
             (config.num_heads + 2 * config.num_kv_heads) * config.head_size,
@@ -160,12 +158,11 @@ class Attention(nn.Module):
         self.output = Linear(config.num_heads * config.head_size, config.hidden_size, config.bias)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        # (batch, kv_heads, queries_per_group + 2, length, head_size)
         groups = (
             self.qkv(x)
             .unflatten(-1, (-1, self.queries_per_group + 2, self.head_size))
             .permute(0, 2, 3, 1, 4)
-        )
+        )  # (batch, kv_heads, queries_per_group + 2, length, head_size)
         q = groups[:, :, :-2].flatten(1, 2)  # (batch, heads, length, head_size)
         k = groups[:, :, -2]  # (batch, kv_heads, length, head_size)
         v = groups[:, :, -1]  # (batch, kv_heads, length, head_size)

@@ -27,7 +27,7 @@ FILE_BYTES = 256 * MIB  # at most, so that several threads can write and verify 
 CHUNK_BYTES = MIB  # small enough to be hashed and written while it is in the processor's cache
 _ELEMENT_BYTES = 4
 
-Flats = dict[str, Tensor]  # weights or moments by kind, each the bucket's flat run
+Flats = dict[str, Tensor]  # by kind (weights or a moment): the bucket's flat run
 
 
 @dataclass(frozen=True)

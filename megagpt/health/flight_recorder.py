@@ -145,7 +145,9 @@ def find_absent(ranks: Ranks) -> Finding | None:
     for rank, states in ranks.items():
         for state in states:
             by_group[state.group][rank] = state
-    reasons: dict[int, dict[int, str]] = defaultdict(dict)  # who waits -> for whom -> in what
+    reasons: dict[int, dict[int, str]] = defaultdict(
+        dict
+    )  # waiting rank -> awaited rank -> operation
     for group, of_ranks in by_group.items():
         for rank, state in of_ranks.items():
             for absent in _absent_collective(state, of_ranks):

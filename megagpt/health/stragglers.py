@@ -15,7 +15,7 @@ from megagpt.distributed import Mesh
 from megagpt.parallel import timeouts as waits
 
 WINDOW_STEPS = 5
-WINDOWS_IN_A_ROW = 3  # one window may hold a page fault or a neighbour's compilation
+WINDOWS_IN_A_ROW = 3  # one window may be slowed by a page fault or another program
 SLOWER = 1.3  # times the median of its peers
 # The share of a step's time by which a rank must work longer to be worth reporting.
 LEAST_SHARE = 0.1

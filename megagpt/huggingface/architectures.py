@@ -54,7 +54,7 @@ ROWS_OF_TOKENS = Relation(
     lambda theirs, model: _padded(theirs[0], model), lambda ours, model: [ours[: model.vocabulary]]
 )
 QUERY_KEY_VALUE = Relation(_grouped, _ungrouped)
-# The gate and the value of SwiGLU alternate, row by row.
+# The rows of SwiGLU's gate and value alternate.
 GATE_AND_VALUE = Relation(
     lambda theirs, _: torch.stack(tuple(theirs), dim=1).flatten(0, 1),
     lambda ours, _: ours.unflatten(0, (-1, 2)).unbind(1),

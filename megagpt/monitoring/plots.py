@@ -24,7 +24,7 @@ MARGINS_INCHES = (0.6, 0.5, 0.15, 0.3)
 MOST_POINTS = 500  # more than a screen shows; the band shows what averaging hides
 
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: small files that can be searched
+    "svg.fonttype": "none",  # keep text as text: smaller files that can be searched
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.spines.top": False,

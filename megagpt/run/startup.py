@@ -63,7 +63,7 @@ def _start(arguments: argparse.Namespace) -> int:
     requests = StopRequests()
     end_with_launcher(partial(_without_launcher, requests))
     if (hostfile := hostfile_of_launcher()) is not None:
-        read_hostfile(hostfile)  # DeepSpeed would have trained on this machine alone without it
+        read_hostfile(hostfile)  # without a valid one DeepSpeed trains on this machine only
     faults.from_environment()
     config = load_config(arguments.deepspeed_config, arguments.set)
     require_legal(config, str(arguments.deepspeed_config), World(launch.world_size, ANY_VOCABULARY))
@@ -72,7 +72,7 @@ def _start(arguments: argparse.Namespace) -> int:
     if arguments.resume and endings.last_checkpoint(directory) is None:
         raise UserError(f"{directory}: nothing to resume; leave out --resume to start it")
     streams = open_data(config, directory)
-    # The DeepSpeed of one host may differ: its ranks say so before the others wait for them.
+    # One host may have another DeepSpeed; its ranks fail here, before others wait for them.
     internals.require_known_internals(internals.parts_used(config, launch.launcher))
     _require_ops(config)
     with _gathered(directory):

@@ -142,7 +142,7 @@ class Supervisor:
                 f".venv/bin/activate, or give its path"
             ) from error
         self.running = True
-        if self.asked_to_stop.is_set():  # between the start and the line above
+        if self.asked_to_stop.is_set():  # the signal came before ``running`` was set
             self._forward_stop()
         code = process.wait()
         self._end_leftovers()

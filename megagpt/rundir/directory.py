@@ -18,7 +18,7 @@ def directory_of_run(run_dir: Path | None, config_file: str | Path) -> Path:
     if run_dir is not None:
         return run_dir
     name = Path(config_file).stem
-    if name.startswith("."):  # `...json` would lead out of runs/
+    if name.startswith("."):  # `...json` would give a directory outside runs/
         raise UserError(f"{config_file}: has no usable name; pass --run_dir runs/NAME")
     return Path("runs") / name
 

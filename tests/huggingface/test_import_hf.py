@@ -220,7 +220,7 @@ LLAMA_REFUSALS = [
     (
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
         'rope_scaling.type "linear": megagpt does not support it\n*rope_scaling.factor 2.0: '
-        "megagpt has nothing",
+        "megagpt does not",
     ),
     ({"hidden_act": "gelu"}, 'hidden_act "gelu": megagpt needs "silu"'),
     ({"head_dim": 16}, "head_dim 16: megagpt's is 8 at hidden_size 32"),

@@ -433,6 +433,6 @@ def test_a_run_is_never_replaced(llama: Path, data: Path, tmp_path: Path) -> Non
 def test_the_batch_must_not_depend_on_the_number_of_ranks(
     llama: Path, data: Path, tmp_path: Path
 ) -> None:
-    assert "train_batch_size: needed" in refusal(
+    assert "train_batch_size: missing" in refusal(
         llama, data, tmp_path / "run", train_batch_size=None
     )

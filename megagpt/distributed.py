@@ -15,7 +15,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # torch's own is 10 minutes with NCC
 
 
 class Mesh:
-    """This rank's place on the axes pipeline, data and tensor, and the process group of each.
+    """The place of this rank on the axes pipeline, data and tensor, and the group of each axis.
 
     Every rank must construct it, once torch.distributed is initialised. ``device_type`` is cpu or
     cuda.
@@ -89,7 +89,7 @@ class Mesh:
 
     @property
     def name(self) -> str:
-        """This rank's name in error messages."""
+        """The name of this rank in error messages."""
         place = f"pipeline {self.pipeline_rank}, data {self.data_rank}, tensor {self.tensor_rank}"
         return f"{place} (rank {self.rank}, host {socket.gethostname()})"
 

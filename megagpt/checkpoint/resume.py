@@ -107,7 +107,7 @@ def resume(engine: Engine, run_directory: Path) -> Resumed | None:
         listed = "\n  ".join(faults)
         raise UserError(
             f"{run_directory}: every checkpoint is damaged:\n  {listed}\n"
-            f"restore one from a backup, or start afresh with another --run_dir"
+            f"restore one from a backup, or start again with another --run_dir"
         )
     return None
 

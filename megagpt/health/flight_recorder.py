@@ -23,7 +23,7 @@ DUMPS = ("_dump_nccl_trace", "_dump_fr_trace")  # the second has gloo's
 
 @dataclass(frozen=True)
 class GroupState:
-    """This rank's progress in one process group.
+    """The progress of this rank in one process group.
 
     ``begun`` is the number of the last collective that it queued there, counting from 1.
     ``waiting`` is the number of the first that has not ended, ``operation`` its name. ``peers`` are

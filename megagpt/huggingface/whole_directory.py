@@ -22,9 +22,8 @@ def whole_directory(
     """Yield a directory to fill, which becomes ``final`` at the end; on failure nothing is left.
 
     What a killed command left is removed by the next one for the same directory. Raise UserError if
-    ``final`` exists and is not empty, unless it is to be replaced, if another process is filling
-    it, and if the disk has too little room. ``option`` is the command line's option for the
-    directory.
+    ``final`` exists and is not empty, unless ``replace`` is true, if another process is filling it,
+    and if the disk has too little room. ``option`` is the command line's option for the directory.
     """
     final = final.resolve()
     try:

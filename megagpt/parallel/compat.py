@@ -367,8 +367,8 @@ def begin_backward(engine: DeepSpeedEngine, earlier: int) -> None:
     ``earlier`` is the number of backwards of the same chunk that came before in this step.
 
     Two backwards with no forward between them overwrite gradients instead of adding to them:
-    DeepSpeed counts micro-steps in forward, over all chunks together. The accumulated gradients are
-    stored by parameter, hence by chunk, so each chunk needs its own count (zero/stage3.py:2024,
+    DeepSpeed counts micro-batches in forward, over all chunks together. The accumulated gradients
+    are stored by parameter, and so by chunk: each chunk needs its own count (zero/stage3.py:2024,
     stage_1_and_2.py:1855; the latter counts this one too, line 3258).
     """
     zero = engine.optimizer

@@ -57,7 +57,10 @@ class Engine:
 
     @property
     def chunks(self) -> list[GPT]:
-        """This rank's parts of the model, in stage order; without a pipeline, the whole model."""
+        """The parts of the model on this rank, in stage order.
+
+        Without a pipeline, the only one is the whole model.
+        """
         return self.deepspeed.module.parts
 
     @property

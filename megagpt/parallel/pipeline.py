@@ -108,7 +108,7 @@ def _one_after_another(
         engine.deepspeed.backward(loss)
         losses.append(loss.detach())
         if count_micro_steps and index + 1 < len(micro_batches):
-            engine.deepspeed.step()  # before the boundary it only counts micro-steps
+            engine.deepspeed.step()  # before the boundary it only counts micro-batches
     return losses
 
 

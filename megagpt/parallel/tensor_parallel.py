@@ -124,7 +124,10 @@ class _Sum(torch.autograd.Function):
 
 
 class _ScatterSum(torch.autograd.Function):
-    """This rank's positions of the sum over all ranks; backward gathers all positions' gradient."""
+    """The sum over all ranks, of which each rank keeps its positions.
+
+    Backward gathers all positions' gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, partial: Tensor, axis: TensorAxis) -> Tensor:
@@ -316,7 +319,7 @@ def share(model: GPT, axis: TensorAxis) -> None:
 def sum_partial_gradients(model: GPT, axis: TensorAxis) -> None:
     """Sum the gradients of replicated parameters that each rank applies to its own positions.
 
-    The sum must happen before ZeRO sees the gradients, hence hooks.
+    Hooks sum them before ZeRO sees the gradients.
     """
     for module in model.modules():
         if isinstance(module, Norm | PartTable):

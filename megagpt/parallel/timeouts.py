@@ -73,7 +73,7 @@ class DeviceClock:
     """The clock of the GPU stream that is current when it is created.
 
     Work queued on other streams does not count. Two events per collective cost some microseconds of
-    host time, hence not every step.
+    host time, so not every step is measured.
     """
 
     every = 5

@@ -39,7 +39,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How far a strategy strays, and the largest share of the weights on any rank."""
+    """How far a strategy differs, and the largest share of the weights on any rank."""
 
     straying: Straying
     held: float
@@ -91,7 +91,7 @@ def _reference(request: ParityRequest, config: ResolvedConfig) -> Reference:
 
 
 def _compare(config: ResolvedConfig, exact: PlainRun, request: ParityRequest) -> Outcome:
-    """Train under a strategy; return how far it strays, the same on each rank."""
+    """Train under a strategy; return how far it differs, the same on each rank."""
     engine = build_engine(config, build_mesh(config))
     try:
         results = [
@@ -254,7 +254,7 @@ def _verdict(request: ParityRequest, planned: ParityPlan, reference: Reference, 
         )
     else:
         allowed = (
-            f"{reference.tolerance:g} times as far from fp32 as it strays in bf16, or as one "
+            f"{reference.tolerance:g} times its own difference from fp32 in bf16, or one "
             f"rounding: losses within {limit.loss:.1e}, norms within {limit.norm:.1e}, weights "
             f"within {limit.weights:.1e} of all their change"
         )

@@ -1,4 +1,4 @@
-"""How far a run on a mesh may stray from one plain process in fp32.
+"""How far a run on a mesh may differ from one plain process in fp32.
 
 In fp32 it differs only by sums in another order: by nothing, within a tolerance well above the
 rounding of fp32.
@@ -16,6 +16,7 @@ through the weights: by R of the weights times the fall of the loss.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from torch import Tensor
 
@@ -41,20 +42,20 @@ class Straying:
     norm: float
     weights: float
 
-    def within(self, limit: "Straying") -> bool:
+    def within(self, limit: Self) -> bool:
         """Return whether all differences are within the limit; False for NaN."""
         return self.loss <= limit.loss and self.norm <= limit.norm and self.weights <= limit.weights
 
 
 def limit_in_fp32(tolerance: float) -> Straying:
-    """Return how far a mesh may stray in fp32."""
+    """Return how far a mesh may differ in fp32."""
     return Straying(tolerance, tolerance, OF_WEIGHTS * tolerance)
 
 
 def limit_in_bf16(
     rounding: Straying, exact: PlainRun, tokens_per_step: int, tolerance: float
 ) -> Straying:
-    """Return how far a mesh may stray in bf16, given the ``rounding`` of the plain process."""
+    """Return how far a mesh may differ in bf16, given the ``rounding`` of the plain process."""
     fall = largest_difference(exact.losses[-1:], exact.losses[:1])
     loss = max(rounding.loss, ROUNDING / math.sqrt(tokens_per_step), rounding.weights * fall)
     return Straying(
@@ -65,7 +66,7 @@ def limit_in_bf16(
 def straying(
     losses: Sequence[float], norms: Sequence[float], weights: Mapping[str, Tensor], exact: PlainRun
 ) -> Straying:
-    """Return how far a run in bf16 strays; ``weights`` are flat, by name."""
+    """Return how far a run in bf16 differs; ``weights`` are flat, by name."""
     squares = sum(
         squared_distance(weights[name], exact.state[WEIGHT][name]) for name in exact.start
     )

@@ -69,7 +69,7 @@ def require_same_data(directory: Path, step: int, fingerprint: str, stream: Samp
             f"{directory}: its data changed since step {step} was saved (found "
             f"{stream.fingerprint[:16]} in "
             f"{', '.join(str(dataset.directory) for dataset in stream.datasets)}, need "
-            f"{fingerprint[:16]}); restore them, or start afresh with another --run_dir"
+            f"{fingerprint[:16]}); restore them, or start again with another --run_dir"
         )
 
 

@@ -59,7 +59,7 @@ STOP_SIGNALS = {
 
 
 class StopRequests:
-    """This rank's requests. Any thread may add one; the loop takes them after a step.
+    """The requests to this rank. Any thread may add one; the loop takes them after a step.
 
     ``awaited`` is true while a loop runs that will take them.
     """

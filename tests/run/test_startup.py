@@ -258,7 +258,7 @@ def test_data_that_changed_since_the_save_are_refused(
     said = refused_by_command(config, directory)
     assert re.search(
         rf"{directory}: its data changed since step 2 was saved \(found \w{{16}} in {data}, "
-        rf"need \w{{16}}\); restore them, or start afresh with another --run_dir",
+        rf"need \w{{16}}\); restore them, or start again with another --run_dir",
         said,
     )
 

@@ -1,6 +1,4 @@
-"""The directory `checkpoints`: room for one more, the move that commits it, and which old ones
-may go.
-"""
+"""The directory `checkpoints`: room for one more, and which old ones may go."""
 
 import shutil
 from collections.abc import Iterable
@@ -13,7 +11,8 @@ from megagpt.checkpoint.format import (
     read_manifest,
     step_directory,
 )
-from megagpt.utils import MIB, UserError, human_bytes, sync_directory, write_atomically
+from megagpt.common.atomic_directory import delete, move_aside
+from megagpt.utils import MIB, UserError, human_bytes, write_atomically
 
 DAMAGED = "damaged_"
 LEFTOVERS = (".staging_*", ".deleting_*", ".latest.*.partial", "step_*/.*.partial")
@@ -23,17 +22,12 @@ SPARE_SHARE, MOST_SPARE_BYTES = (
 )  # manifest and the file system's own records, beside the tensors
 
 
-def staging_directory(final: Path) -> Path:
-    """Where a checkpoint grows until it is complete: no name that a resume looks at."""
-    return final.with_name(f".staging_{final.name}")
-
-
 def prepare_staging(staging: Path, tensor_bytes: int) -> None:
     """An empty staging directory on a disk with room for so many bytes of tensors; raises
     UserError.
     """
     staging.parent.mkdir(parents=True, exist_ok=True)
-    _delete(staging)
+    delete(staging)
     if needed_bytes(tensor_bytes) > shutil.disk_usage(staging.parent).free:
         raise UserError(no_room(staging.parent, tensor_bytes))
     staging.mkdir()
@@ -76,16 +70,6 @@ def require_visible(directory: Path, rank: str) -> None:
         )
 
 
-def commit(staging: Path, final: Path) -> None:
-    """Give a complete checkpoint its name; an older directory of the same step gives way."""
-    sync_directory(staging)
-    replaced = _move_aside(final) if final.exists() else None
-    staging.rename(final)
-    sync_directory(final.parent)
-    if replaced is not None:
-        _delete(replaced)
-
-
 def name_latest(final: Path) -> None:
     """For people: which checkpoint is the newest."""
     write_atomically(final.parent / "latest", final.name + "\n")
@@ -118,14 +102,7 @@ def _has_manifest(directory: Path) -> bool:
 
 def remove(directory: Path) -> None:
     """Delete a checkpoint so that no moment shows a part of it under its name."""
-    _delete(_move_aside(directory))
-
-
-def _move_aside(directory: Path) -> Path:
-    aside = directory.with_name(f".deleting_{directory.name}")
-    _delete(aside)
-    directory.rename(aside)
-    return aside
+    delete(move_aside(directory))
 
 
 def set_aside(checkpoints: Path, damaged_steps: Iterable[int]) -> None:
@@ -133,7 +110,7 @@ def set_aside(checkpoints: Path, damaged_steps: Iterable[int]) -> None:
     for step in damaged_steps:
         directory = step_directory(checkpoints, step)
         aside = directory.with_name(f"{DAMAGED}{directory.name}")
-        _delete(aside)
+        delete(aside)
         directory.rename(aside)
 
 
@@ -146,15 +123,5 @@ def collect_leftovers(checkpoints: Path) -> list[str]:
         if not path.parent.is_symlink()
     ]
     for path in leftovers:
-        _delete(path)
+        delete(path)
     return [path.name for path in leftovers]
-
-
-def _delete(path: Path) -> None:
-    """Remove a directory or a file, if it is there; of a link, the link only: what it leads to
-    is not the run's.
-    """
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The directory `checkpoints`: room for a new one, its commit, and removal of old ones."""
+"""The directory `checkpoints`: room for a new one, and removal of old ones."""
 
 import shutil
 from collections.abc import Iterable
@@ -11,7 +11,8 @@ from megagpt.checkpoint.format import (
     read_manifest,
     step_directory,
 )
-from megagpt.utils import MIB, UserError, human_bytes, sync_directory, write_atomically
+from megagpt.common.atomic_directory import delete, move_aside
+from megagpt.utils import MIB, UserError, human_bytes, write_atomically
 
 DAMAGED = "damaged_"
 LEFTOVERS = (".staging_*", ".deleting_*", ".latest.*.partial", "step_*/.*.partial")
@@ -20,15 +21,10 @@ SPARE_SHARE = 0.05
 MOST_SPARE_BYTES = 256 * MIB
 
 
-def staging_directory(final: Path) -> Path:
-    """Return where a checkpoint is written until it is complete; a resume ignores this name."""
-    return final.with_name(f".staging_{final.name}")
-
-
 def prepare_staging(staging: Path, tensor_bytes: int) -> None:
     """Create an empty staging directory; raise UserError if the disk lacks room for the tensors."""
     staging.parent.mkdir(parents=True, exist_ok=True)
-    _delete(staging)
+    delete(staging)
     if needed_bytes(tensor_bytes) > shutil.disk_usage(staging.parent).free:
         raise UserError(no_room(staging.parent, tensor_bytes))
     staging.mkdir()
@@ -69,16 +65,6 @@ def require_visible(directory: Path, rank: str) -> None:
         )
 
 
-def commit(staging: Path, final: Path) -> None:
-    """Rename a complete checkpoint to its final name, replacing an older one of the same step."""
-    sync_directory(staging)
-    replaced = _move_aside(final) if final.exists() else None
-    staging.rename(final)
-    sync_directory(final.parent)
-    if replaced is not None:
-        _delete(replaced)
-
-
 def name_latest(final: Path) -> None:
     """Write the file `latest`, which tells people the newest checkpoint."""
     write_atomically(final.parent / "latest", final.name + "\n")
@@ -110,14 +96,7 @@ def _has_manifest(directory: Path) -> bool:
 
 def remove(directory: Path) -> None:
     """Delete a checkpoint; it is renamed first, so that its name never shows a part of it."""
-    _delete(_move_aside(directory))
-
-
-def _move_aside(directory: Path) -> Path:
-    aside = directory.with_name(f".deleting_{directory.name}")
-    _delete(aside)
-    directory.rename(aside)
-    return aside
+    delete(move_aside(directory))
 
 
 def set_aside(checkpoints: Path, damaged_steps: Iterable[int]) -> None:
@@ -125,7 +104,7 @@ def set_aside(checkpoints: Path, damaged_steps: Iterable[int]) -> None:
     for step in damaged_steps:
         directory = step_directory(checkpoints, step)
         aside = directory.with_name(f"{DAMAGED}{directory.name}")
-        _delete(aside)
+        delete(aside)
         directory.rename(aside)
 
 
@@ -138,16 +117,5 @@ def collect_leftovers(checkpoints: Path) -> list[str]:
         if not path.parent.is_symlink()
     ]
     for path in leftovers:
-        _delete(path)
+        delete(path)
     return [path.name for path in leftovers]
-
-
-def _delete(path: Path) -> None:
-    """Remove a directory or a file if it exists.
-
-    Of a link, only the link is removed: its target does not belong to the run.
-    """
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

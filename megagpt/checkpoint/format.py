@@ -20,6 +20,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from megagpt.common.disk import sha256_of
 from megagpt.utils import UserError
 
 FORMAT_VERSION = 1
@@ -239,15 +240,9 @@ def verify_file(directory: Path, name: str, expected: StoredFile) -> None:
             raise DamagedCheckpointError(
                 f"{directory.name}/{name}: wrong size (found {size} bytes, need {expected.bytes})"
             )
-        if hash_file(path) != expected.sha256:
+        if sha256_of(path) != expected.sha256:
             raise DamagedCheckpointError(
                 f"{directory.name}/{name}: its content changed since it was written (SHA-256)"
             )
     except MISSING as error:
         raise DamagedCheckpointError(f"{directory.name}/{name}: {error.strerror}") from error
-
-
-def hash_file(path: Path) -> str:
-    """Return the file's SHA-256 in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -44,6 +44,7 @@ from megagpt.checkpoint.writer import (
     write_files,
     write_live,
 )
+from megagpt.common.atomic_directory import AtomicDirectory
 from megagpt.common.background import Job
 from megagpt.parallel import compat
 from megagpt.parallel.engine import Engine, collective_timeout
@@ -92,8 +93,12 @@ class _Save:
     next_step: NextStep | None = None
 
     @property
+    def place(self) -> AtomicDirectory:
+        return AtomicDirectory.beside(self.final)
+
+    @property
     def staging(self) -> Path:
-        return directories.staging_directory(self.final)
+        return self.place.staging
 
 
 class Saver:
@@ -254,7 +259,7 @@ class Saver:
             save.next_step.write_once(save.staging)
         with self._disk_named(save):
             write_atomically(save.staging / MANIFEST, _completed(save.manifest, reports).to_json())
-            directories.commit(save.staging, save.final)
+            save.place.commit()
         with self._no_more_than_warned(save):
             directories.name_latest(save.final)
         with self._no_more_than_warned(save):

@@ -9,7 +9,6 @@ directory only once it is complete.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,6 +19,8 @@ from typing import BinaryIO
 import numpy as np
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
+from megagpt.common.atomic_directory import AtomicDirectory
+from megagpt.common.disk import WRITE_ERRORS
 from megagpt.data.integrity import largest_token, record_file
 from megagpt.data.manifest import (
     MANIFEST_FILE,
@@ -31,12 +32,11 @@ from megagpt.data.manifest import (
     dataset_staging_directory,
     dtype_for,
 )
-from megagpt.utils import MIB, UserError, human_bytes, sync_directory, write_atomically
+from megagpt.utils import MIB, UserError, human_bytes, write_atomically
 
 PROGRESS_FILE = "progress.json"
 RESERVE_BYTES = 16 * MIB  # left free on the disk, for the manifest and for whoever shares it
 SPLITS: tuple[Split, ...] = ("train", "val")
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ShardProgress(BaseModel):
@@ -251,8 +251,13 @@ def explain_full_disk(directory: Path, need_bytes: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK_FULL:
+        if error.errno not in WRITE_ERRORS:
             raise
+        if error.errno == errno.EROFS:  # no room would help
+            raise UserError(
+                f"{directory}: {error.strerror}; make its disk writable and give the same command "
+                "again: it continues from the last commit point"
+            ) from error
         raise _disk_full(directory, need_bytes, error.strerror or "disk full") from error
 
 
@@ -274,56 +279,22 @@ def _disk_full(directory: Path, need_bytes: int, reason: str) -> UserError:
 
 @contextmanager
 def exclusive_staging(directory: Path) -> Iterator[Path]:
-    """The staging directory of `directory`, made if need be and locked against other processes of
-    this host.
-
-    Waits while another process holds it. The lock is on the directory itself and dies with its
-    holder, so there is nothing stale to clean up; a holder that published has renamed the directory
-    away, and the next one makes another.
+    """Hold the staging directory of `directory`, made if need be, against other processes of this
+    host; wait while another process holds it.
     """
-    staging = dataset_staging_directory(directory)
-    while True:
-        try:
-            staging.mkdir(parents=True, exist_ok=True)
-            lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
-        except (
-            FileExistsError,
-            FileNotFoundError,
-        ):  # another process published or removed it at this moment
-            if staging.exists() and not staging.is_dir():
-                raise
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if _is_open_as(lock, staging):
-                try:
-                    yield staging
-                finally:
-                    _remove_if_empty(lock, staging)
-                return
-        finally:
-            os.close(lock)
+    with _atomic(directory).locked(wait=True) as staging:
+        yield staging
 
 
-def _is_open_as(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
+def _atomic(directory: Path) -> AtomicDirectory:
+    return AtomicDirectory(dataset_staging_directory(directory), directory)
 
 
-def _remove_if_empty(lock: int, staging: Path) -> None:
-    """Leave no empty directory behind; after publishing, the name may be another process's
-    already.
-    """
-    if _is_open_as(lock, staging) and not any(staging.iterdir()):
-        staging.rmdir()
-
-
-def publish(staging: Path, directory: Path) -> None:
-    """Rename a complete staging directory to its destination; a dataset that was there is
+def publish(directory: Path) -> None:
+    """Rename the complete staging directory of `directory` to it; a dataset that was there is
     removed after the rename.
     """
+    staging = dataset_staging_directory(directory)
     manifest = DatasetManifest.model_validate_json((staging / MANIFEST_FILE).read_bytes())
     shards = [shard for shards in manifest.splits.values() for shard in shards]
     known = {
@@ -335,10 +306,4 @@ def publish(staging: Path, directory: Path) -> None:
     for path in staging.iterdir():
         if path.name not in known:
             path.unlink()
-    replaced = directory.with_name(f"{directory.name}.replaced-{os.getpid()}")
-    if directory.exists():
-        directory.rename(replaced)
-    staging.rename(directory)
-    sync_directory(directory.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    _atomic(directory).commit()

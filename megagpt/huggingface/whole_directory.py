@@ -1,7 +1,5 @@
 """A directory that exists whole or not at all: filled under another name, then renamed once."""
 
-import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -9,10 +7,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from megagpt.checkpoint.directory import commit, staging_directory
+from megagpt.common.atomic_directory import AtomicDirectory, DirectoryHeldError
+from megagpt.common.disk import WRITE_ERRORS
 from megagpt.utils import UserError, human_bytes
-
-OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # errors of writing only
 
 
 @contextmanager
@@ -29,22 +26,25 @@ def whole_directory(
     try:
         if final.exists() and not (final.is_dir() and (replace or not any(final.iterdir()))):
             raise UserError(f"{final}: exists already; choose another {option}")
-        staging = staging_directory(final)
+        place = AtomicDirectory.beside(final)
         missing = [parent for parent in final.parents if not parent.exists()]  # the innermost first
         try:
-            staging.mkdir(parents=True, exist_ok=True)
-            with _locked(staging, final, option):
+            with place.locked(wait=False) as staging:
                 try:
                     _empty(staging)
                     _require_room(final.parent, room_bytes, option)
                     yield staging
-                    commit(staging, final)
+                    place.commit()
                 except BaseException:
                     shutil.rmtree(staging, ignore_errors=True)
                     raise
         except BaseException:
             _remove_if_empty(missing)
             raise
+    except DirectoryHeldError as error:
+        raise UserError(
+            f"{final}: another process is writing it; wait for it, or choose another {option}"
+        ) from error
     except OSError as error:
         if not _is_of_the_output(error, final):
             raise UserError(
@@ -57,37 +57,17 @@ def whole_directory(
         ) from error
 
 
-@contextmanager
-def _locked(staging: Path, final: Path, option: str) -> Iterator[None]:
-    """Hold the lock of the staging directory; the system releases it when the process ends."""
-    descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        _lock(descriptor, final, option)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, final: Path, option: str) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(
-            f"{final}: another process is writing it; wait for it, or choose another {option}"
-        ) from error
-
-
 def _is_of_the_output(error: OSError, final: Path) -> bool:
     """Return whether an error belongs to the output, by its kind or its file.
 
     What is read may be on the same disk, and an error during a read or write names no file.
     """
-    if error.errno in OF_A_DISK or error.filename is None:
-        return error.errno in OF_A_DISK
+    if error.errno in WRITE_ERRORS or error.filename is None:
+        return error.errno in WRITE_ERRORS
     path = Path(str(error.filename))
     above = (final, *final.parents)
     return path in above or any(
-        top in (path, *path.parents) for top in (final, staging_directory(final))
+        top in (path, *path.parents) for top in (final, AtomicDirectory.beside(final).staging)
     )
 
 

@@ -11,8 +11,9 @@ import os
 import re
 from pathlib import Path
 
+from megagpt.common.text import names_secret
+
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|AUTH", re.IGNORECASE)
 
 
 def files() -> list[Path]:
@@ -35,7 +36,7 @@ def read() -> tuple[dict[str, str], list[str]]:
                     f"{path}: line {number}: the launcher takes NAME=VALUE only, no comment, no "
                     f"blank line"
                 )
-            elif SECRET.search(name):
+            elif names_secret(name):
                 problems.append(
                     f"{path}: line {number}: {name.strip()} would stand on a command line that all "
                     "users can read; set it on each host instead (docs/clusters.md)"

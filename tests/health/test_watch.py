@@ -89,7 +89,7 @@ def test_a_rank_that_hangs_is_named_with_what_it_does(
         for path in sorted((run / "logs" / "watch").glob("rank_*.json"))
     ]
     assert [state["rank"] for state in states] == [0, 1, 2]
-    assert any("megagpt/run/faults.py" in frame for frame in states[1]["stack"])
+    assert any("support/faults.py" in frame for frame in states[1]["stack"])
     assert [bool(state["collective"]) for state in states] == [True, False, True]
     assert "torch's flight recorder: rank 1 not yet in" in flowing
     assert all(group["waiting"] is None for group in states[1]["groups"])

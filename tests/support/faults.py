@@ -1,6 +1,6 @@
-"""Sabotage, for tests of what a run survives.
+"""Sabotage, for tests of what a run survives: ``train_with_faults.py`` trains under it.
 
-Nothing here acts unless one environment variable names faults:
+One environment variable names the faults:
 
     MEGAGPT_FAULTS="kill@rank=1,step=5; slow@rank=1,step=3,seconds=0.2; spike@step=60"
 

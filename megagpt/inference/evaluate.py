@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from megagpt.dataset import Batch, SampleStream
+from megagpt.inference.stored_model import require_known_ids
 from megagpt.model import GPT
 from megagpt.schema.megagpt import MegagptConfig
-from megagpt.utils import UserError
 
 Loss = Callable[[Batch], Tensor]  # the mean loss over the batch's targets, in nats per token
 
@@ -80,7 +80,7 @@ def evaluate(
 def open_validation(config: MegagptConfig) -> list[tuple[Path, SampleStream]]:
     """Return the validation split of each dataset of a run, in order.
 
-    Raise UserError if the model has no row for its tokens.
+    Raise UserError if it may hold ids that the model has not learned.
     """
     streams = []
     for source in config.data.sources:
@@ -92,12 +92,7 @@ def open_validation(config: MegagptConfig) -> list[tuple[Path, SampleStream]]:
             seed=config.data.seed,
             document_mask=config.data.document_mask,
         )
-        if stream.vocabulary > config.model.vocab_size:
-            raise UserError(
-                f"{directory}: its vocabulary changed since the run (found {stream.vocabulary} "
-                f"tokens, need at most {config.model.vocab_size}); prepare it again with the "
-                "tokenizer of the run"
-            )
+        require_known_ids(directory, stream.vocabulary, config.model)
         streams.append((directory, stream))
     return streams
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from megagpt.data.tokenizer import load_tokenizer
+from megagpt.inference.stored_model import require_known_ids
 from megagpt.model import KeyValueCache
 from megagpt.schema.megagpt import MegagptConfig
-from megagpt.utils import UserError
 
 # Reads tokens (1, length) on the CPU, at positions from cache.length on, and adds them to the
 # cache. Returns logits (1, any length, vocabulary) on any device; the last row scores the next
@@ -156,12 +156,7 @@ def open_tokenizer(config: MegagptConfig) -> tiktoken.Encoding:
     """
     directory = Path(config.data.sources[0].path)
     encoding = load_tokenizer(directory)
-    if encoding.n_vocab > config.model.vocabulary:
-        raise UserError(
-            f"{directory}: its vocabulary changed since the run (found {encoding.n_vocab} tokens, "
-            f"need at most {config.model.vocabulary}); prepare it again with the tokenizer of the "
-            "run"
-        )
+    require_known_ids(directory, encoding.n_vocab, config.model)
     return encoding
 
 

@@ -32,8 +32,9 @@ class StepRecord:
 
     `tokens` counts from the start of the run. `step_time_s` and the two rates are means over the
     steps since the previous record. `mfu` is a fraction of the device's peak, None if that is
-    unknown. `memory_gib` is the peak of what this rank allocated (events `memory` say what its
-    GPU's allocator reserved). `skipped_steps` counts from the start of the run.
+    unknown: a CPU's is measured, and unknown while training is faster than measured. `memory_gib`
+    is the peak of what this rank allocated (events `memory` say what its GPU's allocator reserved).
+    `skipped_steps` counts from the start of the run.
     """
 
     step: int

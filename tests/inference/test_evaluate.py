@@ -189,7 +189,7 @@ def test_evaluate_prints_a_sentence_and_a_line_of_json(run_directory, data):
 @pytest.mark.parametrize(
     ("name", "options", "reason"),
     [
-        ("generate", ["--run_dir", "nowhere"], "nowhere/config.json: cannot be read"),
+        ("generate", ["--run_dir", "nowhere"], "nowhere: not a run directory (config.json: "),
         (
             "evaluate",
             ["--run_dir", "{run}", "--step", "15"],

@@ -71,10 +71,10 @@ def multiplies_bf16_natively(device: torch.device) -> bool:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Return the peak that MFU is a fraction of, in FLOP/s; None if unknown.
 
-    On GPUs the data sheet's, as published MFUs use. On a CPU, whose sheet says no such thing, the
-    speed of torch's own fp32 matrix product on this machine, measured now: the fastest of those
-    that fit in half a second, as other programs can only slow it down. Where they do so all the
-    time the peak is too low; ``remeasured_peak_flops`` may mend it later.
+    A GPU's is the data sheet's, as in published MFUs. A CPU's data sheet has none, so the speed of
+    torch's fp32 matrix product on this machine is measured now: the fastest of those that fit in
+    half a second, because other programs can only slow it down. If they do so all the time, the
+    peak is too low; ``remeasured_peak_flops`` may correct it later.
     """
     if device.type == "cpu":
         return _measured_product_flops(device, _CPU_MEASURING_S)
@@ -85,8 +85,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def remeasured_peak_flops(device: torch.device, known: float) -> float:
-    """Measure a CPU's peak again, for ``CPU_REMEASURING_S``; return the higher of it and
-    ``known``, in FLOP/s.
+    """Return the higher of ``known`` and a CPU's peak measured again, in FLOP/s.
+
+    Measuring takes ``CPU_REMEASURING_S``.
     """
     return max(known, _measured_product_flops(device, CPU_REMEASURING_S))
 

@@ -39,8 +39,9 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(
-        description="Compute loss (nats a token), perplexity and bits per byte on the validation split of each "
-        "dataset of a run. Print a sentence on stderr and one JSON object per line on stdout."
+        description="Compute loss (nats a token), perplexity and bits per byte on the validation "
+        "split of each dataset of a run. Print a sentence on stderr and one JSON object per line "
+        "on stdout."
     )
     add = parser.add_argument
     add("--run_dir", type=Path, required=True, help="run directory, such as runs/NAME")

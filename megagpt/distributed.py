@@ -1,9 +1,8 @@
-"""The mesh of ranks: which process is which pipeline stage, data replica and tensor shard, and the
-groups they form.
+"""The mesh of ranks: the place of each process on the axes, and the groups they form.
 
 World = pipeline x data x tensor, tensor innermost, so that tensor-parallel ranks are neighbours on
 one host. The mesh is also what DeepSpeed calls an mpu (model-parallel unit); its model-parallel
-group is all that is not data parallel.
+group is every axis except data.
 """
 
 import socket
@@ -16,13 +15,15 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # torch's own is 10 minutes with NCC
 
 
 class Mesh:
-    """This rank's place on the axes pipeline, data and tensor, and the process group of each axis.
+    """The place of this rank on the axes pipeline, data and tensor, and the group of each axis.
 
-    Built by every rank together once torch.distributed is up. ``device_type`` is cpu or cuda.
+    Every rank must construct it, once torch.distributed is initialised. ``device_type`` is cpu or
+    cuda.
     """
 
     def __init__(self, pipeline: int, data: int, tensor: int, device_type: str) -> None:
-        sizes, names = (pipeline, data, tensor), ("pipeline", "data", "tensor")
+        sizes = (pipeline, data, tensor)
+        names = ("pipeline", "data", "tensor")
         self.device_mesh: DeviceMesh = init_device_mesh(device_type, sizes, mesh_dim_names=names)
         self.pipeline_rank, self.data_rank, self.tensor_rank = (
             self.device_mesh.get_coordinate() or (0, 0, 0)
@@ -35,22 +36,26 @@ class Mesh:
 
     @property
     def groups(self) -> list[dist.ProcessGroup]:
-        """Those of the axes and of the replica; axes of the same ranks may share one."""
+        """The groups of the axes and of the replica, each once.
+
+        Axes that join the same ranks may share a group.
+        """
         groups = (self.data_group, self.pipeline_group, self.tensor_group, self.model_group)
         return [*{group.group_name: group for group in groups}.values()]
 
     def close(self) -> None:
-        """Give the groups back; every rank must call it.
+        """Destroy the groups; every rank must call it.
 
-        A gloo group keeps threads that poll as long as it lives.
+        A gloo group keeps polling threads as long as it lives.
         """
         for group in self.groups:
-            if group is not dist.group.WORLD:  # which an axis of all ranks may be
+            if group is not dist.group.WORLD:  # an axis that spans all ranks uses WORLD itself
                 dist.destroy_process_group(group)
 
     def _model_group(self) -> dist.ProcessGroup:
-        """The pipeline x tensor ranks of one data replica; every rank takes part in making every
-        group.
+        """Return the group of this data replica's pipeline x tensor ranks.
+
+        Every rank must take part in creating every group.
         """
         ranks = self.device_mesh.mesh
         groups = {
@@ -66,28 +71,30 @@ class Mesh:
 
     @property
     def world_size(self) -> int:
-        """All ranks."""
+        """The number of ranks."""
         return dist.get_world_size()
 
     def stages(self, virtual_stages: int) -> range:
-        """The stages that this rank holds: every pipeline_size-th, so that a micro-batch passes
-        each rank in turn.
+        """Return the stages that this rank holds: every pipeline_size-th.
+
+        A micro-batch therefore passes every rank in turn.
         """
         return range(self.pipeline_rank, self.pipeline_size * virtual_stages, self.pipeline_size)
 
     def rank_of_stage(self, stage: int) -> int:
-        """The global rank that holds a stage of this data replica and tensor shard."""
+        """Return the global rank of a stage, for this rank's data replica and tensor shard."""
         return int(
             self.device_mesh.mesh[stage % self.pipeline_size, self.data_rank, self.tensor_rank]
         )
 
     @property
     def name(self) -> str:
-        """What errors call this rank."""
+        """The name of this rank in error messages."""
         place = f"pipeline {self.pipeline_rank}, data {self.data_rank}, tensor {self.tensor_rank}"
         return f"{place} (rank {self.rank}, host {socket.gethostname()})"
 
-    # What DeepSpeed asks of an mpu. It must not offer initialize_sequence_parallel.
+    # The methods that DeepSpeed calls on an mpu. There must be no initialize_sequence_parallel:
+    # its presence tells DeepSpeed that the mpu does Ulysses (zero/stage3.py:371).
     def get_data_parallel_rank(self) -> int:
         return self.data_rank
 

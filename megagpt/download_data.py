@@ -146,7 +146,7 @@ def prepare(request: PreparationRequest, report: Report = print) -> DatasetManif
         except UserError:
             _discard_unless_committed(staging)
             raise
-        publish(staging, request.output)
+        publish(request.output)
     report(f"{request.output}: {manifest.summary()}, in {time.monotonic() - began:.1f} s")
     return manifest
 

@@ -1,5 +1,4 @@
-"""GPT-2 and GPT-3 in plain PyTorch, with the rotary, RMS-norm, SwiGLU and grouped-query variants of
-their successors.
+"""GPT-2 and GPT-3 in plain PyTorch, with rotary, RMS-norm, SwiGLU and grouped-query variants.
 
 Radford et al. 2019 and Brown et al. 2020 (arXiv 2005.14165): pre-norm blocks, learned positions,
 GELU(tanh), tied head, residual projections initialised smaller by sqrt(2 x layers). Nothing here
@@ -23,16 +22,16 @@ from megagpt.config import ModelConfig
 
 NORM_EPSILON = 1e-5  # GPT-2's
 ROTARY_BASE = 10_000.0  # Su et al. 2021
-TIED_WEIGHT = "embedding.tokens.weight"  # what the head multiplies with where embeddings are tied
+TIED_WEIGHT = "embedding.tokens.weight"  # also the head's weight if embeddings are tied
 
 
 @dataclass(frozen=True)
 class Context:
-    """What every block needs beside the hidden states.
+    """What every block needs in addition to the hidden states.
 
-    documents confine attention to one document; dropout_seed (batch,) makes the masks of a sample
-    and is None in evaluation; cache holds the keys and values of earlier positions while
-    generating.
+    ``documents`` restricts attention to one document. ``dropout_seed`` (batch,) determines the
+    dropout masks of each sample; None in evaluation. ``cache`` holds the keys and values of earlier
+    positions during generation.
     """
 
     documents: kernels.DocumentBounds | None = None
@@ -41,33 +40,38 @@ class Context:
 
     @property
     def offset(self) -> int:
-        """The position of the first token given to the model."""
+        """The position of the first token passed to the model."""
         return self.cache.length if self.cache is not None else 0
 
 
 class KeyValueCache:
-    """Keys and values of the positions seen so far, by layer: allocated when a layer first writes,
-    filled in place.
+    """Keys and values of earlier positions, per layer; allocated on a layer's first write.
 
-    The model that fills it decides batch, heads, dtype and device; ``length`` counts the positions
-    in every layer.
+    The first write decides batch, heads, dtype and device. ``length`` is the number of cached
+    positions, the same in every layer.
     """
 
     def __init__(self, capacity: int) -> None:
-        self.capacity, self.length = capacity, 0
+        self.capacity = capacity
+        self.length = 0
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v (batch, heads, new, head_size) of one layer; return all of them."""
+        """Append one layer's k and v (batch, heads, new, head_size); return all keys and values.
+
+        Raise ValueError where the capacity is exceeded.
+        """
         end = self.length + k.shape[2]
         if end > self.capacity:
             raise ValueError(
-                f"the cache holds {self.capacity} positions, position {end} was asked for"
+                f"KeyValueCache: full (holds {self.capacity} positions, need {end}); "
+                "make it with a larger capacity"
             )
         if layer not in self._layers:
             self._layers[layer] = (self._allocate(k), self._allocate(v))
-        keys, values = self._layers[layer]
-        keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
+        keys, values = self._layers[layer]  # (batch, heads, capacity, head_size) each
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
         return keys[:, :, :end], values[:, :, :end]
 
     def _allocate(self, like: Tensor) -> Tensor:
@@ -76,7 +80,7 @@ class KeyValueCache:
 
 
 class Linear(nn.Module):
-    """x W^T + b with W (outputs, inputs)."""
+    """A linear layer: x W^T + b, with W (outputs, inputs)."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
         super().__init__()
@@ -88,7 +92,7 @@ class Linear(nn.Module):
 
 
 class Norm(nn.Module):
-    """Layer or RMS normalisation; with a residual, of their sum, which is returned too."""
+    """Layer or RMS normalisation; with a residual, normalise the sum and return the sum too."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -109,14 +113,16 @@ class Norm(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout whose mask follows from (seed of the sample, site, position, channel), so it is
-    the same on any mesh.
+    """Dropout whose mask depends only on (sample seed, site, position, channel).
+
+    The mask is therefore the same on any mesh.
     """
 
     def __init__(self, probability: float, site: int) -> None:
         super().__init__()
-        self.probability, self.site = probability, site
-        self.sequence_part = 0  # which part of the sequence x is, where it was cut into equal ones
+        self.probability = probability
+        self.site = site
+        self.sequence_part = 0  # the index of x among equal parts of the sequence
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         if not self.probability or context.dropout_seed is None:
@@ -128,24 +134,22 @@ class Dropout(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention.
+    """Causal self-attention with grouped key-value heads.
 
-    The fused projection is laid out by key-value group (its queries, then k, then v): a run of rows
-    is a run of groups.
+    The rows of the fused projection are ordered by key-value group: the group's queries, then its
+    key, then its value. A contiguous run of rows is therefore a run of groups, which tensor
+    parallelism needs.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_size, self.rotary = (
-            layer,
-            config.head_size,
-            config.position == "rotary",
-        )
+        self.layer = layer
+        self.head_size = config.head_size
+        self.rotary = config.position == "rotary"
         self.queries_per_group = config.num_heads // config.num_kv_heads
-        self.dropout, self.site = config.dropout, dropout_site(layer, 0)
-        self.head_offset = (
-            0  # the first query head here, where the projections hold some groups only
-        )
+        self.dropout = config.dropout
+        self.site = dropout_site(layer, 0)
+        self.head_offset = 0  # the first query head here, if the projections hold only some groups
         self.qkv = Linear(
             config.hidden_size,
             (config.num_heads + 2 * config.num_kv_heads) * config.head_size,
@@ -158,13 +162,16 @@ class Attention(nn.Module):
             self.qkv(x)
             .unflatten(-1, (-1, self.queries_per_group + 2, self.head_size))
             .permute(0, 2, 3, 1, 4)
-        )
-        q, k, v = groups[:, :, :-2].flatten(1, 2), groups[:, :, -2], groups[:, :, -1]
+        )  # (batch, kv_heads, queries_per_group + 2, length, head_size)
+        q = groups[:, :, :-2].flatten(1, 2)  # (batch, heads, length, head_size)
+        k = groups[:, :, -2]  # (batch, kv_heads, length, head_size)
+        v = groups[:, :, -1]  # (batch, kv_heads, length, head_size)
         if self.rotary:
             angles = rotary_angles(context.offset, q.shape[2], self.head_size, x.device)
-            q, k = rotate(q, *angles), rotate(k, *angles)
+            q = rotate(q, *angles)
+            k = rotate(k, *angles)
         if context.cache is not None:
-            k, v = context.cache.extend(self.layer, k, v)
+            k, v = context.cache.extend(self.layer, k, v)  # length now covers earlier positions
         dropout, seed = self._dropout(context)
         y = kernels.attention(
             q,
@@ -174,8 +181,8 @@ class Attention(nn.Module):
             dropout=dropout,
             dropout_seed=seed,
             head_offset=self.head_offset,
-        )
-        return self.output(y.transpose(1, 2).flatten(2))
+        )  # (batch, heads, length, head_size)
+        return self.output(y.transpose(1, 2).flatten(2))  # (batch, length, hidden_size)
 
     def _dropout(self, context: Context) -> tuple[float, Tensor | None]:
         if not self.dropout or context.dropout_seed is None:
@@ -184,8 +191,10 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two projections round GELU(tanh), or three round SwiGLU (Shazeer 2020), its gate and value
-    interleaved by row.
+    """Two projections with GELU(tanh) between them, or SwiGLU (Shazeer 2020).
+
+    In SwiGLU the rows of gate and value alternate in ``up``, so that a contiguous run of rows holds
+    both.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -197,10 +206,10 @@ class MLP(nn.Module):
         self.down = Linear(config.mlp_size, config.hidden_size, config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.up(x)
+        x = self.up(x)  # (batch, length, mlp_size, or twice that if gated)
         if not self.gated:
             return self.down(F.gelu(x, approximate="tanh"))
-        gate, value = x.unflatten(-1, (-1, 2)).unbind(-1)
+        gate, value = x.unflatten(-1, (-1, 2)).unbind(-1)  # (batch, length, mlp_size) each
         return self.down(F.silu(gate) * value)
 
 
@@ -210,8 +219,10 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, recompute: str) -> None:
         super().__init__()
         self.recompute = recompute
-        self.attention_norm, self.attention = Norm(config), Attention(config, layer)
-        self.mlp_norm, self.mlp = Norm(config), MLP(config)
+        self.attention_norm = Norm(config)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = Norm(config)
+        self.mlp = MLP(config)
         self.attention_dropout = Dropout(config.dropout, dropout_site(layer, 1))
         self.mlp_dropout = Dropout(config.dropout, dropout_site(layer, 2))
 
@@ -222,16 +233,16 @@ class Block(nn.Module):
 
     def _forward(self, x: Tensor, context: Context) -> Tensor:
         y = self.attention_dropout(self.attention(self.attention_norm(x), context), context)
-        y, x = self.mlp_norm(y, residual=x)
-        # The MLP keeps two tensors of 4 x hidden_size a token, most of a block's activations; it is
-        # cheap to run again.
+        y, x = self.mlp_norm(y, residual=x)  # the normalised sum and the sum
+        # The MLP keeps two tensors of 4 x hidden_size per token, most of a block's activations, and
+        # is cheap to recompute.
         selective = self.recompute == "selective" and torch.is_grad_enabled()
         y = recomputed(self.mlp, y) if selective else self.mlp(y)
         return x + self.mlp_dropout(y, context)
 
 
 class Embedding(nn.Module):
-    """Token vectors, plus learned positions where the model has them."""
+    """Token vectors, plus learned positions if the model has them."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -243,7 +254,7 @@ class Embedding(nn.Module):
         self.dropout = Dropout(config.dropout, site=0)
 
     def forward(self, tokens: Tensor, context: Context) -> Tensor:
-        x = self.tokens(tokens)
+        x = self.tokens(tokens)  # (batch, length, hidden_size)
         if self.positions is not None:
             x = x + self.positions(
                 torch.arange(context.offset, context.offset + tokens.shape[1], device=tokens.device)
@@ -263,11 +274,12 @@ class Table(nn.Module):
 
 
 class Head(nn.Module):
-    """The last norm, then the mean loss against targets, or logits where there are none."""
+    """The final norm and the output projection: mean loss given targets, logits without."""
 
     def __init__(self, config: ModelConfig, tied: nn.Parameter | None) -> None:
         super().__init__()
-        self.norm, self.vocabulary = Norm(config), config.vocabulary
+        self.norm = Norm(config)
+        self.vocabulary = config.vocabulary
         self.weight = (
             tied
             if tied is not None
@@ -284,11 +296,11 @@ class Head(nn.Module):
 class GPT(nn.Module):
     """A decoder-only language model, or a contiguous run of its layers.
 
-    Layer 0 is the embedding, layers 1 to num_layers the blocks, the last the head; ``layers`` says
-    which to build (default: all), and parameters keep the names they have in the whole. They are
-    allocated on torch's current default device and left without values: fill them with
-    ``initialise_`` (or load them). ``recompute``: activations to compute again in backward, none |
-    selective | full.
+    Layer 0 is the embedding, layers 1 to num_layers are the blocks, the last is the head.
+    ``layers`` says which to build (default: all); parameters keep the names they have in the whole
+    model. Parameters are allocated on torch's current default device and are not initialised: call
+    ``initialise_`` or load them. ``recompute`` selects the activations to recompute in backward:
+    none | selective | full.
     """
 
     def __init__(
@@ -320,13 +332,13 @@ class GPT(nn.Module):
         dropout_seed: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """The mean loss (a scalar) where targets (batch, length) are given, else logits (batch,
-        length, vocabulary).
+        """Return the mean loss (a scalar) if targets (batch, length) are given, else logits.
 
-        ``inputs`` are tokens (batch, length), or the hidden states that the layers before these
-        return; without the head, hidden states are returned too. ``document_ids`` (batch,
-        key_length) confine attention to equal ids; their ``kernels.document_bounds`` are computed
-        here, once for all layers, unless they are given in their place.
+        Logits are (batch, length, padded vocabulary). ``inputs`` are tokens (batch, length), or the
+        hidden states from the layers before these; without the head, hidden states are returned.
+        ``document_ids`` (batch, key_length) restrict attention to equal ids. Their
+        ``kernels.document_bounds`` are computed here, once for all layers, unless they are passed
+        in their place.
         """
         documents = None if document_ids is None else kernels.document_bounds(document_ids)
         context = Context(documents, dropout_seed, cache)
@@ -340,10 +352,10 @@ class GPT(nn.Module):
         return self.head(x, targets)
 
     def tensor_plan(self) -> dict[str, str]:
-        """How ranks may share these layers: the path of a module -> column | row | vocabulary.
+        """Return how ranks may share these layers: module path -> column | row | vocabulary.
 
-        Of a column layer's weight each takes a run of rows, so of outputs; of a row layer's a run
-        of columns, so of inputs; of the vocabulary's the rows of some tokens.
+        Each rank takes a run of rows (outputs) of a column layer's weight, a run of columns
+        (inputs) of a row layer's, and the rows of some tokens of a vocabulary layer's.
         """
         roles = {
             "attention.qkv": "column",
@@ -364,46 +376,47 @@ class GPT(nn.Module):
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: object) -> Tensor:
-    """Run without keeping activations; backward runs it again.
+    """Run ``function`` without keeping activations; backward runs it again.
 
-    Masks are counter-based, so no generator is saved.
+    Dropout masks are counter-based, so no generator state is saved.
     """
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def dropout_site(layer: int, which: int) -> int:
-    """A number for each place that drops elements; 0 is the embedding's."""
+    """Return the number of a place that applies dropout; the embedding's is 0."""
     return 1 + 3 * layer + which
 
 
 def rotary_angles(
     offset: int, length: int, head_size: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (length, head_size / 2) of rotary positions (Su et al. 2021), in fp32."""
+    """Return fp32 cosines and sines (length, head_size / 2) of rotary positions.
+
+    Su et al. 2021 (arXiv 2104.09864).
+    """
     frequencies = ROTARY_BASE ** (
         -torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size
     )
     positions = torch.arange(offset, offset + length, device=device, dtype=torch.float32)
-    angles = torch.outer(positions, frequencies)
+    angles = torch.outer(positions, frequencies)  # (length, head_size / 2)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + head_size / 2) of x (..., length, head_size) by their position's
-    angle.
-    """
+    """Rotate the pairs (i, i + head_size / 2) of x (..., length, head_size) by their angles."""
+    # (..., length, head_size / 2) each
     left, right = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
 
 
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
-    """The starting fp32 value (on the CPU) of the parameter with this global name, whatever rank
-    asks for it.
+    """Return the initial fp32 value (on the CPU) of the parameter with this global name.
 
-    Weights are normal with standard deviation init_std, those that write to the residual stream
-    smaller by sqrt(2 x layers) (GPT-2, section 2.3); biases are 0, norm weights 1, rows that pad
-    the vocabulary 0, and stay so: no loss depends on them. Each parameter draws from its own
-    generator.
+    Every rank gets the same value: each parameter has its own generator, seeded by (seed, name).
+    Weights are normal with standard deviation init_std, divided by sqrt(2 x layers) for those that
+    write to the residual stream (GPT-2, section 2.3). Biases are 0, norm weights 1. Rows that pad
+    the vocabulary are 0 and stay 0, because no loss depends on them.
     """
     owner, _, kind = name.rpartition(".")
     if kind == "bias":
@@ -422,7 +435,7 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
 
 @torch.no_grad()
 def initialise_(model: GPT, seed: int) -> GPT:
-    """Give every parameter its starting value in place."""
+    """Fill every parameter in place with its initial value."""
     for name, parameter in model.named_parameters():
         parameter.copy_(initial_value(name, parameter.shape, model.config, seed))
     return model
@@ -431,9 +444,7 @@ def initialise_(model: GPT, seed: int) -> GPT:
 def replace_parameters(
     model: nn.Module, make: Callable[[nn.Parameter], nn.Parameter]
 ) -> dict[nn.Parameter, nn.Parameter]:
-    """Put ``make(parameter)`` in place of every parameter, a tied one once; returns the new by
-    the old ones.
-    """
+    """Replace every parameter by ``make(parameter)``, a tied one once; return old -> new."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for attribute, template in list(module.named_parameters(recurse=False)):
@@ -444,8 +455,9 @@ def replace_parameters(
 
 
 def global_names(model: GPT) -> dict[nn.Parameter, str]:
-    """The name of each parameter in the whole model, where a tied head's weight is the
-    embedding's.
+    """Return the name of each parameter in the whole model.
+
+    A tied head's weight has the embedding's name.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     if model.config.tie_embeddings and model.head is not None:
@@ -454,7 +466,8 @@ def global_names(model: GPT) -> dict[nn.Parameter, str]:
 
 
 def decayed(name: str) -> bool:
-    """Weight decay applies to matrices, not to biases and norm weights (GPT-3, appendix B, as
-    nanoGPT reads it).
+    """Return whether weight decay applies: to matrices, not to biases and norm weights.
+
+    GPT-3, appendix B, as nanoGPT reads it.
     """
     return not name.endswith((".bias", "norm.weight"))

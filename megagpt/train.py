@@ -41,10 +41,10 @@ REMEASURING_SHARE = 0.01  # at most, of the time of a run on a CPU
 
 @dataclass
 class Run:
-    """All that the loop works with.
+    """The objects that the training loop works with.
 
-    ``peak_flops`` is the device's, in FLOP/s; None where it is unknown. A CPU's may rise during the
-    run (see Meter).
+    ``peak_flops`` is the device's peak in FLOP/s; None if unknown. A CPU's may rise during the run
+    (see Meter).
     """
 
     config: ResolvedConfig
@@ -58,7 +58,7 @@ class Run:
     state: TrainState = field(default_factory=TrainState)
     requests: StopRequests = field(default_factory=StopRequests)
     pulse: Pulse = field(default_factory=Pulse)
-    unproven: NextStep | None = None  # what the first step after a resume has to give again
+    unproven: NextStep | None = None  # the recorded step that the first one after a resume repeats
     saver: Saver = field(init=False)
 
     def __post_init__(self) -> None:
@@ -68,14 +68,12 @@ class Run:
 def train(run: Run) -> StopRequest:
     """Train from ``run.state`` to the configured number of steps; every rank must call it.
 
-    Returns the request that ended it early, once the run is saved, or ``StopRequest.NOTHING``.
+    Return the request that ended the run early, after saving, or ``StopRequest.NOTHING``.
     """
     settings = run.config.megagpt.training
-    guard, meter, stragglers = (
-        Guard.of(run.config),
-        Meter(run),
-        StragglerWatch(run.engine.mesh, run.engine.device),
-    )
+    guard = Guard.of(run.config)
+    meter = Meter(run)
+    stragglers = StragglerWatch(run.engine.mesh, run.engine.device)
     guard.remember(run.state.guard)
     while run.state.step < settings.total_steps:
         step = run.state.step + 1
@@ -100,11 +98,10 @@ def train(run: Run) -> StopRequest:
         if not request.ends_the_run and (work := due_between_steps(run, request)):
             for task in work:
                 meter.pause(partial(task, run))
-            request = agreed_request(
-                run
-            )  # it may have taken long, and who sent SIGTERM does not wait for another step
+            # That work can take minutes; honour a SIGTERM that arrived meanwhile.
+            request = agreed_request(run)
             if request is StopRequest.SAVE:
-                run.requests.add(request)  # when that step is done
+                run.requests.add(request)  # save after the next step
         if request.ends_the_run:
             leave(run, request)
             return request
@@ -113,10 +110,12 @@ def train(run: Run) -> StopRequest:
 
 
 def due_between_steps(run: Run, request: StopRequest) -> list[Callable[[Run], None]]:
-    """What is due after a step and is no training, in this order; alike on every rank, all of
-    which must do it.
+    """Return the tasks due after this step, in order; the same on every rank.
+
+    Every rank must run all of them.
     """
-    settings, step = run.config.megagpt.training, run.state.step
+    settings = run.config.megagpt.training
+    step = run.state.step
     intervals: list[tuple[int, Callable[[Run], None]]] = [
         (settings.drift_check_interval_steps, require_equal_replicas),
         (settings.eval_interval_steps, report_validation),
@@ -131,25 +130,28 @@ def due_between_steps(run: Run, request: StopRequest) -> list[Callable[[Run], No
 
 
 def due(interval_steps: int, step: int, last_step: int) -> bool:
-    """Every so many steps and after the last one; an interval of 0 means never."""
+    """Return whether a task is due: every ``interval_steps`` and after the last step.
+
+    An interval of 0 means never.
+    """
     return interval_steps > 0 and (step % interval_steps == 0 or step == last_step)
 
 
 def agreed_request(run: Run) -> StopRequest:
-    """Return the greatest request of any rank, so that all ranks act at the same step.
+    """Return the greatest request of any rank; every rank must call it.
 
-    A signal reaches the ranks up to 30 s apart.
-
-    After the last step a request to end is ignored.
+    A signal can reach the ranks up to 30 s apart; this makes all ranks act at the same step. A
+    request to end is ignored after the last step.
     """
     greatest = torch.tensor(run.requests.take(), device=run.engine.device)
     dist.all_reduce(greatest, op=dist.ReduceOp.MAX)
-    request, last_step = StopRequest(int(greatest)), run.config.megagpt.training.total_steps
+    request = StopRequest(int(greatest))
+    last_step = run.config.megagpt.training.total_steps
     return StopRequest.NOTHING if request.ends_the_run and run.state.step >= last_step else request
 
 
 def leave(run: Run, request: StopRequest) -> None:
-    """Save what is not saved yet, and record who wanted the run to end; every rank must call it."""
+    """Save if needed, and record who asked the run to end; every rank must call it."""
     run.monitor.event("stop", step=run.state.step, wish=request.name)
     if not run.saver.holds(run.state):
         save(run)
@@ -157,9 +159,10 @@ def leave(run: Run, request: StopRequest) -> None:
 
 
 def advanced(state: TrainState, config: ResolvedConfig, result: pipeline.StepResult) -> TrainState:
-    """The state after a step.
+    """Return the state after a step.
 
-    A skipped step consumes its samples too: the data's order stays that of the steps.
+    A skipped step consumes its samples too, so that the step number alone determines the data
+    order.
     """
     return replace(
         state,
@@ -172,10 +175,9 @@ def advanced(state: TrainState, config: ResolvedConfig, result: pipeline.StepRes
 
 
 def report(run: Run, verdict: Verdict, *, applied: bool) -> None:
-    """Record what the guard says of a step; where it ends the run, save the weights, which that
-    step left alone.
+    """Record the guard's verdict on a step; if it is fatal, save and raise StoppedByGuardError.
 
-    Every rank must call it. Raises StoppedByGuardError.
+    The weights are safe to save: the step did not change them. Every rank must call it.
     """
     first = run.state.cursor - run.config.train_batch_size
     samples = {"first_sample": first, "last_sample": run.state.cursor - 1}
@@ -193,16 +195,16 @@ def report(run: Run, verdict: Verdict, *, applied: bool) -> None:
 
 
 def rewind(run: Run) -> bool:
-    """Go back to the newest checkpoint, but not to its samples: those read since are left out;
-    every rank must call it.
+    """Return to the newest checkpoint and skip the samples read since; every rank must call it.
 
-    False where there is no checkpoint yet.
+    Return False if there is no checkpoint yet.
     """
     finish_saves(run)
     resumed = resume(run.engine, run.directory)
     if resumed is None:
         return False
-    state, passed_over = resumed.state, resumed.passed_over
+    state = resumed.state
+    passed_over = resumed.passed_over
     run.saver.goes_on_from(state)
     left_out = {"first_sample": state.cursor, "last_sample": run.state.cursor - 1}
     run.monitor.event(
@@ -223,19 +225,22 @@ def report_stragglers(run: Run, slow_ranks: list[tuple[int, float]]) -> None:
 
 
 def require_equal_replicas(run: Run) -> None:
-    """Raises StoppedByGuardError on every rank where one holds other values than its replicas."""
+    """Raise StoppedByGuardError on every rank if a rank's values differ from its replicas'.
+
+    Every rank must call it.
+    """
     drift = find_drift(run.engine)
     if drift is not None:
         interval = run.config.megagpt.training.drift_check_interval_steps
         raise StoppedByGuardError(
-            f"step {run.state.step}: {drift}. Its memory or device is at fault. Replicas are "
-            f"compared every {interval} steps: checkpoints since the last time may be spoilt, "
-            "remove them and start again without that device"
+            f"step {run.state.step}: {drift}. Its memory or device is faulty. Replicas are "
+            f"compared every {interval} steps: checkpoints saved since the last passed check may "
+            "be corrupt; remove them and start again without that device"
         )
 
 
 def report_validation(run: Run) -> None:
-    """Validate and record it; every rank must call it."""
+    """Validate and record the loss; every rank must call it."""
     samples = validation_batches(run) * run.config.train_batch_size
     share = run.validation.stream.share(samples)
     run.monitor.event("eval", step=run.state.step, val_loss=validate(run), split_share=share)
@@ -259,15 +264,16 @@ def validate(run: Run) -> float:
 
 
 def validation_batches(run: Run) -> int:
-    """As many global batches as configured, or as one pass over the split fills."""
+    """Return the configured number of global batches, at most one pass over the split."""
     whole_split = math.ceil(run.validation.stream.samples_per_epoch / run.config.train_batch_size)
     return min(run.config.megagpt.training.eval_batches, whole_split)
 
 
 @torch.no_grad()
 def write_samples(run: Run) -> None:
-    """Continue each prompt; every rank must call it, as ZeRO-3 gathers parameters in each
-    forward.
+    """Continue each configured prompt and record the text.
+
+    Every rank must call it: ZeRO-3 gathers parameters in each forward.
     """
     prompts = run.config.megagpt.training.sample_prompts
     run.pulse.beat("writing samples")
@@ -281,9 +287,7 @@ def write_samples(run: Run) -> None:
             temperature=SAMPLE_TEMPERATURE,
             seed=run.state.step,
         )
-    except (
-        ValueError
-    ) as error:  # logits that are not finite: whether the run has to end is the guard's to say
+    except ValueError as error:  # logits are not finite; the guard decides whether to stop
         run.monitor.event("warning", step=run.state.step, message=f"no sample: {error}")
         return
     for prompt, text in zip(prompts, texts, strict=True):
@@ -291,9 +295,7 @@ def write_samples(run: Run) -> None:
 
 
 def save(run: Run) -> None:
-    """Save the present state, in the background where that is configured; every rank must call
-    it.
-    """
+    """Save the state, in the background if configured; every rank must call it."""
     run.pulse.beat("saving")
     report_saves(run, run.saver.save(run.state))
 
@@ -305,13 +307,13 @@ def finish_saves(run: Run) -> None:
 
 
 def report_saves(run: Run, committed: list[Saved]) -> None:
-    """Record checkpoints that are safe now, perhaps some steps after their own."""
+    """Record newly committed checkpoints; a background save commits some steps later."""
     for saved in committed:
         run.monitor.event("save", at_step=run.state.step, **vars(saved))
         if saved.waited_s > 0:
             waited = (
-                f"step {saved.step} waited {saved.waited_s:.1f} s to be saved while the "
-                f"checkpoint before was written"
+                f"saving step {saved.step} waited {saved.waited_s:.1f} s for the previous "
+                f"checkpoint to be written"
             )
             run.monitor.event(
                 "warning",
@@ -321,8 +323,9 @@ def report_saves(run: Run, committed: list[Saved]) -> None:
 
 
 def follow_saves(run: Run, result: pipeline.StepResult) -> None:
-    """After a step: prove a resume by it, record it for the next one, go on with a save; every
-    rank must call it.
+    """Prove a resume, record this step for the next resume, and advance a background save.
+
+    Every rank must call it after each step.
     """
     samples = range(run.state.cursor - run.config.train_batch_size, run.state.cursor)
     made = NextStep.of(
@@ -343,20 +346,23 @@ def follow_saves(run: Run, result: pipeline.StepResult) -> None:
 
 
 class Meter:
-    """Times steps and reports them every ``log_interval_steps``; pauses are not counted as
-    training.
+    """Step times, reported every ``log_interval_steps``; pauses do not count as training.
 
-    A CPU's peak was measured at the start, perhaps while other programs slowed it down: measure it
-    again now and then, and keep the highest.
+    A CPU's peak was measured at the start, perhaps while other programs slowed it down. It is
+    measured again now and then, and the highest is kept.
     """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.reserved_gib = run, 0.0
-        self.steps, self.paused_s, self.started = 0, 0.0, time.perf_counter()
-        self.opened, self.remeasuring_s = self.started, 0.0
+        self.run = run
+        self.reserved_gib = 0.0
+        self.steps = 0
+        self.paused_s = 0.0
+        self.started = time.perf_counter()
+        self.opened = self.started
+        self.remeasuring_s = 0.0
 
     def after_step(self, result: pipeline.StepResult) -> None:
-        """Count a step; report where a report is due."""
+        """Count a step, and report if a report is due."""
         self.steps += 1
         total_steps = self.run.config.megagpt.training.total_steps
         if due(
@@ -366,10 +372,13 @@ class Meter:
             self._remeasure_peak()
             self.run.monitor.step(self._record(result, step_time_s))
             self._report_reserved()
-            self.steps, self.paused_s, self.started = 0, 0.0, time.perf_counter()
+            self.steps = 0
+            self.paused_s = 0.0
+            self.started = time.perf_counter()
 
     def _remeasure_peak(self) -> None:
-        run, now = self.run, time.perf_counter()
+        run = self.run
+        now = time.perf_counter()
         affordable_s = REMEASURING_SHARE * (now - self.opened) - self.remeasuring_s
         if (
             run.peak_flops is None
@@ -381,8 +390,9 @@ class Meter:
         self.remeasuring_s += time.perf_counter() - now
 
     def _report_reserved(self) -> None:
-        """Record what the allocator has taken from the GPU, which runs out before what is
-        allocated fills it; again only once it has grown by a hundredth.
+        """Record the memory reserved by the allocator each time it has grown by 1 %.
+
+        The GPU runs out when reserved memory, not allocated memory, fills it.
         """
         peak = peak_memory(self.run.engine.device)
         if peak.reserved is not None and peak.reserved > 1.01 * self.reserved_gib:
@@ -391,13 +401,15 @@ class Meter:
             self.run.monitor.event("memory", step=self.run.state.step, **sizes)
 
     def pause(self, work: Callable[[], None]) -> None:
-        """Do something that is not training."""
+        """Run work that does not count as training time."""
         started = time.perf_counter()
         work()
         self.paused_s += time.perf_counter() - started
 
     def _record(self, result: pipeline.StepResult, step_time_s: float) -> StepRecord:
-        state, config, devices = self.run.state, self.run.config, self.run.engine.mesh.world_size
+        state = self.run.state
+        config = self.run.config
+        devices = self.run.engine.mesh.world_size
         tokens_per_s = config.tokens_per_step / step_time_s
         return StepRecord(
             step=state.step,
@@ -414,9 +426,10 @@ class Meter:
         )
 
     def _mfu(self, tokens_per_s_per_device: float) -> float | None:
-        """Return the MFU, 0 to 1, or None where the peak is unknown.
+        """Return the MFU, 0 to 1, or None if the peak is unknown.
 
-        A CPU that trains faster than its measured peak shows that the peak is higher: unknown.
+        A CPU that trains faster than its measured peak shows that the peak is higher, so it is
+        unknown.
         """
         if self.run.peak_flops is None:
             return None

@@ -1,8 +1,6 @@
-"""Work that every rank does for itself and all answer for together: where it fails on one rank, it
-fails on all.
+"""Work that each rank does alone and that fails on all ranks if it fails on one.
 
-Every function here must be called by all ranks of ``group``, all ranks of the run where that is
-None.
+All ranks of ``group`` must call every function here; if it is None, all ranks of the run.
 """
 
 from collections.abc import Callable
@@ -18,15 +16,14 @@ from megagpt.utils import UserError
 Result = TypeVar("Result")
 
 DAMAGE = (SafetensorError, DamagedCheckpointError)
-EXPECTED = (OSError, UserError, *DAMAGE)  # what files and disks may do to a run
+EXPECTED = (OSError, UserError, *DAMAGE)  # errors of files, disks and input; others are bugs
 
 
 def together(work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
-    """Run ``work``, which makes no collective call, on every rank; where it fails on any, raise on
-    all.
+    """Run ``work`` on every rank; if it fails on one rank, raise on all.
 
-    Raises UserError with the first failing rank's reason. A rank whose error is no bad input raises
-    that error itself.
+    ``work`` makes no collective call. Raise UserError with the first failing rank's reason. A rank
+    with an unexpected error raises that error itself.
     """
     result, fault, error = _attempt(work, group)
     if fault is not None:
@@ -36,8 +33,9 @@ def together(work: Callable[[], Result], group: dist.ProcessGroup | None = None)
 
 @dataclass(frozen=True)
 class RankFailure:
-    """What the first failing rank says; ``damage`` where what it read is at fault, and not the
-    reading.
+    """The first failing rank's reason.
+
+    ``damage`` is true if the data it read are damaged, false if reading failed.
     """
 
     reason: str
@@ -45,29 +43,30 @@ class RankFailure:
 
 
 def attempt(work: Callable[[], Result]) -> Result | RankFailure:
-    """Run ``work`` on every rank: this rank's result where all succeed, else the same fault on
-    all.
-    """
+    """Run ``work`` on every rank; return this rank's result, or the same failure on all ranks."""
     result, fault, _ = _attempt(work, None)
     return fault if fault is not None else result  # type: ignore[return-value]  # as above
 
 
 def from_rank0(work: Callable[[], Result]) -> Result:
-    """Rank 0's answer, on every rank: file systems may show different things to different hosts."""
+    """Return rank 0's result on every rank.
+
+    File systems may show different files to different hosts.
+    """
     box: list[Any] = [together(lambda: work() if dist.get_rank() == 0 else None)]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def everyones(value: Result, group: dist.ProcessGroup | None = None) -> list[Result]:
-    """The values of all ranks, on every rank."""
+    """Return the values of all ranks, on every rank."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=group)
     return values
 
 
 def on_rank0(value: Result, group: dist.ProcessGroup | None = None) -> list[Result]:
-    """The values of all ranks, on rank 0; nothing elsewhere."""
+    """Return the values of all ranks on rank 0, an empty list elsewhere."""
     is_rank0 = dist.get_rank() == 0
     values: list[Any] = [None] * dist.get_world_size()
     dist.gather_object(value, values if is_rank0 else None, group=group)
@@ -77,14 +76,15 @@ def on_rank0(value: Result, group: dist.ProcessGroup | None = None) -> list[Resu
 def _attempt(
     work: Callable[[], Result], group: dist.ProcessGroup | None
 ) -> tuple[Result | None, RankFailure | None, Exception | None]:
-    """This rank's result, the first failing rank's fault, this rank's error; whatever happens,
-    none waits for ever.
+    """Return this rank's result, the first failing rank's failure and this rank's error.
+
+    No rank waits for ever, whatever fails.
     """
     result: Result | None = None
     error: Exception | None = None
     try:
         result = work()
-    except Exception as caught:  # of any kind: the others wait for this rank's word
+    except Exception as caught:  # of any kind: the others wait in all_gather_object below
         error = caught
     reason = None if error is None else f"{str(error) or repr(error)} (rank {dist.get_rank()})"
     faults = everyones(RankFailure(reason, isinstance(error, DAMAGE)) if reason else None, group)

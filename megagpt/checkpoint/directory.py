@@ -1,6 +1,4 @@
-"""The directory `checkpoints`: room for one more, the move that commits it, and which old ones
-may go.
-"""
+"""The directory `checkpoints`: room for a new one, and removal of old ones."""
 
 import shutil
 from collections.abc import Iterable
@@ -13,92 +11,72 @@ from megagpt.checkpoint.format import (
     read_manifest,
     step_directory,
 )
-from megagpt.utils import MIB, UserError, human_bytes, sync_directory, write_atomically
+from megagpt.common.atomic_directory import delete, move_aside
+from megagpt.utils import MIB, UserError, human_bytes, write_atomically
 
 DAMAGED = "damaged_"
 LEFTOVERS = (".staging_*", ".deleting_*", ".latest.*.partial", "step_*/.*.partial")
-SPARE_SHARE, MOST_SPARE_BYTES = (
-    0.05,
-    256 * MIB,
-)  # manifest and the file system's own records, beside the tensors
-
-
-def staging_directory(final: Path) -> Path:
-    """Where a checkpoint grows until it is complete: no name that a resume looks at."""
-    return final.with_name(f".staging_{final.name}")
+# Room for the manifest and the file system's own records, in addition to the tensors.
+SPARE_SHARE = 0.05
+MOST_SPARE_BYTES = 256 * MIB
 
 
 def prepare_staging(staging: Path, tensor_bytes: int) -> None:
-    """An empty staging directory on a disk with room for so many bytes of tensors; raises
-    UserError.
-    """
+    """Create an empty staging directory; raise UserError if the disk lacks room for the tensors."""
     staging.parent.mkdir(parents=True, exist_ok=True)
-    _delete(staging)
+    delete(staging)
     if needed_bytes(tensor_bytes) > shutil.disk_usage(staging.parent).free:
         raise UserError(no_room(staging.parent, tensor_bytes))
     staging.mkdir()
 
 
 def needed_bytes(tensor_bytes: int) -> float:
-    """What a checkpoint adds to the disk before any older one goes."""
+    """Return how much a checkpoint adds to the disk before any older one is removed."""
     return tensor_bytes + min(SPARE_SHARE * tensor_bytes, MOST_SPARE_BYTES)
 
 
 def no_room(checkpoints: Path, tensor_bytes: int) -> str:
-    """What to do about it."""
+    """Return the message for a full disk, with what to do."""
     steps = complete_steps(checkpoints)
     may_go = (
-        f" (the oldest checkpoint may go: {step_directory(checkpoints, steps[-1])})"
+        f" (the oldest checkpoint can be removed: {step_directory(checkpoints, steps[-1])})"
         if len(steps) > 1
         else ""
     )
     return (
         f"{checkpoints}: {need_and_have(checkpoints, tensor_bytes)}; earlier checkpoints are "
-        f"untouched: free some space{may_go} and start again"
+        f"untouched; free some space{may_go} and start again"
     )
 
 
 def need_and_have(checkpoints: Path, tensor_bytes: int) -> str:
-    """Of the disk, in words."""
-    needed, free = (
-        human_bytes(needed_bytes(tensor_bytes)),
-        human_bytes(shutil.disk_usage(checkpoints).free),
-    )
+    """Return the space needed and the space free on the disk, in words."""
+    needed = human_bytes(needed_bytes(tensor_bytes))
+    free = human_bytes(shutil.disk_usage(checkpoints).free)
     return f"a checkpoint needs {needed}, the disk has {free}"
 
 
 def require_visible(directory: Path, rank: str) -> None:
-    """Raise UserError unless this rank sees what rank 0 has made."""
+    """Raise UserError unless this rank sees the directory that rank 0 created."""
     if not directory.is_dir():
         raise UserError(
-            f"{rank} does not see {directory}: the run directory must lie on a disk that all "
-            f"hosts share"
+            f"{rank} does not see {directory}; put the run directory on a disk that all hosts "
+            f"share (--run_dir)"
         )
 
 
-def commit(staging: Path, final: Path) -> None:
-    """Give a complete checkpoint its name; an older directory of the same step gives way."""
-    sync_directory(staging)
-    replaced = _move_aside(final) if final.exists() else None
-    staging.rename(final)
-    sync_directory(final.parent)
-    if replaced is not None:
-        _delete(replaced)
-
-
 def name_latest(final: Path) -> None:
-    """For people: which checkpoint is the newest."""
+    """Write the file `latest`, which tells people the newest checkpoint."""
     write_atomically(final.parent / "latest", final.name + "\n")
 
 
 def retire(
     checkpoints: Path, *, keep: int, milestone_interval_steps: int, last_good_step: int | None
 ) -> None:
-    """Remove checkpoints older than the ``keep`` newest ones, but no milestone and not
-    ``last_good_step``.
+    """Remove checkpoints older than the ``keep`` newest, except milestones and ``last_good_step``.
 
-    That one is known to load, since this process has loaded it. Directories without a sound
-    manifest count for nothing: they push no other out.
+    This process has loaded ``last_good_step``, so that one is known to load. Directories without a
+    valid manifest do not count among the newest.
     """
     steps = complete_steps(checkpoints)
     newest = [step for step in steps if _has_manifest(step_directory(checkpoints, step))][:keep]
@@ -117,28 +95,21 @@ def _has_manifest(directory: Path) -> bool:
 
 
 def remove(directory: Path) -> None:
-    """Delete a checkpoint so that no moment shows a part of it under its name."""
-    _delete(_move_aside(directory))
-
-
-def _move_aside(directory: Path) -> Path:
-    aside = directory.with_name(f".deleting_{directory.name}")
-    _delete(aside)
-    directory.rename(aside)
-    return aside
+    """Delete a checkpoint; it is renamed first, so that its name never shows a part of it."""
+    delete(move_aside(directory))
 
 
 def set_aside(checkpoints: Path, damaged_steps: Iterable[int]) -> None:
-    """Damaged checkpoints would else count among those that are kept, and push out sound ones."""
+    """Rename damaged checkpoints, so that they do not count as kept and push out sound ones."""
     for step in damaged_steps:
         directory = step_directory(checkpoints, step)
         aside = directory.with_name(f"{DAMAGED}{directory.name}")
-        _delete(aside)
+        delete(aside)
         directory.rename(aside)
 
 
 def collect_leftovers(checkpoints: Path) -> list[str]:
-    """Remove what a killed save or deletion left; returns the names."""
+    """Remove what a killed save or deletion left; return the names."""
     leftovers = [
         path
         for pattern in LEFTOVERS
@@ -146,15 +117,5 @@ def collect_leftovers(checkpoints: Path) -> list[str]:
         if not path.parent.is_symlink()
     ]
     for path in leftovers:
-        _delete(path)
+        delete(path)
     return [path.name for path in leftovers]
-
-
-def _delete(path: Path) -> None:
-    """Remove a directory or a file, if it is there; of a link, the link only: what it leads to
-    is not the run's.
-    """
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

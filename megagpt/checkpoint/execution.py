@@ -1,6 +1,4 @@
-"""How a run is laid out and computed, for the record: what a result's last bits depend on, and
-its values do not.
-"""
+"""The layout and conditions of a run, which determine the last bits of its results."""
 
 import os
 from typing import Any
@@ -15,8 +13,9 @@ VERSIONS = {"megagpt": __version__, "torch": torch.__version__, "deepspeed": dee
 
 
 def topology(engine: Engine) -> dict[str, Any]:
-    """The mesh, the ZeRO stage and where state is offloaded to."""
-    mesh, zero = engine.mesh, engine.config.zero_optimization
+    """Return the mesh, the ZeRO stage and the offload devices."""
+    mesh = engine.mesh
+    zero = engine.config.zero_optimization
     return {
         "pipeline": mesh.pipeline_size,
         "data": mesh.data_size,
@@ -28,7 +27,10 @@ def topology(engine: Engine) -> dict[str, Any]:
 
 
 def conditions(engine: Engine) -> dict[str, Any]:
-    """Where these are alike, the same step from the same state gives the same bits (on a CPU)."""
+    """Return what determines the bits of a step.
+
+    On a CPU, the same step from the same state under equal conditions gives the same bits.
+    """
     config = engine.config
     parallel = config.megagpt.parallel
     return {

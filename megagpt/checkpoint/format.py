@@ -1,14 +1,13 @@
-"""Checkpoints on disk: one directory a step, safetensors and JSON, whole or absent, readable
-without any mesh.
+"""Checkpoints on disk: one directory per step, safetensors and JSON, readable without any mesh.
 
     checkpoints/latest                      advisory; the scan of manifests is the authority
     checkpoints/step_00000100/
-        manifest.json                       run, mesh, cuts of tensors, SHA-256 of each file
+        manifest.json                       run, mesh, slices of tensors, SHA-256 of each file
         rank_00000_000.safetensors ...      weight/NAME, exp_avg/NAME, exp_avg_sq/NAME
 
-A tensor in a file is a flat fp32 run of a parameter named globally
-(``blocks.17.attention.qkv.weight``): elements [start, start + numel) of the flattened ``box`` of
-the logical tensor. Nothing here executes what it reads.
+A directory is whole or absent. A tensor in a file is a flat fp32 run of a parameter with a global
+name (``blocks.17.attention.qkv.weight``): elements [start, start + numel) of the flattened ``box``
+of the logical tensor. Nothing here executes what it reads.
 """
 
 import hashlib
@@ -21,55 +20,49 @@ from typing import Annotated, Any, TypeVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from megagpt.common.disk import sha256_of
 from megagpt.utils import UserError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 WEIGHT = "weight"
-MISSING = (
-    FileNotFoundError,
-    IsADirectoryError,
-    NotADirectoryError,
-)  # other errors may be the disk's, and pass
+# The file is not there. Other OSErrors may be temporary errors of the disk.
+MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 _SEAL = re.compile(r',\n "sha256": "([0-9a-f]{64})"\n\}\n\Z')
 STRICT = ConfigDict(strict=True, extra="forbid")
 
 Count = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-FileName = Annotated[
-    str, Field(pattern=r"^rank_\d{5,}_\d{3,}\.safetensors$")
-]  # never outside its own directory
+# The pattern admits no path outside the checkpoint's own directory.
+FileName = Annotated[str, Field(pattern=r"^rank_\d{5,}_\d{3,}\.safetensors$")]
 Record = TypeVar("Record")
 
 
 class DamagedCheckpointError(Exception):
-    """A checkpoint that must not be loaded; the message names the file and what is wrong with
-    it.
-    """
+    """A checkpoint that must not be loaded; the message names the file and the damage."""
 
 
 class OtherFormatError(UserError):
-    """A sealed file of another version of this program: sound, so nothing passes over it or sets
-    it aside.
+    """A valid file of another version of this program.
+
+    It is not damaged, so a resume neither skips it nor sets it aside.
     """
 
 
 @dataclass(frozen=True, config=STRICT)
 class Slice:
-    """Elements [start, start + numel) of the flattened box of a logical tensor, and the file
-    that holds them.
-    """
+    """Elements [start, start + numel) of a logical tensor's flattened box, and their file."""
 
     file: FileName
     start: Count
     numel: Count
-    box: tuple[tuple[Count, Count], ...]  # [from, to) in each dimension of the logical tensor
+    box: tuple[tuple[Count, Count], ...]  # [from, to) in each dim of the logical tensor
 
 
 @dataclass(frozen=True, config=STRICT)
 class StoredTensor:
-    """One parameter: its logical shape and where its pieces lie."""
+    """One parameter: its logical shape and its slices."""
 
     shape: tuple[Count, ...]
     slices: tuple[Slice, ...]
@@ -77,7 +70,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, config=STRICT)
 class StoredFile:
-    """What a file must be, byte for byte."""
+    """The size and SHA-256 that a file must have."""
 
     bytes: Count
     sha256: Sha256
@@ -85,9 +78,7 @@ class StoredFile:
 
 @dataclass(frozen=True, config=STRICT)
 class GuardMemory:
-    """What the guard's next verdict depends on: a resumed run skips the steps that an
-    undisturbed one would.
-    """
+    """The guard's state, so that a resumed run skips the same steps as an undisturbed one."""
 
     recent_losses: tuple[float, ...] = ()
     skips_in_a_row: Count = 0
@@ -95,11 +86,11 @@ class GuardMemory:
 
 @dataclass(frozen=True, config=STRICT)
 class TrainState:
-    """Where a run stands; with the weights and moments, everything that its next step depends on.
+    """The progress of a run; with weights and moments, everything that its next step depends on.
 
-    Random numbers are counter-based (seed, step, sample), so no generator needs saving. ``cursor``
-    is the index of the next sample; ``applied_steps`` is Adam's count of updates: steps less the
-    skipped ones.
+    Random numbers are counter-based (seed, step, sample), so no generator is saved. ``cursor`` is
+    the index of the next sample. ``applied_steps`` is Adam's count of updates: steps minus skipped
+    steps.
     """
 
     step: Count = 0
@@ -112,7 +103,7 @@ class TrainState:
 
 @dataclass(frozen=True, config=STRICT)
 class Manifest:
-    """Everything about a checkpoint but its tensors."""
+    """Everything about a checkpoint except its tensors."""
 
     state: TrainState
     identity: dict[str, Any]
@@ -127,34 +118,35 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
-        """The manifest as text, sealed."""
+        """Return the manifest as sealed text."""
         return sealed(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
-        """Parse and check; raises DamagedCheckpointError with what is wrong."""
+        """Parse and check a manifest; raise DamagedCheckpointError with what is wrong."""
         return parse_sealed(cls, text, MANIFEST)
 
 
 def sealed(fields: dict[str, Any]) -> str:
-    """JSON that ends with its own SHA-256, so that no flipped bit in it goes unseen."""
+    """Return JSON that ends with its own SHA-256, so that any changed bit is detected."""
     body = json.dumps(fields, indent=1)
     return body.removesuffix("\n}") + f',\n "sha256": "{_text_hash(body)}"\n}}\n'
 
 
 def parse_sealed(record: type[Record], text: str, name: str) -> Record:
-    """A pydantic dataclass with a ``format_version`` from a file's text; DamagedCheckpointError
-    with what is wrong.
+    """Return a pydantic dataclass with a ``format_version`` from a file's text.
 
-    Raises OtherFormatError where that is another whole number. Every format is sealed alike, so
-    that it can be told from damage.
+    Raise DamagedCheckpointError with what is wrong, and OtherFormatError if ``format_version`` is
+    another whole number. Every format has the same seal, so that another format can be told from
+    damage.
     """
     body = _unsealed(text, name)
     try:
         version = json.loads(body)["format_version"]
         if type(version) is int and version != FORMAT_VERSION:
             raise OtherFormatError(
-                f"{name}: format {version}, this version of megagpt reads format {FORMAT_VERSION}"
+                f"{name}: wrong format (found {version}, this version of megagpt needs "
+                f"{FORMAT_VERSION})"
             )
         return TypeAdapter(record).validate_json(body)
     except ValidationError as error:
@@ -167,7 +159,7 @@ def parse_sealed(record: type[Record], text: str, name: str) -> Record:
 
 
 def _unsealed(text: str, name: str) -> str:
-    """The JSON without its last key, the hash, once that agrees."""
+    """Return the JSON without its last key, the SHA-256, after checking it."""
     seal = _SEAL.search(text)
     body = f"{text[: seal.start()]}\n}}" if seal else ""
     if seal is None or _text_hash(body) != seal[1]:
@@ -180,12 +172,15 @@ def _text_hash(text: str) -> str:
 
 
 def step_directory(checkpoints: Path, step: int) -> Path:
-    """checkpoints/step_00000100"""
+    """Return the directory of a step: checkpoints/step_00000100."""
     return checkpoints / f"step_{step:08d}"
 
 
 def complete_steps(checkpoints: Path) -> list[int]:
-    """Steps with a committed directory, newest first; staging directories have other names."""
+    """Return the steps with a committed directory, newest first.
+
+    Staging directories have other names.
+    """
     if not checkpoints.is_dir():
         return []
     matches = (
@@ -195,21 +190,25 @@ def complete_steps(checkpoints: Path) -> list[int]:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of one checkpoint; raises DamagedCheckpointError, or OtherFormatError with
-    what to do.
+    """Return the manifest of one checkpoint.
+
+    Raise DamagedCheckpointError, or OtherFormatError with what to do.
     """
     try:
         return read_sealed(Manifest, directory, MANIFEST)
     except OtherFormatError as error:
         aside = directory.with_name(f"other_format_{directory.name}")
         raise OtherFormatError(
-            f"{directory.parent}/{error}: go on with the version that wrote it, or without this "
-            f"checkpoint: mv {directory} {aside}"
+            f"{directory.parent}/{error}; continue with the version that wrote it, or without "
+            f"this checkpoint: mv {directory} {aside}"
         ) from error
 
 
 def read_sealed(record: type[Record], directory: Path, name: str) -> Record:
-    """A sealed file of one checkpoint; raises DamagedCheckpointError or OtherFormatError."""
+    """Return a sealed file of one checkpoint.
+
+    Raise DamagedCheckpointError or OtherFormatError.
+    """
     try:
         return parse_sealed(record, (directory / name).read_text(encoding="utf-8"), name)
     except (DamagedCheckpointError, OtherFormatError) as error:
@@ -223,30 +222,27 @@ def read_sealed(record: type[Record], directory: Path, name: str) -> Record:
 
 
 def require_no_other_files(directory: Path, manifest: Manifest) -> None:
-    """A tensor file that the manifest does not know says that two saves were mixed up."""
+    """Raise DamagedCheckpointError on a tensor file that is not in the manifest.
+
+    Such a file shows that two saves were mixed up.
+    """
     others = sorted({path.name for path in directory.glob("*.safetensors")} - manifest.files.keys())
     if others:
         raise DamagedCheckpointError(f"{directory.name}/{others[0]}: not in {MANIFEST}")
 
 
 def verify_file(directory: Path, name: str, expected: StoredFile) -> None:
-    """Raise DamagedCheckpointError unless the file is the one that was written."""
+    """Raise DamagedCheckpointError unless the file has the recorded size and SHA-256."""
     path = directory / name
     try:
         size = path.stat().st_size
         if size != expected.bytes:
             raise DamagedCheckpointError(
-                f"{directory.name}/{name}: {size} bytes, expected {expected.bytes}"
+                f"{directory.name}/{name}: wrong size (found {size} bytes, need {expected.bytes})"
             )
-        if hash_file(path) != expected.sha256:
+        if sha256_of(path) != expected.sha256:
             raise DamagedCheckpointError(
                 f"{directory.name}/{name}: its content changed since it was written (SHA-256)"
             )
     except MISSING as error:
         raise DamagedCheckpointError(f"{directory.name}/{name}: {error.strerror}") from error
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

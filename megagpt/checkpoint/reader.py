@@ -1,6 +1,4 @@
-"""Reading tensors of a checkpoint on whatever mesh: any run of any box of any parameter, and
-nothing else.
-"""
+"""Reading tensors of a checkpoint on any mesh: only the elements that are asked for."""
 
 import math
 from contextlib import suppress
@@ -26,25 +24,26 @@ from megagpt.checkpoint.format import (
 from megagpt.parallel.rectangles import Box, Rectangle, overlaps, rectangles, whole
 from megagpt.utils import MIB, UserError
 
-MOST_HEADER_BYTES = 8 * MIB  # of the shapes and names of some 60,000 pieces
+MOST_HEADER_BYTES = 8 * MIB  # enough for the names and shapes of some 60,000 pieces
 
 
 class Reader:
-    """Reads from one checkpoint, opening only the files that hold what is asked for.
+    """Reads from one checkpoint and opens only the files that hold what is asked for.
 
-    ``bytes_read`` counts what has been taken from the files so far.
+    ``bytes_read`` counts the bytes read so far.
     """
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
-        self.directory, self.manifest = directory, manifest
+        self.directory = directory
+        self.manifest = manifest
         self.bytes_read = 0
         self._open: dict[str, Any] = {}
 
     def read_into(self, result: Tensor, kind: str, name: str, box: Box, start: int) -> None:
-        """Fill a flat tensor with the elements of a parameter's flattened box from ``start`` on.
+        """Fill a flat tensor with the elements of a parameter's flattened box, from ``start`` on.
 
-        ``kind`` is weight or a moment. Raises DamagedCheckpointError where the files do not hold
-        all of them.
+        ``kind`` is weight or a moment. Raise DamagedCheckpointError if the files lack some of the
+        elements.
         """
         wanted = rectangles(box, start, result.numel())
         found = 0
@@ -54,12 +53,12 @@ class Reader:
                 found += here.numel
         if found != result.numel():
             raise DamagedCheckpointError(
-                f"{self.directory.name}: {name} has {found} of elements {start} to "
-                f"{start + result.numel()} of {box}"
+                f"{self.directory.name}: {name} is incomplete (found {found} of the elements "
+                f"{start} to {start + result.numel()} of {box})"
             )
 
     def tensor(self, kind: str, name: str) -> Tensor:
-        """A whole parameter in its logical shape, fp32 on the CPU."""
+        """Return a whole parameter in its logical shape, fp32 on the CPU."""
         self._pieces(name)
         shape = self.manifest.tensors[name].shape
         result = torch.empty(math.prod(shape))
@@ -72,8 +71,10 @@ class Reader:
         return self.manifest.tensors[name].slices
 
     def _rectangle(self, kind: str, name: str, piece: Slice, part: Rectangle) -> Tensor:
-        """What a piece holds of a rectangle; of rows much longer than the rectangle only the
-        part in it is read.
+        """Return a rectangle of a piece.
+
+        If rows are much longer than the rectangle is wide, only the needed part of each row is
+        read.
         """
         try:
             stored = self._file(piece.file).get_slice(f"{kind}/{name}")
@@ -81,8 +82,8 @@ class Reader:
             raise DamagedCheckpointError(f"{self.directory.name}/{piece.file}: {error}") from error
         if stored.get_shape() != [piece.numel] or stored.get_dtype() != "F32":
             raise DamagedCheckpointError(
-                f"{self.directory.name}/{piece.file}: {kind}/{name} is {stored.get_dtype()} of "
-                f"shape {stored.get_shape()}, not F32 of [{piece.numel}]"
+                f"{self.directory.name}/{piece.file}: {kind}/{name} has the wrong type or shape "
+                f"(found {stored.get_dtype()} {stored.get_shape()}, need F32 [{piece.numel}])"
             )
         rows, columns = part.shape
         starts = range(part.offset, part.offset + rows * part.stride, part.stride)
@@ -98,22 +99,19 @@ class Reader:
             require_small_header(self.directory, name)
             try:
                 self._open[name] = safe_open(str(self.directory / name), framework="pt")
-            except (
-                SafetensorError,
-                *MISSING,
-            ) as error:  # an OSError of another kind says nothing of the content
+            # An OSError of another kind says nothing about the content.
+            except (SafetensorError, *MISSING) as error:
                 raise DamagedCheckpointError(f"{self.directory.name}/{name}: {error}") from error
         return self._open[name]
 
 
 def require_small_header(directory: Path, name: str) -> None:
-    """Of a header, which is JSON, safetensors makes twenty times its size in memory (seen: 98 MB
-    became 1.9 GiB).
+    """Raise DamagedCheckpointError if a file's JSON header is too large.
+
+    safetensors needs twenty times the header's size in memory (measured: 1.9 GiB for 98 MB).
     """
-    with (
-        suppress(OSError),
-        (directory / name).open("rb") as file,
-    ):  # safe_open meets it too, and says so
+    # safe_open meets the same OSError and reports it.
+    with suppress(OSError), (directory / name).open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size > MOST_HEADER_BYTES:
             raise DamagedCheckpointError(
@@ -122,18 +120,19 @@ def require_small_header(directory: Path, name: str) -> None:
 
 
 def _view(run: Tensor, part: Rectangle) -> Tensor:
-    """A rectangle of a flat run, in place."""
+    """Return a rectangle of a flat run as a view."""
     return run[part.offset :].as_strided(part.shape, (part.stride, 1))
 
 
 def open_checkpoint(run_directory: Path, step: int | None = None) -> Reader:
-    """For a single process: the newest checkpoint that verifies, or that of ``step``.
+    """Return a reader of the newest checkpoint that verifies, or of ``step``; single process.
 
-    Raises UserError where there is none, with what is wrong with those that were passed over, and
-    where the newest has another format.
+    Raise UserError if there is none, naming the damage of those skipped, and if the newest has
+    another format.
     """
     checkpoints = run_directory / "checkpoints"
-    known, faults = complete_steps(checkpoints), []
+    known = complete_steps(checkpoints)
+    faults: list[str] = []
     for candidate in known if step is None else [step]:
         directory = step_directory(checkpoints, candidate)
         try:

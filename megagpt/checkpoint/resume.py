@@ -1,5 +1,6 @@
-"""Resuming a distributed run on whatever mesh: all ranks choose one checkpoint, each reads only
-what it needs of it.
+"""Resuming a distributed run on any mesh: all ranks agree on one checkpoint.
+
+Each rank reads only the elements that it needs.
 """
 
 import json
@@ -34,16 +35,16 @@ from megagpt.parallel import compat
 from megagpt.parallel.engine import Engine
 from megagpt.utils import UserError
 
-# files of one rank differ a little from those of another; that is no reason to exchange them
+# The sizes of the ranks' files differ a little; below this ratio each rank hashes its own.
 SLACK = 1.02
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """What was loaded: from where, and what is wrong with newer checkpoints, which were set aside.
+    """The loaded checkpoint, and the damage of newer ones, which were set aside.
 
-    ``steps_found`` are all that the run had, newest first; ``bytes_read`` counts tensors, on this
-    rank.
+    ``steps_found`` are all steps that the run had, newest first. ``bytes_read`` counts the tensor
+    bytes read on this rank.
     """
 
     directory: Path
@@ -54,11 +55,14 @@ class Resumed:
 
     @property
     def state(self) -> TrainState:
-        """Where the run stands."""
+        """The state to continue from."""
         return self.manifest.state
 
     def describe(self, *, provable: bool) -> str:
-        """For the screen: what was found, what was passed over and why, and what comes next."""
+        """Return the text for the screen.
+
+        It says what was found, what was passed over and why, and what comes next.
+        """
         found = ", ".join(map(str, reversed(self.steps_found)))
         skipped = [
             f"  passed over {fault}; kept as {directories.DAMAGED}step_..."
@@ -66,9 +70,9 @@ class Resumed:
         ]
         written_by = ", ".join(f"{key} {value}" for key, value in self.manifest.topology.items())
         proof = (
-            "will show that it goes on as before"
+            "will be compared with the recorded one"
             if provable
-            else "cannot be compared: none was made before"
+            else "cannot be compared: it was not recorded"
         )
         return "\n".join(
             [
@@ -83,9 +87,9 @@ class Resumed:
 def resume(engine: Engine, run_directory: Path) -> Resumed | None:
     """Load the newest checkpoint that every rank finds sound; every rank must call it.
 
-    None where the run has no checkpoint yet. Raises UserError where it has some and none is sound
-    (a run never silently starts again from zero), and where the newest sound one is of another run
-    or of another format.
+    Return None if the run has no checkpoint yet. Raise UserError if all its checkpoints are damaged
+    (a run never silently restarts from zero), and if the newest sound one belongs to another run or
+    has another format.
     """
     checkpoints = run_directory / "checkpoints"
     steps = from_rank0(partial(complete_steps, checkpoints))
@@ -103,29 +107,29 @@ def resume(engine: Engine, run_directory: Path) -> Resumed | None:
         listed = "\n  ".join(faults)
         raise UserError(
             f"{run_directory}: every checkpoint is damaged:\n  {listed}\n"
-            f"restore one from a backup, or start afresh in another directory with --run_dir"
+            f"restore one from a backup, or start again with another --run_dir"
         )
     return None
 
 
 def _require_shared(engine: Engine, checkpoints: Path, steps: list[int]) -> None:
-    """A checkpoint that lies on another host's disk is neither damaged nor absent; raises
-    UserError.
+    """Raise UserError if this rank does not see the checkpoints that rank 0 sees, or the reverse.
+
+    A checkpoint on another host's disk is neither damaged nor absent.
     """
     if steps:
         directories.require_visible(step_directory(checkpoints, steps[0]), engine.mesh.name)
     elif others := complete_steps(checkpoints):
         raise UserError(
-            f"{engine.mesh.name} sees checkpoints of steps {others} in {checkpoints}, rank 0 sees "
-            "none: the run directory must lie on a disk that all hosts share"
+            f"{checkpoints}: {engine.mesh.name} sees checkpoints of steps {others}, rank 0 sees "
+            "none; put the run directory on a disk that all hosts share (--run_dir)"
         )
 
 
 def _load(engine: Engine, directory: Path) -> Reader | RankFailure:
-    """Verify one checkpoint and fill the buckets from it, on all ranks or on none; the fault where
-    it is damaged.
+    """Verify one checkpoint and fill the buckets from it on all ranks; return the damage if any.
 
-    Raises UserError where it could not be read: it may be sound, and is neither passed over nor set
+    Raise UserError if it could not be read: it may be sound, so it is neither skipped nor set
     aside.
     """
     reader = _unless_undamaged(attempt(partial(_verified, engine, directory)))
@@ -136,7 +140,7 @@ def _load(engine: Engine, directory: Path) -> Reader | RankFailure:
 
 
 def _unless_undamaged(found: Reader | RankFailure) -> Reader | RankFailure:
-    """Another fault than damage ends the run."""
+    """Raise UserError on a failure that is not damage."""
     if isinstance(found, RankFailure) and not found.damage:
         raise UserError(found.reason)
     return found
@@ -144,12 +148,12 @@ def _unless_undamaged(found: Reader | RankFailure) -> Reader | RankFailure:
 
 @contextmanager
 def _from_disk(directory: Path) -> Iterator[None]:
-    """A disk that does not answer says nothing of what lies on it; raises UserError."""
+    """Turn an OSError into a UserError: a disk error does not show that a checkpoint is damaged."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"{directory}: cannot be read: {error}; start again when its disk answers"
+            f"{directory}: cannot be read ({error}); start again when its disk works"
         ) from error
 
 
@@ -159,8 +163,9 @@ def _set_aside(engine: Engine, checkpoints: Path, damaged_steps: list[int]) -> N
 
 
 def _verified(engine: Engine, directory: Path) -> Reader:
-    """A reader, once this rank's share of the files has its hashes: the ranks together hash each
-    file once.
+    """Return a reader after checking this rank's share of the files.
+
+    Together the ranks hash each file once.
     """
     with _from_disk(directory):
         manifest = read_manifest(directory)
@@ -171,10 +176,10 @@ def _verified(engine: Engine, directory: Path) -> Reader:
 
 
 def hashing_shares(files: Mapping[str, StoredFile], ranks: int) -> list[list[str]]:
-    """The files that each rank hashes, about as many bytes each.
+    """Return the files that each rank hashes, about equal numbers of bytes.
 
-    A rank first takes those that a rank of its number wrote, which it will read too if the mesh is
-    the same; what one has too much of, the largest first, goes to whoever has least.
+    Each rank first takes the files written by the rank of its number, which it also reads if the
+    mesh is unchanged. Files beyond a fair share, the largest first, go to the rank with the least.
     """
     fair = SLACK * sum(file.bytes for file in files.values()) / ranks
     shares: list[list[str]] = [[] for _ in range(ranks)]
@@ -195,32 +200,36 @@ def hashing_shares(files: Mapping[str, StoredFile], ranks: int) -> list[list[str
 
 
 def _writer(file: str) -> int:
-    """The rank in a name like rank_00003_000.safetensors."""
+    """Return the rank in a name like rank_00003_000.safetensors."""
     return int(file.split("_")[1])
 
 
 def _require_same_run(engine: Engine, reader: Reader) -> None:
-    """A checkpoint copied from another run may be sound, and even fit."""
+    """Raise UserError if another run saved the checkpoint.
+
+    A checkpoint copied from another run may be sound, and may even fit.
+    """
     differences = identity_differences(
         _as_read(reader.manifest.identity), _as_read(engine.config.identity())
     )
     if differences:
         listed = "\n  ".join(differences)
         raise UserError(
-            f"{reader.directory}: saved by another run:\n  {listed}\nremove it, or choose another "
+            f"{reader.directory}: another run saved it:\n  {listed}\nremove it, or choose another "
             f"--run_dir"
         )
 
 
 def _as_read(identity: dict[str, Any]) -> dict[str, Any]:
-    """As it comes back from a file: JSON makes lists of tuples."""
+    """Return the identity as it comes back from a file: JSON turns tuples into lists."""
     as_read: dict[str, Any] = json.loads(json.dumps(identity))
     return as_read
 
 
 def _fill_buckets(engine: Engine, reader: Reader) -> Reader:
-    """Give this rank's buckets what the checkpoint holds; no collective call, so that a rank may
-    fail alone.
+    """Load this rank's buckets from the checkpoint.
+
+    It makes no collective call, so that a rank may fail alone.
     """
     with _from_disk(reader.directory):
         return _filled_buckets(engine, reader)
@@ -247,24 +256,25 @@ def _filled_buckets(engine: Engine, reader: Reader) -> Reader:
 
 
 def _require_shapes(engine: Engine, manifest: Manifest, directory: Path) -> None:
-    """Pieces are read by their place in a flattened parameter: of another shape they would be
-    read without a word.
+    """Raise DamagedCheckpointError if shapes differ from the model's.
+
+    Pieces are read by their place in a flattened parameter, so another shape would be read
+    silently.
     """
-    expected, stored = (
-        parameter_shapes(engine),
-        {n: tensor.shape for n, tensor in manifest.tensors.items()},
-    )
+    expected = parameter_shapes(engine)
+    stored = {name: tensor.shape for name, tensor in manifest.tensors.items()}
     for name in sorted(expected.keys() | stored.keys()):
         if expected.get(name) != stored.get(name):
             raise DamagedCheckpointError(
-                f"{directory.name}/{MANIFEST}: {name} has shape {stored.get(name)}, the model's "
-                f"is {expected.get(name)}"
+                f"{directory.name}/{MANIFEST}: {name} has the wrong shape (found "
+                f"{stored.get(name)}, need {expected.get(name)})"
             )
 
 
 def _adopt(engine: Engine, manifest: Manifest) -> None:
-    """After the buckets: the model's parameters, learning rates and counters; every rank must
-    call it.
+    """Set the model's parameters, learning rates and counters from the loaded buckets and manifest.
+
+    Every rank must call it.
     """
     compat.publish_master_weights(engine.deepspeed)
     compat.replay_bias_correction(engine.deepspeed, manifest.state.applied_steps)

@@ -1,11 +1,10 @@
-"""Proof that a resume continues the run that was saved: it makes the step that followed the save
-again and compares.
+"""Proof that a resume continues the saved run: repeat the step after the save and compare.
 
     checkpoints/step_00000100/next_step.json    samples, loss and gradient norm of step 101, sealed
 
 The loss of a step depends on every weight, on the samples and on the dropout masks, and is known
-before the update: of whatever a resume gets wrong, little leaves its bits alone. Adam's moments are
-not in it; their files have their hashes.
+before the update, so almost any error of a resume changes its bits. It does not depend on Adam's
+moments; the SHA-256 of their files covers those.
 """
 
 import logging
@@ -24,19 +23,16 @@ from megagpt.utils import write_atomically
 log = logging.getLogger(__name__)
 
 NEXT_STEP = "next_step.json"
-TOLERANCES = {
-    "float32": 1e-5,
-    "bfloat16": 2e-2,
-    "float16": 2e-2,
-}  # relative; another mesh sums in another order
+# Relative; another mesh sums in another order.
+TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
 
 
 @dataclass(frozen=True, config=STRICT)
 class NextStep:
-    """What the step after a checkpoint gave on samples [first_sample, last_sample].
+    """The result of the step after a checkpoint, on samples [first_sample, last_sample].
 
-    Numbers that are not finite are None, as is the norm of a step that was refused before it had
-    one. ``conditions`` is what its bits depend on.
+    Numbers that are not finite are None, as is the norm of a step that was refused before its norm
+    was computed. ``conditions`` is what its bits depend on.
     """
 
     step: Count
@@ -51,37 +47,39 @@ class NextStep:
     def of(
         cls, step: int, samples: range, loss: float, grad_norm: float, conditions: Mapping[str, Any]
     ) -> Self:
-        """The record of a step that was just made."""
+        """Return the record of a step that was just made."""
         return cls(
             step, samples[0], samples[-1], _finite(loss), _finite(grad_norm), dict(conditions)
         )
 
     @classmethod
     def read(cls, checkpoint: Path) -> Self | None:
-        """What stands beside a checkpoint; None where nothing does.
+        """Return the record beside a checkpoint, or None if there is none.
 
-        Raises DamagedCheckpointError.
+        Raise DamagedCheckpointError.
         """
         return (
             read_sealed(cls, checkpoint, NEXT_STEP) if (checkpoint / NEXT_STEP).exists() else None
         )
 
     def follows(self, state: TrainState) -> bool:
-        """Whether the step began with that state; not where a run went back to it and past some
-        samples.
+        """Return whether the step began with that state.
+
+        False after a rewind, which skips samples.
         """
         return (self.step, self.first_sample) == (state.step + 1, state.cursor)
 
     def write_once(self, checkpoint: Path) -> None:
-        """Put the record beside a checkpoint that has none; a disk that refuses it costs only
-        the proof.
+        """Write the record beside a checkpoint that has none.
+
+        If the disk refuses, only the proof is lost.
         """
         path = checkpoint / NEXT_STEP
         try:
             if checkpoint.is_dir() and not path.exists():
                 write_atomically(path, sealed(asdict(self)))
         except OSError as error:
-            log.warning("%s: not written (%s); a resume from there will not be proven", path, error)
+            log.warning("%s: not written (%s); a resume from it cannot be proven", path, error)
 
 
 def _finite(value: float) -> float | None:
@@ -90,9 +88,9 @@ def _finite(value: float) -> float | None:
 
 @plain_dataclass(frozen=True)
 class Comparison:
-    """A step beside its record.
+    """The comparison of a step with its record.
 
-    ``message`` is for the screen, and says what to do where they differ.
+    ``message`` is for the screen, and says what to do if they differ.
     """
 
     proven: bool
@@ -100,10 +98,10 @@ class Comparison:
 
 
 def compare(recorded: NextStep, replayed: NextStep, checkpoint: Path) -> Comparison:
-    """Whether a resumed run made the recorded step again.
+    """Return whether a resumed run repeated the recorded step.
 
-    To the last bit under the same conditions on a CPU; else within ``TOLERANCES`` of the less
-    precise of the two.
+    Under the same conditions on a CPU, equal to the last bit; otherwise within ``TOLERANCES`` of
+    the less precise of the two.
     """
     if (recorded.step, recorded.first_sample) != (replayed.step, replayed.first_sample):
         return _differs(
@@ -137,15 +135,16 @@ def compare(recorded: NextStep, replayed: NextStep, checkpoint: Path) -> Compari
 
 
 def _difference(before: float | None, now: float | None) -> float:
-    """Relative; infinite where only one of them is finite."""
+    """Return the relative difference; infinite if only one of them is finite."""
     if before is None or now is None:
         return 0.0 if before is now else math.inf
     return abs(before - now) / max(abs(before), abs(now), 1e-30)
 
 
 def _norm_difference(recorded: NextStep, replayed: NextStep) -> float:
-    """A guard may have refused the step on one side before its norm was known: then there is
-    nothing to compare.
+    """Return the relative difference of the norms; 0 if one is unknown.
+
+    A guard may have refused the step on one side before its norm was computed.
     """
     refused = recorded.grad_norm is None or replayed.grad_norm is None
     return 0.0 if refused else _difference(recorded.grad_norm, replayed.grad_norm)
@@ -156,13 +155,13 @@ def _tolerance(of: NextStep) -> float:
 
 
 def _differs(expected: str, recorded: NextStep, replayed: NextStep, checkpoint: Path) -> Comparison:
-    """Both numbers, and what to do."""
+    """Return the failed comparison: both results, and what to do."""
     return Comparison(
         False,
         f"RESUME NOT PROVEN: step {replayed.step} now gives loss {replayed.loss}, gradient norm "
         f"{replayed.grad_norm} from sample {replayed.first_sample}; the run that saved "
         f"{checkpoint.name} had loss {recorded.loss}, gradient norm {recorded.grad_norm} "
-        f"({expected}). Its weights are not those that were saved, or this machine computes "
-        f"otherwise: stop, move {checkpoint} away and start again to resume from the checkpoint "
-        "before it",
+        f"({expected}). The weights are not those that were saved, or this machine computes "
+        f"differently; stop the run, move {checkpoint} away and start again to resume from the "
+        "checkpoint before it",
     )

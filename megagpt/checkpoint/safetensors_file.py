@@ -1,5 +1,6 @@
-"""The beginning of a safetensors file (huggingface/safetensors, README), for files that are
-written in one pass.
+"""The header of a safetensors file, for files that are written in one pass.
+
+Format: README of huggingface/safetensors.
 """
 
 import json
@@ -12,16 +13,17 @@ Entry = tuple[str, str, Sequence[int]]  # name, format (a key of BYTES_OF), shap
 
 
 def tensor_bytes(kind: str, shape: Sequence[int]) -> int:
-    """What a tensor takes in a file."""
+    """Return the bytes that a tensor takes in a file."""
     return BYTES_OF[kind] * math.prod(shape)
 
 
 def header(tensors: Iterable[Entry], metadata: dict[str, str] | None = None) -> bytes:
-    """Size, names and places of tensors that follow one another in this order, without a gap."""
+    """Return the header for tensors that follow one another in this order, without a gap."""
     entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for name, kind, shape in tensors:
-        start, end = end, end + tensor_bytes(kind, shape)
+        start = end
+        end = start + tensor_bytes(kind, shape)
         entries[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

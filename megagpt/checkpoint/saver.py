@@ -1,14 +1,13 @@
-"""Saving a distributed run: every rank writes what it owns, at once or in the background, and all
-commit together.
+"""Saving a distributed run: every rank writes what it owns, and all commit together.
 
 Commit protocol: all ranks write into a staging directory and report size and SHA-256; rank 0 writes
-the manifest last and renames the directory in one move. Whatever the moment of a crash, a directory
-named ``step_...`` is complete.
+the manifest last and renames the directory in one move. A directory named ``step_...`` is therefore
+complete, whenever a crash happens.
 
-In the background, the loop stands still only while each rank copies its state to host memory. A
-thread of low priority writes the copy and makes no collective call. At the end of each step the
-main threads ask each other whether all have written, then let a thread of rank 0 commit, and ask
-again: one number each time, on a group of their own.
+In the background, the loop waits only while each rank copies its state to host memory. A thread of
+low priority writes the copy and makes no collective call. After each step the main threads check
+together whether all ranks have written, then let a thread of rank 0 commit, and check again. Each
+check is an all-reduce of one number, on a group of its own.
 """
 
 import logging
@@ -45,6 +44,7 @@ from megagpt.checkpoint.writer import (
     write_files,
     write_live,
 )
+from megagpt.common.atomic_directory import AtomicDirectory
 from megagpt.common.background import Job
 from megagpt.parallel import compat
 from megagpt.parallel.engine import Engine, collective_timeout
@@ -53,17 +53,16 @@ from megagpt.utils import UserError, write_atomically
 log = logging.getLogger(__name__)
 
 Plan = list[list[PlannedFile]]
-Report = tuple[
-    dict[str, StoredFile], list[tuple[str, Slice]]
-]  # a rank's files, and (parameter, slice) in them
+# A rank's files, and (parameter, slice) for each slice in them.
+Report = tuple[dict[str, StoredFile], list[tuple[str, Slice]]]
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that was committed, ``bytes`` of tensors over all ranks.
+    """A committed checkpoint, with ``bytes`` of tensors over all ranks.
 
-    ``duration_s`` lasts until the commit was seen; the loop stood still for ``blocked_s`` of it,
-    after it had waited ``waited_s`` for the save before.
+    ``duration_s`` is the time until the commit was seen. The loop stood still for ``blocked_s`` of
+    it, after waiting ``waited_s`` for the previous save.
     """
 
     step: int
@@ -76,13 +75,14 @@ class Saved:
 
 @dataclass
 class _Save:
-    """A save on its way: ``job`` writes this rank's files, then, ``committing``, does what rank
-    0 does last.
+    """A save in progress.
+
+    ``job`` first writes this rank's files, then, when ``committing``, does rank 0's commit.
     """
 
     state: TrainState
     final: Path
-    manifest: Manifest  # of the present state, still without tensors and files
+    manifest: Manifest  # tensors and files are still empty
     plan: Plan
     waited_s: float
     started: float = field(default_factory=time.perf_counter)
@@ -93,21 +93,24 @@ class _Save:
     next_step: NextStep | None = None
 
     @property
+    def place(self) -> AtomicDirectory:
+        return AtomicDirectory.beside(self.final)
+
+    @property
     def staging(self) -> Path:
-        return directories.staging_directory(self.final)
+        return self.place.staging
 
 
 class Saver:
-    """Saves one run, never two checkpoints at once.
+    """Saves one run, one checkpoint at a time.
 
-    Every rank must call each method, at the same step.
-
-    Where a rank cannot write, whichever method finds out raises UserError on all; earlier
-    checkpoints are untouched.
+    Every rank must call each method, at the same step. If a rank cannot write, the method that
+    finds out raises UserError on all ranks; earlier checkpoints are untouched.
     """
 
     def __init__(self, engine: Engine, run_directory: Path, data_fingerprint: str) -> None:
-        self.engine, self.data_fingerprint = engine, data_fingerprint
+        self.engine = engine
+        self.data_fingerprint = data_fingerprint
         self.checkpoints = run_directory / "checkpoints"
         self.settings = engine.config.megagpt.checkpoint
         self.group = self._own_group() if self.settings.asynchronous else None
@@ -121,31 +124,28 @@ class Saver:
         return dist.new_group(backend="gloo", timeout=collective_timeout(self.engine.config))
 
     def close(self) -> None:
-        """Give the group of saves in the background back; every rank must call it."""
+        """Destroy the group of background saves; every rank must call it."""
         if self.group is not None:
             dist.destroy_process_group(self.group)
             self.group = None
 
     def trust(self, state: TrainState) -> None:
-        """The checkpoint of this state is whole."""
+        """Record that the checkpoint of this state is complete."""
         self._last_good = state
 
     def goes_on_from(self, state: TrainState) -> None:
-        """This process has loaded the checkpoint of this state: of all, it is the one that is
-        known to load.
-        """
+        """Record that this process loaded this state's checkpoint, so that it is never retired."""
         self.trust(state)
         self._loaded_step = state.step
 
     def holds(self, state: TrainState) -> bool:
-        """Whether this state is saved, or on its way."""
+        """Return whether this state is saved or being saved."""
         return state in (self._last_good, self._pending.state if self._pending else None)
 
     def save(self, state: TrainState) -> list[Saved]:
-        """Save the present state, which ``state`` describes; where a save is on its way, wait for
-        it first.
+        """Save the present state, described by ``state``, after waiting for any save in progress.
 
-        Returns what was committed meanwhile: the earlier save, and this one unless it goes on in
+        Return the saves committed meanwhile: the earlier one, and this one unless it continues in
         the background.
         """
         asked = time.perf_counter()
@@ -165,27 +165,24 @@ class Saver:
         return earlier if self.settings.asynchronous else self.finish()
 
     def poll(self) -> list[Saved]:
-        """After a step: go on with a save in the background as soon as all ranks are ready for
-        it, without waiting.
-        """
+        """Advance a background save if all ranks are ready for it, without waiting."""
         if self._pending is None or not self._all_done(self._pending):
             return []
         return self._advance(self._pending, in_background=True)
 
     def finish(self) -> list[Saved]:
-        """Wait for a save in the background and commit it."""
+        """Wait for a background save and commit it."""
         committed: list[Saved] = []
         while self._pending is not None:
             committed += self._advance(self._pending, in_background=False)
         return committed
 
     def follow(self, record: NextStep) -> None:
-        """What a step gave: it is kept beside the checkpoint of the state that the step began
-        with, if there is one.
-        """
+        """Keep a step's result beside the checkpoint of the state that it began with, if any."""
         if self.engine.mesh.rank != 0:
             return
-        save, good = self._pending, self._last_good
+        save = self._pending
+        good = self._last_good
         if save is not None and record.follows(save.state):
             save.next_step = record
         elif good is not None and record.follows(good):
@@ -201,7 +198,7 @@ class Saver:
         return save
 
     def _manifest(self, state: TrainState) -> Manifest:
-        """Of the present state: everything but where the tensors lie."""
+        """Return the manifest of the present state, without the places of the tensors."""
         engine = self.engine.deepspeed
         return Manifest(
             state=state,
@@ -221,7 +218,7 @@ class Saver:
             directories.prepare_staging(save.staging, save.bytes)
 
     def _write(self, save: _Save, work: Callable[[], dict[str, StoredFile]]) -> Report:
-        """Perhaps in a thread; what this rank wrote."""
+        """Write this rank's files, possibly in a thread; return them with their slices."""
         with self._disk_named(save):
             files = work()
         slices = [
@@ -238,9 +235,7 @@ class Saver:
         return bool(done)
 
     def _advance(self, save: _Save, *, in_background: bool) -> list[Saved]:
-        """Wait for this rank's job; when all have theirs done, commit what they wrote, or say
-        that it is committed.
-        """
+        """Wait for this rank's job; when all are done, start the commit or report it as done."""
         with self._abandoned_on_failure(save):
             report = together(save.job.result, self.group)
             if not save.committing:
@@ -257,14 +252,14 @@ class Saver:
         ]
 
     def _commit(self, save: _Save, reports: list[Report]) -> None:
-        """Rank 0, perhaps in a thread: the manifest last, then one rename."""
+        """Commit on rank 0, possibly in a thread: write the manifest last, then rename once."""
         if not reports:
             return
         if save.next_step is not None:
             save.next_step.write_once(save.staging)
         with self._disk_named(save):
             write_atomically(save.staging / MANIFEST, _completed(save.manifest, reports).to_json())
-            directories.commit(save.staging, save.final)
+            save.place.commit()
         with self._no_more_than_warned(save):
             directories.name_latest(save.final)
         with self._no_more_than_warned(save):
@@ -277,7 +272,7 @@ class Saver:
 
     @contextmanager
     def _disk_named(self, save: _Save) -> Iterator[None]:
-        """What the disk refuses is a UserError with the room that it takes and has."""
+        """Turn an OSError into a UserError that names the space needed and the space free."""
         try:
             yield
         except OSError as error:
@@ -288,7 +283,7 @@ class Saver:
 
     @contextmanager
     def _no_more_than_warned(self, save: _Save) -> Iterator[None]:
-        """The new checkpoint is safe: what comes after it is no reason to end."""
+        """Log an OSError as a warning: the new checkpoint is safe, so the run need not end."""
         try:
             yield
         except OSError as error:
@@ -302,14 +297,13 @@ class Saver:
         except UserError:
             self._pending = None
             if self.engine.mesh.rank == 0:
-                shutil.rmtree(
-                    save.staging, ignore_errors=True
-                )  # a torn save must not fill the disk that was too small
+                # A partial save must not fill a disk that was already too small.
+                shutil.rmtree(save.staging, ignore_errors=True)
             raise
 
 
 def _completed(manifest: Manifest, reports: list[Report]) -> Manifest:
-    """With what all ranks wrote."""
+    """Return the manifest with what all ranks wrote."""
     slices: dict[str, list[Slice]] = {name: [] for name in manifest.tensors}
     for _, parts in reports:
         for name, part in parts:

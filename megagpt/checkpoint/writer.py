@@ -1,6 +1,4 @@
-"""What one rank does of a save, without a collective call: plan files, copy state to host
-memory, write and hash.
-"""
+"""One rank's part of a save, without a collective call: plan files, copy, write and hash."""
 
 import hashlib
 import os
@@ -25,25 +23,23 @@ from megagpt.parallel.rectangles import Box
 from megagpt.utils import MIB, UserError
 
 KINDS = (WEIGHT, *MOMENTS)
-FILE_BYTES = (
-    256 * MIB
-)  # at most, so that several threads can write, hash and verify one large bucket
-CHUNK_BYTES = MIB  # hashed and written while a processor's cache holds it
+FILE_BYTES = 256 * MIB  # at most, so that several threads can write and verify one large bucket
+CHUNK_BYTES = MIB  # small enough to be hashed and written while it is in the processor's cache
 _ELEMENT_BYTES = 4
 
-Flats = dict[str, Tensor]  # weights or moments by kind, each the bucket's flat run
+Flats = dict[str, Tensor]  # by kind (weights or a moment): the bucket's flat run
 
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """One file to come: some pieces of one bucket, each with its weights and moments."""
+    """A file to be written: some pieces of one bucket, each with its weights and moments."""
 
     name: str
     pieces: tuple[Piece, ...]
 
     @property
     def header(self) -> bytes:
-        """The beginning of the file."""
+        """The header of the file."""
         return safetensors_file.header(
             (f"{kind}/{piece.name}", "F32", [piece.numel]) for kind, piece in self.tensors
         )
@@ -55,22 +51,22 @@ class PlannedFile:
 
     @property
     def bytes(self) -> int:
-        """The size that it will have."""
+        """The size of the file."""
         elements = sum(piece.numel for piece in self.pieces)
         return len(self.header) + len(KINDS) * _ELEMENT_BYTES * elements
 
     def slices(self, boxes: dict[str, Box]) -> list[tuple[str, Slice]]:
-        """For the manifest: each parameter with the part of it that lies here."""
+        """Return each parameter with the slice of it in this file, for the manifest."""
         return [(p.name, Slice(self.name, p.start, p.numel, boxes[p.name])) for p in self.pieces]
 
 
 def plan_files(engine: Engine) -> list[list[PlannedFile]]:
-    """The files of each bucket of this rank."""
+    """Return the files of each bucket of this rank."""
     return files_of(engine.mesh.rank, (bucket.owned_pieces for bucket in owned_buckets(engine)))
 
 
 def files_of(rank: int, buckets: Iterable[Iterable[Piece]]) -> list[list[PlannedFile]]:
-    """The files of each bucket; a parameter too large for one file is cut."""
+    """Return the files of each bucket; a parameter too large for one file is cut."""
     names = (f"rank_{rank:05d}_{index:03d}.safetensors" for index in count())
     return [
         [PlannedFile(next(names), pieces) for pieces in _in_files(bucket)] for bucket in buckets
@@ -99,8 +95,9 @@ def _cut(piece: Piece, most: int) -> Iterator[Piece]:
 
 
 def kinds(master: Tensor, optimizer_state: dict[str, Any]) -> Flats:
-    """Weights and moments of a bucket by their name in a file; moments that Adam has not made
-    yet are zero.
+    """Return a bucket's weights and moments by their names in a file, each as a flat run.
+
+    Moments that Adam has not created yet are zero.
     """
     moments = {name: optimizer_state.get(name) for name in MOMENTS}
     flats = {
@@ -111,37 +108,36 @@ def kinds(master: Tensor, optimizer_state: dict[str, Any]) -> Flats:
 
 
 def parameter_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the whole model, whatever this rank holds of it."""
+    """Return the shape of every parameter of the whole model."""
     with torch.device("meta"):
         whole = GPT(engine.config.megagpt.model)
     return {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
 
 
 def owned_buckets(engine: Engine) -> list[Bucket]:
-    """Those of which this rank saves anything."""
+    """Return the buckets of which this rank saves something."""
     return [bucket for bucket in engine.buckets() if bucket.owned_pieces]
 
 
 def live(engine: Engine) -> Generator[Flats]:
-    """The state of bucket after bucket where it lies, brought into memory while it is looked at."""
+    """Yield the state of each bucket where it lies, resident in memory while it is used."""
     for bucket in owned_buckets(engine):
         with bucket.resident(False) as held:
             yield kinds(*held)
 
 
 class Snapshot:
-    """A copy of this rank's state in host memory, which is kept from save to save; pinned where a
-    GPU copies to it.
+    """A copy of this rank's state in host memory, reused by every save.
 
-    State in host memory is copied by the processor: pinning its copy would take time and memory
-    (model_states.py, `pinned_block`) for nothing.
+    It is pinned only if a GPU copies to it. State in host memory is copied by the processor, and
+    pinning its copy would cost time and memory (model_states.py, `pinned_block`) for nothing.
     """
 
     def __init__(self) -> None:
         self._flats: list[Flats] = []
 
     def take(self, engine: Engine) -> list[Flats]:
-        """Copy what the buckets hold now; what an earlier call returned is overwritten."""
+        """Copy the present state of the buckets, overwriting what an earlier call returned."""
         for index, flats in enumerate(live(engine)):
             if index == len(self._flats):
                 self._flats.append(
@@ -150,18 +146,17 @@ class Snapshot:
             for kind, flat in flats.items():
                 self._flats[index][kind].copy_(flat, non_blocking=True)
             if any(flat.is_cuda for flat in flats.values()):
-                torch.cuda.synchronize(
-                    engine.device
-                )  # before a bucket's buffers go back to whoever swaps it
+                # The copy must end before the bucket's buffers go back to the swapper.
+                torch.cuda.synchronize(engine.device)
         return self._flats
 
 
 def write_files(
     staging: Path, plan: Sequence[list[PlannedFile]], state: Iterable[Flats]
 ) -> dict[str, StoredFile]:
-    """Write every file of the plan, flushed to the disk; what each became, by name.
+    """Write every file of the plan, flushed to the disk; return size and SHA-256 by name.
 
-    Raises OSError where the disk refuses one, UserError where a value is not finite.
+    Raise OSError if the disk refuses, UserError if a value is not finite.
     """
     written: dict[str, StoredFile] = {}
     for files, flats in zip(plan, state, strict=True):
@@ -173,14 +168,15 @@ def write_files(
 def write_live(
     staging: Path, plan: Sequence[list[PlannedFile]], engine: Engine
 ) -> dict[str, StoredFile]:
-    """The same from the state where it lies, without a copy."""
+    """Write every file of the plan from the state where it lies, without a copy."""
     with closing(live(engine)) as state:
         return write_files(staging, plan, state)
 
 
 def _write_file(staging: Path, flats: Flats, planned: PlannedFile) -> StoredFile:
-    """One pass over the values: each chunk is hashed and handed to the disk."""
-    path, digest = staging / planned.name, hashlib.sha256()
+    """Write a file in one pass: each chunk is hashed and handed to the disk."""
+    path = staging / planned.name
+    digest = hashlib.sha256()
     try:
         with path.open("wb") as file:
             for chunk in _chunks(planned, flats):
@@ -189,9 +185,8 @@ def _write_file(staging: Path, flats: Flats, planned: PlannedFile) -> StoredFile
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise OSError(
-            error.errno, error.strerror, str(path)
-        ) from error  # a write does not know where it writes
+        # The error of a write does not name the file.
+        raise OSError(error.errno, error.strerror, str(path)) from error
     return StoredFile(planned.bytes, digest.hexdigest())
 
 
@@ -208,13 +203,13 @@ def _chunks(planned: PlannedFile, flats: Flats) -> Iterator[bytes | memoryview]:
 
 
 def _require_finite(name: str, values: Tensor) -> None:
-    """A spoilt checkpoint would in time push out the last sound one.
+    """Raise UserError if a value is NaN or infinite, which the extremes show.
 
-    NaN and infinity show in the extremes.
+    A corrupt checkpoint would in time push out the last good one.
     """
     least, greatest = values.aminmax()
     if not (least.isfinite() and greatest.isfinite()):
         raise UserError(
-            f"{name} is not finite, so nothing was saved; earlier checkpoints are untouched: "
-            f"lower optimizer.params.lr and start again from the newest"
+            f"{name}: not finite, so nothing was saved; earlier checkpoints are untouched; lower "
+            "optimizer.params.lr and start again from the newest"
         )

@@ -7,11 +7,19 @@ import re
 
 MASK = "[secret]"
 
-# WANDB_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY, AWS_ACCESS_KEY_ID, PGPASSWORD,
-# GOOGLE_APPLICATION_CREDENTIALS ...
-_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
-# Shorter values are settings (TOKENIZERS_PARALLELISM=false); masking them would garble other text.
+# WANDB_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY, AWS_ACCESS_KEY_ID, PGPASSWORD, PIP_BASIC_AUTH,
+# GOOGLE_APPLICATION_CREDENTIALS ... AUTH counts, but not GIT_AUTHOR_NAME and XAUTHORITY.
+_SECRET_NAME = re.compile(
+    r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|AUTH(?!OR)|AUTHORI[SZ]", re.IGNORECASE
+)
+# Shorter values are settings (TOKENIZERS_PARALLELISM=false), and masking them would garble ordinary
+# text.
 _SHORTEST_SECRET = 8
+
+
+def names_secret(variable: str) -> bool:
+    """Return whether an environment variable of this name is likely to hold a secret."""
+    return _SECRET_NAME.search(variable) is not None
 
 
 def redacted(text: str) -> str:
@@ -23,7 +31,7 @@ def redacted(text: str) -> str:
 
 def _secrets() -> list[str]:
     """Return the values to hide, longest first, so that one that contains another goes whole."""
-    values = {value for name, value in os.environ.items() if _SECRET_NAME.search(name)}
+    values = {value for name, value in os.environ.items() if names_secret(name)}
     return sorted(
         (value for value in values if len(value) >= _SHORTEST_SECRET), key=len, reverse=True
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megagpt.common.disk import sha256_of
 from megagpt.data.manifest import (
     OFFSET_DTYPE,
     DatasetManifest,
@@ -68,11 +69,6 @@ def verify(directory: Path, *, full: bool = False) -> DatasetManifest:
             problems += _offset_problems(Path(directory), shard)
         _raise(Path(directory), problems)
     return manifest
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def probes_of(path: Path) -> list[str]:

@@ -8,7 +8,6 @@ see the directory only when it is complete.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,6 +18,8 @@ from typing import BinaryIO
 import numpy as np
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
+from megagpt.common.atomic_directory import AtomicDirectory
+from megagpt.common.disk import WRITE_ERRORS
 from megagpt.data.integrity import largest_token, record_file
 from megagpt.data.manifest import (
     MANIFEST_FILE,
@@ -30,12 +31,11 @@ from megagpt.data.manifest import (
     dataset_staging_directory,
     dtype_for,
 )
-from megagpt.utils import MIB, UserError, human_bytes, sync_directory, write_atomically
+from megagpt.utils import MIB, UserError, human_bytes, write_atomically
 
 PROGRESS_FILE = "progress.json"
 RESERVE_BYTES = 16 * MIB  # kept free on the disk, for the manifest and other users
 SPLITS: tuple[Split, ...] = ("train", "val")
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ShardProgress(BaseModel):
@@ -249,8 +249,13 @@ def explain_full_disk(directory: Path, need_bytes: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK_FULL:
+        if error.errno not in WRITE_ERRORS:
             raise
+        if error.errno == errno.EROFS:  # no room would help
+            raise UserError(
+                f"{directory}: {error.strerror}; make its disk writable and give the same command "
+                "again: it continues from the last commit point"
+            ) from error
         raise _disk_full(directory, need_bytes, error.strerror or "disk full") from error
 
 
@@ -272,50 +277,22 @@ def _disk_full(directory: Path, need_bytes: int, reason: str) -> UserError:
 def exclusive_staging(directory: Path) -> Iterator[Path]:
     """Lock the staging directory of `directory` against other processes of this host, and yield it.
 
-    Makes it if needed, and waits while another process holds it. The lock is on the directory
-    itself and dies with its holder, so a stale one needs no cleaning. A holder that published
-    has renamed the directory, and the next one makes another.
+    Makes it if needed, and waits while another process holds it.
     """
-    staging = dataset_staging_directory(directory)
-    while True:
-        try:
-            staging.mkdir(parents=True, exist_ok=True)
-            lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
-        # another process published or removed it at this moment
-        except (FileExistsError, FileNotFoundError):
-            if staging.exists() and not staging.is_dir():
-                raise
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if _is_open_as(lock, staging):
-                try:
-                    yield staging
-                finally:
-                    _remove_if_empty(lock, staging)
-                return
-        finally:
-            os.close(lock)
+    with _atomic(directory).locked(wait=True) as staging:
+        yield staging
 
 
-def _is_open_as(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
+def _atomic(directory: Path) -> AtomicDirectory:
+    return AtomicDirectory(dataset_staging_directory(directory), directory)
 
 
-def _remove_if_empty(lock: int, staging: Path) -> None:
-    """Remove an empty staging directory, unless the name now belongs to another process."""
-    if _is_open_as(lock, staging) and not any(staging.iterdir()):
-        staging.rmdir()
-
-
-def publish(staging: Path, directory: Path) -> None:
-    """Rename a complete staging directory to its destination.
+def publish(directory: Path) -> None:
+    """Rename the complete staging directory of `directory` to it.
 
     A dataset that was there is removed after the rename.
     """
+    staging = dataset_staging_directory(directory)
     manifest = DatasetManifest.model_validate_json((staging / MANIFEST_FILE).read_bytes())
     shards = [shard for shards in manifest.splits.values() for shard in shards]
     known = {
@@ -327,10 +304,4 @@ def publish(staging: Path, directory: Path) -> None:
     for path in staging.iterdir():
         if path.name not in known:
             path.unlink()
-    replaced = directory.with_name(f"{directory.name}.replaced-{os.getpid()}")
-    if directory.exists():
-        directory.rename(replaced)
-    staging.rename(directory)
-    sync_directory(directory.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    _atomic(directory).commit()

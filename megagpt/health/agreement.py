@@ -1,5 +1,6 @@
-"""What every rank has to have alike: hosts may hold different copies of anything that is not
-sent to them.
+"""What must be identical on every rank: configuration, data, code, library versions.
+
+Hosts may hold different copies of them.
 """
 
 import importlib.metadata
@@ -21,9 +22,9 @@ HOST = "host"
 
 
 def require_agreement(config: RunConfig, stream: SampleStream | None = None) -> None:
-    """Ranks that differ would train nonsense in silence.
+    """Raise UserError on all ranks if their configuration, data, code or libraries differ.
 
-    Every rank must call it; raises UserError on all of them.
+    Every rank must call it. Ranks that differ would train nonsense silently.
     """
     mine = {
         "configuration": config.to_json(),
@@ -49,13 +50,11 @@ def require_agreement(config: RunConfig, stream: SampleStream | None = None) -> 
             f"{_named([0], hosts)} in {what}"
             for what, others in differing.items()
         ]
-        raise UserError("\n".join(lines) + ": give every host the same, start again")
+        raise UserError("\n".join(lines) + "; give every host the same and start again")
 
 
 def _named(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    """`rank 1 (host b), rank 2 (host c)`; of many, the first few, how many more, and on which
-    hosts those are.
-    """
+    """Return `rank 1 (host b), rank 2 (host c)`, the first few of many with a count of the rest."""
     named = ", ".join(f"rank {rank} (host {hosts[rank]})" for rank in ranks[:MOST_NAMED])
     if not (more := ranks[MOST_NAMED:]):
         return named

@@ -1,4 +1,4 @@
-"""The last thing a failed run shows: what happened, where, what is safe, and what to type."""
+"""The last text a failed run shows: what happened, where, what is safe, and what to type."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def crash_page(
     resume_command: str | None,
     log_path: Path | None = None,
 ) -> str:
-    """One screen of plain text (24 lines of 80 columns, longer where a path or a command is) about
-    a fatal `error`.
+    """Return one screen of plain text about a fatal `error`.
 
-    It shows the innermost frames only; write the whole traceback to the rank's log before printing
-    it. None stands for "there is none yet": no step done, no checkpoint written, nothing to resume.
+    It has 24 lines of 80 columns, longer where a path or a command is. It shows the innermost
+    frames only; write the whole traceback to the rank's log before printing it. None stands for
+    "there is none yet": no step done, no checkpoint written, nothing to resume.
     """
     rule = "─" * PAGE_WIDTH
     facts = [
@@ -55,9 +55,7 @@ def crash_page(
 
 
 def _message(error: BaseException) -> list[str]:
-    """The error's text, wrapped, with its lines kept, and cut where it would push the rest off
-    the screen.
-    """
+    """Return the error's text, wrapped, and cut to leave room for the rest of the page."""
     lines = []
     for line in (str(error).strip() or "(no message)").splitlines():
         lines += textwrap.wrap(line, PAGE_WIDTH - 4) or [""]
@@ -79,5 +77,5 @@ def _frames(error: BaseException) -> list[str]:
 
 
 def _short_path(filename: str) -> str:
-    """The end of a path, enough to find the file: `megagpt/train.py`, `torch/nn/functional.py`."""
+    """Return the end of a path: `megagpt/train.py`, `torch/nn/functional.py`."""
     return "/".join(Path(filename).parts[-PATH_PARTS:])

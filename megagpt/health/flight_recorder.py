@@ -1,8 +1,7 @@
-"""What each rank's collectives are at, from torch's flight recorder, and who keeps the others from
-going on.
+"""The collectives that each rank is in, from torch's flight recorder, and who blocks the others.
 
-With NCCL a collective is queued on the device and returns: every rank's stack ends where the host
-next needs a number, and tells nothing. The recorder has each operation's place in its process
+With NCCL a collective is queued on the device and returns, so every rank's stack ends where the
+host next needs a number, which says nothing. The recorder has each operation's place in its process
 group's order, and whether it has ended. The format is that of `torch/distributed/flight_recorder`.
 This module does not import torch; it asks one that is loaded.
 """
@@ -18,16 +17,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-ANSWER_S = 1.0  # the recorder asks the driver how far events are, and a driver may hang
+ANSWER_S = 1.0  # the recorder queries events from the driver, which may hang
 DUMPS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")  # the second has gloo's
 
 
 @dataclass(frozen=True)
 class GroupState:
-    """How far this rank is in one process group.
+    """The progress of this rank in one process group.
 
-    ``begun`` is the number of the last collective that it queued there, counting from 1;
-    ``waiting`` the number of the first that has not ended, ``operation`` its name. ``peers`` are
+    ``begun`` is the number of the last collective that it queued there, counting from 1.
+    ``waiting`` is the number of the first that has not ended, ``operation`` its name. ``peers`` are
     the ranks of the oldest batch of sends and receives that has not ended.
     """
 
@@ -40,17 +39,13 @@ class GroupState:
 
 
 def group_states() -> tuple[GroupState, ...]:
-    """Return this process's groups; none where nothing is recorded or the recorder does not
-    answer in time.
-    """
+    """Return this process's groups; none if nothing is recorded or the recorder hangs."""
     found: list[GroupState] = []
 
     def ask() -> None:
         try:
             found.extend(read(_dump()))
-        except (
-            Exception
-        ) as error:  # a format of another torch must not keep the watch from its work
+        except Exception as error:  # an unknown format must not stop the watch
             found.append(
                 GroupState(
                     f"the flight recorder cannot be read ({type(error).__name__}: {error})", (), 0
@@ -64,7 +59,7 @@ def group_states() -> tuple[GroupState, ...]:
 
 
 def _dump() -> dict[str, Any]:
-    """Return the recorder's content; empty where there is none."""
+    """Return the recorder's content, empty if there is none."""
     c10d = sys.modules.get("torch._C._distributed_c10d")
     for name in DUMPS:
         dump: Callable[..., bytes] | None = getattr(c10d, name, None)
@@ -75,7 +70,7 @@ def _dump() -> dict[str, Any]:
 
 
 def read(dump: Mapping[str, Any]) -> list[GroupState]:
-    """Return the state of each group in a dump of one rank."""
+    """Return the state of each group in one rank's dump."""
     entries: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
     for entry in dump.get("entries", ()):
         entries[tuple(entry["process_group"])].append(entry)
@@ -115,20 +110,22 @@ def _ends(entries: Iterable[Mapping[str, Any]], number: str) -> dict[int, Mappin
 
 
 def _ended(entry: Mapping[str, Any]) -> bool:
-    """NCCL's watchdog marks what it found completed; gloo's operations are retired without a
-    state of their own.
+    """Return whether an operation has ended.
+
+    NCCL's watchdog marks those it found completed; gloo's are retired without a state of their own.
     """
     return entry["state"] == "completed" or bool(entry["retired"])
 
 
 def _name(entry: Mapping[str, Any]) -> str:
-    """`all_reduce` of `nccl:all_reduce`"""
+    """Return `all_reduce` of `nccl:all_reduce`."""
     return str(entry["profiling_name"]).partition(":")[2]
 
 
 def _peer(name: str, members: tuple[int, ...]) -> int | None:
-    """Return the other rank of `send 0->1` or `recv 1<-0`, whose numbers are those of the group;
-    None of a batch.
+    """Return the other rank of `send 0->1` or `recv 1<-0`, None of a batch.
+
+    The numbers in the name are those of the group.
     """
     words = name.replace("->", " ").replace("<-", " ").split()
     if words[0] not in ("send", "recv") or len(words) != 3:
@@ -137,12 +134,12 @@ def _peer(name: str, members: tuple[int, ...]) -> int | None:
     return members[number] if members else number
 
 
-Ranks = Mapping[int, Iterable[GroupState]]  # what each rank that answered says
+Ranks = Mapping[int, Iterable[GroupState]]  # the answer of each rank that answered
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The ranks that others wait for, and why."""
+    """The ranks that the others wait for, and why."""
 
     ranks: tuple[int, ...]
     reason: str
@@ -152,10 +149,10 @@ Reasons = dict[int, dict[int, str]]  # who waits -> for whom -> in what
 
 
 def find_absent(ranks: Ranks) -> Finding | None:
-    """Return who keeps the others waiting and waits for nobody; None where all have begun what the
-    others wait in.
+    """Return the ranks that others wait for and that wait for nobody, or None.
 
-    Where all have, but not the same operation, those are returned whose operation is the rarest.
+    If all ranks have begun what the others wait in, but not the same operation, return those whose
+    operation is the rarest.
     """
     by_group: dict[str, dict[int, GroupState]] = defaultdict(dict)
     for rank, states in ranks.items():

@@ -1,4 +1,4 @@
-"""Watches over a run's numbers: steps that could not be applied, losses that jump."""
+"""The guard of a run's numbers: steps that could not be applied, and losses that jump."""
 
 import math
 import statistics
@@ -10,24 +10,24 @@ from megagpt.checkpoint.format import GuardMemory
 from megagpt.config import ResolvedConfig
 from megagpt.parallel.pipeline import StepResult
 
-MOST_SKIPS_IN_A_ROW = 5  # one bad batch is survived; a run that has diverged never recovers
-MOST_REWINDS = 3  # of one process; a spike that comes back each time is not the data's fault
+MOST_SKIPS_IN_A_ROW = 5  # enough for a bad batch; a run that has diverged never recovers
+MOST_REWINDS = 3  # of one process; a spike that returns every time is not caused by the data
 WINDOW_STEPS = 50
 SPIKE_DEVIATIONS = 6.0
-DEVIATIONS_PER_MAD = (
-    1.4826  # a normal distribution's standard deviation over its median absolute deviation
-)
+# A normal distribution's standard deviation over its median absolute deviation.
+DEVIATIONS_PER_MAD = 1.4826
 LEAST_SPIKE = 0.5  # nats above the median; smaller jumps are noise whatever the deviation
 
 
 class StoppedByGuardError(Exception):
-    """The run must not go on; the message says why and what to try."""
+    """The run must not continue; the message says why and what to try."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What to report of a step; ``fatal`` where the run has to end after that, ``rewind`` where
-    it has to go back.
+    """What to report about a step.
+
+    ``fatal``: the run must end after it. ``rewind``: the run must return to its checkpoint.
     """
 
     message: str
@@ -37,9 +37,9 @@ class Verdict:
 
 @dataclass
 class Guard:
-    """One step's verdict at a time, alike on every rank, as its losses are.
+    """Judges one step at a time; equal on every rank, because the losses are.
 
-    ``on_nonfinite`` skip | stop, ``on_spike`` warn | ignore | skip | rewind, as configured.
+    ``on_nonfinite`` skip | stop and ``on_spike`` warn | ignore | skip | rewind, as configured.
     """
 
     on_nonfinite: str
@@ -51,12 +51,14 @@ class Guard:
 
     @classmethod
     def of(cls, config: ResolvedConfig) -> Self:
-        """The guard of a run; a dynamic loss scale that starts high halves once a step until it
-        fits.
+        """Return the guard of a run.
 
-        DeepSpeed's loss scaler first lets ``hysteresis`` overflows go by.
+        A dynamic loss scale that starts high halves once per step until it fits, after
+        ``hysteresis`` overflows that DeepSpeed's loss scaler ignores; so many skips in a row are
+        allowed.
         """
-        fp16, settings = config.fp16, config.megagpt.training
+        fp16 = config.fp16
+        settings = config.megagpt.training
         scale_falls = (
             fp16.initial_scale_power + fp16.hysteresis
             if fp16.enabled and fp16.loss_scale == 0
@@ -65,23 +67,23 @@ class Guard:
         return cls(settings.on_nonfinite, settings.on_spike, max(MOST_SKIPS_IN_A_ROW, scale_falls))
 
     def remember(self, memory: GuardMemory) -> None:
-        """Go on from what the guard of another process knew, or this one's at an earlier step."""
+        """Continue from the state of another process's guard, or of this one at an earlier step."""
         self.recent = deque(memory.recent_losses, maxlen=WINDOW_STEPS)
         self.skips_in_a_row = memory.skips_in_a_row
 
     @property
     def memory(self) -> GuardMemory:
-        """What its next verdict depends on."""
+        """The state that the next verdict depends on."""
         return GuardMemory(tuple(self.recent), self.skips_in_a_row)
 
     def refuses(self, loss: float) -> bool:
-        """Whether the update that such a loss leads to must not be made."""
+        """Return whether the update for this loss must not be made."""
         return self.on_spike in ("skip", "rewind") and self._is_spike(loss)
 
     def judge(self, step: int, result: StepResult) -> Verdict | None:
-        """None where there is nothing to say.
+        """Return what to report about a step, or None.
 
-        A loss that was refused does not enter the recent ones.
+        A refused loss does not enter the recent losses.
         """
         if not result.applied:
             return (
@@ -105,7 +107,7 @@ class Guard:
         if self.skips_in_a_row >= self.most_skips_in_a_row:
             in_a_row = f"{self.skips_in_a_row} steps in a row"
             return Verdict(
-                f"{what}; {in_a_row}: lower optimizer.params.lr, or look at the data", fatal=True
+                f"{what}; {in_a_row}: lower optimizer.params.lr, or check the data", fatal=True
             )
         return Verdict(what)
 
@@ -123,14 +125,17 @@ class Guard:
         if self.skips_in_a_row >= self.most_skips_in_a_row:
             in_a_row = f"{self.skips_in_a_row} steps in a row"
             return Verdict(
-                f"{what}; {in_a_row}: set megagpt.training.on_spike to warn if it is right",
+                f"{what}; {in_a_row}: if these losses are right, --set "
+                "megagpt.training.on_spike=warn",
                 fatal=True,
             )
         return Verdict(what)
 
     def _is_spike(self, loss: float) -> bool:
-        """Median and median deviation, unlike mean and standard deviation, do not follow a spike
-        that was let pass.
+        """Return whether a loss is far above the median of the recent ones.
+
+        Median and median deviation, unlike mean and standard deviation, do not follow a spike that
+        was accepted.
         """
         if len(self.recent) < WINDOW_STEPS or not math.isfinite(loss):
             return False

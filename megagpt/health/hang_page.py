@@ -1,4 +1,4 @@
-"""The page about a run that hangs: which rank differs from the rest, and where every rank is."""
+"""The page about a run that hangs: which rank differs, and where every rank is."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ def hang_page(
     resume_command: str | None,
     stacks: Path,
 ) -> str:
-    """Plain text of 80 columns, longer where a path or a command is; ``stacks`` is where the
-    whole stacks lie.
+    """Return plain text of 80 columns, longer where a path or a command is.
+
+    ``stacks`` is the directory of the whole stacks.
     """
     rule = "─" * PAGE_WIDTH
     odd = odd_ranks(states)
@@ -36,7 +37,7 @@ def hang_page(
     ]
     lines = [
         rule,
-        f"  the run hangs: nothing has ended for {timeout_s:g} s (megagpt.monitor.stall_timeout_s)",
+        f"  the run hangs: no progress for {timeout_s:g} s (megagpt.monitor.stall_timeout_s)",
         "",
         *textwrap.wrap(
             hang_verdict(states), PAGE_WIDTH - 4, initial_indent="  ", subsequent_indent="  "
@@ -51,7 +52,7 @@ def hang_page(
 
 
 def grouped(states: Iterable[RankState]) -> list[list[RankState]]:
-    """The ranks that are at the same point, together."""
+    """Return the ranks grouped by the point that they are at."""
     groups: dict[tuple[object, ...], list[RankState]] = {}
     for state in states:
         groups.setdefault(state.whereabouts, []).append(state)
@@ -59,11 +60,11 @@ def grouped(states: Iterable[RankState]) -> list[list[RankState]]:
 
 
 def odd_ranks(states: Sequence[RankState]) -> list[int]:
-    """The ranks that the others most likely wait for; empty where all are in the same place.
+    """Return the ranks that the others most likely wait for; empty if all are in the same place.
 
-    In this order: those that do not answer, those that are absent from what the others' devices
-    wait in, those that are steps behind, those that wait for nobody while others do, and those in
-    the least common place.
+    In this order: ranks that do not answer, ranks absent from what the others' devices wait in,
+    ranks that are steps behind, ranks that wait for nobody while others do, and ranks in the least
+    common place.
     """
     absent = _absent(states)
     furthest = max(state.step for state in states)
@@ -86,12 +87,12 @@ def odd_ranks(states: Sequence[RankState]) -> list[int]:
 
 
 def _absent(states: Sequence[RankState]) -> Finding | None:
-    """What torch's flight recorders say together."""
+    """Return what torch's flight recorders show together."""
     return find_absent({state.rank: state.groups for state in states if state.silent_s is None})
 
 
 def hang_verdict(states: Sequence[RankState]) -> str:
-    """One sentence: who differs, and how; another one where the flight recorders agree."""
+    """Return a sentence on who differs and how, and another if the flight recorders agree."""
     odd = odd_ranks(states)
     if not odd:
         return (
@@ -129,7 +130,7 @@ def _where(state: RankState) -> str:
 
 
 def _group(group: list[RankState]) -> list[str]:
-    """Where some ranks are, with the stack of the first, innermost last."""
+    """Return the place of some ranks, with the stack of the first, innermost last."""
     first = group[0]
     who = first.name if len(group) == 1 else _ranks([state.rank for state in group])
     frames = [f"    {frame}"[:PAGE_WIDTH] for frame in reversed(first.stack[:FRAMES])]
@@ -137,7 +138,7 @@ def _group(group: list[RankState]) -> list[str]:
 
 
 def _ranks(ranks: list[int]) -> str:
-    """`rank 3`, `ranks 0-2, 5`"""
+    """Return `rank 3` or `ranks 0-2, 5`."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and rank == runs[-1][-1] + 1:

@@ -1,8 +1,7 @@
-"""Finds replicas that have drifted apart: what ranks must hold alike bit for bit is compared by its
-checksum.
+"""Finds replicas that have drifted apart, by comparing checksums of identical copies.
 
-A flipped bit or a lost update on one rank makes no error and no jump in the loss. It stays unseen
-for weeks.
+A flipped bit or a lost update on one rank raises no error and no jump in the loss, and can stay
+unseen for weeks.
 """
 
 from collections import Counter
@@ -17,17 +16,16 @@ from megagpt.parallel.compat import MOMENTS
 from megagpt.parallel.engine import Engine
 from megagpt.parallel.rectangles import whole
 
-_INTEGERS = {2: torch.int16, 4: torch.int32}  # of an element's size in bytes
+_INTEGERS = {2: torch.int16, 4: torch.int32}  # by an element's size in bytes
 
-Copies = Iterable[
-    tuple[str, Tensor]
-]  # (what it is, values), which are there only until the next one is asked for
+# (what it is, values); the values are valid only until the next item is requested.
+Copies = Iterable[tuple[str, Tensor]]
 
 
 def data_copies(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    """What every rank of this data axis holds alike.
+    """Yield what must be identical on every rank of this data axis.
 
-    Parameters below ZeRO 3; those that ZeRO 3 leaves whole because they are small; Adam's moments
+    These are parameters below ZeRO-3, the small ones that ZeRO-3 leaves whole, and Adam's moments
     at ZeRO 0.
     """
     for parameter, name in engine.names.items():
@@ -42,9 +40,10 @@ def data_copies(engine: Engine) -> Iterator[tuple[str, Tensor]]:
 
 
 def tensor_copies(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    """What every rank of this tensor axis holds alike: master weights and moments of what no
-    layer shares (norms, the biases behind a sum, positions), or the shards of them that ZeRO
-    leaves to this data rank.
+    """Yield what must be identical on every rank of this tensor axis.
+
+    These are master weights and moments of parameters that are not shared (norms, the biases after
+    a sum, positions), or the shards of them that ZeRO gives this data rank.
     """
     shapes = parameter_shapes(engine)
     for bucket in engine.buckets():
@@ -62,7 +61,7 @@ def tensor_copies(engine: Engine) -> Iterator[tuple[str, Tensor]]:
 
 
 def all_copies(engine: Engine) -> Iterator[tuple[dist.ProcessGroup, Copies]]:
-    """Each axis of several ranks along which this rank holds copies, and these."""
+    """Yield the group of each axis along which this rank holds copies, and the copies."""
     mesh = engine.mesh
     if mesh.data_size > 1:
         yield mesh.data_group, data_copies(engine)
@@ -71,15 +70,17 @@ def all_copies(engine: Engine) -> Iterator[tuple[dist.ProcessGroup, Copies]]:
 
 
 def checksum(values: Tensor) -> Tensor:
-    """The sum of the elements' bit patterns modulo 2**64, a scalar: one flipped bit always
-    changes it.
+    """Return the sum of the elements' bit patterns modulo 2**64, a scalar.
+
+    One flipped bit always changes it.
     """
     return values.contiguous().view(_INTEGERS[values.element_size()]).sum(dtype=torch.int64)
 
 
 def find_drift(engine: Engine) -> str | None:
-    """Which value differs on which rank, or None where all is well; alike on every rank, all of
-    which must call it.
+    """Return which value differs on which rank, or None; the same on every rank.
+
+    Every rank must call it.
     """
     mine = [_difference(group, copies, engine.device) for group, copies in all_copies(engine)]
     found: list[list[str | None]] = [[]] * dist.get_world_size()
@@ -88,7 +89,7 @@ def find_drift(engine: Engine) -> str | None:
 
 
 def _difference(group: dist.ProcessGroup, copies: Copies, device: torch.device) -> str | None:
-    """The first value that differs within a group."""
+    """Return the first value that differs within a group, or None."""
     sums = {name: checksum(values).to(device) for name, values in copies}
     if not sums:
         return None
@@ -102,7 +103,10 @@ def _difference(group: dist.ProcessGroup, copies: Copies, device: torch.device) 
 
 
 def _who_differs(sums: list[int], ranks: list[int]) -> str:
-    """Those without the most common checksum; of two alone nobody can say which is right."""
+    """Return the ranks without the most common checksum, in words.
+
+    Of two ranks alone, neither is known to be right.
+    """
     usual, votes = Counter(sums).most_common(1)[0]
     odd = [rank for rank, value in zip(ranks, sums, strict=True) if value != usual]
     if 2 * votes <= len(ranks):

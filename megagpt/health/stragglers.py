@@ -1,7 +1,7 @@
-"""Names the rank that the others wait for, once it is slower than its peers several times in a row.
+"""Names a rank that the others wait for, after it was slower than its peers several times in a row.
 
-Every rank's steps last equally long, as all wait for the slowest; what differs is how long each one
-works in them.
+The steps of all ranks take equally long, because all wait for the slowest; only the time that each
+rank works in a step differs.
 """
 
 import statistics
@@ -15,49 +15,51 @@ from megagpt.distributed import Mesh
 from megagpt.parallel import timeouts as waits
 
 WINDOW_STEPS = 5
-WINDOWS_IN_A_ROW = 3  # one window may hold a page fault or a neighbour's compilation
+WINDOWS_IN_A_ROW = 3  # one window may be slowed by a page fault or another program
 SLOWER = 1.3  # times the median of its peers
-# of a step's time: what a rank may work longer before it costs the others anything worth saying
+# The share of a step's time by which a rank must work longer to be worth reporting.
 LEAST_SHARE = 0.1
 
 
 class StragglerWatch:
-    """Adds up what this rank works in its steps and compares it with its peers every
-    ``WINDOW_STEPS``.
+    """Sums this rank's working time and compares it with its peers every ``WINDOW_STEPS``.
 
     On a GPU one step of a window is measured. Copies between host and device on other streams count
-    as waiting there, so that a slow bus does not show.
+    as waiting there, so a slow bus does not show.
     """
 
     def __init__(self, mesh: Mesh, device: torch.device, clock: waits.Clock | None = None) -> None:
-        self.device, self.peers = device, peers(mesh.device_mesh.mesh)
+        self.device = device
+        self.peers = peers(mesh.device_mesh.mesh)
         self.clock: waits.Clock = clock or (
             waits.DeviceClock() if device.type == "cuda" else waits.HostClock()
         )
-        self.steps, self.worked_s, self.lasted_s = 0, 0.0, 0.0
+        self.steps = 0
+        self.worked_s = 0.0
+        self.lasted_s = 0.0
         self.rows: Counter[int] = Counter()
         waits.hook(device)
 
     def begin_step(self) -> None:
-        """Before the samples are loaded: a slow disk counts as work."""
+        """Start a step, before the samples are loaded: a slow disk counts as work."""
         if self._measures:
             self.started = self.clock.mark()
             waits.begin(self.clock)
 
     @property
     def _measures(self) -> bool:
-        """Whether the step that comes, or is under way, is measured."""
+        """Whether the next or current step is measured."""
         return (self.steps + 1) % self.clock.every == 0
 
     def end_step(self) -> list[tuple[int, float]]:
-        """The ranks that have become stragglers with this step, and how many times as long as its
-        peers each works.
+        """Return the new stragglers, each with its working time relative to its peers'.
 
         Every rank must call it; all get the same answer. A straggler is named again only after it
         has caught up.
         """
         if self._measures:
-            stalls, ended = waits.end(), self.clock.mark()
+            stalls = waits.end()
+            ended = self.clock.mark()
             lasted_s = self.clock.between_s(self.started, ended)
             self.lasted_s += lasted_s
             self.worked_s += lasted_s - sum(self.clock.between_s(*stall) for stall in stalls)
@@ -67,7 +69,8 @@ class StragglerWatch:
         mine = torch.tensor([self.worked_s, self.lasted_s], dtype=torch.float64, device=self.device)
         of_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(of_ranks, mine)
-        self.worked_s, self.lasted_s = 0.0, 0.0
+        self.worked_s = 0.0
+        self.lasted_s = 0.0
         worked_s, lasted_s = torch.stack(of_ranks).T.tolist()
         return self._named(slower_ranks(worked_s, max(lasted_s), self.peers))
 
@@ -79,10 +82,10 @@ class StragglerWatch:
 
 
 def peers(ranks: torch.Tensor) -> Callable[[int], list[int]]:
-    """Who does the same work as a rank: the others of its pipeline stage, or everyone else where it
-    is alone there.
+    """Return a function from a rank to the ranks that do the same work.
 
-    ``ranks`` is the mesh (pipeline, data, tensor).
+    These are the others of its pipeline stage, or all others if it is alone there. ``ranks`` is the
+    mesh (pipeline, data, tensor).
     """
     stages = ranks.flatten(1).tolist()
     everyone = [rank for stage in stages for rank in stage]
@@ -97,9 +100,7 @@ def peers(ranks: torch.Tensor) -> Callable[[int], list[int]]:
 def slower_ranks(
     worked_s: Sequence[float], lasted_s: float, peers_of: Callable[[int], list[int]]
 ) -> dict[int, float]:
-    """Each rank that works longer than its peers, by enough to matter, and how many times as
-    long.
-    """
+    """Return each rank that works notably longer than its peers, with the ratio."""
     slower = {}
     for rank, mine_s in enumerate(worked_s):
         others = peers_of(rank)

@@ -1,10 +1,9 @@
-"""Ends a run that hangs, and says where: a thread on every rank that works although the main thread
-waits for ever.
+"""Ends a run that hangs and says where: a thread on every rank, independent of the main thread.
 
-The loop says what it begins; the thread writes it down now and then, with the main thread's stack,
-in a file of its own that the other ranks can read when this rank cannot speak any more:
+The loop says what it begins. Now and then the thread writes that, with the main thread's stack,
+into a file that the other ranks can read when this rank no longer answers:
 
-    runs/NAME/logs/watch/rank_00001.json    the step, what it does, in which module or collective
+    runs/NAME/logs/watch/rank_00001.json    the step, the activity, the module or collective
     runs/NAME/logs/watch/alarm              made by the first rank whose step takes too long
 """
 
@@ -32,33 +31,30 @@ OWN = str(REPOSITORY / "megagpt")
 MODULE_CALLS = ("forward", "_call_impl")
 MOST_FRAMES = 40
 LISTS = ("members", "peers")  # of a GroupState, tuples here and lists in JSON
-# a stage of the start may take minutes without a sign: an op that is compiled, a checkpoint to be
-# read
+# One activity of the start may take minutes: compiling an op, reading a checkpoint.
 START_S = 900.0
 
 
 @dataclass
 class Pulse:
-    """What the main thread is doing; the loop beats it, the watch reads it."""
+    """What the main thread is doing; the loop sets it, the watch reads it."""
 
     step: int = 0
     doing: str = "starting"
     since_s: float = 0.0
 
     def beat(self, doing: str, step: int | None = None) -> None:
-        """Begin something else."""
-        self.step, self.doing, self.since_s = (
-            self.step if step is None else step,
-            doing,
-            time.monotonic(),
-        )
+        """Begin another activity."""
+        self.step = self.step if step is None else step
+        self.doing = doing
+        self.since_s = time.monotonic()
 
 
 @dataclass(frozen=True)
 class RankState:
-    """Where a rank is, as it says itself.
+    """A rank's own report of where it is.
 
-    ``silent_s`` is how long ago it said so, where it does not answer now.
+    ``silent_s`` is the report's age in seconds if the rank does not answer now.
     """
 
     rank: int
@@ -72,7 +68,7 @@ class RankState:
     stack: tuple[str, ...]
     final: bool = False
     silent_s: float | None = None
-    groups: tuple[GroupState, ...] = ()  # at the end, where torch records its operations
+    groups: tuple[GroupState, ...] = ()  # only in the final state, if torch records operations
 
     @property
     def whereabouts(self) -> tuple[Any, ...]:
@@ -88,10 +84,11 @@ class RankState:
 
 
 class Watch:
-    """The thread of one rank, at work while it is entered.
+    """The thread of one rank; it runs while the context is entered.
 
-    When a step outlasts ``timeout_s``, or a stage of the start that and ``START_S``, one rank calls
-    ``report(states of all ranks, the seconds)`` and every rank then ends itself with exit code 1.
+    If a step takes longer than ``timeout_s``, or an activity of the start longer than that and
+    ``START_S``, one rank calls ``report(states of all ranks, the seconds)``, and every rank then
+    ends itself with exit code 1.
     """
 
     def __init__(
@@ -104,17 +101,16 @@ class Watch:
         timeout_s: float,
         report: Callable[[list[RankState], float], None],
     ) -> None:
-        self.directory, self.pulse = directory / "logs" / "watch", pulse
-        self.rank, self.world_size, self.timeout_s, self.report = (
-            rank,
-            world_size,
-            timeout_s,
-            report,
-        )
-        self.name, self.module_names = f"rank {rank}", dict[int, str]()
-        self.tick_s = min(
-            1.0, max(0.1, timeout_s / 50)
-        )  # seen a tick late, reported a patience later: within 5 s
+        self.directory = directory / "logs" / "watch"
+        self.pulse = pulse
+        self.rank = rank
+        self.world_size = world_size
+        self.timeout_s = timeout_s
+        self.report = report
+        self.name = f"rank {rank}"
+        self.module_names = dict[int, str]()
+        # A hang is seen one tick late and reported ``_patience_s`` later: within 5 s.
+        self.tick_s = min(1.0, max(0.1, timeout_s / 50))
         self.write_every_s = min(30.0, max(self.tick_s, timeout_s / 20))
         self._main_thread = threading.main_thread().ident or 0
         self._closing = threading.Event()
@@ -129,10 +125,9 @@ class Watch:
         return self
 
     def know(self, name: str, module_names: Mapping[int, str]) -> None:
-        """Once there is an engine: what this rank is called, and the names of modules by their
-        ids.
-        """
-        self.name, self.module_names = name, dict(module_names)
+        """Set this rank's name and the names of modules by their ids, once there is an engine."""
+        self.name = name
+        self.module_names = dict(module_names)
 
     def __exit__(
         self,
@@ -149,9 +144,8 @@ class Watch:
         while not self._closing.wait(self.tick_s):
             now_s = time.monotonic()
             if ticked_s and now_s - ticked_s > 5 + 5 * self.tick_s:
-                self.pulse.since_s = (
-                    now_s  # the whole process was stopped, and nobody has missed it
-                )
+                # The whole process was stopped (SIGSTOP, a debugger); that time does not count.
+                self.pulse.since_s = now_s
             ticked_s = now_s
             if now_s - self.pulse.since_s > self.limit_s or self._alarm.exists():
                 self._end_the_run()
@@ -160,8 +154,10 @@ class Watch:
                 self._write(self._own_state())
 
     def _insist(self) -> None:
-        """End this rank where its watch cannot: the disk that all hosts share may have gone with
-        the network, and whoever writes or looks there waits for ever.
+        """End this rank if its watch cannot.
+
+        The shared disk may have gone with the network, and then every read or write there blocks
+        for ever.
         """
         overdue_s = 0.0
         while not self._closing.wait(self.tick_s):
@@ -172,7 +168,7 @@ class Watch:
 
     @property
     def limit_s(self) -> float:
-        """How long the present step, or the present stage of the start, may last."""
+        """How long the present step, or the present activity of the start, may take."""
         return self.timeout_s if self.pulse.step else max(self.timeout_s, START_S)
 
     @property
@@ -180,8 +176,9 @@ class Watch:
         return self.directory / "alarm"
 
     def _end_the_run(self) -> None:
-        """Say where this rank is; the one that raised the alarm waits for the others to do so,
-        and reports.
+        """Write where this rank is, and end it.
+
+        The rank that raised the alarm first waits for the others to write, and reports.
         """
         self._write(replace(self._own_state(), final=True, groups=group_states()))
         try:
@@ -190,7 +187,7 @@ class Watch:
         except FileExistsError:
             self._wait_until(self._reported.exists)
         except OSError as error:
-            log.warning("no alarm: %s", error)
+            log.warning("the hang alarm was not written: %s", error)
         else:
             self._wait_until(lambda: all(state.final for state in self._states()))
             self.report(self._states(), self.limit_s)
@@ -206,14 +203,14 @@ class Watch:
         return self.directory / "reported"
 
     def _wait_until(self, condition: Callable[[], bool]) -> None:
-        """A moment at most: the rank that is waited for may be the one that hangs."""
+        """Wait for a short time at most: the rank that is waited for may be the one that hangs."""
         end = time.monotonic() + self._patience_s
         while time.monotonic() < end and not condition():
             time.sleep(self.tick_s / 4)
 
     def _states(self) -> list[RankState]:
-        """What every rank has written last; those that do not answer are marked."""
-        now = self._file(self.rank).stat().st_mtime  # by the clock of the disk that all share
+        """Return what every rank has written last; ranks that do not answer are marked."""
+        now = self._file(self.rank).stat().st_mtime  # the clock of the disk that all ranks share
         return [self._state(rank, now) for rank in range(self.world_size)]
 
     def _state(self, rank: int, now: float) -> RankState:
@@ -232,7 +229,7 @@ class Watch:
             )
         except (OSError, ValueError, TypeError, KeyError):
             return RankState(
-                rank, f"rank {rank}", 0, "unknown", 0.0, None, None, "it has left no word", ()
+                rank, f"rank {rank}", 0, "unknown", 0.0, None, None, "no heartbeat was written", ()
             )
 
     def _file(self, rank: int) -> Path:
@@ -265,7 +262,7 @@ class Watch:
 
 
 def frames_of(frame: FrameType | None) -> list[FrameType]:
-    """The stack, innermost first."""
+    """Return the stack, innermost first."""
     frames = []
     while frame is not None:
         frames.append(frame)
@@ -274,8 +271,9 @@ def frames_of(frame: FrameType | None) -> list[FrameType]:
 
 
 def innermost_collective(frames: list[FrameType]) -> str | None:
-    """The function of torch.distributed that waits; whoever else waits for one to end goes by
-    its own name.
+    """Return the function of torch.distributed that the main thread is in, or None.
+
+    A wait for another rank outside such a function is named after its caller.
     """
     called = [frame for frame in frames if frame.f_code.co_filename.endswith(COLLECTIVES)]
     public = [frame.f_code.co_name for frame in called if not frame.f_code.co_name.startswith("_")]
@@ -286,7 +284,7 @@ def innermost_collective(frames: list[FrameType]) -> str | None:
 
 
 def innermost_module(frames: list[FrameType], names: Mapping[int, str]) -> str | None:
-    """The module whose forward pass is under way."""
+    """Return the name of the module whose forward pass is running, or None."""
     for frame in frames:
         if frame.f_code.co_name in MODULE_CALLS and (
             name := names.get(id(frame.f_locals.get("self")))
@@ -296,6 +294,6 @@ def innermost_module(frames: list[FrameType], names: Mapping[int, str]) -> str |
 
 
 def shown(frame: FrameType) -> str:
-    """`megagpt/train.py:70 train`"""
+    """Return `megagpt/train.py:70 train`."""
     file = "/".join(Path(frame.f_code.co_filename).parts[-2:])
     return f"{file}:{frame.f_lineno} {frame.f_code.co_name}"

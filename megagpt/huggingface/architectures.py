@@ -1,5 +1,4 @@
-"""Published architectures that a model of ours can be, as Hugging Face stores them: one table, read
-in both directions.
+"""The published architectures that our model can be: one table, read in both directions.
 
 `keys` of an architecture relate its config.json to `megagpt.model`, `modules` its tensors to ours.
 transformers is not needed: what its models compute is known here, and tested
@@ -18,26 +17,26 @@ from torch import Tensor
 from megagpt.config import ModelConfig
 from megagpt.model import GPT, NORM_EPSILON, ROTARY_BASE
 
-WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
 
 
 class Relation(NamedTuple):
-    """``join`` makes a tensor of ours from theirs, ``split`` theirs from ours; alike for weights
-    and biases.
-    """
+    """``join`` makes our tensor from theirs, ``split`` theirs from ours, for weights and biases."""
 
     join: Callable[[Sequence[Tensor], ModelConfig], Tensor]
     split: Callable[[Tensor, ModelConfig], Sequence[Tensor]]
 
 
 def _grouped(projections: Sequence[Tensor], model: ModelConfig) -> Tensor:
-    """Rows of q, k and v in our order: the queries of a key-value group, then its k, then its v."""
+    """Return rows of q, k and v in our order: a group's queries, then its k, then its v."""
     per_group = [rows.unflatten(0, (model.num_kv_heads, -1)) for rows in projections]
     return torch.cat(per_group, dim=1).flatten(0, 1)
 
 
 def _ungrouped(fused: Tensor, model: ModelConfig) -> list[Tensor]:
-    """The way back: q, k and v."""
+    """Return q, k and v from rows in our order."""
     queries = model.num_heads // model.num_kv_heads * model.head_size
     per_group = fused.unflatten(0, (model.num_kv_heads, -1)).split(
         [queries, model.head_size, model.head_size], dim=1
@@ -46,7 +45,7 @@ def _ungrouped(fused: Tensor, model: ModelConfig) -> list[Tensor]:
 
 
 def _padded(rows: Tensor, model: ModelConfig) -> Tensor:
-    """With the rows that pad our vocabulary: zero, as they are never learnt."""
+    """Return rows with those that pad our vocabulary: zero, because they are never trained."""
     return F.pad(rows, (0, 0, 0, model.vocab_size - model.vocabulary))
 
 
@@ -55,12 +54,12 @@ ROWS_OF_TOKENS = Relation(
     lambda theirs, model: _padded(theirs[0], model), lambda ours, model: [ours[: model.vocabulary]]
 )
 QUERY_KEY_VALUE = Relation(_grouped, _ungrouped)
-# The gate and the value of SwiGLU alternate, row by row.
+# The rows of SwiGLU's gate and value alternate.
 GATE_AND_VALUE = Relation(
     lambda theirs, _: torch.stack(tuple(theirs), dim=1).flatten(0, 1),
     lambda ours, _: ours.unflatten(0, (-1, 2)).unbind(1),
 )
-# GPT-2's projections are stored (inputs, outputs); a bias has one dimension, which stays.
+# GPT-2's projections are stored (inputs, outputs); a bias has one dim, which stays.
 TURNED = Relation(lambda theirs, _: theirs[0].movedim(-1, 0), lambda ours, _: [ours.movedim(0, -1)])
 TURNED_QUERY_KEY_VALUE = Relation(
     lambda theirs, model: _grouped(theirs[0].movedim(-1, 0).chunk(3), model),
@@ -69,10 +68,10 @@ TURNED_QUERY_KEY_VALUE = Relation(
 
 
 class Key(NamedTuple):
-    """A key of their config.json that holds ``ours``, an attribute of ModelConfig; ``default``
-    where it is absent.
+    """A key of their config.json that holds ``ours``, an attribute of ModelConfig.
 
-    Without a default it must be there; None is what follows from the others, in theirs as in ours.
+    ``default`` is its value if it is absent. Without a default the key must be present; None means
+    that it follows from other keys, in theirs as in ours.
     """
 
     theirs: str
@@ -81,10 +80,9 @@ class Key(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """A key of their config.json with the values that compute what our model does, of which the
-    first is written.
+    """A key of their config.json with the values under which it computes what our model does.
 
-    ``default`` is transformers', where the key is absent.
+    The first value is written. ``default`` is transformers' value if the key is absent.
     """
 
     theirs: str
@@ -93,9 +91,9 @@ class Fixed(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One tensor of ours, and the names and shapes of those that it becomes.
+    """One of our tensors, and the names and shapes of those that it becomes.
 
-    ``stored`` is false for a bias that we have none of, where theirs is zero.
+    ``stored`` is false for a bias that our model does not have and theirs holds as zero.
     """
 
     name: str
@@ -109,14 +107,14 @@ class Part(NamedTuple):
 class Architecture:
     """One class of transformers.
 
-    ``needs`` are the values that our keys must have; ``biased`` are endings of our names whose
-    biases it has whatever our ``bias`` says (zero, where we have none); ``ignored`` are keys that
+    ``needs`` are the values that our keys must have. ``biased`` are endings of our names that have
+    biases there whatever our ``bias`` says (zero if ours has none). ``ignored`` are keys that
     change no result.
     """
 
     name: str
     model_type: str
-    prefix: str  # of all names but the head's; files of the model without its head leave it out
+    prefix: str  # of all names except the head's; files of a model without a head omit it
     needs: Mapping[str, str]
     keys: tuple[Key, ...]
     fixed: tuple[Fixed, ...]
@@ -124,10 +122,10 @@ class Architecture:
     biased: tuple[str, ...] = ()
     grouped_heads: bool = True
     ignored: tuple[str, ...] = ()
-    buffers: str = r"(?!)"  # tensors of files that are no parameters
+    buffers: str = r"(?!)"  # tensors in files that are not parameters
 
     def misfits(self, model: ModelConfig) -> list[str]:
-        """What it needs, and what the model has instead; empty where it can hold the model."""
+        """Return what it needs and what the model has instead; empty if it can hold the model."""
         found = [
             f"{key} {wanted} (not {getattr(model, key)})"
             for key, wanted in self.needs.items()
@@ -138,13 +136,13 @@ class Architecture:
         return found
 
     def config(self, model: ModelConfig) -> dict[str, Any]:
-        """Its config.json for a model that fits."""
+        """Return its config.json for a model that fits."""
         written = {"architectures": [self.name], "model_type": self.model_type}
         fixed = {key.theirs: key.values[0] for key in self.fixed}
         return written | fixed | {key.theirs: getattr(model, key.ours) for key in self.keys}
 
     def parts(self, model: ModelConfig) -> Iterator[Part]:
-        """All that it stores of a model, in the order of the model."""
+        """Yield everything that it stores of a model, in the model's order."""
         ours = set(_shapes(model))
         for name, shape in _shapes(model.model_copy(update={"bias": True})).items():
             if name in ours or name.endswith(self.biased):
@@ -163,7 +161,7 @@ class Architecture:
 
 
 def _shapes(model: ModelConfig) -> dict[str, torch.Size]:
-    """Our parameters, a tied head's weight as the embedding's only."""
+    """Return our parameters' shapes; a tied head's weight is the embedding's only."""
     with torch.device("meta"):
         return {name: parameter.shape for name, parameter in GPT(model).named_parameters()}
 
@@ -216,9 +214,8 @@ GPT2 = Architecture(
         Fixed("layer_norm_epsilon", (NORM_EPSILON,), 1e-5),
         Fixed("scale_attn_weights", (True,), True),
         Fixed("scale_attn_by_inverse_layer_idx", (False,), False),
-        Fixed(
-            "reorder_and_upcast_attn", (False, True), False
-        ),  # the same attention in another order
+        # True computes the same attention in another order.
+        Fixed("reorder_and_upcast_attn", (False, True), False),
         Fixed("add_cross_attention", (False,), False),
     ),
     modules={
@@ -235,12 +232,8 @@ GPT2 = Architecture(
     },
     biased=(".bias",),
     grouped_heads=False,
-    ignored=(
-        "n_ctx",
-        "task_specific_params",
-        "predict_special_tokens",
-        "output_past",
-    ),  # of old files
+    # Keys of old files.
+    ignored=("n_ctx", "task_specific_params", "predict_special_tokens", "output_past"),
     buffers=r"(.*\.)?attn\.(bias|masked_bias)",
 )
 LLAMA = Architecture(

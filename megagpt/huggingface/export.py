@@ -1,11 +1,10 @@
-"""The trained model of a run as a directory that Hugging Face transformers loads: weights,
-configuration, tokenizer.
+"""The trained model of a run as a directory that Hugging Face transformers loads.
 
     config.json  generation_config.json  tokenizer.json  tokenizer_config.json
     model.safetensors, or model-00001-of-00003.safetensors ... and model.safetensors.index.json
 
-Tensors are read and written one after another, so that one of ours and what it becomes is all that
-memory holds. The rows that pad our vocabulary stay behind.
+Tensors are read and written one after another, so memory holds one of ours and what it becomes. The
+rows that pad our vocabulary are left out.
 """
 
 import json
@@ -46,14 +45,12 @@ OF_AN_EXPORT = re.compile(
     r"config\.json|generation_config\.json|tokenizer\.json|tokenizer_config\.json|"
     r"model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors"
 )
-SPARE_BYTES = 64 * MIB  # tokenizer and headers, beside the tensors
+SPARE_BYTES = 64 * MIB  # tokenizer and headers, in addition to the tensors
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: as which architecture, of which step, how many parameters, padding not
-    among them.
-    """
+    """What was written: the architecture, the step, and the parameters without padding."""
 
     architecture: str
     step: int
@@ -70,12 +67,11 @@ def export(
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> Exported:
-    """Write the model of a run's newest checkpoint, or of that of ``step``, into the directory
-    ``output``.
+    """Write the model of a run's newest checkpoint, or of ``step``, into the directory ``output``.
 
-    Raises UserError where there is no such checkpoint, where its model is no published
-    architecture, where ``dtype`` cannot hold a weight, and where the directory is there already,
-    unless it is an export that may be replaced.
+    Raise UserError if there is no such checkpoint, if its model is not a published architecture, if
+    ``dtype`` cannot hold a weight, and if the directory exists, unless it is an export that may be
+    replaced.
     """
     config = read_config(run_directory)
     model = config.megagpt.model
@@ -97,24 +93,24 @@ def export(
 
 
 def require_architecture(model: ModelConfig, run_directory: Path) -> Architecture:
-    """The published architecture that the model is; raises UserError with what each needs where
-    it is none.
-    """
+    """Return the published architecture of the model; raise UserError with what each needs."""
     misfits = {architecture.name: architecture.misfits(model) for architecture in ARCHITECTURES}
     for architecture in ARCHITECTURES:
         if not misfits[architecture.name]:
             return architecture
     listed = "\n".join(f"  {name} needs {', '.join(wanted)}" for name, wanted in misfits.items())
     raise UserError(
-        f"{run_directory}: megagpt.model is no published architecture, so transformers cannot "
+        f"{run_directory}: megagpt.model is not a published architecture, so transformers cannot "
         f"load it:\n{listed}\n"
         "train one of these, or load the checkpoint with megagpt/inference/stored_model.py"
     )
 
 
 def _require_free(output: Path, overwrite: bool) -> None:
-    """Only an export may be replaced, and only by who asks for it; anything else in the
-    directory is someone's work.
+    """Raise UserError if the directory exists and may not be replaced.
+
+    Only an export may be replaced, and only if asked for; anything else in the directory is
+    somebody's work.
     """
     if not output.is_dir() or not any(output.iterdir()):
         return
@@ -134,43 +130,44 @@ def _require_free(output: Path, overwrite: bool) -> None:
 def plan_shards(
     architecture: Architecture, model: ModelConfig, kind: str, shard_bytes: int
 ) -> Iterator[list[Part]]:
-    """The files, none with more than ``shard_bytes`` of tensors, unless one of ours alone has."""
+    """Yield the tensors of each file, at most ``shard_bytes`` unless one tensor alone has more."""
     shard: list[Part] = []
     held = 0
     for part in architecture.parts(model):
         size = stored_bytes([part], kind)
         if shard and held + size > shard_bytes:
             yield shard
-            shard, held = [], 0
+            shard = []
+            held = 0
         shard.append(part)
         held += size
     yield shard
 
 
 def stored_bytes(parts: Iterable[Part], kind: str) -> int:
-    """What tensors take in files."""
+    """Return the bytes that tensors take in files."""
     return sum(tensor_bytes(kind, shape) for part in parts for shape in part.theirs.values())
 
 
 @dataclass(frozen=True)
 class TrainedWeights:
-    """Where weights come from, and what they become on the way."""
+    """The source of the weights, and the type that they are converted to."""
 
     weight: Callable[[str], Tensor]
     model: ModelConfig
     dtype: str
 
     def theirs(self, part: Part) -> Sequence[Tensor]:
-        """What a part becomes.
+        """Return what a part becomes.
 
-        Raises UserError where the weight has another shape or does not fit.
+        Raise UserError if the weight has another shape or does not fit the type.
         """
         ours = self.weight(part.name) if part.stored else torch.zeros(part.shape)
         if ours.shape != part.shape:
             raise UserError(
-                f"{part.name}: of shape {tuple(ours.shape)} in the checkpoint, of "
-                f"{tuple(part.shape)} in config.json; restore the config.json that it was trained "
-                "with"
+                f"{part.name}: wrong shape in the checkpoint (found {tuple(ours.shape)}, "
+                f"config.json needs {tuple(part.shape)}); restore the config.json that it was "
+                "trained with"
             )
         if not all(extreme.isfinite() for extreme in ours.aminmax()):
             raise UserError(
@@ -187,9 +184,7 @@ class TrainedWeights:
 
 
 def _write_weights(staging: Path, shards: Sequence[Sequence[Part]], source: TrainedWeights) -> None:
-    """Each file in one pass, flushed to the disk; with several, the index that says where each
-    tensor is.
-    """
+    """Write each file in one pass, flushed to the disk; with several, write their index too."""
     kind = DTYPES[source.dtype][0]
     places: dict[str, str] = {}
     for index, shard in enumerate(shards, start=1):
@@ -199,9 +194,8 @@ def _write_weights(staging: Path, shards: Sequence[Sequence[Part]], source: Trai
         entries = [(theirs, kind, shape) for part in shard for theirs, shape in part.theirs.items()]
         places |= {theirs: name for theirs, _, _ in entries}
         with flushed(staging / name) as file:
-            file.write(
-                header(entries, {"format": "pt"})
-            )  # without it, transformers refuses the file
+            # transformers refuses a file without this format.
+            file.write(header(entries, {"format": "pt"}))
             for part in shard:
                 for tensor in source.theirs(part):
                     file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -216,7 +210,7 @@ def _write_weights(staging: Path, shards: Sequence[Sequence[Part]], source: Trai
 def _model_config(
     architecture: Architecture, model: ModelConfig, encoding: tiktoken.Encoding, dtype: str
 ) -> dict[str, Any]:
-    """Documents are closed, and an empty prompt is read, with the same token."""
+    """Return config.json; the same token ends a document and stands for an empty prompt."""
     ends = {"bos_token_id": encoding.eot_token, "eos_token_id": encoding.eot_token}
     return (
         architecture.config(model)
@@ -226,16 +220,14 @@ def _model_config(
 
 
 def _generation_config(model: ModelConfig, encoding: tiktoken.Encoding) -> dict[str, Any]:
-    """Ids that stand for no text are not written by launch/generate.py, nor there."""
+    """Return generation_config.json; as in launch/generate.py, ids without text are suppressed."""
     ends = {"bos_token_id": encoding.eot_token, "eos_token_id": encoding.eot_token}
     silent = sorted(set(range(model.vocabulary)) - set(allowed_tokens(encoding).tolist()))
     return ends | ({"suppress_tokens": silent} if silent else {})
 
 
 def _write_tokenizer(staging: Path, data: Path, model: ModelConfig) -> None:
-    """The file of the data, which is Hugging Face's format, and what transformers wants to know
-    beside it.
-    """
+    """Write the data's tokenizer file, which is Hugging Face's format, and its settings."""
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END_OF_DOCUMENT,

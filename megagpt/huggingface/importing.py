@@ -1,9 +1,9 @@
-"""A published model as the beginning of a run: its weights are the checkpoint of step 0, from which
-training goes on.
+"""A published model as the start of a run: its weights become the checkpoint of step 0.
 
-runs/NAME/config.json                 the run, resolved, as training writes it imported.json
-what to train it with: the configuration that was given, with this model in it
-checkpoints/step_00000000   the weights; Adam's moments are zero, as nothing was learnt yet
+runs/NAME/config.json               the run, resolved, as training writes it
+runs/NAME/imported.json             what to train it with: the given configuration with this
+                                    model
+runs/NAME/checkpoints/step_00000000 the weights; Adam's moments are zero
 """
 
 import json
@@ -39,14 +39,15 @@ from megagpt.schema.deepspeed import WarmupCosineLR
 from megagpt.utils import MIB, sync_directory, write_atomically
 
 IMPORTED = "imported.json"
-SPARE_BYTES = 64 * MIB  # manifest and headers, beside the tensors
-GROUPS = 2  # of parameters, with and without weight decay: engine.py
+SPARE_BYTES = 64 * MIB  # manifest and headers, in addition to the tensors
+GROUPS = 2  # of parameters, with and without weight decay (engine.py, parameter_groups)
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What was read and written; ``given_way`` are the lines of the configuration that the model
-    replaced.
+    """What was read and written.
+
+    ``given_way`` are the lines of the configuration that the model replaced.
     """
 
     architecture: str
@@ -57,11 +58,10 @@ class Imported:
 
 
 def import_model(source: Path, written: RunConfig, run_directory: Path) -> Imported:
-    """Make a run directory from a model in ``source``; ``written`` says all about the run but the
-    model.
+    """Make a run directory from the model in ``source``; ``written`` configures the rest.
 
-    Raises UserError where the model has something that ours has not, where its tokenizer is not
-    that of the data, and where the run directory exists.
+    Raise UserError if the model has something that ours has not, if its tokenizer is not that of
+    the data, and if the run directory exists.
     """
     published = PublishedModel(source)
     config = published.run_config(written)
@@ -88,14 +88,15 @@ def import_model(source: Path, written: RunConfig, run_directory: Path) -> Impor
 
 
 def _resolved(config: RunConfig) -> ResolvedConfig:
-    """The run on as many ranks as it states, or as few as can hold it: its identity is the same
-    on any number.
+    """Return the run on as many ranks as it states, or on the fewest that can hold it.
+
+    Its identity is the same on any number.
     """
     if config.train_batch_size is None:
         raise ConfigError(
             [
-                "train_batch_size: needed, so that it does not depend on the number of ranks; "
-                "--set train_batch_size=N"
+                "train_batch_size: missing (need it, so that it does not depend on the number of "
+                "ranks); --set train_batch_size=N"
             ]
         )
     world = World(_ranks(config), prepare_vocabulary(config))
@@ -104,7 +105,8 @@ def _resolved(config: RunConfig) -> ResolvedConfig:
 
 
 def _ranks(config: RunConfig) -> int | None:
-    micro, accumulated = config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
+    micro = config.train_micro_batch_size_per_gpu
+    accumulated = config.gradient_accumulation_steps
     if config.megagpt.parallel.world_size or not (
         micro and accumulated and config.train_batch_size
     ):
@@ -117,12 +119,13 @@ def _ranks(config: RunConfig) -> int | None:
 
 
 def _document(config: RunConfig) -> dict[str, Any]:
-    """What was written, without the schema, which lies where the file lay."""
+    """Return the configuration without the schema's path, which was relative to the old file."""
     return {key: value for key, value in config.as_written().items() if key != "$schema"}
 
 
 def _given_way(written: RunConfig, config: RunConfig) -> Iterator[str]:
-    before, after = written.identity(), config.identity()
+    before = written.identity()
+    after = config.identity()
     for key, value in after.items():
         if before[key] not in (None, value):
             yield f"{key} {value} (not {before[key]})"
@@ -132,8 +135,9 @@ def _given_way(written: RunConfig, config: RunConfig) -> Iterator[str]:
 
 
 def _write_checkpoint(checkpoints: Path, published: PublishedModel, config: ResolvedConfig) -> None:
-    """The checkpoint of step 0, layer by layer; where it fails, whoever called removes the whole
-    directory.
+    """Write the checkpoint of step 0, layer by layer.
+
+    On failure the caller removes the whole directory.
     """
     directory = step_directory(checkpoints, 0)
     directory.mkdir(parents=True)
@@ -149,7 +153,7 @@ def _write_checkpoint(checkpoints: Path, published: PublishedModel, config: Reso
 
 
 def _by_layer(parts: list[Part]) -> list[list[Part]]:
-    """What is in memory together: a block, the embedding, the head."""
+    """Return the parts that are in memory together: a block, the embedding, the head."""
     layers: dict[str, list[Part]] = {}
     for part in parts:
         layers.setdefault(".".join(part.name.split(".")[:2]), []).append(part)
@@ -157,8 +161,9 @@ def _by_layer(parts: list[Part]) -> list[list[Part]]:
 
 
 def _pieces(layer: list[Part]) -> list[Piece]:
-    """Those that we store, one behind the other."""
-    pieces, offset = [], 0
+    """Return the pieces that we store, one after the other."""
+    pieces = []
+    offset = 0
     for part in layer:
         if part.stored:
             pieces.append(Piece(part.name, 0, part.shape.numel(), offset, owned=True))
@@ -167,7 +172,7 @@ def _pieces(layer: list[Part]) -> list[Piece]:
 
 
 def _flats(layer: list[Part], published: PublishedModel, model: ModelConfig) -> Flats:
-    """The weights of a layer, and moments that take no memory."""
+    """Return the weights of a layer, and zero moments that take no memory."""
     ours = [published.ours(part, model) for part in layer]
     weights = torch.cat([tensor.flatten() for tensor in ours if tensor is not None])
     return {
@@ -182,7 +187,7 @@ def _manifest(
     parts: list[Part],
     plan: list[list[PlannedFile]],
 ) -> Manifest:
-    """As a run would have written it before its first step."""
+    """Return the manifest that a run would have written before its first step."""
     boxes = {part.name: whole(part.shape) for part in parts}
     slices: dict[str, list[Slice]] = {part.name: [] for part in parts if part.stored}
     for file in (file for files in plan for file in files):
@@ -205,8 +210,9 @@ def _manifest(
 
 
 def _first_learning_rate(config: ResolvedConfig) -> float:
-    """That of the first step, as DeepSpeed's schedules set it when they are made
-    (runtime/lr_schedules.py:743, 888).
+    """Return the first step's learning rate, as DeepSpeed's schedules set it when created.
+
+    runtime/lr_schedules.py:743, 888.
     """
     if config.scheduler is None:
         return config.optimizer.params.lr

@@ -1,8 +1,7 @@
-"""A model as Hugging Face stores it, read: its config.json in terms of `megagpt.model`, its tensors
-under our names.
+"""Reads a model as Hugging Face stores it: config.json as `megagpt.model`, tensors by our names.
 
-Whatever in it changes what is computed is either ours too or refused, all of it at once.
-safetensors and JSON are all that is read; nothing is executed.
+Everything in it that changes what is computed is either ours too or refused, and all refusals are
+reported at once. Only safetensors and JSON are read; nothing is executed.
 """
 
 import json
@@ -33,11 +32,8 @@ from megagpt.schema.errors import shown
 from megagpt.schema.model import ModelSection
 from megagpt.utils import UserError, human_count
 
-OF_TRAINING = (
-    "dropout",
-    "init_std",
-)  # no result of a trained model depends on them: they stay what the run says
-DERIVED = ("mlp_size", "head_size")  # of our other keys
+OF_TRAINING = ("dropout", "init_std")  # do not change a trained model's result: the run's are kept
+DERIVED = ("mlp_size", "head_size")  # from our other keys
 FORMATS = ("F64", "F32", "BF16", "F16")
 CHANGES_NO_RESULT = re.compile(
     "architectures|model_type|transformers_version|(torch_)?dtype|(bos|eos|pad|sep)_token_id|use_cache|(_)?name_or_path|"
@@ -48,7 +44,7 @@ CHANGES_NO_RESULT = re.compile(
 class PublishedModel:
     """A directory with config.json and safetensors.
 
-    Raises UserError where it has none, or no architecture of ours.
+    Raises UserError if it has none, or has another architecture.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -65,8 +61,8 @@ class PublishedModel:
                 return architecture
         known = ", ".join(architecture.name for architecture in ARCHITECTURES)
         raise UserError(
-            f"{self.directory / CONFIG}: architectures {named or self._model_type}: megagpt has "
-            f"{known}"
+            f"{self.directory / CONFIG}: architectures: unknown (found "
+            f"{named or self._model_type}, need one of {known})"
         )
 
     @property
@@ -74,9 +70,9 @@ class PublishedModel:
         return self._config.get("model_type")
 
     def run_config(self, written: RunConfig) -> RunConfig:
-        """What was written with this model in it.
+        """Return the configuration with this model in it.
 
-        Raises ConfigError with all that the model has and ours has not.
+        Raise ConfigError with everything that the model has and ours has not.
         """
         problems = list(self._unlike_ours())
         found = self._values(problems)
@@ -95,7 +91,7 @@ class PublishedModel:
                 )
                 problems += self._not_derived(changed.megagpt.model)
                 problems += self._too_large(changed.megagpt.model)
-            except ConfigError as error:  # its values are no model of ours, or no model at all
+            except ConfigError as error:  # its values do not make a model of ours
                 problems += map(self._with_their_key, error.errors)
         if problems:
             raise ConfigError(f"{self.directory / CONFIG}: {problem}" for problem in problems)
@@ -103,9 +99,7 @@ class PublishedModel:
 
     @cached_property
     def _flat(self) -> dict[str, Any]:
-        """config.json with the rotary section's keys beside the others, and without what says
-        nothing.
-        """
+        """The keys of config.json that may have an effect; the rotary section's are among them."""
         flat = {
             k: v
             for k, v in self._config.items()
@@ -113,7 +107,7 @@ class PublishedModel:
         }
         for section in ("rope_parameters", "rope_scaling"):  # transformers 5, 4
             if not isinstance(flat.get(section, {}), dict):
-                continue  # it stays, as a key that megagpt has nothing like
+                continue  # it stays, and is refused as an unknown key
             for key, value in flat.pop(section, {}).items():
                 if key == "rope_theta":
                     flat[key] = value
@@ -122,21 +116,19 @@ class PublishedModel:
         return flat
 
     def _unlike_ours(self) -> Iterator[str]:
-        """Values that compute something else, and keys that are not known to compute nothing."""
+        """Yield values that compute something else, and keys that may have an unknown effect."""
         fixed = {key.theirs: key for key in self.architecture.fixed}
         known = {key.theirs for key in self.architecture.keys} | {*self.architecture.ignored}
         for key in fixed.values():
             value = self._flat.get(key.theirs, key.default)
             if value not in key.values:
-                yield f"{key.theirs} {shown(value)}: megagpt has {json.dumps(key.values[0])} only"
+                yield f"{key.theirs} {shown(value)}: megagpt needs {json.dumps(key.values[0])}"
         for name, value in self._flat.items():
             if name not in fixed and name not in known and value is not False:
-                yield f"{name} {shown(value)}: megagpt has nothing like it"
+                yield f"{name} {shown(value)}: megagpt does not support it"
 
     def _values(self, problems: list[str]) -> dict[str, Any]:
-        """Our keys with the values that they get, None being theirs to derive; what is missing
-        or torn is noted.
-        """
+        """Return our keys with their values, None for derived ones; append to ``problems``."""
         found: dict[str, Any] = {}
         for key in self.architecture.keys:
             if key.ours in OF_TRAINING + DERIVED or self._may_differ(key.ours):
@@ -148,25 +140,26 @@ class PublishedModel:
                 problems.append(
                     f"{key.theirs} {shown(value)}: megagpt has one {key.ours} for all layers"
                 )
-            elif (
-                isinstance(value, int) and value > self._stored_bytes
-            ):  # nothing is to be computed with such a number
+            # Nothing may be computed with such a number.
+            elif isinstance(value, int) and value > self._stored_bytes:
                 problems.append(
-                    f"{key.theirs} {shown(value)}: its tensor files have {self._stored_bytes} "
-                    f"bytes only"
+                    f"{key.theirs} {shown(value)}: its tensor files have only "
+                    f"{self._stored_bytes} bytes"
                 )
             found[key.ours] = value
         return found
 
     def _may_differ(self, ours: str) -> bool:
-        """Rotary positions have no table: a run may be shorter than what the model was trained
-        for.
+        """Return whether a run may have another value: its sequence length, with rotary positions.
+
+        They have no table, so a run may be shorter than the model was trained for.
         """
         return ours == "sequence_length" and self.architecture.needs["position"] == "rotary"
 
     def _not_derived(self, model: ModelSection) -> Iterator[str]:
         for key in self.architecture.keys:
-            value, ours = self._flat.get(key.theirs), getattr(model, key.ours)
+            value = self._flat.get(key.theirs)
+            ours = getattr(model, key.ours)
             if key.ours in DERIVED and value not in (None, ours):
                 yield (
                     f"{key.theirs} {shown(value)}: megagpt's is {ours} at hidden_size "
@@ -179,25 +172,26 @@ class PublishedModel:
                 )
 
     def _too_large(self, model: ModelSection) -> Iterator[str]:
-        """Whatever a file says of its size, no more is made of it than its tensors could fill."""
+        """Yield a problem if the model has more parameters than its files have bytes.
+
+        Nothing may be allocated from a size that a file merely states.
+        """
         parameters = ModelConfig.model_validate(model.model_dump()).num_parameters
         if parameters > self._stored_bytes:
             yield (
-                f"{human_count(parameters)} parameters: its tensor files have "
-                f"{self._stored_bytes} bytes only"
+                f"{human_count(parameters)} parameters: its tensor files have only "
+                f"{self._stored_bytes} bytes"
             )
 
     def _with_their_key(self, error: str) -> str:
-        """What is wrong with a key of ours, after the key of config.json that it comes from."""
+        """Return an error of one of our keys, after the key of config.json that it comes from."""
         line = error.removeprefix("--set: ")
         theirs = {f"megagpt.model.{key.ours}": key.theirs for key in self.architecture.keys}
         key = line.partition(":")[0]
         return f"{theirs[key]}: {line}" if key in theirs else line
 
     def require_tensors(self, model: ModelConfig) -> None:
-        """Raise UserError where tensors are missing, left over, or of other shapes or formats
-        than the model's.
-        """
+        """Raise UserError if tensors are missing, left over, or of other shapes or formats."""
         expected = {
             name: tuple(shape)
             for part in self.architecture.parts(model)
@@ -211,7 +205,8 @@ class PublishedModel:
                 problems += [] if ignored else [f"{name}: megagpt has no such tensor"]
                 continue
             stored = self._stored(name)
-            shape, kind = tuple(stored.get_shape()), stored.get_dtype()
+            shape = tuple(stored.get_shape())
+            kind = stored.get_dtype()
             if shape != expected[known[name]] or kind not in FORMATS:
                 wanted = f"{expected[known[name]]} in {', '.join(FORMATS)}"
                 problems.append(f"{name}: {kind} of shape {shape}, the model's is {wanted}")
@@ -223,24 +218,24 @@ class PublishedModel:
             )
 
     def _is_tied_copy(self, name: str) -> bool:
-        """Files may hold the head's weight a second time where it is the embedding's."""
+        """Return whether a tensor is the tied head's weight, stored a second time."""
         (embedding,) = self.architecture.modules["embedding.tokens"][0]
         embedding = self._name(f"{embedding}.weight")
         if name != "lm_head.weight" or embedding not in self._places:
             return False
-        copy, tied = self._tensor(name), self._tensor(embedding)
+        copy = self._tensor(name)
+        tied = self._tensor(embedding)
         return copy.dtype == tied.dtype and torch.equal(copy, tied)
 
     def ours(self, part: Part, model: ModelConfig) -> Tensor | None:
-        """A tensor under our name, fp32; None for a bias that we have none of.
+        """Return a tensor of ours in fp32; None for a bias that our model does not have.
 
-        Raises UserError if it is spoilt.
+        Raise UserError if it is corrupt.
         """
         theirs = [self._tensor(self._name(name)).float() for name in part.theirs]
         if not all(tensor.isfinite().all() for tensor in theirs):
             raise UserError(
-                f"{self.directory}: {', '.join(part.theirs)}: not finite; take another copy of "
-                f"the model"
+                f"{self.directory}: {', '.join(part.theirs)}: not finite; download the model again"
             )
         if part.stored:
             return part.relation.join(theirs, model).contiguous()
@@ -253,7 +248,7 @@ class PublishedModel:
         return None
 
     def _name(self, name: str) -> str:
-        """As it is called here: files of a model without its head leave the prefix out."""
+        """Return a tensor's name in these files: without the prefix if the model has no head."""
         short = name.removeprefix(self.architecture.prefix)
         return name if name in self._places or short not in self._places else short
 
@@ -264,13 +259,13 @@ class PublishedModel:
             places = read_json(self.directory / INDEX).get("weight_map")
             if not isinstance(places, dict) or not all(map(is_file_name, places.values())):
                 raise UserError(
-                    f"{self.directory / INDEX}: its weight_map names other things than files; "
-                    f"download it again"
+                    f"{self.directory / INDEX}: weight_map: not a map to file names; download it "
+                    f"again"
                 )
             return places
         if not (self.directory / WEIGHTS).is_file():
             raise UserError(
-                f"{self.directory / WEIGHTS}: not found; where the weights are in another format, "
+                f"{self.directory / WEIGHTS}: not found; if the weights are in another format, "
                 "such as pickle, save them again with transformers: "
                 "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
             )
@@ -278,7 +273,7 @@ class PublishedModel:
 
     @cached_property
     def _stored_bytes(self) -> int:
-        """Of all its files together."""
+        """The size of all its files together."""
         files = dict.fromkeys(self._places.values())
         return sum((self.directory / file).stat().st_size for file in files if self._open(file))
 
@@ -286,7 +281,7 @@ class PublishedModel:
         return torch.as_tensor(self._stored(name)[...])
 
     def _stored(self, tensor: str) -> Any:
-        """Its shape, its format and what of it is asked for."""
+        """Return a lazy slice of a tensor, with its shape and format."""
         file = self._places[tensor]
         try:
             return self._open(file).get_slice(tensor)
@@ -312,12 +307,14 @@ class PublishedModel:
         return {}
 
     def require_tokenizer(self, data: Path) -> bool:
-        """Raise UserError where the data's tokenizer has ids that are not the model's; false if
-        it has no tokenizer.
+        """Raise UserError if the data's tokenizer has other ids than the model's.
+
+        Return False if the model has no tokenizer.
         """
         if not (self.directory / TOKENIZER_FILE).is_file():
             return False
-        theirs, ours = token_ids(self.directory / TOKENIZER_FILE), token_ids(data / TOKENIZER_FILE)
+        theirs = token_ids(self.directory / TOKENIZER_FILE)
+        ours = token_ids(data / TOKENIZER_FILE)
         for token, number in ours.items():
             if theirs.get(token) != number:
                 raise UserError(
@@ -329,12 +326,12 @@ class PublishedModel:
 
 
 def is_file_name(value: Any) -> bool:
-    """Of a safetensors file in the same directory."""
+    """Return whether a value names a safetensors file in the same directory."""
     return isinstance(value, str) and re.fullmatch(r"[\w-][\w.-]*\.safetensors", value) is not None
 
 
 def token_ids(path: Path) -> dict[str, int]:
-    """The ids of a tokenizer.json, added tokens among them."""
+    """Return the ids of a tokenizer.json, added tokens included."""
     content = read_json(path)
     try:
         added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
@@ -347,13 +344,13 @@ def token_ids(path: Path) -> dict[str, int]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises UserError."""
+    """Return the JSON object in a file; raise UserError."""
     try:
         content = json.loads(path.read_bytes(), parse_constant=_finite, parse_float=_finite)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read ({error.strerror}); give the directory of a model, "
-            "such as hf download NAME --local-dir DIR makes"
+            f"{path}: cannot be read ({error.strerror}); give the directory of a model, made with "
+            "hf download NAME --local-dir DIR"
         ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); download it again") from error
@@ -363,7 +360,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _finite(number: str) -> float:
-    """JSON has neither NaN nor Infinity, and no float is beyond its range; raises ValueError."""
+    """Return a float; raise ValueError for NaN and infinity, which JSON does not have."""
     value = float(number)
     if not math.isfinite(value):
         raise ValueError(f"{number} is not finite")

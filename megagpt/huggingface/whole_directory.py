@@ -1,9 +1,5 @@
-"""A directory that is there whole or not at all: filled under another name, which it changes in
-one move.
-"""
+"""A directory that exists whole or not at all: filled under another name, then renamed once."""
 
-import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -11,90 +7,67 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from megagpt.checkpoint.directory import commit, staging_directory
+from megagpt.common.atomic_directory import AtomicDirectory, DirectoryHeldError
+from megagpt.common.disk import WRITE_ERRORS
 from megagpt.utils import UserError, human_bytes
-
-OF_A_DISK = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EFBIG,
-)  # nothing that is read answers so
 
 
 @contextmanager
 def whole_directory(
     final: Path, *, option: str, room_bytes: int, replace: bool = False
 ) -> Iterator[Path]:
-    """The directory to fill, which becomes ``final`` when the block ends; where it fails, nothing
-    is left of it.
+    """Yield a directory to fill, which becomes ``final`` at the end; on failure nothing is left.
 
-    What a killed command left is removed by the next one for the same directory. Raises UserError
-    where ``final`` is there and not empty, unless it is to be replaced, where another process fills
-    it, and where the disk has too little room. ``option`` is what named the directory on the
-    command line.
+    What a killed command left is removed by the next one for the same directory. Raise UserError if
+    ``final`` exists and is not empty, unless ``replace`` is true, if another process is filling it,
+    and if the disk has too little room. ``option`` is the command line's option for the directory.
     """
     final = final.resolve()
     try:
         if final.exists() and not (final.is_dir() and (replace or not any(final.iterdir()))):
             raise UserError(f"{final}: exists already; choose another {option}")
-        staging = staging_directory(final)
+        place = AtomicDirectory.beside(final)
         missing = [parent for parent in final.parents if not parent.exists()]  # the innermost first
         try:
-            staging.mkdir(parents=True, exist_ok=True)
-            with _locked(staging, final, option):
+            with place.locked(wait=False) as staging:
                 try:
                     _empty(staging)
                     _require_room(final.parent, room_bytes, option)
                     yield staging
-                    commit(staging, final)
+                    place.commit()
                 except BaseException:
                     shutil.rmtree(staging, ignore_errors=True)
                     raise
         except BaseException:
             _remove_if_empty(missing)
             raise
+    except DirectoryHeldError as error:
+        raise UserError(
+            f"{final}: another process is writing it; wait for it, or choose another {option}"
+        ) from error
     except OSError as error:
         if not _is_of_the_output(error, final):
             raise UserError(
-                f"{error.filename or final}: {error.strerror}; {final} was left as it was: look at "
-                "the disk of what was to be read"
+                f"{error.filename or final}: {error.strerror}; {final} is unchanged; check the "
+                "disk that was read"
             ) from error
         raise UserError(
-            f"{error.filename or final}: {error.strerror}; {final} was left as it was: make room, "
-            f"or choose another {option}"
-        ) from error
-
-
-@contextmanager
-def _locked(staging: Path, final: Path, option: str) -> Iterator[None]:
-    """The system lets go of the lock when the process ends, however it ends."""
-    descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        _lock(descriptor, final, option)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, final: Path, option: str) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(
-            f"{final}: another process is writing it; wait for it, or choose another {option}"
+            f"{error.filename or final}: {error.strerror}; {final} is unchanged; make room, or "
+            f"choose another {option}"
         ) from error
 
 
 def _is_of_the_output(error: OSError, final: Path) -> bool:
-    """By its kind, or by the file: what is read may be on the same disk; an error in the middle
-    of it names none.
+    """Return whether an error belongs to the output, by its kind or its file.
+
+    What is read may be on the same disk, and an error during a read or write names no file.
     """
-    if error.errno in OF_A_DISK or error.filename is None:
-        return error.errno in OF_A_DISK
-    path, above = Path(str(error.filename)), (final, *final.parents)
+    if error.errno in WRITE_ERRORS or error.filename is None:
+        return error.errno in WRITE_ERRORS
+    path = Path(str(error.filename))
+    above = (final, *final.parents)
     return path in above or any(
-        top in (path, *path.parents) for top in (final, staging_directory(final))
+        top in (path, *path.parents) for top in (final, AtomicDirectory.beside(final).staging)
     )
 
 
@@ -117,14 +90,14 @@ def _require_room(parent: Path, room_bytes: int, option: str) -> None:
     free = shutil.disk_usage(parent).free
     if room_bytes > free:
         raise UserError(
-            f"{parent}: {human_bytes(room_bytes)} are needed, the disk has {human_bytes(free)}; "
-            f"make room, or choose another {option}"
+            f"{parent}: too little room (found {human_bytes(free)}, need "
+            f"{human_bytes(room_bytes)}); make room, or choose another {option}"
         )
 
 
 @contextmanager
 def flushed(path: Path) -> Iterator[BinaryIO]:
-    """A new file, on the disk when the block ends; an OSError names it."""
+    """Yield a new file, which is on the disk when the block ends; an OSError names it."""
     try:
         with path.open("wb") as file:
             yield file

@@ -1,6 +1,4 @@
-"""How well a model predicts held-out text: loss, perplexity and bits per byte over a validation
-split.
-"""
+"""How well a model predicts held-out text: loss, perplexity and bits per byte."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -18,12 +16,12 @@ from megagpt.inference.stored_model import require_known_ids
 from megagpt.model import GPT
 from megagpt.schema.megagpt import MegagptConfig
 
-Loss = Callable[[Batch], Tensor]  # the mean loss over the batch's targets, in nats a token
+Loss = Callable[[Batch], Tensor]  # the mean loss over the batch's targets, in nats per token
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The mean loss in nats a token, over so many tokens that stand for so many bytes of text."""
+    """The mean loss in nats per token, and the tokens and bytes of text that it covers."""
 
     loss: float
     tokens: int
@@ -31,22 +29,19 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """Among how many equally likely tokens a reader would be as unsure; infinite past the
-        range of floats.
-        """
+        """The number of equally likely tokens with the same uncertainty; infinite beyond floats."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits to code a byte of the text with this model: comparable between tokenizers, unlike
-        the other two.
+        """The bits that code a byte of the text with this model; comparable between tokenizers.
 
-        The end of a document costs its bits and counts no bytes.
+        Loss and perplexity are not. The end of a document costs bits and counts no bytes.
         """
         return self.loss * self.tokens / (math.log(2) * self.text_bytes)
 
     def as_json(self) -> dict[str, float | int | None]:
-        """For a line of JSON, which knows no infinity."""
+        """Return the numbers for JSON, which has no infinity."""
         perplexity = self.perplexity if math.isfinite(self.perplexity) else None
         return {**asdict(self), "perplexity": perplexity, "bits_per_byte": self.bits_per_byte}
 
@@ -66,13 +61,15 @@ def evaluate(
     batch_size: int,
     batches: int | None = None,
 ) -> Evaluation:
-    """Evaluate on one epoch of ``stream``, or on its first ``batches``; the same samples in the
-    same order every time.
+    """Return the evaluation of one epoch of ``stream``, or of its first ``batches``.
 
-    Every token counts the same, also in a last batch that is not full.
+    It is the same samples in the same order every time. Every token has the same weight, also in a
+    last batch that is not full.
     """
     bytes_of_token = token_bytes(encoding)
-    nats, tokens, text_bytes = 0.0, 0, 0
+    nats = 0.0
+    tokens = 0
+    text_bytes = 0
     for batch in islice(epoch(stream, batch_size), batches):
         nats += loss(batch).item() * batch.targets.size
         tokens += batch.targets.size
@@ -81,9 +78,9 @@ def evaluate(
 
 
 def open_validation(config: MegagptConfig) -> list[tuple[Path, SampleStream]]:
-    """The validation split of each dataset of a run, in order.
+    """Return the validation split of each dataset of a run, in order.
 
-    UserError where it may hold ids that the model never learnt.
+    Raise UserError if it may hold ids that the model has not learned.
     """
     streams = []
     for source in config.data.sources:
@@ -101,13 +98,13 @@ def open_validation(config: MegagptConfig) -> list[tuple[Path, SampleStream]]:
 
 
 def epoch(stream: SampleStream, batch_size: int) -> Iterator[Batch]:
-    """Every sample of a stream once, in order; the last batch takes what is left."""
+    """Yield every sample of a stream once, in order; the last batch has what is left."""
     for start in range(0, stream.samples_per_epoch, batch_size):
         yield stream.batch(range(start, min(start + batch_size, stream.samples_per_epoch)))
 
 
 def model_loss(model: GPT, device: torch.device) -> Loss:
-    """The loss of a whole model that lives on ``device``."""
+    """Return the loss function of a whole model on ``device``."""
 
     def loss(batch: Batch) -> Tensor:
         tokens, targets = (
@@ -121,8 +118,9 @@ def model_loss(model: GPT, device: torch.device) -> Loss:
 
 
 def token_bytes(encoding: tiktoken.Encoding) -> np.ndarray:
-    """How many bytes of text each id stands for (n_vocab,); special tokens, and ids that mean
-    nothing, for none.
+    """Return how many bytes of text each id stands for, (n_vocab,).
+
+    Special tokens and unused ids stand for none.
     """
     lengths = np.zeros(encoding.n_vocab, np.int64)
     for value in encoding.token_byte_values():

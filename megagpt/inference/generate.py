@@ -1,9 +1,8 @@
-"""Text from a model, one token after another: key-value cache, temperature, top-k and top-p,
-streamed as it is decoded.
+"""Text from a model, token by token: key-value cache, temperature, top-k, top-p, streaming.
 
-A prompt is read as it stands (an empty one as the end of the document before). Prompts are
-continued one by one, each from its own generator, so a text depends neither on the other prompts
-nor on their order.
+A prompt is read as it is (an empty one as the end of the previous document). Prompts are continued
+one by one, each with its own generator, so a text depends neither on the other prompts nor on their
+order.
 """
 
 import codecs
@@ -19,8 +18,8 @@ from megagpt.inference.stored_model import require_known_ids
 from megagpt.model import KeyValueCache
 from megagpt.schema.megagpt import MegagptConfig
 
-# Reads tokens (1, length), on the CPU, at positions cache.length and after, and adds them to the
-# cache. Returns logits (1, any length, vocabulary), on any device: the last row scores the next
+# Reads tokens (1, length) on the CPU, at positions from cache.length on, and adds them to the
+# cache. Returns logits (1, any length, vocabulary) on any device; the last row scores the next
 # token.
 Forward = Callable[[Tensor, KeyValueCache], Tensor]
 
@@ -38,13 +37,13 @@ def generate(
     seed: int = 0,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[str]:
-    """The continuation of each prompt, up to ``max_new_tokens`` tokens or the end of the document.
+    """Return each prompt's continuation, up to ``max_new_tokens`` or the end of the document.
 
-    ``on_text(prompt_index, piece)`` receives the text as it grows. Where ranks share the model
-    (ZeRO-3 gathers it anew in every forward) all of them must call this, and ``forward`` must
-    return the same last row to each, for instance rank 0's, broadcast: then they draw the same
-    tokens, stop at the same one and run the same number of forwards. Raises ValueError for sampling
-    settings out of range and for logits that are not finite.
+    ``on_text(prompt_index, piece)`` receives the text as it grows. If ranks share the model (ZeRO-3
+    gathers it in every forward), all of them must call this, and ``forward`` must return the same
+    last row on each, for instance rank 0's, broadcast: they then draw the same tokens and run the
+    same number of forwards. Raise ValueError for sampling settings out of range and for logits that
+    are not finite.
     """
     texts = []
     allowed = allowed_tokens(encoding)
@@ -77,17 +76,18 @@ def continuation(
     end_token: int,
     limit: int,
 ) -> Iterator[int]:
-    """At most ``limit`` tokens that follow ``tokens``, up to the end token, which is not among
-    them.
+    """Yield at most ``limit`` tokens that follow ``tokens``, up to but without the end token.
 
-    A model knows no position past ``sequence_length``. Once the text fills it, its newest half is
-    read again from position 0, so that one token in half a sequence costs more than the others.
+    A model has no position beyond ``sequence_length``. When the text fills it, its newest half is
+    read again from position 0, so one token per half sequence costs more than the others.
     """
-    text, unread = list(tokens), list(tokens)
+    text = list(tokens)
+    unread = list(tokens)
     cache = KeyValueCache(sequence_length)
     for _ in range(limit):
         if cache.length + len(unread) > sequence_length:
-            cache, unread = KeyValueCache(sequence_length), text[-((sequence_length + 1) // 2) :]
+            cache = KeyValueCache(sequence_length)
+            unread = text[-((sequence_length + 1) // 2) :]
         token = sampler.pick(next_logits(forward, unread, cache))
         if token == end_token:
             return
@@ -98,23 +98,20 @@ def continuation(
 
 @torch.no_grad()
 def next_logits(forward: Forward, unread: Sequence[int], cache: KeyValueCache) -> Tensor:
-    """The scores (vocabulary,) of the token after those in the cache and the unread ones; fp32,
-    on the CPU.
-    """
+    """Return the logits (vocabulary,) of the next token, fp32 on the CPU."""
     logits = forward(torch.tensor([unread]), cache)[0, -1].float().cpu()
     if not logits.isfinite().all():
         raise ValueError(
-            f"the model returned logits that are not finite at position {cache.length}: its "
-            f"weights are spoilt"
+            f"the model returned logits that are not finite at position {cache.length}; its "
+            f"weights are corrupt"
         )
     return logits
 
 
 class Sampler:
-    """Chooses the next token by its score: the best one at temperature 0, else a draw from what
-    top-k and top-p keep.
+    """Chooses the next token: the best one at temperature 0, else a draw from top-k and top-p.
 
-    It draws on the CPU, so a seed gives the same text wherever the scores are the same.
+    It draws on the CPU, so a seed gives the same text wherever the logits are the same.
     """
 
     def __init__(
@@ -127,34 +124,35 @@ class Sampler:
             raise ValueError(
                 f"{given}: need temperature >= 0, top_k >= 1 (or None) and 0 < top_p <= 1"
             )
-        self.allowed, self.temperature, self.top_k, self.top_p = allowed, temperature, top_k, top_p
+        self.allowed = allowed
+        self.temperature = temperature
+        self.top_k = top_k
+        self.top_p = top_p
         self.generator = torch.Generator().manual_seed(seed)
 
     def pick(self, logits: Tensor) -> int:
-        """One of the allowed tokens, by its logits (vocabulary,)."""
+        """Return one of the allowed tokens, by its logits (vocabulary,)."""
         scores = logits[self.allowed].double()
         choice = self._draw(scores) if self.temperature else scores.argmax()
         return int(self.allowed[choice])
 
     def _draw(self, scores: Tensor) -> Tensor:
-        """An index into scores.
+        """Return an index into scores.
 
         Nucleus sampling (top-p): Holtzman et al. 2020, arXiv 1904.09751, section 3.1.
         """
         best, order = scores.sort(descending=True, stable=True)
-        # Scores relative to the best one: divided by a tiny temperature they reach -inf, never inf.
+        # Relative to the best score, division by a tiny temperature gives -inf, never inf.
         probabilities = ((best - best[0]) / self.temperature)[: self.top_k].softmax(dim=0)
         more_probable = probabilities.cumsum(dim=0) - probabilities
-        kept = probabilities.where(
-            more_probable < self.top_p, 0.0
-        )  # the first is always among them
+        kept = probabilities.where(more_probable < self.top_p, 0.0)  # the first is always kept
         return order[torch.multinomial(kept, 1, generator=self.generator)]
 
 
 def open_tokenizer(config: MegagptConfig) -> tiktoken.Encoding:
-    """The encoding of a run's data.
+    """Return the encoding of a run's data.
 
-    UserError where it is missing, or has tokens that the model never learnt.
+    Raise UserError if it is missing, or has tokens that the model has not learned.
     """
     directory = Path(config.data.sources[0].path)
     encoding = load_tokenizer(directory)
@@ -163,19 +161,16 @@ def open_tokenizer(config: MegagptConfig) -> tiktoken.Encoding:
 
 
 def allowed_tokens(encoding: tiktoken.Encoding) -> Tensor:
-    """The ids that a model may write: those that are text, and the end of a document.
+    """Return the ids that a model may write: those of text, and the end of a document.
 
-    Not the rows that pad the vocabulary to a multiple of 128, nor the numbers that an encoding
-    skips.
+    Rows that pad the vocabulary and ids that an encoding skips are not allowed.
     """
     text = [encoding.encode_single_token(value) for value in encoding.token_byte_values()]
     return torch.tensor([*text, encoding.eot_token])
 
 
 def decode_stream(tokens: Iterable[int], encoding: tiktoken.Encoding) -> Iterator[str]:
-    """Text in pieces, one whenever a token completes a character; bytes that are not UTF-8
-    become U+FFFD.
-    """
+    """Yield text whenever a token completes a character; bytes that are not UTF-8 become U+FFFD."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in tokens:
         if piece := decoder.decode(encoding.decode_single_token_bytes(token)):

@@ -1,5 +1,6 @@
-"""The trained model of a run as plain PyTorch: for generating, evaluating and exporting, in one
-process.
+"""The trained model of a run in plain PyTorch, for generating, evaluating and exporting.
+
+One process is enough.
 """
 
 from collections.abc import Callable
@@ -18,18 +19,17 @@ from megagpt.utils import UserError
 def open_weights(
     run_directory: Path, step: int | None = None
 ) -> tuple[int, Callable[[str], torch.Tensor]]:
-    """(step, a function from a global name to that whole weight, fp32 on the CPU) of a run's newest
-    sound checkpoint.
+    """Return the step of a run's newest sound checkpoint, and a function from name to weight.
 
-    Raises UserError where there is no checkpoint (of ``step``) that can be loaded; so does the
-    function.
+    The function takes a global name and returns the whole weight, fp32 on the CPU. Both raise
+    UserError if no checkpoint (of ``step``) can be loaded.
     """
     reader = open_checkpoint(run_directory, step)
 
     def weight(name: str) -> torch.Tensor:
         try:
             return reader.tensor(WEIGHT, name)
-        except DamagedCheckpointError as error:  # its manifest vouches for what it should not
+        except DamagedCheckpointError as error:  # the manifest does not match the files
             raise UserError(
                 f"{run_directory}: {error}; choose the checkpoint of another step with --step"
             ) from error
@@ -38,7 +38,7 @@ def open_weights(
 
 
 def require_known_ids(directory: Path, vocabulary: int, model: ModelConfig) -> None:
-    """Raise UserError where a dataset of ``vocabulary`` tokens has ids that the model never learnt.
+    """Raise UserError if a dataset of ``vocabulary`` tokens has ids that the model has not learned.
 
     The embedding may have a row for them: rows from ``model.vocabulary`` on are padding.
     """
@@ -47,9 +47,9 @@ def require_known_ids(directory: Path, vocabulary: int, model: ModelConfig) -> N
         return
     ids = f"id {known}" if vocabulary == known + 1 else f"ids {known} to {vocabulary - 1}"
     raise UserError(
-        f"{directory}: its vocabulary is {vocabulary}, the model's {known}: the model never learnt "
-        f"{ids}; the dataset was prepared anew since the run, prepare it again with the tokenizer "
-        "of the run"
+        f"{directory}: its vocabulary changed since the run (found {vocabulary} tokens, need at "
+        f"most {known}: the model has not learned {ids}); prepare it again with the tokenizer of "
+        "the run"
     )
 
 
@@ -60,10 +60,9 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> tuple[GPT, ResolvedConfig, int]:
-    """The plain model of a run, in one process: (model, configuration, step) of its newest sound
-    checkpoint.
+    """Return the model, the configuration and the step of a run's newest sound checkpoint.
 
-    Raises UserError where the directory is no run, or has no checkpoint (of that step) that can be
+    Raise UserError if the directory is not a run, or has no checkpoint (of ``step``) that can be
     loaded.
     """
     config = read_config(run_directory)

@@ -1,7 +1,8 @@
-"""The record of a run: `metrics.jsonl`, one JSON object a logged step or event, each step once.
+"""The record of a run: `metrics.jsonl`, one JSON object per logged step or event.
 
-A line reaches the file by one `write`, so a killed process leaves at most a torn last line, which
-the next opening cuts away. Numbers that JSON cannot hold (a loss of NaN) are written as null.
+Each step has one line. A line reaches the file by one `write`, so a killed process leaves at most a
+partial last line, which the next opening cuts off. Numbers that JSON cannot hold (a loss of NaN)
+are written as null.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one logged step measured; the field names are the keys in `metrics.jsonl`.
+    """The measurements of one logged step; the field names are the keys in `metrics.jsonl`.
 
-    `tokens` counts from the start of the run; `step_time_s` and the two rates are means over the
-    steps since the previous record; `mfu` is a fraction of the device's peak, None where that peak
-    is unknown: a CPU's is measured, and unknown while training is faster than what was measured;
-    `memory_gib` is the peak of what this rank allocated (events `memory` say what its GPU's
-    allocator reserved); `skipped_steps` counts from the start of the run.
+    `tokens` counts from the start of the run. `step_time_s` and the two rates are means over the
+    steps since the previous record. `mfu` is a fraction of the device's peak, None if that is
+    unknown: a CPU's is measured, and unknown while training is faster than measured. `memory_gib`
+    is the peak of what this rank allocated (events `memory` say what its GPU's allocator reserved).
+    `skipped_steps` counts from the start of the run.
     """
 
     step: int
@@ -53,9 +54,9 @@ class StepRecord:
 
     @classmethod
     def from_line(cls, line: Line) -> StepRecord:
-        """The record on a line without `event`; null stands for NaN.
+        """Return the record on a line without `event`; null stands for NaN.
 
-        Raises TypeError on other keys.
+        Raise TypeError on other keys.
         """
         values: dict[str, Any] = {
             key: math.nan if line[key] is None and key != "mfu" else line[key] for key in line
@@ -68,8 +69,9 @@ _STEP_KEYS = {field.name for field in fields(StepRecord)}
 
 @dataclass
 class History:
-    """What a `metrics.jsonl` holds, in file order; `unreadable_lines` counts those that no run
-    of ours writes.
+    """The content of a `metrics.jsonl`, in file order.
+
+    `unreadable_lines` counts the lines that are neither an event nor a step record.
     """
 
     steps: list[StepRecord]
@@ -80,10 +82,12 @@ class History:
         return [event for event in self.events if event["event"] == name]
 
     def time_in_steps_s(self, after_step: int = 0) -> float:
-        """The step times summed up; a record's mean stands for all steps since the record before
-        it.
+        """Return the sum of the step times.
+
+        A record's mean stands for all steps since the record before it.
         """
-        previous, total_s = after_step, 0.0
+        previous = after_step
+        total_s = 0.0
         for record in self.steps:
             if record.step > after_step:
                 total_s += record.step_time_s * (record.step - previous)
@@ -98,8 +102,9 @@ class MetricsFile:
     retried = True
 
     def __init__(self, run_directory: Path, *, start_step: int) -> None:
-        """Open for appending after `start_step`: later lines, which this run makes anew, move to
-        `REPLACED_FILE`.
+        """Open for appending after `start_step`.
+
+        Later lines, whose steps this run repeats, move to `REPLACED_FILE`.
         """
         self.path = run_directory / METRICS_FILE
         try:
@@ -108,13 +113,13 @@ class MetricsFile:
         except OSError as error:
             raise UserError(
                 f"{self.path}: cannot be written ({error.strerror}); "
-                "free it, or choose another directory with --run_dir runs/NAME"
+                "make it writable, or choose another --run_dir runs/NAME"
             ) from error
 
     def write(self, line: Line) -> None:
-        """Add one line whole or not at all; raises OSError where the disk does not take it.
+        """Append one whole line, or nothing; raise OSError if the disk refuses it.
 
-        After a `rewind` the steps that follow it are made anew.
+        After a `rewind` the steps that follow it are repeated.
         """
         if line.get("event") == "rewind":
             self.close()
@@ -122,9 +127,8 @@ class MetricsFile:
         content = encode_line(line)
         size_before = os.fstat(self._descriptor).st_size
         written = os.write(self._descriptor, content)
-        if written < len(
-            content
-        ):  # a nearly full disk takes a part: the next line must not be glued to it
+        # A nearly full disk takes a part of the line; the next one must not follow on it.
+        if written < len(content):
             os.ftruncate(self._descriptor, size_before)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
@@ -138,8 +142,9 @@ class MetricsFile:
 
 
 def plain(value: Any) -> Any:
-    """`value` as every outlet receives it: null for NaN and infinities, text for paths, secrets
-    masked.
+    """Return `value` as every outlet receives it.
+
+    NaN and infinities become null, paths become text, secrets are masked.
     """
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
@@ -157,29 +162,29 @@ def plain(value: Any) -> Any:
 
 
 def encode_line(line: Line) -> bytes:
-    """One line of strict JSON in UTF-8 with its newline."""
+    """Return one line of strict JSON in UTF-8 with its newline."""
     text = json.dumps(line, ensure_ascii=False, allow_nan=False)
-    # JSON itself escapes what is below 0x20; the rest of the control characters would reach a
-    # terminal through `cat`.
+    # JSON escapes characters below 0x20; the other control characters would reach a terminal
+    # through `cat`.
     text = re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)
-    # A sample cut inside a character may hold a lone surrogate; backslashreplace writes it as
-    # JSON's own \udXXX.
+    # A sample that was cut inside a character may hold a lone surrogate; backslashreplace writes it
+    # as JSON's own \udXXX.
     return text.encode("utf-8", errors="backslashreplace") + b"\n"
 
 
 def read_metrics(run_directory: Path) -> History:
-    """Read a run's record, also while it is being written: a torn last line is left out, other
-    damage is counted.
+    """Read a run's record, also while it is being written.
 
-    Raises UserError where the directory holds no record.
+    A partial last line is left out, other damage is counted. Raise UserError if the directory holds
+    no record.
     """
     path = run_directory / METRICS_FILE
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read ({error.strerror}); give the directory of a run, --run_dir "
-            f"runs/NAME"
+            f"{run_directory}: not a run directory with a record ({METRICS_FILE}: "
+            f"{error.strerror}); pass --run_dir runs/NAME"
         ) from error
     history = History([], [])
     for raw_line in _whole_lines(content):
@@ -194,8 +199,7 @@ def read_metrics(run_directory: Path) -> History:
 
 
 def _set_aside_after(path: Path, last_step: int) -> None:
-    """Leave in `path` the lines of steps up to `last_step`; append the others to `REPLACED_FILE`,
-    so nothing is lost.
+    """Keep the lines of steps up to `last_step`; append the others to `REPLACED_FILE`.
 
     A kill between the two writes leaves the lines in both files, never in none.
     """
@@ -221,7 +225,7 @@ def _append_durably(path: Path, lines: Iterable[bytes]) -> None:
 
 
 def _whole_lines(content: bytes) -> list[bytes]:
-    """The lines that end; what a kill left after the last newline is dropped."""
+    """Return the complete lines, without what a kill left after the last newline."""
     return content.split(b"\n")[:-1]
 
 
@@ -230,7 +234,7 @@ def _joined(lines: Iterable[bytes]) -> bytes:
 
 
 def _decode_line(raw_line: bytes) -> Line | None:
-    """The object on a line, or None where it is neither an event nor a step record."""
+    """Return the object on a line, or None if it is neither an event nor a step record."""
     try:
         line = json.loads(raw_line)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The one object through which a training loop tells the world what it did.
+"""The one object through which the training loop reports.
 
 Every step and every event is one line (a flat object, see `metrics.py`), and every outlet receives
 the same lines.
@@ -45,10 +45,10 @@ logger = logging.getLogger(__name__)
 
 
 class Outlet(Protocol):
-    """Where lines go.
+    """A receiver of lines.
 
-    A failing outlet costs one warning: `retried` says whether it is tried again at the next line (a
-    disk may have room again) or closed for good (a tracker may block for its timeout every time).
+    A failing outlet costs one warning. `retried` says whether it is tried again at the next line (a
+    disk may have room again) or closed (a tracker may block for its timeout every time).
     """
 
     name: str
@@ -62,9 +62,9 @@ class Outlet(Protocol):
 class Monitor:
     """All outlets of one run; use it as a context manager.
 
-    Every rank makes one; only the writer's does anything. Only opening may fail the run (UserError:
-    the run directory cannot be written): a full disk, a closed terminal or a tracker that is down
-    never stops training.
+    Every rank makes one, but only the writer's does anything. Only opening can fail the run
+    (UserError: the run directory cannot be written): a full disk, a closed terminal or a tracker
+    that is down never stops training.
     """
 
     def __init__(self, openers: Iterable[tuple[str, Callable[[], Outlet]]] = ()) -> None:
@@ -83,8 +83,9 @@ class Monitor:
         start_step: int,
         is_writer: bool,
     ) -> Monitor:
-        """Open the outlets that `config` asks for; lines of steps after `start_step` are about
-        to be made again.
+        """Open the outlets that `config` asks for.
+
+        Lines of steps after `start_step` are set aside: those steps are repeated.
         """
         if not is_writer:
             return cls()
@@ -105,7 +106,7 @@ class Monitor:
                     lambda: TensorboardTracker(config, run_directory, start_step=start_step),
                 )
             )
-        # The screen opens last: what the others have to say comes before the live table, not
+        # The screen opens last, so that the others' messages come before the live table, not
         # through it.
         openers.append(("screen", lambda: open_screen(progress, sys.stdout)))
         return cls(openers)
@@ -120,7 +121,7 @@ class Monitor:
         """
         if name not in EVENTS:
             raise ValueError(
-                f"unknown event {name!r}{did_you_mean(name, EVENTS)}; events are "
+                f"event {name!r}: unknown{did_you_mean(name, EVENTS)}; use one of "
                 f"{', '.join(EVENTS)}"
             )
         self._send({"event": name, "step": step, **fields})
@@ -149,17 +150,16 @@ class Monitor:
         self._outlets.append(opener())
 
     def _send(self, line: Line) -> None:
-        line = plain(
-            line
-        )  # outside the guard: a field that no line can hold is the caller's mistake
+        line = plain(line)  # not guarded: a value that no line can hold is the caller's mistake
         for outlet in list(self._outlets):
             if not self._guarded(outlet.name, partial(outlet.write, line)) and not outlet.retried:
                 self._outlets.remove(outlet)
-                self._guarded(outlet.name, outlet.close)  # a live table gives the terminal back
+                self._guarded(outlet.name, outlet.close)  # a live table must restore the terminal
 
     def _guarded(self, name: str, action: Callable[[], None]) -> bool:
-        """Run `action` and say whether it worked; trackers document no closed set of errors, so
-        all count.
+        """Run `action` and return whether it worked.
+
+        Trackers document no closed set of errors, so every Exception counts.
         """
         try:
             action()
@@ -168,7 +168,7 @@ class Monitor:
                 self._warned.add(name)
                 said = " ".join(str(error).split())  # wandb's errors have several lines
                 logger.warning(
-                    "%s failed (%s: %s); training goes on without it",
+                    "%s failed (%s: %s); training continues without it",
                     name,
                     type(error).__name__,
                     said,

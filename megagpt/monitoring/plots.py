@@ -1,4 +1,4 @@
-"""The curves of a run as SVG pictures: one figure a quantity over the steps."""
+"""The curves of a run as SVG pictures: one figure per quantity, over the steps."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from megagpt.utils import human_count
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-INK, ACCENT, FAINT, ALARM = "#1f5fa8", "#d1662b", "#8a929c", "#b3261e"
-MARGINS_INCHES = (
-    0.6,
-    0.5,
-    0.15,
-    0.3,
-)  # left, bottom, right, top: room for tick labels and the title
-MOST_POINTS = 500  # more than a screen shows; the band keeps what averaging hides
+INK = "#1f5fa8"
+ACCENT = "#d1662b"
+FAINT = "#8a929c"
+ALARM = "#b3261e"
+# Left, bottom, right, top: room for tick labels and the title.
+MARGINS_INCHES = (0.6, 0.5, 0.15, 0.3)
+MOST_POINTS = 500  # more than a screen shows; the band shows what averaging hides
 
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: small files that can be searched
+    "svg.fonttype": "none",  # keep text as text: smaller files that can be searched
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.spines.top": False,
@@ -42,7 +41,7 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A quantity of the step records: how it is named, read and scaled."""
+    """A quantity of the step records: its name, how it is read, its scale."""
 
     title: str
     value: Callable[[StepRecord], float | None]
@@ -63,9 +62,7 @@ SMALL_PLOTS = (
 
 @dataclass(frozen=True)
 class Curve:
-    """A thinned series: the mean of each bucket of neighbouring steps, with its lowest and
-    highest value.
-    """
+    """A thinned series: the mean, the lowest and the highest value of each bucket of steps."""
 
     steps: list[float]
     mean: list[float]
@@ -74,8 +71,9 @@ class Curve:
 
 
 def thinned(points: Sequence[tuple[int, float | None]], most: int = MOST_POINTS) -> Curve:
-    """At most `most` buckets of `points` (step, value); values that are None or not finite are
-    left out.
+    """Return `points` (step, value) in at most `most` buckets.
+
+    Values that are None or not finite are left out.
     """
     finite = [(step, value) for step, value in points if value is not None and math.isfinite(value)]
     size = max(1, math.ceil(len(finite) / most))
@@ -90,9 +88,7 @@ def thinned(points: Sequence[tuple[int, float | None]], most: int = MOST_POINTS)
 
 
 def loss_picture(history: History) -> bytes:
-    """Training and validation loss as SVG, with a line at each resume and a mark at each skipped
-    step.
-    """
+    """Return training and validation loss as SVG, with resumes and skipped steps marked."""
 
     def draw(axes: Axes) -> None:
         _draw_curve(axes, LOSS, history.steps, label="training")
@@ -116,9 +112,7 @@ def loss_picture(history: History) -> bytes:
 
 
 def small_pictures(history: History) -> list[tuple[str, bytes]]:
-    """(title, SVG) of every other quantity that the run knows; MFU is missing where the device's
-    peak is unknown.
-    """
+    """Return (title, SVG) of every other known quantity; MFU may be missing."""
     return [
         (
             plot.title,
@@ -146,9 +140,8 @@ def _draw_curve(
         axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         axes.yaxis.set_minor_formatter(lambda value, _: plot.tick(value))
     elif plot.scale == "from zero":
-        axes.set_ylim(
-            0, 1.08 * max(curve.high) or 1
-        )  # room above a flat line, and a span where all is zero
+        # Room above a flat line, and a span if all values are zero.
+        axes.set_ylim(0, 1.08 * max(curve.high) or 1)
     axes.yaxis.set_major_formatter(lambda value, _: plot.tick(value))
 
 
@@ -179,9 +172,7 @@ def _svg(
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width_inches, height_inches))
-        left, bottom, right, top = (
-            MARGINS_INCHES  # fixed, so that the axes of a column stand in one line
-        )
+        left, bottom, right, top = MARGINS_INCHES  # fixed, so that the axes of a column align
         axes = figure.add_axes(
             (
                 left / width_inches,

@@ -1,5 +1,6 @@
-"""One log file a rank, which also takes in what libraries say; only rank 0's warnings reach the
-screen.
+"""One log file per rank, which also takes libraries' messages.
+
+Only rank 0's warnings reach the screen.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 from megagpt.common.text import redacted
 
 LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
-# Python warnings speak to developers: they belong in the file, not above the live table.
+# Python warnings address developers: they belong in the file, not above the live table.
 PYTHON_WARNINGS = "py.warnings"
 
 
@@ -23,7 +24,7 @@ def open_rank_log(run_directory: Path, rank: int) -> Path:
     """Send this process's logging to `logs/rank_00000.log` (appending) and return that path.
 
     Call it after `import deepspeed`, whose logger prints to the screen of every rank until it is
-    taken over here. Calling again replaces the earlier log.
+    taken over here. Calling it again replaces the earlier log.
     """
     path = rank_log_path(run_directory, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,9 +51,7 @@ class _RankLogFile(logging.FileHandler):
 
 
 class _RankLogScreen(logging.Handler):
-    """Warnings on stderr, looked up at each record: the live table replaces `sys.stderr` while
-    it is up.
-    """
+    """Warnings on stderr, looked up at each record: the live table replaces `sys.stderr`."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -62,9 +61,7 @@ class _RankLogScreen(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             print(self.format(record), file=sys.stderr, flush=True)
-        except (
-            OSError
-        ):  # the terminal has gone, as after a lost ssh session; the file has the record
+        except OSError:  # the terminal is gone, as after a lost ssh session; the file has it
             self.setLevel(logging.CRITICAL + 1)
 
 
@@ -77,8 +74,9 @@ def _remove_own_handlers(logger: logging.Logger) -> None:
 
 
 def _take_over_deepspeed() -> None:
-    """DeepSpeed's loggers do not propagate and own a handler on stdout: let the root's handlers
-    decide instead.
+    """Route DeepSpeed's loggers to the root's handlers.
+
+    They do not propagate, and have a handler on stdout.
     """
     for name in list(logging.root.manager.loggerDict):
         if name.lower().split(".")[0] == "deepspeed":

@@ -1,5 +1,6 @@
-"""One HTML page about a run: nothing to serve, nothing to fetch, made from `metrics.jsonl` and
-`config.json` alone.
+"""One HTML page about a run, made from `metrics.jsonl` and `config.json` alone.
+
+It needs no server and no network.
 """
 
 from __future__ import annotations
@@ -74,9 +75,9 @@ summary { cursor: pointer; color: var(--faint); }
 
 
 def write_report(run_directory: Path) -> Path:
-    """Write `report.html` into a run directory and return its path; works while the run goes on.
+    """Write `report.html` into a run directory and return its path; works during training.
 
-    Raises UserError where the directory holds no logged step.
+    Raise UserError if the directory holds no logged step.
     """
     history = read_metrics(run_directory)
     if not history.steps:
@@ -92,7 +93,7 @@ def write_report(run_directory: Path) -> Path:
 
 
 def report_page(name: str, history: History, config: Line) -> str:
-    """The page as text; `config` is the object in `config.json`, empty where there is none."""
+    """Return the page as text; `config` is the object in `config.json`, empty if there is none."""
     sections = [
         f"<h1>{_text(name)}</h1>",
         f'<p class="faint">{_text(_subtitle(history))}</p>',
@@ -121,7 +122,7 @@ def _read_config(run_directory: Path) -> Line:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path}: is not JSON ({error}); restore it or move it away") from error
+        raise UserError(f"{path}: not JSON ({error}); restore it or move it away") from error
     return config if isinstance(config, dict) else {}
 
 
@@ -136,7 +137,7 @@ def _subtitle(history: History) -> str:
 
 
 def _tiles(history: History) -> str:
-    """The run in a few numbers."""
+    """Return the run in a few numbers."""
     last = history.steps[-1]
     evaluations = [
         event["val_loss"]
@@ -184,10 +185,9 @@ def _picture(title: str, svg: bytes, style_class: str) -> str:
 
 
 def _interruptions(history: History) -> str:
-    """What `launch/supervise.py` left on record: crashes it went on after, and how much of the
-    time was training.
-    """
-    supervised, restarts = history.events_named("supervise"), history.events_named("restart")
+    """Return what `launch/supervise.py` recorded: restarts, and the share of time in training."""
+    supervised = history.events_named("supervise")
+    restarts = history.events_named("restart")
     if not supervised and not restarts:
         return ""
     rows = [
@@ -272,5 +272,5 @@ def _short(value: Any) -> str:
 
 
 def _text(text: object) -> str:
-    """Text for HTML: markup escaped, and control characters, which HTML forbids, spelled out."""
+    """Return text for HTML: markup and control characters, which HTML forbids, are escaped."""
     return escape(without_control_characters(str(text)))

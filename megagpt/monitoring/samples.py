@@ -12,8 +12,9 @@ SAMPLES_FILE = "samples.txt"
 
 
 class SamplesFile:
-    """The outlet to `samples.txt`, a view of the sample events in `metrics.jsonl`: opening makes
-    it anew from them.
+    """The outlet to `samples.txt`, a view of the sample events in `metrics.jsonl`.
+
+    Opening rewrites it from them.
     """
 
     name = SAMPLES_FILE
@@ -30,7 +31,7 @@ class SamplesFile:
                 file.write(_entry(line))
 
     def close(self) -> None:
-        """Nothing stays open between samples."""
+        """Do nothing: no file stays open between samples."""
 
 
 def _entry(sample: Line) -> bytes:

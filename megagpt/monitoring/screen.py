@@ -1,6 +1,4 @@
-"""What a run shows while it trains: a live table on a terminal, one plain line a logged step
-elsewhere.
-"""
+"""What a run shows while it trains: a live table on a terminal, else one line per logged step."""
 
 from __future__ import annotations
 
@@ -21,15 +19,14 @@ if TYPE_CHECKING:  # rich takes 0.1 s to import and only a terminal needs it
     from rich.panel import Panel
     from rich.table import Table
 
-ETA_WINDOW_RECORDS = (
-    50  # the median of these step times: an evaluation or a save in between does not move it
-)
+# The ETA uses the median of these step times, which an evaluation or a save does not move.
+ETA_WINDOW_RECORDS = 50
 REFRESH_INTERVAL_S = 0.1
 UNKNOWN = "n/a"
 
 
 class Progress:
-    """What is known of a run at this moment; both screens are views of it."""
+    """What is known of a run now; both screens are views of it."""
 
     def __init__(self, *, title: str, total_steps: int, start_step: int) -> None:
         self.title = title
@@ -66,8 +63,9 @@ class Progress:
 
 
 class Screen(Protocol):
-    """The outlet to the user's eyes; any method may raise OSError where the terminal or the pipe
-    has gone.
+    """The outlet to the user's screen.
+
+    Any method may raise OSError if the terminal or the pipe is gone.
     """
 
     name: str
@@ -79,16 +77,14 @@ class Screen(Protocol):
 
 
 def open_screen(progress: Progress, stream: TextIO) -> Screen:
-    """The live table where `stream` is a terminal that can move its cursor, plain lines anywhere
-    else.
-    """
+    """Return the live table on a terminal that can move its cursor, else plain lines."""
     if stream.isatty() and os.environ.get("TERM", "dumb") != "dumb":
         return LiveScreen(progress, stream)
     return PlainScreen(progress, stream)
 
 
 class PlainScreen:
-    """One line a logged step: for files, pipes and the logs of a cluster."""
+    """One line per logged step: for files, pipes and the logs of a cluster."""
 
     name = "screen"
     retried = False
@@ -100,7 +96,7 @@ class PlainScreen:
     def write(self, line: Line) -> None:
         self._progress.update(line)
         text = event_text(line) if "event" in line else self._step_text(StepRecord.from_line(line))
-        # One write: ranks share the pipe, and a line in two pieces may be cut by another's.
+        # One write: ranks share the pipe, and another rank's line could come between two writes.
         with abandoned_on_failure(self._stream):
             self._stream.write(without_control_characters(text) + "\n")
             self._stream.flush()
@@ -120,8 +116,8 @@ class PlainScreen:
 class LiveScreen:
     """A table that is redrawn in place; events scroll by above it.
 
-    Redrawn from the training thread, at most every `REFRESH_INTERVAL_S`: rich's own thread would
-    wake up between kernel launches, and would hold locks across a fork of data workers.
+    It is redrawn from the training thread, at most every `REFRESH_INTERVAL_S`: rich's own thread
+    would wake up between kernel launches, and would hold locks across a fork of data workers.
     """
 
     name = "screen"
@@ -155,15 +151,17 @@ class LiveScreen:
             self._live.update(progress_panel(self._progress), refresh=True)
 
     def close(self) -> None:
-        """Leave the last state of the table on the terminal and give the cursor back."""
+        """Leave the last state of the table on the terminal and restore the cursor."""
         with abandoned_on_failure(self._stream):
             self._live.update(progress_panel(self._progress))
             self._live.stop()
 
 
 def event_text(line: Line) -> str:
-    """An event as a person reads it: `step 100  eval  val_loss 2.4134  on 30 % of the split`; a
-    sample's text is indented below.
+    """Return an event as a person reads it.
+
+    For example `step 100 eval val_loss 2.4134 on 30 % of the split`. A sample's text is indented
+    below.
     """
     heading = f"step {line['step']}  {line['event']}"
     if line["event"] == "sample":
@@ -185,7 +183,7 @@ def _short(value: object) -> str:
 
 
 def progress_panel(progress: Progress) -> Panel:
-    """The live table: a bar, the numbers in two columns, the newest sample."""
+    """Return the live table: a bar, the numbers in two columns, the newest sample."""
     from rich.console import Group
     from rich.panel import Panel
     from rich.text import Text
@@ -231,9 +229,7 @@ def _numbers(progress: Progress) -> Table:
 
 
 def _rows(progress: Progress) -> list[tuple[str, str, str, str]]:
-    """Label and value twice a row: what the run achieves on the left, what it spends on the
-    right.
-    """
+    """Return two (label, value) pairs per row: results on the left, cost on the right."""
     record = progress.record
     if record is None:
         return [("loss", UNKNOWN, "tokens/s", UNKNOWN)]
@@ -243,7 +239,7 @@ def _rows(progress: Progress) -> list[tuple[str, str, str, str]]:
         else "{1:.4f} at step {0}".format(*progress.validation)
     )
     rate = (
-        f"{human_count(record.tokens_per_s)} ({human_count(record.tokens_per_s_per_device)} a "
+        f"{human_count(record.tokens_per_s)} ({human_count(record.tokens_per_s_per_device)} per "
         f"device)"
     )
     return [
@@ -255,5 +251,5 @@ def _rows(progress: Progress) -> list[tuple[str, str, str, str]]:
 
 
 def format_mfu(mfu: float | None) -> str:
-    """Model FLOPs utilisation in percent."""
+    """Return model FLOPs utilisation in percent."""
     return UNKNOWN if mfu is None else f"{100 * mfu:.1f} %"

@@ -1,6 +1,6 @@
-"""wandb and tensorboard, switched on by DeepSpeed's own config sections.
+"""wandb and tensorboard, enabled by DeepSpeed's own config sections.
 
-DeepSpeed's own monitors are not used: they live on its rank 0, which holds no loss under pipeline
+DeepSpeed's own monitors are not used: they run on its rank 0, which holds no loss under pipeline
 parallelism.
 """
 
@@ -26,15 +26,12 @@ logger = logging.getLogger(__name__)
 
 WANDB_DEFAULT_URL = "https://api.wandb.ai"
 CONNECT_TIMEOUT_S = 3.0
-WANDB_TIMEOUT_S = (
-    30  # to open a run and to upload its tail; wandb itself waits 90 s, and without end
-)
+# To open a run and to upload its last lines; wandb itself waits 90 s, and without a limit.
+WANDB_TIMEOUT_S = 30
 
 
 def scalars(line: Line) -> dict[str, float]:
-    """The numbers of a line under the names they have in the trackers: `train/loss`,
-    `eval/val_loss`.
-    """
+    """Return the numbers of a line by their names in trackers: `train/loss`, `eval/val_loss`."""
     group = line.get("event", "train")
     return {
         f"{group}/{key}": value
@@ -44,9 +41,9 @@ def scalars(line: Line) -> dict[str, float]:
 
 
 class WandbTracker:
-    """The outlet to wandb, one run there a run directory: a resumed run continues its curves.
+    """The outlet to wandb, one wandb run per run directory: a resumed run continues its curves.
 
-    It goes offline by itself, with one warning, where there is no key or no network.
+    It goes offline by itself, with one warning, if there is no key or no network.
     """
 
     name = "wandb"
@@ -57,10 +54,10 @@ class WandbTracker:
 
         offline_reason = why_offline()
         settings = wandb.Settings(
-            silent=True,  # its banners would tear the live table
-            console="off",  # it would swallow the table's control characters
+            silent=True,  # its banners would break the live table
+            console="off",  # it would capture the table's control characters
             save_code=False,
-            # wandb stores the diff of a dirty tree, and so whatever secret lies in it
+            # wandb stores the diff of a dirty tree, which may contain a secret
             disable_git=True,
             init_timeout=WANDB_TIMEOUT_S,
             finish_timeout=WANDB_TIMEOUT_S,
@@ -77,8 +74,8 @@ class WandbTracker:
             mode="offline" if offline_reason else None,
             settings=settings,
         )
-        # Steps as an ordinary metric: wandb's own counter refuses the steps that a resumed run
-        # makes again.
+        # Steps are an ordinary metric: wandb's own counter refuses steps that a resumed run
+        # repeats.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         if offline_reason:
@@ -99,9 +96,7 @@ class WandbTracker:
 
 
 class TensorboardTracker:
-    """The outlet to an event file in `output_path/job_name`; the default path is the run
-    directory.
-    """
+    """The outlet to an event file in `output_path/job_name`; default path: the run directory."""
 
     name = "tensorboard"
     retried = False
@@ -111,7 +106,7 @@ class TensorboardTracker:
 
         section = config.tensorboard
         root = Path(section.output_path) if section.output_path else run_directory
-        # Steps after the checkpoint that a resume starts from are made again: hide their first
+        # Steps after the checkpoint that a resume starts from are repeated: hide their first
         # version.
         purge_step = start_step + 1 if start_step else None
         self._writer = SummaryWriter(log_dir=str(root / section.job_name), purge_step=purge_step)
@@ -125,8 +120,9 @@ class TensorboardTracker:
 
 
 def why_offline() -> str | None:
-    """The reason to write wandb's files without uploading, or None; WANDB_MODE, where set,
-    decides for itself.
+    """Return why wandb's files are written without uploading, or None.
+
+    If WANDB_MODE is set, it decides.
     """
     if os.environ.get("WANDB_MODE"):
         return None
@@ -139,9 +135,7 @@ def why_offline() -> str | None:
 
 
 def _has_wandb_login(host: str) -> bool:
-    """True where wandb would find a key: in the environment, or in the netrc file that `wandb
-    login` writes.
-    """
+    """Return whether wandb would find a key in the environment or in its netrc file."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     try:
@@ -151,9 +145,7 @@ def _has_wandb_login(host: str) -> bool:
 
 
 def _reachable(host: str, port: int) -> bool:
-    """True where `host` takes a connection; behind a proxy only the proxy can tell, so wandb may
-    try.
-    """
+    """Return whether `host` accepts a connection; behind a proxy only wandb can find out."""
     if any(
         os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")
     ):
@@ -166,8 +158,9 @@ def _reachable(host: str, port: int) -> bool:
 
 
 def _run_id(run_directory: Path) -> str:
-    """The identity of this run directory in wandb, drawn once and kept, so that a resume
-    continues the same curves.
+    """Return this run directory's identity in wandb, drawn once and kept.
+
+    A resume therefore continues the same curves.
     """
     path = run_directory / "wandb" / "run_id.txt"
     if not path.exists():

@@ -12,27 +12,28 @@ from megagpt.parallel.pipeline import MicroBatch
 
 
 class BatchLoader:
-    """The micro-batches of one data replica, cut from the global batch [first, first +
-    train_batch_size).
+    """The micro-batches of one data replica.
 
-    Which samples make up a step depends on the step alone, not on the mesh. Dropout seeds follow
-    from (training seed, step, sample), so a sample's masks are the same on whichever rank it falls.
+    A global batch is the samples [first, first + train_batch_size). The step alone determines them,
+    not the mesh. Dropout seeds depend on (training seed, step, sample), so a sample's masks are the
+    same on every rank.
     """
 
     def __init__(
         self, stream: SampleStream, config: ResolvedConfig, mesh: Mesh, device: torch.device
     ) -> None:
-        self.stream, self.mesh, self.device = stream, mesh, device
-        self.batch_size, self.micro_batch_size = (
-            config.train_batch_size,
-            config.train_micro_batch_size_per_gpu,
-        )
+        self.stream = stream
+        self.mesh = mesh
+        self.device = device
+        self.batch_size = config.train_batch_size
+        self.micro_batch_size = config.train_micro_batch_size_per_gpu
         self.micro_batches = config.gradient_accumulation_steps
         self.seed = config.megagpt.training.seed if config.megagpt.model.dropout else None
 
     def load(self, first: int, step: int | None = None) -> list[MicroBatch]:
-        """This replica's micro-batches of the global batch that begins at sample ``first``;
-        ``step`` seeds dropout.
+        """Return this replica's micro-batches of the global batch that begins at sample ``first``.
+
+        ``step`` seeds dropout; None means no dropout.
         """
         return [self._micro_batch(first, index, step) for index in range(self.micro_batches)]
 

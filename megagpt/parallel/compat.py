@@ -1,10 +1,10 @@
-"""Every touch of DeepSpeed's internals, in one file: what is done, why, and the line of 0.19.8 it
-answers to.
+"""Every use of DeepSpeed's internals, in one file: what is done, why, and the line it relies on.
 
-The rest of the project sees ``Bucket``: a run of optimizer state that this rank holds, whatever the
-ZeRO stage and wherever it lies (device, host memory, NVMe). Paths below are relative to the
-``deepspeed`` package; ``internals.py`` checks at the start that those files are the ones meant.
-Lines of torch's files are those of 2.13; where 2.11 differs, a comment says so.
+The rest of the project sees ``Bucket``: a flat run of optimizer state that this rank holds,
+whatever the ZeRO stage and wherever it lies (device, host memory, NVMe). Paths below are relative
+to the ``deepspeed`` package, lines are those of 0.19.8; ``internals.py`` checks at the start that
+the installed files are those. Lines of torch's files are those of 2.13; comments say where 2.11
+differs.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,10 +31,10 @@ Names = dict[nn.Parameter, str]  # the global name of each parameter
 
 
 def set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
-    """Let collectives of a group wait so long.
+    """Set how long collectives of a group may take.
 
-    DeviceMesh gives the groups that it makes torch's default
-    (torch/distributed/distributed_c10d.py, _set_pg_timeout; there is no public way).
+    DeviceMesh gives its groups torch's default, and there is no public way to change it
+    (torch/distributed/distributed_c10d.py, _set_pg_timeout).
     """
     distributed_c10d._set_pg_timeout(timeout, group)
 
@@ -42,29 +42,28 @@ def set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
 def suppress_shared_memory_collectives() -> None:
     """Keep ``init_distributed`` from compiling an op that training never calls.
 
-    On CPUs it builds a shared-memory all-reduce (75 s on two cores, an error without a compiler),
-    which serves inference only (comm/torch.py:47, 207). An op listed as incompatible is passed
-    over.
+    On CPUs it builds a shared-memory all-reduce, which only inference uses (comm/torch.py:47, 207).
+    That takes 75 s on two cores and fails without a compiler. An op listed as incompatible is
+    skipped.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def silence_cpu_adam() -> None:
-    """Keep CPU Adam from printing its settings from C++, past the log and through the live table.
+    """Keep CPU Adam from printing its settings from C++.
 
-    It does where DeepSpeed's logger lets info pass (ops/adam/cpu_adam.py:98), as the rank's log
-    wants it.
+    It prints past the log and through the live table where DeepSpeed's logger passes info messages
+    (ops/adam/cpu_adam.py:98), which the rank's log needs.
     """
     cpu_adam.should_log_le = lambda level: False
 
 
 class Partitioner:
-    """Hands over parameters, one by one, to ZeRO-3: each is cut over the data axis as soon as it
-    has its values.
+    """Partitions single parameters over the data axis for ZeRO-3, as soon as each has its values.
 
     ``zero.Init`` as a context partitions what a constructor allocates, before it has values, and
     calls ``Module.apply`` with broadcasts from global rank 0, which fails in other groups. Its
-    conversion of a single parameter (zero/partition_parameters.py:1209) has neither fault.
+    conversion of a single parameter (zero/partition_parameters.py:1209) has neither problem.
     """
 
     def __init__(self, ds_config: dict[str, Any], mesh: Any) -> None:
@@ -81,12 +80,12 @@ class Partitioner:
 
 
 def destroy(engine: DeepSpeedEngine) -> None:
-    """End an engine so that nothing of it stays in memory.
+    """Destroy an engine so that nothing of it stays in memory.
 
-    ZeRO-3 puts the module at the bottom of a stack (zero/parameter_offload.py:315) and never takes
-    it away, and what it releases after each module lies in a cache of the class
-    (zero/partitioned_param_coordinator.py:633): the model, the engine that it hooks into and the
-    process groups of that would live as long as the process.
+    ZeRO-3 pushes the module on a stack (zero/parameter_offload.py:315) and never pops it, and a
+    cache of the class holds the parameters that it releases after each module
+    (zero/partitioned_param_coordinator.py:633). Without this the model, its engine and the engine's
+    process groups would live as long as the process.
     """
     module = engine.module
     engine.destroy()
@@ -99,14 +98,14 @@ def destroy(engine: DeepSpeedEngine) -> None:
 
 
 def read_when_needed(engine: DeepSpeedEngine) -> None:
-    """With parameters on NVMe, read each when its module needs it, and let it go afterwards.
+    """With parameters on NVMe, read each when its module needs it, and release it after use.
 
     Once the order of modules is known, DeepSpeed reads ahead
-    (zero/partitioned_param_coordinator.py:667) without looking whether a parameter is being read
-    already, and fails in the second micro-batch: "param 28 already assigned swap buffer". It also
-    keeps what is used again within stage3_max_reuse_distance (line 657), each in one of
-    `offload_param.buffer_count` buffers, without counting them: "Not enough buffers 0 for swapping
-    1".
+    (zero/partitioned_param_coordinator.py:667) without checking whether a parameter is already
+    being read, and fails in the second micro-batch: "param 28 already assigned swap buffer". It
+    also keeps parameters that are used again within stage3_max_reuse_distance (line 657), each in
+    one of `offload_param.buffer_count` buffers, without counting them: "Not enough buffers 0 for
+    swapping 1".
     """
     coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
     coordinator._PartitionedParameterCoordinator__prefetch_nvme = False
@@ -114,17 +113,16 @@ def read_when_needed(engine: DeepSpeedEngine) -> None:
 
 
 def count(parameter: nn.Parameter, counted: bool) -> None:
-    """Whether this rank's copy counts: of a replicated parameter one copy enters the gradient norm
-    and checkpoints.
+    """Set whether this rank's copy of a parameter counts in the gradient norm and in checkpoints.
 
-    DeepSpeed counts what is flagged model_parallel, or lies on model-parallel rank 0
-    (zero/stage3.py:1982, 2455).
+    Exactly one copy of a replicated parameter must count. DeepSpeed counts parameters flagged
+    model_parallel and those on model-parallel rank 0 (zero/stage3.py:1982, 2455).
     """
     parameter.model_parallel = counted  # type: ignore[attr-defined]
 
 
 def is_counted(parameter: nn.Parameter) -> bool:
-    """What ``count`` said."""
+    """Return whether this rank's copy counts (see ``count``)."""
     return bool(parameter.model_parallel)  # type: ignore[attr-defined]
 
 
@@ -132,12 +130,14 @@ def scope_trace_check(mesh: Any) -> None:
     """Compare ZeRO-3's module traces within the data axis: pipeline stages run different modules.
 
     DeepSpeed broadcasts on the WORLD group at each root forward
-    (zero/partitioned_param_coordinator.py:260), which deadlocks as soon as stages differ.
+    (zero/partitioned_param_coordinator.py:260), which deadlocks when stages differ.
     """
 
     def agree(numbers: list[int]) -> None:
-        """Identity numbers go on from engine to engine of a process, where stages may have had
-        others: relative.
+        """Raise RuntimeError if the module ids differ between data ranks.
+
+        Ids count up from engine to engine of a process, and the stages of an earlier engine may
+        have had other numbers of modules, so only ids relative to the smallest are compared.
         """
         seen: list[Any] = [None] * mesh.data_size
         relative = [number - min(numbers) for number in numbers]
@@ -151,14 +151,13 @@ def scope_trace_check(mesh: Any) -> None:
 
 
 def trace_whole_steps(engine: DeepSpeedEngine) -> Callable[[], None]:
-    """Let ZeRO-3 learn the order of modules over a whole step of a pipeline; returns what to call
-    at its beginning.
+    """Let ZeRO-3 trace modules over a whole pipeline step; return what to call at its start.
 
-    DeepSpeed starts its trace anew at each forward of the root module
-    (zero/parameter_offload.py:306), as if its backward came next. In a pipeline other forwards do,
-    so the trace never holds for long, and nothing is prefetched. Over a step the order repeats:
-    parameters are fetched ahead, and those used again within stage3_max_reuse_distance stay
-    gathered from one micro-batch to the next.
+    DeepSpeed restarts its trace at each forward of the root module (zero/parameter_offload.py:306),
+    as if its backward came next. In a pipeline other forwards come next, so no trace stays valid
+    and nothing is prefetched. Over a whole step the order repeats: parameters are prefetched, and
+    those used again within stage3_max_reuse_distance stay gathered from one micro-batch to the
+    next.
     """
     coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
     begin: Callable[[], None] = coordinator.reset_step
@@ -167,10 +166,9 @@ def trace_whole_steps(engine: DeepSpeedEngine) -> Callable[[], None]:
 
 
 def require_equal_tiles(engine: DeepSpeedEngine, mesh: Any) -> None:
-    """Fail at once where pipeline stages have different numbers of optimizer tiles.
+    """Raise UserError if pipeline stages have different numbers of optimizer tiles; collective.
 
-    Each ZeRO optimizer makes one model-parallel all-reduce a tile in step(), and would wait for
-    ever.
+    Every ZeRO optimizer makes one model-parallel all-reduce per tile in step(), and would hang.
     """
     zero = engine.optimizer
     tiles = len(zero.fp16_groups if engine.zero_optimization_stage() == 3 else zero.bit16_groups)
@@ -178,18 +176,18 @@ def require_equal_tiles(engine: DeepSpeedEngine, mesh: Any) -> None:
     dist.all_gather_object(counts, tiles, group=mesh.model_group)
     if len(set(counts)) > 1:
         raise UserError(
-            f"zero_optimization.sub_group_size: pipeline stages have {sorted(set(counts))} "
-            "optimizer tiles and need equal numbers; make it larger than the parameters of one "
-            "stage's shard"
+            "zero_optimization.sub_group_size: pipeline stages have different numbers of optimizer "
+            f"tiles (found {sorted(set(counts))}, need equal numbers); set it above the number of "
+            "parameters of one stage's shard"
         )
 
 
 class _Inject(torch.autograd.Function):
-    """A scalar whose gradient with respect to the output is the gradient that the next stage sent.
+    """A scalar whose gradient with respect to the output is the one that the next stage sent.
 
-    DeepSpeed multiplies every scalar by the loss scale of fp16. The next stage's gradient has been:
-    the last stage's loss was, and all ranks of the mesh have the same scale, as they agree on each
-    overflow (zero/stage3.py:2413).
+    DeepSpeed multiplies every scalar by the fp16 loss scale. The next stage's gradient is scaled
+    already, because the last stage's loss was; all ranks of the mesh have the same scale, as they
+    agree on each overflow (zero/stage3.py:2413).
     """
 
     @staticmethod
@@ -207,15 +205,15 @@ def batch_p2p(p2p_ops: list[dist.P2POp], desc: str | None = None) -> list[dist.W
     """Post a pipeline's list of sends and receives as one batch.
 
     torch 2.13 posts a list of only sends, or only receives, unbatched, so that they may overtake
-    each other (pipelining/schedules.py:623). NCCL lets them only where no device is bound: then
-    each pair of ranks gets one more communicator. DeepSpeed binds it (comm/torch.py:281), and
-    unbatched operations wait for each other on the group's communicator. As a batch they use the
-    group's in both cases, as in torch 2.11.
+    each other (pipelining/schedules.py:623). NCCL permits that only if no device is bound: then
+    each pair of ranks gets a communicator of its own. DeepSpeed binds the device
+    (comm/torch.py:281), and unbatched operations then wait for each other on the group's
+    communicator. As a batch they use the group's communicator in both cases, as in torch 2.11.
 
-    The order is safe on serial communicators: where two ranks owe each other something at the same
-    time (1F1B's steady state), both operations are one batch; GPipe and the interleaved schedule
-    have no such time. That is not taken on trust: `tests/parallel/test_pipeline_order.py` executes
-    what every schedule posts.
+    The order is safe on serial communicators. Where two ranks owe each other something at the same
+    time (1F1B's steady state), both operations are in one batch; GPipe and the interleaved schedule
+    have no such time. `tests/parallel/test_pipeline_order.py` proves it by executing what every
+    schedule posts.
     """
     return dist.batch_isend_irecv(p2p_ops) if p2p_ops else []
 
@@ -226,15 +224,14 @@ schedules._batch_p2p = batch_p2p
 class EngineStage(PipelineStage):
     """A torch pipeline stage whose forward and backward go through the DeepSpeed engine.
 
-    torch's schedules call ``*_maybe_with_nosync`` (torch/distributed/pipelining/stage.py:755, 781);
+    torch's schedules call ``*_maybe_with_nosync`` (torch/distributed/pipelining/stage.py:755, 781).
     DeepSpeed must see every backward through ``engine.backward``, which takes scalars only: a
     torch-style backward with a gradient queues its epilogue once and crashes in step(). The
-    schedules of ``pipeline.py`` make full backwards only; one of the inputs alone would leave the
-    weights' for later, when ZeRO-3 has released them.
+    schedules of ``pipeline.py`` use full backwards only; a backward of the inputs alone would
+    compute the weights' gradients later, after ZeRO-3 has released the weights.
 
-    ``neighbour_groups`` are groups of this rank and one other, by the other's global rank. What is
-    sent to that rank or received from it goes through its group; what has none, through the
-    pipeline's.
+    ``neighbour_groups`` are groups of this rank and one other, by the other's global rank.
+    Transfers with that rank use its group; transfers with other ranks use the pipeline's.
     """
 
     def __init__(
@@ -247,14 +244,15 @@ class EngineStage(PipelineStage):
     ) -> None:
         super().__init__(engine.module.chunks[chunk], **place)
         self.neighbour_groups = neighbour_groups
-        self.engine, self.chunk, self.before_backward = engine, chunk, before_backward
-        self.awaited: list[tuple[nn.Module, Any]] | None = (
-            None  # by module: inputs whose gradients end its backward
-        )
+        self.engine = engine
+        self.chunk = chunk
+        self.before_backward = before_backward
+        # By module: the number of input gradients that end its backward.
+        self.awaited: list[tuple[nn.Module, Any]] | None = None
 
-    # torch allocates what a stage receives for every micro-batch of a step beforehand
-    # (stage.py:2204, 2286): of a large model tens of GiB. Here placeholders on the meta device
-    # stand there but from the receipt to the use.
+    # torch allocates the receive buffers of all micro-batches of a step in advance (stage.py:2204,
+    # 2286), tens of GiB for a large model. Here they are placeholders on the meta device, replaced
+    # by real buffers only from receipt to use.
 
     def _prepare_forward_infra(self, *arguments: Any, **options: Any) -> Any:
         with self._placeholders():
@@ -266,33 +264,34 @@ class EngineStage(PipelineStage):
 
     @contextmanager
     def _placeholders(self) -> Iterator[None]:
-        device, self.device = self.device, torch.device("meta")
+        device = self.device
+        self.device = torch.device("meta")
         try:
             yield
         finally:
             self.device = device
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        """What to post for the inputs of a micro-batch."""
+        """Return the receives of a micro-batch's inputs."""
         self._hold(self.args_recv_info[fwd_chunk_id])
         return self._between_neighbours(super().get_fwd_recv_ops(fwd_chunk_id))
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        """What to post for the gradients of a micro-batch's outputs."""
+        """Return the receives of the gradients of a micro-batch's outputs."""
         if self.has_backward and not self.is_last:
             self._hold(self.grad_recv_info[bwd_chunk_id])
         return self._between_neighbours(super().get_bwd_recv_ops(bwd_chunk_id))
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        """What to post for the outputs of a micro-batch."""
+        """Return the sends of a micro-batch's outputs."""
         return self._between_neighbours(super().get_fwd_send_ops(fwd_chunk_id))
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        """What to post for the gradients of a micro-batch's inputs."""
+        """Return the sends of the gradients of a micro-batch's inputs."""
         return self._between_neighbours(super().get_bwd_send_ops(bwd_chunk_id))
 
     def _between_neighbours(self, operations: Sequence[dist.P2POp]) -> list[dist.P2POp]:
-        """Let each operation use the group of the two ranks that it joins."""
+        """Return the operations, each on the group of the two ranks that it joins."""
         groups = self.neighbour_groups
         return [
             dist.P2POp(o.op, o.tensor, o.peer, groups.get(o.peer, self.group)) for o in operations
@@ -300,16 +299,14 @@ class EngineStage(PipelineStage):
 
     def _hold(self, received: tuple[Any, ...]) -> None:
         for info in received:
-            if (
-                getattr(info, "buffer", None) is not None
-            ):  # torch 2.11's entry for an input of the model has none
+            # In torch 2.11 the entry of a model input has no buffer.
+            if getattr(info, "buffer", None) is not None:
                 info.buffer = torch.empty_like(info.buffer, device=self.device, requires_grad=False)
 
     def _retrieve_recv_activations(self, fwd_chunk_id: int) -> tuple[Tensor, ...]:
         activations = super()._retrieve_recv_activations(fwd_chunk_id)
-        for activation in (
-            activations
-        ):  # torch 2.11 asks for gradients when it allocates, and the placeholder for none
+        # torch 2.11 sets requires_grad when it allocates the buffer, and ``_hold`` clears it.
+        for activation in activations:
             activation.requires_grad_(self.has_backward and torch.is_grad_enabled())
         return self._let_go(self.args_recv_info[fwd_chunk_id], activations)
 
@@ -319,14 +316,14 @@ class EngineStage(PipelineStage):
         )
 
     def _let_go(self, received: tuple[Any, ...], tensors: Any) -> Any:
-        """What was received belongs to the schedule from now on."""
+        """Return the tensors, and put placeholders back: the schedule owns the tensors now."""
         for info in received:
             if info.buffer is not None:
                 info.buffer = torch.empty_like(info.buffer, device="meta")
         return tensors
 
     def forward_maybe_with_nosync(self, *inputs: Tensor, **context: Any) -> Tensor:
-        """One micro-batch forward."""
+        """Run one micro-batch forward."""
         output = self.engine(*inputs, chunk=self.chunk, **context)
         if output.requires_grad and self.awaited is None:
             counted = (
@@ -338,12 +335,13 @@ class EngineStage(PipelineStage):
     def backward_maybe_with_nosync(
         self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
     ) -> tuple[tuple[Tensor | None, ...], None]:
-        """One micro-batch backward; the gradients of its inputs."""
+        """Run one micro-batch backward; return the gradients of its inputs."""
         self.before_backward(self.chunk)
         self._release_after_use()
-        output, gradients = bwd_kwargs["stage_output"], bwd_kwargs["output_grads"]
-        if gradients is None:
-            self.engine.backward(output)  # the loss: scaled by 1 / gradient_accumulation_steps
+        output = bwd_kwargs["stage_output"]
+        gradients = bwd_kwargs["output_grads"]
+        if gradients is None:  # the last stage: the output is the loss
+            self.engine.backward(output)  # scales it by 1 / gradient_accumulation_steps
         else:
             self.engine.backward(_Inject.apply(output[0], gradients[0]), scale_wrt_gas=False)
         inputs = bwd_kwargs["input_values"]
@@ -353,24 +351,24 @@ class EngineStage(PipelineStage):
         return received, None
 
     def _release_after_use(self) -> None:
-        """Let ZeRO-3 release each module's parameters at the end of its part of the backward that
-        comes.
+        """Let ZeRO-3 release each module's parameters when the coming backward has passed it.
 
         It counts down the gradients of the inputs of the latest forward
-        (zero/parameter_offload.py:438, 521). Where several forwards came before, the second
-        backward counts below zero and releases nothing until it has gathered the whole stage.
+        (zero/parameter_offload.py:438, 521). If several forwards came before, the second backward
+        counts below zero and releases nothing until it has gathered the whole stage.
         """
         for module, gradients in self.awaited or ():
             module.ds_grads_remaining = gradients
 
 
 def begin_backward(engine: DeepSpeedEngine, earlier: int) -> None:
-    """Before every backward of a pipeline that reduces per micro-batch; ``earlier`` ones of the
-    same chunk are behind.
+    """Prepare a backward of a pipeline that reduces per micro-batch.
+
+    ``earlier`` is the number of backwards of the same chunk that came before in this step.
 
     Two backwards with no forward between them overwrite gradients instead of adding to them:
-    DeepSpeed counts micro-steps in forward, and of all chunks together. What it then adds to lies
-    by parameter, hence by chunk, which needs its own count (zero/stage3.py:2024,
+    DeepSpeed counts micro-batches in forward, over all chunks together. The accumulated gradients
+    are stored by parameter, and so by chunk: each chunk needs its own count (zero/stage3.py:2024,
     stage_1_and_2.py:1855; the latter counts this one too, line 3258).
     """
     zero = engine.optimizer
@@ -380,48 +378,46 @@ def begin_backward(engine: DeepSpeedEngine, earlier: int) -> None:
 
 
 def ends_by_chunk(engine: DeepSpeedEngine) -> bool:
-    """Whether what is done at the end of an accumulation is done parameter by parameter, as its
-    gradient is reduced.
+    """Return whether DeepSpeed ends an accumulation parameter by parameter, as each is reduced.
 
-    Elsewhere, at ZeRO 1 and 2 without offload, the end of the last chunk's collects the gradients
-    of all (zero/stage_1_and_2.py:1046).
+    Otherwise, at ZeRO 1 and 2 without offload, the end of the last chunk's accumulation collects
+    the gradients of all chunks (zero/stage_1_and_2.py:1046).
     """
     stage = engine.zero_optimization_stage()
     return stage == 3 or (stage == 2 and engine.optimizer.cpu_offload)
 
 
 def sum_reduced_gradients(engine: DeepSpeedEngine, weight: Any, group: dist.ProcessGroup) -> None:
-    """After a step's last backward, add up what ZeRO 3 accumulated of a weight that ranks of
-    ``group`` have copies of.
+    """Sum ZeRO-3's accumulated gradient of a weight over the ranks of ``group`` that hold copies.
 
-    Each holds the same piece of it, as ZeRO 3 cuts parameter by parameter (zero/stage3.py:2021).
-    With the optimizer in host memory, the gradient has been copied to it and its norm taken (line
-    1444): both are done again.
+    Call it after the last backward of a step. Every rank holds the same piece of the weight,
+    because ZeRO-3 partitions parameter by parameter (zero/stage3.py:2021). With the optimizer in
+    host memory, the gradient was already copied there and its norm computed (line 1444), so both
+    are repeated.
     """
     zero = engine.optimizer
     partition = weight.partition_numel()
-    held = max(
-        0, min(partition, weight.ds_numel - weight.ds_zero_partition_rank * partition)
-    )  # the rest is padding
+    # The rest of the partition is padding.
+    held = max(0, min(partition, weight.ds_numel - weight.ds_zero_partition_rank * partition))
     piece = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition[weight.ds_id].narrow(
         0, 0, held
     )
-    total = piece.to(engine.device)  # the same tensor where it is there already
+    total = piece.to(engine.device)  # the same tensor if it is there already
     dist.all_reduce(total, group=group)
     piece.copy_(total)
     if zero.offload_optimizer and held > 0:
         zero._offload_grad_partition_at_boundary(weight, total, {}, {})
-        # It copies to the host without waiting (stage3.py:1457), and CPU Adam reads what it finds.
+        # The copy to the host is asynchronous (stage3.py:1457), and CPU Adam does not wait for it.
         if (stream := get_accelerator().current_stream()) is not None:
             stream.synchronize()
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The elements [start, start + numel) of this rank's share of a parameter, found at ``offset``
-    in its bucket.
+    """A part of this rank's shard of a parameter, with its place in a bucket.
 
-    ``owned`` is false where another rank saves the same elements.
+    It is the shard's elements [start, start + numel), found at ``offset`` in the bucket. ``owned``
+    is false if another rank saves the same elements.
     """
 
     name: str
@@ -433,10 +429,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Bucket:
-    """One flat run of fp32 master weights with its Adam moments, as this rank holds it.
+    """A flat run of fp32 master weights with its Adam moments, as this rank holds it.
 
     ``resident(write)`` brings it into memory and yields (master weights, optimizer state); with
-    ``write`` the model's parameters follow the master weights afterwards.
+    ``write`` the model's parameters are updated from the master weights afterwards.
     """
 
     pieces: tuple[Piece, ...]
@@ -444,12 +440,12 @@ class Bucket:
 
     @property
     def owned_pieces(self) -> list[Piece]:
-        """Those that this rank saves."""
+        """The pieces that this rank saves."""
         return [piece for piece in self.pieces if piece.owned]
 
 
 def buckets(engine: DeepSpeedEngine, names: Names) -> list[Bucket]:
-    """This rank's optimizer state, cut as its ZeRO stage cuts it."""
+    """Return this rank's optimizer state, partitioned as its ZeRO stage does."""
     stage = engine.zero_optimization_stage()
     if stage == 0:
         return list(_replicated_buckets(engine, names))
@@ -457,13 +453,12 @@ def buckets(engine: DeepSpeedEngine, names: Names) -> list[Bucket]:
 
 
 def _replicated_buckets(engine: DeepSpeedEngine, names: Names) -> Iterator[Bucket]:
-    """ZeRO 0 in fp32: every rank holds everything, the parameters themselves being the master
-    weights.
+    """Yield the buckets of ZeRO 0 in fp32: every rank holds everything.
+
+    The parameters themselves are the master weights.
     """
-    data_rank, data_size = (
-        engine.mpu.get_data_parallel_rank(),
-        engine.mpu.get_data_parallel_world_size(),
-    )
+    data_rank = engine.mpu.get_data_parallel_rank()
+    data_size = engine.mpu.get_data_parallel_world_size()
     parameters = [
         parameter for group in engine.optimizer.param_groups for parameter in group["params"]
     ]
@@ -481,15 +476,17 @@ def _replicated_buckets(engine: DeepSpeedEngine, names: Names) -> Iterator[Bucke
 
 
 def _zero12_buckets(engine: DeepSpeedEngine, names: Names) -> Iterator[Bucket]:
-    """ZeRO 1 and 2: one flat partition a parameter group (zero/stage_1_and_2.py:824 links
-    parameters to it).
+    """Yield the buckets of ZeRO 1 and 2: one flat partition per parameter group.
+
+    zero/stage_1_and_2.py:824 links parameters to it.
     """
     zero = engine.optimizer
     for group, master in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
         pieces = []
         for parameter in group:
             if (mapping := parameter._hp_mapping) is not None:
-                held, placed = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+                held = mapping.lp_fragment_address
+                placed = mapping.get_hp_fragment_address()
                 pieces.append(
                     Piece(
                         names[parameter],
@@ -510,16 +507,17 @@ def _zero12_buckets(engine: DeepSpeedEngine, names: Names) -> Iterator[Bucket]:
 
 
 def _zero3_buckets(engine: DeepSpeedEngine, names: Names) -> Iterator[Bucket]:
-    """ZeRO 3: one flat partition a sub-group, perhaps on NVMe (zero/stage3.py:2710, 2764, 2835)."""
+    """Yield the buckets of ZeRO-3: one flat partition per sub-group, possibly on NVMe.
+
+    zero/stage3.py:2710, 2764, 2835.
+    """
     zero = engine.optimizer
     for index, group in enumerate(zero.fp16_groups):
         pieces = []
         for parameter in group:
             _, offset, partition = zero.grad_position[zero.get_param_id(parameter)]
             start = parameter.ds_zero_partition_rank * partition
-            numel = min(
-                partition, parameter.ds_numel - start
-            )  # the last ranks may hold padding only
+            numel = min(partition, parameter.ds_numel - start)  # <= 0 if all of it is padding
             if numel > 0:
                 pieces.append(Piece(names[parameter], start, numel, offset, is_counted(parameter)))
 
@@ -547,9 +545,7 @@ def _zero3_buckets(engine: DeepSpeedEngine, names: Names) -> Iterator[Bucket]:
 
 
 def publish_master_weights(engine: DeepSpeedEngine) -> None:
-    """After every bucket was written: give the model's parameters the new values on all ranks (a
-    collective call).
-    """
+    """Update the model's parameters on all ranks after every bucket was written; collective."""
     stage = engine.zero_optimization_stage()
     if stage in (1, 2):
         engine.optimizer.update_lp_params()
@@ -561,14 +557,15 @@ def publish_master_weights(engine: DeepSpeedEngine) -> None:
 
 
 def base_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
-    """The Adam inside the ZeRO wrapper."""
+    """Return the Adam inside the ZeRO wrapper."""
     return engine.optimizer if engine.zero_optimization_stage() == 0 else engine.optimizer.optimizer
 
 
 def set_adam_step(engine: DeepSpeedEngine, state: dict[str, Any], step: int) -> None:
-    """Tell Adam how many updates it has made: torch's keeps a tensor, DeepSpeed's CPU Adam an
-    integer, both by parameter (ops/adam/cpu_adam.py:141), its fused Adam one integer a group
-    (ops/adam/fused_adam.py).
+    """Set the number of updates that Adam has made.
+
+    torch's Adam keeps a tensor, DeepSpeed's CPU Adam an integer, both by parameter
+    (ops/adam/cpu_adam.py:141); its fused Adam keeps one integer per group (ops/adam/fused_adam.py).
     """
     adam = base_optimizer(engine)
     if isinstance(adam, torch.optim.Adam):
@@ -581,13 +578,12 @@ def set_adam_step(engine: DeepSpeedEngine, state: dict[str, Any], step: int) -> 
 
 
 def replay_bias_correction(engine: DeepSpeedEngine, updates: int) -> None:
-    """Bring DeepSpeed's CPU Adam to the powers of its betas that ``updates`` updates in a row leave
-    behind.
+    """Set CPU Adam's powers of its betas to those that ``updates`` consecutive updates leave.
 
-    It multiplies them up in fp32, update by update, but takes ``pow`` after a jump in the count,
-    which rounds otherwise (ops/csrc/includes/cpu_adam.h:80, 87): a resumed run would differ in the
-    last bit. Powers below half a unit in the last place of 1 change no correction, so that beyond
-    18,000 updates at a beta of 0.999 nothing is replayed.
+    It multiplies them in fp32, update by update, but uses ``pow`` after a jump in the count, which
+    rounds differently (ops/csrc/includes/cpu_adam.h:80, 87): a resumed run would differ in the last
+    bit. Powers below half a unit in the last place of 1 change no correction, so beyond 18,000
+    updates at a beta of 0.999 nothing is replayed.
     """
     adam: Any = base_optimizer(engine)
     if type(adam).__name__ != "DeepSpeedCPUAdam":
@@ -606,23 +602,25 @@ _LOSS_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hyste
 
 
 def _dynamic_loss_scaler(engine: DeepSpeedEngine) -> Any:
-    """None where the scale is fixed, or 1: DeepSpeed has a scaler in every format
-    (fp16/loss_scaler.py:257).
+    """Return the dynamic loss scaler, or None if the scale is fixed or there is none.
+
+    DeepSpeed has a scaler object in every format (fp16/loss_scaler.py:257).
     """
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     return scaler if getattr(scaler, "dynamic", False) else None
 
 
 def keep_least_loss_scale(engine: DeepSpeedEngine) -> None:
-    """An overflow at the least scale raises an exception in DeepSpeed; when to end is for the
-    guard to say.
+    """Keep DeepSpeed from raising an error on an overflow at the least scale.
+
+    The guard decides when to stop.
     """
     if (scaler := _dynamic_loss_scaler(engine)) is not None:
         scaler.raise_error_at_min_scale = False
 
 
 def loss_scaler_state(engine: DeepSpeedEngine) -> dict[str, float]:
-    """What a dynamic loss scale remembers; empty where there is none."""
+    """Return the state of the dynamic loss scale, empty if there is none."""
     scaler = _dynamic_loss_scaler(engine)
     return (
         {} if scaler is None else {field: getattr(scaler, field) for field in _LOSS_SCALER_FIELDS}
@@ -630,29 +628,32 @@ def loss_scaler_state(engine: DeepSpeedEngine) -> dict[str, float]:
 
 
 def set_loss_scaler_state(engine: DeepSpeedEngine, state: dict[str, float]) -> None:
-    """The way back.
+    """Restore the state that ``loss_scaler_state`` returned.
 
-    A run that goes on from one without a dynamic scale begins with the configured one.
+    If the checkpoint has none, the run begins with the configured scale.
     """
     scaler = _dynamic_loss_scaler(engine)
     if scaler is None or not state.keys() >= set(_LOSS_SCALER_FIELDS):
         return
-    for field in _LOSS_SCALER_FIELDS:  # a file names no other attribute
+    for field in _LOSS_SCALER_FIELDS:  # never an attribute name from a file
         setattr(scaler, field, state[field])
 
 
 def set_counters(engine: DeepSpeedEngine, *, steps: int, skipped: int) -> None:
-    """The engine's own counters, which its logs and accumulation boundaries use
-    (runtime/engine.py:3558).
+    """Set the engine's own counters, which its logs and accumulation boundaries use.
+
+    runtime/engine.py:3558.
     """
-    engine.global_steps, engine.skipped_steps = steps, skipped
+    engine.global_steps = steps
+    engine.skipped_steps = skipped
     engine.micro_steps = steps * engine.gradient_accumulation_steps()
     engine.global_samples = steps * engine.train_batch_size()
 
 
 def abandon_step(engine: DeepSpeedEngine) -> None:
-    """End a step of ZeRO 0 without an update: DeepSpeed checks for overflow from stage 1 on
-    only.
+    """End a step of ZeRO 0 without an update.
+
+    DeepSpeed checks for overflow only from ZeRO stage 1 on.
     """
     engine.zero_grad()
     engine.global_steps += 1
@@ -662,12 +663,10 @@ def abandon_step(engine: DeepSpeedEngine) -> None:
 
 
 def refuse_step(engine: DeepSpeedEngine) -> None:
-    """End a step without an update although its gradients are finite; all ranks of the engine must
-    agree on it.
+    """End a step without an update although its gradients are finite; all ranks must agree.
 
-    The ZeRO optimizers clear everything up where a gradient overflowed (zero/stage_1_and_2.py:3050,
-    stage3.py:2891): they are told that one did, and a dynamic loss scale, which is not to blame, is
-    told nothing.
+    The ZeRO optimizers clean up after an overflow (zero/stage_1_and_2.py:3050, stage3.py:2891), so
+    this reports one to them. The dynamic loss scale is not at fault and is not told.
     """
     if engine.zero_optimization_stage() == 0:
         abandon_step(engine)

@@ -1,4 +1,4 @@
-"""What the device of this rank is and can do: its name, bf16, its peak."""
+"""The device of this rank: its name, whether bf16 is fast on it, its peak FLOP/s and memory."""
 
 import math
 import os
@@ -18,52 +18,51 @@ CPU_REMEASURING_S = 0.1
 
 
 def announce_to_deepspeed() -> None:
-    """Where torch sees no accelerator, say so to DeepSpeed before it is imported, unless the user
-    chose one.
+    """Tell DeepSpeed to use the CPU if torch sees no accelerator, unless the user chose one.
 
-    It would find out itself, and print a warning on the user's screen
-    (accelerator/real_accelerator.py:213).
+    Call it before DeepSpeed is imported. DeepSpeed would find out by itself, but print a warning on
+    the user's screen (accelerator/real_accelerator.py:213).
     """
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+# torch's names of the allocator's settings, of which a user may have set any.
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
 def set_cuda_defaults(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Where there are GPUs, let torch's allocator grow its segments, unless the user chose any
-    setting of it.
+    """Let torch's allocator grow its segments, if there are GPUs and the user set nothing.
 
-    ZeRO-3 allocates and frees parameters of all sizes: fixed segments leave gaps that none of them
-    fits. Must be called before the first tensor on a GPU, which is when torch reads the variable.
+    ZeRO-3 allocates and frees parameters of all sizes; with fixed segments that fragments memory.
+    Call it before the first tensor on a GPU, which is when torch reads the variable.
     """
     if torch.cuda.is_available() and not any(name in environment for name in ALLOCATOR_VARIABLES):
         environment[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
 def describe_device(device: torch.device) -> str:
-    """For a log line: `NVIDIA H200` or `CPU, 2 threads`."""
+    """Return the device for a log line: `NVIDIA H200` or `CPU, 2 threads`."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type.upper()}, {torch.get_num_threads()} threads"
 
 
 def multiplies_bf16_natively(device: torch.device) -> bool:
-    """Whether bf16 matrix products beat fp32: on GPUs since Ampere.
+    """Return whether bf16 matrix products are faster than fp32: on GPUs since Ampere.
 
-    On CPUs they were seen 85 times slower.
+    On CPUs they were measured 85 times slower.
     """
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The peak that MFU is a fraction of, in FLOP/s; None where it is unknown.
+    """Return the peak that MFU is a fraction of, in FLOP/s; None if unknown.
 
-    On GPUs the data sheet's, as published MFUs use. On a CPU, whose sheet says no such thing, the
-    speed of torch's own fp32 matrix product on this machine, measured now: the fastest of those
-    that fit in half a second, as other programs can only slow it down. Where they do so all the
-    time the peak is too low; ``remeasured_peak_flops`` may mend it later.
+    A GPU's is the data sheet's, as in published MFUs. A CPU's data sheet has none, so the speed of
+    torch's fp32 matrix product on this machine is measured now: the fastest of those that fit in
+    half a second, because other programs can only slow it down. If they do so all the time, the
+    peak is too low; ``remeasured_peak_flops`` may correct it later.
     """
     if device.type == "cpu":
         return _measured_product_flops(device, _CPU_MEASURING_S)
@@ -74,8 +73,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def remeasured_peak_flops(device: torch.device, known: float) -> float:
-    """Measure a CPU's peak again, for ``CPU_REMEASURING_S``; return the higher of it and
-    ``known``, in FLOP/s.
+    """Return the higher of ``known`` and a CPU's peak measured again, in FLOP/s.
+
+    Measuring takes ``CPU_REMEASURING_S``.
     """
     return max(known, _measured_product_flops(device, CPU_REMEASURING_S))
 
@@ -84,8 +84,8 @@ def remeasured_peak_flops(device: torch.device, known: float) -> float:
 class PeakMemory:
     """The most memory that this rank has held, in GiB.
 
-    ``reserved`` is what torch's allocator took from a GPU, of which ``allocated`` was in use; the
-    rest lies between blocks. None on a CPU, where the process's memory counts.
+    ``reserved`` is what torch's allocator took from a GPU; ``allocated`` is the part in use. On a
+    CPU ``reserved`` is None and ``allocated`` is the process's peak resident memory.
     """
 
     allocated: float
@@ -93,7 +93,7 @@ class PeakMemory:
 
 
 def peak_memory(device: torch.device) -> PeakMemory:
-    """Return the peak of this rank's GPU, or of the process where it computes on the CPU."""
+    """Return this rank's peak GPU memory, or the process's peak if it computes on the CPU."""
     if device.type == "cuda":
         allocated = torch.cuda.max_memory_allocated(device)
         return PeakMemory(allocated / GIB, torch.cuda.max_memory_reserved(device) / GIB)

@@ -1,5 +1,6 @@
-"""The one place that builds a DeepSpeedEngine: model, ZeRO partitioning, optimizer groups,
-scheduler.
+"""The one place that builds a DeepSpeedEngine.
+
+It builds the model, the ZeRO partitioning, the optimizer groups and the scheduler.
 """
 
 import gc
@@ -29,65 +30,61 @@ from megagpt.planning.stages import cut
 
 log = logging.getLogger(__name__)
 
-WATCH_SPEAKS_S = (
-    120.0  # what the watch may take, beyond the time that it waits, to look, write and end the run
-)
+# The time that the watch may take, after it noticed a hang, to diagnose it and end the run.
+WATCH_SPEAKS_S = 120.0
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A DeepSpeedEngine with what the rest of the trainer wants to know of it."""
+    """A DeepSpeedEngine with the facts that the rest of the trainer needs."""
 
     deepspeed: DeepSpeedEngine
     mesh: Mesh
     config: ResolvedConfig
     names: compat.Names
-    boxes: dict[
-        str, Box
-    ]  # what this rank's share of each of its parameters is of the logical tensor
-    tensor_axis: TensorAxis | None  # the ranks that share each layer, where there are several
-    tied_group: (
-        dist.ProcessGroup | None
-    )  # of the ranks that hold copies of the tied weight, where there are two
-    begin_trace: Callable[
-        [], None
-    ]  # of ZeRO-3 over a whole step of a pipeline; elsewhere it does nothing
-    neighbour_groups: dict[
-        int, dist.ProcessGroup
-    ]  # of this rank and one other, by the other's global rank
-    schedules: dict[int, Any] = field(
-        default_factory=dict
-    )  # pipeline schedules by number of micro-batches
+    # By parameter name: the rectangle of the logical tensor that this rank holds.
+    boxes: dict[str, Box]
+    # The ranks that share each layer; None without tensor parallelism.
+    tensor_axis: TensorAxis | None
+    # The ranks that hold the two copies of the tied weight; None if there is one copy.
+    tied_group: dist.ProcessGroup | None
+    # Begins ZeRO-3's trace of a pipeline step; does nothing if no trace is needed.
+    begin_trace: Callable[[], None]
+    # Groups of this rank and one other, by the other's global rank.
+    neighbour_groups: dict[int, dist.ProcessGroup]
+    # Pipeline schedules, by number of micro-batches.
+    schedules: dict[int, Any] = field(default_factory=dict)
 
     @property
     def chunks(self) -> list[GPT]:
-        """This rank's parts of the model, in the order of its stages: one, the whole, without a
-        pipeline.
+        """The parts of the model on this rank, in stage order.
+
+        Without a pipeline, the only one is the whole model.
         """
         return self.deepspeed.module.parts
 
     @property
     def num_stages(self) -> int:
-        """Pipeline stages over all ranks."""
+        """The number of pipeline stages over all ranks."""
         return self.mesh.pipeline_size * self.config.megagpt.parallel.virtual_stages
 
     @property
     def stages(self) -> range:
-        """The stages that this rank's chunks are."""
+        """The pipeline stages of this rank's chunks."""
         return self.mesh.stages(self.config.megagpt.parallel.virtual_stages)
 
     @property
     def zero_stage(self) -> int:
-        """The ZeRO stage."""
+        """The ZeRO stage, 0 to 3."""
         return self.config.zero_optimization.stage
 
     @property
     def device(self) -> torch.device:
-        """Where this rank computes."""
+        """The device that this rank computes on."""
         return training_device()
 
     def close(self) -> None:
-        """Leave the process as if the engine had never been; every rank must call it."""
+        """Release all memory, hooks and groups of the engine; every rank must call it."""
         compat.destroy(self.deepspeed)
         for group in (self.tied_group, *self.neighbour_groups.values()):
             if group is not None:
@@ -96,23 +93,24 @@ class Engine:
         gc.collect()
 
     def logical_shape(self, name: str) -> torch.Size:
-        """The shape that a parameter has in the whole model."""
+        """Return a parameter's shape in the whole model."""
         with torch.device("meta"):
             return GPT(self.config.megagpt.model).get_parameter(name).shape
 
     def buckets(self) -> list[compat.Bucket]:
-        """The optimizer state that this rank holds."""
+        """Return the optimizer state that this rank holds."""
         return compat.buckets(self.deepspeed, self.names)
 
 
 def training_device() -> torch.device:
-    """Where this rank computes."""
+    """Return the device that this rank computes on."""
     return torch.device(get_accelerator().device_name(int(os.environ.get("LOCAL_RANK", "0"))))
 
 
 def collective_timeout(config: ResolvedConfig) -> timedelta:
-    """How long a rank waits for the others in one collective: longer than the watch, which says
-    who differs, waits.
+    """Return how long a rank waits in one collective.
+
+    It is longer than the watch waits, so that the watch can report which ranks differ.
     """
     return max(
         COLLECTIVE_TIMEOUT,
@@ -121,10 +119,10 @@ def collective_timeout(config: ResolvedConfig) -> timedelta:
 
 
 def join_ranks(config: ResolvedConfig | None = None) -> None:
-    """Join the other ranks, as a launcher's environment says; alone where there is no launcher.
+    """Join the other ranks as the launcher's environment says; without a launcher, run alone.
 
-    Raise UserError where DeepSpeed's or torch's internals are unknown; `build_engine` checks those
-    that only some configurations use where `config` is None.
+    Raise UserError if DeepSpeed's or torch's internals are unknown. With ``config`` None, the
+    internals that only some configurations use are checked later, by ``build_engine``.
     """
     launch = adopt_launch()
     set_cuda_defaults()
@@ -143,14 +141,14 @@ def join_ranks(config: ResolvedConfig | None = None) -> None:
 
 
 def share_cores() -> None:
-    """On a CPU, give each rank of this host its part of the cores, unless the user decided."""
+    """On a CPU, divide the cores among this host's ranks, unless OMP_NUM_THREADS is set."""
     ranks_here = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if "OMP_NUM_THREADS" not in os.environ and ranks_here > 1:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
 
 
 def build_mesh(config: ResolvedConfig) -> Mesh:
-    """The mesh of the configuration over all ranks; every rank must call it."""
+    """Return the configured mesh over all ranks; every rank must call it."""
     parallel = config.megagpt.parallel
     data = dist.get_world_size() // parallel.model_parallel_size
     mesh = Mesh(parallel.pipeline, data, parallel.tensor, get_accelerator().device_name())
@@ -160,9 +158,7 @@ def build_mesh(config: ResolvedConfig) -> Mesh:
 
 
 class Chunks(nn.Module):
-    """A rank's parts of the model under one engine, so that clipping and stepping see them
-    together.
-    """
+    """A rank's parts of the model under one engine, so that clipping and stepping cover all."""
 
     def __init__(self, chunks: Iterable[GPT]) -> None:
         super().__init__()
@@ -178,14 +174,15 @@ class Chunks(nn.Module):
 
 
 def stage_layers(config: ResolvedConfig) -> list[range]:
-    """The layers of every pipeline stage."""
+    """Return the layers of every pipeline stage."""
     parallel = config.megagpt.parallel
     return cut(config.megagpt.model, parallel.pipeline * parallel.virtual_stages)
 
 
 def tied_copies(model: Chunks) -> set[nn.Parameter]:
-    """Head weights that are copies of an embedding on another rank; where both are here, they
-    become one parameter.
+    """Return the head weights that are copies of an embedding on another rank.
+
+    If both are on this rank, make them one parameter and return the empty set.
     """
     embedding = next((part.embedding for part in model.parts if part.embedding is not None), None)
     head = next((part.head for part in model.parts if part.head is not None), None)
@@ -198,8 +195,10 @@ def tied_copies(model: Chunks) -> set[nn.Parameter]:
 
 
 def tied_group(config: ResolvedConfig, mesh: Mesh) -> dist.ProcessGroup | None:
-    """The ranks of the first and last stage, where tied embeddings lie on two of them; every
-    rank must call it.
+    """Return the group of the two ranks that hold the copies of a tied weight; collective.
+
+    None if embeddings are not tied, if there is one pipeline rank, and on ranks that hold no copy.
+    Every rank must call it.
     """
     if not config.megagpt.model.tie_embeddings or mesh.pipeline_size == 1:
         return None
@@ -210,14 +209,13 @@ def tied_group(config: ResolvedConfig, mesh: Mesh) -> dist.ProcessGroup | None:
 
 
 def neighbour_groups(config: ResolvedConfig, mesh: Mesh) -> dict[int, dist.ProcessGroup]:
-    """Return a group with each neighbour in an interleaved pipeline, by global rank; every rank
-    must call it.
+    """Return a group with each neighbour in an interleaved pipeline, by global rank; collective.
 
-    NCCL does a communicator's operations in order. The interleaved schedule posts receives long
-    before they are due, and a send to one neighbour would wait behind a receive from the other:
-    with equal stages, two of them a rank and 2 p micro-batches, a step of p = 4 takes 1.23 times as
-    long, of p = 8 1.47 times, before transfers are counted (tests/parallel/test_pipeline_order.py).
-    1F1B posts what is due, and loses nothing.
+    Every rank must call it. NCCL executes a communicator's operations in order. The interleaved
+    schedule posts receives long before they are due, so a send to one neighbour would wait behind a
+    receive from the other. With equal stages, two per rank, and 2 p micro-batches, that makes a
+    step 1.23 times as long at p = 4 and 1.47 times at p = 8, not counting transfers
+    (tests/parallel/test_pipeline_order.py). 1F1B posts only what is due and loses nothing.
     """
     if config.megagpt.parallel.schedule != "interleaved" or mesh.pipeline_size <= 2:
         return {}
@@ -231,16 +229,16 @@ def neighbour_groups(config: ResolvedConfig, mesh: Mesh) -> dict[int, dist.Proce
 
 
 def compute_dtype(config: ResolvedConfig) -> torch.dtype:
-    """The type of the model's parameters and matrix products."""
+    """Return the dtype of the model's parameters and matrix products."""
     if config.bf16.enabled:
         return torch.bfloat16
     return torch.float16 if config.fp16.enabled else torch.float32
 
 
 def build_engine(config: ResolvedConfig, mesh: Mesh) -> Engine:
-    """Initialise the model straight into its ZeRO shards and wrap it; every rank must call it.
+    """Initialise the model directly into its ZeRO shards and wrap it; every rank must call it.
 
-    Peak memory is this rank's shard plus one parameter. Raises UserError where an op that the
+    Peak memory is this rank's shard plus one parameter. Raise UserError if an op that the
     configuration needs cannot be built.
     """
     internals.require_known_internals(internals.parts_used(config, adopt_launch().launcher))
@@ -276,15 +274,13 @@ def build_engine(config: ResolvedConfig, mesh: Mesh) -> Engine:
 
 
 def nothing() -> None:
-    """Where there is nothing to begin."""
+    """Do nothing (used when no trace is needed)."""
 
 
 def build_model(
     config: ResolvedConfig, mesh: Mesh, axis: TensorAxis | None, ds_config: dict[str, Any]
 ) -> tuple["Chunks", compat.Names, dict[str, Box]]:
-    """This rank's part of the initialised model, the global name of each parameter, and what its
-    share is by name.
-    """
+    """Return this rank's initialised chunks, the global names, and its rectangles by name."""
     spans = stage_layers(config)
     own = [spans[stage] for stage in mesh.stages(config.megagpt.parallel.virtual_stages)]
     with torch.device("meta"):
@@ -301,7 +297,8 @@ def build_model(
             split |= tensor_parallel.split_dimensions(part)
             tensor_parallel.share(part, axis)
     held = {name: tensor_parallel.box(p.shape, split.get(p), axis) for p, name in templates.items()}
-    dtype, device = compute_dtype(config), training_device()
+    dtype = compute_dtype(config)
+    device = training_device()
     seed = config.megagpt.training.seed
     partitioner = (
         compat.Partitioner(ds_config, mesh) if config.zero_optimization.stage == 3 else None
@@ -329,7 +326,7 @@ def build_model(
 
 
 def parameter_groups(model: nn.Module, names: compat.Names) -> list[dict[str, Any]]:
-    """Matrices with the configured weight decay, the rest (biases, norm weights) without."""
+    """Return two groups: matrices with weight decay; biases and norm weights without."""
     groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for parameter in model.parameters():
         groups[0 if decayed(names[parameter]) else 1].append(parameter)
@@ -337,24 +334,22 @@ def parameter_groups(model: nn.Module, names: compat.Names) -> list[dict[str, An
 
 
 def deepspeed_config(config: ResolvedConfig, device_type: str) -> dict[str, Any]:
-    """What DeepSpeed is given: its own sections, with the optimizer implementation that works on
-    this machine.
-    """
+    """Return DeepSpeed's sections, with the Adam implementation that works on this machine."""
     result = config.deepspeed_dict()
     result["steps_per_print"] = None
     if not config.optimizer.params.torch_adam and (reason := _why_torch_adam(config, device_type)):
-        log.warning("Adam is torch's own: %s", reason)
+        log.warning("optimizer: using torch's Adam instead of DeepSpeed's: %s", reason)
         result["optimizer"]["params"]["torch_adam"] = True
         result["zero_force_ds_cpu_optimizer"] = False
     return result
 
 
 def _why_torch_adam(config: ResolvedConfig, device_type: str) -> str | None:
-    """Why DeepSpeed's compiled Adam is not used, or None where it is."""
+    """Return why DeepSpeed's compiled Adam cannot be used, or None if it can."""
     for op in ops.needed_ops(config, device_type):
         if ops.has_substitute(op) and (reason := ops.missing_tools(op)):
             return reason
     offload = config.zero_optimization.offload_optimizer
     if device_type == "cpu" and (offload is None or offload.device == "none"):
-        return "DeepSpeed has none for a CPU without offload"
+        return "DeepSpeed has no Adam for a CPU without offload"
     return None

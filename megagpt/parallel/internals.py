@@ -1,10 +1,8 @@
-"""The files that `compat.py` and `launch_command.py` rely on, by their digests.
+"""The digests of the files that `compat.py` and `launch_command.py` rely on.
 
-Checked before any rank waits.
-
-A version number says what was installed, not what runs: a vendored, patched or half-upgraded
-package keeps it. Before a digest is added, the new file must be read against `compat.py`; `python
--m megagpt.parallel.internals` prints the digests here.
+They are checked before any rank waits. A version number says what was installed, not what runs: a
+vendored, patched or half-upgraded package keeps it. Before a digest is added, read the new file
+against `compat.py`; `python -m megagpt.parallel.internals` prints the digests here.
 """
 
 import hashlib
@@ -18,13 +16,14 @@ from megagpt.config import RunConfig
 from megagpt.utils import UserError
 
 ALLOW_VARIABLE = "MEGAGPT_ALLOW_UNKNOWN"
+# The first version is that of requirements.txt.
 TESTED = {
     "deepspeed": ("0.19.8",),
     "torch": ("2.13.0", "2.11.0"),
-}  # first the version of requirements.txt
+}
 
-# part of the code that relies on it -> file below site-packages -> first digits of the SHA-256 of
-# each tested version
+# Part of the code that relies on the file -> file below site-packages -> first digits of the
+# SHA-256 of each tested version.
 DIGESTS: dict[str, dict[str, tuple[str, ...]]] = {
     "engine": {
         "deepspeed/comm/torch.py": ("e1ed1e77862a",),
@@ -68,8 +67,8 @@ DIGESTS: dict[str, dict[str, tuple[str, ...]]] = {
 def parts_used(config: RunConfig | None, launcher: str) -> list[str]:
     """Return the keys of `DIGESTS` that a run uses.
 
-    `launcher` is that of `Launch`; None stands for any configuration without a pipeline and without
-    NVMe offload.
+    `launcher` is that of `Launch`; `config` None stands for any configuration without a pipeline
+    and without NVMe offload.
     """
     parts = ["engine"]
     if config is not None and config.megagpt.parallel.pipeline > 1:
@@ -85,10 +84,9 @@ def parts_used(config: RunConfig | None, launcher: str) -> list[str]:
 
 
 def require_known_internals(parts: Collection[str]) -> str | None:
-    """Raise UserError where a package is not installed, or a file of these parts is unknown, naming
-    each such file.
+    """Raise UserError naming each absent package, or each unknown file of these parts.
 
-    With MEGAGPT_ALLOW_UNKNOWN=1, return the message instead. Return None where all files are known.
+    With MEGAGPT_ALLOW_UNKNOWN=1, return the message instead. Return None if all files are known.
     """
     allowed = _unknown_is_allowed()
     unknown = [
@@ -129,9 +127,7 @@ def _version(package: str) -> str:
 
 
 def _remedy(package: str) -> str:
-    """Return the command that installs a tested version: the same one again where the installed
-    files were changed.
-    """
+    """Return the command that installs a tested version, or reinstalls a changed one."""
     installed = _version(package).partition("+")[0]
     if installed in TESTED[package]:
         return f"pip install --force-reinstall --no-deps {package}=={installed}"
@@ -139,9 +135,9 @@ def _remedy(package: str) -> str:
 
 
 def digests(part: str) -> Iterator[tuple[str, str]]:
-    """Yield each file of a part with the digest it has here, "" where the file is missing.
+    """Yield each file of a part with its digest here, "" if the file is missing.
 
-    Import nothing.
+    It imports none of them.
     """
     for file in DIGESTS[part]:
         package, _, path = file.partition("/")
@@ -151,7 +147,7 @@ def digests(part: str) -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
-    """Print the digest of each file here, and whether it is among the known ones."""
+    """Print the digest of each file here, and whether it is a known one."""
     for part, known in DIGESTS.items():
         for file, digest in digests(part):
             print(f'{part:8} "{file}": "{digest}"{"" if digest in known[file] else "  # unknown"}')

@@ -1,9 +1,8 @@
-"""DeepSpeed's compiled ops: which ones a run needs, built once, visibly, in a directory of their
-own.
+"""DeepSpeed's compiled ops: which ones a run needs, and how they are built once, visibly.
 
-DeepSpeed compiles an op when it is first used, minutes into a start, silently, and every rank at
-once. Here one process of a host builds while the others wait; a lock that a killed build left
-behind is named instead of waited for.
+DeepSpeed compiles an op on first use, minutes into a start, silently, and on every rank at once.
+Here one process per host builds, in a directory of this environment, while the others wait. A lock
+left by a killed build is reported instead of waited for.
 """
 
 import fcntl
@@ -24,7 +23,8 @@ from megagpt.config import RunConfig
 from megagpt.utils import UserError, human_duration
 
 EXTENSIONS_VARIABLE = "TORCH_EXTENSIONS_DIR"
-NOTICE_S, PAUSE_S = 5.0, 0.1
+NOTICE_S = 5.0
+PAUSE_S = 0.1
 BUILT_FOR_CUDA = ("FusedAdamBuilder", "AsyncIOBuilder")
 STALE_LOCK_AGE_S = 15 * 60  # the longest build seen took 3 minutes on two cores
 
@@ -34,9 +34,8 @@ log = logging.getLogger(__name__)
 def use_private_extensions() -> None:
     """Point torch's extension cache at this environment's own directory, unless the user chose one.
 
-    Two environments that share a cache rebuild each other's ops for ever, and ops are compiled for
-    the exact processor (-march=native), so the directory belongs to the environment and is named
-    after the processor's features.
+    Environments that share a cache rebuild each other's ops every time. Ops are compiled for the
+    exact processor (-march=native), so the directory is named after the processor's features.
     """
     if EXTENSIONS_VARIABLE not in os.environ:
         os.environ[EXTENSIONS_VARIABLE] = str(_private_directory())
@@ -44,11 +43,10 @@ def use_private_extensions() -> None:
 
 
 def _prefer_own_ninja() -> None:
-    """Let the ninja of this environment build, also where it was not activated (`.venv/bin/python
-    launch/train.py`).
+    """Put this environment's ninja first in PATH, even if the environment is not activated.
 
-    Two releases of ninja do not read each other's logs: each start over, minutes long, what the
-    other has built.
+    For example with `.venv/bin/python launch/train.py`. Two releases of ninja cannot read each
+    other's logs: each would rebuild, for minutes, what the other has built.
     """
     own = str(Path(sys.executable).parent)
     search = os.environ.get("PATH", os.defpath).split(os.pathsep)
@@ -74,9 +72,7 @@ def _processor() -> str:
 
 
 def needed_ops(config: RunConfig, device_type: str) -> list[str]:
-    """The builders of the compiled ops that this configuration's optimizer and offload will
-    call.
-    """
+    """Return the builders of the compiled ops that this optimizer and offload will call."""
     zero = config.zero_optimization
     devices = {
         part.device for part in (zero.offload_optimizer, zero.offload_param) if part is not None
@@ -96,14 +92,15 @@ def needed_ops(config: RunConfig, device_type: str) -> list[str]:
 
 
 def has_substitute(op: str) -> bool:
-    """Whether a run can do without an op: torch's Adam stands in for DeepSpeed's, nothing does
-    for NVMe offload.
+    """Return whether a run can do without an op.
+
+    torch's Adam can replace DeepSpeed's; nothing replaces NVMe offload.
     """
     return op != "AsyncIOBuilder"
 
 
 def missing_tools(op: str) -> str | None:
-    """What keeps an op from being compiled here, in words; None where nothing does."""
+    """Return why an op cannot be compiled here, in words; None if it can be, or is built."""
     if is_built(op):
         return None
     if shutil.which(os.environ.get("CXX", "g++")) is None:
@@ -114,19 +111,21 @@ def missing_tools(op: str) -> str | None:
 
 
 def require_tools(ops: list[str]) -> None:
-    """Raise UserError where an op that nothing stands in for is not built and cannot be; loads
-    DeepSpeed.
+    """Raise UserError if an op without a substitute is not built and cannot be built.
+
+    Imports DeepSpeed.
     """
     for op in ops:
         if not has_substitute(op) and (reason := missing_tools(op)):
             raise UserError(
-                f"zero_optimization: offload to NVMe needs DeepSpeed's {_name(op)}, and {reason}"
+                f"zero_optimization: offload to NVMe needs DeepSpeed's {_name(op)}, but {reason}"
             )
 
 
 def _builds_for_cuda() -> bool:
-    """Whether DeepSpeed compiles these ops against CUDA: it does where torch can use a GPU, and
-    only for its own choice of accelerator (op_builder/builder.py:580,
+    """Return whether DeepSpeed compiles these ops against CUDA.
+
+    It does if torch can use a GPU and DeepSpeed's accelerator is cuda (op_builder/builder.py:580,
     op_builder/cpu/async_io.py).
     """
     import torch
@@ -140,8 +139,9 @@ def _builds_for_cuda() -> bool:
 
 
 def _missing_of_cuda() -> str | None:
-    """Name what is absent of the toolkit that torch found (CUDA_HOME, or the place of nvcc, or
-    /usr/local/cuda).
+    """Return what the CUDA toolkit lacks, with the remedy; None if nothing.
+
+    The toolkit is the one that torch found: CUDA_HOME, the place of nvcc, or /usr/local/cuda.
     """
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
@@ -149,7 +149,7 @@ def _missing_of_cuda() -> str | None:
     remedy = (
         f"install NVIDIA's CUDA toolkit {torch.version.cuda} "
         f"(https://developer.nvidia.com/cuda-downloads) and "
-        "export CUDA_HOME=/usr/local/cuda, or where it is"
+        "export CUDA_HOME=/usr/local/cuda (or its directory)"
     )
     if CUDA_HOME is None:
         return f"there is no CUDA toolkit; {remedy}"
@@ -164,7 +164,7 @@ def _missing_of_cuda() -> str | None:
 def build(ops: list[str]) -> None:
     """Compile and load each op, or load it from the cache.
 
-    Safe to call from several processes at once.
+    Several processes may call it at once.
     """
     for op in ops:
         started = time.monotonic()
@@ -172,7 +172,7 @@ def build(ops: list[str]) -> None:
             if is_built(op):
                 _load(op)
                 continue
-            _say(f"compiling DeepSpeed's {_name(op)}: once, one to three minutes ...")
+            _say(f"compiling DeepSpeed's {_name(op)} (once, 1 to 3 minutes) ...")
             _load(op)
             _say(f"{_name(op)} ready after {human_duration(time.monotonic() - started)}")
 
@@ -184,11 +184,9 @@ def _say(text: str) -> None:
 def _load(op: str) -> None:
     try:
         _builder(op).load(verbose=False)
-    except (
-        Exception
-    ) as error:  # whatever the compiler or the loader had to say belongs to the reader
+    except Exception as error:  # the compiler and the loader raise many types
         raise UserError(
-            f"DeepSpeed's {_name(op)} did not build: {error}\nsee the compiler's output above"
+            f"DeepSpeed's {_name(op)}: build failed: {error}\nsee the compiler's output above"
         ) from error
 
 
@@ -198,8 +196,8 @@ def _builder(op: str):  # type: ignore[no-untyped-def]  # DeepSpeed's builders h
     builder = get_accelerator().create_op_builder(op)
     if op == "AsyncIOBuilder" and not builder.is_compatible(verbose=False):
         raise UserError(
-            "NVMe offload needs libaio's headers (Debian, Ubuntu: apt install libaio-dev), then "
-            "start again"
+            "zero_optimization: offload to NVMe needs libaio's headers; install them (Debian, "
+            "Ubuntu: apt install libaio-dev) and start again"
         )
     return builder
 
@@ -213,14 +211,15 @@ def _op_directory(op: str) -> Path:
 
 
 def is_built(op: str) -> bool:
-    """Whether an op is compiled already."""
+    """Return whether an op is already compiled."""
     return any(_op_directory(op).glob("*.so"))
 
 
 @contextmanager
 def _one_builder(op: str) -> Iterator[None]:
-    """One process of this host at a time; the kernel frees the lock when its holder dies,
-    however it dies.
+    """Let one process of this host at a time build the op.
+
+    The kernel releases the lock when its holder dies, however it dies.
     """
     directory = _op_directory(op)
     directory.mkdir(parents=True, exist_ok=True)
@@ -231,9 +230,9 @@ def _one_builder(op: str) -> Iterator[None]:
 
 
 def _take(lock: TextIO, op: str) -> None:
-    """Wait for the process that compiles the op, and sign as the next.
+    """Wait for the process that is compiling the op, then write this process id into the lock.
 
-    One that hangs is named, by the first rank.
+    The first rank reports a holder that takes longer than ``NOTICE_S``.
     """
     notice_at = (
         time.monotonic() + NOTICE_S if os.environ.get("LOCAL_RANK", "0") == "0" else math.inf
@@ -244,8 +243,8 @@ def _take(lock: TextIO, op: str) -> None:
             lock.seek(0)
             holder = lock.read().strip()
             _say(
-                f"process {holder} compiles DeepSpeed's {_name(op)}: waiting for it (to end it: "
-                f"kill {holder})"
+                f"waiting for process {holder}, which is compiling DeepSpeed's {_name(op)} (to "
+                f"stop it: kill {holder})"
             )
         time.sleep(PAUSE_S)
     lock.truncate(0)
@@ -261,22 +260,21 @@ def _locked(lock: TextIO) -> bool:
 
 
 def _clear_stale_lock(torch_lock: Path) -> None:
-    """torch marks a build by a file that a killed build leaves behind, and waits for it silently
-    and for ever.
+    """Remove the lock file that a killed build left in torch's cache; raise if it may be in use.
+
+    torch would wait for that file silently and for ever.
     """
     try:
         age_s = time.time() - torch_lock.stat().st_mtime
     except FileNotFoundError:
         return
     if Path(os.environ[EXTENSIONS_VARIABLE]) == _private_directory() or age_s > STALE_LOCK_AGE_S:
-        # Nobody else builds in our own directory while we hold our lock; elsewhere no build takes
-        # this long.
-        log.warning(
-            "removed %s, left by a build that was killed %s ago", torch_lock, human_duration(age_s)
-        )
+        # In our own directory nobody else builds while we hold our lock; in another directory no
+        # build takes this long.
+        log.warning("removed %s, left by a build killed %s ago", torch_lock, human_duration(age_s))
         torch_lock.unlink(missing_ok=True)
         return
     raise UserError(
-        f"{torch_lock} says that another program is compiling this op since "
-        f"{human_duration(age_s)}. If none is: rm {torch_lock}"
+        f"another process has been compiling this op for {human_duration(age_s)} (lock: "
+        f"{torch_lock}); if none is running: rm {torch_lock}"
     )

@@ -1,5 +1,6 @@
-"""One optimizer step, whatever the ZeRO stage and however many pipeline stages: forward and
-backward, guard, update.
+"""One optimizer step, for every ZeRO stage and number of pipeline stages.
+
+Forward and backward, guard, update.
 """
 
 import math
@@ -22,9 +23,11 @@ from megagpt.parallel.engine import Engine, compute_dtype
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward's input on the device: tokens and targets (batch, length), the bounds of
-    packed documents or None, computed once for every layer, stage and recomputation, and a
-    dropout seed for each sample (batch,) or None.
+    """One forward's input on the device.
+
+    ``tokens`` and ``targets`` are (batch, length). ``documents`` holds the bounds of packed
+    documents or None; it is computed once for every layer, stage and recomputation.
+    ``dropout_seed`` (batch,) has one seed per sample, or is None.
     """
 
     tokens: Tensor
@@ -34,18 +37,18 @@ class MicroBatch:
 
     @property
     def context(self) -> dict[str, Any]:
-        """What every block needs beside the hidden states."""
+        """The arguments that every block needs in addition to the hidden states."""
         optional = {"document_ids": self.documents, "dropout_seed": self.dropout_seed}
         return {name: value for name, value in optional.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did, equal on every rank.
+    """The outcome of a step, equal on every rank.
 
     ``loss`` is the mean over the global batch, ``grad_norm`` the norm before clipping. ``applied``
-    is false where the loss or a gradient was not finite or the loss was refused: weights and
-    moments are as before.
+    is false if the loss or a gradient was not finite or the loss was refused; weights and moments
+    are then unchanged.
     """
 
     loss: float
@@ -59,11 +62,11 @@ def train_step(
     micro_batches: Sequence[MicroBatch],
     refuses: Callable[[float], bool] = lambda loss: False,
 ) -> StepResult:
-    """Train on one global batch, of which ``micro_batches`` is this data replica's part; every rank
-    must call it.
+    """Train on one global batch; every rank must call it.
 
-    A loss that is not finite (its gradients may be), or that ``refuses`` is true of, which is asked
-    on every rank, causes no update.
+    ``micro_batches`` is this data replica's part. Skip the update if the loss is not finite or
+    ``refuses(loss)`` is true. ``refuses`` is called on every rank and must give the same answer on
+    each.
     """
     learning_rate = compat.base_optimizer(engine.deepspeed).param_groups[0]["lr"]
     loss = mean_loss(engine, accumulate(engine, micro_batches))
@@ -77,9 +80,9 @@ def train_step(
 
 
 def accumulate(engine: Engine, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-    """Forward and backward of every micro-batch: reduced gradients, everything but the update done.
+    """Run forward and backward of every micro-batch and reduce the gradients; do not update.
 
-    Returns the losses of the micro-batches, on the ranks that hold the head.
+    Return the losses of the micro-batches on ranks that hold the head, else an empty list.
     """
     per_step = (
         engine.config.megagpt.parallel.gradient_reduction == "per_step" and engine.zero_stage > 0
@@ -105,13 +108,13 @@ def _one_after_another(
         engine.deepspeed.backward(loss)
         losses.append(loss.detach())
         if count_micro_steps and index + 1 < len(micro_batches):
-            engine.deepspeed.step()  # short of the boundary it only counts micro-steps
+            engine.deepspeed.step()  # before the boundary it only counts micro-batches
     return losses
 
 
 @torch.no_grad()
 def evaluate(engine: Engine, micro_batches: Sequence[MicroBatch]) -> float:
-    """The mean loss over a global batch without training on it; every rank must call it."""
+    """Return the mean loss over a global batch without training; every rank must call it."""
     engine.deepspeed.eval()
     if engine.num_stages > 1:
         losses = _pipeline(engine, len(micro_batches)).evaluate(micro_batches)
@@ -122,8 +125,9 @@ def evaluate(engine: Engine, micro_batches: Sequence[MicroBatch]) -> float:
 
 
 def mean_loss(engine: Engine, losses: Sequence[Tensor]) -> float:
-    """The mean over micro-batches and replicas, equal on all ranks; ranks without the head bring
-    no losses.
+    """Return the mean over micro-batches and replicas, equal on all ranks.
+
+    Every rank must call it; ranks without the head pass no losses.
     """
     total = (
         torch.stack(list(losses)).double().mean()
@@ -137,7 +141,7 @@ def mean_loss(engine: Engine, losses: Sequence[Tensor]) -> float:
 
 
 def _pipeline(engine: Engine, micro_batches: int) -> "Pipeline":
-    """The engine's schedule for so many micro-batches, made when first needed."""
+    """Return the engine's schedule for this number of micro-batches, created on first use."""
     if micro_batches not in engine.schedules:
         engine.schedules[micro_batches] = Pipeline(engine, micro_batches)
     return engine.schedules[micro_batches]
@@ -147,8 +151,9 @@ class Pipeline:
     """torch's schedule over this rank's stages, driving the DeepSpeed engine."""
 
     def __init__(self, engine: Engine, micro_batches: int) -> None:
-        self.engine, self.micro_batches = engine, micro_batches
-        self.backwards = [0] * len(engine.stages)  # of each chunk in this step
+        self.engine = engine
+        self.micro_batches = micro_batches
+        self.backwards = [0] * len(engine.stages)  # backwards done in this step, by chunk
         place = {
             "num_stages": engine.num_stages,
             "device": engine.device,
@@ -174,8 +179,8 @@ class Pipeline:
         options: dict[str, Any] = {"loss_fn": lambda loss, _: loss, "scale_grads": False}
         if kind == "interleaved":
             return ScheduleInterleaved1F1B([*self.stages], self.micro_batches, **options)
-        # With fewer micro-batches than stages 1F1B has no steady state: it is GPipe, and torch's
-        # refuses.
+        # With fewer micro-batches than stages 1F1B has no steady state and equals GPipe; torch's
+        # Schedule1F1B raises an error.
         single = (
             ScheduleGPipe
             if kind == "gpipe" or self.micro_batches < self.engine.num_stages
@@ -184,9 +189,10 @@ class Pipeline:
         return single(self.stages[0], self.micro_batches, **options)
 
     def _shapes(self, stage: int) -> dict[str, Tensor]:
-        """Examples of what a stage receives and returns, so that nothing has to be tried out."""
+        """Return meta tensors of a stage's input and output, which spare torch a trial forward."""
         config = self.engine.config
-        model, batch = config.megagpt.model, config.train_micro_batch_size_per_gpu
+        model = config.megagpt.model
+        batch = config.train_micro_batch_size_per_gpu
         tokens = torch.empty(batch, model.sequence_length, dtype=torch.int64, device="meta")
         parallel = config.megagpt.parallel
         positions = model.sequence_length // (parallel.tensor if parallel.sequence else 1)
@@ -202,20 +208,18 @@ class Pipeline:
         }
 
     def train(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Forward and backward of every micro-batch; the losses where the head is, else nothing."""
+        """Run forward and backward of every micro-batch; return the losses if the head is here."""
         self.backwards = [0] * len(self.stages)
         losses = self._run(self.schedule.step, micro_batches)
         _add_tied_gradients(self.engine)
         return losses
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Forward of every micro-batch; the losses where the head is, else nothing."""
+        """Run forward of every micro-batch; return the losses if the head is here."""
         return self._run(self.schedule.eval, micro_batches)
 
     def _run(self, run: Any, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Each rank passes what its own stages need; the schedule cuts it into micro-batches
-        again.
-        """
+        """Pass this rank's stages their inputs; the schedule splits them into micro-batches."""
         self.engine.begin_trace()
         stages = self.engine.stages
         losses: list[Tensor] = []
@@ -236,8 +240,9 @@ class Pipeline:
         return [loss.detach() for loss in losses]
 
     def _before_backward(self, chunk: int) -> None:
-        """Per step, the reduction is put off until all are done; per micro-batch, each must be
-        told what it is.
+        """Tell DeepSpeed which backward of the step this is, if it reduces per micro-batch.
+
+        With per_step reduction nothing is needed: the reduction waits until all backwards are done.
         """
         if self.engine.config.megagpt.parallel.gradient_reduction == "per_step":
             return
@@ -251,7 +256,7 @@ class Pipeline:
 
 
 def _joined_context(micro_batches: Sequence[MicroBatch]) -> dict[str, Any]:
-    """The context of several micro-batches as one, which a schedule splits along the batch."""
+    """Return the context of several micro-batches as one; a schedule splits it along the batch."""
     context: dict[str, Any] = {}
     if micro_batches[0].documents is not None:
         bounds = [m.documents.positions for m in micro_batches if m.documents is not None]
@@ -264,8 +269,9 @@ def _joined_context(micro_batches: Sequence[MicroBatch]) -> dict[str, Any]:
 
 
 def _add_tied_gradients(engine: Engine) -> None:
-    """First and last stage hold a copy of the tied weight each: both see the sum of their
-    gradients.
+    """Give both copies of the tied weight the sum of their gradients.
+
+    The copies are on the first and the last stage.
     """
     if engine.tied_group is None:
         return
@@ -278,11 +284,11 @@ def _add_tied_gradients(engine: Engine) -> None:
 
 @torch.no_grad()
 def logits(engine: Engine, tokens: Tensor, cache: KeyValueCache) -> Tensor:
-    """The last position's logits (batch, 1, vocabulary) in fp32, equal on every rank, all of which
-    must call it.
+    """Return the last position's logits (batch, 1, padded vocabulary) in fp32; collective.
 
-    Stage after stage computes and broadcasts its output within the replica; rounding may differ
-    between devices, and all must draw the same token, so rank 0's logits count.
+    Every rank must call it and gets equal values. Each stage computes in turn and broadcasts its
+    output within the replica. Rounding may differ between devices, and all ranks must draw the same
+    token, so rank 0's logits are used everywhere.
     """
     axis = engine.tensor_axis
     with axis.whole_sequences() if axis is not None else nullcontext():
@@ -292,7 +298,8 @@ def logits(engine: Engine, tokens: Tensor, cache: KeyValueCache) -> Tensor:
 
 
 def _last_logits(engine: Engine, tokens: Tensor, cache: KeyValueCache) -> Tensor:
-    position, x = cache.length, tokens.to(engine.device)
+    position = cache.length
+    x = tokens.to(engine.device)
     model = engine.config.megagpt.model
     for stage in range(engine.num_stages):
         last = stage == engine.num_stages - 1
@@ -320,13 +327,13 @@ def _last_logits(engine: Engine, tokens: Tensor, cache: KeyValueCache) -> Tensor
 
 
 def _update_partitioned(engine: Engine) -> tuple[float, bool]:
-    """ZeRO 1 to 3 find a gradient that is not finite on any rank by themselves, and skip."""
+    """Update under ZeRO 1 to 3, which skip by themselves if any rank has a non-finite gradient."""
     engine.deepspeed.step()
     return float(engine.deepspeed.get_global_grad_norm()), engine.deepspeed.was_step_applied()
 
 
 def _update_replicated(engine: Engine) -> tuple[float, bool]:
-    """ZeRO 0 neither reports the norm nor looks whether it is finite."""
+    """Update under ZeRO 0, which neither reports the gradient norm nor checks that it is finite."""
     gradients = [p.grad for p in engine.names if p.grad is not None and compat.is_counted(p)]
     norm = torch.nn.utils.get_total_norm(gradients).square()
     dist.all_reduce(norm, group=engine.mesh.tensor_group)

@@ -1,9 +1,8 @@
-"""Boxes of a logical tensor, and flat runs within them: the geometry of shards on ranks and of
-slices on disk.
+"""Boxes of a logical tensor and flat runs in them: the geometry of shards and of files.
 
-A box is [from, to) in each dimension of the logical tensor: what tensor parallelism gives a rank.
-ZeRO then cuts the box's row-major elements into flat runs [start, start + numel), wherever that
-falls in a row. Two such runs, cut from different boxes, overlap in rectangles.
+A box is [from, to) in each dim of the logical tensor: the part that tensor parallelism gives a
+rank. ZeRO then cuts the box's row-major elements into flat runs [start, start + numel), at any
+place in a row. Two such runs, cut from different boxes, overlap in rectangles.
 """
 
 import math
@@ -14,12 +13,12 @@ Box = tuple[tuple[int, int], ...]
 
 
 def whole(shape: tuple[int, ...]) -> Box:
-    """The box that is the logical tensor itself."""
+    """Return the box of the whole logical tensor."""
     return tuple((0, size) for size in shape)
 
 
 def shard(shape: tuple[int, ...], dimension: int, rank: int, ranks: int) -> Box:
-    """One of ``ranks`` equal parts along a dimension, whose size they divide."""
+    """Return one of ``ranks`` equal parts along a dim; ``ranks`` must divide its size."""
     size = shape[dimension] // ranks
     return (
         *whole(shape[:dimension]),
@@ -29,7 +28,7 @@ def shard(shape: tuple[int, ...], dimension: int, rank: int, ranks: int) -> Box:
 
 
 def shape_of(box: Box) -> tuple[int, ...]:
-    """Sizes of the box."""
+    """Return the sizes of the box."""
     return tuple(end - start for start, end in box)
 
 
@@ -37,8 +36,8 @@ def shape_of(box: Box) -> tuple[int, ...]:
 class Rectangle:
     """Rows [top, bottom) and columns [left, right) of a logical matrix, as they lie in a flat run.
 
-    The element (top, left) is the run's ``offset``-th; ``stride`` elements lie between a row and
-    the next.
+    The element (top, left) is at ``offset`` in the run; the next row begins ``stride`` elements
+    later.
     """
 
     top: int
@@ -50,16 +49,16 @@ class Rectangle:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
+        """The numbers of rows and columns."""
         return self.bottom - self.top, self.right - self.left
 
     @property
     def numel(self) -> int:
-        """Elements."""
+        """The number of elements."""
         return math.prod(self.shape)
 
     def within(self, other: "Rectangle") -> "Rectangle | None":
-        """The part of this rectangle that the other covers too, as it lies in this one's run."""
+        """Return the part that the other covers too, as it lies in this one's run; None if none."""
         top, bottom = max(self.top, other.top), min(self.bottom, other.bottom)
         left, right = max(self.left, other.left), min(self.right, other.right)
         if top >= bottom or left >= right:
@@ -69,13 +68,15 @@ class Rectangle:
 
 
 def rectangles(box: Box, start: int, numel: int) -> list[Rectangle]:
-    """The run [start, start + numel) of a box of one or two dimensions: a row's rest, whole
-    rows, a row's start.
+    """Return the rectangles of the run [start, start + numel) of a box with one or two dims.
+
+    At most three: the rest of a row, whole rows, the start of a row.
     """
     (top, _), (left, right) = box if len(box) == 2 else ((0, 1), *box)
-    width, end = right - left, start + numel
+    width = right - left
+    end = start + numel
     first_whole, last_whole = -(-start // width), end // width
-    if first_whole > last_whole:  # both ends lie within one row
+    if first_whole > last_whole:  # both ends are in the same row
         return [_row(top, left, width, start, end, start)]
     parts = [(start, first_whole * width), (last_whole * width, end)]
     runs = [_row(top, left, width, first, last, start) for first, last in parts if first < last]
@@ -86,7 +87,7 @@ def rectangles(box: Box, start: int, numel: int) -> list[Rectangle]:
 
 
 def _row(top: int, left: int, width: int, first: int, last: int, start: int) -> Rectangle:
-    """Elements [first, last) of a box's flat run that begins at ``start``; they lie in one row."""
+    """Return elements [first, last) of a box, within one row, of the run that begins at start."""
     row, column = divmod(first, width)
     return Rectangle(
         top + row,
@@ -101,7 +102,7 @@ def _row(top: int, left: int, width: int, first: int, last: int, start: int) -> 
 def overlaps(
     mine: list[Rectangle], theirs: list[Rectangle]
 ) -> Iterator[tuple[Rectangle, Rectangle]]:
-    """What two runs of one logical tensor share: each part as it lies in mine, and in theirs."""
+    """Yield each part that two runs of a logical tensor share, as it lies in mine and in theirs."""
     for own in mine:
         for other in theirs:
             here, there = own.within(other), other.within(own)

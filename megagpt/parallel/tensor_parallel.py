@@ -1,7 +1,6 @@
-"""Tensor parallelism (Shoeybi et al. 2019, arXiv 1909.08053): the layers that ranks share, put in
-from outside.
+"""Tensor parallelism (Shoeybi et al. 2019, arXiv 1909.08053), applied to the model from outside.
 
-The model publishes which of its layers may be shared and how; ``share`` replaces those by the
+The model publishes which of its layers ranks may share and how; ``share`` replaces those by the
 layers here:
 
     column      a rank holds some rows of the weight and computes some of the outputs;
@@ -11,10 +10,10 @@ layers here:
     vocabulary  a rank holds the rows of some tokens of the embedding or of the head; no rank has
                 all logits
 
-Between a row and the next column layer all ranks hold the same hidden states, (batch, length,
-hidden_size). With ``sequence`` (Korthikanti et al. 2022, arXiv 2205.05198) each holds its part of
-the length there: norms, residuals and dropout cost a share of the memory, and each sum becomes a
-reduce-scatter before them and an all-gather behind.
+Between a row layer and the next column layer all ranks hold the same hidden states, (batch, length,
+hidden_size). With ``sequence`` (Korthikanti et al. 2022, arXiv 2205.05198) each rank holds its part
+of the length there: norms, residuals and dropout need 1 / ranks of the memory, and each sum becomes
+a reduce-scatter before that region and an all-gather after it.
 """
 
 from collections.abc import Iterator
@@ -39,65 +38,78 @@ SPLIT_DIMENSION = {"column": 0, "row": 1, "vocabulary": 0}  # of the weight
 
 
 class TensorAxis:
-    """The ranks that share each layer, and this one's place among them.
+    """The ranks that share each layer, and this rank's index among them.
 
-    ``sequence``: hidden states between the shared layers are cut along the length.
+    ``sequence``: between the shared layers, hidden states are split along the length.
     """
 
     def __init__(self, group: dist.ProcessGroup, sequence: bool) -> None:
-        self.group, self.sequence = group, sequence
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.group = group
+        self.sequence = sequence
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
 
     @contextmanager
     def whole_sequences(self) -> Iterator[None]:
-        """Every rank holds all positions meanwhile: one new token cannot be cut."""
-        before, self.sequence = self.sequence, False
+        """Keep all positions on every rank within this context: one new token cannot be split."""
+        before = self.sequence
+        self.sequence = False
         try:
             yield
         finally:
             self.sequence = before
 
     def sum(self, partial: Tensor) -> Tensor:
-        """The sum over the ranks, of which this one gets its part of the length, or everything."""
+        """Return the sum over the ranks; with ``sequence``, this rank's part of the length."""
         return _ScatterSum.apply(partial, self) if self.sequence else _Sum.apply(partial, self)
 
     def all_positions(self, x: Tensor) -> Tensor:
-        """x along the whole length, where what follows already sums the gradient over the ranks."""
+        """Return x along the whole length.
+
+        What follows must already sum the gradient over the ranks.
+        """
         return _AllPositions.apply(x, self) if self.sequence else x
 
     def sum_gradient(self, gradient: Tensor) -> Tensor:
-        """For a parameter that each rank has whole and sees part of the positions with."""
+        """Return the gradient summed over the ranks.
+
+        For a parameter that every rank holds whole and applies to its own positions only.
+        """
         gradient = gradient.contiguous()
         dist.all_reduce(gradient, group=self.group)
         return gradient
 
     def part(self, x: Tensor) -> Tensor:
-        """This rank's positions of x (batch, length, ...)."""
+        """Return this rank's positions of x (batch, length, ...)."""
         return x.chunk(self.size, dim=1)[self.rank].contiguous()
 
     def gather(self, part: Tensor) -> Tensor:
-        """All positions from each rank's (batch, length / ranks, ...)."""
-        return (
-            self.from_all(part).movedim(0, 1).flatten(1, 2)
-        )  # without a copy where the batch is 1
+        """Return all positions, (batch, length, ...).
+
+        ``part`` is every rank's (batch, length / ranks, ...).
+        """
+        return self.from_all(part).movedim(0, 1).flatten(1, 2)  # no copy if the batch is 1
 
     def from_all(self, own: Tensor) -> Tensor:
-        """(ranks, ...) of every rank's tensor."""
+        """Return every rank's tensor, stacked: (ranks, ...)."""
         everywhere = own.new_empty(self.size * own.shape[0], *own.shape[1:])
         all_gather_single(everywhere, own.contiguous(), group=self.group)
         return everywhere.unflatten(0, (self.size, -1))
 
     def scatter_sum(self, partial: Tensor, async_op: bool = False) -> tuple[Tensor, Any]:
-        """This rank's positions of the sum over the ranks, and what to wait for."""
+        """Return this rank's positions of the sum over the ranks, and the work to wait for.
+
+        ``partial`` is (batch, length, ...), the result (batch, length / ranks, ...).
+        """
         by_rank = partial.unflatten(1, (self.size, -1)).movedim(1, 0).flatten(0, 1).contiguous()
         own = by_rank.new_empty(partial.shape[0], *by_rank.shape[1:])
         return own, reduce_scatter_single(own, by_rank, group=self.group, async_op=async_op)
 
 
 class _Sum(torch.autograd.Function):
-    """All ranks' sum, in place: nothing before it needs its own output.
+    """The sum over all ranks, in place, because no backward before it needs its own output.
 
-    Its gradient is every addend's.
+    The gradient of the sum is the gradient of every addend.
     """
 
     @staticmethod
@@ -112,7 +124,10 @@ class _Sum(torch.autograd.Function):
 
 
 class _ScatterSum(torch.autograd.Function):
-    """This rank's positions of the sum; backward, all positions' gradient."""
+    """The sum over all ranks, of which each rank keeps its positions.
+
+    Backward gathers all positions' gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, partial: Tensor, axis: TensorAxis) -> Tensor:
@@ -125,8 +140,9 @@ class _ScatterSum(torch.autograd.Function):
 
 
 class _AllPositions(torch.autograd.Function):
-    """All positions from each rank's; backward, its part of a gradient that every rank has
-    whole.
+    """All positions from every rank's; backward keeps this rank's part of the gradient.
+
+    Every rank must have the whole, already summed gradient.
     """
 
     @staticmethod
@@ -140,17 +156,19 @@ class _AllPositions(torch.autograd.Function):
 
 
 class _ColumnProduct(torch.autograd.Function):
-    """x W^T + b for this rank's rows of W. The sum of x's gradient travels while W's is computed.
+    """x W^T + b for this rank's rows of W; x's gradient is summed while W's is computed.
 
-    Backward gathers x's positions again rather than keep them. The weight is saved as the parameter
-    itself: ZeRO-3 frees a gathered parameter by its identity.
+    Backward gathers x's positions again instead of keeping them. The weight is saved as the
+    parameter itself, because ZeRO-3 frees a gathered parameter by its identity.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, axis: TensorAxis
     ) -> Tensor:
-        ctx.axis, ctx.sequence, ctx.has_bias = axis, axis.sequence, bias is not None
+        ctx.axis = axis
+        ctx.sequence = axis.sequence
+        ctx.has_bias = bias is not None
         ctx.save_for_backward(x, weight)
         return F.linear(axis.gather(x) if axis.sequence else x, weight, bias)
 
@@ -172,22 +190,26 @@ class _ColumnProduct(torch.autograd.Function):
 
 
 class ColumnLinear(nn.Module):
-    """This rank's outputs of a linear layer."""
+    """A linear layer of which each rank computes some outputs."""
 
     def __init__(self, linear: Linear, axis: TensorAxis) -> None:
         super().__init__()
-        self.weight, self.bias, self.axis = linear.weight, linear.bias, axis
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
         return _ColumnProduct.apply(x, self.weight, self.bias, self.axis)
 
 
 class RowLinear(nn.Module):
-    """A linear layer over inputs of which each rank has some; every rank gets all outputs."""
+    """A linear layer of which each rank holds some inputs; every rank gets all outputs."""
 
     def __init__(self, linear: Linear, axis: TensorAxis) -> None:
         super().__init__()
-        self.weight, self.bias, self.axis = linear.weight, linear.bias, axis
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.axis.sum(F.linear(x, self.weight))
@@ -195,11 +217,12 @@ class RowLinear(nn.Module):
 
 
 class VocabularyTable(nn.Module):
-    """Rows of an embedding looked up where they are; zeros from the other ranks."""
+    """An embedding of which each rank holds some rows; other ranks' tokens contribute zeros."""
 
     def __init__(self, table: Table, axis: TensorAxis) -> None:
         super().__init__()
-        self.weight, self.axis = table.weight, axis
+        self.weight = table.weight
+        self.axis = axis
 
     def forward(self, index: Tensor) -> Tensor:
         rows = self.weight.shape[0]
@@ -214,7 +237,8 @@ class PartTable(nn.Module):
 
     def __init__(self, table: Table, axis: TensorAxis) -> None:
         super().__init__()
-        self.weight, self.axis = table.weight, axis
+        self.weight = table.weight
+        self.axis = axis
 
     def forward(self, index: Tensor) -> Tensor:
         own = index.chunk(self.axis.size)[self.axis.rank] if self.axis.sequence else index
@@ -222,18 +246,17 @@ class PartTable(nn.Module):
 
 
 class VocabularyHead(nn.Module):
-    """The last norm, then the loss from every rank's own logits; without targets the logits of
-    all, for generation.
+    """The final norm, then the loss from every rank's own logits.
+
+    Without targets, the logits of all ranks, for generation.
     """
 
     def __init__(self, head: Head, axis: TensorAxis) -> None:
         super().__init__()
-        self.norm, self.weight, self.vocabulary, self.axis = (
-            head.norm,
-            head.weight,
-            head.vocabulary,
-            axis,
-        )
+        self.norm = head.norm
+        self.weight = head.weight
+        self.vocabulary = head.vocabulary
+        self.axis = axis
 
     def forward(self, x: Tensor, targets: Tensor | None) -> Tensor:
         x = self.axis.all_positions(self.norm(x))
@@ -258,9 +281,7 @@ REPLACEMENTS: dict[tuple[type[nn.Module], str], type[nn.Module]] = {
 
 
 def split_dimensions(model: GPT) -> dict[nn.Parameter, int]:
-    """The dimension that is cut of each parameter that ranks share; of the others each has a
-    copy.
-    """
+    """Return the dim along which each shared parameter is split; the others are replicated."""
     split: dict[nn.Parameter, int] = {}
     for path, role in model.tensor_plan().items():
         layer: Any = model.get_submodule(path)
@@ -271,15 +292,16 @@ def split_dimensions(model: GPT) -> dict[nn.Parameter, int]:
 
 
 def box(shape: torch.Size, dimension: int | None, axis: TensorAxis | None) -> Box:
-    """What this rank has of a parameter with this logical shape."""
+    """Return the rectangle that this rank holds of a parameter with this logical shape."""
     if dimension is None or axis is None:
         return boxes.whole(tuple(shape))
     return boxes.shard(tuple(shape), dimension, axis.rank, axis.size)
 
 
 def share(model: GPT, axis: TensorAxis) -> None:
-    """Put the layers above in place of those that the model's plan names; they take over its
-    parameters.
+    """Replace the layers in the model's plan by the layers above.
+
+    The new layers take over the parameters.
     """
     for path, role in model.tensor_plan().items():
         parent, _, name = path.rpartition(".")
@@ -295,8 +317,9 @@ def share(model: GPT, axis: TensorAxis) -> None:
 
 
 def sum_partial_gradients(model: GPT, axis: TensorAxis) -> None:
-    """Sum the gradients of what every rank has whole but uses on its own positions only, before
-    ZeRO sees them.
+    """Sum the gradients of replicated parameters that each rank applies to its own positions.
+
+    Hooks sum them before ZeRO sees the gradients.
     """
     for module in model.modules():
         if isinstance(module, Norm | PartTable):

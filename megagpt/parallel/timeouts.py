@@ -1,9 +1,9 @@
-"""How long a step stands still for other ranks, by a clock that fits where it computes.
+"""How long a step waits for other ranks, by a clock that fits the device.
 
-On a CPU the host waits: whatever blocks in torch.distributed passes through `Work.wait`. On a GPU
-the host queues collectives and goes on; the device's stream stands still, inside NCCL's kernels and
-for other streams. There, events before and after each call that can make the stream stand still
-tell for how long it did.
+On a CPU the host waits: everything that blocks in torch.distributed calls `Work.wait`. On a GPU the
+host queues collectives and continues, and the device's stream waits, inside NCCL's kernels and for
+other streams. There, events recorded before and after each call that can block the stream measure
+the time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-# Methods of a process group that queue a kernel of NCCL's on the current stream, in torch 2.11 and
+# Methods of a process group that queue an NCCL kernel on the current stream, in torch 2.11 and
 # 2.13.
 _COLLECTIVES = (
     *(
@@ -50,7 +50,7 @@ _COLLECTIVES = (
 
 
 class Clock(Protocol):
-    """Marks moments whose distance is asked for later; a step in ``every`` is measured."""
+    """A clock whose marks can be compared later; every ``every``-th step is measured."""
 
     every: int
 
@@ -60,7 +60,7 @@ class Clock(Protocol):
 
 
 class HostClock:
-    """The host's time."""
+    """The host's clock."""
 
     every = 1
 
@@ -72,10 +72,10 @@ class HostClock:
 
 
 class DeviceClock:
-    """The time of a GPU's stream, the one that is current when the clock is made.
+    """The clock of the GPU stream that is current when it is created.
 
-    What is queued on other streams meanwhile takes none. Two events a collective are some
-    microseconds of the host's time, hence not every step.
+    Work queued on other streams does not count. Two events per collective cost some microseconds of
+    host time, so not every step is measured.
     """
 
     every = 5
@@ -89,7 +89,7 @@ class DeviceClock:
         return event
 
     def between_s(self, earlier: torch.cuda.Event, later: torch.cuda.Event) -> float:
-        """Waits until the device has come to the later one."""
+        """Return the seconds between two marks; wait until the device has reached the later one."""
         later.synchronize()
         return earlier.elapsed_time(later) / 1000
 
@@ -109,22 +109,23 @@ _hooked: set[str] = set()
 
 
 def begin(clock: Clock) -> None:
-    """Note from now on when this rank stands still."""
+    """Start recording when this rank waits."""
     global _clock
     _stalls.clear()
     _clock = clock
 
 
 def end() -> list[tuple[Any, Any]]:
-    """Return the marks before and after each time since ``begin``, and note no more."""
+    """Stop recording; return the marks before and after each wait since ``begin``."""
     global _clock
     _clock = None
     return _stalls.copy()
 
 
 def timed(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a call count as a time of standing still, at a fraction of a microsecond where
-    nothing is measured.
+    """Wrap a call so that its duration counts as waiting.
+
+    Costs a fraction of a microsecond while nothing is measured.
     """
 
     @wraps(method)
@@ -143,7 +144,7 @@ def timed(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def hook(device: torch.device) -> None:
-    """Time whatever may make a rank on this device stand still for others; once is enough."""
+    """Time every call that may make a rank on this device wait for others; idempotent."""
     for owner, name in _waiting_calls(device):
         key = f"{owner.__name__}.{name}"
         if key not in _hooked and hasattr(owner, name):
@@ -156,7 +157,7 @@ def _waiting_calls(device: torch.device) -> Iterator[tuple[Any, str]]:
     if device.type == "cuda":
         yield dist.Work, "block_current_stream"
         yield from ((dist.ProcessGroup, name) for name in _COLLECTIVES)
-        # DeepSpeed communicates on streams of its own, for which its host or the main stream waits.
+        # DeepSpeed communicates on its own streams; the host or the main stream waits for them.
         yield from (
             (torch.cuda.Stream, name) for name in ("wait_stream", "wait_event", "synchronize")
         )

@@ -1,5 +1,4 @@
-"""The proof of equality: train a few steps under many strategies and compare with one plain
-process.
+"""The proof of equality: train a few steps under many strategies, compare with one process.
 
 ``launch/parity.py`` and the tests share it.
 """

@@ -1,6 +1,6 @@
-"""What `launch/parity.py` was asked to compare, and what of that these ranks can train.
+"""What `launch/parity.py` is asked to compare, and what of it these ranks can train.
 
-No torch: known at once.
+It needs no torch, so it answers at once.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ Precision = Literal["fp32", "bf16"]
 
 @dataclass(frozen=True)
 class ParityRequest:
-    """What the user asks for: the configuration, the name of its file, and how to compare.
+    """The user's request: the configuration, the name of its file, and how to compare.
 
-    ``tolerance`` in fp32: of a loss or norm, relative; in bf16: times what a plain process strays;
-    None: the usual. ``gpus``: those of this machine, where it starts the ranks; 0: on its CPU, as
-    many as wanted; None: a launcher does.
+    ``tolerance``: in fp32, of a loss or norm, relative; in bf16, as a multiple of a plain process's
+    rounding; None: the default. ``gpus``: the GPUs of this machine if it starts the ranks; 0: on
+    its CPU, any number of ranks; None: a launcher starts them.
     """
 
     file: RunConfig
@@ -37,22 +37,22 @@ class ParityRequest:
 
     @property
     def stated_ranks(self) -> int | None:
-        """The number of ranks that the file says it is for."""
+        """The number of ranks that the file states."""
         return self.file.megagpt.parallel.world_size
 
     def on_ranks(self, ranks: int) -> str:
-        """What to type for another number of ranks."""
+        """Return what to type for another number of ranks."""
         launched = (
             f"deepspeed --hostfile hosts launch/parity.py --deepspeed_config {self.source} "
             f"--ranks {ranks}"
         )
         if self.gpus is not None and (self.gpus == 0 or ranks <= self.gpus):
-            return f"--ranks {ranks}, or with so many slots in the hostfile {launched}"
-        return f"with so many slots in the hostfile {launched}"
+            return f"--ranks {ranks}, or with that many slots in the hostfile {launched}"
+        return f"with that many slots in the hostfile {launched}"
 
     @property
     def disk(self) -> str | None:
-        """Where offload to NVMe goes: as asked for, else as the file says."""
+        """The path of offload to NVMe: as asked for, else as in the file."""
         zero = self.file.zero_optimization
         sections = (zero.offload_optimizer, zero.offload_param)
         return self.nvme_path or next(
@@ -62,9 +62,11 @@ class ParityRequest:
 
 @dataclass(frozen=True)
 class ParityPlan:
-    """The number of ranks; the strategies to train on them, the file's own first, each with its
-    configuration; how many more do not compose; and why the file's own is left out, empty where
-    it is not.
+    """What to train on this number of ranks.
+
+    ``legal`` has the strategies with their configurations, the file's own first. ``refused`` counts
+    those that do not compose. ``left_out`` says why the file's own is not among them; empty if it
+    is.
     """
 
     ranks: int
@@ -74,44 +76,42 @@ class ParityPlan:
 
 
 def require_devices(request: ParityRequest, ranks: int) -> None:
-    """A rank takes a GPU of its own, where this machine has any; raises UserError."""
+    """Raise UserError if there are fewer GPUs than ranks; on a CPU any number is fine."""
     if request.gpus and ranks > request.gpus:
         raise UserError(
-            f"--ranks {ranks}: this machine has {request.gpus} GPUs, one a rank: --ranks "
-            f"{request.gpus}, or {request.on_ranks(ranks)}; on the CPU: CUDA_VISIBLE_DEVICES= "
-            f"python launch/parity.py --ranks {ranks}"
+            f"--ranks {ranks}: too many (found {request.gpus} GPUs, need one per rank); type "
+            f"--ranks {request.gpus}, or {request.on_ranks(ranks)}; on the CPU: "
+            f"CUDA_VISIBLE_DEVICES= python launch/parity.py --ranks {ranks}"
         )
 
 
 def require_launched(
     request: ParityRequest, asked: int | None, signs: list[str], world_size: int
 ) -> None:
-    """A launcher's ranks are as many as --ranks or, without it, the file says: else a host may be
-    missing.
+    """Raise UserError unless a launcher started the ranks asked for or stated in the file.
 
-    ``signs``: the variables by which a launcher speaks. A number that the file's own mesh does not
-    divide is not expected. Raises UserError.
+    Otherwise a host may be missing. ``signs`` are the variables that show the launcher. A number
+    that the file's own mesh does not divide is not expected.
     """
     if asked not in (None, world_size):
         raise UserError(
-            f"--ranks {asked}: a launcher has started {world_size} ({', '.join(signs)}): leave "
-            f"--ranks out, or start {asked} by it; to start them on this machine without it: unset "
-            f"{' '.join(signs)}"
+            f"--ranks {asked}: a launcher has started {world_size} ({', '.join(signs)}); leave "
+            f"--ranks out, or start {asked} with the launcher; to start them on this machine "
+            f"without it: unset {' '.join(signs)}"
         )
     parallel = request.file.megagpt.parallel
     if asked or (request.stated_ranks or 0) % parallel.model_parallel_size:
         return
     if (unexpected := unexpected_world(parallel, world_size)) is not None:
         raise UserError(
-            f"{unexpected.line(request.source)}, or compare on these all the same: --ranks "
-            f"{world_size}"
+            f"{unexpected.line(request.source)}, or compare on these anyway: --ranks {world_size}"
         )
 
 
 def plan(request: ParityRequest, world_size: int) -> ParityPlan:
-    """What to train on so many ranks.
+    """Return what to train on this number of ranks.
 
-    Raises UserError where the file's own is all that is wanted, and impossible.
+    Raise UserError if only the file's own strategy is wanted and it is impossible.
     """
     own = own_strategy(request.file)
     left_out = _other_ranks_needed(request, own, world_size)
@@ -128,22 +128,20 @@ def plan(request: ParityRequest, world_size: int) -> ParityPlan:
 
 
 def remarks_on_own(request: ParityRequest, planned: ParityPlan) -> list[str]:
-    """What is to be known of the file's own strategy, the first, beyond the columns of the
-    table.
-    """
+    """Return remarks on the file's own strategy that the columns of the table do not show."""
     strategy, config = planned.legal[0]
     remarks = ["with " + ", ".join(keys)] if (keys := further_keys(strategy, config)) else []
     if (key := left_out_key(strategy, config)) is not None:
         remarks.append(
-            f"without its {key}, which cuts the small model's stages into different numbers of "
+            f"without its {key}, which would give the small model's stages different numbers of "
             f"tiles"
         )
     if request.stated_ranks not in (None, planned.ranks):
         remarks.append(f"it states {request.stated_ranks} ranks")
     if request.file.bf16.enabled is True and request.precision == "fp32":
-        remarks.append("it computes in bf16: try --precision bf16, too")
+        remarks.append("it computes in bf16; try --precision bf16 too")
     if request.file.fp16.enabled:
-        remarks.append("it computes in fp16: that is not compared")
+        remarks.append("it computes in fp16, which is not compared")
     return remarks
 
 
@@ -157,24 +155,24 @@ def _described(
 
 
 def _other_ranks_needed(request: ParityRequest, own: Strategy, world_size: int) -> str:
-    """What to type where these ranks are no whole number of the file's replicas; else nothing."""
-    replica, stated = own.tensor * own.pipeline, request.stated_ranks
+    """Return what to type if the file's replicas do not divide these ranks, else ""."""
+    replica = own.tensor * own.pipeline
+    stated = request.stated_ranks
     if world_size % replica == 0:
         return ""
     only_one = stated == replica or replica <= (request.gpus or 0) < 2 * replica
-    ranks = (
-        replica if only_one else 2 * replica
-    )  # with a single replica, ZeRO would have nothing to cut
+    # With a single replica ZeRO has nothing to partition.
+    ranks = replica if only_one else 2 * replica
     says = f" (it states {stated})" if stated else ""
     return (
-        f"{request.source}: tensor {own.tensor} x pipeline {own.pipeline} needs a multiple of "
-        f"{replica} ranks{says}, and here are {world_size}: its own strategy is left out. To try "
-        f"it: {request.on_ranks(ranks)}"
+        f"{request.source}: its own strategy is left out: tensor {own.tensor} x pipeline "
+        f"{own.pipeline} does not fit (found {world_size} ranks, need a multiple of "
+        f"{replica}{says}); to try it: {request.on_ranks(ranks)}"
     )
 
 
 def _refused(request: ParityRequest, config: ResolvedConfig, world_size: int) -> str:
-    """Why the small run is refused, and whether it would not be in the other precision."""
+    """Return why the small run is refused, and whether it is legal in the other precision."""
     other: Precision = "fp32" if request.precision == "bf16" else "bf16"
     own = own_strategy(request.file)
     ((_, otherwise),) = _described(replace(request, precision=other), [own], world_size)
@@ -182,4 +180,4 @@ def _refused(request: ParityRequest, config: ResolvedConfig, world_size: int) ->
     if refusals(otherwise):
         remedy = f"python launch/plan.py --deepspeed_config {request.source} (what would be legal)"
     why = refusals(config)[0].line(config)
-    return f"{request.source}: {why}: its own strategy is left out. To try it: {remedy}"
+    return f"{request.source}: its own strategy is left out: {why}; to try it: {remedy}"

@@ -1,7 +1,7 @@
-"""The same few steps, from one seed, under every strategy that these ranks can host, against one
-plain process.
+"""The same few steps, from one seed, under every strategy that these ranks can run.
 
-Each strategy is a whole engine: mesh, ZeRO stage, offload, schedule. The file's own comes first.
+They are compared with one plain process. Each strategy is a whole engine: mesh, ZeRO stage,
+offload, schedule. The file's own comes first.
 """
 
 import logging
@@ -29,9 +29,7 @@ from megagpt.parity.tolerance import Straying
 
 @dataclass(frozen=True)
 class Reference:
-    """One plain process in fp32, how far it strays in bf16 where that is compared, and how far a
-    strategy may.
-    """
+    """One plain process in fp32, its rounding in bf16 if that is compared, and the limit."""
 
     exact: PlainRun
     rounding: Straying | None
@@ -41,19 +39,19 @@ class Reference:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How far a strategy strays, and the largest share of the weights on any rank."""
+    """How far a strategy differs, and the largest share of the weights on any rank."""
 
     straying: Straying
     held: float
 
 
 def run(request: ParityRequest) -> bool:
-    """Compare and print; every rank must call it.
+    """Compare and print; return whether all strategies equal the plain process.
 
-    Whether all strategies equal the plain process.
+    Every rank must call it.
     """
     logging.captureWarnings(True)
-    logging.disable(logging.WARNING)  # each strategy would say again what Adam it has
+    logging.disable(logging.WARNING)  # each strategy would report its Adam again
     require_agreement(request.file)
     planned = plan(request, dist.get_world_size())
     reference = _reference(request, planned.legal[0][1])
@@ -76,7 +74,7 @@ def run(request: ParityRequest) -> bool:
 
 
 def _reference(request: ParityRequest, config: ResolvedConfig) -> Reference:
-    """Train the plain process, in bf16 too where that is to be compared."""
+    """Train the plain process, in bf16 too if that is compared."""
     exact = plain.train(config, request.steps, training_device())
     usual = {"fp32": yardstick.FP32_TOLERANCE, "bf16": yardstick.BF16_TOLERANCE}
     tolerance = usual[request.precision] if request.tolerance is None else request.tolerance
@@ -93,7 +91,7 @@ def _reference(request: ParityRequest, config: ResolvedConfig) -> Reference:
 
 
 def _compare(config: ResolvedConfig, exact: PlainRun, request: ParityRequest) -> Outcome:
-    """Train under a strategy; how far it strays, the same answer on each rank."""
+    """Train under a strategy; return how far it differs, the same on each rank."""
     engine = build_engine(config, build_mesh(config))
     try:
         results = [
@@ -118,10 +116,13 @@ def _compare(config: ResolvedConfig, exact: PlainRun, request: ParityRequest) ->
 
 
 def micro_batches(engine: Engine, step: int) -> list[MicroBatch]:
-    """This replica's part of a step's global batch, cut as BatchLoader cuts it."""
-    config, mesh = engine.config, engine.mesh
-    model, size = config.megagpt.model, config.train_micro_batch_size_per_gpu
-    samples, length = config.train_batch_size, model.sequence_length
+    """Return this replica's part of a step's global batch, cut as BatchLoader cuts it."""
+    config = engine.config
+    mesh = engine.mesh
+    model = config.megagpt.model
+    size = config.train_micro_batch_size_per_gpu
+    samples = config.train_batch_size
+    length = model.sequence_length
     tokens, targets = global_batch(step, samples, length, model.vocabulary)
     documents = document_ids(step, samples, length) if config.megagpt.data.document_mask else None
     seeds = dropout_seeds(step, samples) if model.dropout else None
@@ -144,11 +145,14 @@ def micro_batches(engine: Engine, step: int) -> list[MicroBatch]:
 
 
 def _compare_weights(engine: Engine, exact: PlainRun) -> tuple[float, float, int]:
-    """Of the weights that this rank saves: the largest difference, as a share of the largest
-    change of its whole parameter, and the squares of all differences; and how many elements it
-    holds.
+    """Compare the weights that this rank saves with the plain process's.
+
+    Return the largest difference, as a share of the largest change of its whole parameter (NaN if a
+    weight is), the sum of all squared differences, and the number of elements that this rank holds.
     """
-    shares, squares, elements = [0.0], 0.0, 0
+    shares = [0.0]
+    squares = 0.0
+    elements = 0
     for bucket in engine.buckets():
         elements += sum(piece.numel for piece in bucket.pieces)
         with bucket.resident(False) as (master, _):
@@ -162,33 +166,32 @@ def _compare_weights(engine: Engine, exact: PlainRun) -> tuple[float, float, int
                 off = (values - expected).abs()[_meaningful(engine, piece)]
                 if off.numel() and change:
                     shares.append(float(off.max()) / change)
-    return (
-        float(torch.tensor(shares).max()),
-        squares,
-        elements,
-    )  # which is not a number where one of them is not
+    return float(torch.tensor(shares).max()), squares, elements  # unlike Python's, max keeps a NaN
 
 
 def _expected(engine: Engine, exact: PlainRun, piece: Piece) -> Tensor:
-    """What the plain process has where this rank has a piece."""
+    """Return the plain process's values of a piece."""
     whole = exact.state[WEIGHT][piece.name].view(engine.logical_shape(piece.name))
     share = whole[tuple(slice(*span) for span in engine.boxes[piece.name])]
     return share.flatten()[piece.start : piece.start + piece.numel]
 
 
 def _meaningful(engine: Engine, piece: Piece) -> Tensor:
-    """False at a key's bias, unless keys are rotated: it moves all scores of a query alike, so
-    that its gradient is rounding noise, which Adam blows up.
+    """Return a mask that is False at the bias of keys, unless keys are rotated.
+
+    That bias moves all scores of a query equally, so its gradient is rounding noise, which Adam
+    amplifies.
     """
     model = engine.config.megagpt.model
     if not piece.name.endswith("qkv.bias") or model.position == "rotary":
         return torch.ones(piece.numel, dtype=torch.bool)
     first = engine.boxes[piece.name][0][0] + piece.start
     heads = torch.arange(first, first + piece.numel) // model.head_size
-    queries = model.num_heads // model.num_kv_heads  # which lie before their key and their value
+    queries = model.num_heads // model.num_kv_heads  # they come before their key and value
     return heads % (queries + 2) != queries
 
 
+# Columns and their widths.
 STRATEGY = {
     "pipeline": 8,
     "tensor": 6,
@@ -196,7 +199,7 @@ STRATEGY = {
     "optimizer": 9,
     "parameters": 10,
     "other": 36,
-}  # columns, widths
+}
 NUMBERS = {"loss": 8, "norm": 8, "weights": 8, "held": 5}
 PLAIN_IN_BF16 = "one plain process in bf16"
 
@@ -218,9 +221,7 @@ def _heading(request: ParityRequest, planned: ParityPlan) -> str:
 
 
 def _title(request: ParityRequest, planned: ParityPlan, index: int) -> str:
-    """What stands above the first row, the file's own, and above the second, where the others
-    begin.
-    """
+    """Return the title above the file's own row, the first, and above the first of the others."""
     strategy, _ = planned.legal[index]
     if strategy.file is None:
         return "others that these ranks can host" if index == 1 and not planned.left_out else ""
@@ -234,7 +235,7 @@ def _line(strategy: str, outcome: Outcome) -> str:
 
 
 def _beside(strategy: str, numbers: Iterable[str]) -> str:
-    """The columns of numbers, beside what belongs to the first ones."""
+    """Return the columns of numbers beside those of the strategy."""
     width = sum(STRATEGY.values()) + 2 * len(STRATEGY) - 2
     return f"{strategy:{width}}  {_aligned(numbers, NUMBERS.values())}".rstrip()
 
@@ -244,7 +245,8 @@ def _aligned(words: Iterable[str], widths: Iterable[int]) -> str:
 
 
 def _verdict(request: ParityRequest, planned: ParityPlan, reference: Reference, wrong: int) -> str:
-    count, limit = len(planned.legal), reference.limit
+    count = len(planned.legal)
+    limit = reference.limit
     if request.precision == "fp32":
         allowed = (
             f"losses and norms within {limit.loss:g}, weights within {limit.weights:g} of "
@@ -252,19 +254,21 @@ def _verdict(request: ParityRequest, planned: ParityPlan, reference: Reference, 
         )
     else:
         allowed = (
-            f"{reference.tolerance:g} times as far from fp32 as it strays in bf16, or as one "
+            f"{reference.tolerance:g} times its own difference from fp32 in bf16, or one "
             f"rounding: losses within {limit.loss:.1e}, norms within {limit.norm:.1e}, weights "
             f"within {limit.weights:.1e} of all their change"
         )
     more = (
-        [f"{planned.refused} more do not compose and would be refused before launch"]
+        [f"{planned.refused} more do not compose and are rejected before launch"]
         if planned.refused
         else []
     )
-    more += [f"what {request.source} asks for was left out, see above"] if planned.left_out else []
+    more += (
+        [f"the strategy of {request.source} was left out, see above"] if planned.left_out else []
+    )
     if request.stated_ranks not in (None, planned.ranks):
         more.append(
-            f"{request.source} states {request.stated_ranks} ranks, and these were {planned.ranks}"
+            f"{request.source} states {request.stated_ranks} ranks; these were {planned.ranks}"
         )
     equal = f"{count - wrong} of {count} strategies equal one plain process ({allowed})"
     return "\n" + "; ".join([equal, *more])

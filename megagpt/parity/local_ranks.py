@@ -14,30 +14,28 @@ from torch.multiprocessing.spawn import ProcessException
 
 from megagpt.utils import ExitCode, TransientError, UserError
 
-CPU_RANKS = 4  # where there is no GPU: enough for every axis of the mesh to have two
+CPU_RANKS = 4  # if there is no GPU: enough for two axes of the mesh to have two ranks each
 
 
 def gpus_here() -> int:
-    """The GPUs that ranks started here would compute on; 0 on a CPU, also where the user chose
-    it.
-    """
+    """Return the number of GPUs that ranks started here would use; 0 on a CPU."""
     return 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
 
 
 def start(ranks: int, job: Callable[..., Any], *arguments: Any) -> Any:
-    """What ``job(*arguments)`` returns on rank 0 of so many new processes.
+    """Return what ``job(*arguments)`` returns on rank 0 of ``ranks`` new processes.
 
-    Raises a UserError that a rank raised, or torch's ProcessException, with the traceback, where
-    one failed otherwise; the other ranks have then been ended.
+    Raise the UserError that a rank raised, or torch's ProcessException with the traceback of
+    another failure; the other ranks have then been ended.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = get_context("spawn")
-    answers, refusals = context.SimpleQueue(), context.SimpleQueue()
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(
-        logging.ERROR
-    )  # it shows each rank that it ends
+    answers = context.SimpleQueue()
+    refusals = context.SimpleQueue()
+    # It would warn of each rank that it ends.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     try:
         start_processes(
             _rank,
@@ -48,7 +46,7 @@ def start(ranks: int, job: Callable[..., Any], *arguments: Any) -> Any:
     except ProcessException:
         if refusals.empty():
             raise
-        raise refusals.get() from None  # of one rank: the others said the same, or missed it
+        raise refusals.get() from None  # one rank's; the others raised the same or never got there
     return answers.get()
 
 
@@ -71,9 +69,8 @@ def _rank(
     try:
         answer = joined(job, *arguments)
     except UserError as error:
-        kind = (
-            TransientError if isinstance(error, TransientError) else UserError
-        )  # which can be pickled
+        # Only these two classes are sure to survive pickling.
+        kind = TransientError if isinstance(error, TransientError) else UserError
         refusals.put(kind(str(error)))
         sys.exit(ExitCode.BAD_INPUT)
     if rank == 0:
@@ -83,8 +80,8 @@ def _rank(
 def joined(job: Callable[..., Any], *arguments: Any) -> Any:
     """Run a job on this rank, joined to the others; every rank must call it.
 
-    A rank that fails leaves the group to its own end: others that wait for it would fail before it
-    has said why.
+    A rank that fails does not destroy the group: ranks that wait for it would fail before it has
+    reported why.
     """
     from megagpt.parallel.engine import join_ranks
 

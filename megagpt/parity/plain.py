@@ -1,5 +1,4 @@
-"""The outside reference: training in one plain PyTorch process, without DeepSpeed or any of the
-trainer.
+"""The outside reference: training in one plain PyTorch process, without DeepSpeed or the trainer.
 
 Also the batches that such comparisons train on: learnable, the same on every machine.
 """
@@ -15,15 +14,16 @@ from torch.func import functional_call
 from megagpt.config import ResolvedConfig
 from megagpt.model import GPT, decayed, initialise_
 
-WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class PlainRun:
-    """Losses and gradient norms (before clipping) of each step; flat weights at the start, by name.
+    """Losses and gradient norms (before clipping) of each step, and flat weights at the start.
 
-    ``state`` holds, at the end, the flat weights and both moments of Adam by kind and name, on the
-    CPU.
+    ``start`` is by name. ``state`` holds the flat weights and both moments of Adam at the end, by
+    kind and name, on the CPU.
     """
 
     losses: list[float]
@@ -33,21 +33,19 @@ class PlainRun:
 
 
 def global_batch(step: int, samples: int, length: int, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """The tokens and targets (samples, length) of a step; the target follows from the token."""
+    """Return a step's tokens and targets (samples, length); the token gives the target."""
     generator = torch.Generator().manual_seed(1000 + step)
     tokens = torch.randint(0, vocabulary, (samples, length), generator=generator)
     return tokens, (tokens * 7 + 3) % vocabulary
 
 
 def dropout_seeds(step: int, samples: int) -> Tensor:
-    """A seed for each sample (samples,) of a step."""
+    """Return a seed for each sample (samples,) of a step."""
     return torch.arange(samples) + 1_000_003 * (step + 1)
 
 
 def document_ids(step: int, samples: int, length: int) -> Tensor:
-    """Ids (samples, length) of packed documents of some five tokens each, for a step of a run
-    that masks them.
-    """
+    """Return ids (samples, length) of packed documents of about five tokens each."""
     generator = torch.Generator().manual_seed(2000 + step)
     return (torch.rand(samples, length, generator=generator) < 0.2).cumsum(dim=1).int()
 
@@ -58,15 +56,17 @@ def train(
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> PlainRun:
-    """Train with AdamW, weight decay and clipping as the configuration says; its mesh, ZeRO,
-    offload and precision do not matter, and its scheduler is left out. Forward and backward
-    compute in ``dtype``, all else is fp32.
+    """Train with AdamW, weight decay and clipping as the configuration says.
+
+    Its mesh, ZeRO, offload and precision do not matter, and its scheduler is left out. Forward and
+    backward compute in ``dtype``, everything else in fp32.
     """
     model = initialise_(GPT(config.megagpt.model), config.megagpt.training.seed).to(device)
     start = _flat(dict(model.named_parameters()))
     optimizer = adam(config, model)
     computed = model if dtype == torch.float32 else computing_in(dtype, model)
-    losses, norms = [], []
+    losses = []
+    norms = []
     for step in range(steps):
         loss = _loss(config, computed, step, device)
         loss.backward()
@@ -85,7 +85,7 @@ def train(
 
 
 def computing_in(dtype: torch.dtype, model: GPT) -> Callable[..., Tensor]:
-    """Return the model as a function of copies of its parameters in another type.
+    """Return the model as a function of copies of its parameters in another dtype.
 
     Gradients reach the parameters in fp32.
     """
@@ -98,8 +98,9 @@ def computing_in(dtype: torch.dtype, model: GPT) -> Callable[..., Tensor]:
 
 
 def adam(config: ResolvedConfig, model: GPT, fused: bool | None = None) -> torch.optim.AdamW:
-    """Return AdamW as the configuration says, with weight decay of matrices alone; ``fused`` as
-    in torch.
+    """Return AdamW as the configuration says, with weight decay of matrices only.
+
+    ``fused`` is torch's.
     """
     given = config.optimizer.params
     beta1, beta2 = given.betas
@@ -118,7 +119,8 @@ def adam(config: ResolvedConfig, model: GPT, fused: bool | None = None) -> torch
 def _loss(
     config: ResolvedConfig, model: Callable[..., Tensor], step: int, device: torch.device | None
 ) -> Tensor:
-    shape, samples = config.megagpt.model, config.train_batch_size
+    shape = config.megagpt.model
+    samples = config.train_batch_size
     tokens, targets = global_batch(step, samples, shape.sequence_length, shape.vocabulary)
     seeds = dropout_seeds(step, samples).to(device) if shape.dropout else None
     documents = None

@@ -1,9 +1,7 @@
-"""A run of the file's kind, so small that it trains in a moment, and cut as a strategy says.
+"""A run like the file's, small enough to train in a moment, with the settings of a strategy.
 
-No torch.
-
-Every mechanism still acts: there is a head and a block for each rank, and, where NVMe is tried, as
-much as DeepSpeed needs to swap at all. Sizes that the file states for its own model become smaller
+No torch. Every mechanism still acts: there is a head and a block for each rank, and, if NVMe is
+tried, enough elements for DeepSpeed to swap. Sizes that the file states for its own model shrink
 with it.
 """
 
@@ -28,21 +26,20 @@ from megagpt.schema.arithmetic import round_up
 from megagpt.schema.errors import shown
 from megagpt.schema.model import ModelSection
 
-SAMPLES_PER_RANK, LEARNING_RATE, DROPOUT = 2, 1e-3, 0.1
-# of Adam: well above the rounding of a gradient, which 1e-8 is not, and well below most gradients
+SAMPLES_PER_RANK = 2
+LEARNING_RATE = 1e-3
+DROPOUT = 0.1
+# Of Adam: well above the rounding of a gradient, which 1e-8 is not, and well below most gradients.
 EPSILON = 1e-6
-GROUPS, WIDTH, LENGTH, ROWS = (
-    8,
-    64,
-    16,
-    256,
-)  # at least; WIDTH is shared by the groups of query and key-value heads
-LEAST_TILE = (
-    LEAST_SWAPPED_BYTES // FP32_BYTES
-)  # elements of a rank's optimizer tile that goes to NVMe
-LEAST_PIECE = LEAST_SWAPPED_BYTES // 2  # and of a parameter's piece, which does so in bf16 only
+# Least sizes of the model.
+GROUPS = 8
+WIDTH = 64  # divided among the groups of query and key-value heads
+LENGTH = 16
+ROWS = 256
+LEAST_TILE = LEAST_SWAPPED_BYTES // FP32_BYTES  # elements of an optimizer tile that is swapped
+LEAST_PIECE = LEAST_SWAPPED_BYTES // 2  # elements of a bf16 parameter's piece that is swapped
 ROOM = 1.25  # stages are not quite equal
-TILE = "sub_group_size"  # of the optimizer, which has to have as many on each stage
+TILE = "sub_group_size"  # the optimizer's; each stage must have the same number of tiles
 SIZES = (  # keys of zero_optimization that count elements of a model
     "reduce_bucket_size",
     "allgather_bucket_size",
@@ -58,9 +55,7 @@ OFFLOAD = ("offload_optimizer", "offload_param")
 def small_document(
     file: RunConfig, tried: Sequence[Strategy], world_size: int, steps: int, precision: str
 ) -> dict[str, Any]:
-    """The file's kind of model and optimizer, small, and the same for all strategies that are
-    tried.
-    """
+    """Return the file's kind of model and optimizer, small, and the same for all strategies."""
     adam = file.optimizer.params
     own = {"betas": list(adam.betas), "weight_decay": adam.weight_decay}
     return {
@@ -79,10 +74,10 @@ def small_document(
 def _small_model(
     kind: ModelSection, tried: Sequence[Strategy], world_size: int, precision: str
 ) -> dict[str, Any]:
-    """What every tensor axis divides, with a block for each stage.
+    """Return a model that every tensor axis divides, with a block for each stage.
 
-    For an optimizer on NVMe, blocks are so wide that each rank has a tile to swap; for parameters
-    there, the table of tokens is so long that its pieces are swapped.
+    For an optimizer on NVMe, blocks are wide enough for each rank to have a tile to swap; for
+    parameters on NVMe, the token table is long enough for its pieces to be swapped.
     """
     tensor = lcm(*(strategy.tensor for strategy in tried))
     groups = round_up(GROUPS, tensor)
@@ -120,9 +115,9 @@ def _small_model(
 def resolved(
     document: dict[str, Any], strategy: Strategy, world_size: int, nvme_path: str | None
 ) -> ResolvedConfig:
-    """The small run under a strategy; ConfigError where that cannot even be described."""
+    """Return the small run under a strategy; raise ConfigError if it cannot be described."""
     own = document | {
-        # so that a rank of a pipeline of p sees 2 p of them
+        # A rank of a pipeline of p then gets 2 p micro-batches.
         "train_micro_batch_size_per_gpu": strategy.tensor,
         "megagpt": document["megagpt"] | {"parallel": strategy.parallel},
     }
@@ -132,11 +127,11 @@ def resolved(
         zero = _own_zero(strategy.file, model)
         _take_over(own, strategy.file)
     elif strategy.stage == 3:
-        zero["stage3_param_persistence_threshold"] = 0  # small parameters too are cut
+        zero["stage3_param_persistence_threshold"] = 0  # partition small parameters too
     _place(zero, strategy, nvme_path, pieces=world_size // strategy.pipeline, model=model)
     config = _resolved(own, zero, world_size)
     if TILE in zero and strategy.pipeline > 1 and len(set(tile_counts(Layout.of(config)))) > 1:
-        del zero[TILE]  # the small stages are cut otherwise than the large ones
+        del zero[TILE]  # the small stages get other numbers of tiles than the large ones
         config = _resolved(own, zero, world_size)
     return config
 
@@ -149,7 +144,7 @@ def _resolved(document: dict[str, Any], zero: dict[str, Any], world_size: int) -
 
 
 def _own_zero(file: RunConfig, model: ModelConfig) -> dict[str, Any]:
-    """The file's own section.
+    """Return the file's own section, scaled to the small model.
 
     Buckets, tiles and bounds hold the same part of the model as in the large one, and parameters
     stay whole below the same multiple of its width: norms and biases do, matrices do not.
@@ -176,7 +171,7 @@ def _part_of(size: int, part: float) -> int:
 
 
 def _take_over(own: dict[str, Any], file: RunConfig) -> None:
-    """What else the file says of how its step is executed."""
+    """Copy the file's other settings of how a step is executed."""
     own["megagpt"] |= {
         "training": own["megagpt"]["training"] | {"recompute": file.megagpt.training.recompute}
     }
@@ -184,13 +179,11 @@ def _take_over(own: dict[str, Any], file: RunConfig) -> None:
         "params": own["optimizer"]["params"] | {"torch_adam": file.optimizer.params.torch_adam}
     }
     if file.aio is not None:
-        least = {
-            "block_size": min(file.aio.block_size, LEAST_SWAPPED_BYTES)
-        }  # DeepSpeed swaps nothing smaller
+        # DeepSpeed swaps nothing smaller.
+        least = {"block_size": min(file.aio.block_size, LEAST_SWAPPED_BYTES)}
         own["aio"] = file.aio.model_dump() | least
-    if (
-        own["bf16"]["enabled"] and file.bf16.enabled
-    ):  # formats of the file's 16-bit run, of no use to another
+    # These formats belong to a bf16 run; an fp32 run cannot use them.
+    if own["bf16"]["enabled"] and file.bf16.enabled:
         for key in ("data_types", "communication_data_type"):
             if value := file.model_dump(mode="json", exclude_none=True).get(key):
                 own[key] = value
@@ -204,7 +197,7 @@ def _place(
     pieces: int,
     model: ModelConfig,
 ) -> None:
-    """Say where optimizer and parameters lie; on NVMe, in buffers of the small model's size."""
+    """Set the offload devices; on NVMe with buffers of the small model's size."""
     for section, place in zip(OFFLOAD, (strategy.optimizer, strategy.parameters), strict=True):
         if place == "none":
             continue
@@ -221,14 +214,14 @@ def _place(
 
 
 def left_out_key(strategy: Strategy, config: ResolvedConfig) -> str | None:
-    """The key of the file's own `zero_optimization` that the small run could not take over."""
+    """Return the key of the file's `zero_optimization` that the small run cannot use, or None."""
     assert strategy.file is not None
     stated = strategy.file.zero_optimization.sub_group_size is not None
     return TILE if stated and config.zero_optimization.sub_group_size is None else None
 
 
 def further_keys(strategy: Strategy, config: ResolvedConfig) -> list[str]:
-    """What the file's own strategy has beyond the columns of the table, as the small run has it."""
+    """Return the small run's settings of the file's own strategy beyond the table's columns."""
     assert strategy.file is not None
     zero = config.zero_optimization
     given = strategy.file.zero_optimization.model_fields_set - {"stage", *OFFLOAD}

@@ -1,9 +1,7 @@
-"""The ways to train on so many ranks that `parity/compare.py` compares, the file's own first.
+"""The strategies that `parity/compare.py` compares on a number of ranks, the file's own first.
 
-No torch.
-
-Each mesh has every ZeRO stage and offload, and at every ZeRO stage its other schedules, the other
-reduction, and `sequence`, one at a time; `planning/rules.py` says what of that composes.
+No torch. Each mesh has every ZeRO stage and offload, and at every ZeRO stage its other schedules,
+the other reduction, and `sequence`, one at a time; `planning/rules.py` says which of them compose.
 """
 
 from __future__ import annotations
@@ -16,20 +14,17 @@ from megagpt.config import RunConfig
 from megagpt.schema.megagpt import ParallelConfig
 from megagpt.schema.model import ModelSection
 
-EVERY_MESH, USUAL_AXIS = (
-    16,
-    8,
-)  # ranks up to which all meshes are tried; beyond: axes so large, or as the file's model
+EVERY_MESH = 16  # ranks up to which all meshes are tried
+USUAL_AXIS = 8  # beyond that, the largest axis, unless the file's model allows more
 OF_MESH = ("schedule", "virtual_stages", "sequence", "gradient_reduction")
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """One way to train: the ``parallel`` section, the ZeRO stage, where optimizer and parameters
-    lie.
+    """One way to train: the ``parallel`` section, the ZeRO stage, and the offload devices.
 
-    ``file``: the configuration that asks for it, whose other keys of ZeRO, offload and
-    recomputation hold, too.
+    ``file``: the configuration that asks for it; its other keys of ZeRO, offload and recomputation
+    apply too.
     """
 
     parallel: dict[str, Any]
@@ -40,21 +35,21 @@ class Strategy:
 
     @property
     def pipeline(self) -> int:
-        """Ranks on the pipeline axis."""
+        """The number of ranks on the pipeline axis."""
         return self.parallel.get("pipeline", 1)
 
     @property
     def tensor(self) -> int:
-        """Ranks on the tensor axis."""
+        """The number of ranks on the tensor axis."""
         return self.parallel.get("tensor", 1)
 
     @property
     def num_stages(self) -> int:
-        """Pipeline stages over all ranks."""
+        """The number of pipeline stages over all ranks."""
         return self.pipeline * self.parallel.get("virtual_stages", 1)
 
     def words(self) -> list[str]:
-        """A row's first columns."""
+        """Return a row's first columns."""
         places = [
             "device" if place == "none" else place for place in (self.optimizer, self.parameters)
         ]
@@ -63,8 +58,9 @@ class Strategy:
 
 
 def own_strategy(file: RunConfig) -> Strategy:
-    """What the file asks for."""
-    parallel, zero = file.megagpt.parallel, file.zero_optimization
+    """Return the strategy of the file."""
+    parallel = file.megagpt.parallel
+    zero = file.zero_optimization
     usual = ParallelConfig(pipeline=parallel.pipeline, tensor=parallel.tensor)
     mesh: dict[str, Any] = {"pipeline": parallel.pipeline, "tensor": parallel.tensor}
     mesh |= {
@@ -76,8 +72,9 @@ def own_strategy(file: RunConfig) -> Strategy:
 
 
 def strategies(world_size: int, nvme: bool, model: ModelSection) -> Iterator[Strategy]:
-    """Every mesh of so many ranks with every ZeRO stage and offload, then with what else is not
-    the default.
+    """Yield every mesh of these ranks with every ZeRO stage and offload, then other settings.
+
+    The others are those that differ from the defaults, one at a time.
     """
     places = ("none", "cpu", "nvme") if nvme else ("none", "cpu")
     for pipeline, tensor in meshes(world_size, model):
@@ -89,11 +86,9 @@ def strategies(world_size: int, nvme: bool, model: ModelSection) -> Iterator[Str
             for parameters in places[1:]
             for optimizer in places
         )
-        other: list[dict[str, Any]] = [
-            {
-                "gradient_reduction": "per_micro_batch" if pipeline > 1 else "per_step"
-            }  # not the mesh's default
-        ]
+        # The reduction that is not the mesh's default.
+        reduction = "per_micro_batch" if pipeline > 1 else "per_step"
+        other: list[dict[str, Any]] = [{"gradient_reduction": reduction}]
         if pipeline > 1:
             other += [{"schedule": "gpipe"}, {"schedule": "interleaved", "virtual_stages": 2}]
         if tensor > 1:
@@ -102,8 +97,10 @@ def strategies(world_size: int, nvme: bool, model: ModelSection) -> Iterator[Str
 
 
 def meshes(world_size: int, model: ModelSection) -> Iterator[tuple[int, int]]:
-    """(pipeline, tensor): all of a small world; of a large one those that are usual, or that the
-    file's own model can be cut for, as a model for all would grow with the cube of the world.
+    """Yield (pipeline, tensor) of all meshes of a small world, or of the usual ones of a large one.
+
+    In a large world these are axes of usual size, or those that the file's own model can be cut
+    for: a model that fits all meshes would grow with the cube of the world.
     """
     every = world_size <= EVERY_MESH
     for tensor in _divisors(world_size):

@@ -1,28 +1,29 @@
-"""How far a run on a mesh may stray from one plain process in fp32.
+"""How far a run on a mesh may differ from one plain process in fp32.
 
-In fp32 it differs by sums in another order only: by nothing, within a tolerance well above the
+In fp32 it differs only by sums in another order: by nothing, within a tolerance well above the
 rounding of fp32.
 
-In bf16 it loses no more than a plain process loses by computing in bf16. That process is the
+In bf16 it may lose no more than a plain process loses by computing in bf16. That process is the
 reference in fp32 with one change: every matrix product, norm and activation sees weights and hidden
-states rounded to bf16, master weights and Adam stay in fp32. How far it strays from fp32 is bf16's
-own rounding, R. A mesh rounds as often, and once more wherever partial results meet (micro-batches,
-data replicas, tensor shards): few roundings beside the dozens of a forward and backward, so that 2
-R is allowed. R of a single number may be small by chance; it counts as one rounding at least, of a
-norm 2^-9, of a loss that over the root of its tokens' number. A loss also differs by what the
-weights have strayed of the way that they went: by R of the weights times its fall.
+states rounded to bf16; master weights and Adam stay in fp32. Its distance from fp32 is bf16's own
+rounding, R. A mesh rounds as often, and once more wherever partial results meet (micro-batches,
+data replicas, tensor shards): few roundings compared with the dozens of a forward and backward, so
+2 R is allowed. R of a single number may be small by chance, so it counts as one rounding at least:
+for a norm 2^-9, for a loss that over the square root of its number of tokens. A loss also differs
+through the weights: by R of the weights times the fall of the loss.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from torch import Tensor
 
 from megagpt.parity.plain import WEIGHT, PlainRun
 
-FP32_TOLERANCE = 1e-4  # of a loss or norm; sums in another order were seen to differ by 1e-6
-# times that, of a parameter's largest change: Adam divides small differences by small numbers
+FP32_TOLERANCE = 1e-4  # of a loss or norm; sums in another order differed by 1e-6 when measured
+# Times that, of a parameter's largest change: Adam divides small differences by small numbers.
 OF_WEIGHTS = 100
 BF16_TOLERANCE = 2.0  # times R
 ROUNDING = 2.0**-9  # the largest relative error of one rounding to bf16's 8 bits
@@ -30,31 +31,31 @@ ROUNDING = 2.0**-9  # the largest relative error of one rounding to bf16's 8 bit
 
 @dataclass(frozen=True)
 class Straying:
-    """Relative to the plain process in fp32: the largest difference of a loss, of a norm, and that
-    of the weights.
+    """Differences from the plain process in fp32: the largest of a loss, of a norm, of the weights.
 
-    The latter in fp32: the largest of an element, as a share of the largest change in its
-    parameter. In bf16: the norm of all differences, as a share of the norm of all changes.
+    All are relative. For weights in fp32: the largest of an element, as a share of the largest
+    change of its parameter. In bf16: the norm of all differences, as a share of the norm of all
+    changes.
     """
 
     loss: float
     norm: float
     weights: float
 
-    def within(self, limit: "Straying") -> bool:
-        """False for what is not a number, too."""
+    def within(self, limit: Self) -> bool:
+        """Return whether all differences are within the limit; False for NaN."""
         return self.loss <= limit.loss and self.norm <= limit.norm and self.weights <= limit.weights
 
 
 def limit_in_fp32(tolerance: float) -> Straying:
-    """What a mesh may stray in fp32."""
+    """Return how far a mesh may differ in fp32."""
     return Straying(tolerance, tolerance, OF_WEIGHTS * tolerance)
 
 
 def limit_in_bf16(
     rounding: Straying, exact: PlainRun, tokens_per_step: int, tolerance: float
 ) -> Straying:
-    """What a mesh may stray in bf16, where the plain process strays by ``rounding``."""
+    """Return how far a mesh may differ in bf16, given the ``rounding`` of the plain process."""
     fall = largest_difference(exact.losses[-1:], exact.losses[:1])
     loss = max(rounding.loss, ROUNDING / math.sqrt(tokens_per_step), rounding.weights * fall)
     return Straying(
@@ -65,7 +66,7 @@ def limit_in_bf16(
 def straying(
     losses: Sequence[float], norms: Sequence[float], weights: Mapping[str, Tensor], exact: PlainRun
 ) -> Straying:
-    """How far a run in bf16 strays, its flat weights given by name."""
+    """Return how far a run in bf16 differs; ``weights`` are flat, by name."""
     squares = sum(
         squared_distance(weights[name], exact.state[WEIGHT][name]) for name in exact.start
     )
@@ -77,7 +78,7 @@ def straying(
 
 
 def largest_difference(found: Sequence[float], exact: Sequence[float]) -> float:
-    """The largest relative difference of a step's number; infinite where one is not a number."""
+    """Return the largest relative difference of a step's number; infinite if one is NaN."""
     differences = [
         abs(value - expected) / abs(expected) for value, expected in zip(found, exact, strict=True)
     ]
@@ -85,13 +86,14 @@ def largest_difference(found: Sequence[float], exact: Sequence[float]) -> float:
 
 
 def squared_distance(found: Tensor, exact: Tensor) -> float:
-    """The square of the norm of a difference."""
+    """Return the square of the norm of a difference."""
     return float((found - exact).double().square().sum())
 
 
 def share_of_changes(squares: float, exact: PlainRun) -> float:
-    """The norm of the difference of all weights, given squared, as a share of the norm of all
-    changes.
+    """Return the norm of the weights' differences as a share of the norm of their changes.
+
+    ``squares`` is the square of the first norm.
     """
     changes = sum(
         squared_distance(exact.state[WEIGHT][name], before) for name, before in exact.start.items()

@@ -11,8 +11,9 @@ import os
 import re
 from pathlib import Path
 
+from megagpt.common.text import names_secret
+
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|AUTH", re.IGNORECASE)
 
 
 def files() -> list[Path]:
@@ -33,7 +34,7 @@ def read() -> tuple[dict[str, str], list[str]]:
                     f"{path}: line {number}: the launcher accepts only NAME=VALUE, no comments or "
                     f"blank lines"
                 )
-            elif SECRET.search(name):
+            elif names_secret(name):
                 problems.append(
                     f"{path}: line {number}: {name.strip()} would appear on a command line that "
                     "all users can read; set it on each host instead (docs/clusters.md)"

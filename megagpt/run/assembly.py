@@ -38,8 +38,9 @@ log = logging.getLogger(__name__)
 def assemble(
     config: RunConfig, streams: dict[Split, SampleStream], directory: Path, pulse: Pulse
 ) -> Run:
-    """Bring up the ranks, the engine and the newest checkpoint; every rank does the same, and
-    says where it is.
+    """Join the ranks, build the engine and load the newest checkpoint; every rank must call it.
+
+    ``pulse`` is told each activity.
     """
     pulse.beat("joining the other ranks")
     native = device.multiplies_bf16_natively(training_device())
@@ -78,18 +79,19 @@ def assemble(
 
 
 def _unknown_internals(config: ResolvedConfig) -> list[str]:
-    """Return what each host runs at its own risk (MEGAGPT_ALLOW_UNKNOWN=1); every rank must call
-    it.
+    """Return the hosts' messages on unknown internals; every rank must call it.
+
+    There are some only with MEGAGPT_ALLOW_UNKNOWN=1.
     """
     here = internals.require_known_internals(internals.parts_used(config, adopt_launch().launcher))
     return sorted({message for message in everyones(here) if message is not None})
 
 
 def _resume(run: Run) -> dict[str, object] | None:
-    """Load the newest sound checkpoint into the run; what it was, for the record."""
+    """Load the newest sound checkpoint into the run; return the fields of the event `resume`."""
     if run.engine.mesh.rank == 0:
         for name in collect_leftovers(run.saver.checkpoints):
-            log.warning("removed %s, left by a save that was interrupted", name)
+            log.warning("removed %s, left by an interrupted save", name)
     resumed = resume(run.engine, run.directory)
     if resumed is None:
         return None
@@ -105,10 +107,10 @@ def _resume(run: Run) -> dict[str, object] | None:
 
 
 def _next_step(checkpoint: Path) -> NextStep | None:
-    """The record of the step that followed a checkpoint; a damaged one gives way to what that step
-    gives now.
+    """Return the record of the step that followed a checkpoint, or None.
 
-    One of another format stays, and says nothing to this version.
+    A damaged record is removed, and the next step is recorded again. One of another format stays
+    and is not used.
     """
     try:
         return NextStep.read(checkpoint)
@@ -121,10 +123,11 @@ def _next_step(checkpoint: Path) -> NextStep | None:
 
 
 def _announce(engine: Engine, directory: Path, hardware: str) -> None:
-    """One paragraph on the screen before the first step: what trains, how, where."""
+    """Print one paragraph before the first step: what trains, how and where."""
     if engine.mesh.rank != 0:
         return
-    config, zero = engine.config, engine.config.zero_optimization
+    config = engine.config
+    zero = config.zero_optimization
     model = config.megagpt.model
     optimizer_on, parameters_on = (
         "the device" if place == "none" else place
@@ -147,8 +150,9 @@ def _announce(engine: Engine, directory: Path, hardware: str) -> None:
 
 
 def _describe_stages(config: ResolvedConfig) -> str:
-    """What each pipeline stage holds, and its shares of work and parameters."""
-    model, parallel = config.megagpt.model, config.megagpt.parallel
+    """Return what each pipeline stage holds, and its shares of work and parameters."""
+    model = config.megagpt.model
+    parallel = config.megagpt.parallel
     stages = cut(model, parallel.pipeline * parallel.virtual_stages)
     return "; ".join(
         f"stage {index}: {describe_stage(model, layers)}" for index, layers in enumerate(stages)

@@ -1,6 +1,4 @@
-"""From a run's last moment to an exit code: what the screen shows, and what is left on record
-for who started it.
-"""
+"""How a run ends: the exit code, what the screen shows, and the record for whoever started it."""
 
 import contextlib
 import logging
@@ -28,14 +26,14 @@ log = logging.getLogger(__name__)
 
 
 def clear_earlier_end(directory: Path) -> None:
-    """A run that begins has not ended: the page and the record of an earlier end give way."""
+    """Remove the crash page, the end record and the hang alarm of an earlier start."""
     shutil.rmtree(directory / "logs" / "watch", ignore_errors=True)
     _crash_file(directory).unlink(missing_ok=True)
     end_record.clear(directory)
 
 
 def connect_watch(watch: Watch, run: "Run") -> None:
-    """Tell the watch over this rank what the rank and its modules are called."""
+    """Tell the watch the names of this rank and its modules."""
     modules = (item for chunk in run.engine.chunks for item in chunk.named_modules())
     watch.know(run.engine.mesh.name, {id(module): name for name, module in modules if name})
 
@@ -43,10 +41,11 @@ def connect_watch(watch: Watch, run: "Run") -> None:
 def report_hang(
     states: list[RankState], timeout_s: float, run: "Run | None", directory: Path
 ) -> None:
-    """One rank's word for all, while every main thread hangs."""
+    """Show and record a hang, on one rank for all, while every main thread hangs."""
     from megagpt.health.hang_page import hang_page, hang_verdict
 
-    last, step = last_checkpoint(directory), run.state.step if run else None
+    last = last_checkpoint(directory)
+    step = run.state.step if run else None
     page = hang_page(
         states,
         timeout_s=timeout_s,
@@ -61,7 +60,7 @@ def report_hang(
 
 
 def finish(run: "Run", first_step: int, request: StopRequest) -> ExitCode:
-    """The end of a run that was done, or saved because of a request; every rank must call it."""
+    """Record and show the end of a run that is done or was asked to stop; collective."""
     import torch.distributed as dist
 
     code = ExitCode.PREEMPTED_AND_SAVED if request.ends_the_run else ExitCode.DONE
@@ -79,17 +78,17 @@ def finish(run: "Run", first_step: int, request: StopRequest) -> ExitCode:
 
 
 def _saved(run: "Run", request: StopRequest) -> str:
-    return f"{request.name}: saved step {run.state.step} and ended; to go on: {resume_command()}"
+    return f"{request.name}: saved step {run.state.step} and ended; to resume: {resume_command()}"
 
 
 def _outcome(run: "Run", first_step: int) -> str:
-    """What was done, and what the user can type next."""
+    """Return what was done, and what the user can type next."""
     total_steps = run.config.megagpt.training.total_steps
     if first_step >= total_steps:
         more = f"--set megagpt.training.total_steps={2 * first_step}"
         done = (
             f"already done: {run.directory} is at step {first_step} of {total_steps}; to train "
-            f"on: {more}"
+            f"longer: {more}"
         )
     else:
         tokens = human_count(run.state.tokens)
@@ -100,13 +99,14 @@ def _outcome(run: "Run", first_step: int) -> str:
 
 
 def end_at_once(heard: signal.Signals, run: "Run | None", directory: Path) -> None:
-    """End this process in the middle of anything, from whichever thread; it does not return.
+    """End this process immediately, from any thread; it does not return.
 
-    Before the first step all that there is lies on the disk. Later a save may be torn: the
+    Before the first step everything is on the disk. Later a save may be cut off; then the
     checkpoint before it counts.
     """
     code = ExitCode.PREEMPTED_AND_SAVED if run is None else ExitCode.FAILED
-    step, last = run.state.step if run else None, last_checkpoint(directory)
+    step = run.state.step if run else None
+    last = last_checkpoint(directory)
     try:
         _record(EndRecord(end_record.ENDED_AT_ONCE, code, step, _rank(), heard.name), directory)
         _show(f"{heard.name}: ended at once; last checkpoint: {last or 'none'}")
@@ -115,15 +115,13 @@ def end_at_once(heard: signal.Signals, run: "Run | None", directory: Path) -> No
 
 
 def crash(error: BaseException, run: "Run | None", directory: Path) -> ExitCode:
-    """Show and record an end that nobody wanted; the exit code."""
+    """Show and record an unexpected end; return the exit code."""
     from megagpt.health.guard import StoppedByGuardError
 
     guard = isinstance(error, StoppedByGuardError)
     code = ExitCode.STOPPED_BY_GUARD if guard else ExitCode.FAILED
-    reason, step = (
-        end_record.STOPPED if guard else end_record.FAILED,
-        run.state.step if run else None,
-    )
+    reason = end_record.STOPPED if guard else end_record.FAILED
+    step = run.state.step if run else None
     detail = redacted(f"{type(error).__name__}: {error}")
     _record(EndRecord(reason, code, step, _rank(), detail), directory)
     _show_crash(error, run, directory)
@@ -131,18 +129,16 @@ def crash(error: BaseException, run: "Run | None", directory: Path) -> ExitCode:
 
 
 def _record(record: EndRecord, directory: Path) -> None:
-    """Unless another rank, which ended earlier, has said why the run ends."""
+    """Write the end record, unless another rank has written one."""
     try:
         if EndRecord.read(directory) is None:
             record.write(directory)
     except OSError as full:
-        log.info("no end record: %s", full)
+        log.info("the end record was not written: %s", full)
 
 
 def _show_crash(error: BaseException, run: "Run | None", directory: Path) -> None:
-    """The page of the rank that failed first; the others, which only lost a peer, write to their
-    logs.
-    """
+    """Show the page if this rank failed first; ranks that only lost a peer write to their logs."""
     from megagpt.monitoring.monitor import crash_page
     from megagpt.monitoring.rank_log import rank_log_path
 
@@ -160,22 +156,21 @@ def _show_crash(error: BaseException, run: "Run | None", directory: Path) -> Non
 
 
 def _publish(page: str, directory: Path) -> None:
-    """Show the page of the rank that ended first, and keep it; what later ones have to say
-    follows from that end.
-    """
+    """Show the page of the rank that ended first, and keep it; later ends follow from that one."""
     try:
         with _crash_file(directory).open("x") as file:
             file.write(page)
     except FileExistsError:
         return
     except OSError as full:
-        log.info("the page is on the screen only: %s", full)
+        log.info("the crash page was not written to a file: %s", full)
     _show(page)
 
 
 def _show(text: str) -> None:
-    """On the screen, where there is still one: a terminal that was closed must not change how
-    the run ends.
+    """Print on the screen, if there is one.
+
+    A closed terminal must not change how the run ends.
     """
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
@@ -190,7 +185,7 @@ def _rank() -> int:
 
 
 def last_checkpoint(directory: Path) -> Path | None:
-    """The newest one that was committed, damaged or not."""
+    """Return the newest committed checkpoint, damaged or not."""
     from megagpt.checkpoint.format import complete_steps, step_directory
 
     checkpoints = directory / "checkpoints"
@@ -198,8 +193,10 @@ def last_checkpoint(directory: Path) -> Path | None:
 
 
 def resume_command() -> str:
-    """What was typed; where no rank could see that, this rank's command without what the
-    launcher added, and with the variables that made it a rank where no launcher set them.
+    """Return the command that was typed.
+
+    If no rank could see it, return this rank's command without the launcher's additions, and with
+    the variables that made it a rank if no launcher set them.
     """
     if (command := command_of_launcher()) is not None:
         return shlex.join(command)

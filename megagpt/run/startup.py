@@ -1,7 +1,7 @@
 """From a command line to the running loop, and from its end to an exit code.
 
-What can be checked without torch is checked before it is imported, so that bad input is answered at
-once, on every rank alike and before any rank waits for another.
+What can be checked without torch is checked before torch is imported, so that bad input is reported
+at once, on every rank and before any rank waits for another.
 """
 
 import argparse
@@ -43,17 +43,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Prepare = Callable[["Run"], None]  # what a caller does with a run before its first step
+Prepare = Callable[["Run"], None]  # called with the assembled run before its first step
 
-# The others of a host let its first rank speak for them: the launcher, which looks every second,
-# ends them with it.
+# The other ranks of a host wait while its first rank reports an error; the launcher, which looks
+# every second, ends them with it.
 TURN_S = 2.0
 
 
 def main(arguments: argparse.Namespace, prepare: Prepare | None = None) -> int:
     """Train as the command line says and return this rank's exit code.
 
-    ``prepare`` is called with the assembled run before its first step. Raises UserError for bad
+    ``prepare`` is called with the assembled run before its first step. Raise UserError for bad
     input.
     """
     try:
@@ -70,7 +70,7 @@ def _start(arguments: argparse.Namespace, prepare: Prepare | None) -> int:
     requests = StopRequests()
     end_with_launcher(partial(_without_launcher, requests))
     if (hostfile := hostfile_of_launcher()) is not None:
-        read_hostfile(hostfile)  # DeepSpeed would have trained on this machine alone without it
+        read_hostfile(hostfile)  # without a valid one DeepSpeed trains on this machine only
     config = load_config(arguments.deepspeed_config, arguments.set)
     require_legal(config, str(arguments.deepspeed_config), World(launch.world_size, ANY_VOCABULARY))
     _require_stated_world_size(config, launch)
@@ -78,7 +78,7 @@ def _start(arguments: argparse.Namespace, prepare: Prepare | None) -> int:
     if arguments.resume and endings.last_checkpoint(directory) is None:
         raise UserError(f"{directory}: nothing to resume; leave out --resume to start it")
     streams = open_data(config, directory)
-    # The DeepSpeed of one host may differ: its ranks say so before the others wait for them.
+    # One host may have another DeepSpeed; its ranks fail here, before others wait for them.
     internals.require_known_internals(internals.parts_used(config, launch.launcher))
     _require_ops(config)
     with _gathered(directory):
@@ -87,19 +87,19 @@ def _start(arguments: argparse.Namespace, prepare: Prepare | None) -> int:
 
 
 def _without_launcher(requests: StopRequests) -> None:
-    """The launcher has died: save, where there may be something to be saved, and end."""
+    """Save if there may be something to save, and end, because the launcher has died."""
     if requests.awaited:
         requests.add(StopRequest.ORPHANED)
         return
-    log.critical("the launcher has died before the first step: this rank ends")
+    log.critical("the launcher has died before the first step; this rank ends")
     os._exit(ExitCode.FAILED)
 
 
 def _gathered(directory: Path) -> AbstractContextManager[object]:
-    """All ranks, and the directory locked by rank 0: until then, it may be another run's, and
-    nobody writes there.
+    """Return a context in which all ranks have met and rank 0 holds the directory's lock.
 
-    A single process locks it before it imports torch.
+    Before, the directory may belong to another run, and no rank writes there. A single process
+    locks it before it imports torch.
     """
     lock = partial(_claimed, directory)
     if os.environ["WORLD_SIZE"] == "1":
@@ -111,8 +111,9 @@ def _gathered(directory: Path) -> AbstractContextManager[object]:
 
 
 def _claimed(directory: Path) -> TextIO:
-    """The lock, and no word of how an earlier start ended: a new end is to be shown, an old
-    alarm to end nobody.
+    """Lock the directory, and remove the end record and hang alarm of an earlier start.
+
+    They must not affect this start.
     """
     locked = directories.lock(directory)
     try:
@@ -127,8 +128,9 @@ def _cannot_be_written(directory: Path, error: OSError) -> UserError:
 
 
 def _require_ops(config: RunConfig) -> None:
-    """Raise UserError where this host cannot compile an op that nothing stands in for, before
-    others wait for it.
+    """Raise UserError if this host cannot compile an op without a substitute.
+
+    This runs before other ranks wait for it.
     """
     needed = [op for op in ops.needed_ops(config, "cpu") if not ops.has_substitute(op)]
     if needed:
@@ -138,20 +140,21 @@ def _require_ops(config: RunConfig) -> None:
 
 
 def _announce_device() -> None:
-    """Before anything imports DeepSpeed. Only what needs torch comes after it."""
+    """Tell DeepSpeed the device before anything imports DeepSpeed; imports torch."""
     from megagpt.parallel.device import announce_to_deepspeed
 
     announce_to_deepspeed()
 
 
 def _require_stated_world_size(config: RunConfig, launch: Launch) -> None:
-    """On several hosts one may be missing, and the rest would train on as if they were all;
-    raises UserError.
+    """Raise UserError if several hosts train without a stated number of ranks.
+
+    One may be missing, and the others would train as if they were all.
     """
     if (launch.num_hosts or 1) > 1 and config.megagpt.parallel.world_size is None:
         raise UserError(
-            f"megagpt.parallel.world_size: needed on {launch.num_hosts} hosts, so that one that is "
-            f"missing is noticed; if {launch.world_size} ranks are all of them: --set "
+            f"megagpt.parallel.world_size: missing (need it on {launch.num_hosts} hosts, so that "
+            f"an absent host is noticed); if {launch.world_size} ranks are all of them: --set "
             f"megagpt.parallel.world_size={launch.world_size}"
         )
 
@@ -167,15 +170,15 @@ def _run_to_its_end(
     requests: StopRequests,
     prepare: Prepare | None,
 ) -> ExitCode:
-    """Train; whatever ends the run early is shown on one screen by the rank that failed first.
+    """Train; the rank that fails first shows an early end on one screen.
 
-    Raises UserError before the first step only: what goes wrong hours later is no bad input,
-    whoever calls it so.
+    Raise UserError before the first step only: an error hours later is not bad input.
     """
     from megagpt.run.assembly import assemble
     from megagpt.train import train
 
-    launch, pulse = adopt_launch(), Pulse()
+    launch = adopt_launch()
+    pulse = Pulse()
     run = None
     requests.stop_file = directory / STOP_FILE if _rank() == 0 else None
     with SignalListener(requests, lambda heard: endings.end_at_once(heard, run, directory)):
@@ -193,7 +196,8 @@ def _run_to_its_end(
             ) as watch:
                 run = assemble(config, streams, directory, pulse)
                 endings.connect_watch(watch, run)
-                run.requests, first_step = requests, run.state.step
+                run.requests = requests
+                first_step = run.state.step
                 if prepare is not None:
                     prepare(run)
                 requests.awaited = True
@@ -207,7 +211,7 @@ def _run_to_its_end(
 
 
 def _open_log(directory: Path) -> None:
-    """This rank's log."""
+    """Open this rank's log."""
     from megagpt.monitoring.monitor import open_rank_log
 
     try:

@@ -1,9 +1,8 @@
-"""Starts a training command, and starts it again after a crash; it then resumes from its newest
-sound checkpoint.
+"""Starts a training command and restarts it after a crash; it resumes from its newest checkpoint.
 
-How a run ended is read from its own end record: DeepSpeed's launcher turns exit codes into others,
-and a run that was killed leaves none. What is not a crash (done, bad input, pre-empted, stopped by
-a guard) is never started again.
+How a run ended is read from its end record: DeepSpeed's launcher changes exit codes, and a killed
+run leaves no record. What is not a crash (done, bad input, pre-empted, stopped by a guard) is never
+restarted.
 """
 
 from __future__ import annotations
@@ -34,7 +33,8 @@ from megagpt.rundir.end_record import END_FILE, ENDED_AT_ONCE, FAILED, EndRecord
 from megagpt.rundir.signals import StopRequest
 from megagpt.utils import ExitCode, UserError, human_duration
 
-FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 1.0, 60.0
+FIRST_BACK_OFF_S = 1.0
+LONGEST_BACK_OFF_S = 60.0
 LEFTOVERS_MAY_TAKE_S = 35.0  # DeepSpeed's launcher gives each rank 30 s to end
 NOT_A_CRASH = (
     ExitCode.DONE,
@@ -44,22 +44,22 @@ NOT_A_CRASH = (
 )
 ANY_STEP = sys.maxsize
 MARK = "MEGAGPT_SUPERVISOR"
-MOST_CHARACTERS = 160  # of what a record says of the error
-# What gloo, NCCL and torch's store say on a rank whose peer has gone without a word, as one does
-# that is killed.
+MOST_CHARACTERS = 160  # of a record's detail
+# Errors of gloo, NCCL and torch's store on a rank whose peer was killed.
 PEER_HAS_GONE = re.compile(
     r"closed by peer|reset by peer|broken pipe|remote process exited|connection was likely closed",
     re.IGNORECASE,
 )
-CRASHES_IN_A_PLACE, KILLS_IN_A_PLACE = 2, 3
+CRASHES_IN_A_PLACE = 2
+KILLS_IN_A_PLACE = 3
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How one attempt ended: the last step (None: it never trained), the newest checkpoint ("" for
-    none), and why.
+    """How one attempt ended.
 
-    ``killed``: the run has not said what was wrong with it, or only that a rank of it had gone.
+    ``step`` is the last step (None: it never trained), ``checkpoint`` the newest checkpoint ("" for
+    none). ``killed``: the run has not recorded what was wrong, or only that a peer was gone.
     """
 
     code: int
@@ -75,18 +75,18 @@ class Ending:
 
     @property
     def most_in_a_place(self) -> int:
-        """So many ends at the same place, and the next would be there too.
+        """After so many ends at the same place, another start would end there too.
 
-        Of a killed run the step is known as of its last logged line only, and whoever kills (a
-        scheduler, a host that goes down) does not look at steps: two kills may well meet between
-        the same two lines. The system's own kill of a process that takes too much memory looks
-        alike, so that patience has an end.
+        The step of a killed run is known only from its last logged line, and whoever kills (a
+        scheduler, a host that goes down) does not look at steps: two kills may well fall between
+        the same two lines. But the kernel's kill of a process that needs too much memory looks the
+        same, so kills are limited too.
         """
         return KILLS_IN_A_PLACE if self.killed else CRASHES_IN_A_PLACE
 
 
 def run_directory_of(command: Sequence[str]) -> Path:
-    """The run directory that a training command will use."""
+    """Return the run directory that a training command will use."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--run_dir", type=Path)
     parser.add_argument("--deepspeed_config", default="ds_configs/default.json")
@@ -98,19 +98,21 @@ class Supervisor:
     """One command under supervision; ``run`` returns the exit code of the whole."""
 
     def __init__(self, command: Sequence[str], restarts: int) -> None:
-        self.command, self.restarts = list(command), restarts
+        self.command = list(command)
+        self.restarts = restarts
         self.directory = run_directory_of(command)
         self.crashes: list[Ending] = []
-        self.mark = f"{os.getpid()}-{time.time_ns()}"  # of all that this supervisor starts
+        self.mark = f"{os.getpid()}-{time.time_ns()}"  # marks every process it starts
         self.running = False
         self.asked_to_stop = threading.Event()
 
     def run(self) -> int:
-        """Start the command as often as it pays.
+        """Start the command, and restart it as long as that can help; return the exit code.
 
-        Raises UserError where it cannot be started at all.
+        Raise UserError if it cannot be started at all.
         """
-        started_s, first_step = time.monotonic(), last_step(self.directory)
+        started_s = time.monotonic()
+        first_step = last_step(self.directory)
         self._forward_signals()
         while True:
             ending = self._attempt()
@@ -127,11 +129,9 @@ class Supervisor:
     # ---------------------------------------------------------------------------------- one attempt
 
     def _attempt(self) -> Ending:
-        """Run the command once, to the end of all that it started."""
-        record_before, metrics_before = (
-            stamp(self.directory / END_FILE),
-            stamp(self.directory / METRICS_FILE),
-        )
+        """Run the command once, until everything that it started has ended."""
+        record_before = stamp(self.directory / END_FILE)
+        metrics_before = stamp(self.directory / METRICS_FILE)
         try:
             process = subprocess.Popen(
                 self.command, start_new_session=True, env=os.environ | {MARK: self.mark}
@@ -142,7 +142,7 @@ class Supervisor:
                 f".venv/bin/activate, or give its path"
             ) from error
         self.running = True
-        if self.asked_to_stop.is_set():  # between the start and the line above
+        if self.asked_to_stop.is_set():  # the signal came before ``running`` was set
             self._forward_stop()
         code = process.wait()
         self._end_leftovers()
@@ -157,29 +157,26 @@ class Supervisor:
         )
 
     def _end_leftovers(self) -> None:
-        """Ranks outlive a launcher that was killed.
+        """Wait for the ranks, which outlive a killed launcher, and kill those that take too long.
 
-        Those that save because they were asked to may take their time.
+        Ranks that save on request may take their time.
         """
         end = time.monotonic() + LEFTOVERS_MAY_TAKE_S
-        time.sleep(0.1)  # what has just been executed has no environment to be known by yet
+        time.sleep(0.1)  # a process that was just started does not have its environment yet
         while any(members(self.mark)):
             if time.monotonic() > end and not self.asked_to_stop.is_set():
                 self._signal_all(signal.SIGKILL)
             time.sleep(0.1)
 
     def _ending(self, code: int, record: EndRecord | None, *, trained: bool) -> Ending:
-        step, checkpoint = (
-            last_step(self.directory) if trained else None,
-            newest_checkpoint(self.directory),
-        )
+        step = last_step(self.directory) if trained else None
+        checkpoint = newest_checkpoint(self.directory)
         if record is not None:
             detail = (
                 f": {textwrap.shorten(record.detail, MOST_CHARACTERS)}" if record.detail else ""
             )
-            orphaned = (
-                record.detail == StopRequest.ORPHANED.name
-            )  # the run has saved, and its launcher has crashed
+            # The launcher crashed, and the run saved because of that.
+            orphaned = record.detail == StopRequest.ORPHANED.name
             final = (
                 record.exit_code in NOT_A_CRASH and not orphaned
             ) or record.reason == ENDED_AT_ONCE
@@ -187,7 +184,7 @@ class Supervisor:
             return Ending(
                 record.exit_code, record.step, checkpoint, f"{record.reason}{detail}", final, killed
             )
-        if code in NOT_A_CRASH and code != ExitCode.DONE:  # a launcher that was killed exits 0, too
+        if code in NOT_A_CRASH and code != ExitCode.DONE:  # a killed launcher may exit with 0 too
             return Ending(code, step, checkpoint, f"exit code {code}", final=True)
         reason = (
             f"killed by {signal.Signals(-code).name}"
@@ -201,7 +198,7 @@ class Supervisor:
     # ----------------------------------------------------------------------------- between attempts
 
     def _why_not_again(self, ending: Ending) -> str | None:
-        """Why the command is not started again, or None where it is."""
+        """Return why the command is not restarted, or None if it is."""
         if ending.final:
             return ending.reason
         if self.asked_to_stop.is_set():
@@ -217,7 +214,7 @@ class Supervisor:
         return None
 
     def _back_off_s(self) -> float:
-        """Longer each time that a start has brought no new checkpoint."""
+        """Return the pause before a restart, longer each time a start made no new checkpoint."""
         in_vain = 0
         for earlier, later in zip(self.crashes[-2::-1], self.crashes[:0:-1], strict=True):
             if earlier.checkpoint != later.checkpoint:
@@ -233,9 +230,8 @@ class Supervisor:
             file=sys.stderr,
             flush=True,
         )
-        step = int(
-            ending.checkpoint.rpartition("_")[2] or 0
-        )  # the resumed run keeps the lines up to there
+        # The resumed run keeps the lines of the record up to this step.
+        step = int(ending.checkpoint.rpartition("_")[2] or 0)
         self._write(
             {
                 "event": "restart",
@@ -246,7 +242,7 @@ class Supervisor:
         )
 
     def _report(self, ending: Ending, why: str, wall_s: float, first_step: int) -> None:
-        """How much of the time went into steps that count."""
+        """Record and print how much of the time went into steps that count."""
         if not (self.directory / METRICS_FILE).exists():
             return
         history = read_metrics(self.directory)
@@ -269,7 +265,7 @@ class Supervisor:
         )
 
     def _write(self, line: Line) -> None:
-        """Into the run's own record, which no rank holds open now."""
+        """Append to the run's record, which no rank has open at this point."""
         if self.directory.is_dir():
             metrics = MetricsFile(self.directory, start_step=ANY_STEP)
             metrics.write(plain(line))
@@ -283,9 +279,9 @@ class Supervisor:
         signal.signal(signal.SIGUSR1, self._forward_save)
 
     def _forward_stop(self, number: int = signal.SIGTERM, frame: FrameType | None = None) -> None:
-        """To the ranks of this host; a launcher would end, and they would have less time.
+        """Ask the ranks of this host to stop; if none listens yet, signal all processes.
 
-        To all while none listens.
+        A launcher would end on the signal and leave the ranks less time.
         """
         self.asked_to_stop.set()
         if self.running and not self._signal_ranks(signal.SIGTERM):
@@ -300,8 +296,9 @@ class Supervisor:
         self._signal_ranks(signal.SIGUSR1)
 
     def _signal_ranks(self, number: signal.Signals) -> bool:
-        """Ranks are those that listen to SIGUSR1, which would end any other process; whether
-        there is one.
+        """Send a signal to the ranks of this host; return whether there is one.
+
+        Ranks are the processes that handle SIGUSR1, which would end any other process.
         """
         ranks = [process for process in members(self.mark) if handles(process, signal.SIGUSR1)]
         for rank in ranks:
@@ -311,18 +308,18 @@ class Supervisor:
 
 
 def stamp(path: Path) -> tuple[int, int] | None:
-    """Changes whenever a file is written."""
+    """Return a value that changes whenever the file is written."""
     return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
 
 
 def newest_checkpoint(directory: Path) -> str:
-    """The name of the newest committed checkpoint, or an empty string."""
+    """Return the name of the newest committed checkpoint, or an empty string."""
     names = (path.name for path in (directory / "checkpoints").glob("step_*"))
     return max((name for name in names if name.removeprefix("step_").isdecimal()), default="")
 
 
 def last_step(directory: Path) -> int:
-    """The last step on record; 0 where there is none."""
+    """Return the last recorded step, or 0."""
     if not (directory / METRICS_FILE).exists():
         return 0
     steps = read_metrics(directory).steps
@@ -330,9 +327,10 @@ def last_step(directory: Path) -> int:
 
 
 def members(mark: str) -> Iterator[int]:
-    """The living processes of this host with a mark in their environment, whoever started them
-    and however they left their parents behind: torchrun's ranks have sessions of their own, and
-    outlive it where it is killed.
+    """Yield the living processes of this host that have a mark in their environment.
+
+    It finds them whoever started them: torchrun's ranks have sessions of their own, and outlive a
+    killed torchrun.
     """
     marked = f"{MARK}={mark}".encode()
     for process in all_processes():
@@ -345,7 +343,7 @@ def members(mark: str) -> Iterator[int]:
 
 
 def handles(process: int, number: signal.Signals) -> bool:
-    """Whether a process has a handler of its own for a signal."""
+    """Return whether a process has its own handler for a signal."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except OSError:
@@ -355,15 +353,16 @@ def handles(process: int, number: signal.Signals) -> bool:
 
 
 def supervise(command: Sequence[str], restarts: int) -> int:
-    """Run a training command, starting it again after at most so many crashes; returns an exit
-    code.
+    """Run a training command, restarted after at most ``restarts`` crashes.
+
+    Return an exit code.
     """
     if not command:
         raise UserError(
-            "no command; such as: python launch/supervise.py --restarts 5 -- deepspeed "
-            "launch/train.py"
+            "supervise: no command given; for example: python launch/supervise.py --restarts 5 -- "
+            "deepspeed launch/train.py"
         )
     if (hostfile := hostfile_in(command)) is not None:
-        read_hostfile(hostfile)  # DeepSpeed hands whatever it holds to ssh
+        read_hostfile(hostfile)  # check it here: DeepSpeed passes its content to ssh unchecked
     print(f"supervise: {shlex.join(command)}", file=sys.stderr, flush=True)
     return Supervisor(command, restarts).run()

@@ -1,6 +1,4 @@
-"""The data of a run, opened and compared with its newest checkpoint before anything imports
-torch.
-"""
+"""The data of a run, opened and compared with its newest checkpoint before torch is imported."""
 
 import os
 from pathlib import Path
@@ -23,9 +21,7 @@ SPLITS: tuple[Split, ...] = ("train", "val")
 
 
 def open_data(config: RunConfig, directory: Path) -> dict[Split, SampleStream]:
-    """The samples of each split, once everything that needs no torch is found sound; raises
-    UserError.
-    """
+    """Return the samples of each split, after every check that needs no torch; raise UserError."""
     resolved = resolve_here(config, prepare_vocabulary(config))
     directories.require_same_identity(directory, resolved)
     streams = {split: open_stream(resolved, split) for split in SPLITS}
@@ -36,8 +32,10 @@ def open_data(config: RunConfig, directory: Path) -> dict[Split, SampleStream]:
 def resolve_here(
     config: RunConfig, vocabulary: int, bf16_native: bool | None = None
 ) -> ResolvedConfig:
-    """As it would be on a device without bf16, or else with it, until torch can say which one
-    this is.
+    """Return the configuration resolved for this process's environment; raise ConfigError.
+
+    ``bf16_native`` is None until torch can tell whether the device has bf16; the configuration is
+    then resolved for a device without it, or with it if only that is legal.
     """
     world = World(int(os.environ.get("WORLD_SIZE", "1")), vocabulary, bf16_native)
     require_legal(config, world=world)
@@ -45,8 +43,9 @@ def resolve_here(
 
 
 def _require_data_of_the_newest(directory: Path, stream: SampleStream) -> None:
-    """Before any rank builds its model: the data are those of the newest checkpoint that has a
-    sound manifest.
+    """Raise UserError unless the data are those of the newest checkpoint with a valid manifest.
+
+    This runs before any rank builds its model.
     """
     checkpoints = directory / "checkpoints"
     for step in complete_steps(checkpoints):
@@ -57,26 +56,25 @@ def _require_data_of_the_newest(directory: Path, stream: SampleStream) -> None:
         except OSError as error:
             raise UserError(
                 f"{error.filename}: cannot be read ({error.strerror}); start again when its disk "
-                f"answers"
+                f"works"
             ) from error
         require_same_data(directory, step, manifest.data_fingerprint, stream)
         return
 
 
 def require_same_data(directory: Path, step: int, fingerprint: str, stream: SampleStream) -> None:
-    """Raise UserError unless the data are those that a checkpoint of ``step`` was trained on."""
+    """Raise UserError unless a checkpoint of ``step`` was trained on these data."""
     if fingerprint != stream.fingerprint:
         raise UserError(
-            f"{directory}: its data changed since step {step} was saved: {stream.fingerprint[:16]} "
-            f"found in {', '.join(str(dataset.directory) for dataset in stream.datasets)}, "
-            f"{fingerprint[:16]} expected; restore them, or start afresh with another --run_dir"
+            f"{directory}: its data changed since step {step} was saved (found "
+            f"{stream.fingerprint[:16]} in "
+            f"{', '.join(str(dataset.directory) for dataset in stream.datasets)}, need "
+            f"{fingerprint[:16]}); restore them, or start again with another --run_dir"
         )
 
 
 def prepare_vocabulary(config: RunConfig) -> int:
-    """The number of tokens of the data; the embedded corpus is made when missing, by one process
-    of a host.
-    """
+    """Return the number of tokens of the data; one process per host creates the embedded corpus."""
     directories_of_data = [Path(source.path) for source in config.megagpt.data.sources]
     if EMBEDDED_CORPUS in directories_of_data:
         from megagpt.download_data import prepare_embedded_corpus
@@ -86,7 +84,7 @@ def prepare_vocabulary(config: RunConfig) -> int:
 
 
 def open_stream(config: ResolvedConfig, split: Split) -> SampleStream:
-    """The samples of one split."""
+    """Return the samples of one split."""
     data = config.megagpt.data
     return SampleStream.open(
         [(Path(source.path), source.weight) for source in data.sources],

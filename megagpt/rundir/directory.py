@@ -14,24 +14,24 @@ LOCK_FILE = ".lock"
 
 
 def directory_of_run(run_dir: Path | None, config_file: str | Path) -> Path:
-    """The directory that was asked for; else `runs/` and the name of the configuration."""
+    """Return the directory that was asked for, else `runs/` and the name of the configuration."""
     if run_dir is not None:
         return run_dir
     name = Path(config_file).stem
-    if name.startswith("."):  # `...json` would lead out of runs/
-        raise UserError(f"{config_file}: its name names no run; give --run_dir runs/NAME")
+    if name.startswith("."):  # `...json` would give a directory outside runs/
+        raise UserError(f"{config_file}: has no usable name; pass --run_dir runs/NAME")
     return Path("runs") / name
 
 
 def read_config(run_directory: Path) -> ResolvedConfig:
-    """The configuration a run was started with; raises UserError where the directory is no run."""
+    """Return the configuration that a run was started with; raise UserError if it is not a run."""
     path = run_directory / CONFIG_FILE
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read ({error.strerror}); give the directory of a run, --run_dir "
-            f"runs/NAME"
+            f"{run_directory}: not a run directory ({CONFIG_FILE}: {error.strerror}); pass "
+            f"--run_dir runs/NAME"
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(
@@ -41,10 +41,10 @@ def read_config(run_directory: Path) -> ResolvedConfig:
 
 
 def require_same_identity(run_directory: Path, config: ResolvedConfig) -> None:
-    """Refuse a directory that holds another run: another model, other data, another optimizer ...
+    """Raise UserError, listing the keys, if the directory holds another run.
 
-    A run may be continued under any execution: mesh, ZeRO stage, precision, length. Raises
-    UserError listing the keys.
+    Another run is another model, other data or another optimizer. A run may be continued with
+    another mesh, ZeRO stage, precision or length.
     """
     path = run_directory / CONFIG_FILE
     if not _exists(path):
@@ -56,8 +56,8 @@ def require_same_identity(run_directory: Path, config: ResolvedConfig) -> None:
     differences = identity_differences(read_config(run_directory).identity(), config.identity())
     if differences:
         remedy = (
-            f"{run_directory} holds another run: choose another --run_dir, or take back "
-            f"these differences"
+            f"{run_directory}: holds another run; choose another --run_dir, or undo these "
+            f"differences"
         )
         raise ConfigError(
             [*(f"{run_directory}: {difference}" for difference in differences), remedy]
@@ -65,8 +65,10 @@ def require_same_identity(run_directory: Path, config: ResolvedConfig) -> None:
 
 
 def _exists(path: Path) -> bool:
-    """Path.exists would take a file on the way for an absent path, and let the lack of a
-    permission through.
+    """Return whether a path exists; raise UserError if that cannot be told.
+
+    Path.exists would call a path below a file absent, and would not say which permission is
+    missing.
     """
     try:
         path.stat()
@@ -80,7 +82,7 @@ def _exists(path: Path) -> bool:
 
 
 def record(run_directory: Path, config: ResolvedConfig) -> None:
-    """Write down which run the directory holds; once ``check`` has agreed."""
+    """Write the configuration into the directory; ``require_same_identity`` must have passed."""
     path = run_directory / CONFIG_FILE
     try:
         write_atomically(path, config.to_json())
@@ -91,11 +93,10 @@ def record(run_directory: Path, config: ResolvedConfig) -> None:
 
 
 def lock(run_directory: Path) -> TextIO:
-    """Keep every other run out of the directory for as long as the file that is returned stays
-    open.
+    """Lock the directory against other runs while the returned file stays open.
 
-    The system lets go of the lock when the process ends, however it ends. Raises UserError, having
-    changed nothing, where another run holds it.
+    The system releases the lock when the process ends, however it ends. Raise UserError, having
+    changed nothing, if another run holds it.
     """
     path = run_directory / LOCK_FILE
     try:
@@ -123,5 +124,5 @@ def _holder(file: TextIO) -> str:
     match file.read().split():
         case [process, host]:
             return f"process {process} on {host} trains in it; end that run (kill {process})"
-        case _:  # it has locked the file and not signed it yet
-            return "another process begins to train in it; end that run"
+        case _:  # it has locked the file but not written its id yet
+            return "another process is starting to train in it; end that run"

@@ -1,8 +1,8 @@
-"""How a run ended, in its own words: ``end.json``, whole or absent.
+"""How a run ended: ``end.json``, whole or absent.
 
-DeepSpeed's launcher may turn a rank's exit code into one of its own, and one that is killed tells
-nothing. Whoever started the run reads this record; where there is none although the run has ended,
-it was killed.
+DeepSpeed's launcher may replace a rank's exit code by its own, and a killed rank reports nothing.
+Whoever started the run reads this record; if there is none although the run has ended, the run was
+killed.
 """
 
 from __future__ import annotations
@@ -16,14 +16,20 @@ from typing import Self
 from megagpt.utils import UserError, write_atomically
 
 END_FILE = "end.json"
-DONE, PREEMPTED, STOPPED, FAILED = "done", "pre-empted", "stopped by a guard", "failed"
-HUNG, ENDED_AT_ONCE = "hung", "ended at once"
+DONE = "done"
+PREEMPTED = "pre-empted"
+STOPPED = "stopped by a guard"
+FAILED = "failed"
+HUNG = "hung"
+ENDED_AT_ONCE = "ended at once"
 
 
 @dataclass(frozen=True)
 class EndRecord:
-    """``step`` is the last one that was trained, None where there was none; ``rank`` the rank
-    that says so.
+    """How a run ended.
+
+    ``step`` is the last trained step, None if there was none; ``rank`` is the rank that wrote the
+    record.
     """
 
     reason: str
@@ -34,7 +40,7 @@ class EndRecord:
     time: str = ""
 
     def write(self, run_directory: Path) -> None:
-        """Put the record, with the present time, where ``read`` finds it. Raises OSError."""
+        """Write the record with the present time where ``read`` finds it. Raise OSError."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         write_atomically(
             run_directory / END_FILE, json.dumps(asdict(self) | {"time": now}, indent=1) + "\n"
@@ -42,9 +48,9 @@ class EndRecord:
 
     @classmethod
     def read(cls, run_directory: Path) -> Self | None:
-        """The record, or None where there is none.
+        """Return the record, or None if there is none.
 
-        Raises UserError where the file holds something else.
+        Raise UserError if the file holds something else.
         """
         path = run_directory / END_FILE
         try:
@@ -52,9 +58,9 @@ class EndRecord:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{path}: no end record ({error}); remove it") from error
+            raise UserError(f"{path}: not an end record ({error}); remove it") from error
 
 
 def clear(run_directory: Path) -> None:
-    """A run that begins has not ended."""
+    """Remove the record of an earlier start."""
     (run_directory / END_FILE).unlink(missing_ok=True)

@@ -1,10 +1,11 @@
-"""What is asked of a run from outside: to save, or to save and end.
+"""Requests to a run from outside: to save, or to save and end.
 
-Heard at once, obeyed at the end of a step.
+They are received at once and acted on at the end of a step.
 
-SIGTERM, SIGINT     save, end with exit code 3; the same signal again after some seconds ends the
-process at once SIGUSR1             save and go on runs/NAME/stop      a file that, however it came
-to be, does what SIGTERM does; it is removed
+    SIGTERM, SIGINT     save and end with exit code 3; the same signal again after some seconds ends
+                        the process at once
+    SIGUSR1             save and continue
+    runs/NAME/stop      a file; creating it has the effect of SIGTERM; the run removes it
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from megagpt.utils import ExitCode
 log = logging.getLogger(__name__)
 
 STOP_FILE = "stop"
-# one Ctrl-C comes from the terminal and from the launcher; a person who insists takes longer
+# One Ctrl-C arrives twice, from the terminal and from the launcher. A second press comes later.
 SAME_PRESS_S = 3.0
 _WAKE_TO_CLOSE = 0  # no signal has this number
 
 
 class StopRequest(IntEnum):
-    """What somebody asks of the run; the greatest over all ranks counts.
+    """A request to the run; the greatest over all ranks counts.
 
     Those from ``STOP_FILE`` on end the run.
     """
@@ -58,25 +59,28 @@ STOP_SIGNALS = {
 
 
 class StopRequests:
-    """This rank's requests. Any thread may add one; the loop takes them when a step is done.
+    """The requests to this rank. Any thread may add one; the loop takes them after a step.
 
-    ``awaited`` is true while there is a loop that will.
+    ``awaited`` is true while a loop runs that will take them.
     """
 
     def __init__(self, stop_file: Path | None = None) -> None:
-        self.stop_file, self.awaited = stop_file, False
-        self._save, self._stop = False, StopRequest.NOTHING
+        self.stop_file = stop_file
+        self.awaited = False
+        self._save = False
+        self._stop = StopRequest.NOTHING
 
     def add(self, request: StopRequest) -> None:
-        """Add a request; one that ends the run is never taken back."""
+        """Add a request; one that ends the run is never withdrawn."""
         if request.ends_the_run:
             self._stop = max(self._stop, request)
         else:
             self._save = True
 
     def take(self) -> StopRequest:
-        """Return the greatest request; one to save is fulfilled once."""
-        save, self._save = self._save, False
+        """Return the greatest request; a request to save is returned once."""
+        save = self._save
+        self._save = False
         if self.stop_file is not None and self.stop_file.exists():
             self.add(StopRequest.STOP_FILE)
         return self._stop or (StopRequest.SAVE if save else StopRequest.NOTHING)
@@ -85,22 +89,23 @@ class StopRequests:
 class SignalListener:
     """Turns signals into requests while it is entered, on the main thread.
 
-    Python runs its own handlers between two instructions of the main thread, and so never while
-    that waits inside a collective. A thread that reads the wake-up pipe hears them all the same,
-    and can end a process that hangs. ``end_at_once(signal)`` is called for a signal that insists,
-    and for any while requests are not awaited: before the first step there is nothing to be saved,
-    and the ops that are being compiled take minutes.
+    Python runs its own handlers between two instructions of the main thread, so never while that
+    thread waits in a collective. A thread that reads the wake-up pipe receives them all the same,
+    and can end a process that hangs. ``end_at_once(signal)`` is called for a repeated signal, and
+    for any signal while requests are not awaited: before the first step there is nothing to save,
+    and compiling ops takes minutes.
     """
 
     def __init__(
         self, requests: StopRequests, end_at_once: Callable[[signal.Signals], None]
     ) -> None:
-        self.requests, self.end_at_once = requests, end_at_once
+        self.requests = requests
+        self.end_at_once = end_at_once
         self._first_heard_s: dict[signal.Signals, float] = {}
 
     def __enter__(self) -> Self:
         self._reading, self._writing = os.pipe()
-        os.set_blocking(self._writing, False)  # as set_wakeup_fd demands
+        os.set_blocking(self._writing, False)  # set_wakeup_fd requires it
         self._previous_pipe = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         self._previous_handlers = {
             number: signal.signal(number, _heard_by_the_thread) for number in STOP_SIGNALS
@@ -140,10 +145,10 @@ class SignalListener:
         self.requests.add(request)
 
     def _insists(self, heard: signal.Signals) -> bool:
-        """The same signal again, seconds later.
+        """Return whether the same signal came again, seconds later.
 
-        The other one of a Ctrl-C may come any time: DeepSpeed's launcher passes it on to one rank
-        after another, and waits 30 s for each.
+        The second signal of one Ctrl-C may come at any time: DeepSpeed's launcher passes it on to
+        one rank after another, and waits 30 s for each.
         """
         now_s = time.monotonic()
         return now_s - self._first_heard_s.setdefault(heard, now_s) > SAME_PRESS_S
@@ -151,10 +156,10 @@ class SignalListener:
 
 @contextmanager
 def ends_before_the_start() -> Iterator[None]:
-    """While it is entered, and until a SignalListener takes over: there is nothing to save yet.
+    """End the command on SIGTERM or SIGINT until a SignalListener takes over.
 
-    SIGTERM and SIGINT end the command with the exit code of a run that was pre-empted; SIGUSR1,
-    which else would end it, does nothing.
+    There is nothing to save yet; the exit code is that of a pre-empted run. SIGUSR1, which would
+    otherwise end the process, does nothing.
     """
 
     def end(number: int, frame: object) -> None:
@@ -166,7 +171,7 @@ def ends_before_the_start() -> Iterator[None]:
         sys.exit(ExitCode.PREEMPTED_AND_SAVED)
 
     def ignore(number: int, frame: object) -> None:
-        """A handler, unlike SIG_IGN, is not inherited by the programs that are started."""
+        """Ignore the signal; unlike SIG_IGN, this handler is not inherited by child processes."""
 
     handlers = {
         number: ignore if request is StopRequest.SAVE else end
@@ -181,4 +186,4 @@ def ends_before_the_start() -> Iterator[None]:
 
 
 def _heard_by_the_thread(number: int, frame: object) -> None:
-    """Only a signal with a handler reaches the wake-up pipe in place of its default action."""
+    """Do nothing: a signal reaches the wake-up pipe only if Python has a handler for it."""

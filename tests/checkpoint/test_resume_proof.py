@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from megagpt.checkpoint.format import MANIFEST, StoredFile, hash_file, read_manifest, step_directory
+from megagpt.checkpoint.format import MANIFEST, StoredFile, read_manifest, step_directory
 from megagpt.checkpoint.resume_proof import NEXT_STEP, NextStep, compare
+from megagpt.common.disk import sha256_of
 from megagpt.monitoring.metrics import History, read_metrics
 from tests.conftest import _Pools
 from tests.support.jobs.checkpoint import run_config
@@ -101,7 +102,7 @@ def tamper(checkpoint: Path, by: float) -> None:
     tensors = load_file(checkpoint / file)
     tensors["weight/blocks.0.attention_norm.weight"][0] += by
     save_file(tensors, checkpoint / file)
-    entry = StoredFile((checkpoint / file).stat().st_size, hash_file(checkpoint / file))
+    entry = StoredFile((checkpoint / file).stat().st_size, sha256_of(checkpoint / file))
     (checkpoint / MANIFEST).write_text(
         replace(manifest, files=manifest.files | {file: entry}).to_json()
     )

@@ -92,9 +92,9 @@ def test_a_save_that_is_due_waits_for_the_one_before_and_says_so(
     assert complete_steps(tmp_path / "checkpoints") == [4, 2]
     (warning,) = read_metrics(tmp_path).events_named("warning")
     assert warning["step"] == 4
+    assert warning["message"].startswith("saving step 4 waited ")
     assert (
-        "to be saved while the checkpoint before was written; raise megagpt.checkpoint"
-        in warning["message"]
+        "for the previous checkpoint to be written; raise megagpt.checkpoint" in warning["message"]
     )
     assert open_checkpoint(tmp_path, 4).manifest.state.step == 4
 

@@ -4,6 +4,7 @@ accident.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ import pytest
 import zstandard
 
 from megagpt.data import corpora, encoding_pool
+from megagpt.data import writer as dataset_writer
 from megagpt.data.corpora import StandardLibrary, TextFiles, TextPiece, open_source
 from megagpt.data.tokenizer import build_tokenizer, load_tokenizer
 from megagpt.data.validation_split import assign_splits
@@ -551,6 +553,16 @@ def test_a_full_disk_says_need_and_have_and_the_work_continues(tmp_path):
     assert "".join(
         t for s in ("train", "val") for t in texts(open_dataset(tmp_path / "out"), s)
     ) == (path.read_text() + "<|endoftext|>")
+
+
+def test_a_disk_that_became_read_only_is_not_called_full(tmp_path):
+    """Linux mounts a file system read-only after an error of its disk: no room would help."""
+    refused = OSError(errno.EROFS, os.strerror(errno.EROFS))
+    with (
+        pytest.raises(UserError, match="Read-only file system; make its disk writable"),
+        dataset_writer.explain_full_disk(tmp_path, 0),
+    ):
+        raise refused
 
 
 @pytest.mark.root

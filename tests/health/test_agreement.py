@@ -45,7 +45,7 @@ def test_a_rank_with_other_software_is_named(what: str, monkeypatch: pytest.Monk
     config, stream = SimpleNamespace(to_json=lambda: "{}"), SimpleNamespace(fingerprint="")
     with pytest.raises(
         UserError,
-        match=rf"^rank 1 \(host b\) differs from rank 0 \(host a\) in {what}: give every host",
+        match=rf"^rank 1 \(host b\) differs from rank 0 \(host a\) in {what}; give every host",
     ):
         agreement.require_agreement(config, stream)  # type: ignore[arg-type]
 

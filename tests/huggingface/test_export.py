@@ -315,7 +315,8 @@ def test_a_configuration_of_another_model_is_refused(run: Path, tmp_path: Path) 
     document["megagpt"]["model"]["hidden_size"] = 64
     (run / CONFIG_FILE).write_text(json.dumps(document))
     with pytest.raises(
-        UserError, match=r"of shape \(384, 32\) in the checkpoint, of \(384, 64\) in config\.json"
+        UserError,
+        match=r"checkpoint \(found \(384, 32\), config\.json needs \(384, 64\)\)",
     ):
         export(run, tmp_path / "out")
 
@@ -323,8 +324,8 @@ def test_a_configuration_of_another_model_is_refused(run: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        (full_disk, r"are needed, the disk has 1000 B"),
-        (small_files, r"\.safetensors: File too large; .*out was left as it was"),
+        (full_disk, r"too little room \(found 1000 B, need "),
+        (small_files, r"\.safetensors: File too large; .*out is unchanged"),
     ],
 )
 def test_a_disk_that_is_full_shows_no_export(
@@ -366,7 +367,7 @@ def test_what_cannot_be_read_is_not_blamed_on_the_output(tmp_path: Path) -> None
     source = tmp_path / "run" / "weights"
     failed = pytest.raises(
         UserError,
-        match=rf"{source}: Input/output error; .* look at the disk of what was to be read",
+        match=rf"{source}: Input/output error; .* check the disk that was read",
     )
     with (
         failed,

@@ -212,24 +212,24 @@ def test_it_is_the_run_that_would_have_begun_with_these_weights(
 # ----------------------------------------------------------------------------- what is not imported
 
 LLAMA_REFUSALS = [
-    ({"rms_norm_eps": 1e-6}, "rms_norm_eps 1e-06: megagpt has 1e-05 only"),
+    ({"rms_norm_eps": 1e-6}, "rms_norm_eps 1e-06: megagpt needs 1e-05"),
     (
         {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
-        "rope_theta 500000.0: megagpt has 10000.0 only",
+        "rope_theta 500000.0: megagpt needs 10000.0",
     ),
     (
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
-        'rope_scaling.type "linear": megagpt has nothing like it\n*rope_scaling.factor 2.0: '
-        "megagpt has nothing",
+        'rope_scaling.type "linear": megagpt does not support it\n*rope_scaling.factor 2.0: '
+        "megagpt does not",
     ),
-    ({"hidden_act": "gelu"}, 'hidden_act "gelu": megagpt has "silu" only'),
+    ({"hidden_act": "gelu"}, 'hidden_act "gelu": megagpt needs "silu"'),
     ({"head_dim": 16}, "head_dim 16: megagpt's is 8 at hidden_size 32"),
     ({"intermediate_size": 96}, "intermediate_size 96: megagpt's is 128 at hidden_size 32"),
     ({"attention_bias": True}, "mlp_bias false: megagpt has one bias for all layers"),
-    ({"sliding_window": 4096}, "sliding_window 4096: megagpt has nothing like it"),
+    ({"sliding_window": 4096}, "sliding_window 4096: megagpt does not support it"),
     (
         {"quantization_config": {"bits": 4}},
-        'quantization_config {"bits": 4}: megagpt has nothing like it',
+        'quantization_config {"bits": 4}: megagpt does not support it',
     ),
     ({"max_position_embeddings": 8}, "max_position_embeddings 8: shorter than the run's sequences"),
     (
@@ -247,15 +247,15 @@ LLAMA_REFUSALS = [
         "hidden_size: megagpt.model.hidden_size: expected an integer, got [32]",
     ),
     ({"hidden_size": -32}, "hidden_size: megagpt.model.hidden_size: must be at least 1, got -32"),
-    ({"hidden_size": 10**30 + 1}, "bytes only"),
+    ({"hidden_size": 10**30 + 1}, "its tensor files have only "),
     ({"hidden_size": 100_000}, "parameters: its tensor files have"),
     ({"num_hidden_layers": 100_000}, "parameters: its tensor files have"),
     (
         {"hidden_size": float("inf")},
         "config.json: not JSON (Infinity is not finite); download it again",
     ),
-    ({"rope_scaling": "linear"}, 'rope_scaling "linear": megagpt has nothing like it'),
-    ({"rope_parameters": [1, 2]}, "rope_parameters [1, 2]: megagpt has nothing like it"),
+    ({"rope_scaling": "linear"}, 'rope_scaling "linear": megagpt does not support it'),
+    ({"rope_parameters": [1, 2]}, "rope_parameters [1, 2]: megagpt does not support it"),
     ({"num_hidden_layers": 1}, "model.layers.1.input_layernorm.weight: megagpt has no such tensor"),
     ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight: missing"),
     (
@@ -268,7 +268,7 @@ LLAMA_REFUSALS = [
     ),
     (
         {"architectures": ["MistralForCausalLM"]},
-        "megagpt has GPT2LMHeadModel, LlamaForCausalLM, Starcoder2ForCausalLM",
+        "need one of GPT2LMHeadModel, LlamaForCausalLM, Starcoder2ForCausalLM",
     ),
 ]
 
@@ -339,12 +339,12 @@ def test_weights_that_are_spoilt_or_missing_are_refused(
     assert "model.safetensors: cannot be read" in refusal(llama, data, tmp_path / "run")
     weights.rename(llama / "pytorch_model.bin")
     assert (
-        "model.safetensors: not found; where the weights are in another format, such as pickle"
+        "model.safetensors: not found; if the weights are in another format, such as pickle"
         in refusal(llama, data, tmp_path / "run")
     )
     outside = {"weight_map": {"model.norm.weight": "../other/model.safetensors"}}
     (llama / "model.safetensors.index.json").write_text(json.dumps(outside))
-    assert "its weight_map names other things than files" in refusal(llama, data, tmp_path / "run")
+    assert "weight_map: not a map to file names" in refusal(llama, data, tmp_path / "run")
 
 
 def test_an_index_that_names_the_wrong_files_is_refused(
@@ -359,8 +359,8 @@ def test_an_index_that_names_the_wrong_files_is_refused(
     for wrong, said in [
         ("other.safetensors", "model.norm.weight is not in other.safetensors"),
         ("absent.safetensors", "absent.safetensors: cannot be read"),
-        (["model.safetensors"], "its weight_map names other things than files; download it again"),
-        (None, "its weight_map names other things than files; download it again"),
+        (["model.safetensors"], "weight_map: not a map to file names; download it again"),
+        (None, "weight_map: not a map to file names; download it again"),
     ]:
         index.write_text(json.dumps({"weight_map": {**places, "model.norm.weight": wrong}}))
         assert said in (reason := refusal(llama, data, tmp_path / "run"))
@@ -433,6 +433,6 @@ def test_a_run_is_never_replaced(llama: Path, data: Path, tmp_path: Path) -> Non
 def test_the_batch_must_not_depend_on_the_number_of_ranks(
     llama: Path, data: Path, tmp_path: Path
 ) -> None:
-    assert "train_batch_size: needed" in refusal(
+    assert "train_batch_size: missing" in refusal(
         llama, data, tmp_path / "run", train_batch_size=None
     )

@@ -317,5 +317,5 @@ def test_a_tokenizer_that_is_missing_or_too_large_is_refused(tmp_path):
     with pytest.raises(UserError, match="no tokenizer here"):
         open_tokenizer(run_config(tmp_path))
     save_tokenizer(BYTES, tmp_path)
-    with pytest.raises(UserError, match=r"its vocabulary is 257, the model's 256"):
+    with pytest.raises(UserError, match=r"found 257 tokens, need at most 256"):
         open_tokenizer(run_config(tmp_path, vocab_size=256))

@@ -353,7 +353,7 @@ def test_the_cache_changes_no_logit(config, dtype, tolerance):
 
 def test_a_full_cache_says_so():
     cache = KeyValueCache(4)
-    with pytest.raises(ValueError, match="holds 4 positions, position 5"), torch.no_grad():
+    with pytest.raises(ValueError, match="holds 4 positions, need 5"), torch.no_grad():
         build(GPT2)(random_tokens(1, 5), cache=cache)
 
 

@@ -154,7 +154,7 @@ def test_a_callers_mistake_is_not_swallowed(tmp_path: Path) -> None:
     with open_monitor(tmp_path) as monitor:
         with pytest.raises(TypeError, match="cannot hold"):
             monitor.event("warning", step=1, about={1, 2})
-        with pytest.raises(ValueError, match="unknown event 'evall', did you mean \"eval\""):
+        with pytest.raises(ValueError, match="event 'evall': unknown, did you mean \"eval\""):
             monitor.event("evall", step=1)
 
 

@@ -69,7 +69,7 @@ def test_a_terminal_gets_a_live_table(tmp_path: Path) -> None:
         "━",
         "ETA 44 s",
         "2.5000",
-        "8.19k (4.1k a device)",
+        "8.19k (4.1k per device)",
         "41.2 %",
         "6.00e-04",
         "0.700",

@@ -109,7 +109,7 @@ def test_a_tracker_that_goes_down_is_dropped_with_one_warning(
     assert failing.writes == 1
     assert len(read_metrics(tmp_path).steps) == 3
     assert caplog.messages == [
-        "wandb failed (ConnectionError: server gone); training goes on without it"
+        "wandb failed (ConnectionError: server gone); training continues without it"
     ]
 
 

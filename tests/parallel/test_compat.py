@@ -24,8 +24,8 @@ def test_stages_with_different_numbers_of_tiles_are_refused(two_ranks: RankPool)
     assert len({*counts}) == 2
     for said in two_ranks.run("tests.support.jobs.compat:refused_tiles", config=config):
         assert (
-            f"zero_optimization.sub_group_size: pipeline stages have {sorted(counts)} optimizer "
-            f"tiles" in said
+            "zero_optimization.sub_group_size: pipeline stages have different numbers of "
+            f"optimizer tiles (found {sorted(counts)}, need equal numbers)" in said
         )
 
 

@@ -110,7 +110,7 @@ def test_a_young_lock_in_a_shared_cache_is_named_instead_of_waited_for(extension
     (extensions / "lock").touch()
     with (
         pytest.raises(
-            UserError, match=rf"another program is compiling .* since .*: rm {extensions}/lock"
+            UserError, match=rf"another process has been compiling .*: rm {extensions}/lock"
         ),
         ops._one_builder("CPUAdamBuilder"),
     ):
@@ -140,8 +140,8 @@ def test_a_process_that_compiles_without_end_is_named(
         with ops._one_builder("CPUAdamBuilder"):
             assert (extensions / ".megagpt_lock").read_text() == f"{os.getpid()}\n"
     said = (
-        f"process {holder.pid} compiles DeepSpeed's CPUAdam: waiting for it (to end it: kill "
-        f"{holder.pid})\n"
+        f"waiting for process {holder.pid}, which is compiling DeepSpeed's CPUAdam (to stop it: "
+        f"kill {holder.pid})\n"
     )
     assert capsys.readouterr().out == said
 

@@ -25,11 +25,12 @@ from megagpt.checkpoint.format import (
     MANIFEST,
     StoredFile,
     complete_steps,
-    hash_file,
     read_manifest,
     step_directory,
 )
 from megagpt.checkpoint.reader import open_checkpoint
+from megagpt.common.atomic_directory import AtomicDirectory
+from megagpt.common.disk import sha256_of
 from megagpt.config import ConfigError, load_config
 from megagpt.data import corpora, tokenizer
 from megagpt.dataset import open_dataset
@@ -107,7 +108,7 @@ def test_a_checkpoint_that_names_code_is_read_as_data(canary: Path, run: Path) -
     save_file(load_file(directory / file), directory / file, metadata=named)
     assert b"canary.run" in (directory / file).read_bytes()
     manifest = read_manifest(directory)
-    files = {file: StoredFile((directory / file).stat().st_size, hash_file(directory / file))}
+    files = {file: StoredFile((directory / file).stat().st_size, sha256_of(directory / file))}
     hostile = replace(
         manifest, files=files, versions=named, topology=CODE, scheduler=CODE, identity=CODE
     )
@@ -246,9 +247,9 @@ def test_the_pointer_to_the_latest_leads_nowhere(run: Path, tmp_path: Path) -> N
     outside.write_text("../../outside\n")
     latest.symlink_to(outside)
     assert open_checkpoint(run).manifest.state.step == 20
-    staging = checkpoint_directory.staging_directory(step_directory(run / "checkpoints", 30))
-    staging.mkdir()
-    checkpoint_directory.commit(staging, step_directory(run / "checkpoints", 30))
+    place = AtomicDirectory.beside(step_directory(run / "checkpoints", 30))
+    place.staging.mkdir()
+    place.commit()
     checkpoint_directory.name_latest(step_directory(run / "checkpoints", 30))
     assert (latest.is_symlink(), latest.read_text()) == (False, "step_00000030\n")
     assert outside.read_text() == "../../outside\n"

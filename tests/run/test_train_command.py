@@ -170,7 +170,7 @@ def test_a_finished_run_says_so_and_trains_no_further(
     finished = command("--deepspeed_config", configuration, "--run_dir", directory)
     assert finished.returncode == 0, finished.stderr
     assert (
-        f"already done: {directory} is at step 8 of 6; to train on: --set "
+        f"already done: {directory} is at step 8 of 6; to train longer: --set "
         f"megagpt.training.total_steps=" in (finished.stdout)
     )
     assert weights == {
@@ -276,8 +276,7 @@ def test_bad_input_under_the_launcher_is_said_once(
     shown = finished.stdout + finished.stderr
     assert finished.returncode == 2
     assert (
-        shown.count("holds another run: choose another --run_dir, or take back these differences")
-        == 1
+        shown.count("holds another run; choose another --run_dir, or undo these differences") == 1
     )
     assert shown.count("megagpt.model.num_layers: ") == 1
     assert "Traceback" not in shown

@@ -238,7 +238,7 @@ def test_two_hosts_compare_as_one_machine_does(sound: TwoHosts) -> None:
     [
         (None, ["megagpt.parallel.world_size=2"], "no such hostfile; write one line a host"),
         ({"host-a": 1}, ["megagpt.parallel.world_size=2"], "the run expects 2 ranks and 1 started"),
-        (ONE_EACH, [], "needed on 2 hosts, so that one that is missing is noticed"),
+        (ONE_EACH, [], "missing (need it on 2 hosts, so that an absent host is noticed)"),
         (
             {"host-a": 1, "host-b": 2},
             ["megagpt.parallel.world_size=3"],
@@ -421,7 +421,7 @@ def test_a_lost_session_ends_the_ranks_of_both_hosts_and_the_run_goes_on_later(
         shown, _ = command.communicate(timeout=DEADLINE_S)
     assert command.returncode != 0
     assert "the launcher has died" in (run / "logs" / "rank_00001.log").read_text()
-    assert f"ended; to go on: {' '.join(typed)}" in shown
+    assert f"ended; to resume: {' '.join(typed)}" in shown
     last = max(complete_steps(run / "checkpoints"))
     code, shown = launch(
         sound,
@@ -462,7 +462,7 @@ def test_a_host_that_drops_out_ends_the_run_on_both_sides_of_the_cable(
     record = EndRecord.read(run)
     assert record is not None
     assert (record.reason, record.exit_code) == ("hung", 1)
-    assert f"nothing has ended for {STALL_S} s" in shown
+    assert f"no progress for {STALL_S} s" in shown
     steps = complete_steps(run / "checkpoints")
     assert max(steps) - max(last_steps) <= 1  # one may have been on its way
     code, shown = launch(

@@ -66,7 +66,7 @@ def test_another_run_is_refused_with_every_key_that_differs(recorded: Path) -> N
         run_directory.require_same_identity(recorded, other)
     for key in ("megagpt.model.num_layers", "optimizer.params.lr", "train_batch_size"):
         assert key in str(refused.value)
-    assert str(refused.value).endswith("choose another --run_dir, or take back these differences")
+    assert str(refused.value).endswith("choose another --run_dir, or undo these differences")
     assert (recorded / "config.json").read_text() == before
 
 

@@ -136,7 +136,9 @@ class Saboteur:
     """
 
     def __init__(self, run: Run, faults: list[Fault]) -> None:
-        self.run, self.faults, self.rank = run, faults, run.engine.mesh.rank
+        self.run = run
+        self.faults = faults
+        self.rank = run.engine.mesh.rank
         self.record = run.directory / "logs" / "faults.txt"
         self.cursors: dict[Fault, int] = {}
         self.strikes: dict[str, Callable[[Fault], None]] = {

@@ -16,9 +16,9 @@ from megagpt.checkpoint.format import (
     StoredFile,
     StoredTensor,
     TrainState,
-    hash_file,
     step_directory,
 )
+from megagpt.common.disk import sha256_of
 from megagpt.config import ResolvedConfig
 from megagpt.dataset import open_dataset
 from megagpt.download_data import PreparationRequest, prepare
@@ -99,7 +99,7 @@ def _write_checkpoint(checkpoints: Path, config: ResolvedConfig, step: int) -> N
         learning_rates=[],
         loss_scaler={},
         tensors=tensors,
-        files={file: StoredFile((directory / file).stat().st_size, hash_file(directory / file))},
+        files={file: StoredFile((directory / file).stat().st_size, sha256_of(directory / file))},
     )
     (directory / MANIFEST).write_text(manifest.to_json())
 

@@ -29,6 +29,7 @@ from megagpt.checkpoint import reader as checkpoint_reader
 from megagpt.checkpoint import saver as checkpoint
 from megagpt.checkpoint import writer as checkpoint_writer
 from megagpt.checkpoint.format import MANIFEST
+from megagpt.common import atomic_directory
 from megagpt.config import RunConfig
 from megagpt.health.guard import StoppedByGuardError
 from megagpt.health.watch import Pulse
@@ -269,7 +270,7 @@ def failing_reads(module: Any, name: str) -> Iterator[None]:
 FAULTS: dict[str, Callable[[], Any]] = {
     "full_at_manifest": partial(disk_filled_before, checkpoint, MANIFEST),
     "full_at_latest": partial(disk_filled_before, checkpoint_directory, "latest"),
-    "unreadable_hash": partial(failing_reads, checkpoint_format, "hash_file"),
+    "unreadable_hash": partial(failing_reads, checkpoint_format, "sha256_of"),
     "unreadable_tensor": partial(failing_reads, checkpoint_reader, "safe_open"),
     "small_files": small_files,
     "full_disk": full_disk,
@@ -436,7 +437,7 @@ RANK_0 = {
     "before the manifest": Death(checkpoint, "write_atomically", False, _into),
     "after the manifest": Death(checkpoint, "write_atomically", True, _into),
     "after the rename": Death(
-        checkpoint_directory, "sync_directory", False, lambda last, path: (path / last).is_dir()
+        atomic_directory, "sync_directory", False, lambda last, path: (path / last).is_dir()
     ),
     "before latest": Death(
         checkpoint_directory,

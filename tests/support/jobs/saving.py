@@ -90,14 +90,14 @@ def train_into_small_files(config: Config, directory: Path, file_bytes: int) -> 
 def hashed_by_resume(config: Config, directory: Path) -> int:
     """Start from the newest checkpoint: the bytes of the files that this rank hashes."""
     sizes: list[int] = []
-    hash_file = checkpoint_format.hash_file
+    sha256_of = checkpoint_format.sha256_of
 
     def count_and_hash(path: Path) -> str:
         sizes.append(path.stat().st_size)
-        return hash_file(path)
+        return sha256_of(path)
 
     with (
-        patch.object(checkpoint_format, "hash_file", count_and_hash),
+        patch.object(checkpoint_format, "sha256_of", count_and_hash),
         started(config, directory) as run,
     ):
         assert run.state.step > 0

@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 from megagpt.config import ModelConfig, ResolvedConfig
+from megagpt.planning.schedules import schedule_that_runs
 from megagpt.planning.stages import cut
 from megagpt.schema.deepspeed import ZeroConfig
 from megagpt.schema.megagpt import ParallelConfig
@@ -100,11 +101,8 @@ class Layout:
 
     @property
     def schedule(self) -> str:
-        """The schedule that really runs: torch's 1F1B needs as many micro-batches as stages, and
-        with fewer has no steady state, so that it is GPipe (pipeline.py).
-        """
-        few = self.micro_batches < self.num_stages
-        return "gpipe" if self.parallel.schedule == "1f1b" and few else self.parallel.schedule
+        """The schedule that really runs."""
+        return schedule_that_runs(self.parallel.schedule, self.num_stages, self.micro_batches)
 
     @property
     def stages(self) -> list[range]:

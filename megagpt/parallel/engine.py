@@ -26,6 +26,7 @@ from megagpt.parallel.device import set_cuda_defaults
 from megagpt.parallel.rectangles import Box
 from megagpt.parallel.tensor_parallel import TensorAxis
 from megagpt.planning.stages import cut
+from megagpt.utils import RankEnvironment
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class Engine:
 
 def training_device() -> torch.device:
     """Where this rank computes."""
-    return torch.device(get_accelerator().device_name(int(os.environ.get("LOCAL_RANK", "0"))))
+    return torch.device(get_accelerator().device_name(RankEnvironment.read().local_rank))
 
 
 def collective_timeout(config: ResolvedConfig) -> timedelta:
@@ -135,7 +136,7 @@ def join_ranks(config: ResolvedConfig | None = None) -> None:
         log.log(logging.INFO if launch.rank else logging.WARNING, unknown)
     compat.suppress_shared_memory_collectives()
     compat.silence_cpu_adam()
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    get_accelerator().set_device(launch.local_rank)
     share_cores()
     deepspeed.init_distributed(
         timeout=COLLECTIVE_TIMEOUT if config is None else collective_timeout(config)
@@ -144,7 +145,7 @@ def join_ranks(config: ResolvedConfig | None = None) -> None:
 
 def share_cores() -> None:
     """On a CPU, give each rank of this host its part of the cores, unless the user decided."""
-    ranks_here = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    ranks_here = RankEnvironment.read().local_size
     if "OMP_NUM_THREADS" not in os.environ and ranks_here > 1:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
 

@@ -35,7 +35,7 @@ from megagpt.rundir.signals import (
     StopRequests,
     ends_before_the_start,
 )
-from megagpt.utils import ExitCode, UserError
+from megagpt.utils import ExitCode, RankEnvironment, UserError
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def main(arguments: argparse.Namespace) -> int:
         with ends_before_the_start():
             return _start(arguments)
     except UserError:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
+        if not RankEnvironment.read().is_first_of_host:
             time.sleep(TURN_S)
         raise
 
@@ -96,7 +96,7 @@ def _gathered(directory: Path) -> AbstractContextManager[object]:
     A single process locks it before it imports torch.
     """
     lock = partial(_claimed, directory)
-    if os.environ["WORLD_SIZE"] == "1":
+    if RankEnvironment.read().world_size == 1:
         return lock()
     _announce_device()
     from megagpt.cluster.rendezvous import gathered_ranks
@@ -150,10 +150,6 @@ def _require_stated_world_size(config: RunConfig, launch: Launch) -> None:
         )
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 def _run_to_its_end(
     config: RunConfig, streams: dict[Split, SampleStream], directory: Path, requests: StopRequests
 ) -> ExitCode:
@@ -167,7 +163,7 @@ def _run_to_its_end(
 
     launch, pulse = adopt_launch(), Pulse()
     run = None
-    requests.stop_file = directory / STOP_FILE if _rank() == 0 else None
+    requests.stop_file = directory / STOP_FILE if launch.rank == 0 else None
     with SignalListener(requests, lambda heard: endings.end_at_once(heard, run, directory)):
         try:
             _open_log(directory)
@@ -200,8 +196,8 @@ def _open_log(directory: Path) -> None:
     from megagpt.monitoring.monitor import open_rank_log
 
     try:
-        open_rank_log(directory, _rank())
         launch = adopt_launch()
+        open_rank_log(directory, launch.rank)
         log.info(
             "rank %d of %d, on host %s by %s",
             launch.rank,

@@ -2,7 +2,6 @@
 torch.
 """
 
-import os
 from pathlib import Path
 
 from megagpt.checkpoint.format import (
@@ -16,7 +15,7 @@ from megagpt.data.manifest import Split
 from megagpt.dataset import SampleStream, open_dataset
 from megagpt.planning.legality import World, require_legal
 from megagpt.rundir import directory as directories
-from megagpt.utils import UserError
+from megagpt.utils import RankEnvironment, UserError
 
 EMBEDDED_CORPUS = Path("data/stdlib")
 SPLITS: tuple[Split, ...] = ("train", "val")
@@ -39,7 +38,7 @@ def resolve_here(
     """As it would be on a device without bf16, or else with it, until torch can say which one
     this is.
     """
-    world = World(int(os.environ.get("WORLD_SIZE", "1")), vocabulary, bf16_native)
+    world = World(RankEnvironment.read().world_size, vocabulary, bf16_native)
     require_legal(config, world=world)
     return world.resolve(config)
 

@@ -42,7 +42,7 @@ def end_of_run(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], int]:
     monkeypatch.setattr(startup, "_open_log", lambda directory: None)
     monkeypatch.setattr(assembly, "assemble", lambda *_: run)
     monkeypatch.setattr(startup, "Watch", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(endings, "acquaint", lambda *_: None)
+    monkeypatch.setattr(endings, "connect_watch", lambda *_: None)
     monkeypatch.setattr(loop, "train", save)
     return lambda directory: startup._run_to_its_end(config(), {}, directory, StopRequests())
 

@@ -24,10 +24,10 @@ from megagpt.data.manifest import Split
 from megagpt.dataset import SampleStream
 from megagpt.health.watch import Pulse, Watch
 from megagpt.parallel import internals, ops
-from megagpt.planning.legality import ANY_VOCABULARY, World, require_legal
+from megagpt.planning.legality import LegalRun
 from megagpt.run import endings, faults
 from megagpt.rundir import directory as directories
-from megagpt.rundir.data import open_data
+from megagpt.rundir.data import open_data, resolve_run
 from megagpt.rundir.signals import (
     STOP_FILE,
     SignalListener,
@@ -66,18 +66,18 @@ def _start(arguments: argparse.Namespace) -> int:
         read_hostfile(hostfile)  # DeepSpeed would have trained on this machine alone without it
     faults.from_environment()
     config = load_config(arguments.deepspeed_config, arguments.set)
-    require_legal(config, str(arguments.deepspeed_config), World(launch.world_size, ANY_VOCABULARY))
     _require_stated_world_size(config, launch)
     directory = directories.directory_of_run(arguments.run_dir, arguments.deepspeed_config)
     if arguments.resume and endings.last_checkpoint(directory) is None:
         raise UserError(f"{directory}: nothing to resume; leave out --resume to start it")
-    streams = open_data(config, directory)
+    legal = resolve_run(config, str(arguments.deepspeed_config))
+    streams = open_data(legal.config, directory)
     # The DeepSpeed of one host may differ: its ranks say so before the others wait for them.
     internals.require_known_internals(internals.parts_used(config, launch.launcher))
     _require_ops(config)
     with _gathered(directory):
         _announce_device()
-        return _run_to_its_end(config, streams, directory, requests)
+        return _run_to_its_end(legal, streams, directory, requests)
 
 
 def _without_launcher(requests: StopRequests) -> None:
@@ -151,7 +151,7 @@ def _require_stated_world_size(config: RunConfig, launch: Launch) -> None:
 
 
 def _run_to_its_end(
-    config: RunConfig, streams: dict[Split, SampleStream], directory: Path, requests: StopRequests
+    legal: LegalRun, streams: dict[Split, SampleStream], directory: Path, requests: StopRequests
 ) -> ExitCode:
     """Train; whatever ends the run early is shown on one screen by the rank that failed first.
 
@@ -172,12 +172,12 @@ def _run_to_its_end(
                 pulse,
                 rank=launch.rank,
                 world_size=launch.world_size,
-                timeout_s=config.megagpt.monitor.stall_timeout_s,
+                timeout_s=legal.config.megagpt.monitor.stall_timeout_s,
                 report=lambda states, timeout_s: endings.report_hang(
                     states, timeout_s, run, directory
                 ),
             ) as watch:
-                run = assemble(config, streams, directory, pulse)
+                run = assemble(legal, streams, directory, pulse)
                 endings.connect_watch(watch, run)
                 run.requests, first_step = requests, run.state.step
                 faults.sabotage(run, faults.from_environment())

@@ -8,21 +8,11 @@ from collections.abc import Callable
 from functools import cache
 
 from megagpt.config import ModelConfig
+from megagpt.planning.flops import layer_flops
 
 # how much longer the slowest stage may take than need be, where that makes the largest stage
 # smaller
 SLOWER = 0.02
-
-
-def layer_costs(model: ModelConfig) -> list[float]:
-    """Matrix elements that one token multiplies, by layer: the embedding, each block, the head.
-
-    The embedding looks rows up and multiplies nothing; attention's own products are the same in
-    every block.
-    """
-    attention = 2 * model.num_heads * model.head_size * model.sequence_length
-    block = model.block_matmul_parameters + attention
-    return [0.0, *[float(block)] * model.num_layers, float(model.vocab_size * model.hidden_size)]
 
 
 def stage_parameters(model: ModelConfig, layers: range) -> int:
@@ -49,7 +39,7 @@ def describe_stage(model: ModelConfig, layers: range) -> str:
     blocks = [layer - 1 for layer in layers if 1 <= layer <= model.num_layers]
     held = ["embedding"] * (0 in layers) + [f"blocks {blocks[0]}-{blocks[-1]}"]
     held += ["head"] * (model.num_layers + 1 in layers)
-    costs = layer_costs(model)
+    costs = layer_flops(model)
     work = sum(costs[layer] for layer in layers) / sum(costs)
     parameters = stage_parameters(model, layers) / model.num_parameters
     return f"{', '.join(held)} ({work:.0%} of the work, {parameters:.0%} of the parameters)"
@@ -63,7 +53,7 @@ def cut(model: ModelConfig, num_stages: int) -> list[range]:
     within ``SLOWER`` of that, the one whose largest stage has the fewest parameters. Needs
     num_stages <= num_layers.
     """
-    costs = layer_costs(model)
+    costs = layer_flops(model)
 
     def work(layers: range) -> float:
         return sum(costs[layers.start : layers.stop])

@@ -36,12 +36,6 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels import costs
 from kernels.derivatives import refuse_second_order, register_gradient
 
-# Of logits: enough for full-speed products, a tenth of what 8k rows of GPT-2 would take.
-CHUNK_BYTES = 256 * 2**20
-LEAST_CHUNK_ROWS = 128
-# The ranks of a group communicate once a chunk, so the size must not depend on a rank's share.
-GROUP_CHUNK_ROWS = 2048
-
 
 @dataclass(frozen=True)
 class RowFunctions:
@@ -233,11 +227,8 @@ def _logits(hidden: Tensor, weight: Tensor, columns: int) -> Tensor:
 
 
 def _chunks(hidden: Tensor, weight: Tensor, group: str) -> list[slice]:
-    rows = (
-        GROUP_CHUNK_ROWS
-        if group
-        else max(LEAST_CHUNK_ROWS, CHUNK_BYTES // max(1, weight.shape[0] * hidden.element_size()))
-    )
+    row_bytes = weight.shape[0] * hidden.element_size()
+    rows = costs.loss_chunk_rows(row_bytes, grouped=bool(group))
     # Even chunks: the last one is not much smaller than the others.
     chunks = max(1, -(-hidden.shape[0] // rows))
     rows = max(1, -(-hidden.shape[0] // chunks))

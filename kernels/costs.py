@@ -19,6 +19,13 @@ OPERATIONS = (
     "dropout",
 )
 
+# The head and its loss take the logits a chunk of rows at a time: 256 MiB of them are long enough
+# for full-speed products, and a tenth of what 8k rows of GPT-2 would take.
+LOGITS_CHUNK_BYTES = 256 * 2**20
+LEAST_CHUNK_ROWS = 128
+# Ranks of a group meet once a chunk: they must agree, whatever their share of the vocabulary.
+GROUP_CHUNK_ROWS = 2048
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -151,6 +158,16 @@ def linear_cross_entropy(
     if backward:
         return Cost(2 * flops, 2 * operands)
     return Cost(flops, operands + 8 * rows + 4)
+
+
+def loss_chunk_rows(row_bytes: float, *, grouped: bool) -> int:
+    """Return the most rows of logits that are there at once, one taking `row_bytes` on a rank.
+
+    `grouped`: the vocabulary is split over a group of ranks.
+    """
+    if grouped:
+        return GROUP_CHUNK_ROWS
+    return max(LEAST_CHUNK_ROWS, int(LOGITS_CHUNK_BYTES // max(1, row_bytes)))
 
 
 def bias_gelu(rows: int, columns: int, *, itemsize: int, backward: bool = False) -> Cost:

@@ -28,7 +28,7 @@ from megagpt.parallel import pipeline
 from megagpt.parallel.batches import BatchLoader
 from megagpt.parallel.device import CPU_REMEASURING_S, peak_memory, remeasured_peak_flops
 from megagpt.parallel.engine import Engine
-from megagpt.planning.cost.flops import model_flops_utilisation
+from megagpt.planning.flops import model_flops_utilisation
 from megagpt.rundir.signals import StopRequest, StopRequests
 from megagpt.utils import UserError
 

@@ -1,4 +1,4 @@
-"""Helpers that need only the standard library: atomic files, suggestions, sizes, exit codes."""
+"""Helpers that need only the standard library: ranks, atomic files, suggestions, exit codes."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import difflib
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from enum import IntEnum
 from importlib import metadata
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import NoReturn, Self, TextIO
 
 KIB = 1024
 MIB = 1024**2
 GIB = 1024**3
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULT_FILE_MODE = 0o644
+LOCAL_SIZE_VARIABLES = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE")  # DeepSpeed's and ours, torchrun's
 
 
 class ExitCode(IntEnum):
@@ -41,9 +43,43 @@ class TransientError(UserError):
     """The input is good and the same command may succeed later; commands exit with code 1."""
 
 
+@dataclass(frozen=True)
+class RankEnvironment:
+    """Which rank of how many this process is, by the variables that launchers set and torch reads.
+
+    One rank alone where they are absent. A value that is no whole number counts as absent:
+    `megagpt.cluster.launchers.adopt_launch` judges the values, before anything depends on them.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_size: int = 1  # ranks of this host
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str] = os.environ) -> Self:
+        """Return what the variables say now."""
+
+        def number(default: int, *names: str) -> int:
+            text = next((environment[name] for name in names if environment.get(name)), "")
+            return int(text) if text.isascii() and text.isdigit() else default
+
+        return cls(
+            rank=number(cls.rank, "RANK"),
+            world_size=number(cls.world_size, "WORLD_SIZE"),
+            local_rank=number(cls.local_rank, "LOCAL_RANK"),
+            local_size=number(cls.local_size, *LOCAL_SIZE_VARIABLES),
+        )
+
+    @property
+    def is_first_of_host(self) -> bool:
+        """Whether this rank speaks for the ranks of its host."""
+        return self.local_rank == 0
+
+
 def tell_of_other_kernels() -> None:
     """Warn if Hugging Face's distribution `kernels` is installed, which our package hides."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if not RankEnvironment.read().is_first_of_host:
         return
     with suppress(metadata.PackageNotFoundError):
         version = metadata.version("kernels")

@@ -20,8 +20,8 @@ from benchmarks.gpu.machine import GIB
 from kernels.launcher import launches
 from megagpt.config import ResolvedConfig, RunConfig
 from megagpt.parallel.device import announce_to_deepspeed, peak_flops, set_cuda_defaults
-from megagpt.planning.cost.flops import model_flops_utilisation
 from megagpt.planning.cost.memory import rank_memory
+from megagpt.planning.flops import model_flops_utilisation
 from megagpt.planning.layout import Layout
 from megagpt.planning.plan import RESERVE_GIB
 

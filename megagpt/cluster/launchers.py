@@ -18,7 +18,7 @@ from pathlib import Path
 from megagpt.cluster.hosts import Host, problems_between
 from megagpt.cluster.launch_command import hosts_of_launcher
 from megagpt.cluster.slurm import hosts_of_step
-from megagpt.utils import UserError
+from megagpt.utils import LOCAL_SIZE_VARIABLES, UserError
 
 OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 OF_A_START = OF_A_RANK[:3]  # users may export the other two beforehand
@@ -88,9 +88,7 @@ def _of_variables(environment: Mapping[str, str]) -> Launch:
             f"unset all of them, or start with {_starts()}"
         )
     _whole(environment, "MASTER_PORT")
-    size = next(
-        (name for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE") if environment.get(name)), None
-    )
+    size = next((name for name in LOCAL_SIZE_VARIABLES if environment.get(name)), None)
     launcher = _launcher(environment)
     return Launch(
         launcher=launcher,

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
+from megagpt.utils import RankEnvironment
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -59,8 +61,8 @@ class Job(Generic[Result]):
 
 def threads_of_this_rank() -> int:
     """Return how many threads a rank may keep busy, given the other ranks of its host."""
-    ranks_here = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) // ranks_here))
+    cores = len(os.sched_getaffinity(0))
+    return max(1, min(MOST_THREADS, cores // RankEnvironment.read().local_size))
 
 
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:

@@ -1,9 +1,10 @@
-"""Make text from a model or a machine safe to show and to store."""
+"""Make text for a terminal: tables, and text from a model or a machine made safe to show."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable, Sequence
 
 MASK = "[secret]"
 
@@ -53,3 +54,22 @@ def without_control_characters(text: str) -> str:
 
 def _is_control(character: str) -> bool:
     return ord(character) < 0x20 or 0x7F <= ord(character) < 0xA0
+
+
+def text_table(rows: Sequence[Sequence[str]], *, numbers: bool = True) -> list[str]:
+    """Return the lines of a table, the headings in the first row, columns as wide as their widest
+    entry.
+
+    The first column stands to the left; the others to the right where they hold `numbers`.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    to_the_right = (
+        [(row[0], *map(str.rjust, row[1:], widths[1:])) for row in rows] if numbers else rows
+    )
+    return [aligned(row, widths) for row in to_the_right]
+
+
+def aligned(cells: Iterable[str], widths: Iterable[int]) -> str:
+    """Return one line of a table whose columns have these widths, cells to the left."""
+    padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+    return "  ".join(padded).rstrip()

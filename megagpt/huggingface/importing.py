@@ -32,7 +32,7 @@ from megagpt.huggingface.published_model import PublishedModel
 from megagpt.huggingface.whole_directory import whole_directory
 from megagpt.parallel.compat import MOMENTS, Piece
 from megagpt.parallel.rectangles import whole
-from megagpt.planning.legality import World, require_legal
+from megagpt.planning.legality import World, resolve
 from megagpt.rundir.data import open_stream, prepare_vocabulary
 from megagpt.rundir.directory import record
 from megagpt.schema.deepspeed import WarmupCosineLR
@@ -100,8 +100,7 @@ def _resolved(config: RunConfig) -> ResolvedConfig:
             ]
         )
     world = World(_ranks(config), prepare_vocabulary(config))
-    require_legal(config, world=world)
-    return world.resolve(config)
+    return resolve(config, world=world).config
 
 
 def _ranks(config: RunConfig) -> int | None:

@@ -27,6 +27,7 @@ from megagpt.parallel.device import set_cuda_defaults
 from megagpt.parallel.rectangles import Box
 from megagpt.parallel.tensor_parallel import TensorAxis
 from megagpt.planning.stages import cut
+from megagpt.utils import RankEnvironment
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ class Engine:
 
 def training_device() -> torch.device:
     """Return the device that this rank computes on."""
-    return torch.device(get_accelerator().device_name(int(os.environ.get("LOCAL_RANK", "0"))))
+    return torch.device(get_accelerator().device_name(RankEnvironment.read().local_rank))
 
 
 def collective_timeout(config: ResolvedConfig) -> timedelta:
@@ -133,7 +134,7 @@ def join_ranks(config: ResolvedConfig | None = None) -> None:
         log.log(logging.INFO if launch.rank else logging.WARNING, unknown)
     compat.suppress_shared_memory_collectives()
     compat.silence_cpu_adam()
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    get_accelerator().set_device(launch.local_rank)
     share_cores()
     deepspeed.init_distributed(
         timeout=COLLECTIVE_TIMEOUT if config is None else collective_timeout(config)
@@ -142,7 +143,7 @@ def join_ranks(config: ResolvedConfig | None = None) -> None:
 
 def share_cores() -> None:
     """On a CPU, divide the cores among this host's ranks, unless OMP_NUM_THREADS is set."""
-    ranks_here = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    ranks_here = RankEnvironment.read().local_size
     if "OMP_NUM_THREADS" not in os.environ and ranks_here > 1:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TextIO
 
 from megagpt.config import RunConfig
-from megagpt.utils import UserError, human_duration
+from megagpt.utils import RankEnvironment, UserError, human_duration
 
 EXTENSIONS_VARIABLE = "TORCH_EXTENSIONS_DIR"
 NOTICE_S = 5.0
@@ -234,9 +234,8 @@ def _take(lock: TextIO, op: str) -> None:
 
     The first rank reports a holder that takes longer than ``NOTICE_S``.
     """
-    notice_at = (
-        time.monotonic() + NOTICE_S if os.environ.get("LOCAL_RANK", "0") == "0" else math.inf
-    )
+    speaks = RankEnvironment.read().is_first_of_host
+    notice_at = time.monotonic() + NOTICE_S if speaks else math.inf
     while not _locked(lock):
         if time.monotonic() > notice_at:
             notice_at = math.inf

@@ -19,6 +19,7 @@ from kernels.documents import DocumentBounds
 from megagpt.model import TIED_WEIGHT, KeyValueCache
 from megagpt.parallel import compat
 from megagpt.parallel.engine import Engine, compute_dtype
+from megagpt.planning.schedules import schedule_that_runs
 
 
 @dataclass(frozen=True)
@@ -174,18 +175,16 @@ class Pipeline:
         self.schedule = self._schedule()
 
     def _schedule(self) -> PipelineScheduleSingle | PipelineScheduleMulti:
-        kind = self.engine.config.megagpt.parallel.schedule
+        kind = schedule_that_runs(
+            self.engine.config.megagpt.parallel.schedule,
+            self.engine.num_stages,
+            self.micro_batches,
+        )
         # The model's last stage returns the loss itself, and the engine scales gradients.
         options: dict[str, Any] = {"loss_fn": lambda loss, _: loss, "scale_grads": False}
         if kind == "interleaved":
             return ScheduleInterleaved1F1B([*self.stages], self.micro_batches, **options)
-        # With fewer micro-batches than stages 1F1B has no steady state and equals GPipe; torch's
-        # Schedule1F1B raises an error.
-        single = (
-            ScheduleGPipe
-            if kind == "gpipe" or self.micro_batches < self.engine.num_stages
-            else Schedule1F1B
-        )
+        single = ScheduleGPipe if kind == "gpipe" else Schedule1F1B
         return single(self.stages[0], self.micro_batches, **options)
 
     def _shapes(self, stage: int) -> dict[str, Tensor]:

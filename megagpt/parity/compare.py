@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels import document_bounds
+from megagpt.common.text import aligned
 from megagpt.config import ResolvedConfig
 from megagpt.health.agreement import require_agreement
 from megagpt.parallel import pipeline
@@ -65,7 +66,7 @@ def run(request: ParityRequest) -> bool:
         outcome = _compare(config, reference.exact, request)
         equal = outcome.straying.within(reference.limit)
         _say(
-            _line(_aligned(strategy.words(), STRATEGY.values()), outcome)
+            _line(aligned(strategy.words(), STRATEGY.values()), outcome)
             + ("" if equal else "  DIFFERS")
         )
         wrong += not equal
@@ -216,7 +217,7 @@ def _heading(request: ParityRequest, planned: ParityPlan) -> str:
         "differences from one plain PyTorch process in fp32, and the largest share of the weights' "
         "fp32 copies that any rank holds\n"
         "\n"
-        f"{_beside(_aligned(STRATEGY, STRATEGY.values()), NUMBERS)}"
+        f"{_beside(aligned(STRATEGY, STRATEGY.values()), NUMBERS)}"
     )
 
 
@@ -237,11 +238,7 @@ def _line(strategy: str, outcome: Outcome) -> str:
 def _beside(strategy: str, numbers: Iterable[str]) -> str:
     """Return the columns of numbers beside those of the strategy."""
     width = sum(STRATEGY.values()) + 2 * len(STRATEGY) - 2
-    return f"{strategy:{width}}  {_aligned(numbers, NUMBERS.values())}".rstrip()
-
-
-def _aligned(words: Iterable[str], widths: Iterable[int]) -> str:
-    return "  ".join(word.ljust(width) for word, width in zip(words, widths, strict=True))
+    return f"{strategy:{width}}  {aligned(numbers, NUMBERS.values())}"
 
 
 def _verdict(request: ParityRequest, planned: ParityPlan, reference: Reference, wrong: int) -> str:

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 from megagpt.config import ModelConfig, ResolvedConfig
+from megagpt.planning.schedules import schedule_that_runs
 from megagpt.planning.stages import cut
 from megagpt.schema.deepspeed import ZeroConfig
 from megagpt.schema.megagpt import ParallelConfig
@@ -100,13 +101,8 @@ class Layout:
 
     @property
     def schedule(self) -> str:
-        """The schedule that runs in effect.
-
-        torch's 1F1B with fewer micro-batches than stages has no steady state and is GPipe
-        (pipeline.py).
-        """
-        few = self.micro_batches < self.num_stages
-        return "gpipe" if self.parallel.schedule == "1f1b" and few else self.parallel.schedule
+        """The schedule that runs in effect."""
+        return schedule_that_runs(self.parallel.schedule, self.num_stages, self.micro_batches)
 
     @property
     def stages(self) -> list[range]:

@@ -72,10 +72,43 @@ class World:
         return None if written.megagpt.model.vocab_size or written.megagpt.model.vocabulary else 1
 
 
+@dataclass(frozen=True)
+class LegalRun:
+    """A run that has been judged, with nothing left open but what its device decides.
+
+    `config` is the run on a device where it is legal: all but `bf16.enabled` holds on any device.
+    """
+
+    written: RunConfig
+    world: World
+    config: ResolvedConfig
+
+    def on_device(self, *, bf16_native: bool) -> ResolvedConfig:
+        """Return the run with `bf16.enabled` "auto" decided by the device.
+
+        Raises ConfigError where that makes it illegal.
+        """
+        if self.written.bf16.enabled != "auto":
+            return self.config
+        return resolve(self.written, world=replace(self.world, bf16_native=bf16_native)).config
+
+
+def resolve(written: RunConfig, source: str = "", *, world: World) -> LegalRun:
+    """Judge the run and resolve it, once for all; raises ConfigError as `require_legal` does."""
+    verdict = judge(written, world)
+    _refuse(_lines(written, world, verdict), source)
+    assert isinstance(verdict.config, ResolvedConfig)  # or it was impossible
+    return LegalRun(written, world, verdict.config)
+
+
 def require_legal(written: RunConfig, source: str = "", world: World | None = None) -> None:
     """Raise ConfigError with all problems; `source` (the file) precedes each line."""
-    if lines := problems(written, world):
-        prefix = f"{source}: " if source else ""
+    _refuse(problems(written, world), source)
+
+
+def _refuse(lines: list[str], source: str) -> None:
+    prefix = f"{source}: " if source else ""
+    if lines:
         raise ConfigError(prefix + line for line in lines)
 
 
@@ -84,7 +117,10 @@ def problems(written: RunConfig, world: World | None = None) -> list[str]:
 
     The last line offers the nearest legal run.
     """
-    verdict = judge(written, world)
+    return _lines(written, world, judge(written, world))
+
+
+def _lines(written: RunConfig, world: World | None, verdict: Legality) -> list[str]:
     lines = [rule.line(verdict.config) for rule in verdict.refused] + verdict.impossible
     if not lines or (found := nearest_legal(written, world)) is None:
         return lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 
+from megagpt.common.text import text_table
 from megagpt.planning.cost.memory import RankMemory
 from megagpt.planning.cost.model_states import Bytes
 from megagpt.planning.placement import Place
@@ -67,7 +68,7 @@ def _mesh(plan: Plan) -> str:
             [f"{p.rank}", p.host, f"{p.slot}", f"{p.pipeline}", f"{p.data}", f"{p.tensor}"]
             for p in places
         ]
-        lines = text_table(["rank", "host", "slot", "pipeline", "data", "tensor"], rows)
+        lines = text_table([["rank", "host", "slot", "pipeline", "data", "tensor"], *rows])
     else:
         lines = [
             _run_of_ranks(plan.placement.of_pipeline_rank(rank), rank)
@@ -116,7 +117,7 @@ def _memory(plan: Plan) -> str:
     head = ["GiB of a rank", *(f"pipeline {memory.pipeline_rank}" for memory in shown)]
     fullest = _fullest(plan.memory)
     note = f"most: pipeline rank {fullest.pipeline_rank}; +H in host memory, +N on NVMe"
-    return "\n".join([f"memory ({note}):", *(f"  {line}" for line in text_table(head, rows))])
+    return "\n".join([f"memory ({note}):", *(f"  {line}" for line in text_table([head, *rows]))])
 
 
 def _shown(memory: Sequence[RankMemory]) -> list[RankMemory]:
@@ -184,17 +185,3 @@ def _alternatives(found: Sequence[Alternative]) -> str:
     return "\n".join(
         ["these are legal and fit, with the same ranks and batch, fastest first:", *lines]
     )
-
-
-def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return lines with aligned columns: the first to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [
-            row[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-        ]
-        return "  ".join(cells).rstrip()
-
-    return [line(head), *(line(row) for row in rows)]

@@ -13,16 +13,16 @@ from math import gcd
 from typing import Any
 
 from megagpt.config import ResolvedConfig, RunConfig
-from megagpt.planning.cost.model_states import fewest_elements_of_one_tile, tile_counts
+from megagpt.planning.cost.model_states import (
+    PARAMETER_BUFFER_SIZE,
+    fewest_elements_of_one_tile,
+    tile_counts,
+)
 from megagpt.planning.layout import Layout
 from megagpt.planning.parameters import parameters_of_rank
 from megagpt.schema.arithmetic import nearest_first
 from megagpt.schema.deepspeed import ZERO_KEY_STAGES
 from megagpt.schema.errors import shown
-
-# DeepSpeed's default of offload_param.buffer_size (zero/offload_config.py)
-BUFFER_ELEMENTS = 100_000_000
-
 
 Remedies = Callable[[RunConfig], Iterable[str]]
 
@@ -237,7 +237,7 @@ def _buffer_too_small(config: RunConfig) -> bool:
     offload = config.zero_optimization.offload_param
     if offload is None or offload.device != "nvme":
         return False
-    return (offload.buffer_size or BUFFER_ELEMENTS) < _largest_parameter_shard(config)
+    return (offload.buffer_size or PARAMETER_BUFFER_SIZE) < _largest_parameter_shard(config)
 
 
 def _other_accumulation(config: RunConfig) -> list[str]:

@@ -22,6 +22,14 @@ class Action(NamedTuple):
     micro_batch: int
 
 
+def schedule_that_runs(schedule: str, num_stages: int, micro_batches: int) -> str:
+    """Return gpipe for 1f1b with fewer micro-batches than stages, else the schedule itself.
+
+    Such a 1F1B has no steady state: it is GPipe, and torch's refuses it.
+    """
+    return "gpipe" if schedule == "1f1b" and micro_batches < num_stages else schedule
+
+
 def actions(
     schedule: str, pipeline: int, virtual_stages: int, micro_batches: int
 ) -> list[list[Action]]:

@@ -6,20 +6,10 @@ from collections.abc import Callable
 from functools import cache
 
 from megagpt.config import ModelConfig
+from megagpt.planning.flops import layer_flops
 
 # how much slower than necessary the slowest stage may be to make the largest stage smaller
 SLOWER = 0.02
-
-
-def layer_costs(model: ModelConfig) -> list[float]:
-    """Return the matrix elements that a token multiplies in each layer: embedding, blocks, head.
-
-    The embedding is a table look-up and multiplies nothing. Attention's own products are the
-    same in every block.
-    """
-    attention = 2 * model.num_heads * model.head_size * model.sequence_length
-    block = model.block_matmul_parameters + attention
-    return [0.0, *[float(block)] * model.num_layers, float(model.vocab_size * model.hidden_size)]
 
 
 def stage_parameters(model: ModelConfig, layers: range) -> int:
@@ -48,7 +38,7 @@ def describe_stage(model: ModelConfig, layers: range) -> str:
     blocks = [layer - 1 for layer in layers if 1 <= layer <= model.num_layers]
     held = ["embedding"] * (0 in layers) + [f"blocks {blocks[0]}-{blocks[-1]}"]
     held += ["head"] * (model.num_layers + 1 in layers)
-    costs = layer_costs(model)
+    costs = layer_flops(model)
     work = sum(costs[layer] for layer in layers) / sum(costs)
     parameters = stage_parameters(model, layers) / model.num_parameters
     return f"{', '.join(held)} ({work:.0%} of the work, {parameters:.0%} of the parameters)"
@@ -61,7 +51,7 @@ def cut(model: ModelConfig, num_stages: int) -> list[range]:
     slowest stage is within ``SLOWER`` of that, choose the one whose largest stage has the
     fewest parameters. Needs num_stages <= num_layers.
     """
-    costs = layer_costs(model)
+    costs = layer_flops(model)
 
     def work(layers: range) -> float:
         return sum(costs[layers.start : layers.stop])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.cluster.hosts import Host, world_size
+from megagpt.common.text import text_table
 from megagpt.config import RunConfig
 from megagpt.parallel.ops import needed_ops
 from megagpt.planning.legality import ANY_VOCABULARY, World, require_legal
@@ -270,13 +271,7 @@ def _world_problems(hosts: Sequence[Host], config: RunConfig) -> Iterator[str]:
 def table(reports: Sequence[Report]) -> str:
     """Return a table with one row a host and one column a check."""
     rows = [_row(report) for report in reports]
-    columns = [
-        max(len(row[column]) for row in (HEADINGS, *rows)) for column in range(len(HEADINGS))
-    ]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, columns, strict=True)).rstrip()
-        for row in (HEADINGS, *rows)
-    )
+    return "\n".join(text_table([HEADINGS, *rows], numbers=False))
 
 
 HEADINGS = (

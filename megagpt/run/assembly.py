@@ -9,7 +9,7 @@ from megagpt.checkpoint.format import DamagedCheckpointError, OtherFormatError
 from megagpt.checkpoint.resume import resume
 from megagpt.checkpoint.resume_proof import NEXT_STEP, NextStep
 from megagpt.cluster.launchers import adopt_launch
-from megagpt.config import ResolvedConfig, RunConfig
+from megagpt.config import ResolvedConfig
 from megagpt.data.manifest import Split
 from megagpt.dataset import SampleStream
 from megagpt.health.agreement import require_agreement
@@ -26,9 +26,10 @@ from megagpt.parallel.engine import (
     join_ranks,
     training_device,
 )
+from megagpt.planning.legality import LegalRun
 from megagpt.planning.stages import cut, describe_stage
 from megagpt.rundir import directory as directories
-from megagpt.rundir.data import require_same_data, resolve_here
+from megagpt.rundir.data import require_same_data
 from megagpt.train import Run
 from megagpt.utils import human_count
 
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 def assemble(
-    config: RunConfig, streams: dict[Split, SampleStream], directory: Path, pulse: Pulse
+    legal: LegalRun, streams: dict[Split, SampleStream], directory: Path, pulse: Pulse
 ) -> Run:
     """Join the ranks, build the engine and load the newest checkpoint; every rank must call it.
 
@@ -44,7 +45,7 @@ def assemble(
     """
     pulse.beat("joining the other ranks")
     native = device.multiplies_bf16_natively(training_device())
-    resolved = resolve_here(config, streams["train"].vocabulary, bf16_native=native)
+    resolved = legal.on_device(bf16_native=native)
     join_ranks(resolved)
     require_agreement(resolved, streams["train"])
     pulse.beat("building the engine")

@@ -17,7 +17,7 @@ from megagpt.health.watch import RankState, Watch
 from megagpt.rundir import end_record
 from megagpt.rundir.end_record import EndRecord
 from megagpt.rundir.signals import STOP_FILE, StopRequest
-from megagpt.utils import ExitCode, human_count
+from megagpt.utils import ExitCode, RankEnvironment, human_count
 
 if TYPE_CHECKING:
     from megagpt.train import Run
@@ -181,7 +181,7 @@ def _crash_file(directory: Path) -> Path:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return RankEnvironment.read().rank
 
 
 def last_checkpoint(directory: Path) -> Path | None:

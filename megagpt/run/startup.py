@@ -25,10 +25,10 @@ from megagpt.data.manifest import Split
 from megagpt.dataset import SampleStream
 from megagpt.health.watch import Pulse, Watch
 from megagpt.parallel import internals, ops
-from megagpt.planning.legality import ANY_VOCABULARY, World, require_legal
+from megagpt.planning.legality import LegalRun
 from megagpt.run import endings
 from megagpt.rundir import directory as directories
-from megagpt.rundir.data import open_data
+from megagpt.rundir.data import open_data, resolve_run
 from megagpt.rundir.signals import (
     STOP_FILE,
     SignalListener,
@@ -36,7 +36,7 @@ from megagpt.rundir.signals import (
     StopRequests,
     ends_before_the_start,
 )
-from megagpt.utils import ExitCode, UserError
+from megagpt.utils import ExitCode, RankEnvironment, UserError
 
 if TYPE_CHECKING:
     from megagpt.train import Run
@@ -60,7 +60,7 @@ def main(arguments: argparse.Namespace, prepare: Prepare | None = None) -> int:
         with ends_before_the_start():
             return _start(arguments, prepare)
     except UserError:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
+        if not RankEnvironment.read().is_first_of_host:
             time.sleep(TURN_S)
         raise
 
@@ -72,18 +72,18 @@ def _start(arguments: argparse.Namespace, prepare: Prepare | None) -> int:
     if (hostfile := hostfile_of_launcher()) is not None:
         read_hostfile(hostfile)  # without a valid one DeepSpeed trains on this machine only
     config = load_config(arguments.deepspeed_config, arguments.set)
-    require_legal(config, str(arguments.deepspeed_config), World(launch.world_size, ANY_VOCABULARY))
     _require_stated_world_size(config, launch)
     directory = directories.directory_of_run(arguments.run_dir, arguments.deepspeed_config)
     if arguments.resume and endings.last_checkpoint(directory) is None:
         raise UserError(f"{directory}: nothing to resume; leave out --resume to start it")
-    streams = open_data(config, directory)
+    legal = resolve_run(config, str(arguments.deepspeed_config))
+    streams = open_data(legal.config, directory)
     # One host may have another DeepSpeed; its ranks fail here, before others wait for them.
     internals.require_known_internals(internals.parts_used(config, launch.launcher))
     _require_ops(config)
     with _gathered(directory):
         _announce_device()
-        return _run_to_its_end(config, streams, directory, requests, prepare)
+        return _run_to_its_end(legal, streams, directory, requests, prepare)
 
 
 def _without_launcher(requests: StopRequests) -> None:
@@ -102,7 +102,7 @@ def _gathered(directory: Path) -> AbstractContextManager[object]:
     locks it before it imports torch.
     """
     lock = partial(_claimed, directory)
-    if os.environ["WORLD_SIZE"] == "1":
+    if RankEnvironment.read().world_size == 1:
         return lock()
     _announce_device()
     from megagpt.cluster.rendezvous import gathered_ranks
@@ -159,12 +159,8 @@ def _require_stated_world_size(config: RunConfig, launch: Launch) -> None:
         )
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 def _run_to_its_end(
-    config: RunConfig,
+    legal: LegalRun,
     streams: dict[Split, SampleStream],
     directory: Path,
     requests: StopRequests,
@@ -180,7 +176,7 @@ def _run_to_its_end(
     launch = adopt_launch()
     pulse = Pulse()
     run = None
-    requests.stop_file = directory / STOP_FILE if _rank() == 0 else None
+    requests.stop_file = directory / STOP_FILE if launch.rank == 0 else None
     with SignalListener(requests, lambda heard: endings.end_at_once(heard, run, directory)):
         try:
             _open_log(directory)
@@ -189,12 +185,12 @@ def _run_to_its_end(
                 pulse,
                 rank=launch.rank,
                 world_size=launch.world_size,
-                timeout_s=config.megagpt.monitor.stall_timeout_s,
+                timeout_s=legal.config.megagpt.monitor.stall_timeout_s,
                 report=lambda states, timeout_s: endings.report_hang(
                     states, timeout_s, run, directory
                 ),
             ) as watch:
-                run = assemble(config, streams, directory, pulse)
+                run = assemble(legal, streams, directory, pulse)
                 endings.connect_watch(watch, run)
                 run.requests = requests
                 first_step = run.state.step
@@ -215,8 +211,8 @@ def _open_log(directory: Path) -> None:
     from megagpt.monitoring.monitor import open_rank_log
 
     try:
-        open_rank_log(directory, _rank())
         launch = adopt_launch()
+        open_rank_log(directory, launch.rank)
         log.info(
             "rank %d of %d, on host %s by %s",
             launch.rank,

@@ -1,6 +1,8 @@
-"""The data of a run, opened and compared with its newest checkpoint before torch is imported."""
+"""Judge a run's configuration with its data, and compare the data with its newest checkpoint.
 
-import os
+Nothing in here imports torch.
+"""
+
 from pathlib import Path
 
 from megagpt.checkpoint.format import (
@@ -10,36 +12,38 @@ from megagpt.checkpoint.format import (
     step_directory,
 )
 from megagpt.config import ResolvedConfig, RunConfig
-from megagpt.data.manifest import Split
-from megagpt.dataset import SampleStream, open_dataset
-from megagpt.planning.legality import World, require_legal
+from megagpt.data.manifest import Split, read_dataset_manifest
+from megagpt.dataset import SampleStream
+from megagpt.planning.legality import ANY_VOCABULARY, LegalRun, World, require_legal, resolve
 from megagpt.rundir import directory as directories
-from megagpt.utils import UserError
+from megagpt.utils import RankEnvironment, UserError
 
 EMBEDDED_CORPUS = Path("data/stdlib")
 SPLITS: tuple[Split, ...] = ("train", "val")
 
 
-def open_data(config: RunConfig, directory: Path) -> dict[Split, SampleStream]:
+def resolve_run(written: RunConfig, source: str = "") -> LegalRun:
+    """Return the run on the ranks that have started and the data that are there.
+
+    Raises ConfigError with all problems, `source` (the file) before each line. If data are missing
+    or damaged, the configuration is judged without them first: before the embedded corpus is made,
+    which takes seconds, and before anything is said of the data.
+    """
+    ranks = RankEnvironment.read().world_size
+    try:
+        vocabulary = _vocabulary(written)
+    except UserError:
+        require_legal(written, source, World(ranks, ANY_VOCABULARY))
+        vocabulary = prepare_vocabulary(written)
+    return resolve(written, source, world=World(ranks, vocabulary))
+
+
+def open_data(config: ResolvedConfig, directory: Path) -> dict[Split, SampleStream]:
     """Return the samples of each split, after every check that needs no torch; raise UserError."""
-    resolved = resolve_here(config, prepare_vocabulary(config))
-    directories.require_same_identity(directory, resolved)
-    streams = {split: open_stream(resolved, split) for split in SPLITS}
+    directories.require_same_identity(directory, config)
+    streams = {split: open_stream(config, split) for split in SPLITS}
     _require_data_of_the_newest(directory, streams["train"])
     return streams
-
-
-def resolve_here(
-    config: RunConfig, vocabulary: int, bf16_native: bool | None = None
-) -> ResolvedConfig:
-    """Return the configuration resolved for this process's environment; raise ConfigError.
-
-    ``bf16_native`` is None until torch can tell whether the device has bf16; the configuration is
-    then resolved for a device without it, or with it if only that is legal.
-    """
-    world = World(int(os.environ.get("WORLD_SIZE", "1")), vocabulary, bf16_native)
-    require_legal(config, world=world)
-    return world.resolve(config)
 
 
 def _require_data_of_the_newest(directory: Path, stream: SampleStream) -> None:
@@ -75,12 +79,17 @@ def require_same_data(directory: Path, step: int, fingerprint: str, stream: Samp
 
 def prepare_vocabulary(config: RunConfig) -> int:
     """Return the number of tokens of the data; one process per host creates the embedded corpus."""
-    directories_of_data = [Path(source.path) for source in config.megagpt.data.sources]
-    if EMBEDDED_CORPUS in directories_of_data:
+    if EMBEDDED_CORPUS in (Path(source.path) for source in config.megagpt.data.sources):
         from megagpt.download_data import prepare_embedded_corpus
 
         prepare_embedded_corpus(EMBEDDED_CORPUS)
-    return max(open_dataset(directory).vocabulary for directory in directories_of_data)
+    return _vocabulary(config)
+
+
+def _vocabulary(config: RunConfig) -> int:
+    """Return the number of tokens of the data as their manifests have it."""
+    sources = config.megagpt.data.sources
+    return max(read_dataset_manifest(Path(source.path)).vocabulary for source in sources)
 
 
 def open_stream(config: ResolvedConfig, split: Split) -> SampleStream:

@@ -1,8 +1,8 @@
-"""Which environment variables hold secrets, and that their values do not reach a text."""
+"""Which environment variables hold secrets, that their values do not reach a text, and tables."""
 
 import pytest
 
-from megagpt.common.text import MASK, redacted
+from megagpt.common.text import MASK, redacted, text_table
 from megagpt.preflight import forwarded
 
 VALUE = "canary-0123456789"
@@ -30,3 +30,9 @@ def test_what_is_masked_in_a_text_is_not_forwarded_either(
     (tmp_path / ".deepspeed_env").write_text(f"{variable}={VALUE}\n")
     variables, problems = forwarded.read()
     assert (variables, len(problems)) == ({} if secret else {variable: VALUE}, int(secret))
+
+
+def test_numbers_stand_to_the_right_and_words_to_the_left() -> None:
+    rows = [("host", "GiB"), ("a", "1"), ("node-17", "100.5")]
+    assert text_table(rows) == ["host       GiB", "a            1", "node-17  100.5"]
+    assert text_table(rows, numbers=False) == ["host     GiB", "a        1", "node-17  100.5"]

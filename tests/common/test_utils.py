@@ -14,6 +14,7 @@ import pytest
 from megagpt import utils
 from megagpt.utils import (
     ExitCode,
+    RankEnvironment,
     UserError,
     closest,
     did_you_mean,
@@ -153,3 +154,22 @@ def test_a_rank_that_failed_waits_for_no_thread() -> None:
         timeout=60,
     )
     assert (done.returncode, done.stdout, done.stderr) == (2, b"so far", b"bad input\n")
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, RankEnvironment(0, 1, 0, 1)),
+        (
+            {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"},
+            RankEnvironment(5, 8, 1, 4),
+        ),
+        ({"LOCAL_WORLD_SIZE": "2", "LOCAL_SIZE": "", "RANK": ""}, RankEnvironment(local_size=2)),
+        ({"RANK": "x", "WORLD_SIZE": "-1", "LOCAL_RANK": "²"}, RankEnvironment()),
+    ],
+)
+def test_the_rank_is_what_the_launcher_says(
+    variables: dict[str, str], expected: RankEnvironment
+) -> None:
+    assert RankEnvironment.read(variables) == expected
+    assert expected.is_first_of_host == (expected.local_rank == 0)

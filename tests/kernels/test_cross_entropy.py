@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from kernels import checks, chunked_cross_entropy, reference
+from kernels import checks, chunked_cross_entropy, costs, reference
 from kernels.launcher import reset_launches
 from tests.support.kernels.accuracy import (
     DTYPES,
@@ -43,9 +43,9 @@ def case(
 
 @pytest.fixture
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked_cross_entropy, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(chunked_cross_entropy, "LEAST_CHUNK_ROWS", 20)
-    monkeypatch.setattr(chunked_cross_entropy, "GROUP_CHUNK_ROWS", 20)
+    monkeypatch.setattr(costs, "LOGITS_CHUNK_BYTES", 1)
+    monkeypatch.setattr(costs, "LEAST_CHUNK_ROWS", 20)
+    monkeypatch.setattr(costs, "GROUP_CHUNK_ROWS", 20)
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
@@ -436,7 +436,7 @@ def compare_shards() -> set[str]:
     """On each rank: fused and plain, against fp64; returns the Triton functions that ran."""
     share = SHARES[dist.get_rank()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked_cross_entropy, "GROUP_CHUNK_ROWS", 10)
+        patch.setattr(costs, "GROUP_CHUNK_ROWS", 10)
         for mode in ("torch", "interpret"):
             patch.setenv("MEGAGPT_KERNELS", mode)
             reset_launches()

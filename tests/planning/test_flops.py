@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from megagpt.config import ModelConfig
-from megagpt.planning.cost.flops import (
+from megagpt.planning.flops import (
     attention_flops_per_token,
-    matmul_parameters,
+    layer_flops,
     model_flops_per_token,
     model_flops_utilisation,
 )
@@ -26,7 +26,9 @@ TINY = ModelConfig(
 def test_matrices_are_counted_one_by_one() -> None:
     query, key_value, output = 8 * 8, 2 * 8 * 4, 8 * 8
     mlp = 3 * 8 * 128  # gate, up, down; 8/3 x 8 rounded up to 128
-    assert matmul_parameters(TINY) == 2 * (query + key_value + output + mlp) + 128 * 8
+    attention = attention_flops_per_token(TINY) / 2
+    block = 2 * (query + key_value + output + mlp) + attention
+    assert layer_flops(TINY) == (0, block, block, 2 * 128 * 8)
 
 
 def test_attention_is_counted_in_full_or_causal() -> None:
@@ -36,7 +38,8 @@ def test_attention_is_counted_in_full_or_causal() -> None:
 
 
 def test_a_trained_token_costs_three_forward_passes() -> None:
-    assert model_flops_per_token(TINY) == 6 * matmul_parameters(TINY) + 12 * 2 * 2 * 4 * 4
+    weights = 2 * TINY.block_matmul_parameters + 128 * 8
+    assert model_flops_per_token(TINY) == 6 * weights + 12 * 2 * 2 * 4 * 4
 
 
 def test_palm_appendix_b_on_gpt3() -> None:
@@ -55,7 +58,7 @@ def test_grouped_keys_do_not_cheapen_attention_itself() -> None:
         ModelConfig.model_validate({**shape, "num_kv_heads": 2}),
     )
     assert attention_flops_per_token(full) == attention_flops_per_token(grouped)
-    assert matmul_parameters(grouped) < matmul_parameters(full)
+    assert model_flops_per_token(grouped) < model_flops_per_token(full)
 
 
 def test_a_tied_head_still_multiplies() -> None:

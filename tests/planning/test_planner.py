@@ -431,6 +431,24 @@ def test_auto_precision_is_judged_when_it_is_known(tmp_path: Path) -> None:
     ]
 
 
+def test_a_run_is_resolved_once_and_the_device_decides_no_more_than_auto(tmp_path: Path) -> None:
+    world = World(2, vocabulary=1000)
+    stated = legality.resolve(load_config(write(tmp_path, {"bf16.enabled": False})), world=world)
+    assert (
+        stated.on_device(bf16_native=True) is stated.on_device(bf16_native=False) is stated.config
+    )
+    free = legality.resolve(load_config(write(tmp_path, {})), world=world)
+    on_gpu, on_cpu = (free.on_device(bf16_native=native) for native in (True, False))
+    assert (on_gpu.bf16.enabled, on_cpu.bf16.enabled) == (True, False)
+    assert on_gpu.model_copy(update={"bf16": on_cpu.bf16}) == on_cpu == free.config
+    bound = legality.resolve(
+        load_config(write(tmp_path, {"zero_optimization.offload_param": NVME})), world=world
+    )
+    assert bound.config == bound.on_device(bf16_native=True)
+    with pytest.raises(ConfigError, match="in bf16 or fp16 only, and this run computes in fp32"):
+        bound.on_device(bf16_native=False)
+
+
 @pytest.mark.parametrize(("tokens", "rows"), [(257, 384), (50257, 50304), (1000, 1024)])
 def test_rows_are_judged_once_the_data_say_how_many_there_are(
     tmp_path: Path, tokens: int, rows: int

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from megagpt.config import ModelConfig
 from megagpt.model import GPT
-from megagpt.planning.stages import SLOWER, cut, describe_stage, layer_costs, stage_parameters
+from megagpt.planning.flops import layer_flops
+from megagpt.planning.stages import SLOWER, cut, describe_stage, stage_parameters
 
 
 def model_of(**changes: Any) -> ModelConfig:
@@ -33,7 +34,7 @@ def every_cut(blocks: int, stages: int) -> list[list[range]]:
 
 
 def slowest(model: ModelConfig, stages: list[range]) -> float:
-    costs = layer_costs(model)
+    costs = layer_flops(model)
     return max(sum(costs[layer] for layer in layers) for layers in stages)
 
 

@@ -14,6 +14,8 @@ import pytest
 from megagpt import train as loop
 from megagpt.checkpoint.format import TrainState
 from megagpt.common.text import MASK
+from megagpt.planning import legality
+from megagpt.planning.legality import World
 from megagpt.run import assembly, endings, startup
 from megagpt.rundir.signals import StopRequests
 from megagpt.utils import ExitCode, UserError, abandon
@@ -42,9 +44,10 @@ def end_of_run(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], int]:
     monkeypatch.setattr(startup, "_open_log", lambda directory: None)
     monkeypatch.setattr(assembly, "assemble", lambda *_: run)
     monkeypatch.setattr(startup, "Watch", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(endings, "acquaint", lambda *_: None)
+    monkeypatch.setattr(endings, "connect_watch", lambda *_: None)
     monkeypatch.setattr(loop, "train", save)
-    return lambda directory: startup._run_to_its_end(config(), {}, directory, StopRequests())
+    legal = legality.resolve(config(), world=World(1, 128))
+    return lambda directory: startup._run_to_its_end(legal, {}, directory, StopRequests())
 
 
 def test_a_save_that_fails_in_the_middle_ends_in_a_crash_page(

@@ -309,7 +309,8 @@ def test_all_ranks_write_the_same_sample_and_validate_as_the_stored_model_does(
     assert len(ranks[0]["texts"]) == 2
     model, resolved, step = load_model(tmp_path)
     config["megagpt"]["parallel"] = {}  # the reference is one process
-    stream = run_data.open_data(RunConfig.from_json(json.dumps(config)), tmp_path)["val"]
+    legal = run_data.resolve_run(RunConfig.from_json(json.dumps(config)))
+    stream = run_data.open_data(legal.config, tmp_path)["val"]
     batch = stream.batch(range(resolved.train_batch_size))
     with torch.no_grad():
         expected = model(torch.from_numpy(batch.tokens), torch.from_numpy(batch.targets)).item()

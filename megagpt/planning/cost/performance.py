@@ -15,14 +15,13 @@ from megagpt.planning.cost.communication import (
     ring,
     tensor,
 )
-from megagpt.planning.cost.flops import (
-    FLOPS_PER_MULTIPLY_ADD,
+from megagpt.planning.cost.model_states import Shard, shard_of
+from megagpt.planning.flops import (
     FORWARD_AND_BACKWARD,
-    attention_flops_per_token,
+    layer_flops,
     model_flops_per_token,
 )
-from megagpt.planning.cost.model_states import Shard, shard_of
-from megagpt.planning.layout import Layout, model_layers
+from megagpt.planning.layout import Layout
 from megagpt.planning.schedules import actions, bubble, timeline
 
 # read weight, gradient and two moments in fp32, write three of them and 16-bit weights
@@ -132,11 +131,8 @@ def forward_flops(layout: Layout, stage: int) -> float:
 
     Attention counts its causal half, as our kernels compute it.
     """
-    model = layout.model
-    blocks, _, head = model_layers(model, layout.stages[stage])
-    attention = attention_flops_per_token(model, causal=True) / model.num_layers
-    token = blocks * (FLOPS_PER_MULTIPLY_ADD * model.block_matmul_parameters + attention)
-    token += FLOPS_PER_MULTIPLY_ADD * model.vocab_size * model.hidden_size if head else 0
+    of_layer = layer_flops(layout.model, causal=True)
+    token = sum(of_layer[layer] for layer in layout.stages[stage])
     return layout.tokens * token / layout.tensor
 
 

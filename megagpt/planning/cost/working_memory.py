@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from kernels.costs import loss_chunk_rows
 from megagpt.config import ModelConfig
 from megagpt.planning.cost.model_states import (
     FP32_BYTES,
@@ -25,12 +26,8 @@ from megagpt.planning.cost.model_states import (
 )
 from megagpt.planning.layout import Layout, model_layers
 from megagpt.planning.schedules import actions_of_rank, micro_batches_to_peak, peak_held
-from megagpt.utils import MIB
 
 REDUCE_BUCKET_SIZE = 500_000_000  # elements; default of DeepSpeed's zero/config.py
-LOGITS_CHUNK_BYTES = 256 * MIB  # kernels/chunked_cross_entropy.py, as are the next two
-LEAST_CHUNK_ROWS = 128
-GROUP_CHUNK_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -184,11 +181,7 @@ def head(layout: Layout, pipeline_rank: int) -> float:
     if layout.num_stages - 1 not in layout.stages_of(pipeline_rank):
         return 0
     row_bytes = layout.model.vocab_size * layout.element_bytes / layout.tensor
-    rows = (
-        GROUP_CHUNK_ROWS
-        if layout.tensor > 1
-        else max(LEAST_CHUNK_ROWS, LOGITS_CHUNK_BYTES // row_bytes)
-    )
+    rows = loss_chunk_rows(row_bytes, grouped=layout.tensor > 1)
     return min(rows, layout.tokens) * row_bytes
 
 

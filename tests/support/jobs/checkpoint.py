@@ -91,7 +91,9 @@ def started(config: Config, directory: Path) -> Iterator[Run]:
     with patch.object(
         device, "peak_flops", return_value=None
     ):  # measured on a CPU, which takes longer than a run here
-        run = assembly.assemble(parsed, run_data.open_data(parsed, directory), directory, Pulse())
+        legal = run_data.resolve_run(parsed)
+        streams = run_data.open_data(legal.config, directory)
+        run = assembly.assemble(legal, streams, directory, Pulse())
     try:
         with run.monitor:
             yield run

@@ -10,15 +10,21 @@ our MFU compares with published ones.
 
 from __future__ import annotations
 
+from functools import cache
+
 from megagpt.config import ModelConfig
 
 FORWARD_AND_BACKWARD = 3  # backward computes two products for each one of the forward pass
 FLOPS_PER_MULTIPLY_ADD = 2
 
 
-def matmul_parameters(model: ModelConfig) -> int:
-    """Return the number of weights that multiply activations: the blocks' matrices and the head."""
-    return model.num_layers * model.block_matmul_parameters + model.vocab_size * model.hidden_size
+@cache
+def layer_flops(model: ModelConfig, *, causal: bool = False) -> tuple[float, ...]:
+    """Return the forward FLOPs of one token by layer: the embedding, each block, the head."""
+    attention = attention_flops_per_token(model, causal=causal) / model.num_layers
+    block = FLOPS_PER_MULTIPLY_ADD * model.block_matmul_parameters + attention
+    head = FLOPS_PER_MULTIPLY_ADD * model.vocab_size * model.hidden_size
+    return (0.0, *[float(block)] * model.num_layers, float(head))
 
 
 def attention_flops_per_token(model: ModelConfig, *, causal: bool = False) -> float:
@@ -44,10 +50,7 @@ def model_flops_per_token(model: ModelConfig, *, causal: bool = False) -> float:
 
     Attention counts in full, or its causal half with `causal`.
     """
-    forward = FLOPS_PER_MULTIPLY_ADD * matmul_parameters(model) + attention_flops_per_token(
-        model, causal=causal
-    )
-    return FORWARD_AND_BACKWARD * forward
+    return FORWARD_AND_BACKWARD * sum(layer_flops(model, causal=causal))
 
 
 def model_flops_utilisation(

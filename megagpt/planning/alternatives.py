@@ -67,7 +67,7 @@ def _fits_everywhere(layout: Layout, fits: Fits) -> bool:
 
 
 def _fits_somewhere(layout: Layout, fits: Fits) -> bool:
-    """Check only the ranks that hold most: the first two and the last."""
+    """Return whether the ranks that hold most would fit: the first two and the last."""
     ranks = {0, min(1, layout.pipeline - 1), layout.pipeline - 1}
     return all(fits(rank_memory(layout, rank, data_ranks=1)) for rank in ranks)
 

@@ -142,7 +142,7 @@ class Legality:
 
 
 def judge(written: RunConfig, world: World | None) -> Legality:
-    """Run the whole check that a run passes before it starts."""
+    """Return the result of the whole check that a run passes before it starts."""
     if world is None:
         return Legality(written, refusals(written), [])
     parallel = written.megagpt.parallel

@@ -38,15 +38,23 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(
-        description="Loss, perplexity and bits per byte on the validation split of each dataset "
-        "of a run: "
-        "a sentence on stderr, one JSON object a line on stdout."
+        description="Loss (nats a token), perplexity and bits per byte on the validation split of "
+        "each dataset of a run: a sentence on stderr, one JSON object a line on stdout."
     )
     add = parser.add_argument
     add("--run_dir", type=Path, required=True, help="run directory, such as runs/NAME")
-    add("--batch_size", type=whole_number(1), default=8, help="sequences at once [8]")
-    add("--batches", type=whole_number(1), help="evaluate on the first so many batches only [all]")
-    add("--step", type=whole_number(0), help="step of the checkpoint [the newest]")
+    add(
+        "--batch_size",
+        type=whole_number(1),
+        default=8,
+        help="sequences at once [8]",
+    )
+    add(
+        "--batches",
+        type=whole_number(1),
+        help="evaluate on so many batches only, a fixed random choice from the split [all]",
+    )
+    add("--step", type=whole_number(0), help="step of the checkpoint [the newest sound one]")
     return parser.parse_args()
 
 

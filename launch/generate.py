@@ -46,26 +46,37 @@ def parse_arguments() -> argparse.Namespace:
     add("--run_dir", type=Path, required=True, help="run directory, such as runs/NAME")
     add(
         "--prompt",
-        action="append",
+        nargs="+",
+        action="extend",
         required=True,
-        help="text to continue; give it again for another",
+        help="texts to continue, each by itself; one that begins with a dash: --prompt=-x",
     )
-    add("--max_new_tokens", type=whole_number(0), default=256, help="longest continuation [256]")
+    add(
+        "--max_new_tokens",
+        type=whole_number(0),
+        default=256,
+        help="tokens to write at most, fewer where the model ends the document [256]",
+    )
     add(
         "--temperature",
         type=non_negative,
         default=0.8,
-        help="0: always the best token; 1: as trained [0.8]",
+        help="0: always the likeliest token; 1: draw by the model's probabilities [0.8]",
     )
-    add("--top_k", type=whole_number(1), help="draw from the k best tokens [all]")
+    add("--top_k", type=whole_number(1), help="draw from the k likeliest tokens only [all]")
     add(
         "--top_p",
         type=probability,
         default=1.0,
-        help="draw from the best tokens that sum to this probability [1]",
+        help="draw from the fewest likeliest tokens whose probabilities reach this sum [1]",
     )
-    add("--seed", type=whole_number(0), default=0, help="another seed, another text [0]")
-    add("--step", type=whole_number(0), help="step of the checkpoint [the newest]")
+    add(
+        "--seed",
+        type=whole_number(0),
+        default=0,
+        help="seed of the draws; of no effect at temperature 0 [0]",
+    )
+    add("--step", type=whole_number(0), help="step of the checkpoint [the newest sound one]")
     return parser.parse_args()
 
 

@@ -282,16 +282,45 @@ def _validated(
     except ValidationError as error:
         problems = hidden + problems_in(error, document, model, REFUSED)
     if problems:
-        unique = dict.fromkeys(
-            problem.line(_blamed(problem, source, keys_set)) for problem in problems
-        )
-        raise ConfigError(unique)
+        lines = [
+            line for problem in problems for line in _lines(problem, document, source, keys_set)
+        ]
+        raise ConfigError(dict.fromkeys(lines))
     return config
 
 
-def _blamed(problem: Problem, source: str, keys_set: Sequence[KeyPath]) -> str:
-    from_command_line = any(problem.path[: len(key)] == key for key in keys_set)
-    return "--set" if from_command_line else source
+def _lines(
+    problem: Problem, document: dict[str, Any], source: str, keys_set: Sequence[KeyPath]
+) -> list[str]:
+    """Return a problem's lines, each blamed on the command line or on ``source``.
+
+    A section that the command line made is blamed on it. Where such a section is refused, each key
+    that was set there has its own line, with what to use instead.
+    """
+    depth = len(problem.path)
+    if _begins_with(problem.path, keys_set):
+        return [problem.line("--set")]
+    inside = list(dict.fromkeys(key for key in keys_set if key[:depth] == problem.path))
+    lines = []
+    if dotted(problem.path) in REFUSED:
+        lines = [Problem(key, problem.message).line("--set") for key in inside]
+    if inside and all(_begins_with(leaf, inside) for leaf in _leaves(document, problem.path)):
+        return lines or [problem.line("--set")]
+    return [problem.line(source), *lines]
+
+
+def _begins_with(path: KeyPath, keys: Sequence[KeyPath]) -> bool:
+    return any(path[: len(key)] == key for key in keys)
+
+
+def _leaves(document: dict[str, Any], path: KeyPath) -> list[KeyPath]:
+    """Return the keys at or below ``path`` that hold values, not objects."""
+    value: Any = document
+    for name in path:
+        value = value.get(name, {})
+    if not isinstance(value, dict):
+        return [path]
+    return [leaf for name in value for leaf in _leaves(document, (*path, name))]
 
 
 def unexpected_world(parallel: ParallelConfig, world_size: int) -> Problem | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -186,9 +187,9 @@ class SampleStream:
     """Endless samples of `sequence_length` tokens from one dataset or a weighted blend.
 
     Samples are windows of L + 1 tokens that overlap by one: each token is a target once an epoch,
-    and the rest of a split that fills no window is left out. The training split is visited in a new
-    order each epoch, the validation split in its own. In a blend each dataset counts its own
-    epochs. A sample's id is its index.
+    and the rest of a split that fills no window is left out. Each epoch visits the windows in a new
+    pseudo-random order, so the first samples of a split are a random choice from all of it, and
+    always the same one. In a blend each dataset counts its own epochs. A sample's id is its index.
     """
 
     def __init__(
@@ -203,7 +204,7 @@ class SampleStream:
     ) -> None:
         self.datasets, self.sequence_length = tuple(datasets), sequence_length
         self._blend, self._seed = blend, seed
-        self._shuffled, self._document_mask = split == "train", document_mask
+        self._document_mask = document_mask
         self._streams = [dataset.split(split) for dataset in datasets]
         self._windows = [_count_windows(dataset, split, sequence_length) for dataset in datasets]
 
@@ -249,6 +250,12 @@ class SampleStream:
         """
         return sum(self._windows)
 
+    def share(self, samples: int) -> float:
+        """Return the share of all windows, 0 to 1, that the first ``samples`` samples visit."""
+        visits = Counter(self._blend.locate(index)[0] for index in range(samples))
+        visited = sum(min(visits[number], count) for number, count in enumerate(self._windows))
+        return visited / self.samples_per_epoch
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the data and their shares: what a resumed run compares."""
@@ -293,8 +300,6 @@ class SampleStream:
         """(number of the dataset, window in it) of sample `index`."""
         number, visit = self._blend.locate(index)
         epoch, place = divmod(visit, self._windows[number])
-        if not self._shuffled:
-            return number, place
         return number, permute(place, self._windows[number], seed=self._seed, epoch=epoch)
 
 

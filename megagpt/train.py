@@ -26,7 +26,7 @@ from megagpt.inference.generate import generate
 from megagpt.monitoring.monitor import Monitor, StepRecord
 from megagpt.parallel import pipeline
 from megagpt.parallel.batches import BatchLoader
-from megagpt.parallel.device import peak_memory
+from megagpt.parallel.device import CPU_REMEASURING_S, peak_memory, remeasured_peak_flops
 from megagpt.parallel.engine import Engine
 from megagpt.planning.cost.flops import model_flops_utilisation
 from megagpt.rundir.signals import StopRequest, StopRequests
@@ -36,13 +36,15 @@ log = logging.getLogger(__name__)
 
 SAMPLE_TOKENS = 96
 SAMPLE_TEMPERATURE = 0.8
+REMEASURING_SHARE = 0.01  # at most, of the time of a run on a CPU
 
 
 @dataclass
 class Run:
     """All that the loop works with.
 
-    ``peak_flops`` is the device's, in FLOP/s; None where it is unknown.
+    ``peak_flops`` is the device's, in FLOP/s; None where it is unknown. A CPU's may rise during the
+    run (see Meter).
     """
 
     config: ResolvedConfig
@@ -234,13 +236,17 @@ def require_equal_replicas(run: Run) -> None:
 
 def report_validation(run: Run) -> None:
     """Validate and record it; every rank must call it."""
-    run.monitor.event("eval", step=run.state.step, val_loss=validate(run))
+    samples = validation_batches(run) * run.config.train_batch_size
+    share = run.validation.stream.share(samples)
+    run.monitor.event("eval", step=run.state.step, val_loss=validate(run), split_share=share)
 
 
 @torch.no_grad()
 def validate(run: Run) -> float:
-    """The mean loss over the first ``eval_batches`` global batches of the validation split;
-    every rank must call it.
+    """Return the mean loss over ``eval_batches`` global batches of the validation split.
+
+    They are a pseudo-random choice, the same at every step and on every mesh (see SampleStream).
+    Every rank must call it.
     """
     batches = validation_batches(run)
     total = 0.0
@@ -339,11 +345,15 @@ def follow_saves(run: Run, result: pipeline.StepResult) -> None:
 class Meter:
     """Times steps and reports them every ``log_interval_steps``; pauses are not counted as
     training.
+
+    A CPU's peak was measured at the start, perhaps while other programs slowed it down: measure it
+    again now and then, and keep the highest.
     """
 
     def __init__(self, run: Run) -> None:
         self.run, self.reserved_gib = run, 0.0
         self.steps, self.paused_s, self.started = 0, 0.0, time.perf_counter()
+        self.opened, self.remeasuring_s = self.started, 0.0
 
     def after_step(self, result: pipeline.StepResult) -> None:
         """Count a step; report where a report is due."""
@@ -353,9 +363,22 @@ class Meter:
             self.run.config.megagpt.monitor.log_interval_steps, self.run.state.step, total_steps
         ):
             step_time_s = (time.perf_counter() - self.started - self.paused_s) / self.steps
+            self._remeasure_peak()
             self.run.monitor.step(self._record(result, step_time_s))
             self._report_reserved()
             self.steps, self.paused_s, self.started = 0, 0.0, time.perf_counter()
+
+    def _remeasure_peak(self) -> None:
+        run, now = self.run, time.perf_counter()
+        affordable_s = REMEASURING_SHARE * (now - self.opened) - self.remeasuring_s
+        if (
+            run.peak_flops is None
+            or run.engine.device.type != "cpu"
+            or affordable_s < CPU_REMEASURING_S
+        ):
+            return
+        run.peak_flops = remeasured_peak_flops(run.engine.device, run.peak_flops)
+        self.remeasuring_s += time.perf_counter() - now
 
     def _report_reserved(self) -> None:
         """Record what the allocator has taken from the GPU, which runs out before what is
@@ -391,10 +414,16 @@ class Meter:
         )
 
     def _mfu(self, tokens_per_s_per_device: float) -> float | None:
+        """Return the MFU, 0 to 1, or None where the peak is unknown.
+
+        A CPU that trains faster than its measured peak shows that the peak is higher: unknown.
+        """
         if self.run.peak_flops is None:
             return None
-        return model_flops_utilisation(
+        mfu = model_flops_utilisation(
             self.run.config.megagpt.model,
             tokens_per_s_per_device=tokens_per_s_per_device,
             peak_flops_per_s=self.run.peak_flops,
         )
+        too_low = mfu > 1 and self.run.engine.device.type == "cpu"
+        return None if too_low else mfu

@@ -13,6 +13,7 @@ DIR/report.md the tables, DIR/logs the output of each case. Exit code: 0 if all 
 import argparse
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,7 @@ def main(
 
     ``machine`` and ``parts`` replace what would be found.
     """
+    began = time.monotonic()
     options = _parser().parse_args(arguments)
     machine = this_machine() if machine is None else machine
     problem = writable(options.output)
@@ -47,7 +49,7 @@ def main(
     if problem:
         outcome = Outcome.impossible(problem, chosen)
     else:
-        flow = Flow(machine, identity, options.output, 60 * options.minutes, options.again)
+        flow = Flow(machine, identity, options.output, began + 60 * options.minutes, options.again)
         offset = flow.offset
         # `timeout` ends a command by SIGTERM; the case that runs must end with it.
         before = signal.signal(signal.SIGTERM, _interrupted)

@@ -10,14 +10,18 @@ from benchmarks.gpu import assembler
 from benchmarks.gpu.case import TRITON_LEAST, Case
 
 MODULE = "benchmarks.gpu"
-# The files with tests for a GPU, by name: collecting all of tests/ would need every package that
-# training needs.
+# The files with tests for a GPU, below tests/: collecting all of tests/ would need every package
+# that training needs.
 KERNEL_TESTS = (
-    "test_hopper_attention", "test_attention", "test_norms", "test_cross_entropy",
-    "test_activations", "test_rotary", "test_dropout", "test_benchmark",
+    "kernels/test_hopper_attention", "kernels/test_attention", "kernels/test_norms",
+    "kernels/test_cross_entropy", "kernels/test_activations", "kernels/test_rotary",
+    "kernels/test_dropout", "kernels/test_self_check", "kernels/test_benchmark",
 )  # fmt: skip
-MODEL_TESTS = ("test_fused_model",)
-LARGE_TESTS = "test_large_tensors"  # 60 GB: alone, and last
+MODEL_TESTS = (
+    "model/test_fused_model", "planning/test_working_memory", "parallel/test_offload_devices",
+    "health/test_flight_recorder", "health/test_watch", "health/test_guard",
+)  # fmt: skip
+LARGE_TESTS = "kernels/test_large_tensors"  # 60 GB: alone, and last
 OPS = (
     "attention", "layer_norm", "linear_cross_entropy", "rms_norm", "bias_gelu", "swiglu", "rotary",
     "dropout",
@@ -113,11 +117,9 @@ def tests(cores: int) -> list[Case]:
     The large tensors come last.
     """
 
-    def file(
-        name: str, folder: str = "kernels", workers: int = max(1, cores - 4), **rest: Any
-    ) -> Case:
+    def file(name: str, workers: int = max(1, cores - 4), **rest: Any) -> Case:
         needs: dict[str, Any] = FUSED | {"packages": ("triton", "pytest", "hypothesis")} | rest
-        arguments = {"file": f"tests/{folder}/{name}.py", "workers": workers}
+        arguments = {"file": f"tests/{name}.py", "workers": workers}
         return Case(
             "tests",
             name,
@@ -143,7 +145,7 @@ def tests(cores: int) -> list[Case]:
     ]
     return [
         *(file(name) for name in KERNEL_TESTS),
-        *(file(name, "model", **training) for name in MODEL_TESTS),
+        *(file(name, **training) for name in MODEL_TESTS),
         *sanitized,
         file(LARGE_TESTS, workers=1, device_gib=60),
     ]

@@ -47,17 +47,12 @@ class Flow:
     """One call of the command."""
 
     def __init__(
-        self,
-        machine: Machine,
-        identity: Identity,
-        directory: Path,
-        seconds: float,
-        again: bool = False,
+        self, machine: Machine, identity: Identity, directory: Path, end: float, again: bool = False
     ) -> None:
         self.machine = machine
         self.identity = identity
         self.directory = directory
-        self.end = time.monotonic() + seconds
+        self.end = end  # by the monotonic clock
         self.outcome = Outcome()
         self.file = directory / store.FILE
         self.offset = 0 if identity.reusable else store.size(self.file)  # where what counts begins

@@ -19,13 +19,15 @@ from benchmarks.gpu.child import Context
 from benchmarks.gpu.machine import GIB
 from kernels.launcher import launches
 from megagpt.config import ResolvedConfig, RunConfig
-from megagpt.parallel.device import announce_to_deepspeed, peak_flops
+from megagpt.parallel.device import announce_to_deepspeed, peak_flops, set_cuda_defaults
 from megagpt.planning.cost.flops import model_flops_utilisation
 from megagpt.planning.cost.memory import rank_memory
 from megagpt.planning.layout import Layout
 from megagpt.planning.plan import RESERVE_GIB
 
 announce_to_deepspeed()  # before anything imports it
+# Before the plan asks for free memory: that makes torch read the allocator's settings.
+set_cuda_defaults()
 
 DIFFERENT_TARGETS = 256  # few enough that the loss falls in a few steps, with any vocabulary
 # Of a mean loss, our kernels against torch's.
@@ -226,6 +228,7 @@ def trace(context: Context, steps: int, **settings: Any) -> None:
         else event.self_cpu_time_total
         for event in seen.key_averages()
         if event.device_type == kind
+        and not event.is_user_annotation  # a range over kernels, such as Adam's step
     }
     figures = {
         "step_ms": round(1000 * done.step_s, 2),

@@ -3,7 +3,7 @@
 A module with kernels publishes ``AHEAD_OF_TIME: list[AheadOfTime]``: the configurations it ships.
 Compiling needs only triton's assembler, no GPU, and a process without TRITON_INTERPRET.
 
-    python -m kernels.ahead.compiler [--capability 90] [--names NAME ...] [--write TABLE.json]
+    python -m kernels.ahead.compiler [--capability 90] [--names NAME ...] [--write TABLE.csv]
 """
 
 import argparse
@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from kernels.ahead.machine_code import disassemble, in_flight
+from kernels.ahead.table import read_table, write_table
 from kernels.launcher import INTERPRETED
 from kernels.verification.proxy_fence import missing_fences
 
@@ -212,9 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = set(options.names or ()) - set(known)
     if unknown:
         parser.error(f"unknown configurations {sorted(unknown)}; known: {', '.join(known)}")
-    table = (
-        json.loads(options.write.read_text()) if options.write and options.write.exists() else {}
-    )
+    table = read_table(options.write) if options.write else {}
     for capability in options.capability:
         for entry in shipped():
             if entry.capability not in (None, capability) or entry.name not in (
@@ -223,11 +222,9 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             row = asdict(compile_for(entry, capability, options.ptx))
             print(json.dumps({"name": entry.name, "capability": capability, **row}), flush=True)
-            table.setdefault(triton.__version__, {}).setdefault(f"sm_{capability}", {})[
-                entry.name
-            ] = row
+            table[triton.__version__, f"sm_{capability}", entry.name] = row
     if options.write:
-        options.write.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+        write_table(options.write, table)
     return 0
 
 

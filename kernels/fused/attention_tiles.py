@@ -38,7 +38,7 @@ def _but(table: _Table, **changes: dict[int, Tiles]) -> _Table:
 
 
 # All were chosen by compiling: no spills, no serialised products, two programs for each
-# multiprocessor if registers allow it. tests/kernels/compiled_kernels.json has the figures.
+# multiprocessor if registers allow it. tests/kernels/compiled_kernels.csv has the figures.
 _HOPPER: _Table = {
     "forward": {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 128, 8, 2), 256: Tiles(64, 64, 8, 2)},
     "backward_keys": {

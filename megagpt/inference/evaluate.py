@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from megagpt.dataset import Batch, SampleStream
+from megagpt.inference.stored_model import require_known_ids
 from megagpt.model import GPT
 from megagpt.schema.megagpt import MegagptConfig
-from megagpt.utils import UserError
 
 Loss = Callable[[Batch], Tensor]  # the mean loss over the batch's targets, in nats a token
 
@@ -83,7 +83,7 @@ def evaluate(
 def open_validation(config: MegagptConfig) -> list[tuple[Path, SampleStream]]:
     """The validation split of each dataset of a run, in order.
 
-    UserError where the model has no row for its tokens.
+    UserError where it may hold ids that the model never learnt.
     """
     streams = []
     for source in config.data.sources:
@@ -95,12 +95,7 @@ def open_validation(config: MegagptConfig) -> list[tuple[Path, SampleStream]]:
             seed=config.data.seed,
             document_mask=config.data.document_mask,
         )
-        if stream.vocabulary > config.model.vocab_size:
-            raise UserError(
-                f"{directory}: its vocabulary is {stream.vocabulary}, the model's "
-                f"{config.model.vocab_size}: it was prepared anew since the run; prepare it again "
-                "with the tokenizer of the run"
-            )
+        require_known_ids(directory, stream.vocabulary, config.model)
         streams.append((directory, stream))
     return streams
 

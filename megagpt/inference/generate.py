@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from megagpt.data.tokenizer import load_tokenizer
+from megagpt.inference.stored_model import require_known_ids
 from megagpt.model import KeyValueCache
 from megagpt.schema.megagpt import MegagptConfig
-from megagpt.utils import UserError
 
 # Reads tokens (1, length), on the CPU, at positions cache.length and after, and adds them to the
 # cache. Returns logits (1, any length, vocabulary), on any device: the last row scores the next
@@ -158,12 +158,7 @@ def open_tokenizer(config: MegagptConfig) -> tiktoken.Encoding:
     """
     directory = Path(config.data.sources[0].path)
     encoding = load_tokenizer(directory)
-    if encoding.n_vocab > config.model.vocabulary:
-        raise UserError(
-            f"{directory}: its vocabulary is {encoding.n_vocab}, the model's "
-            f"{config.model.vocabulary}: it was prepared anew since the run; prepare it again with "
-            "the tokenizer of the run"
-        )
+    require_known_ids(directory, encoding.n_vocab, config.model)
     return encoding
 
 

@@ -9,7 +9,7 @@ import torch
 
 from megagpt.checkpoint.format import WEIGHT, DamagedCheckpointError
 from megagpt.checkpoint.reader import open_checkpoint
-from megagpt.config import ResolvedConfig
+from megagpt.config import ModelConfig, ResolvedConfig
 from megagpt.model import GPT, replace_parameters
 from megagpt.rundir.directory import read_config
 from megagpt.utils import UserError
@@ -35,6 +35,22 @@ def open_weights(
             ) from error
 
     return reader.manifest.state.step, weight
+
+
+def require_known_ids(directory: Path, vocabulary: int, model: ModelConfig) -> None:
+    """Raise UserError where a dataset of ``vocabulary`` tokens has ids that the model never learnt.
+
+    The embedding may have a row for them: rows from ``model.vocabulary`` on are padding.
+    """
+    known = model.vocabulary
+    if vocabulary <= known:
+        return
+    ids = f"id {known}" if vocabulary == known + 1 else f"ids {known} to {vocabulary - 1}"
+    raise UserError(
+        f"{directory}: its vocabulary is {vocabulary}, the model's {known}: the model never learnt "
+        f"{ids}; the dataset was prepared anew since the run, prepare it again with the tokenizer "
+        "of the run"
+    )
 
 
 def load_model(

@@ -31,8 +31,9 @@ class StepRecord:
 
     `tokens` counts from the start of the run; `step_time_s` and the two rates are means over the
     steps since the previous record; `mfu` is a fraction of the device's peak, None where that peak
-    is unknown; `memory_gib` is the peak of what this rank allocated (events `memory` say what its
-    GPU's allocator reserved); `skipped_steps` counts from the start of the run.
+    is unknown: a CPU's is measured, and unknown while training is faster than what was measured;
+    `memory_gib` is the peak of what this rank allocated (events `memory` say what its GPU's
+    allocator reserved); `skipped_steps` counts from the start of the run.
     """
 
     step: int

@@ -114,7 +114,7 @@ class Monitor:
         self._send(record.as_line())
 
     def event(self, name: str, *, step: int, **fields: Any) -> None:
-        """Record an event out of `EVENTS`; an `eval` carries `val_loss`.
+        """Record an event out of `EVENTS`; an `eval` carries `val_loss` and `split_share`.
 
         Fields are numbers, texts, paths or lists.
         """

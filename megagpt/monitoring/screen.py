@@ -162,18 +162,22 @@ class LiveScreen:
 
 
 def event_text(line: Line) -> str:
-    """An event as a person reads it: `step 100  eval  val_loss 2.4134`; a sample's text is
-    indented below.
+    """An event as a person reads it: `step 100  eval  val_loss 2.4134  on 30 % of the split`; a
+    sample's text is indented below.
     """
     heading = f"step {line['step']}  {line['event']}"
     if line["event"] == "sample":
         return f"{heading}  {line['prompt']!r}\n" + textwrap.indent(
             line["prompt"] + line["text"], "    "
         )
-    details = (
-        f"{key} {_short(value)}" for key, value in line.items() if key not in ("event", "step")
-    )
+    details = (_detail(key, value) for key, value in line.items() if key not in ("event", "step"))
     return "  ".join([heading, *details])
+
+
+def _detail(key: str, value: object) -> str:
+    if key == "split_share" and isinstance(value, float):
+        return f"on {100 * value:.3g} % of the split"
+    return f"{key} {_short(value)}"
 
 
 def _short(value: object) -> str:

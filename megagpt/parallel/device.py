@@ -14,6 +14,7 @@ from megagpt.utils import GIB
 
 _CPU_MATRIX = 1024
 _CPU_MEASURING_S = 0.5
+CPU_REMEASURING_S = 0.1
 
 
 def announce_to_deepspeed() -> None:
@@ -27,31 +28,18 @@ def announce_to_deepspeed() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-# What torch reads when it first allocates on a GPU, and when it makes the first NCCL group. By each
-# name, all names that it has or had: a user may have set any.
-CUDA_DEFAULTS = {
-    # ZeRO-3 allocates and frees parameters of all sizes: fixed segments leave gaps that none of
-    # them fits.
-    "PYTORCH_ALLOC_CONF": (
-        "expandable_segments:True",
-        ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"),
-    ),
-    # Entries of NCCL's flight recorder, which the watch reads when a run hangs
-    # (flight_recorder.py).
-    "TORCH_FR_BUFFER_SIZE": ("2000", ("TORCH_NCCL_TRACE_BUFFER_SIZE",)),
-}
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
 def set_cuda_defaults(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Where there are GPUs, choose torch's allocator and recorder settings that the user left open.
+    """Where there are GPUs, let torch's allocator grow its segments, unless the user chose any
+    setting of it.
 
-    Must be called before the first tensor on a GPU and before the first process group.
+    ZeRO-3 allocates and frees parameters of all sizes: fixed segments leave gaps that none of them
+    fits. Must be called before the first tensor on a GPU, which is when torch reads the variable.
     """
-    if not torch.cuda.is_available():
-        return
-    for name, (value, other_names) in CUDA_DEFAULTS.items():
-        if not any(given in environment for given in (name, *other_names)):
-            environment[name] = value
+    if torch.cuda.is_available() and not any(name in environment for name in ALLOCATOR_VARIABLES):
+        environment[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
 def describe_device(device: torch.device) -> str:
@@ -74,15 +62,22 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
     On GPUs the data sheet's, as published MFUs use. On a CPU, whose sheet says no such thing, the
     speed of torch's own fp32 matrix product on this machine, measured now: the fastest of those
-    that fit in half a second, as others on the machine only slow it down. Where they do so all the
-    time, the peak is what they leave, and a run that outlives them may exceed it.
+    that fit in half a second, as other programs can only slow it down. Where they do so all the
+    time the peak is too low; ``remeasured_peak_flops`` may mend it later.
     """
     if device.type == "cpu":
-        return _measured_product_flops(device)
+        return _measured_product_flops(device, _CPU_MEASURING_S)
     if device.type == "cuda" and dtype != torch.float32:
         known = find(torch.cuda.get_device_name(device))
         return 1e12 * known.peak_tflops if known else None
     return None
+
+
+def remeasured_peak_flops(device: torch.device, known: float) -> float:
+    """Measure a CPU's peak again, for ``CPU_REMEASURING_S``; return the higher of it and
+    ``known``, in FLOP/s.
+    """
+    return max(known, _measured_product_flops(device, CPU_REMEASURING_S))
 
 
 @dataclass(frozen=True)
@@ -105,10 +100,10 @@ def peak_memory(device: torch.device) -> PeakMemory:
     return PeakMemory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, None)
 
 
-def _measured_product_flops(device: torch.device) -> float:
+def _measured_product_flops(device: torch.device, seconds: float) -> float:
     left, right = (torch.randn(_CPU_MATRIX, _CPU_MATRIX, device=device) for _ in range(2))
     best_s = math.inf
-    end_s = time.perf_counter() + _CPU_MEASURING_S
+    end_s = time.perf_counter() + seconds
     while (started_s := time.perf_counter()) < end_s:
         left @ right
         best_s = min(best_s, time.perf_counter() - started_s)

@@ -8,6 +8,7 @@ tell for how long it did.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -30,20 +31,21 @@ _COLLECTIVES = (
         "send",
         "recv",
     ),
-    *(
-        "allgather",
-        "allgather_coalesced",
-        "_allgather_base",
-        "allgather_into_tensor_coalesced",
-        "all_gather_single",
-    ),
+    *("allgather", "allgather_coalesced", "_allgather_base", "allgather_into_tensor_coalesced"),
     *(
         "reduce_scatter",
         "_reduce_scatter_base",
         "reduce_scatter_tensor_coalesced",
-        "reduce_scatter_single",
+        "alltoall",
+        "alltoall_base",
     ),
-    *("alltoall", "alltoall_base", "_end_coalescing"),
+    *(
+        "all_gather_single",
+        "all_gather_single_coalesced",
+        "reduce_scatter_single",
+        "reduce_scatter_single_coalesced",
+    ),
+    *("all_to_all_single", "_end_coalescing"),
 )
 
 
@@ -92,6 +94,15 @@ class DeviceClock:
         return earlier.elapsed_time(later) / 1000
 
 
+class _Here(threading.local):
+    """Whether this thread is inside a timed call: `Stream.wait_stream` calls `wait_event`, which
+    calls `Event.wait`.
+    """
+
+    inside = False
+
+
+_here = _Here()
 _clock: Clock | None = None  # while a step is measured
 _stalls: list[tuple[Any, Any]] = []
 _hooked: set[str] = set()
@@ -119,12 +130,13 @@ def timed(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def _timed_wait(*arguments: Any, **options: Any) -> Any:
         clock = _clock
-        if clock is None:
+        if clock is None or _here.inside:
             return method(*arguments, **options)
-        begun = clock.mark()
+        _here.inside, begun = True, clock.mark()
         try:
             return method(*arguments, **options)
         finally:
+            _here.inside = False
             _stalls.append((begun, clock.mark()))
 
     return _timed_wait

@@ -8,11 +8,12 @@ import argparse
 import logging
 import os
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from socket import gethostname
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import kernels  # noqa: F401  chooses Triton's interpreter, where it is asked for, before DeepSpeed imports Triton
 from megagpt.cluster.hosts import read_hostfile
@@ -25,7 +26,7 @@ from megagpt.dataset import SampleStream
 from megagpt.health.watch import Pulse, Watch
 from megagpt.parallel import internals, ops
 from megagpt.planning.legality import ANY_VOCABULARY, World, require_legal
-from megagpt.run import endings, faults
+from megagpt.run import endings
 from megagpt.rundir import directory as directories
 from megagpt.rundir.data import open_data
 from megagpt.rundir.signals import (
@@ -37,34 +38,39 @@ from megagpt.rundir.signals import (
 )
 from megagpt.utils import ExitCode, UserError
 
+if TYPE_CHECKING:
+    from megagpt.train import Run
+
 log = logging.getLogger(__name__)
+
+Prepare = Callable[["Run"], None]  # what a caller does with a run before its first step
 
 # The others of a host let its first rank speak for them: the launcher, which looks every second,
 # ends them with it.
 TURN_S = 2.0
 
 
-def main(arguments: argparse.Namespace) -> int:
-    """Train as the command line says; returns this rank's exit code.
+def main(arguments: argparse.Namespace, prepare: Prepare | None = None) -> int:
+    """Train as the command line says and return this rank's exit code.
 
-    Raises UserError for bad input.
+    ``prepare`` is called with the assembled run before its first step. Raises UserError for bad
+    input.
     """
     try:
         with ends_before_the_start():
-            return _start(arguments)
+            return _start(arguments, prepare)
     except UserError:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(TURN_S)
         raise
 
 
-def _start(arguments: argparse.Namespace) -> int:
+def _start(arguments: argparse.Namespace, prepare: Prepare | None) -> int:
     launch = adopt_launch()
     requests = StopRequests()
     end_with_launcher(partial(_without_launcher, requests))
     if (hostfile := hostfile_of_launcher()) is not None:
         read_hostfile(hostfile)  # DeepSpeed would have trained on this machine alone without it
-    faults.from_environment()
     config = load_config(arguments.deepspeed_config, arguments.set)
     require_legal(config, str(arguments.deepspeed_config), World(launch.world_size, ANY_VOCABULARY))
     _require_stated_world_size(config, launch)
@@ -77,7 +83,7 @@ def _start(arguments: argparse.Namespace) -> int:
     _require_ops(config)
     with _gathered(directory):
         _announce_device()
-        return _run_to_its_end(config, streams, directory, requests)
+        return _run_to_its_end(config, streams, directory, requests, prepare)
 
 
 def _without_launcher(requests: StopRequests) -> None:
@@ -155,7 +161,11 @@ def _rank() -> int:
 
 
 def _run_to_its_end(
-    config: RunConfig, streams: dict[Split, SampleStream], directory: Path, requests: StopRequests
+    config: RunConfig,
+    streams: dict[Split, SampleStream],
+    directory: Path,
+    requests: StopRequests,
+    prepare: Prepare | None,
 ) -> ExitCode:
     """Train; whatever ends the run early is shown on one screen by the rank that failed first.
 
@@ -184,7 +194,8 @@ def _run_to_its_end(
                 run = assemble(config, streams, directory, pulse)
                 endings.connect_watch(watch, run)
                 run.requests, first_step = requests, run.state.step
-                faults.sabotage(run, faults.from_environment())
+                if prepare is not None:
+                    prepare(run)
                 requests.awaited = True
                 with run.monitor:
                     request = train(run)

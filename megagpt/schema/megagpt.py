@@ -94,7 +94,9 @@ class TrainingSection(Section):
         "blocks (full)",
     )
     eval_interval_steps: int = execution(100, "steps between evaluations", ge=0)
-    eval_batches: int = execution(8, "global batches of one evaluation", ge=1)
+    eval_batches: int = execution(
+        8, "global batches of one evaluation: a fixed random choice from the validation split", ge=1
+    )
     sample_interval_steps: int = execution(0, "steps between written samples", ge=0)
     sample_prompts: tuple[str, ...] = execution((), "texts that the samples continue", strict=False)
     on_nonfinite: Literal["skip", "stop"] = execution(

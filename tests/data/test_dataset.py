@@ -507,10 +507,23 @@ def test_a_batch_stacks_its_samples(small):
     assert batch.sample_ids.tolist() == indices
 
 
-def test_validation_is_in_the_data_s_own_order(small):
-    stream = open_stream(small, split="val", sequence_length=4)
-    assert [stream.locate(index)[1] for index in range(6)] == [0, 4, 8, 12, 0, 4]
+def test_the_first_samples_of_a_validation_split_are_a_choice_from_all_of_it(tmp_path):
+    data = write_dataset(tmp_path / "data", [[1] * 9], val=[[1] * 801])
+    stream = open_stream(data, split="val", sequence_length=4, seed=3)
+    windows = [stream.locate(index)[1] // 4 for index in range(200)]
+    assert windows == [permute(index, 200, seed=3, epoch=0) for index in range(200)]
+    assert windows[:20] != sorted(windows[:20])
+    assert 60 < np.mean(windows[:20]) < 140  # the first 20 windows of the split would have 9.5
     assert stream.sample(1).document_ids is None
+
+
+def test_a_share_counts_windows_that_are_visited_twice_once(tmp_path):
+    ones = write_dataset(tmp_path / "ones", [[1] * 41])  # 10 windows
+    twos = write_dataset(tmp_path / "twos", [[2] * 9])  # 2 windows
+    alone = open_stream(ones, sequence_length=4)
+    assert [alone.share(samples) for samples in (0, 3, 10, 13)] == [0, 0.3, 1, 1]
+    blend = open_stream(ones, twos, weights=[0.5, 0.5], sequence_length=4)
+    assert [blend.share(samples) for samples in (4, 8, 20)] == [4 / 12, 6 / 12, 1]
 
 
 def test_document_ids_separate_the_documents_of_a_sample(tmp_path):

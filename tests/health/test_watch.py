@@ -1,7 +1,9 @@
 """A run that hangs ends itself and says who differs; a rank that the others wait for is named."""
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from megagpt.health.hang_page import hang_page, hang_verdict, odd_ranks
 from megagpt.health.stragglers import slower_ranks
@@ -21,6 +25,7 @@ from megagpt.rundir.end_record import EndRecord
 from megagpt.utils import ExitCode
 from tests import REPOSITORY
 from tests.support.jobs.checkpoint import run_config
+from tests.support.jobs.survival import RecordedClock
 from tests.support.processes import PATIENCE_S, Process, Start
 from tests.support.ranks import RankPool
 from tests.support.trained_run import write_dataset
@@ -89,7 +94,7 @@ def test_a_rank_that_hangs_is_named_with_what_it_does(
         for path in sorted((run / "logs" / "watch").glob("rank_*.json"))
     ]
     assert [state["rank"] for state in states] == [0, 1, 2]
-    assert any("megagpt/run/faults.py" in frame for frame in states[1]["stack"])
+    assert any("support/faults.py" in frame for frame in states[1]["stack"])
     assert [bool(state["collective"]) for state in states] == [True, False, True]
     assert "torch's flight recorder: rank 1 not yet in" in flowing
     assert all(group["waiting"] is None for group in states[1]["groups"])
@@ -223,6 +228,43 @@ def test_a_slow_device_is_named_although_no_host_waits(two_ranks: RankPool) -> N
         ):
             assert rank[14] == named  # three windows of five steps
             assert not any(rank[:14] + rank[15:])
+
+
+def test_a_call_inside_a_timed_call_is_no_second_wait() -> None:
+    """torch's `Stream.wait_stream` calls `wait_event`, which calls `Event.wait`: all three are
+    hooked.
+    """
+    clock = RecordedClock()
+    wait_stream = waits.timed(waits.timed(waits.timed(clock.advance)))
+    waits.begin(clock)
+    for seconds in (1.0, 2.0):
+        wait_stream(seconds)
+    assert [clock.between_s(*stall) for stall in waits.end()] == [1.0, 2.0]
+
+
+def test_every_collective_of_this_torch_is_hooked_on_a_gpu() -> None:
+    """torch 2.13 calls other methods of a group than 2.11 does."""
+    called = set(re.findall(r"\bgroup\.([a-z_]+)\(", inspect.getsource(distributed_c10d))) & set(
+        dir(dist.ProcessGroup)
+    )
+    queues_nothing = {
+        "rank",
+        "size",
+        "name",
+        "recv_anysource",
+        "monitored_barrier",
+        "shutdown",
+        "split_group",
+        "abort",
+    }
+    collectives = {name for name in called if not name.startswith("_")} - queues_nothing
+    assert {"allreduce", "broadcast", "send"} <= collectives
+    hooked = {
+        name
+        for owner, name in waits._waiting_calls(torch.device("cuda"))
+        if owner is dist.ProcessGroup
+    }
+    assert collectives <= hooked
 
 
 @pytest.mark.gpu

@@ -25,7 +25,7 @@ from megagpt.inference.evaluate import (
     open_validation,
     token_bytes,
 )
-from megagpt.inference.generate import generate
+from megagpt.inference.generate import generate, open_tokenizer
 from megagpt.rundir.directory import read_config
 from megagpt.utils import UserError
 from tests import REPOSITORY
@@ -111,11 +111,19 @@ def test_the_loss_of_a_run_equals_one_sum_over_its_validation_split(run_director
     assert result.tokens == stream.samples_per_epoch * SEQUENCE_LENGTH
 
 
-def test_a_dataset_that_outgrew_the_model_is_refused(run_directory):
+@pytest.mark.parametrize(
+    ("vocabulary", "ids"), [(256, "never learnt id 256;"), (250, "never learnt ids 250 to 256;")]
+)
+def test_ids_that_the_model_never_learnt_are_refused_though_the_embedding_has_rows_for_them(
+    run_directory, vocabulary, ids
+):
     config = read_config(run_directory).megagpt
-    small = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 256})})
-    with pytest.raises(UserError, match=r"its vocabulary is 257, the model's 256"):
-        open_validation(small)
+    assert config.model.vocab_size == 384
+    model = config.model.model_copy(update={"vocabulary": vocabulary})
+    older = config.model_copy(update={"model": model})
+    for opening in (open_validation, open_tokenizer):
+        with pytest.raises(UserError, match=rf"is 257, the model's {vocabulary}: .*{ids}"):
+            opening(older)
 
 
 # ----------------------------------------------------------------------------------------- commands
@@ -141,7 +149,8 @@ def test_generate_writes_each_prompt_with_its_continuation(run_directory):
     settings = {"max_new_tokens": 12, "temperature": 0.7, "top_k": 50, "top_p": 0.95, "seed": 3}
     options = [part for name, value in settings.items() for part in (f"--{name}", value)]
     result = command(
-        "generate", "--run_dir", run_directory, "--prompt", "The", "--prompt", "日本", *options
+        *("generate", "--run_dir", run_directory),
+        *("--prompt", "The", "日本", "--prompt", "n", *options),
     )
     assert result.returncode == 0, result.stderr
     config = read_config(run_directory)
@@ -149,11 +158,11 @@ def test_generate_writes_each_prompt_with_its_continuation(run_directory):
     texts = generate(
         lambda tokens, cache: model(tokens, cache=cache),
         BYTES,
-        ["The", "日本"],
+        ["The", "日本", "n"],
         sequence_length=SEQUENCE_LENGTH,
         **settings,
     )
-    assert result.stdout.endswith(f"The{texts[0]}\n\n日本{texts[1]}\n\n")
+    assert result.stdout.endswith(f"The{texts[0]}\n\n日本{texts[1]}\n\nn{texts[2]}\n\n")
 
 
 def test_evaluate_prints_a_sentence_and_a_line_of_json(run_directory, data):

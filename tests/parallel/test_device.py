@@ -10,9 +10,11 @@ import torch
 
 from megagpt import train
 from megagpt.checkpoint.format import TrainState
+from megagpt.config import ModelConfig
 from megagpt.monitoring.metrics import read_metrics
-from megagpt.parallel import device
+from megagpt.parallel import device, pipeline
 from megagpt.planning.cost.accelerators import ACCELERATORS, find
+from megagpt.planning.cost.flops import model_flops_per_token
 from megagpt.utils import GIB
 from tests.support.monitoring import open_monitor
 
@@ -40,14 +42,10 @@ def test_a_device_is_known_by_whole_words(name: str, known: str | None) -> None:
 
 
 def test_what_the_user_chose_for_cuda_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = {"PYTORCH_CUDA_ALLOC_CONF": "backend:native", "TORCH_NCCL_TRACE_BUFFER_SIZE": "7"}
+    chosen = {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}
     for available, given, added in (
         (False, {}, {}),
-        (
-            True,
-            {},
-            {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "TORCH_FR_BUFFER_SIZE": "2000"},
-        ),
+        (True, {}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
         (True, chosen, {}),
     ):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
@@ -88,6 +86,41 @@ def test_the_peak_of_a_cpu_is_that_of_its_fastest_product(monkeypatch: pytest.Mo
     reading_s = itertools.accumulate([0.0, 0.0, 0.2, 0.0, 0.1, 0.0, 0.3, 0.0])
     monkeypatch.setattr(device.time, "perf_counter", lambda: next(reading_s))
     assert device.peak_flops(torch.device("cpu"), torch.float32) == pytest.approx(2 * 1024**3 / 0.1)
+
+
+def test_a_cpu_s_mfu_uses_the_highest_peak_measured_and_is_never_above_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A start on a busy machine measured 1 FLOP/s; a measurement fits into 1 % of every 10 s."""
+    model = ModelConfig(num_layers=1, hidden_size=8, num_heads=1, vocab_size=8, vocabulary=8)
+    monitor_config, training = SimpleNamespace(log_interval_steps=1), SimpleNamespace(total_steps=9)
+    sections = SimpleNamespace(model=model, monitor=monitor_config, training=training)
+    computed = model_flops_per_token(model) * 100  # FLOP/s, at 100 tokens in steps of 1 s
+    clock_s, peaks = [0.0], iter([4 * computed, 2 * computed])
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock_s[0])
+
+    def measured(of: torch.device, seconds: float) -> float:
+        clock_s[0] += seconds
+        return next(peaks)
+
+    monkeypatch.setattr(device, "_measured_product_flops", measured)
+    result = pipeline.StepResult(loss=1.0, grad_norm=1.0, learning_rate=0.1, applied=True)
+    with open_monitor(tmp_path) as monitor:
+        run: Any = SimpleNamespace(
+            config=SimpleNamespace(megagpt=sections, tokens_per_step=100),
+            engine=SimpleNamespace(device=torch.device("cpu"), mesh=SimpleNamespace(world_size=1)),
+            monitor=monitor,
+            peak_flops=1.0,
+        )
+        meter = train.Meter(run)
+        for step, step_time_s in enumerate([1, 1, 9, 1, 10], start=1):
+            run.state = TrainState(step=step)
+            clock_s[0] += step_time_s
+            meter.after_step(result)
+    utilisation = [record.mfu for record in read_metrics(tmp_path).steps]
+    # Too low a peak twice; a quarter, at a ninth of the speed; a quarter; a lower peak is not kept.
+    assert utilisation == [None, None, *map(pytest.approx, [1 / 36, 1 / 4, 1 / 40])]
+    assert list(peaks) == []
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from kernels.dispatch import TABLE as OPERATIONS
 from megagpt.config import ConfigError, RunConfig, load_config
 from megagpt.download_data import EMBEDDED_TOKENIZER
 from megagpt.utils import ExitCode, human_count
@@ -33,9 +34,9 @@ finally:
 """
 
 
-def section(title: str) -> str:
+def section(title: str, document: str = README) -> str:
     """The text between a heading and the next."""
-    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    return document.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
 
 
 def commands() -> list[list[str]]:
@@ -148,6 +149,17 @@ def test_the_errors_shown_are_those_reported() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(REPOSITORY / "ds_configs/default.json", overrides_shown_to_fail())
     assert shown == str(caught.value)
+
+
+def test_the_fused_operations_that_the_model_calls_are_those_said_to_be() -> None:
+    sources = [path.read_text() for path in (REPOSITORY / "megagpt").rglob("*.py")]
+    called = {name for source in sources for name in re.findall(r"\bkernels\.(\w+)\(", source)}
+    table = section("Operations", (REPOSITORY / "docs/kernels.md").read_text())
+    rows = re.findall(r"^\| (.*?) \| (yes|no) \|", table, flags=re.MULTILINE)
+    told = {name: answer for names, answer in rows for name in re.findall(r"`(\w+)`", names)}
+    assert told == {name: "yes" if name in called else "no" for name in OPERATIONS}
+    unused = {name for name, answer in told.items() if answer == "no"}
+    assert unused == {"bias_gelu", "swiglu", "rotary"}, "README's What it does names them"
 
 
 def test_the_first_run_is_as_told() -> None:

@@ -65,7 +65,7 @@ def configuration(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = run_config(data, STEPS, (3, "cpu", "cpu"), save_every=2)
     config["megagpt"]["training"] |= {
         "eval_interval_steps": 3,
-        "eval_batches": 2,
+        "eval_batches": 1,
         "sample_interval_steps": 3,
         "sample_prompts": [PROMPT],
     }
@@ -128,6 +128,9 @@ def test_each_step_and_event_is_on_record(run: tuple[Path, Any]) -> None:
         ("save", 6),
     } <= {*events}
     assert all(line["val_loss"] > 0 for line in lines if line.get("event") == "eval")
+    shares = [line["split_share"] for line in lines if line.get("event") == "eval"]
+    assert all(0 < share < 1 for share in shares)
+    assert f"on {100 * shares[0]:.3g} % of the split" in run[1].stdout
 
 
 @pytest.fixture(scope="module")

@@ -312,6 +312,30 @@ def test_overrides_pass_the_same_checks(tmp_path: Path) -> None:
     )
 
 
+def test_what_the_command_line_sets_in_a_refused_section_is_named_there(tmp_path: Path) -> None:
+    """Also a key that null takes away; the file is blamed for a section that it has itself."""
+    remedy = "use megagpt.training.recompute"
+
+    def errors(overrides: list[str], **sections: object) -> list[str]:
+        (tmp_path / "x.json").write_text(json.dumps(MINIMAL | sections))
+        with pytest.raises(ConfigError) as caught:
+            load_config(tmp_path / "x.json", overrides)
+        return [line.removeprefix(f"{tmp_path}/") for line in caught.value.errors]
+
+    names = ("activation_checkpointing.cpu_checkpoint", "activation_checkpointing.profile")
+    lines = [f"--set: {name}: {remedy}" for name in names]
+    assert errors([f"{names[0]}=true", f"{names[1]}=null"]) == lines
+    of_the_file = {"activation_checkpointing": {"number_checkpoints": 4}}
+    of_section = f"x.json: activation_checkpointing: {remedy}"
+    assert errors([f"{names[0]}=true"], **of_the_file) == [of_section, lines[0]]
+    assert errors([], **of_the_file) == [of_section]
+    # An unknown section keeps its own suggestion, and an idle one its own reason.
+    unknown = 'unknown key, did you mean "zero_optimization"?'
+    assert errors(["zero_optimisation.stage=2"]) == [f"--set: zero_optimisation: {unknown}"]
+    (idle,) = errors(["aio.queue_depth=4"])
+    assert idle.startswith("--set: aio: acts only with")
+
+
 def test_an_override_error_alone_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps(MINIMAL))
     with pytest.raises(ConfigError, match=r"--set nonsense: expected KEY\.KEY=VALUE"):

@@ -13,8 +13,8 @@ from typing import Any
 
 from megagpt.cluster import processes
 from megagpt.monitoring.metrics import read_metrics
-from megagpt.run.faults import VARIABLE
 from tests import REPOSITORY
+from tests.support.faults import VARIABLE
 from tests.support.monitoring import ENVIRONMENT
 from tests.support.ranks import free_port
 
@@ -50,6 +50,8 @@ def starter() -> Iterator[Start]:
         environment = (
             os.environ | ENVIRONMENT | {"PATH": search, "DS_ACCELERATOR": "cpu", VARIABLE: faults}
         )
+        if faults:
+            script = "tests/support/train_with_faults.py"
         port, command = str(free_port()), [sys.executable, str(script), *map(str, words)]
         if typed:
             command = ["sh", "-c", typed]

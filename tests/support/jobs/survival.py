@@ -13,9 +13,9 @@ from megagpt import train as loop
 from megagpt.health.guard import StoppedByGuardError
 from megagpt.health.stragglers import StragglerWatch
 from megagpt.parallel import timeouts as waits
-from megagpt.run import faults as sabotage
 from megagpt.rundir.signals import StopRequest
 from megagpt.train import Run
+from tests.support import faults as sabotage
 from tests.support.configurations import Config
 from tests.support.jobs.checkpoint import started
 from tests.support.jobs.training import held_state
@@ -93,7 +93,7 @@ def named_by_a_device(
 
 
 def train_sabotaged(config: Config, directory: Path, faults: str) -> dict[str, Any]:
-    """Train under faults (see ``megagpt.run.faults``) to the end, or to where a guard stops."""
+    """Train under faults (see ``tests.support.faults``) to the end, or to where a guard stops."""
     with started(config, directory) as run:
         sabotage.sabotage(run, sabotage.parse(faults))
         outcome: dict[str, Any] = {}

@@ -1,6 +1,6 @@
-"""Sabotage, for tests of what a run survives.
+"""Sabotage, for tests of what a run survives: ``train_with_faults.py`` trains under it.
 
-Nothing here acts unless one environment variable names faults:
+One environment variable names the faults:
 
     MEGAGPT_FAULTS="kill@rank=1,step=5; slow@rank=1,step=3,seconds=0.2; spike@step=60"
 
@@ -17,8 +17,8 @@ Nothing here acts unless one environment variable names faults:
 
 Without `rank` a fault strikes all ranks. `kill`, `stop`, `hang` and `hang_load` strike `times` (1)
 in the life of a run directory, which remembers them in `logs/faults.txt`, so that a run that is
-started again gets past them; what spoils a loss does not strike again where a rewound run makes the
-step anew with other samples.
+started again gets past them; what corrupts a loss does not strike again where a rewound run makes
+the step again with other samples.
 """
 
 from __future__ import annotations

@@ -108,8 +108,8 @@ def ceilings(context: Context, dtype: str = "bf16") -> None:
     """
     known = find(torch.cuda.get_device_name()) if context.device == "cuda" else None
     size = 1024
-    # Sums of at most some hundred: exact in bf16, in which cuBLAS may add up the parts of a split
-    # product.
+    # Sums of a few hundred at most, exact in bf16: cuBLAS may add the parts of a split product in
+    # bf16.
     a, b = (
         torch.randint(-1, 2, (size, size), device=context.device).to(DTYPES[dtype])
         for _ in range(2)

@@ -10,7 +10,8 @@ from benchmarks.gpu import assembler
 from benchmarks.gpu.case import TRITON_LEAST, Case
 
 MODULE = "benchmarks.gpu"
-# The files with tests of the GPU below tests/: collecting all would need all that training needs.
+# The files with tests for a GPU, below tests/: collecting all of tests/ would need every package
+# that training needs.
 KERNEL_TESTS = (
     "kernels/test_hopper_attention", "kernels/test_attention", "kernels/test_norms",
     "kernels/test_cross_entropy", "kernels/test_activations", "kernels/test_rotary",

@@ -44,7 +44,7 @@ if __name__ == "__main__":
     implementation = chosen(one)
     print(implementation)
     if sys.argv[2] == "cuda" and implementation.startswith(f"{one.op}: torch"):
-        sys.exit(implementation)  # torch's kernels are not what is watched
+        sys.exit(implementation)  # the tool would watch torch's kernels
     step(getattr(kernels, one.op), one, "both")()
     if sys.argv[2] == "cuda":
         torch.cuda.synchronize()

@@ -14,8 +14,8 @@ from benchmarks.gpu.child import Context
 from benchmarks.gpu.machine import REPOSITORY
 
 SANITIZER_FOUND = 99  # the exit code that it is told to give
-_COUNTS = re.compile(r"(\d+) (passed|failed|skipped|errors?)\b")  # of pytest's summary,
-_SUMMARY = re.compile(_COUNTS.pattern + r".* in [\d.]+s\b")  # behind which workers may still print
+_COUNTS = re.compile(r"(\d+) (passed|failed|skipped|errors?)\b")  # of pytest's summary
+_SUMMARY = re.compile(_COUNTS.pattern + r".* in [\d.]+s\b")  # workers may still print after it
 
 
 def run_tests(context: Context, file: str, workers: int, marker: str = "gpu") -> None:
@@ -54,7 +54,7 @@ def run_tests(context: Context, file: str, workers: int, marker: str = "gpu") ->
 def _watched(command: list[str]) -> tuple[int, list[str]]:
     """Run a command and return its exit code and lines.
 
-    Each line is printed at once, so that the log of a killed case names its tests.
+    Each line is printed as it comes, so that the log of a killed case names its tests.
     """
     lines: list[str] = []
     with subprocess.Popen(

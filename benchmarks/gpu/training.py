@@ -26,7 +26,7 @@ from megagpt.planning.layout import Layout
 from megagpt.planning.plan import RESERVE_GIB
 
 announce_to_deepspeed()  # before anything imports it
-# before the plan asks for free memory, which makes torch read the allocator's settings
+# Before the plan asks for free memory: that makes torch read the allocator's settings.
 set_cuda_defaults()
 
 DIFFERENT_TARGETS = 256  # few enough that the loss falls in a few steps, with any vocabulary

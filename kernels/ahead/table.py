@@ -1,4 +1,4 @@
-"""Read and write the table of compiled kernels: one CSV row a kernel, GPU and Triton."""
+"""The table of compiled kernels: one CSV row for each kernel, GPU and Triton."""
 
 import csv
 from pathlib import Path
@@ -9,7 +9,7 @@ Table = dict[tuple[str, str, str], dict[str, int]]  # (triton, gpu, kernel) -> f
 
 
 def read_table(path: Path) -> Table:
-    """Return the rows of a table; none where there is no such file."""
+    """Return the rows of a table; none if there is no such file."""
     if not path.exists():
         return {}
     with path.open(newline="") as file:

@@ -94,10 +94,9 @@ def refusal(
 def fault(op: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> str | None:
     """Return what this kernel or its backward computes wrongly on this GPU, or None.
 
-    The first call of each kind runs the self-check of both. To this kernel all rows that
-    ``refusal`` lets through are alike. The portable kernels have code of their own for rows that
-    are not whole multiples of 16 elements and are asked alone: TMA cannot read the rows of that
-    check.
+    The first call of each kind runs the self-check of both. All rows that ``refusal`` accepts are
+    alike for this kernel. The portable backward has code of its own for rows that are not multiples
+    of 16 elements, so it is checked alone with such rows, which TMA cannot read.
     """
     *calls, aligned, causal, documents, dropout, deterministic, gradients = variant_of(
         q, k, v, **options

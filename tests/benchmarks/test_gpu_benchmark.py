@@ -135,7 +135,7 @@ def test_a_budget_ends_and_the_next_call_goes_on(
     ]
     assert call(tmp_path, *given, minutes=0.05) == 0
     told = capsys.readouterr().out
-    assert "left: 2 cases (2 of a part), about 3 min 20 s: the same command again goes on" in told
+    assert "left: 2 cases (2 of a part), about 3 min 20 s; run the same command to continue" in told
     assert ends(tmp_path) == {"first": "right", "cut": "not run: no time left"}
     given[1] = stand_in("cut", "passes", arguments={"findings": 2})
     assert call(tmp_path, *given) == 0
@@ -245,7 +245,7 @@ def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     (tmp_path / store.FILE).symlink_to("/dev/full")
     assert call(tmp_path, stand_in("passes", "passes")) == 2
     told = capsys.readouterr().out
-    assert "not run: 1 cases: what it found could not be written" in told
+    assert "not run: 1 cases: its findings could not be written" in told
     assert "results.jsonl: No space left on device" in told
     assert call(tmp_path, stand_in("is wrong", "is_wrong"), stand_in("passes", "passes")) == 1
     assert "a part: 0 right, 1 WRONG, 1 not run" in capsys.readouterr().out
@@ -305,7 +305,7 @@ def test_an_unknown_ptxas_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     first, second, *_ = parts.self_checks()
     assert (
         first.refusal
-        == f"unknown ptxas: TRITON_PTXAS_PATH, {broken}: cannot be run, or tells no version"
+        == f"unknown ptxas: TRITON_PTXAS_PATH, {broken}: cannot be run, or prints no version"
     )
     assert not second.refusal
     assert second.environment[assembler.VARIABLE].endswith("backends/nvidia/bin/ptxas")
@@ -660,7 +660,7 @@ def test_memory_of_a_gpu_beside_the_plan(monkeypatch: pytest.MonkeyPatch) -> Non
     assert 4.0 < memory["planned_gib"] < 10.0
     peaks = training.peaks("cuda")
     assert (peaks["allocated_gib"], peaks["reserved_gib"]) == (1.0, 2.0)
-    with pytest.raises(suite.NotRun, match="too little device memory: 40 GiB free, planned"):
+    with pytest.raises(suite.NotRun, match="too little device memory: 40 GiB free, needs"):
         training.planned(
             training.configuration({"preset": "gpt3-6.7b"}, stage=3, micro_batch=8), "cuda"
         )

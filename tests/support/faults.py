@@ -17,8 +17,8 @@ One environment variable names the faults:
 
 Without `rank` a fault strikes all ranks. `kill`, `stop`, `hang` and `hang_load` strike `times` (1)
 in the life of a run directory, which remembers them in `logs/faults.txt`, so that a run that is
-started again gets past them; what spoils a loss does not strike again where a rewound run makes the
-step anew with other samples.
+started again gets past them; what corrupts a loss does not strike again where a rewound run makes
+the step again with other samples.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from megagpt.cluster.slurm import hosts_of_step
 from megagpt.utils import LOCAL_SIZE_VARIABLES, UserError
 
 OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-OF_A_START = OF_A_RANK[:3]  # users may export the other two beforehand
+OF_A_START = OF_A_RANK[:3]  # users may export the other two in advance
 # The job's number selects the port: the same on every rank, different for jobs on one host. The
 # range is below the system's ephemeral ports (from 32768).
 SLURM_PORTS = range(10_000, 30_000)
@@ -31,7 +31,7 @@ MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 @dataclass(frozen=True)
 class Launch:
-    """This rank among all ranks.
+    """A rank and its place among all ranks.
 
     None and empty ``hosts`` mean not known. ``hosts`` are in the order of the ranks.
     """

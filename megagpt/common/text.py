@@ -57,10 +57,10 @@ def _is_control(character: str) -> bool:
 
 
 def text_table(rows: Sequence[Sequence[str]], *, numbers: bool = True) -> list[str]:
-    """Return the lines of a table, the headings in the first row, columns as wide as their widest
-    entry.
+    """Return the lines of a table whose first row is the headings.
 
-    The first column stands to the left; the others to the right where they hold `numbers`.
+    A column is as wide as its widest entry. The first column is aligned to the left, the others to
+    the right if they hold `numbers`.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     to_the_right = (

@@ -95,8 +95,9 @@ class DeviceClock:
 
 
 class _Here(threading.local):
-    """Whether this thread is inside a timed call: `Stream.wait_stream` calls `wait_event`, which
-    calls `Event.wait`.
+    """Whether this thread is inside a timed call.
+
+    `Stream.wait_stream` calls `wait_event`, which calls `Event.wait`: only the outermost counts.
     """
 
     inside = False

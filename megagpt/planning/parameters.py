@@ -25,7 +25,7 @@ class Parameter(NamedTuple):
 
 
 def parameters_of_rank(layout: Layout, pipeline_rank: int) -> list[Parameter]:
-    """Return the parameters of one rank of this pipeline rank, over its virtual stages."""
+    """Return the parameters of one rank of this pipeline rank, over its chunks."""
     stages = [layout.stages[stage] for stage in layout.stages_of(pipeline_rank)]
     return [
         parameter for layers in stages for parameter in _stage(layout.model, layers, layout.tensor)

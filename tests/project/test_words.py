@@ -1,8 +1,7 @@
-"""The word list of `make check` finds what it should, and its exemptions name what exists."""
+"""The word list of `make check` finds what it should."""
 
 import pytest
 
-from tests import REPOSITORY
 from tests.project import words
 
 
@@ -36,8 +35,3 @@ def test_names_and_longer_words_are_not_read(source: str) -> None:
 def test_the_command_names_the_line_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
     assert words.main(["tests/project/test_words.py"]) == 1
     assert 'tests/project/test_words.py:15: "for want of"; say' in capsys.readouterr().out
-
-
-def test_every_exemption_exists() -> None:
-    assert [entry for entry in words.EXEMPT if not (REPOSITORY / entry).exists()] == []
-    assert not any(words.exempt(path) for path in words.files())

@@ -34,4 +34,4 @@ def test_names_and_longer_words_are_not_read(source: str) -> None:
 
 def test_the_command_names_the_line_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
     assert words.main(["tests/project/test_words.py"]) == 1
-    assert 'tests/project/test_words.py:15: "for want of"; say' in capsys.readouterr().out
+    assert 'tests/project/test_words.py:14: "for want of"; say' in capsys.readouterr().out

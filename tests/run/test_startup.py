@@ -143,7 +143,7 @@ def change_a_token(data: Path) -> None:
         (widen, "train-00000.bin: .* the other dtype"),
         (
             misname_type,
-            "train-00000.bin: 2 bytes a token found, uint32 has 4: wrong dtype in the manifest",
+            "train-00000.bin: 2 bytes per token found, uint32 has 4: wrong dtype in the manifest",
         ),
         (change_a_token, "train-00000.bin: changed since preparation"),
     ],

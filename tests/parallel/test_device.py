@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from megagpt.planning.cost.flops import model_flops_per_token
 
 from megagpt import train
 from megagpt.checkpoint.format import TrainState
@@ -15,6 +14,7 @@ from megagpt.config import ModelConfig
 from megagpt.monitoring.metrics import read_metrics
 from megagpt.parallel import device, pipeline
 from megagpt.planning.cost.accelerators import ACCELERATORS, find
+from megagpt.planning.flops import model_flops_per_token
 from megagpt.utils import GIB
 from tests.support.monitoring import open_monitor
 

@@ -313,15 +313,13 @@ def test_what_concerns_kernels_needs_no_deepspeed() -> None:
 
 
 def test_every_file_with_tests_of_the_gpu_is_named() -> None:
-    """Each that asks for ``fused_device`` or marks a test with gpu, unless it trains."""
-    training = {*parts.MODEL_TESTS, "test_device", "test_guard", "test_gpu_benchmark", "test_working_memory"}
-    training |= {"test_offload_devices"}
+    """Each that asks for ``fused_device`` or marks a test with gpu; this one only names the mark."""
     found = {
         path.stem
         for path in (machine.REPOSITORY / "tests").glob("test_*.py")
         if "mark.gpu" in (text := path.read_text()) or "fused_device:" in text
     }
-    assert found - training == {*parts.KERNEL_TESTS, parts.LARGE_TESTS}
+    assert found - {Path(__file__).stem} == {*parts.KERNEL_TESTS, *parts.MODEL_TESTS, parts.LARGE_TESTS}
 
 
 # ---------------------------------------------------------------------------------------------- the real cases, tiny
@@ -415,8 +413,12 @@ def test_a_file_of_tests(tmp_path: Path) -> None:
     (tmp_path / "test_skipped.py").write_text("import pytest\ndef test_a(): pytest.skip('no')\n")
     with pytest.raises(suite.NotRun, match="1 tests skipped, none passed"):
         suite.run_tests(context(tmp_path), str(tmp_path / "test_skipped.py"), workers=1, marker="not slow")
-    file.write_text("def test_a(): pass\ndef test_b(): assert 0\ndef test_c(): assert 0\n")
+    noise = "import atexit, os\natexit.register(os.write, 2, b'a worker says goodbye\\n')\n"
+    file.write_text(noise + "def test_a(): pass\ndef test_b(): assert 0\ndef test_c(): assert 0\n")
     suite.run_tests(context(tmp_path, "failing"), str(file), workers=1, marker="not slow")
+    file.write_text("import os\ndef test_a(): os.abort()\n")
+    with pytest.raises(RuntimeError, match="ended by SIGABRT"):
+        suite.run_tests(context(tmp_path, "crashing"), str(file), workers=1, marker="not slow")
     found = {record["case"]: record for record in findings(tmp_path).values()}
     assert found["a case"]["figures"] == {"passed": 1, "failed": 0, "skipped": 1}
     assert (found["failing"]["verdict"], found["failing"]["reason"]) == (WRONG, "2 of 3 failed")

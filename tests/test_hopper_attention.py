@@ -144,6 +144,20 @@ def test_the_self_check_passes(variant: Variant, monkeypatch: pytest.MonkeyPatch
     assert self_check.disagreement(hopper_attention.attention, torch.device("cpu"), torch.bfloat16, variant) is None
 
 
+@pytest.mark.usefixtures("interpreted")
+def test_rows_of_16_bytes_that_are_not_16_elements_are_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TMA reads them, but not the rows of any pitch that the portable kernels are checked with."""
+    monkeypatch.setattr(exact_attention, "LENGTH", 32)
+    monkeypatch.setattr(self_check, "_VERDICTS", {})
+    q = torch.zeros(1, 32, 2 * 64 + 8, dtype=torch.bfloat16)[..., :128].unflatten(-1, (2, 64)).transpose(1, 2)
+    assert hopper_attention.refusal("attention", q, q, q) is None
+    assert hopper_attention.fault("attention", q, q, q) is None
+    assert [(module, variant.aligned) for module, _, _, variant in self_check._VERDICTS] == [
+        ("kernels.hopper_attention", True),
+        ("kernels.fused_attention", False),
+    ]
+
+
 @needs_the_interpreters
 def test_the_self_check_finds_a_faulty_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     """The portable one, which this kernel's forward relies on: no check of the portable forward is needed for that."""

@@ -10,6 +10,7 @@ said. Exit code: 0 where all that ran was right, 1 where something ran and was w
 import argparse
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ def main(
     parts: Sequence[tuple[str, Sequence[Case]]] | None = None,
 ) -> int:
     """Run the parts that were asked for; returns the exit code. ``machine`` and ``parts`` stand for what is found."""
+    began = time.monotonic()
     options = _parser().parse_args(arguments)
     machine = this_machine() if machine is None else machine
     problem = writable(options.output)
@@ -41,7 +43,7 @@ def main(
     if problem:
         outcome = Outcome.impossible(problem, chosen)
     else:
-        flow = Flow(machine, identity, options.output, 60 * options.minutes, options.again)
+        flow = Flow(machine, identity, options.output, began + 60 * options.minutes, options.again)
         offset = flow.offset
         # `timeout` ends a command by SIGTERM; the case that runs must end with it.
         before = signal.signal(signal.SIGTERM, _interrupted)

@@ -11,7 +11,7 @@ import kernels
 from benchmarks.gpu import small
 from benchmarks.gpu.case import NotRun
 from benchmarks.gpu.child import Context
-from kernels import reference
+from kernels import dispatch, reference
 from kernels.benchmark_run import DTYPES
 from kernels.benchmark_timing import step
 from kernels.costs import OPERATIONS
@@ -32,7 +32,9 @@ def measure(context: Context, repeats: int, dtype: str = "bf16", ops: list[str] 
                 raise NotRun(explained)
             error = small.error_of(case)  # which also compiles
             figures: dict[str, Any] = {"explained": explained}
-            figures["choice_us"] = _microseconds(partial(small.chosen, case), repeats, context.device)
+            arguments: dict[str, Any] = case.tensors | case.options
+            choose = partial(dispatch.choose, op, **arguments)  # no more than each call does
+            figures["choice_us"] = _microseconds(choose, repeats, context.device)
             for who, function in (("ours", getattr(kernels, op)), ("torch", getattr(reference, op))):
                 for mode in ("fwd", "both"):
                     call = step(function, case, mode)

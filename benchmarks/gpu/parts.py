@@ -10,9 +10,12 @@ MODULE = "benchmarks.gpu"
 # The files with tests of the GPU, by name: collecting all of tests/ would need all that training needs.
 KERNEL_TESTS = (
     "test_hopper_attention", "test_attention", "test_norms", "test_cross_entropy", "test_activations", "test_rotary",
-    "test_dropout", "test_benchmark",
+    "test_dropout", "test_self_check", "test_benchmark",
 )  # fmt: skip
-MODEL_TESTS = ("test_fused_model",)
+MODEL_TESTS = (
+    "test_fused_model", "test_working_memory", "test_offload_devices", "test_flight_recorder", "test_watch",
+    "test_guard",
+)  # fmt: skip
 LARGE_TESTS = "test_large_tensors"  # 60 GB: alone, and last
 OPS = (
     "attention", "layer_norm", "linear_cross_entropy", "rms_norm", "bias_gelu", "swiglu", "rotary", "dropout",

@@ -46,11 +46,9 @@ class Outcome:
 class Flow:
     """One call of the command."""
 
-    def __init__(
-        self, machine: Machine, identity: Identity, directory: Path, seconds: float, again: bool = False
-    ) -> None:
+    def __init__(self, machine: Machine, identity: Identity, directory: Path, end: float, again: bool = False) -> None:
         self.machine, self.identity, self.directory = machine, identity, directory
-        self.end = time.monotonic() + seconds
+        self.end = end  # by the monotonic clock
         self.outcome = Outcome()
         self.file = directory / store.FILE
         self.offset = 0 if identity.reusable else store.size(self.file)  # where what counts begins

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,25 +14,39 @@ from benchmarks.gpu.child import Context
 from benchmarks.gpu.machine import REPOSITORY
 
 SANITIZER_FOUND = 99  # the exit code that it is told to give
-_COUNTS = re.compile(r"(\d+) (passed|failed|skipped|errors?)\b")  # of pytest's last line
+_COUNTS = re.compile(r"(\d+) (passed|failed|skipped|errors?)\b")  # of pytest's summary,
+_SUMMARY = re.compile(_COUNTS.pattern + r".* in [\d.]+s\b")  # behind which workers may still print
 
 
 def run_tests(context: Context, file: str, workers: int, marker: str = "gpu") -> None:
     """The tests of one file that bear the marker; right where some passed and none failed."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", marker, "-p", "no:cacheprovider", file]
+    command = [sys.executable, "-m", "pytest", "-v", "-m", marker, "-p", "no:cacheprovider", file]
     if workers > 1 and importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(workers)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    print(done.stdout[-20_000:], done.stderr[-5_000:], flush=True)
-    last = _last_line(done.stdout + done.stderr)
-    if done.returncode not in (0, 1):
-        raise NotRun(f"pytest {file}: exit code {done.returncode}: {last}")
+    code, lines = _watched(command)
+    last = next((line for line in reversed(lines) if _SUMMARY.search(line)), _last_line("\n".join(lines)))
+    if code < 0 and code != -signal.SIGKILL:
+        raise RuntimeError(f"pytest {file}: ended by {signal.Signals(-code).name}; the last line: {last}")
+    if code not in (0, 1):
+        raise NotRun(f"pytest {file}: exit code {code}: {last}")
     counts = {word.rstrip("s"): int(number) for number, word in _COUNTS.findall(last)}
     wrong = counts.get("failed", 0) + counts.get("error", 0)
     passed, skipped = counts.get("passed", 0), counts.get("skipped", 0)
     if not wrong and not passed:
         raise NotRun(f"{skipped} tests skipped, none passed")
     context.judge(file, not wrong, f"{wrong} of {wrong + passed} failed", passed=passed, failed=wrong, skipped=skipped)
+
+
+def _watched(command: list[str]) -> tuple[int, list[str]]:
+    """Exit code and lines of a command; each is printed at once, so that the log of a killed case names its tests."""
+    lines: list[str] = []
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            lines.append(line.rstrip())
+    return process.returncode, lines
 
 
 def sanitize(context: Context, op: str, tool: str) -> None:

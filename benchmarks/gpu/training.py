@@ -19,13 +19,14 @@ from benchmarks.gpu.child import Context
 from benchmarks.gpu.machine import GIB
 from kernels.launcher import launches
 from megagpt.config import ResolvedConfig, RunConfig
-from megagpt.device import announce_to_deepspeed, peak_flops
+from megagpt.device import announce_to_deepspeed, peak_flops, set_cuda_defaults
 from megagpt.flops import model_flops_utilisation
 from megagpt.layout import Layout
 from megagpt.memory import rank_memory
 from megagpt.plan import RESERVE_GIB
 
 announce_to_deepspeed()  # before anything imports it
+set_cuda_defaults()  # before the plan asks for free memory, which makes torch read the allocator's settings
 
 DIFFERENT_TARGETS = 256  # so that a few steps bring the loss down, whatever the vocabulary
 TOLERANCE = {torch.bfloat16: 0.02, torch.float32: 1e-3}  # of a mean loss, ours against torch's kernels
@@ -195,7 +196,7 @@ def trace(context: Context, steps: int, **settings: Any) -> None:
     spent_us = {  # of kernels on a GPU, of operators elsewhere
         event.key: event.self_device_time_total if context.device == "cuda" else event.self_cpu_time_total
         for event in seen.key_averages()
-        if event.device_type == kind
+        if event.device_type == kind and not event.is_user_annotation  # a range over kernels, such as Adam's step
     }
     figures = {
         "step_ms": round(1000 * done.step_s, 2),

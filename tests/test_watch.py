@@ -23,6 +23,7 @@ from tests.checkpoint_jobs import run_config
 from tests.monitoring import REPOSITORY
 from tests.processes import PATIENCE_S, Process, Start
 from tests.ranks import RankPool
+from tests.survival_jobs import RecordedClock
 from tests.trained_run import write_dataset
 
 TIMEOUT_S = 6
@@ -189,6 +190,16 @@ def test_a_slow_device_is_named_although_no_host_waits(two_ranks: RankPool) -> N
         for rank in two_ranks.run("tests.survival_jobs:named_by_a_device", by_host=by_host, **arguments):
             assert rank[14] == named  # three windows of five steps
             assert not any(rank[:14] + rank[15:])
+
+
+def test_a_call_inside_a_timed_call_is_no_second_wait() -> None:
+    """torch's `Stream.wait_stream` calls `wait_event`, which calls `Event.wait`: all three are hooked."""
+    clock = RecordedClock()
+    wait_stream = waits.timed(waits.timed(waits.timed(clock.advance)))
+    waits.begin(clock)
+    for seconds in (1.0, 2.0):
+        wait_stream(seconds)
+    assert [clock.between_s(*stall) for stall in waits.end()] == [1.0, 2.0]
 
 
 @pytest.mark.gpu

@@ -76,18 +76,25 @@ def _group_state(
     name: str, description: str, entries: list[Mapping[str, Any]], groups: Mapping[str, Any]
 ) -> GroupState:
     members = tuple(ast.literal_eval(groups[name]["ranks"])) if name in groups else ()
-    collectives = [entry for entry in entries if not entry["is_p2p"]]
-    waiting = next((entry for entry in collectives if not _ended(entry)), None)
-    batch = next((entry["p2p_seq_id"] for entry in entries if entry["is_p2p"] and not _ended(entry)), None)
-    names = [_name(entry) for entry in entries if entry["is_p2p"] and entry["p2p_seq_id"] == batch]
+    collectives = _ends([entry for entry in entries if not entry["is_p2p"]], "collective_seq_id")
+    waiting = next((entry for entry in collectives.values() if not _ended(entry)), None)
+    exchanges = [entry for entry in entries if entry["is_p2p"]]
+    batch = next((n for n, entry in _ends(exchanges, "p2p_seq_id").items() if not _ended(entry)), None)
+    names = [_name(entry) for entry in exchanges if entry["p2p_seq_id"] == batch]
     return GroupState(
         group=name if description in ("", "undefined") else f"{name} ({description})",
         members=members,
-        begun=max((entry["collective_seq_id"] for entry in collectives), default=0),
+        begun=max(collectives, default=0),
         waiting=waiting["collective_seq_id"] if waiting is not None else None,
         operation=_name(waiting) if waiting is not None else None,
         peers=tuple(sorted({peer for peer in (_peer(name, members) for name in names) if peer is not None})),
     )
+
+
+def _ends(entries: Iterable[Mapping[str, Any]], number: str) -> dict[int, Mapping[str, Any]]:
+    """Return the last entry of each number. Of a batch, NCCL follows only this one, `nccl:coalesced`: those before it,
+    one an operation with the batch's number, have no events and stay scheduled for ever."""
+    return {entry[number]: entry for entry in entries}
 
 
 def _ended(entry: Mapping[str, Any]) -> bool:

@@ -82,10 +82,14 @@ def test_the_rank_that_has_not_begun_what_others_wait_in_is_named() -> None:
 
 def test_who_waits_for_another_is_not_the_cause() -> None:
     """Ranks 0 and 2 wait for 1, which waits in a pipeline for what 3 has not sent."""
-    receives = [
-        entry(STAGES, 7, "recv 0<-1", "scheduled", True, is_p2p=True),  # of a batch, only the end is followed
-        entry(STAGES, 7, "coalesced", "started", False, is_p2p=True),
+    batches = [  # each operation, and the end: only this one is followed (torch's test_batched_send_recv)
+        entry(STAGES, 6, "send 0->1", "scheduled", False, is_p2p=True),
+        entry(STAGES, 6, "coalesced", "completed", True, is_p2p=True),
+        entry(STAGES, 7, "recv 0<-1", "scheduled", False, is_p2p=True),
     ]
+    receives = [*batches, entry(STAGES, 7, "coalesced", "started", False, is_p2p=True)]
+    (_, done) = read(dump([*DONE, *batches[:2]]))
+    assert done.peers == ()
     (_, pipeline) = read(dump([*DONE, *receives]))
     assert pipeline.peers == (3,)
     absent = found(r0=WAITING, r1=[*DONE, *receives], r2=WAITING, r3=DONE)

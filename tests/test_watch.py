@@ -1,7 +1,9 @@
 """A run that hangs ends itself and says who differs; a rank that the others wait for is named."""
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from megagpt import waits
 from megagpt.end_record import EndRecord
@@ -200,6 +204,16 @@ def test_a_call_inside_a_timed_call_is_no_second_wait() -> None:
     for seconds in (1.0, 2.0):
         wait_stream(seconds)
     assert [clock.between_s(*stall) for stall in waits.end()] == [1.0, 2.0]
+
+
+def test_every_collective_of_this_torch_is_hooked_on_a_gpu() -> None:
+    """torch 2.13 calls other methods of a group than 2.11 does."""
+    called = set(re.findall(r"\bgroup\.([a-z_]+)\(", inspect.getsource(distributed_c10d))) & set(dir(dist.ProcessGroup))
+    queues_nothing = {"rank", "size", "name", "recv_anysource", "monitored_barrier", "shutdown", "split_group", "abort"}
+    collectives = {name for name in called if not name.startswith("_")} - queues_nothing
+    assert {"allreduce", "broadcast", "send"} <= collectives
+    hooked = {name for owner, name in waits._waiting_calls(torch.device("cuda")) if owner is dist.ProcessGroup}
+    assert collectives <= hooked
 
 
 @pytest.mark.gpu

@@ -127,6 +127,9 @@ class Finding:
     reason: str
 
 
+Reasons = dict[int, dict[int, str]]  # who waits -> for whom -> in what
+
+
 def find_absent(ranks: Ranks) -> Finding | None:
     """Return who keeps the others waiting and waits for nobody; None where all have begun what the others wait in.
 
@@ -136,17 +139,26 @@ def find_absent(ranks: Ranks) -> Finding | None:
     for rank, states in ranks.items():
         for state in states:
             by_group[state.group][rank] = state
-    reasons: dict[int, dict[int, str]] = defaultdict(dict)  # who waits -> for whom -> in what
+    collectives: Reasons = defaultdict(dict)
+    reasons: Reasons = defaultdict(dict)
     for group, of_ranks in by_group.items():
         for rank, state in of_ranks.items():
-            for absent in _absent_collective(state, of_ranks):
-                reasons[rank][absent] = f"{state.operation} {state.waiting} of process group {group}"
             for absent in _absent_peers(rank, state, of_ranks):
                 reasons[rank][absent] = f"a send or receive of process group {group}"
+            for absent in _absent_collective(state, of_ranks):
+                collectives[rank][absent] = f"{state.operation} {state.waiting} of process group {group}"
+    for rank, of_rank in collectives.items():
+        reasons[rank] |= of_rank
+    # Receives may be posted long before they are due: whoever has one only seems to wait, and all may in a circle.
+    return _culprits(reasons) or _culprits(collectives) or _different_operations(by_group)
+
+
+def _culprits(reasons: Reasons) -> Finding | None:
+    """Return those for whom others wait and who wait for nobody; None where there are none."""
     awaited = {absent for of_rank in reasons.values() for absent in of_rank}
     culprits = tuple(sorted(rank for rank in awaited if rank not in reasons))
     if not culprits:
-        return _different_operations(by_group)
+        return None
     where = sorted({of_rank[rank] for of_rank in reasons.values() for rank in culprits if rank in of_rank})
     return Finding(culprits, f"not yet in {where[0]}, in which others wait")
 

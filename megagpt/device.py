@@ -25,26 +25,17 @@ def announce_to_deepspeed() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-# What torch reads when it first allocates on a GPU, and when it makes the first NCCL group. By each name, all names
-# that it has or had: a user may have set any.
-CUDA_DEFAULTS = {
-    # ZeRO-3 allocates and frees parameters of all sizes: fixed segments leave gaps that none of them fits.
-    "PYTORCH_ALLOC_CONF": ("expandable_segments:True", ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")),
-    # Entries of NCCL's flight recorder, which the watch reads when a run hangs (flight_recorder.py).
-    "TORCH_FR_BUFFER_SIZE": ("2000", ("TORCH_NCCL_TRACE_BUFFER_SIZE",)),
-}
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
 def set_cuda_defaults(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Where there are GPUs, choose torch's allocator and recorder settings that the user left open.
+    """Where there are GPUs, let torch's allocator grow its segments, unless the user chose any setting of it.
 
-    Must be called before the first tensor on a GPU and before the first process group.
+    ZeRO-3 allocates and frees parameters of all sizes: fixed segments leave gaps that none of them fits. Must be called
+    before the first tensor on a GPU, which is when torch reads the variable.
     """
-    if not torch.cuda.is_available():
-        return
-    for name, (value, other_names) in CUDA_DEFAULTS.items():
-        if not any(given in environment for given in (name, *other_names)):
-            environment[name] = value
+    if torch.cuda.is_available() and not any(name in environment for name in ALLOCATOR_VARIABLES):
+        environment[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
 def describe(device: torch.device) -> str:

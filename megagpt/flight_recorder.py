@@ -76,18 +76,25 @@ def _group_state(
     name: str, description: str, entries: list[Mapping[str, Any]], groups: Mapping[str, Any]
 ) -> GroupState:
     members = tuple(ast.literal_eval(groups[name]["ranks"])) if name in groups else ()
-    collectives = [entry for entry in entries if not entry["is_p2p"]]
-    waiting = next((entry for entry in collectives if not _ended(entry)), None)
-    batch = next((entry["p2p_seq_id"] for entry in entries if entry["is_p2p"] and not _ended(entry)), None)
-    names = [_name(entry) for entry in entries if entry["is_p2p"] and entry["p2p_seq_id"] == batch]
+    collectives = _ends([entry for entry in entries if not entry["is_p2p"]], "collective_seq_id")
+    waiting = next((entry for entry in collectives.values() if not _ended(entry)), None)
+    exchanges = [entry for entry in entries if entry["is_p2p"]]
+    batch = next((n for n, entry in _ends(exchanges, "p2p_seq_id").items() if not _ended(entry)), None)
+    names = [_name(entry) for entry in exchanges if entry["p2p_seq_id"] == batch]
     return GroupState(
         group=name if description in ("", "undefined") else f"{name} ({description})",
         members=members,
-        begun=max((entry["collective_seq_id"] for entry in collectives), default=0),
+        begun=max(collectives, default=0),
         waiting=waiting["collective_seq_id"] if waiting is not None else None,
         operation=_name(waiting) if waiting is not None else None,
         peers=tuple(sorted({peer for peer in (_peer(name, members) for name in names) if peer is not None})),
     )
+
+
+def _ends(entries: Iterable[Mapping[str, Any]], number: str) -> dict[int, Mapping[str, Any]]:
+    """Return the last entry of each number. Of a batch, NCCL follows only this one, `nccl:coalesced`: those before it,
+    one an operation with the batch's number, have no events and stay scheduled for ever."""
+    return {entry[number]: entry for entry in entries}
 
 
 def _ended(entry: Mapping[str, Any]) -> bool:
@@ -120,6 +127,9 @@ class Finding:
     reason: str
 
 
+Reasons = dict[int, dict[int, str]]  # who waits -> for whom -> in what
+
+
 def find_absent(ranks: Ranks) -> Finding | None:
     """Return who keeps the others waiting and waits for nobody; None where all have begun what the others wait in.
 
@@ -129,17 +139,26 @@ def find_absent(ranks: Ranks) -> Finding | None:
     for rank, states in ranks.items():
         for state in states:
             by_group[state.group][rank] = state
-    reasons: dict[int, dict[int, str]] = defaultdict(dict)  # who waits -> for whom -> in what
+    collectives: Reasons = defaultdict(dict)
+    reasons: Reasons = defaultdict(dict)
     for group, of_ranks in by_group.items():
         for rank, state in of_ranks.items():
-            for absent in _absent_collective(state, of_ranks):
-                reasons[rank][absent] = f"{state.operation} {state.waiting} of process group {group}"
             for absent in _absent_peers(rank, state, of_ranks):
                 reasons[rank][absent] = f"a send or receive of process group {group}"
+            for absent in _absent_collective(state, of_ranks):
+                collectives[rank][absent] = f"{state.operation} {state.waiting} of process group {group}"
+    for rank, of_rank in collectives.items():
+        reasons[rank] |= of_rank
+    # Receives may be posted long before they are due: whoever has one only seems to wait, and all may in a circle.
+    return _culprits(reasons) or _culprits(collectives) or _different_operations(by_group)
+
+
+def _culprits(reasons: Reasons) -> Finding | None:
+    """Return those for whom others wait and who wait for nobody; None where there are none."""
     awaited = {absent for of_rank in reasons.values() for absent in of_rank}
     culprits = tuple(sorted(rank for rank in awaited if rank not in reasons))
     if not culprits:
-        return _different_operations(by_group)
+        return None
     where = sorted({of_rank[rank] for of_rank in reasons.values() for rank in culprits if rank in of_rank})
     return Finding(culprits, f"not yet in {where[0]}, in which others wait")
 

@@ -75,7 +75,7 @@ def parts_used(config: RunConfig | None, launcher: str) -> list[str]:
 
 
 def check(parts: Collection[str]) -> str | None:
-    """Raise UserError where a file of these parts is unknown, naming each such file.
+    """Raise UserError where a package is not installed, or a file of these parts is unknown, naming each such file.
 
     With MEGAGPT_ALLOW_UNKNOWN=1, return the message instead. Return None where all files are known.
     """
@@ -84,7 +84,10 @@ def check(parts: Collection[str]) -> str | None:
     if not unknown:
         return None
     packages = sorted({file.split("/")[0] for file in unknown})
-    installed = ", ".join(f"{package} {metadata.version(package)}" for package in packages)
+    for package in packages:
+        if find_spec(package) is None:
+            raise UserError(f"{package} is not installed; {_remedy(package)}")
+    installed = ", ".join(f"{package} {_version(package)}" for package in packages)
     found = (
         f"{installed}: megagpt relies on internals of these files, which differ from all tested versions: "
         + ", ".join(unknown)
@@ -102,9 +105,16 @@ def _unknown_is_allowed() -> bool:
     return value == "1"
 
 
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # a vendored copy
+        return "of unknown version"
+
+
 def _remedy(package: str) -> str:
     """Return the command that installs a tested version: the same one again where the installed files were changed."""
-    installed = metadata.version(package).partition("+")[0]
+    installed = _version(package).partition("+")[0]
     if installed in TESTED[package]:
         return f"pip install --force-reinstall --no-deps {package}=={installed}"
     return f"pip install {package}=={TESTED[package][0]}"

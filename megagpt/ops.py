@@ -97,7 +97,7 @@ def missing_tools(op: str) -> str | None:
         return "there is no C++ compiler (Debian, Ubuntu: apt install g++)"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return "Python's own headers are missing (Debian, Ubuntu: apt install python3-dev)"
-    return _missing_of_cuda(op) if op in BUILT_FOR_CUDA and _builds_for_cuda() else None
+    return _missing_of_cuda() if op in BUILT_FOR_CUDA and _builds_for_cuda() else None
 
 
 def require_tools(ops: list[str]) -> None:
@@ -116,7 +116,7 @@ def _builds_for_cuda() -> bool:
     return torch.version.cuda is not None and torch.cuda.is_available() and get_accelerator().device_name() == "cuda"
 
 
-def _missing_of_cuda(op: str) -> str | None:
+def _missing_of_cuda() -> str | None:
     """Name what is absent of the toolkit that torch found (CUDA_HOME, or the place of nvcc, or /usr/local/cuda)."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
@@ -127,9 +127,10 @@ def _missing_of_cuda(op: str) -> str | None:
     )
     if CUDA_HOME is None:
         return f"there is no CUDA toolkit; {remedy}"
-    needed = "bin/nvcc" if op == "FusedAdamBuilder" else "include/cuda_runtime_api.h"
-    if not Path(CUDA_HOME, needed).exists():
-        return f"the CUDA toolkit in {CUDA_HOME} has no {needed}; {remedy}"
+    # DeepSpeed asks nvcc for its version also where nvcc has nothing to compile (op_builder/builder.py:893).
+    for needed in ("bin/nvcc", "include/cuda_runtime_api.h"):
+        if not Path(CUDA_HOME, needed).exists():
+            return f"the CUDA toolkit in {CUDA_HOME} has no {needed}; {remedy}"
     return None
 
 

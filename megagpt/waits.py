@@ -7,6 +7,7 @@ before and after each call that can make the stream stand still tell for how lon
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -18,9 +19,10 @@ import torch.distributed as dist
 # Methods of a process group that queue a kernel of NCCL's on the current stream, in torch 2.11 and 2.13.
 _COLLECTIVES = (
     *("allreduce", "allreduce_coalesced", "reduce", "broadcast", "barrier", "gather", "scatter", "send", "recv"),
-    *("allgather", "allgather_coalesced", "_allgather_base", "allgather_into_tensor_coalesced", "all_gather_single"),
-    *("reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor_coalesced", "reduce_scatter_single"),
-    *("alltoall", "alltoall_base", "_end_coalescing"),
+    *("allgather", "allgather_coalesced", "_allgather_base", "allgather_into_tensor_coalesced"),
+    *("reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor_coalesced", "alltoall", "alltoall_base"),
+    *("all_gather_single", "all_gather_single_coalesced", "reduce_scatter_single", "reduce_scatter_single_coalesced"),
+    *("all_to_all_single", "_end_coalescing"),
 )
 
 
@@ -69,6 +71,13 @@ class DeviceClock:
         return earlier.elapsed_time(later) / 1000
 
 
+class _Here(threading.local):
+    """Whether this thread is inside a timed call: `Stream.wait_stream` calls `wait_event`, which calls `Event.wait`."""
+
+    inside = False
+
+
+_here = _Here()
 _clock: Clock | None = None  # while a step is measured
 _stalls: list[tuple[Any, Any]] = []
 _hooked: set[str] = set()
@@ -94,12 +103,13 @@ def timed(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def _timed_wait(*arguments: Any, **options: Any) -> Any:
         clock = _clock
-        if clock is None:
+        if clock is None or _here.inside:
             return method(*arguments, **options)
-        begun = clock.mark()
+        _here.inside, begun = True, clock.mark()
         try:
             return method(*arguments, **options)
         finally:
+            _here.inside = False
             _stalls.append((begun, clock.mark()))
 
     return _timed_wait

@@ -30,10 +30,10 @@ def test_a_device_is_known_by_whole_words(name: str, known: str | None) -> None:
 
 
 def test_what_the_user_chose_for_cuda_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = {"PYTORCH_CUDA_ALLOC_CONF": "backend:native", "TORCH_NCCL_TRACE_BUFFER_SIZE": "7"}
+    chosen = {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}
     for available, given, added in (
         (False, {}, {}),
-        (True, {}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "TORCH_FR_BUFFER_SIZE": "2000"}),
+        (True, {}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
         (True, chosen, {}),
     ):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)

@@ -15,7 +15,7 @@ from megagpt.hang_page import odd_ranks, verdict
 from megagpt.watch import RankState
 
 WORLD, STAGES = ("0", "default_pg"), ("5", "mesh_pipeline")
-RANKS_OF = {"0": "[0, 1, 2, 3]", "5": "[1, 3]"}  # the second group's rank 0 is rank 1
+RANKS_OF = {"0": "[0, 1, 2, 3]", "5": "[1, 3]", "6": "[0, 3]"}  # the second group's rank 0 is rank 1
 
 
 def entry(group: tuple[str, str], number: int, name: str, state: str, retired: bool, **fields: Any) -> dict[str, Any]:
@@ -82,10 +82,14 @@ def test_the_rank_that_has_not_begun_what_others_wait_in_is_named() -> None:
 
 def test_who_waits_for_another_is_not_the_cause() -> None:
     """Ranks 0 and 2 wait for 1, which waits in a pipeline for what 3 has not sent."""
-    receives = [
-        entry(STAGES, 7, "recv 0<-1", "scheduled", True, is_p2p=True),  # of a batch, only the end is followed
-        entry(STAGES, 7, "coalesced", "started", False, is_p2p=True),
+    batches = [  # each operation, and the end: only this one is followed (torch's test_batched_send_recv)
+        entry(STAGES, 6, "send 0->1", "scheduled", False, is_p2p=True),
+        entry(STAGES, 6, "coalesced", "completed", True, is_p2p=True),
+        entry(STAGES, 7, "recv 0<-1", "scheduled", False, is_p2p=True),
     ]
+    receives = [*batches, entry(STAGES, 7, "coalesced", "started", False, is_p2p=True)]
+    (_, done) = read(dump([*DONE, *batches[:2]]))
+    assert done.peers == ()
     (_, pipeline) = read(dump([*DONE, *receives]))
     assert pipeline.peers == (3,)
     absent = found(r0=WAITING, r1=[*DONE, *receives], r2=WAITING, r3=DONE)
@@ -95,6 +99,14 @@ def test_who_waits_for_another_is_not_the_cause() -> None:
     absent = found(r0=WAITING, r1=[*DONE, *receives], r2=WAITING, r3=[*DONE, *both])
     assert absent is not None
     assert absent.ranks == (1, 3)  # they exchange something: neither is in the collective
+
+
+def test_a_receive_that_is_not_due_yet_hides_nobody() -> None:
+    """Rank 3 hangs in the middle of an interleaved step, after it has posted a receive from rank 0 for a later pass.
+    Rank 0 waits for it and it seems to wait for rank 0; the collective that it has not begun decides."""
+    early = [entry(("6", "undefined"), 2, "recv 1<-0", "scheduled", False, is_p2p=True)]
+    absent = found(r0=WAITING, r1=WAITING, r2=WAITING, r3=[*DONE, *early])
+    assert absent == Finding((3,), "not yet in all_reduce 3 of process group 0 (default_pg), in which others wait")
 
 
 def test_another_operation_in_the_same_place_is_named() -> None:

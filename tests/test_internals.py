@@ -71,6 +71,22 @@ def test_the_remedy_fits_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> N
         assert str(error.value).endswith(f"{file}; {remedy}continue at your own risk: MEGAGPT_ALLOW_UNKNOWN=1")
 
 
+def test_a_package_that_is_absent_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU image before its first run. Nobody goes on without it at any risk."""
+    monkeypatch.setenv(internals.ALLOW_VARIABLE, "1")
+    monkeypatch.setattr(internals, "find_spec", lambda package: None if package == "deepspeed" else find_spec(package))
+
+    def version(package: str) -> str:
+        raise internals.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(internals.metadata, "version", version)
+    with pytest.raises(UserError, match=r"^deepspeed is not installed; pip install deepspeed==0\.19\.8$"):
+        internals.check(["engine"])
+    monkeypatch.setattr(internals, "find_spec", find_spec)
+    monkeypatch.setitem(internals.DIGESTS["engine"], STAGE3, ("0" * 12,))
+    assert (internals.check(["engine"]) or "").startswith("deepspeed of unknown version: ")  # a vendored copy
+
+
 def patched_deepspeed(directory: Path) -> Path:
     """A copy of the package, to stand before the installed one as a vendored one would; returns its stage3.py."""
     installed = find_spec("deepspeed")

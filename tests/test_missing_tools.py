@@ -8,6 +8,7 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder.async_io import AsyncIOBuilder
+from deepspeed.ops.op_builder.builder import MissingCUDAException
 from torch.utils import cpp_extension
 
 from megagpt import ops, startup
@@ -42,6 +43,8 @@ def cuda_without_a_toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_nvme_offload_without_a_cuda_toolkit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TypeError):
         AsyncIOBuilder().include_paths()  # what DeepSpeed has to say
+    with pytest.raises(MissingCUDAException):
+        AsyncIOBuilder().nvcc_args()
     refused = "offload to NVMe needs DeepSpeed's AsyncIO, and there is no CUDA toolkit; install .* 13.0 .*CUDA_HOME="
     with pytest.raises(UserError, match=refused):
         ops.require_tools(["CPUAdamBuilder", "AsyncIOBuilder"])
@@ -50,10 +53,11 @@ def test_nvme_offload_without_a_cuda_toolkit_is_refused(tmp_path: Path, monkeypa
     with pytest.raises(UserError, match=refused):
         startup._require_ops(RunConfig.from_json(json.dumps(config)))  # before this rank's peers wait for it
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
-    lacks = f"the CUDA toolkit in {tmp_path} has no include/cuda_runtime_api.h; install"
-    assert (ops.missing_tools("AsyncIOBuilder") or "").startswith(lacks)
-    (tmp_path / "include").mkdir()
-    (tmp_path / "include" / "cuda_runtime_api.h").touch()
+    for needed in ("bin/nvcc", "include/cuda_runtime_api.h"):
+        lacks = f"the CUDA toolkit in {tmp_path} has no {needed}; install"
+        assert (ops.missing_tools("AsyncIOBuilder") or "").startswith(lacks)
+        (tmp_path / needed).parent.mkdir()
+        (tmp_path / needed).touch()
     assert ops.missing_tools("AsyncIOBuilder") is None
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # DeepSpeed compiles for the CPU then

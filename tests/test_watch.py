@@ -1,7 +1,9 @@
 """A run that hangs ends itself and says who differs; a rank that the others wait for is named."""
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from megagpt import waits
 from megagpt.end_record import EndRecord
@@ -23,6 +27,7 @@ from tests.checkpoint_jobs import run_config
 from tests.monitoring import REPOSITORY
 from tests.processes import PATIENCE_S, Process, Start
 from tests.ranks import RankPool
+from tests.survival_jobs import RecordedClock
 from tests.trained_run import write_dataset
 
 TIMEOUT_S = 6
@@ -189,6 +194,26 @@ def test_a_slow_device_is_named_although_no_host_waits(two_ranks: RankPool) -> N
         for rank in two_ranks.run("tests.survival_jobs:named_by_a_device", by_host=by_host, **arguments):
             assert rank[14] == named  # three windows of five steps
             assert not any(rank[:14] + rank[15:])
+
+
+def test_a_call_inside_a_timed_call_is_no_second_wait() -> None:
+    """torch's `Stream.wait_stream` calls `wait_event`, which calls `Event.wait`: all three are hooked."""
+    clock = RecordedClock()
+    wait_stream = waits.timed(waits.timed(waits.timed(clock.advance)))
+    waits.begin(clock)
+    for seconds in (1.0, 2.0):
+        wait_stream(seconds)
+    assert [clock.between_s(*stall) for stall in waits.end()] == [1.0, 2.0]
+
+
+def test_every_collective_of_this_torch_is_hooked_on_a_gpu() -> None:
+    """torch 2.13 calls other methods of a group than 2.11 does."""
+    called = set(re.findall(r"\bgroup\.([a-z_]+)\(", inspect.getsource(distributed_c10d))) & set(dir(dist.ProcessGroup))
+    queues_nothing = {"rank", "size", "name", "recv_anysource", "monitored_barrier", "shutdown", "split_group", "abort"}
+    collectives = {name for name in called if not name.startswith("_")} - queues_nothing
+    assert {"allreduce", "broadcast", "send"} <= collectives
+    hooked = {name for owner, name in waits._waiting_calls(torch.device("cuda")) if owner is dist.ProcessGroup}
+    assert collectives <= hooked
 
 
 @pytest.mark.gpu

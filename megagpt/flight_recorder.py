@@ -8,7 +8,7 @@ format is that of `torch/distributed/flight_recorder`. This module does not impo
 from __future__ import annotations
 
 import ast
-import pickle
+import json
 import sys
 import threading
 from collections import defaultdict
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ANSWER_S = 1.0  # the recorder asks the driver how far events are, and a driver may hang
-DUMPS = ("_dump_nccl_trace", "_dump_fr_trace")  # the second has gloo's
+DUMPS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")  # the second has gloo's
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def _dump() -> dict[str, Any]:
     c10d = sys.modules.get("torch._C._distributed_c10d")
     for name in DUMPS:
         dump: Callable[..., bytes] | None = getattr(c10d, name, None)
-        content = pickle.loads(dump(includeStackTraces=False)) if dump is not None else {}  # noqa: S301  our own process
+        content = json.loads(dump()) if dump is not None else {}
         if content.get("entries"):
             return content
     return {}

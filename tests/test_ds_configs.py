@@ -105,7 +105,7 @@ def plain_runs(config: dict[str, Any]) -> tuple[PlainRun, PlainRun]:
     That is from master weights copied from bf16 parameters. From there updates of less than half a step of bf16, as
     the largest models' learning rates make them, reach a forward only once several have added up.
     """
-    adam, initialise = plain_process._adam, plain_process.initialise_
+    adam, initialise = plain_process.adam, plain_process.initialise_
 
     def scheduled(*arguments: Any) -> torch.optim.AdamW:
         optimizer = adam(*arguments)
@@ -116,7 +116,7 @@ def plain_runs(config: dict[str, Any]) -> tuple[PlainRun, PlainRun]:
     def rounded(*arguments: Any) -> GPT:
         return initialise(*arguments).bfloat16().float()
 
-    with patch.multiple(plain_process, _adam=scheduled, initialise_=rounded):
+    with patch.multiple(plain_process, adam=scheduled, initialise_=rounded):
         return plain.train(config, STEPS), plain.train(config, STEPS, torch.bfloat16)
 
 

@@ -1,6 +1,6 @@
 """The rank that keeps the others waiting on the device is found from what torch recorded on each."""
 
-import pickle
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -130,7 +130,7 @@ def test_the_page_names_the_rank_although_all_stacks_are_alike() -> None:
 def test_a_recorder_that_does_not_answer_or_is_not_understood_is_no_hindrance(monkeypatch: pytest.MonkeyPatch) -> None:
     module = "torch._C._distributed_c10d"
     monkeypatch.setitem(
-        flight_recorder.sys.modules, module, type("", (), {"_dump_nccl_trace": lambda **_: b"no pickle"})
+        flight_recorder.sys.modules, module, type("", (), {"_dump_nccl_trace_json": lambda: b"no JSON"})
     )
     (state,) = group_states()
     assert state.group.startswith("the flight recorder cannot be read (")
@@ -144,7 +144,7 @@ def test_nccl_records_what_is_read(tmp_path: Any) -> None:
     try:
         torch.distributed.all_reduce(torch.ones(1, device="cuda"))
         torch.cuda.synchronize()
-        content = pickle.loads(torch._C._distributed_c10d._dump_nccl_trace())  # noqa: S301  our own process
+        content = json.loads(torch._C._distributed_c10d._dump_nccl_trace_json())
         assert content["entries"][-1]["profiling_name"] == "nccl:all_reduce"
         (state,) = group_states()
         assert (state.members, state.begun) == ((0,), 1)

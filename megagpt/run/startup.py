@@ -164,7 +164,7 @@ def _run_to_its_end(
     streams: dict[Split, SampleStream],
     directory: Path,
     requests: StopRequests,
-    prepare: Prepare | None,
+    prepare: Prepare | None = None,
 ) -> ExitCode:
     """Train; the rank that fails first shows an early end on one screen.
 

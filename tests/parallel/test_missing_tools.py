@@ -56,7 +56,7 @@ def test_nvme_offload_without_a_cuda_toolkit_is_refused(
     with pytest.raises(MissingCUDAException):
         AsyncIOBuilder().nvcc_args()
     refused = (
-        "offload to NVMe needs DeepSpeed's AsyncIO, and there is no CUDA toolkit; install "
+        "offload to NVMe needs DeepSpeed's AsyncIO, but there is no CUDA toolkit; install "
         ".* 13.0 .*CUDA_HOME="
     )
     with pytest.raises(UserError, match=refused):

@@ -522,7 +522,7 @@ def test_the_command_compares_on_the_ranks_of_torchrun(compiled_ops: None) -> No
         (
             [],
             {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"},
-            "start all with srun python launch/parity.py, or this one only",
+            "start all with srun python launch/parity.py, or only this one",
         ),
     ],
     ids=["too few", "a launcher's", "salloc"],

@@ -445,7 +445,7 @@ def test_a_run_is_resolved_once_and_the_device_decides_no_more_than_auto(tmp_pat
         load_config(write(tmp_path, {"zero_optimization.offload_param": NVME})), world=world
     )
     assert bound.config == bound.on_device(bf16_native=True)
-    with pytest.raises(ConfigError, match="in bf16 or fp16 only, and this run computes in fp32"):
+    with pytest.raises(ConfigError, match="in bf16 or fp16 only, but this run computes in fp32"):
         bound.on_device(bf16_native=False)
 
 

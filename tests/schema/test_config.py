@@ -333,7 +333,7 @@ def test_what_the_command_line_sets_in_a_refused_section_is_named_there(tmp_path
     unknown = 'unknown key, did you mean "zero_optimization"?'
     assert errors(["zero_optimisation.stage=2"]) == [f"--set: zero_optimisation: {unknown}"]
     (idle,) = errors(["aio.queue_depth=4"])
-    assert idle.startswith("--set: aio: acts only with")
+    assert idle.startswith("--set: aio: has no effect without")
 
 
 def test_an_override_error_alone_is_an_error(tmp_path: Path) -> None:

@@ -50,8 +50,8 @@ def starter() -> Iterator[Start]:
         environment = (
             os.environ | ENVIRONMENT | {"PATH": search, "DS_ACCELERATOR": "cpu", VARIABLE: faults}
         )
-        if faults:
-            script = "tests/support/train_with_faults.py"
+        train = "tests/support/train_with_faults.py" if faults else "launch/train.py"
+        script, *words = (train if word == "launch/train.py" else word for word in (script, *words))
         port, command = str(free_port()), [sys.executable, str(script), *map(str, words)]
         if typed:
             command = ["sh", "-c", typed]

@@ -48,7 +48,7 @@ setup-torch-2.11: $(TORCH_2_11)/.ops_built ## a second environment: torch 2.11, 
 
 # Of the matrix and the memory's tests those marked both_stacks, which train each way once; everything of the others.
 test-torch-2.11: setup-torch-2.11 ## the kernels and each way to train, on torch 2.11 with triton 3.6.0
-	env PATH="$(CURDIR)/$(TORCH_2_11)/bin:$$PATH" $(PYTEST) -m "$(ANYWHERE)" \
+	env PATH="$(CURDIR)/$(TORCH_2_11)/bin:$$PATH" $(PYTEST) -m "(not slow or both_stacks) and not gpu and not root" \
 	-k "both_stacks or not (test_matrix or test_memory)" \
 	$(KERNEL_TESTS) tests/parallel/test_internals.py tests/equality/test_matrix.py tests/planning/test_memory.py tests/benchmarks/test_wheels.py
 

@@ -144,7 +144,9 @@ def test_in_the_selection_every_two_levels_meet_that_legally_can() -> None:
 
 
 def marked(row: Row) -> Any:
-    return pytest.param(row, marks=pytest.mark.both_stacks) if row in BOTH_STACKS else row
+    """Rows of one process are left to `make test-torch-2.11`: the selection has all their pairs."""
+    marks = [pytest.mark.both_stacks] if row in BOTH_STACKS else []
+    return pytest.param(row, marks=[*marks, *([pytest.mark.slow] if row in ONE_PROCESS else [])])
 
 
 @pytest.mark.parametrize("row", [*map(marked, [*ONE_PROCESS, *SELECTED]), ALL_AXES], ids=str)

@@ -26,21 +26,15 @@ TRITONS = ("3.6.0", "3.7.1")  # of the two stacks
 TABLE = Path(__file__).with_name("compiled_kernels.csv")
 MUST_BE_CLEAN = (
     "attention_forward_64_bf16",
-    "attention_forward_128_bf16",
     "attention_backward_keys_64_bf16",
-    "layer_norm_768_forward",
     "layer_norm_768_backward",
-    "layer_norm_residual_4096_backward",
-    "layer_norm_residual_8192_backward",
     "layer_norm_residual_12288_backward",
     "rms_norm_residual_4096_forward",
-    "rms_norm_residual_8192_backward",
 )
 # They load nothing but rows, of whole 16 bytes. Others load numbers of a row too: its mean, its
 # log-sum-exp.
 ROWS_ALONE = (
     "attention_forward_64_bf16",
-    "attention_forward_128_bf16",
     "rms_norm_residual_4096_forward",
 )
 ELSEWHERE = (

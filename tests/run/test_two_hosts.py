@@ -313,8 +313,8 @@ def test_dead_hosts_are_named_by_preflight(
         code, shown = preflight(sound, configuration, tmp_path / "run", "--set", *size)
     assert code == 2
     assert (
-        "host-b: ssh: 'ssh: connect to host 192.0.2.2 port 22: Connection refused': the host is "
-        "up and no" in shown
+        "host-b: ssh: 'ssh: connect to host 192.0.2.2 port 22: Connection refused': no ssh "
+        "daemon listens on the host" in shown
     )
     for host, said in (
         ("dead", "192.0.2.9 port 22: No route"),

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kernels
+from kernels import reference
 from kernels.fused import norms
 from tests.support.kernels.accuracy import (
     DTYPES,
     assert_as_accurate_as_torch,
+    output_gradient,
     outputs_and_gradients,
 )
 from tests.support.kernels.refusals import moved, refused
@@ -319,7 +321,27 @@ def test_compiles_into_one_graph(fused_device: str) -> None:
 def test_any_shape(
     fused_device: str, op: str, rows: int, columns: int, dtype: torch.dtype, residual: bool
 ) -> None:
-    assert_as_accurate_as_torch(op, case(op, (rows, columns), dtype, fused_device, residual))
+    tensors = case(op, (rows, columns), dtype, fused_device, residual)
+    assert_as_accurate_as_torch(op, tensors, rounding=rounding_of_sums(op, tensors))
+
+
+def rounding_of_sums(op: str, tensors: dict[str, Tensor]) -> dict[str, float]:
+    """What the order of the rows' sums may cost the parameters' gradients: half a unit in the last
+    place of each term. Of a few columns torch's own error may be small by chance.
+    """
+    ones = {name: torch.ones_like(tensors[name]) for name in ("weight", "bias") if name in tensors}
+    wide = {name: tensor.double() for name, tensor in (tensors | ones).items()}
+    if "bias" in wide:
+        wide["bias"] = torch.zeros_like(wide["bias"])
+    result = getattr(reference, op)(**wide)
+    normalised = result[0] if isinstance(result, tuple) else result
+    gradient = output_gradient(normalised, tensors["x"].dtype)
+    half_a_unit = torch.finfo(torch.float32).eps / 2  # sums are in fp32, whatever the dtype
+    terms = {"weight": gradient * normalised, "bias": gradient}
+    return {
+        f"gradient of {name}": half_a_unit * float(of.abs().sum(dim=0).max())
+        for name, of in terms.items()
+    }
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
 from typing import Any, cast
 
 import deepspeed
@@ -128,10 +129,7 @@ def join_ranks(config: ResolvedConfig | None = None) -> None:
     launch = adopt_launch()
     set_cuda_defaults()
     ops.use_private_extensions()
-    if (
-        unknown := internals.require_known_internals(internals.parts_used(config, launch.launcher))
-    ) is not None:
-        log.log(logging.INFO if launch.rank else logging.WARNING, unknown)
+    _require_known_internals(config)
     compat.suppress_shared_memory_collectives()
     compat.silence_cpu_adam()
     get_accelerator().set_device(launch.local_rank)
@@ -139,6 +137,22 @@ def join_ranks(config: ResolvedConfig | None = None) -> None:
     deepspeed.init_distributed(
         timeout=COLLECTIVE_TIMEOUT if config is None else collective_timeout(config)
     )
+
+
+def _require_known_internals(config: ResolvedConfig | None) -> None:
+    """Raise UserError for unknown internals; if the user allows them, warn once.
+
+    Only the first rank's warning reaches the screen.
+    """
+    launch = adopt_launch()
+    parts = internals.parts_used(config, launch.launcher)
+    if (unknown := internals.require_known_internals(parts)) is not None:
+        _warn_once(unknown, logging.INFO if launch.rank else logging.WARNING)
+
+
+@cache
+def _warn_once(message: str, level: int) -> None:
+    log.log(level, message)
 
 
 def share_cores() -> None:
@@ -242,7 +256,7 @@ def build_engine(config: ResolvedConfig, mesh: Mesh) -> Engine:
     Peak memory is this rank's shard plus one parameter. Raise UserError if an op that the
     configuration needs cannot be built.
     """
-    internals.require_known_internals(internals.parts_used(config, adopt_launch().launcher))
+    _require_known_internals(config)
     needed = ops.needed_ops(config, get_accelerator().device_name())
     ops.require_tools(needed)
     ops.build([op for op in needed if not ops.missing_tools(op)])
@@ -270,8 +284,17 @@ def build_engine(config: ResolvedConfig, mesh: Mesh) -> Engine:
         compat.require_equal_tiles(engine, mesh)
         if zero.stage == 3 and zero.parameter_device != "nvme":
             begin_trace = compat.trace_whole_steps(engine)
-    groups = tied_group(config, mesh), neighbour_groups(config, mesh)
-    return Engine(engine, mesh, config, names, held, axis, groups[0], begin_trace, groups[1])
+    return Engine(
+        deepspeed=engine,
+        mesh=mesh,
+        config=config,
+        names=names,
+        boxes=held,
+        tensor_axis=axis,
+        tied_group=tied_group(config, mesh),
+        begin_trace=begin_trace,
+        neighbour_groups=neighbour_groups(config, mesh),
+    )
 
 
 def nothing() -> None:

@@ -88,6 +88,7 @@ def accumulate(engine: Engine, micro_batches: Sequence[MicroBatch]) -> list[Tens
     per_step = (
         engine.config.megagpt.parallel.gradient_reduction == "per_step" and engine.zero_stage > 0
     )
+    # Per step, DeepSpeed reduces when this context closes; otherwise in each backward.
     with engine.deepspeed.coalesce_grad_reduction() if per_step else nullcontext():
         if engine.num_stages > 1:
             losses = _pipeline(engine, len(micro_batches)).train(micro_batches)

@@ -1,5 +1,6 @@
-"""Other layouts that run the same step on the same ranks, and those of them that fit.
+"""Other layouts that run the same step on the same ranks, and those that fit into memory.
 
+`launch/plan.py` prints them; `legality.py` finds the nearest legal run of one that is refused.
 An alternative has the same model, world size and global batch. It differs in the mesh, in ZeRO and
 offload, in recomputation or in the micro-batch. Single changes are tried before pairs; among those
 that fit, the fastest by estimate comes first.

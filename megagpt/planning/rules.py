@@ -1,5 +1,7 @@
 """The table of what composes: each rule refuses a combination, says why and what to try instead.
 
+The table, `RULES`, is at the end; the functions before it are its conditions and remedies.
+
 A rule exists because DeepSpeed 0.19.8 would ignore the combination or fail late, or because this
 trainer does not support it: every accepted key takes effect. A remedy for one rule may break
 another: `legality.py` searches.

@@ -19,7 +19,11 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import cpu_adam
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+from deepspeed.runtime.zero import (
+    parameter_offload,
+    partition_parameters,
+    partitioned_param_coordinator,
+)
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 from torch.distributed.pipelining import PipelineStage, schedules
@@ -80,9 +84,11 @@ class Partitioner:
 
 
 def destroy(engine: DeepSpeedEngine) -> None:
-    """Destroy an engine so that nothing of it stays in memory.
+    """Destroy an engine so that nothing of it stays in the process.
 
-    ZeRO-3 pushes the module on a stack (zero/parameter_offload.py:315) and never pops it, and a
+    ZeRO-3 replaces ``torch.nn.functional.linear`` for good (zero/partition_parameters.py:419). What
+    the process trains afterwards must not use it: torch 2.11 compiles its gradient wrongly. ZeRO-3
+    pushes the module on a stack (zero/parameter_offload.py:315) and never pops it, and a
     cache of the class holds the parameters that it releases after each module
     (zero/partitioned_param_coordinator.py:633). Without this the model, its engine and the engine's
     process groups would live as long as the process.
@@ -95,6 +101,8 @@ def destroy(engine: DeepSpeedEngine) -> None:
     timed: Any = coordinator._PartitionedParameterCoordinator__params_to_release
     (cached,) = (cell.cell_contents for cell in timed.__closure__)
     cached.cache_clear()
+    replaced = partition_parameters.InsertPostInitMethodToModuleSubClasses
+    nn.functional.linear = getattr(replaced, "linear_bk", nn.functional.linear)
 
 
 def read_when_needed(engine: DeepSpeedEngine) -> None:

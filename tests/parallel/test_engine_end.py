@@ -21,3 +21,4 @@ def test_nothing_of_an_engine_outlives_it(
         for _ in range(3)
     ]
     assert held[2] == held[1] == held[0]
+    assert all(own for *_, own in held[0]), "ZeRO-3 replaces torch's linear"

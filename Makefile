@@ -46,11 +46,11 @@ test-all: setup $(TEST_OPS_BUILT) ## every test that this machine can run: slow 
 
 setup-torch-2.11: $(TORCH_2_11)/.ops_built ## a second environment: torch 2.11, triton 3.6.0 (3 GB to download)
 
-# Of the matrix and the memory's tests those marked both_stacks, which train each way once; everything of the others.
+# Of the matrix, the memory's and benchmarks.gpu's tests those marked both_stacks, which train each way once; all others.
 test-torch-2.11: setup-torch-2.11 ## the kernels and each way to train, on torch 2.11 with triton 3.6.0
 	env PATH="$(CURDIR)/$(TORCH_2_11)/bin:$$PATH" $(PYTEST) -m "(not slow or both_stacks) and not gpu and not root" \
-	-k "both_stacks or not (test_matrix or test_memory)" \
-	$(KERNEL_TESTS) tests/parallel/test_internals.py tests/equality/test_matrix.py tests/planning/test_memory.py tests/benchmarks/test_wheels.py
+	-k "both_stacks or not (test_matrix or test_memory or test_gpu_benchmark)" \
+	$(KERNEL_TESTS) tests/parallel/test_internals.py tests/equality/test_matrix.py tests/planning/test_memory.py tests/benchmarks/test_wheels.py tests/benchmarks/test_gpu_benchmark.py
 
 check: $(INSTALLED) ## lint, format, types, that imports run downward only, and plain words
 	ruff check

@@ -371,6 +371,8 @@ raise SystemExit(pytest.main([*options, *files]))
 """
 
 
+@pytest.mark.slow
+@pytest.mark.both_stacks
 def test_what_concerns_kernels_needs_no_deepspeed() -> None:
     """Nor anything else that only training needs: torch and triton, and pytest and hypothesis
     for the tests.
@@ -548,6 +550,8 @@ def test_compute_sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         suite.find_sanitizer()
 
 
+@pytest.mark.slow
+@pytest.mark.both_stacks
 def test_training_and_offload(tmp_path: Path, one_rank: RankPool) -> None:
     """The real engine at ZeRO 0, 1 and 3, the plain compiled loop, a trace, and Adam in host
     memory.
@@ -589,6 +593,8 @@ def test_offload_shrinks_to_what_fits() -> None:
         offload.largest(model, True, 7.0, 139.0, **settings)
 
 
+@pytest.mark.slow
+@pytest.mark.both_stacks
 def test_a_training_case_as_the_command_runs_it(tmp_path: Path, compiled_ops: None) -> None:
     """In a process of its own, which joins alone; another kernels' choice comes by its
     environment.

@@ -7,11 +7,14 @@ the installed files are those. Lines of torch's files are those of 2.13; comment
 differs.
 """
 
+import sys
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -60,6 +63,35 @@ def silence_cpu_adam() -> None:
     (ops/adam/cpu_adam.py:98), which the rank's log needs.
     """
     cpu_adam.should_log_le = lambda level: False
+
+
+@contextmanager
+def vendor_without_processes() -> Iterator[None]:
+    """Keep CPU Adam from starting processes to learn the processor's vendor.
+
+    It wants the vendor to warn of fp16 on AMD (ops/adam/cpu_adam.py:76). py-cpuinfo starts three
+    processes for that, a Python among them: 0.4 s of CPU for each engine. The kernel has it in a
+    file.
+    """
+    answer = types.SimpleNamespace(get_cpu_info=lambda: {"vendor_id_raw": _vendor()})
+    imported = sys.modules.get("cpuinfo")
+    sys.modules["cpuinfo"] = cast(types.ModuleType, answer)
+    try:
+        yield
+    finally:
+        if imported is None:
+            del sys.modules["cpuinfo"]
+        else:
+            sys.modules["cpuinfo"] = imported
+
+
+def _vendor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id"))
+    return next(named, "unknown")
 
 
 class Partitioner:

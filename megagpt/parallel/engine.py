@@ -268,13 +268,14 @@ def build_engine(config: ResolvedConfig, mesh: Mesh) -> Engine:
         else None
     )
     model, names, held = build_model(config, mesh, axis, ds_config)
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=parameter_groups(model, names),
-        config=ds_config,
-        mpu=mesh,
-        dist_init_required=False,
-    )
+    with compat.vendor_without_processes():
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=parameter_groups(model, names),
+            config=ds_config,
+            mpu=mesh,
+            dist_init_required=False,
+        )
     compat.keep_least_loss_scale(engine)
     zero = config.zero_optimization
     if zero.parameter_device == "nvme":

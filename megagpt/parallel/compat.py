@@ -7,6 +7,7 @@ the installed files are those. Lines of torch's files are those of 2.13; comment
 differs.
 """
 
+import importlib
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import cpu_adam
+from deepspeed.runtime import compiler
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import (
     parameter_offload,
@@ -54,6 +56,20 @@ def suppress_shared_memory_collectives() -> None:
     skipped.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def suppress_compilation_of_muon() -> None:
+    """Keep ``initialize`` from importing torch's compiler: 1 s of CPU and 600 modules per rank.
+
+    Each ZeRO optimizer imports Muon to recognise it (zero/utils.py:71), and Muon asks torch to
+    compile its functions as it is imported (zero/muon/original_muon.py:50). No run here uses Muon.
+    """
+    compiling = compiler.compile
+    compiler.compile = lambda **options: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compiling
 
 
 def silence_cpu_adam() -> None:

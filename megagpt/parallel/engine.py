@@ -131,6 +131,7 @@ def join_ranks(config: ResolvedConfig | None = None) -> None:
     ops.use_private_extensions()
     _require_known_internals(config)
     compat.suppress_shared_memory_collectives()
+    compat.suppress_compilation_of_muon()
     compat.silence_cpu_adam()
     get_accelerator().set_device(launch.local_rank)
     share_cores()

@@ -6,8 +6,10 @@ a digest of all that the library was made from; while it agrees, the library is 
 """
 
 import hashlib
+import importlib.util
 import os
 import sys
+import types
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -33,9 +35,7 @@ def load(builder: Any, directory: Path) -> bool:
         needed.load(verbose=False)  # makes its symbols visible to the next library
     loaded = _loaded_ops(builder)
     if builder.name not in loaded:
-        from torch.utils.cpp_extension import _import_module_from_library
-
-        loaded[builder.name] = _import_module_from_library(builder.name, str(directory), True)
+        loaded[builder.name] = _open_library(builder.name, directory)
     return True
 
 
@@ -50,6 +50,16 @@ def record(builder: Any, directory: Path) -> None:
         unfinished = directory / f"{STAMP}.{os.getpid()}"
         unfinished.write_text(stamp)
         unfinished.replace(directory / STAMP)
+
+
+def _open_library(name: str, directory: Path) -> types.ModuleType:
+    """Import an extension module by its file, as torch does (utils/cpp_extension.py)."""
+    spec = importlib.util.spec_from_file_location(name, directory / f"{name}.so")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _sibling(builder: Any, name: str) -> Any:

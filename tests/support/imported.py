@@ -13,5 +13,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it as it is imported
 import megagpt.parallel.engine
 import megagpt.parallel.pipeline
 import megagpt.train  # noqa: F401
+from megagpt.parallel import compat
 
+compat.suppress_compilation_of_muon()
 gc.freeze()

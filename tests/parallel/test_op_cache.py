@@ -115,6 +115,7 @@ def test_an_op_without_a_stamp_is_not_trusted(builder: Builder) -> None:
     assert not op_cache.load(builder, builder.place)
 
 
+@pytest.mark.slow
 def test_a_copied_cache_is_loaded_by_deepspeed_and_stamped(tmp_path: Path) -> None:
     """The library in it has another time; ninja finds it sound, or compiles it again."""
     cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or private_cache())

@@ -36,6 +36,7 @@ KEEP_NOTHING = {
 }
 
 
+@pytest.mark.rotate(3)
 @pytest.mark.parametrize(
     "reduction", ["per_step", pytest.param("per_micro_batch", marks=pytest.mark.slow)]
 )

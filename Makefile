@@ -17,7 +17,7 @@ PYTHON_2_11 ?= $(shell python3.12 -c '' 2>/dev/null && echo python3.12 || echo $
 KERNEL_TESTS := tests/kernels tests/model/test_fused_model.py
 
 # Two tests at a time, a file on one worker, one thread each: ranks of their own wait for each other most of the time.
-# Of tests marked rotate(K), whose cases are alike, `make test` runs one case in K: other ones each day.
+# Of tests marked rotate(K), whose cases are alike, these run one case in K: other ones each day.
 ROTATION ?= $(shell date +%-j)
 PYTEST := OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
@@ -51,6 +51,7 @@ setup-torch-2.11: $(TORCH_2_11)/.ops_built ## a second environment: torch 2.11, 
 # Of the matrix, the memory's and benchmarks.gpu's tests those marked both_stacks, which train each way once; all others.
 test-torch-2.11: setup-torch-2.11 ## the kernels and each way to train, on torch 2.11 with triton 3.6.0
 	env PATH="$(CURDIR)/$(TORCH_2_11)/bin:$$PATH" $(PYTEST) -m "(not slow or both_stacks) and not gpu and not root" \
+	--rotation $$(($(ROTATION) + 1)) \
 	-k "both_stacks or not (test_matrix or test_memory or test_gpu_benchmark)" \
 	$(KERNEL_TESTS) tests/parallel/test_internals.py tests/equality/test_matrix.py tests/planning/test_memory.py tests/benchmarks/test_wheels.py tests/benchmarks/test_gpu_benchmark.py
 

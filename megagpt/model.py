@@ -22,6 +22,7 @@ from megagpt.config import ModelConfig
 
 NORM_EPSILON = 1e-5  # GPT-2's
 ROTARY_BASE = 10_000.0  # Su et al. 2021
+IGNORED = -100  # a target that has no loss
 TIED_WEIGHT = "embedding.tokens.weight"  # also the head's weight if embeddings are tied
 
 
@@ -290,7 +291,9 @@ class Head(nn.Module):
         x = self.norm(x)
         if targets is None:
             return F.linear(x, self.weight)
-        return kernels.linear_cross_entropy(x, self.weight, targets, vocabulary=self.vocabulary)
+        return kernels.linear_cross_entropy(
+            x, self.weight, targets, ignore_index=IGNORED, vocabulary=self.vocabulary
+        )
 
 
 class GPT(nn.Module):
@@ -332,7 +335,7 @@ class GPT(nn.Module):
         dropout_seed: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """Return the mean loss (a scalar) if targets (batch, length) are given, else logits.
+        """Return the mean loss of the targets (batch, length) that are not ignored, or logits.
 
         Logits are (batch, length, padded vocabulary). ``inputs`` are tokens (batch, length), or the
         hidden states from the layers before these; without the head, hidden states are returned.

@@ -251,6 +251,13 @@ def compute_dtype(config: ResolvedConfig) -> torch.dtype:
     return torch.float16 if config.fp16.enabled else torch.float32
 
 
+def supported_formats() -> set[str]:
+    """Return which of bf16 and fp16 DeepSpeed accepts on this device."""
+    accelerator = get_accelerator()
+    answers = {"bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
+    return {name for name, supported in answers.items() if supported}
+
+
 def build_engine(config: ResolvedConfig, mesh: Mesh) -> Engine:
     """Initialise the model directly into its ZeRO shards and wrap it; every rank must call it.
 

@@ -83,7 +83,7 @@ class RunConfig(Section):
     gradient_accumulation_steps: int | None = execution(
         None, "micro-batches per optimizer step", ge=1
     )
-    optimizer: OptimizerConfig = section(..., "optimizer")
+    optimizer: OptimizerConfig = section(..., "the optimizer and its learning rate")
     scheduler: SchedulerConfig | None = section(None, "learning-rate schedule; default: constant")
     gradient_clipping: float = identity(1.0, "maximum gradient norm; 0: no clipping", ge=0)
     fp16: Fp16Config = section(Fp16Config(), "half precision")

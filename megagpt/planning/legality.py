@@ -95,20 +95,20 @@ class LegalRun:
         world = replace(self.world, bf16_native=bf16_native, fp16_native=fp16_native)
         return resolve(self.written, world=world).config
 
-    def require_format(self, config: ResolvedConfig, supported: Container[str]) -> None:
+    def require_format(self, supported: Container[str], source: str = "") -> None:
         """Raise ConfigError if the device does not support the run's 16-bit format.
 
         DeepSpeed would raise ValueError while it builds the engine (engine.py:2003). `supported`
         holds bf16, fp16, both or none; a format that it does hold is offered, or fp32.
         """
-        chosen = next((name for name in FORMATS if getattr(config, name).enabled), None)
+        chosen = next((name for name in FORMATS if getattr(self.config, name).enabled), None)
         if chosen is None or chosen in supported:
             return
         off = f"{chosen}.enabled=false"
         offers: list[Items] = [(off,), *((off, f"{name}.enabled=true") for name in FORMATS)]
         found = next((items for items in offers if self._is_offer(items, supported)), None)
         offer = f"; nearest legal: --set {' '.join(found)}" if found else ""
-        raise ConfigError([f"{chosen}.enabled: true is refused: the device has no {chosen}{offer}"])
+        _refuse([f"{chosen}.enabled: true is refused: the device has no {chosen}{offer}"], source)
 
     def _is_offer(self, items: Items, supported: Container[str]) -> bool:
         """Return whether the run is legal with these items, in a supported format or fp32."""

@@ -23,6 +23,7 @@ from megagpt.planning.layout import Layout
 from megagpt.planning.legality import World, judge, precision_notes, problems
 from megagpt.planning.placement import Placement
 from megagpt.planning.rules import can_be_cut
+from megagpt.schema.model import GPT2_VOCABULARY
 from megagpt.utils import GIB, UserError
 
 LINK_SHARE = 0.7  # share of a link's data-sheet speed that collectives reach
@@ -143,12 +144,20 @@ def make_plan(
     """
     written = load_config(path, overrides, for_plan=True)
     world = replace(world_of(written, world_size(list(hosts))), bf16_native=bf16_native)
+    model = written.megagpt.model
+    notes = list(written.notes)
+    if not (world.vocabulary or model.vocab_size or model.vocabulary or model.published_vocabulary):
+        world = replace(world, vocabulary=GPT2_VOCABULARY)
+        notes.append(
+            f"megagpt.model.vocab_size: not given, and the data are not prepared; planned with "
+            f"GPT-2's {GPT2_VOCABULARY}"
+        )
     verdict = judge(written, world)
     refused = problems(written, world)
     config = verdict.config
     if verdict.impossible or not isinstance(config, ResolvedConfig) or not can_be_cut(config):
         raise ConfigError(f"{path}: {line}" for line in refused)
-    notes = [*written.notes, *precision_notes(written, config)]
+    notes += precision_notes(written, config)
     plan = _plan(path, config, notes, refused, hosts, limits, assumed)
     return (
         plan

@@ -24,7 +24,6 @@ from megagpt.parallel.engine import (
     build_mesh,
     compute_dtype,
     join_ranks,
-    supported_formats,
     training_device,
 )
 from megagpt.planning.legality import LegalRun, precision_notes
@@ -49,7 +48,6 @@ def assemble(
         bf16_native=device.multiplies_bf16_natively(training_device()),
         fp16_native=device.multiplies_fp16_natively(training_device()),
     )
-    legal.require_format(resolved, supported_formats())
     join_ranks(resolved)
     require_agreement(resolved, streams["train"])
     pulse.beat("building the engine")

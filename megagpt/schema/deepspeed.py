@@ -70,8 +70,8 @@ class OptimizerConfig(Section):
 
 class _WarmupParams(Section):
     warmup_num_steps: int = identity(
-        1000, "steps of the warm-up; at least 2", ge=2
-    )  # DeepSpeed silently changes 1 to 2
+        1000, "steps of the warm-up; at least 2, and 1 is 2 to DeepSpeed", ge=2
+    )
     warmup_type: Literal["log", "linear"] = identity("log", "shape of the warm-up")
 
 

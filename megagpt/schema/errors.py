@@ -159,7 +159,8 @@ def _message(
             "" if dotted(path) in TO_PASTE else "; write the value"
         )
     if kind in EXPECTED_KIND:
-        return f"expected {EXPECTED_KIND[kind]}, got {shown(value)}{_without_quotes(kind, value)}"
+        hint = "; write one, or remove the key" if value is None else _without_quotes(kind, value)
+        return f"expected {EXPECTED_KIND[kind]}, got {shown(value)}{hint}"
     if kind in BOUND_WORDS:
         key, words = BOUND_WORDS[kind]
         return f"must be {words} {context[key]:g}, got {shown(value)}"

@@ -9,6 +9,7 @@ import codecs
 import json
 import math
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def read_text(path: Path) -> str:
         return data.decode("utf-8-sig")  # without the mark that Windows writes first
     except UnicodeDecodeError as error:
         if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            remedy = f"iconv -f UTF-16 -t UTF-8 {path} > utf8.json"
+            remedy = f"iconv -f UTF-16 -t UTF-8 {shlex.quote(str(path))} > utf8.json"
             raise ConfigError([f"{path}: UTF-16, need UTF-8; {remedy}"]) from error
         raise ConfigError(
             [f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8"]

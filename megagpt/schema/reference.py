@@ -76,9 +76,12 @@ def _accept_what_is_adopted(schema: dict[str, Any]) -> None:
 def _or_absent(key: str, field: dict[str, Any]) -> dict[str, Any]:
     """Return a schema that also takes what is absent in effect: "auto", or null for a section."""
     description = {"description": field.pop("description")} if "description" in field else {}
-    absent: list[dict[str, Any]] = [{"enum": ["auto", None]}]
+    is_section = "$ref" in json.dumps(field)
+    absent: list[dict[str, Any]] = [{"const": None} if is_section else {"const": "auto"}]
     if key == "zero_optimization":
         absent.append({"type": "boolean"})
+    if key == "warmup_num_steps":
+        absent.append({"const": 1})
     return {"anyOf": [field, *absent], **description}
 
 

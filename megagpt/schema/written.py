@@ -14,12 +14,13 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from megagpt.schema.errors import KeyPath, Problem, models_at, models_in, shown
+from megagpt.schema.errors import KeyPath, Problem, dotted, models_at, models_in, shown
 from megagpt.schema.foreign import FOREIGN, ForeignKey, same_value
 from megagpt.schema.json_reader import ABSENT, Document, put, remove, value_at
 
 Note = tuple[str, str]  # a key, and why it does nothing
 
+WARM_UP = ("scheduler", "params", "warmup_num_steps")
 COMMENT_MARKS = ("_", "//", "#")
 
 
@@ -46,6 +47,9 @@ def adopt(document: Document, model: type[BaseModel]) -> Adopted:
         if (value := value_at(document, row.path)) is not ABSENT:
             _adopt_foreign(document, row, value, result)
     _drop_absent(document, model)
+    if same_value(value_at(document, WARM_UP), 1):
+        put(document, WARM_UP, 2)
+        result.notes.append((dotted(WARM_UP), "1 is 2 to DeepSpeed, its shortest warm-up"))
     if _is_adam(kind := value_at(document, ("optimizer", "type"))):
         document["optimizer"]["type"] = {"adam": "Adam", "adamw": "AdamW"}[kind.lower()]
     return result
@@ -77,7 +81,7 @@ def _adopt_foreign(document: Document, row: ForeignKey, value: Any, result: Adop
     if row.changes_nothing(value):
         _drop_with_empty_section(document, row.path)
     elif row.otherwise == "hint":
-        result.notes.append((row.key, row.reason))
+        result.notes.append((row.key, f"not handed to DeepSpeed: {row.reason}"))
         _drop_with_empty_section(document, row.path)
     elif row.otherwise == "acts":
         problem = _move(document, row, value)

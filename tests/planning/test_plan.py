@@ -175,6 +175,13 @@ def test_a_plan_needs_no_optimizer_and_no_batch(tmp_path: Path) -> None:
         load_config(path)
     asked = [item for line in caught.value.errors for item in line.split(" --set ")[1].split()]
     assert load_config(path, asked).train_micro_batch_size_per_gpu == 8
+    document["megagpt"]["model"] = {"num_layers": 1, "hidden_size": 64, "num_heads": 1}
+    document["megagpt"]["data"] = {"path": str(tmp_path / "none")}
+    path.write_text(json.dumps(document))
+    bare = make_plan(str(path), [], hosts_of(8, 8), ROOMY, assume(H100, 8))
+    assert bare.good
+    assert bare.config.megagpt.model.vocabulary == 50257
+    assert any("the data are not prepared; planned with" in line for line in bare.notes)
     old = make_plan(str(path), [], hosts_of(8, 8), ROOMY, assume(H100, 8), bf16_native=False)
     assert (plan.config.bf16.enabled, old.config.bf16.enabled) == (True, False)
 

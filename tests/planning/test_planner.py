@@ -487,13 +487,13 @@ def test_a_format_that_the_device_lacks_is_refused_with_the_nearest_legal_one(
     path, world = write(tmp_path, changes), World(2, vocabulary=1000)
     run = legality.resolve(load_config(path), world=world)
     if items is None:
-        run.require_format(run.config, supported)
+        run.require_format(supported)
         return
     with pytest.raises(ConfigError, match=r"the device has no (bf16|fp16); nearest legal") as found:
-        run.require_format(run.config, supported)
+        run.require_format(supported)
     assert printed_items(found.value.errors[0]) == items
     other = legality.resolve(load_config(path, items), world=world)
-    other.require_format(other.config, supported)
+    other.require_format(supported)
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(257, 384), (50257, 50304), (1000, 1024)])

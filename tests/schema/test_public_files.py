@@ -16,7 +16,7 @@ from megagpt.config import ConfigError, RunConfig, load_config
 from megagpt.planning.legality import World, problems
 from megagpt.schema.reference import schema_text
 from tests import REPOSITORY
-from tests.support.json_schema import fits
+from tests.schema.json_schema import fits
 
 FILES = sorted((REPOSITORY / "tests" / "fixtures" / "deepspeed_files").glob("*.json"))
 EVERY = (8, 4, 1)

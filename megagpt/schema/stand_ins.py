@@ -114,4 +114,5 @@ def _stand_in(document: Document, key: str) -> Any:
         "optimizer": optimizer,
         "megagpt": {"model": model, "training": training},
     }
-    return value_at(whole, tuple(key.split(".")))
+    found = value_at(whole, tuple(key.split(".")))
+    return 1 if found is ABSENT else found

@@ -217,6 +217,8 @@ def _unknown_key(path: KeyPath, location: KeyPath, model: type[BaseModel]) -> st
     section = "".join(f"{name}." for name in path[:-1])
     if (meant := SYNONYMS.get(word)) is not None:
         return f'unknown key, did you mean "{meant.removeprefix(section)}"?'
+    if word.startswith("_"):
+        return "unknown key; a comment begins with _comment, // or #"
     suggestion = did_you_mean(word, siblings)
     if not suggestion:
         elsewhere = [key for key in all_keys(model) if key.rsplit(".", 1)[-1] == word]

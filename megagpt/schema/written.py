@@ -21,7 +21,7 @@ from megagpt.schema.json_reader import ABSENT, Document, put, remove, value_at
 Note = tuple[str, str]  # a key, and why it does nothing
 
 WARM_UP = ("scheduler", "params", "warmup_num_steps")
-COMMENT_MARKS = ("_", "//", "#")
+COMMENT_MARKS = ("_comment", "__comment", "//", "#")
 
 
 @dataclass

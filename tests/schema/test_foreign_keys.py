@@ -235,10 +235,16 @@ def test_a_deepspeed_file_without_our_object_says_so_in_one_line() -> None:
     assert '"megagpt": {"model": {"preset": "gpt2-124m"}' in line
 
 
-@pytest.mark.parametrize("mark", ["_comment", "//", "# why", "_zero_optimization"])
+@pytest.mark.parametrize("mark", ["_comment", "_comment_2", "__comment__", "//", "# why"])
 def test_comments_are_no_keys(mark: str) -> None:
     document = put(MINIMAL, "megagpt.model", MINIMAL["megagpt"]["model"] | {mark: ["any", 1]})
     assert parse(document | {mark: {"enabled": True}}) == parse(MINIMAL)
+
+
+def test_another_underscore_is_no_comment() -> None:
+    assert errors_of(MINIMAL | {"_read_the_docs": "there"}) == [
+        "x.json: _read_the_docs: unknown key; a comment begins with _comment, // or #"
+    ]
 
 
 def test_a_section_of_null_is_absent_and_a_number_of_null_is_not() -> None:

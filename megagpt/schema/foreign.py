@@ -284,6 +284,7 @@ FOREIGN: tuple[ForeignKey, ...] = (
     _refused(
         "aio.thread_count",
         "DeepSpeed ignores this old name; use intra_op_parallelism",
+        1,
     ),
     _hint("optimizer.legacy_fusion", "it is of fp16 at ZeRO 0 and never changes the result", False),
     _acts("optimizer.params.max_grad_norm", "gradient_clipping"),

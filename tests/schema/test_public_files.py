@@ -55,6 +55,7 @@ VERDICTS: dict[str, tuple[int, ...] | str] = {
 
 FP16 = {"loss_scale": 0, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1}
 ON_CPU = {"device": "cpu", "pin_memory": True}
+NVME = {"device": "nvme", "nvme_path": "/local_nvme", "pin_memory": True}
 AUTO_BATCH = {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto"}
 AUTO_ADAM = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
 AUTO_WARMUP = {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"}
@@ -284,6 +285,53 @@ PUBLISHED: dict[str, Published] = {
             "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
         },
         "fp16.opt_level: unknown key",  # rejected by DeepSpeed too
+    ),
+    "huggingface/transformers docs/source/en/deepspeed.md, NVMe": (
+        {
+            "bf16": {"enabled": "auto"},
+            "zero_optimization": AUTO_STAGE3
+            | {
+                "offload_optimizer": NVME | {"buffer_count": 4, "fast_init": False},
+                "offload_param": NVME | {"buffer_count": 5, "buffer_size": 1e8, "max_in_cpu": 1e9},
+                "stage3_max_live_parameters": 1e9,
+                "stage3_max_reuse_distance": 1e9,
+                "stage3_gather_16bit_weights_on_model_save": True,
+            },
+            "aio": {
+                "block_size": 262144,
+                "queue_depth": 32,
+                "thread_count": 1,
+                "single_submit": False,
+                "overlap_events": True,
+            },
+        }
+        | AUTO_BATCH,
+        EVERY,
+    ),
+    "microsoft/DeepSpeedExamples applications/DeepSpeed-Chat dschat/utils/ds_utils.py": (
+        {
+            "train_batch_size": 32,
+            "train_micro_batch_size_per_gpu": 4,
+            "steps_per_print": 10,
+            "zero_optimization": {
+                "stage": 3,
+                "offload_param": {"device": "none"},
+                "offload_optimizer": {"device": "none"},
+                "stage3_param_persistence_threshold": 1e4,
+                "stage3_max_live_parameters": 3e7,
+                "stage3_prefetch_bucket_size": 3e7,
+                "memory_efficient_linear": False,
+                "zero_quantized_gradients": False,
+                "zero_hpz_partition_size": 1,
+            },
+            "fp16": {"enabled": True, "loss_scale_window": 100},
+            "gradient_clipping": 1.0,
+            "prescale_gradients": False,
+            "wall_clock_breakdown": False,
+            "hybrid_engine": {"enabled": False, "max_out_tokens": 512, "pin_parameters": True},
+            "tensorboard": {"enabled": False, "output_path": "logs", "job_name": "step1"},
+        },
+        EVERY,
     ),
     "bigscience-workshop/Megatron-DeepSpeed tests/ds_config_bf16.json": (
         {

@@ -44,6 +44,7 @@ EXPECTED_KIND = {
     "tuple_type": "a list",
     "model_type": "an object",
 }
+_NUMBER = re.compile(r"-?\d{1,15}(\.\d{1,15})?([eE][+-]?\d{1,2})?")  # as JSON has them
 BOUND_WORDS = {
     "greater_than": ("gt", "greater than"),
     "greater_than_equal": ("ge", "at least"),
@@ -186,18 +187,13 @@ def _not_a_choice(value: object, choices: list[str]) -> str:
 
 def _without_quotes(kind: str, value: object) -> str:
     """Return what to write where a number or a truth value stands in quotes, else nothing."""
-    try:
-        meant = json.loads(value) if isinstance(value, str) else None
-    except ValueError:
+    if kind == "bool_type" and value in ("true", "false"):
+        return f"; write {value} without quotes"
+    if not isinstance(value, str) or not _NUMBER.fullmatch(value):
         return ""
-    is_truth = isinstance(meant, bool)
-    is_whole = isinstance(meant, int | float) and meant == meant // 1
-    fits = {
-        "bool_type": is_truth,
-        "float_type": isinstance(meant, int | float) and not is_truth,
-        "int_type": is_whole and not is_truth,
-    }
-    return f"; write {value} without quotes" if fits.get(kind) else ""
+    if kind == "int_type" and float(value).is_integer():
+        return f"; write {int(float(value))} without quotes"
+    return f"; write {value} without quotes" if kind == "float_type" else ""
 
 
 def _missing_key(path: KeyPath, location: KeyPath, model: type[BaseModel]) -> str:

@@ -71,8 +71,8 @@ def _is_on(section: Mapping[str, Any]) -> bool:
     return any(isinstance(below, Mapping) and _is_on(below) for below in section.values())
 
 
-def _acts(key: str, becomes: str, **more: Any) -> ForeignKey:
-    return ForeignKey(key, "acts", more.pop("reason", ""), becomes=becomes, **more)
+def _acts(key: str, becomes: str, *, reason: str = "", **more: Any) -> ForeignKey:
+    return ForeignKey(key, "acts", reason, becomes=becomes, **more)
 
 
 def _hint(key: str, reason: str, *nothing_at: Any) -> ForeignKey:

@@ -202,7 +202,7 @@ def hidden_problems(value: object, path: KeyPath = ()) -> list[Problem]:
     return problems
 
 
-# PyYAML comes with transformers, a development dependency; not every environment has it.
+# PyYAML comes with datasets.
 _FROM_YAML = (
     "to convert it: python -c 'import json, sys, yaml; "
     "print(json.dumps(yaml.safe_load(sys.stdin)))' < IN.yml > OUT.json"

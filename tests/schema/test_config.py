@@ -153,6 +153,15 @@ KEYS = [
     "megagpt.data.path",
     "megagpt.model.preset",
     "$schema",
+    "optimizer",
+    "fp16",
+    "zero_optimization",
+    "zero_optimization.cpu_offload",
+    "zero_optimization.sub_group_size",
+    "steps_per_print",
+    "activation_checkpointing",
+    "aio",
+    "checkpoint",
 ]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from deepspeed.monitor.config import TensorBoardConfig as DeepSpeedTensorBoard
 from deepspeed.monitor.config import WandbConfig as DeepSpeedWandb
 from deepspeed.runtime import config as deepspeed_config
@@ -25,6 +26,7 @@ from deepspeed.runtime.zero.offload_config import (
     DeepSpeedZeroOffloadParamConfig,
 )
 from pydantic import BaseModel
+from torch.optim import SGD
 
 from megagpt.config import RunConfig
 from megagpt.schema.deepspeed import (
@@ -43,7 +45,7 @@ from megagpt.schema.deepspeed import (
 )
 from megagpt.schema.errors import all_keys, keys_of
 from megagpt.schema.foreign import ALL_FALSE, FOREIGN, OFF, ForeignKey
-from tests.support.config_documents import MINIMAL, parse, put, resolve
+from tests.support.config_documents import MINIMAL, errors_of, parse, put, resolve
 
 OURS_ALONE = {"megagpt", "$schema"}
 NOT_IN_THE_CONFIG_CLASS = {
@@ -298,3 +300,15 @@ def test_defaults_that_we_write_out_are_deepspeeds_own() -> None:
     assert parse(MINIMAL).gradient_clipping == deepspeed_config.GRADIENT_CLIPPING_DEFAULT
     assert DeepSpeedZeroOffloadOptimizerConfig().pin_memory is OffloadOptimizerConfig().pin_memory
     assert DeepSpeedZeroOffloadParamConfig().pin_memory is OffloadParamConfig().pin_memory
+
+
+def test_a_warm_up_of_one_step_is_deepspeeds_two() -> None:
+    """DeepSpeed rejects one of no steps."""
+    key = "scheduler.params.warmup_num_steps"
+    config = parse(put(MINIMAL, key, 1))
+    assert config.as_written() == parse(put(MINIMAL, key, 2)).as_written()
+    assert any(line.startswith(f"{key}: 1 is 2 to DeepSpeed") for line in config.notes)
+    assert lr_schedules.WarmupLR(SGD([torch.zeros(1)]), warmup_num_steps=1).warmup_num_steps == 2
+    assert errors_of(put(MINIMAL, key, 0)) == [f"x.json: {key}: must be at least 2, got 0"]
+    with pytest.raises(ValueError, match="must be a positive integer"):
+        lr_schedules.WarmupLR(SGD([torch.zeros(1)]), warmup_num_steps=0)

@@ -26,9 +26,9 @@ ALL_FALSE = "a section whose values are false, 0 or null"
 class ForeignKey:
     """One row: the values that change nothing, and what any other value is.
 
-    `nothing_at` holds values, or `OFF` or `ALL_FALSE`. A row that acts puts its value, or `value`
-    if that is given, at the key `becomes`. Where both keys are given, the other decides if this
-    one `yields`; if not, they must agree.
+    `nothing_at` holds values, or `OFF` or `ALL_FALSE`; a section may have any part of one. A row
+    that acts puts its value, or `value` if that is given, at the key `becomes`. Where both keys are
+    given, the other decides if this one `yields`; if not, they must agree.
     """
 
     key: str
@@ -55,6 +55,10 @@ def _matches(value: Any, known: Any) -> bool:
     if known == ALL_FALSE:
         return isinstance(value, Mapping) and all(
             not leaf or leaf == "auto" for leaf in value.values()
+        )
+    if isinstance(known, Mapping):
+        return isinstance(value, Mapping) and all(
+            name in known and same_value(leaf, known[name]) for name, leaf in value.items()
         )
     return same_value(value, known)
 
@@ -111,6 +115,7 @@ _TOP_LEVEL = (
     _hint("checkpoint.tag_validation", _OWN_FORMAT),
     _hint("checkpoint.parallel_write", _OWN_FORMAT),
     _hint("checkpoint.checkpoint_serialization", _OWN_FORMAT),
+    _hint("checkpoint.writer", _OWN_FORMAT),
     _refused("checkpoint", _OWN_CHECKPOINTS, ALL_FALSE),
     _refused("comet", "use wandb or tensorboard; metrics.jsonl is always written", OFF),
     _hint("comms_config", f"{_NO_SUCH_KEY} (it reads comms_logger)"),
@@ -157,7 +162,14 @@ _TOP_LEVEL = (
     _refused(
         "pipeline",
         "use megagpt.parallel.pipeline and megagpt.parallel.schedule",
-        {},
+        {
+            "stages": "auto",
+            "partition": "best",
+            "seed_layers": False,
+            "activation_checkpoint_interval": 0,
+            "pipe_partitioned": True,
+            "grad_partitioned": True,
+        },
     ),
     _hint("prescale_gradients", _MEAN_ONLY, False),
     _refused("progressive_layer_drop", _REMOVED, OFF),

@@ -101,7 +101,11 @@ def _schema_of(row: ForeignKey) -> dict[str, Any]:
         return {"description": f"refused with NVMe: {row.reason}"}
     if row.otherwise == "hint":
         return {"description": f"accepted without effect: {row.reason}"}
-    values = [value for value in row.nothing_at if value not in (OFF, ALL_FALSE)]
+    values = [
+        value
+        for value in row.nothing_at
+        if value not in (OFF, ALL_FALSE) and not isinstance(value, dict)
+    ]
     accepted: list[dict[str, Any]] = [{"enum": [*values, None, "auto"]}]
     if len(values) < len(row.nothing_at):
         accepted.append({"type": "object"})
@@ -120,7 +124,7 @@ def _foreign_table() -> str:
 def _harmless(row: ForeignKey) -> str:
     words = {OFF: "not enabled", ALL_FALSE: "all false"}
     return ", ".join(
-        words[value] if value in (OFF, ALL_FALSE) else f"`{shown(value)}`"
+        words[value] if value in (OFF, ALL_FALSE) else f"`{json.dumps(value)}`"
         for value in row.nothing_at
     )
 

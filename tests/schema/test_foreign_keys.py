@@ -23,7 +23,8 @@ def harmless() -> list[tuple[str, Any]]:
         OFF: [{"enabled": False}, {}],
         ALL_FALSE: [{"number_checkpoints": None, "profile": False}],
     }
-    return [
+    partial = [("pipeline", {}), ("pipeline", {"stages": "auto", "seed_layers": False})]
+    return partial + [
         (row.key, example)
         for row in FOREIGN
         for value in (*row.nothing_at, None, "auto")

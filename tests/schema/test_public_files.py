@@ -286,7 +286,7 @@ PUBLISHED: dict[str, Published] = {
         },
         "fp16.opt_level: unknown key",  # rejected by DeepSpeed too
     ),
-    "huggingface/transformers docs/source/en/deepspeed.md, NVMe": (
+    "huggingface/transformers docs/source/en/deepspeed.md, NVMe (from memory)": (
         {
             "bf16": {"enabled": "auto"},
             "zero_optimization": AUTO_STAGE3
@@ -308,7 +308,7 @@ PUBLISHED: dict[str, Published] = {
         | AUTO_BATCH,
         EVERY,
     ),
-    "microsoft/DeepSpeedExamples applications/DeepSpeed-Chat dschat/utils/ds_utils.py": (
+    "microsoft/DeepSpeedExamples DeepSpeed-Chat dschat/utils/ds_utils.py (from memory)": (
         {
             "train_batch_size": 32,
             "train_micro_batch_size_per_gpu": 4,

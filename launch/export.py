@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from megagpt.common.arguments import command_parser, whole_number
+from megagpt.common.arguments import command_parser, user_path, whole_number
 from megagpt.utils import human_bytes, human_count, run_command
 
 
@@ -40,8 +40,8 @@ def parse_arguments() -> argparse.Namespace:
         "Hugging Face transformers loads: safetensors, without the padding rows of the embedding."
     )
     add = parser.add_argument
-    add("--run_dir", type=Path, required=True, help="run directory, such as runs/NAME")
-    add("--output", type=Path, required=True, help="directory to create")
+    add("--run_dir", type=user_path, required=True, help="run directory, such as runs/NAME")
+    add("--output", type=user_path, required=True, help="directory to create")
     add("--step", type=whole_number(0), help="step of the checkpoint [newest]")
     add(
         "--dtype",

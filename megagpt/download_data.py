@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from megagpt.common.arguments import command_parser
-from megagpt.data.corpora import Corpus, open_source
+from megagpt.common.arguments import command_parser, non_negative, user_path, whole_number
+from megagpt.data.corpora import Corpus, open_source, shown
 from megagpt.data.encoding_pool import batches, encoder
 from megagpt.data.integrity import check_file, record_file
 from megagpt.data.manifest import (
@@ -67,7 +67,7 @@ Report = Callable[[str], None]
 class PreparationRequest:
     """What to prepare: the options of the command."""
 
-    dataset: str
+    dataset: str | tuple[str, ...]  # several: files of one format
     output: Path
     tokenizer: str = "bpe:8192"
     config: str | None = None
@@ -88,12 +88,12 @@ class PreparationRequest:
             )
         if self.validation_fraction is not None and not 0 <= self.validation_fraction < 1:
             raise UserError(
-                f"--validation-fraction {self.validation_fraction}: use a number from 0 to below 1"
+                f"--validation_fraction {self.validation_fraction}: use a number from 0 to below 1"
             )
         for option in ("max_tokens", "shard_tokens", "workers"):
             value = getattr(self, option)
             if value is not None and value < 1:
-                raise UserError(f"--{option.replace('_', '-')} {value}: use a whole number above 0")
+                raise UserError(f"--{option} {value}: use a whole number above 0")
 
     def description(self, source: Corpus) -> dict[str, JsonValue]:
         """Return what decides the contents, for the manifest; the number of workers does not."""
@@ -205,7 +205,7 @@ def _prepare_staged(
         writer.close()
     if not progress.tokens("train"):
         raise UserError(
-            f"--dataset {request.dataset}: no text found; choose another dataset or --column"
+            f"--dataset {shown(request.dataset)}: no text found; choose another dataset or --column"
         )
     tokenizer = TokenizerRecord(
         **record_file(staging / TOKENIZER_FILE).model_dump(), name=request.tokenizer
@@ -322,7 +322,7 @@ def _write_all(
 
 
 def _limits(request: PreparationRequest) -> dict[Split, int]:
-    """Return the maximum tokens of each split: --max-tokens divided by the fraction."""
+    """Return the maximum tokens of each split: --max_tokens divided by the fraction."""
     if request.max_tokens is None:
         return {"train": sys.maxsize, "val": sys.maxsize}
     fraction = (
@@ -367,7 +367,9 @@ def _progress_bar(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command `launch/download_data.py`."""
-    prepare(PreparationRequest(**vars(_parser().parse_args(arguments))))
+    options = vars(_parser().parse_args(arguments))
+    first, *more = options["dataset"]
+    prepare(PreparationRequest(**options | {"dataset": (first, *more) if more else first}))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -380,12 +382,14 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "--dataset",
+        nargs="+",
+        type=os.path.expanduser,
         required=True,
         help="stdlib (the sources of Python's standard library), a Hugging Face dataset "
-        "such as HuggingFaceFW/fineweb-edu, or a path or quoted pattern of .txt, .jsonl, "
-        ".jsonl.zst or .parquet files",
+        "such as HuggingFaceFW/fineweb-edu, or paths or patterns of .txt, .jsonl, .jsonl.zst or "
+        ".parquet files",
     )
-    add("--output", required=True, type=Path, help="directory to make, for example data/NAME")
+    add("--output", required=True, type=user_path, help="directory to make, for example data/NAME")
     add(
         "--tokenizer",
         default="bpe:8192",
@@ -399,25 +403,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--column", default="text", help="column with the text [%(default)s]")
     add(
-        "--validation-fraction",
-        type=float,
+        "--validation_fraction",
+        type=non_negative,
         help="share of the documents to hold out [0.01; with fewer than twenty documents, the "
         "last 0.1 of the text]",
     )
     add(
-        "--max-tokens",
-        type=int,
+        "--max_tokens",
+        type=whole_number(1),
         help="stop after this many tokens, training and validation together [all]",
     )
     add(
-        "--shard-tokens",
-        type=int,
+        "--shard_tokens",
+        type=whole_number(1),
         default=PreparationRequest.shard_tokens,
         help="tokens per file [%(default)s]",
     )
     add(
         "--workers",
-        type=int,
+        type=whole_number(1),
         default=os.cpu_count() or 1,
         help="tokenizer processes [one per core: %(default)s]",
     )

@@ -1,28 +1,175 @@
-"""Options that all commands share: `--version`, and types that check their range.
+"""Options that several commands share, and types that check their range.
 
-If a type raises, argparse exits with code 2.
+If a type raises, argparse exits with code 2. `kernels.options` has the style of options.
 """
 
 import argparse
 import math
+import os.path
 import platform
 import subprocess
 from argparse import ArgumentTypeError
-from collections.abc import Callable
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
+from kernels.options import OptionParser
+from kernels.options import user_path as user_path
+from kernels.options import whole_number as whole_number
 from megagpt import __version__
-from megagpt.utils import REPOSITORY
+from megagpt.utils import REPOSITORY, closest
 
 PACKAGES = ("torch", "deepspeed", "triton", "numpy")
+DEFAULT_CONFIG = "ds_configs/default.json"
+# What the options of other trainers are here: nanoGPT, Hugging Face, Megatron-LM, gpt-neox. One
+# that ends in = takes a value.
+OF_OTHER_TRAINERS = {
+    **dict.fromkeys(
+        (
+            "config",
+            "config_file",
+            "conf",
+            "conf_file",
+            "config_path",
+            "ds_config",
+            "deepscale_config",
+        ),
+        "--deepspeed_config",
+    ),
+    **dict.fromkeys(("out_dir", "output_dir", "save", "save_dir", "logdir"), "--run_dir"),
+    **dict.fromkeys(
+        ("max_iters", "max_steps", "train_iters", "num_steps", "total_steps"),
+        "--set megagpt.training.total_steps=",
+    ),
+    **dict.fromkeys(("lr", "learning_rate"), "--set optimizer.params.lr="),
+    "weight_decay": "--set optimizer.params.weight_decay=",
+    **dict.fromkeys(("grad_clip", "max_grad_norm", "clip_grad"), "--set gradient_clipping="),
+    **dict.fromkeys(("global_batch_size", "train_batch_size"), "--set train_batch_size="),
+    **dict.fromkeys(
+        ("batch_size", "micro_batch_size", "per_device_train_batch_size"),
+        "--set train_micro_batch_size_per_gpu=",
+    ),
+    "gradient_accumulation_steps": "--set gradient_accumulation_steps=",
+    **dict.fromkeys(("n_layer", "num_layers"), "--set megagpt.model.num_layers="),
+    **dict.fromkeys(("n_embd", "hidden_size"), "--set megagpt.model.hidden_size="),
+    **dict.fromkeys(("n_head", "num_attention_heads"), "--set megagpt.model.num_heads="),
+    **dict.fromkeys(
+        ("block_size", "seq_length", "seq_len"), "--set megagpt.model.sequence_length="
+    ),
+    **dict.fromkeys(("zero_stage", "stage"), "--set zero_optimization.stage="),
+    "tensor_model_parallel_size": "--set megagpt.parallel.tensor=",
+    "pipeline_model_parallel_size": "--set megagpt.parallel.pipeline=",
+    **dict.fromkeys(("save_interval", "save_steps"), "--set megagpt.checkpoint.interval_steps="),
+    **dict.fromkeys(("log_interval", "logging_steps"), "--set megagpt.monitor.log_interval_steps="),
+    **dict.fromkeys(("eval_interval", "eval_steps"), "--set megagpt.training.eval_interval_steps="),
+    "seed": "--set megagpt.training.seed=",
+    **dict.fromkeys(("data_path", "data_dir"), "--set megagpt.data.path="),
+}
+# Options of launchers, which stand before the script.
+OF_LAUNCHERS = (
+    *("hostfile", "num_gpus", "num_nodes", "num_accelerators", "include", "exclude"),
+    *("master_port", "master_addr", "nproc_per_node", "nnodes", "node_rank", "bind_cores_to_rank"),
+)
 
 
-def command_parser(**options: Any) -> argparse.ArgumentParser:
+class CommandParser(OptionParser):
+    """A parser that says what to type instead of an option of another program."""
+
+    def advice(self, unknown: Sequence[str]) -> str:
+        """Return what to type instead of the first word that is no option."""
+        word, *more = unknown
+        value = more[0] if more and not more[0].startswith("-") else ""
+        name, _, given = word.partition("=")
+        wrong = f"{word}: no such option"
+        if not word.startswith("-"):
+            is_config = word.endswith(".json") and self._takes("--deepspeed_config")
+            remedy = f"--deepspeed_config {word}" if is_config else ""
+            wrong = f"{word}: belongs to no option"
+        elif self._takes("--set") and "." in name:
+            remedy = f"--set {name.lstrip('-')}={given or value or 'VALUE'}"
+        else:
+            remedy = self._instead(name.lstrip("-"), given or value)
+        return f"{wrong}; {f'type {remedy}' if remedy else 'remove it'}"
+
+    def _instead(self, name: str, value: str) -> str:
+        """Return the option of this command that does what an unknown one does elsewhere."""
+        theirs = OF_OTHER_TRAINERS.get(name, "")
+        if theirs and self._takes(theirs.split()[0]):
+            return f"{theirs}{value or 'VALUE'}" if theirs.endswith("=") else f"{theirs} {value}"
+        if name in OF_LAUNCHERS and self._takes("--local_rank"):
+            return f"deepspeed --{name} {value} launch/{self.prog} ... (an option of the launcher)"
+        return closest(f"--{name}", self._shown_options()) or ""
+
+    def _takes(self, option: str) -> bool:
+        return option in self._option_string_actions
+
+    def _shown_options(self) -> list[str]:
+        return [
+            option
+            for option, action in self._option_string_actions.items()
+            if option.startswith("--") and action.help != argparse.SUPPRESS
+        ]
+
+
+def command_parser(**options: Any) -> CommandParser:
     """Return a parser with the options of every command: `--help` and `--version`."""
-    parser = argparse.ArgumentParser(**options)
+    parser = CommandParser(**options)
     parser.add_argument("--version", action=_Version, help="show versions and the commit, and exit")
     return parser
+
+
+def add_config_option(
+    parser: argparse.ArgumentParser, what: str = "JSON file of the run", *, required: bool = False
+) -> None:
+    """Add `--deepspeed_config`, with a default unless it is ``required``."""
+    parser.add_argument(
+        "--deepspeed_config",
+        type=os.path.expanduser,
+        metavar="FILE",
+        required=required,
+        default=None if required else DEFAULT_CONFIG,
+        help=what if required else f"{what} [{DEFAULT_CONFIG}]",
+    )
+
+
+def add_set_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--set KEY=VALUE ...`."""
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override keys of the JSON file",
+    )
+
+
+def add_launcher_options(parser: argparse.ArgumentParser) -> None:
+    """Add what launchers and scripts for DeepSpeed pass: `--local_rank N`, `--deepspeed`."""
+    # The environment has the local rank too. `--deepspeed` alone is the switch that
+    # `deepspeed.add_config_arguments` adds; Hugging Face's scripts pass the file with it.
+    parser.add_argument("--local_rank", type=whole_number(-1), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--deepspeed",
+        nargs="?",
+        action=_DeepspeedSwitch,
+        type=os.path.expanduser,
+        help=argparse.SUPPRESS,
+    )
+
+
+class _DeepspeedSwitch(argparse.Action):
+    """Take `--deepspeed F` for `--deepspeed_config F`; without a file it does nothing."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if values is not None:
+            namespace.deepspeed_config = values
 
 
 class _Version(argparse.Action):
@@ -57,21 +204,6 @@ def _commit() -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return f" (commit {done.stdout.strip()})"
-
-
-def whole_number(minimum: int) -> Callable[[str], int]:
-    """Return an argparse type for whole numbers of at least ``minimum``."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if value < minimum:
-            raise ArgumentTypeError(f"{value} is below {minimum}")
-        return value
-
-    return parse
 
 
 def non_negative(text: str) -> float:

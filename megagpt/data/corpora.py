@@ -70,14 +70,33 @@ class Corpus(Protocol):
 
 
 def open_source(
-    dataset: str, *, config: str | None = None, split: str = "train", column: str = "text"
+    dataset: str | tuple[str, ...],
+    *,
+    config: str | None = None,
+    split: str = "train",
+    column: str = "text",
 ) -> Corpus:
-    """Return the source that `--dataset` names; raise UserError if there is none."""
+    """Return the source that `--dataset` names; raise UserError if there is none.
+
+    Several names, such as those that a shell makes of a pattern, are files of one format.
+    """
     if dataset == "stdlib":
         return StandardLibrary(Path(sysconfig.get_path("stdlib")))
-    suffix = next((suffix for suffix in FORMAT_OF_SUFFIX if dataset.endswith(suffix)), None)
-    if suffix:
-        return _local_source(dataset, FORMAT_OF_SUFFIX[suffix], column)
+    patterns = (dataset,) if isinstance(dataset, str) else dataset
+    formats = {_format_of(pattern) for pattern in patterns}
+    if None not in formats:
+        if len(formats) > 1:
+            raise UserError(
+                f"--dataset {shown(dataset)}: files of several formats; prepare one format at a "
+                f"time"
+            )
+        return _local_source(patterns, str(formats.pop()), column)
+    if not isinstance(dataset, str):
+        other = next(pattern for pattern in patterns if _format_of(pattern) is None)
+        raise UserError(
+            f"--dataset {other}: among several names each is a file that ends in "
+            f"{', '.join(FORMAT_OF_SUFFIX)}"
+        )
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset) and not Path(dataset).exists():
         description: dict[str, JsonValue] = {
             "dataset": dataset,
@@ -94,30 +113,43 @@ def open_source(
     )
 
 
-def _local_source(pattern: str, file_format: str, column: str) -> Corpus:
-    paths = sorted(
-        Path(path) for path in glob.glob(pattern, recursive=True) if Path(path).is_file()
-    )
-    if not paths:
-        raise UserError(
-            f"--dataset {pattern}: no such file; put a pattern in quotes, so that the shell does "
-            f"not expand it"
-        )
+def shown(dataset: str | tuple[str, ...]) -> str:
+    """Return the words of `--dataset`, the first of many."""
+    words = (dataset,) if isinstance(dataset, str) else dataset
+    return f"{words[0]} and {len(words) - 1} more" if len(words) > 2 else " ".join(words)
+
+
+def _format_of(pattern: str) -> str | None:
+    return next((FORMAT_OF_SUFFIX[end] for end in FORMAT_OF_SUFFIX if pattern.endswith(end)), None)
+
+
+def _files(pattern: str) -> set[Path]:
+    """Return the files of a path or pattern; raise UserError if there are none."""
+    found = {Path(path) for path in glob.glob(pattern, recursive=True) if Path(path).is_file()}
+    if not found:
+        raise UserError(f"--dataset {pattern}: no such file; correct the path or the pattern")
+    return found
+
+
+def _local_source(patterns: tuple[str, ...], file_format: str, column: str) -> Corpus:
+    paths = sorted(set[Path]().union(*map(_files, patterns)))
     status = [path.stat() for path in paths]
     empty = [str(path) for path, s in zip(paths, status, strict=True) if s.st_size == 0]
     if empty:
         raise UserError(
-            f"--dataset {pattern}: empty files: {', '.join(empty)}; remove them or name others"
+            f"--dataset {shown(patterns)}: empty files: {', '.join(empty)}; remove them or name "
+            f"others"
         )
     version: JsonValue = [
         [str(path), s.st_size, s.st_mtime_ns] for path, s in zip(paths, status, strict=True)
     ]
-    description: dict[str, JsonValue] = {"dataset": pattern, "files": len(paths)}
+    named: JsonValue = patterns[0] if len(patterns) == 1 else list(patterns)
+    description: dict[str, JsonValue] = {"dataset": named, "files": len(paths)}
     size_bytes = sum(s.st_size for s in status)
     if file_format == "text":
         return TextFiles(paths, description, version, size_bytes)
     arguments = {"path": file_format, "data_files": [str(path) for path in paths], "split": "train"}
-    compressed = file_format == "parquet" or pattern.endswith(".zst")
+    compressed = file_format == "parquet" or any(path.suffix == ".zst" for path in paths)
     return TableFiles(
         {**description, "column": column},
         arguments,

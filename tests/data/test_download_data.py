@@ -28,7 +28,7 @@ from megagpt.data.corpora import StandardLibrary, TextFiles, TextPiece, open_sou
 from megagpt.data.tokenizer import build_tokenizer, load_tokenizer
 from megagpt.data.validation_split import assign_splits
 from megagpt.dataset import Dataset, open_dataset, verify
-from megagpt.download_data import PreparationRequest, prepare, prepare_embedded_corpus
+from megagpt.download_data import PreparationRequest, main, prepare, prepare_embedded_corpus
 from megagpt.utils import UserError
 from tests import REPOSITORY
 
@@ -238,7 +238,7 @@ def test_the_manifest_says_what_the_data_are(tmp_path):
 
 
 BAD_REQUESTS = {
-    "no such file": ({"dataset": "none/*.jsonl"}, "no such file; put a pattern in quotes"),
+    "no such file": ({"dataset": "none/*.jsonl"}, "no such file; correct the path"),
     "no such kind": (
         {"dataset": "a/b/c.csv"},
         r"use stdlib, a Hugging Face dataset \(owner/name\), or a path",
@@ -255,7 +255,7 @@ BAD_REQUESTS = {
     "fraction of one": ({"validation_fraction": 1.0}, "use a number from 0 to below 1"),
     "no workers": ({"workers": 0}, "--workers 0: use a whole number above 0"),
     "no name": ({"output": Path("..")}, r"--output \.\.: name a directory to make"),
-    "no tokens": ({"max_tokens": 0}, "--max-tokens 0"),
+    "no tokens": ({"max_tokens": 0}, "--max_tokens 0"),
 }
 
 
@@ -321,6 +321,25 @@ def test_the_command_line(tmp_path):
     )
     assert run_command_line("--help").returncode == 0
     assert run_command_line("--output", "x").returncode == 2
+
+
+def test_a_pattern_that_the_shell_expanded_is_several_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a", "b"):
+        write_text(tmp_path / f"{name}.txt")
+    words = ["--tokenizer", "bytes", "--workers", "1", "--dataset"]
+    main([*words, "~/a.txt", "~/b.txt", "--output=~/together"])
+    main([*words, "~/*.txt", "--output=~/pattern"])
+    together, pattern = (open_dataset(tmp_path / name) for name in ("together", "pattern"))
+    assert together.manifest.source["files"] == 2
+    assert together.manifest.source["dataset"] == [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    assert together.fingerprint == pattern.fingerprint
+    with pytest.raises(UserError, match=r"none\.txt: no such file"):
+        main([*words, "~/a.txt", "~/none.txt", "--output=~/other"])
+    with pytest.raises(UserError, match=r"a\.txt .*/x\.parquet: files of several formats"):
+        main([*words, "~/a.txt", "~/x.parquet", "--output=~/other"])
+    with pytest.raises(UserError, match="stdlib: among several names"):
+        main([*words, "~/a.txt", "stdlib", "--output=~/other"])
 
 
 # Nothing is overwritten by accident

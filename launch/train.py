@@ -40,6 +40,15 @@ def parse_arguments() -> argparse.Namespace:
         help="directory for everything the run writes [runs/NAME-OF-THE-CONFIG]",
     )
     add("--resume", action="store_true", help="fail if there is no checkpoint to continue from")
+    add(
+        "--allow_change",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY",
+        help="continue a run with another value of these keys: optimizer, scheduler, "
+        "gradient_clipping, train_batch_size, megagpt.model.dropout, megagpt.data",
+    )
     add_launcher_options(parser)
     return parser.parse_args()
 

@@ -254,13 +254,29 @@ def identity_differences(recorded: Mapping[str, Any], requested: Mapping[str, An
 
     For example `megagpt.model.num_layers: 12 in the run directory, 24 requested`.
     """
-    keys = dict.fromkeys([*recorded, *requested])
-    return [
-        f"{key}: {shown(recorded.get(key))} in the run directory, {shown(requested.get(key))} "
-        f"requested"
-        for key in keys
-        if recorded.get(key) != requested.get(key)
-    ]
+    changes = identity_changes(recorded, requested)
+    return [identity_line(key, *values) for key, values in changes.items()]
+
+
+def identity_line(key: str, recorded: Any, requested: Any) -> str:
+    """Return the line of `identity_differences` for one key."""
+    return f"{key}: {shown(recorded)} in the run directory, {shown(requested)} requested"
+
+
+def identity_changes(
+    recorded: Mapping[str, Any], requested: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Return the two values of each key that differs in two results of `identity()`.
+
+    They are compared as JSON has them. A key that one side lacks counts as None.
+    """
+    before = json.loads(json.dumps(recorded))
+    after = json.loads(json.dumps(requested))
+    return {
+        key: (before.get(key), after.get(key))
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key) != after.get(key)
+    }
 
 
 def _read(

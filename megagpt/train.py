@@ -29,6 +29,7 @@ from megagpt.parallel.batches import BatchLoader
 from megagpt.parallel.device import CPU_REMEASURING_S, peak_memory, remeasured_peak_flops
 from megagpt.parallel.engine import Engine
 from megagpt.planning.flops import model_flops_utilisation
+from megagpt.rundir.changes import UNCHANGED, Changes
 from megagpt.rundir.signals import StopRequest, StopRequests
 from megagpt.utils import UserError
 
@@ -58,6 +59,7 @@ class Run:
     state: TrainState = field(default_factory=TrainState)
     requests: StopRequests = field(default_factory=StopRequests)
     pulse: Pulse = field(default_factory=Pulse)
+    changes: Changes = UNCHANGED
     unproven: NextStep | None = None  # the recorded step that the first one after a resume repeats
     saver: Saver = field(init=False)
 
@@ -200,12 +202,13 @@ def rewind(run: Run) -> bool:
     Return False if there is no checkpoint yet.
     """
     finish_saves(run)
-    resumed = resume(run.engine, run.directory)
+    known = run.changes.known()
+    resumed = resume(run.engine, run.directory, known, run.training.stream.fingerprint)
     if resumed is None:
         return False
     state = resumed.state
     passed_over = resumed.passed_over
-    run.saver.goes_on_from(state)
+    run.saver.goes_on_from(state, changed=resumed.differs)
     left_out = {"first_sample": state.cursor, "last_sample": run.state.cursor - 1}
     run.monitor.event(
         "rewind", step=state.step, from_step=run.state.step, passed_over=passed_over, **left_out

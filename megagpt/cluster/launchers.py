@@ -16,15 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megagpt.cluster.hosts import Host, problems_between
-from megagpt.cluster.launch_command import hosts_of_launcher
+from megagpt.cluster.launch_command import (
+    command_of_launcher,
+    hosts_of_launcher,
+    launcher_number,
+)
 from megagpt.cluster.slurm import hosts_of_step
 from megagpt.utils import LOCAL_SIZE_VARIABLES, UserError
 
 OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 OF_A_START = OF_A_RANK[:3]  # users may export the other two in advance
-# The job's number selects the port: the same on every rank, different for jobs on one host. The
-# range is below the system's ephemeral ports (from 32768).
-SLURM_PORTS = range(10_000, 30_000)
+DEEPSPEED_PORT = "29500"  # unless its launcher is told another (constants.py)
+# The job's number, or that of the launcher's process, selects the port: the same on every rank,
+# different for runs on one host. The range is below the system's ephemeral ports (from 32768).
+OWN_PORTS = range(10_000, 29_000)
 # Variables in which MPI's launchers give the number of processes.
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -64,6 +69,8 @@ def adopt_launch(environment: MutableMapping[str, str] = os.environ) -> Launch:
     Without a launcher it is one rank alone. Raises UserError if variables are missing,
     contradict each other, or spread the ranks unevenly over the hosts.
     """
+    if environment.get("MASTER_PORT") == DEEPSPEED_PORT and environment.get("CROSS_SIZE") == "1":
+        _leave_deepspeeds_port(environment)
     if environment.get("SLURM_STEP_NUM_TASKS") and not environment.get("RANK"):
         _set(environment, _of_slurm(environment))
     elif not any(environment.get(name) for name in OF_A_START):
@@ -145,6 +152,18 @@ def _problems(launch: Launch) -> Iterator[str]:
         )
 
 
+def _leave_deepspeeds_port(environment: MutableMapping[str, str]) -> None:
+    """Give the ranks of one host a port of their own, unless `--master_port` was typed.
+
+    DeepSpeed's launcher takes the same port for every run, so two on one machine would collide.
+    """
+    command = command_of_launcher()
+    node = launcher_number()
+    typed = any(word.startswith(("--master_p", "--master-p")) for word in command or ())
+    if command is not None and node is not None and not typed:
+        environment["MASTER_PORT"] = str(OWN_PORTS[node % len(OWN_PORTS)])
+
+
 def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables of a task that srun started."""
     names = (
@@ -179,7 +198,7 @@ def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_RANK": environment["SLURM_LOCALID"],
         "LOCAL_SIZE": str(hosts[node].slots),
         "MASTER_ADDR": environment.get("MASTER_ADDR") or hosts[0].name,
-        "MASTER_PORT": environment.get("MASTER_PORT") or str(SLURM_PORTS[job % len(SLURM_PORTS)]),
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(OWN_PORTS[job % len(OWN_PORTS)]),
     }
 
 
@@ -226,11 +245,25 @@ def _script() -> str:
 
 def _of_one_process() -> dict[str, str]:
     """Return the variables of a world of one rank on this machine, with a free port."""
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
+    return {**rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+
+
+def take_free_port(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Give a rank that is alone a port that nobody uses: no other rank has to find it."""
+    if not agent_serves(environment):
+        environment["MASTER_PORT"] = str(_free_port())
+
+
+def agent_serves(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether torchrun's agent serves torch's store, at a port that it chose."""
+    return environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
-    return {**rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return int(probe.getsockname()[1])
 
 
 def _set(environment: MutableMapping[str, str], values: Mapping[str, str]) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TextIO
 import kernels  # noqa: F401  chooses Triton's interpreter, where it is asked for, before DeepSpeed imports Triton
 from megagpt.cluster.hosts import read_hostfile
 from megagpt.cluster.launch_command import hostfile_of_launcher
-from megagpt.cluster.launchers import Launch, adopt_launch
+from megagpt.cluster.launchers import Launch, adopt_launch, take_free_port
 from megagpt.cluster.orphans import end_with_launcher
 from megagpt.config import RunConfig, load_config
 from megagpt.data.manifest import Split
@@ -106,6 +106,7 @@ def _gathered(directory: Path) -> AbstractContextManager[object]:
     """
     lock = partial(_claimed, directory)
     if RankEnvironment.read().world_size == 1:
+        take_free_port()
         return lock()
     _announce_device()
     from megagpt.cluster.rendezvous import gathered_ranks

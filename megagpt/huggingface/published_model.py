@@ -35,9 +35,20 @@ from megagpt.utils import UserError, human_count
 OF_TRAINING = ("dropout", "init_std")  # do not change a trained model's result: the run's are kept
 DERIVED = ("mlp_size", "head_size")  # from our other keys
 FORMATS = ("F64", "F32", "BF16", "F16")
+# Keys of transformers' PretrainedConfig, and others that its three models here never read: where
+# the model comes from, what a classifier on top would use, how text is generated from it.
 CHANGES_NO_RESULT = re.compile(
-    "architectures|model_type|transformers_version|(torch_)?dtype|(bos|eos|pad|sep)_token_id|use_cache|(_)?name_or_path|"
-    "output_attentions|output_hidden_states|return_dict|id2label|label2id|gradient_checkpointing|summary_.*"
+    r"architectures|model_type|transformers_version|(torch_)?dtype|use_bfloat16|torchscript|"
+    r"_?name_or_path|_commit_hash|auto_map|tokenizer_class|transformers\.js_config|"
+    r"unsloth_version|unsloth_fixed|(bos|eos|pad|sep|decoder_start)_token_id|prefix|use_cache|"
+    r"output_(attentions|hidden_states|past|scores)|(use_)?return_dict(_in_generate)?|"
+    r"_?attn_implementation(_autoset|_internal)?|gradient_checkpointing|"
+    r"_?num_labels|id2label|label2id|problem_type|finetuning_task|task_specific_params|"
+    r"classifier_dropout|summary_.*|"
+    r"do_sample|early_stopping|(max|min)_length|num_beams|num_beam_groups|num_return_sequences|"
+    r"temperature|top_[kp]|typical_p|(length|repetition|diversity)_penalty|"
+    r"(encoder_)?no_repeat_ngram_size|bad_words_ids|suppress_tokens|begin_suppress_tokens|"
+    r"forced_(bos|eos)_token_id|remove_invalid_values|exponential_decay_length_penalty"
 )
 
 
@@ -54,15 +65,28 @@ class PublishedModel:
 
     def _architecture(self) -> Architecture:
         named = self._config.get("architectures") or [
-            a.name for a in ARCHITECTURES if a.model_type == self._model_type
+            a.name for a in ARCHITECTURES if self._is_like(a)
         ]
         for architecture in ARCHITECTURES:
-            if named == [architecture.name]:
+            if named in ([architecture.name], [architecture.headless_name]):
                 return architecture
         known = ", ".join(architecture.name for architecture in ARCHITECTURES)
         raise UserError(
             f"{self.directory / CONFIG}: architectures: unknown (found "
             f"{named or self._model_type}, need one of {known})"
+        )
+
+    def _is_like(self, architecture: Architecture) -> bool:
+        """Return whether a file without `architectures` has this one's type, or else its keys.
+
+        GPT-2's first files have neither.
+        """
+        if self._model_type is not None:
+            return bool(architecture.model_type == self._model_type)
+        return all(
+            key.theirs in self._config
+            for key in architecture.keys
+            if key.default is ... and key.ours not in OF_TRAINING
         )
 
     @property

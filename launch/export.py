@@ -5,6 +5,7 @@ python launch/export.py --run_dir runs/NAME --output DIR
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def main() -> None:
         f"{arguments.output}: step {written.step} as {written.architecture}, "
         f"{human_count(written.parameters)} "
         f"parameters in {arguments.dtype}, {human_bytes(written.bytes)}\n"
-        f'next: transformers.AutoModelForCausalLM.from_pretrained("{arguments.output}")'
+        f"next: transformers.AutoModelForCausalLM.from_pretrained"
+        f"({json.dumps(str(arguments.output), ensure_ascii=False)})"
     )
 
 

@@ -5,6 +5,7 @@ python launch/import_hf.py --model DIR --deepspeed_config F --run_dir runs/NAME
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -37,8 +38,8 @@ def main() -> None:
             f"the tokenizer of this model"
         )
     print(
-        f"next: deepspeed launch/train.py --deepspeed_config {made.configuration} --run_dir "
-        f"{arguments.run_dir}"
+        f"next: deepspeed launch/train.py --deepspeed_config "
+        f"{shlex.quote(str(made.configuration))} --run_dir {shlex.quote(str(arguments.run_dir))}"
     )
 
 

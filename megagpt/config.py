@@ -45,6 +45,7 @@ from megagpt.schema.megagpt import MegagptConfig, MegagptSection, ParallelConfig
 from megagpt.schema.model import ModelConfig
 from megagpt.schema.stand_ins import all_problems, stand_in_for_plan
 from megagpt.schema.written import adopt, fields_at, lines_of
+from megagpt.schema.written_numbers import with_whole_numbers
 
 __all__ = [
     "ConfigError",
@@ -232,7 +233,8 @@ def load_config(
     """
     source = str(path)
     document, _ = config_json.parse(config_json.read_text(Path(path)), source)
-    keys_set, errors = config_json.apply_overrides(document, overrides, _is_known)
+    written = with_whole_numbers(overrides, RunConfig)
+    keys_set, errors = config_json.apply_overrides(document, written, _is_known)
     try:
         config = _read(RunConfig, document, source, keys_set, for_plan=for_plan)
     except ConfigError as error:

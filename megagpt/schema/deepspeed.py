@@ -13,6 +13,7 @@ from pydantic import Field, Tag, model_validator
 
 from megagpt.schema.fields import (
     ElementCount,
+    PathText,
     Section,
     auto_or_value,
     execution,
@@ -172,9 +173,7 @@ class AioConfig(Section):
 
 class _OffloadSection(Section):
     device: Literal["none", "cpu", "nvme"] = execution("none", "where it is stored")
-    nvme_path: str | None = execution(
-        None, "directory on the NVMe drive (device nvme)", min_length=1
-    )
+    nvme_path: PathText | None = execution(None, "directory on the NVMe drive (device nvme)")
     pin_memory: bool = execution(True, "page-locked host memory")
 
     @model_validator(mode="after")

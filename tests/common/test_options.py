@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from kernels.options import OptionParser, count, with_underscores
 from launch import train as train_command
+from megagpt.config import ConfigError, load_config
 from megagpt.run.supervise import run_directory_of
 from tests import REPOSITORY
 
@@ -178,6 +179,46 @@ def test_a_tilde_is_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.deepspeed_config == "/home/someone/a.json"
     words = ["deepspeed", "launch/train.py", "--run-dir=~/runs/a"]
     assert run_directory_of(words) == Path("/home/someone/runs/a")
+
+
+def test_a_tilde_in_the_configuration_is_the_home_directory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    nvme = 'zero_optimization.offload_optimizer={"device": "nvme", "nvme_path": "~/swap"}'
+    blend = 'megagpt.data.path=[{"path": "~/a", "weight": 2}]'
+    for item, path in (("megagpt.data.path=~/a", "/home/someone/a"), (blend, "/home/someone/a")):
+        config = load_config(REPOSITORY / "ds_configs" / "default.json", [item, nvme])
+        assert [source.path for source in config.megagpt.data.sources] == [path]
+        offload = config.deepspeed_dict()["zero_optimization"]["offload_optimizer"]
+        assert offload["nvme_path"] == "/home/someone/swap"
+
+
+@pytest.mark.parametrize(
+    ("item", "value"),
+    [
+        ("megagpt.training.total_steps=4k", 4000),
+        ("megagpt.training.total_steps=1_000", 1000),
+        ("megagpt.training.total_steps=1e3", 1000),
+        ("megagpt.model.vocab_size=50k", 50_000),
+        ("train_batch_size=1_024", 1024),
+        ("scheduler.params.total_num_steps=2k", 2000),
+        ("megagpt.data.path=10B", "10B"),
+        ("megagpt.data.path=1e9", None),  # JSON's number, which is no text
+        ("megagpt.training.total_steps=1.5", None),
+        ("megagpt.training.total_steps=4kk", None),
+    ],
+)
+def test_keys_that_count_read_numbers_as_people_write_them(item: str, value: object) -> None:
+    file = REPOSITORY / "ds_configs" / "default.json"
+    if value is None:
+        with pytest.raises(ConfigError, match="--set"):
+            load_config(file, [item])
+        return
+    found: object = load_config(file, [item])
+    for name in item.partition("=")[0].split("."):
+        found = getattr(found, name)
+    assert found == value
 
 
 @pytest.mark.parametrize(

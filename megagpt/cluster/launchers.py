@@ -21,17 +21,16 @@ from megagpt.cluster.launch_command import (
     hosts_of_launcher,
     launcher_number,
 )
+from megagpt.cluster.mpi import OWN_PORTS, PREFIXES, variables_of_mpi
 from megagpt.cluster.slurm import hosts_of_step
 from megagpt.utils import LOCAL_SIZE_VARIABLES, UserError
 
 OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 OF_A_START = OF_A_RANK[:3]  # users may export the other two in advance
 DEEPSPEED_PORT = "29500"  # unless its launcher is told another (constants.py)
-# The job's number, or that of the launcher's process, selects the port: the same on every rank,
-# different for runs on one host. The range is below the system's ephemeral ports (from 32768).
-OWN_PORTS = range(10_000, 29_000)
-# Variables in which MPI's launchers give the number of processes.
-MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+MPI_SIZES = [f"{prefix}SIZE" for prefix in PREFIXES]
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,9 @@ def signs_of_launcher(environment: Mapping[str, str] = os.environ) -> list[str]:
 
     Call it before `adopt_launch`, which sets some of them.
     """
-    return [name for name in (*OF_A_START, "SLURM_STEP_NUM_TASKS") if environment.get(name)]
+    return [
+        name for name in (*OF_A_START, "SLURM_STEP_NUM_TASKS", *MPI_SIZES) if environment.get(name)
+    ]
 
 
 def adopt_launch(environment: MutableMapping[str, str] = os.environ) -> Launch:
@@ -73,6 +74,10 @@ def adopt_launch(environment: MutableMapping[str, str] = os.environ) -> Launch:
         _leave_deepspeeds_port(environment)
     if environment.get("SLURM_STEP_NUM_TASKS") and not environment.get("RANK"):
         _set(environment, _of_slurm(environment))
+    elif not any(environment.get(name) for name in OF_A_START) and (
+        found := variables_of_mpi(environment, os.getppid())
+    ):
+        _set(environment, found)
     elif not any(environment.get(name) for name in OF_A_START):
         _require_alone(environment)
         _set(environment, _of_one_process())
@@ -126,7 +131,10 @@ def _launcher(environment: Mapping[str, str]) -> str:
         return "deepspeed"
     if "TORCHELASTIC_RUN_ID" in environment:
         return "torchrun"
-    return "srun python" if environment.get("SLURM_STEP_NUM_TASKS") else "python"
+    if environment.get("SLURM_STEP_NUM_TASKS"):
+        return "srun python"
+    size = next((environment[name] for name in MPI_SIZES if environment.get(name)), None)
+    return f"mpirun -n {size} python" if size else "python"
 
 
 def _problems(launch: Launch) -> Iterator[str]:
@@ -191,6 +199,7 @@ def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
             "share a host"
         )
     _require_visible_devices(environment, hosts[node].slots)
+    # The port is the same on every rank, and another for other jobs on a host.
     job = _whole(environment, "SLURM_JOB_ID") + _whole(environment, "SLURM_STEP_ID", "0")
     return {
         "RANK": str(rank),
@@ -218,12 +227,11 @@ def _require_visible_devices(environment: Mapping[str, str], tasks_here: int) ->
 
 def _require_alone(environment: Mapping[str, str]) -> None:
     """Raise UserError if a scheduler has started, or granted, more processes than this one."""
-    for name in MPI_SIZES:
-        if (size := environment.get(name, "1")) != "1":
-            raise UserError(
-                f"environment: {name}={size}, but no RANK: each process would train alone; start "
-                f"with {_starts()}"
-            )
+    if (size := environment.get("PMI_SIZE", "1")) != "1":  # of MPICH and Intel MPI
+        raise UserError(
+            f"environment: PMI_SIZE={size}, but no RANK: each process would train alone; start "
+            f"with {_starts()}"
+        )
     if environment.get("SLURM_JOB_ID") and (tasks := environment.get("SLURM_NTASKS", "1")) != "1":
         raise UserError(
             f"Slurm granted {tasks} tasks, but this is the only process: start all with srun "

@@ -58,6 +58,17 @@ def slurm(rank: int = 3, **changes: str) -> dict[str, str]:
     } | changes
 
 
+def mpi(rank: int = 3, local_size: int = 4, **changes: str) -> dict[str, str]:
+    """What OpenMPI sets for a process of `mpirun -n 4`."""
+    return {
+        "OMPI_COMM_WORLD_RANK": str(rank),
+        "OMPI_COMM_WORLD_SIZE": "4",
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(rank % local_size),
+        "OMPI_COMM_WORLD_LOCAL_SIZE": str(local_size),
+        "PMIX_NAMESPACE": "3344695297",
+    } | changes
+
+
 def refusal(environment: dict[str, str]) -> str:
     before = dict(environment)
     with pytest.raises(UserError) as error:
@@ -115,6 +126,20 @@ def test_jobs_on_one_host_meet_at_different_ports() -> None:
     for environment in environments:
         adopt_launch(environment)
     assert len({environment["MASTER_PORT"] for environment in environments}) == 10
+
+
+def test_processes_of_mpirun_find_their_ranks_and_one_another() -> None:
+    environments = [mpi(rank) for rank in range(4)]
+    launches = [adopt_launch(environment) for environment in environments]
+    assert launches == [Launch("mpirun -n 4 python", rank, 4, rank, 4) for rank in range(4)]
+    assert {environment["MASTER_ADDR"] for environment in environments} == {"127.0.0.1"}
+    (port,) = {environment["MASTER_PORT"] for environment in environments}
+    assert int(port) in OWN_PORTS
+    adopt_launch(other := mpi(PMIX_NAMESPACE="3344695298"))
+    assert other["MASTER_PORT"] != port
+    far = mpi(2, local_size=2, MASTER_ADDR="gpu1", MASTER_PORT="29600")
+    assert adopt_launch(far) == Launch("mpirun -n 4 python", 2, 4, 0, 2)
+    assert (far["MASTER_ADDR"], far["MASTER_PORT"]) == ("gpu1", "29600")
 
 
 ONE_HOST = DEEPSPEED | {"CROSS_SIZE": "1", "LOCAL_SIZE": "4", "LOCAL_RANK": "3", "CROSS_RANK": "0"}
@@ -224,8 +249,17 @@ def test_half_of_the_variables_is_no_start(missing: str) -> None:
             "granted 8 tasks, but this is the only .*: start all with srun",
         ),
         (
+            {"PMI_SIZE": "2"},
+            "PMI_SIZE=2, but no RANK: each process would train alone",
+        ),
+        (
             {"OMPI_COMM_WORLD_SIZE": "2"},
-            "OMPI_COMM_WORLD_SIZE=2, but no RANK: each process would train alone",
+            "OMPI_COMM_WORLD_RANK, OMPI_COMM_WORLD_LOCAL_RANK, .* missing: start with mpirun",
+        ),
+        (mpi(1, local_size=2), "mpirun: the ranks of several hosts do not know .* -x MASTER_ADDR="),
+        (
+            mpi(1, local_size=2, OMPI_COMM_WORLD_LOCAL_RANK="0"),
+            "mpirun: neighbouring ranks are on different hosts; use --map-by slot",
         ),
     ],
 )

@@ -22,7 +22,7 @@ from megagpt.utils import REPOSITORY, closest
 PACKAGES = ("torch", "deepspeed", "triton", "numpy")
 DEFAULT_CONFIG = "ds_configs/default.json"
 # What the options of other trainers are here: nanoGPT, Hugging Face, Megatron-LM, gpt-neox. One
-# that ends in = takes a value.
+# that ends in = takes the value, one that ends in =N has another.
 OF_OTHER_TRAINERS = {
     **dict.fromkeys(
         (
@@ -38,8 +38,12 @@ OF_OTHER_TRAINERS = {
     ),
     **dict.fromkeys(("out_dir", "output_dir", "save", "save_dir", "logdir"), "--run_dir"),
     **dict.fromkeys(
-        ("max_iters", "max_steps", "train_iters", "num_steps", "total_steps"),
+        ("max_iters", "max_steps", "train_iters", "num_steps", "total_steps", "steps"),
         "--set megagpt.training.total_steps=",
+    ),
+    **dict.fromkeys(
+        ("epoch", "epochs", "num_epochs", "num_train_epochs"),
+        "--set megagpt.training.total_tokens=N",
     ),
     **dict.fromkeys(("lr", "learning_rate"), "--set optimizer.params.lr="),
     "weight_decay": "--set optimizer.params.weight_decay=",
@@ -76,26 +80,38 @@ class CommandParser(OptionParser):
     """A parser that says what to type instead of an option of another program."""
 
     def advice(self, unknown: Sequence[str]) -> str:
-        """Return what to type instead of the first word that is no option."""
-        word, *more = unknown
-        value = more[0] if more and not more[0].startswith("-") else ""
-        name, _, given = word.partition("=")
-        wrong = f"{word}: no such option"
+        """Return what to type instead of each word that is no option, one a line."""
+        lines = []
+        words = [*unknown]
+        while words:
+            word = words.pop(0)
+            is_option = word.startswith("-")
+            given = word.partition("=")[2]
+            if is_option and not given and words and not words[0].startswith("-"):
+                given = words.pop(0)
+            lines.append(self._instead_of(word, given))
+        return f"\n{self.prog}: ".join(lines)
+
+    def _instead_of(self, word: str, value: str) -> str:
         if not word.startswith("-"):
             is_config = word.endswith(".json") and self._takes("--deepspeed_config")
             remedy = f"--deepspeed_config {word}" if is_config else ""
-            wrong = f"{word}: belongs to no option"
-        elif self._takes("--set") and "." in name:
-            remedy = f"--set {name.lstrip('-')}={given or value or 'VALUE'}"
+            wrong = "belongs to no option"
         else:
-            remedy = self._instead(name.lstrip("-"), given or value)
-        return f"{wrong}; {f'type {remedy}' if remedy else 'remove it'}"
+            wrong = "no such option"
+            name = word.partition("=")[0].lstrip("-")
+            remedy = self._remedy(name, value)
+        return f"{word}: {wrong}; {f'type {remedy}' if remedy else 'remove it'}"
 
-    def _instead(self, name: str, value: str) -> str:
+    def _remedy(self, name: str, value: str) -> str:
         """Return the option of this command that does what an unknown one does elsewhere."""
         theirs = OF_OTHER_TRAINERS.get(name, "")
+        if self._takes("--set") and "." in name:
+            return f"--set {name}={value or 'VALUE'}"
         if theirs and self._takes(theirs.split()[0]):
-            return f"{theirs}{value or 'VALUE'}" if theirs.endswith("=") else f"{theirs} {value}"
+            if theirs.endswith("="):
+                return f"{theirs}{value or 'VALUE'}"
+            return theirs if "=" in theirs else f"{theirs} {value}".rstrip()
         if name in OF_LAUNCHERS and self._takes("--local_rank"):
             return f"deepspeed --{name} {value} launch/{self.prog} ... (an option of the launcher)"
         return closest(f"--{name}", self._shown_options()) or ""

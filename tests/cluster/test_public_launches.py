@@ -106,7 +106,7 @@ HOSTFILES = [
 
 @pytest.mark.parametrize(("text", "said"), HOSTFILES)
 def test_hostfiles(text: str, said: str) -> None:
-    """What is taken is what DeepSpeed reads. It could not run what is refused, or reads past a slip."""
+    """What is taken is what DeepSpeed reads; what is refused it cannot run, or misreads."""
     if said:
         with pytest.raises(HostfileError, match=r"hostfile: ") as refused:
             parse_hostfile(text)

@@ -128,7 +128,7 @@ def test_bad_input_before_the_first_step_is_no_crash(
 def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("data")
     texts = {
-        "words": "Once upon a time there was\n" * 40,
+        "words": "Long ago there was a hen\n" * 40,
         "dna": "acgtacgt" * 90,
         "dash": "--x y\n" * 90,
     }
@@ -162,7 +162,7 @@ def outcome(data: Path, directory: Path, prompts: Sequence[str], samples: str | 
     ("data", "name", "prompts", "samples", "prompt"),
     [
         ("words", "run", ["def ", "x"], "=== step 1", "def "),
-        ("words", "my run (2)", [], "", "Once upon a"),
+        ("words", "my run (2)", [], "", "Long ago there"),
         ("dna", "it's", [], None, "acgt" * 16),
         ("words", "run", ["import os\n\nclass ", "it's"], "=== step 1", "it's"),
         ("words", "run", ["-5 degrees"], "=== step 1", "-5 degrees"),

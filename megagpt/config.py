@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_valid
 
 from megagpt.schema import json_reader as config_json
 from megagpt.schema.arithmetic import BatchSizes, nearest_multiples, round_up, solve_batch
+from megagpt.schema.counts import with_whole_numbers
 from megagpt.schema.deepspeed import (
     AioConfig,
     Bf16Config,
@@ -45,7 +46,6 @@ from megagpt.schema.megagpt import MegagptConfig, MegagptSection, ParallelConfig
 from megagpt.schema.model import ModelConfig
 from megagpt.schema.stand_ins import all_problems, stand_in_for_plan
 from megagpt.schema.written import adopt, fields_at, lines_of
-from megagpt.schema.written_numbers import with_whole_numbers
 
 __all__ = [
     "ConfigError",

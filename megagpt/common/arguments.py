@@ -79,6 +79,20 @@ OF_LAUNCHERS = (
 class CommandParser(OptionParser):
     """A parser that says what to type instead of an option of another program."""
 
+    def parse_known_args(  # type: ignore[override]  # typeshed has overloads of one signature
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        """Parse; `--deepspeed F` is `--deepspeed_config F`."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if file := getattr(parsed, "deepspeed", None):
+            if parsed.deepspeed_config not in (DEFAULT_CONFIG, file):
+                self.error(
+                    f"--deepspeed {file} and --deepspeed_config {parsed.deepspeed_config}: name "
+                    f"one file"
+                )
+            parsed.deepspeed_config = file
+        return parsed, unknown
+
     def advice(self, unknown: Sequence[str]) -> str:
         """Return what to type instead of each word that is no option, one a line."""
         lines = []
@@ -165,27 +179,7 @@ def add_launcher_options(parser: argparse.ArgumentParser) -> None:
     # The environment has the local rank too. `--deepspeed` alone is the switch that
     # `deepspeed.add_config_arguments` adds; Hugging Face's scripts pass the file with it.
     parser.add_argument("--local_rank", type=whole_number(-1), help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--deepspeed",
-        nargs="?",
-        action=_DeepspeedSwitch,
-        type=os.path.expanduser,
-        help=argparse.SUPPRESS,
-    )
-
-
-class _DeepspeedSwitch(argparse.Action):
-    """Take `--deepspeed F` for `--deepspeed_config F`; without a file it does nothing."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        if values is not None:
-            namespace.deepspeed_config = values
+    parser.add_argument("--deepspeed", nargs="?", type=os.path.expanduser, help=argparse.SUPPRESS)
 
 
 class _Version(argparse.Action):

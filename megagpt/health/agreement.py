@@ -32,7 +32,7 @@ def require_agreement(
     mine = {
         "configuration": config.to_json(),
         "data": stream.fingerprint if stream is not None else "",
-        "what is changed (--allow_change)": changes,
+        "--allow_change": changes,
         "code": code_fingerprint(SOURCES),
         **{f"version of {library}": _version(library) for library in LIBRARIES},
     }

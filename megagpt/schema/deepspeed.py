@@ -173,7 +173,9 @@ class AioConfig(Section):
 
 class _OffloadSection(Section):
     device: Literal["none", "cpu", "nvme"] = execution("none", "where it is stored")
-    nvme_path: PathText | None = execution(None, "directory on the NVMe drive (device nvme)")
+    nvme_path: PathText | None = execution(
+        None, "directory on the NVMe drive (device nvme)", min_length=1
+    )
     pin_memory: bool = execution(True, "page-locked host memory")
 
     @model_validator(mode="after")
@@ -323,5 +325,5 @@ class TensorboardConfig(Section):
     """TensorBoard event files."""
 
     enabled: bool = execution(False, "write event files")
-    output_path: str | None = execution(None, "directory; default: the run directory")
+    output_path: PathText | None = execution(None, "directory; default: the run directory")
     job_name: str = execution("tensorboard", "subdirectory of output_path")

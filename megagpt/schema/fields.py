@@ -60,6 +60,6 @@ def _integral_float_to_int(value: Any) -> Any:
 ElementCount = Annotated[int, BeforeValidator(_integral_float_to_int)]
 
 # A path on this machine; `~` is the home directory, as for a shell.
-PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 
 auto_or_value = Discriminator(lambda value: "auto" if value == "auto" else "value")

@@ -13,12 +13,12 @@ from megagpt.schema.model import ModelConfig, ModelSection
 class DataSource(Section):
     """One dataset of a blend."""
 
-    path: PathText = identity(..., "directory of the dataset")
+    path: PathText = identity(..., "directory of the dataset", min_length=1)
     weight: float = identity(1.0, "share of the samples, relative to the other weights", gt=0)
 
 
 DataPath = Annotated[
-    Annotated[PathText, Tag("one")]
+    Annotated[PathText, Field(min_length=1), Tag("one")]
     | Annotated[tuple[DataSource, ...], Field(strict=False), Tag("blend")],
     Discriminator(lambda value: "blend" if isinstance(value, list | tuple) else "one"),
 ]

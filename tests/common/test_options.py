@@ -52,6 +52,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
         raise Found(parser)
 
     module = program.removesuffix(".py").removesuffix("/__main__").replace("/", ".")
+    sys.modules.pop(module, None)  # runpy warns of a module that is imported already
     run = partial(runpy.run_module, module, run_name="__main__")
     if program.startswith("launch/"):  # a script: it puts the repository on the path itself
         run = partial(runpy.run_path, str(REPOSITORY / program), run_name="__main__")
@@ -234,6 +235,8 @@ def test_keys_that_count_read_numbers_as_people_write_them(item: str, value: obj
         ("--run_dri x", "type --run_dir"),
         ("--num_gpus 4", "type deepspeed --num_gpus 4 launch/train.py ..."),
         ("--hostfile=h", "type deepspeed --hostfile h launch/train.py ..."),
+        ("--deepspeed a.json --deepspeed_config b.json", "and --deepspeed_config b.json: name one"),
+        ("--deepspeed_config b.json --deepspeed a.json", "and --deepspeed_config b.json: name one"),
         ("--frobnicate 3", "--frobnicate: no such option; remove it"),
         ("--local_rank x", "argument --local_rank: 'x' is not a whole number"),
     ],

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import shlex
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,8 @@ def parse_hostfile(text: str, source: str = "hostfile") -> list[Host]:
         text = text.removeprefix(BYTE_ORDER_MARK)
         errors.append(
             f"{source}: begins with a byte-order mark, which DeepSpeed takes for a part of the "
-            f"first name; remove it: sed -i '1s/^\\xEF\\xBB\\xBF//' {source}"
+            f"first name; remove it: sed -i '1s/^\\xEF\\xBB\\xBF//' "
+            f"{shlex.quote(source)}"
         )
     for number, line in enumerate(text.split("\n"), start=1):
         content = line.strip(" \t\r")

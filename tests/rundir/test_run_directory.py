@@ -11,9 +11,11 @@ import pytest
 
 from megagpt.config import ResolvedConfig, RunConfig
 from megagpt.rundir import directory as run_directory
-from megagpt.rundir.changes import MAY_CHANGE, allowed_prefixes
+from megagpt.rundir.changes import DATA_FINGERPRINT, MAY_CHANGE, allowed_prefixes
+from megagpt.rundir.data import open_data
 from megagpt.utils import UserError
 from tests.support.configurations import tiny
+from tests.support.trained_run import write_dataset, write_run
 
 
 def resolved(world_size: int = 1, **changes: Any) -> ResolvedConfig:
@@ -186,3 +188,31 @@ def test_a_change_that_cannot_be_written_leaves_the_record_whole(
         run_directory.record(recorded, other, changes, step=7)
     assert (recorded / "config.json").read_bytes() == before
     assert [path.name for path in recorded.iterdir()] == ["config.json"]
+
+
+def with_data(config: ResolvedConfig, data: Path) -> ResolvedConfig:
+    document = json.loads(config.to_json())
+    document["megagpt"]["data"]["path"] = str(data)
+    return ResolvedConfig.from_json(json.dumps(document))
+
+
+def test_other_tokens_in_the_same_place_are_a_change_too(tmp_path: Path) -> None:
+    """The checkpoint of ``write_run`` was trained on no data that exist."""
+    run = write_run(tmp_path / "run", write_dataset(tmp_path / "dataset"))
+    config = run_directory.read_config(run)
+    with pytest.raises(UserError, match=r"first sample: --allow_change megagpt\.data"):
+        open_data(config, run)
+    streams, changes = open_data(config, run, allowed_prefixes(["data"]))
+    assert changes.now == {DATA_FINGERPRINT: ("", streams["train"].fingerprint)}
+    run_directory.record(run, config, changes, step=10)
+    assert open_data(config, run)[1].now == {}  # a restart before the next checkpoint
+
+
+def test_data_of_another_tokenizer_are_no_change_that_can_be_made(tmp_path: Path) -> None:
+    """Also where it has as many tokens."""
+    run = write_run(tmp_path / "run", write_dataset(tmp_path / "dataset"))
+    other = write_dataset(tmp_path / "other", tokenizer="bpe:257")
+    changed = with_data(run_directory.read_config(run), other)
+    assert changed.megagpt.model.vocabulary == 257
+    with pytest.raises(UserError, match=r"its tokenizer \(bpe:257\) is not that of .* \(bytes\)"):
+        open_data(changed, run, allowed_prefixes(["data"]))

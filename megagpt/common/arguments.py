@@ -7,6 +7,7 @@ import argparse
 import math
 import os.path
 import platform
+import shlex
 import subprocess
 from argparse import ArgumentTypeError
 from collections.abc import Sequence
@@ -26,13 +27,8 @@ DEFAULT_CONFIG = "ds_configs/default.json"
 OF_OTHER_TRAINERS = {
     **dict.fromkeys(
         (
-            "config",
-            "config_file",
-            "conf",
-            "conf_file",
-            "config_path",
-            "ds_config",
-            "deepscale_config",
+            *("config", "config_file", "config_path", "conf", "conf_file"),
+            *("ds_config", "deepscale_config"),
         ),
         "--deepspeed_config",
     ),
@@ -103,7 +99,7 @@ class CommandParser(OptionParser):
             given = word.partition("=")[2]
             if is_option and not given and words and not words[0].startswith("-"):
                 given = words.pop(0)
-            lines.append(self._instead_of(word, given))
+            lines.append(self._instead_of(word, shlex.quote(given) if given else ""))
         return f"\n{self.prog}: ".join(lines)
 
     def _instead_of(self, word: str, value: str) -> str:

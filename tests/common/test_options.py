@@ -232,6 +232,7 @@ def test_keys_that_count_read_numbers_as_people_write_them(item: str, value: obj
         ("--learning_rate 3e-4", "type --set optimizer.params.lr=3e-4"),
         ("--output_dir runs/a", "type --run_dir runs/a"),
         ("--zero_optimization.stage 2", "type --set zero_optimization.stage=2"),
+        ("--data_path 'my data'", "type --set megagpt.data.path='my data'"),
         ("--run_dri x", "type --run_dir"),
         ("--num_gpus 4", "type deepspeed --num_gpus 4 launch/train.py ..."),
         ("--hostfile=h", "type deepspeed --hostfile h launch/train.py ..."),

@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from megagpt.common.arguments import add_config_option, add_set_option, command_parser, user_path
+from megagpt.schema.synonyms import SYNONYMS
 from megagpt.utils import human_count, run_command
 
 
@@ -58,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
         required=True,
         help="run directory to create, such as runs/NAME",
     )
-    add_set_option(parser)
+    add_set_option(parser, SYNONYMS)
     return parser.parse_args()
 
 

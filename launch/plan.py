@@ -22,6 +22,7 @@ from megagpt.common.arguments import (
     user_path,
     whole_number,
 )
+from megagpt.schema.synonyms import SYNONYMS
 from megagpt.utils import ExitCode, abandon, run_command
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add_config_option(parser)
-    add_set_option(parser)
+    add_set_option(parser, SYNONYMS)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--hostfile", type=user_path, help="hostfile, as the launcher reads it")
     where.add_argument(

@@ -11,6 +11,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import argparse
 
 from megagpt.common.arguments import add_config_option, add_set_option, command_parser, user_path
+from megagpt.schema.synonyms import SYNONYMS
 from megagpt.utils import ExitCode, run_command
 
 
@@ -47,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--hostfile", type=user_path, help="hostfile, as given to deepspeed [this machine]")
     add_config_option(parser)
-    add_set_option(parser)
+    add_set_option(parser, SYNONYMS)
     add("--run_dir", type=user_path, help="run directory [runs/NAME-OF-THE-CONFIG]")
     add(
         "--bandwidth",

@@ -17,6 +17,7 @@ from megagpt.common.arguments import (
     command_parser,
     user_path,
 )
+from megagpt.schema.synonyms import SYNONYMS
 from megagpt.utils import end_process, run_command
 
 
@@ -33,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add_config_option(parser)
-    add_set_option(parser)
+    add_set_option(parser, SYNONYMS)
     add(
         "--run_dir",
         type=user_path,

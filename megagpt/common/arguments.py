@@ -10,8 +10,9 @@ import platform
 import shlex
 import subprocess
 from argparse import ArgumentTypeError
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
+from types import MappingProxyType
 from typing import Any
 
 from kernels.options import OptionParser
@@ -22,8 +23,7 @@ from megagpt.utils import REPOSITORY, closest
 
 PACKAGES = ("torch", "deepspeed", "triton", "numpy")
 DEFAULT_CONFIG = "ds_configs/default.json"
-# What the options of other trainers are here: nanoGPT, Hugging Face, Megatron-LM, gpt-neox. One
-# that ends in = takes the value, one that ends in =N has another.
+# What options of other trainers are here, besides those that set a key (`add_set_option`).
 OF_OTHER_TRAINERS = {
     **dict.fromkeys(
         (
@@ -33,38 +33,22 @@ OF_OTHER_TRAINERS = {
         "--deepspeed_config",
     ),
     **dict.fromkeys(("out_dir", "output_dir", "save", "save_dir", "logdir"), "--run_dir"),
-    **dict.fromkeys(
-        ("max_iters", "max_steps", "train_iters", "num_steps", "total_steps", "steps"),
-        "--set megagpt.training.total_steps=",
-    ),
-    **dict.fromkeys(
-        ("epoch", "epochs", "num_epochs", "num_train_epochs"),
-        "--set megagpt.training.total_tokens=N",
-    ),
-    **dict.fromkeys(("lr", "learning_rate"), "--set optimizer.params.lr="),
-    "weight_decay": "--set optimizer.params.weight_decay=",
-    **dict.fromkeys(("grad_clip", "max_grad_norm", "clip_grad"), "--set gradient_clipping="),
-    **dict.fromkeys(("global_batch_size", "train_batch_size"), "--set train_batch_size="),
-    **dict.fromkeys(
-        ("batch_size", "micro_batch_size", "per_device_train_batch_size"),
-        "--set train_micro_batch_size_per_gpu=",
-    ),
-    "gradient_accumulation_steps": "--set gradient_accumulation_steps=",
-    **dict.fromkeys(("n_layer", "num_layers"), "--set megagpt.model.num_layers="),
-    **dict.fromkeys(("n_embd", "hidden_size"), "--set megagpt.model.hidden_size="),
-    **dict.fromkeys(("n_head", "num_attention_heads"), "--set megagpt.model.num_heads="),
-    **dict.fromkeys(
-        ("block_size", "seq_length", "seq_len"), "--set megagpt.model.sequence_length="
-    ),
-    **dict.fromkeys(("zero_stage", "stage"), "--set zero_optimization.stage="),
-    "tensor_model_parallel_size": "--set megagpt.parallel.tensor=",
-    "pipeline_model_parallel_size": "--set megagpt.parallel.pipeline=",
-    **dict.fromkeys(("save_interval", "save_steps"), "--set megagpt.checkpoint.interval_steps="),
-    **dict.fromkeys(("log_interval", "logging_steps"), "--set megagpt.monitor.log_interval_steps="),
-    **dict.fromkeys(("eval_interval", "eval_steps"), "--set megagpt.training.eval_interval_steps="),
-    "seed": "--set megagpt.training.seed=",
-    **dict.fromkeys(("data_path", "data_dir"), "--set megagpt.data.path="),
 }
+# Keys that are typed as options, and whose last name alone does not lead there.
+KEYS_AS_OPTIONS = {
+    **dict.fromkeys(("num_steps", "total_steps", "steps"), "megagpt.training.total_steps"),
+    **dict.fromkeys(("epoch", "epochs", "num_epochs"), "megagpt.training.total_tokens"),
+    "num_train_epochs": "megagpt.training.total_tokens",
+    "weight_decay": "optimizer.params.weight_decay",
+    "train_batch_size": "train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "num_layers": "megagpt.model.num_layers",
+    "hidden_size": "megagpt.model.hidden_size",
+    **dict.fromkeys(("zero_stage", "stage"), "zero_optimization.stage"),
+    "seed": "megagpt.training.seed",
+    "data_dir": "megagpt.data.path",
+}
+OTHER_UNIT = ("megagpt.training.total_tokens",)  # given in epochs elsewhere
 # Options of launchers, which stand before the script.
 OF_LAUNCHERS = (
     *("hostfile", "num_gpus", "num_nodes", "num_accelerators", "include", "exclude"),
@@ -73,7 +57,12 @@ OF_LAUNCHERS = (
 
 
 class CommandParser(OptionParser):
-    """A parser that says what to type instead of an option of another program."""
+    """A parser that says what to type instead of an option of another program.
+
+    ``keys_of_others``: the key of the configuration for names that other trainers have for it.
+    """
+
+    keys_of_others: Mapping[str, str] = MappingProxyType({})
 
     def parse_known_args(  # type: ignore[override]  # typeshed has overloads of one signature
         self, args: Sequence[str] | None = None, namespace: Any = None
@@ -115,13 +104,11 @@ class CommandParser(OptionParser):
 
     def _remedy(self, name: str, value: str) -> str:
         """Return the option of this command that does what an unknown one does elsewhere."""
-        theirs = OF_OTHER_TRAINERS.get(name, "")
-        if self._takes("--set") and "." in name:
-            return f"--set {name}={value or 'VALUE'}"
-        if theirs and self._takes(theirs.split()[0]):
-            if theirs.endswith("="):
-                return f"{theirs}{value or 'VALUE'}"
-            return theirs if "=" in theirs else f"{theirs} {value}".rstrip()
+        if self._takes(option := OF_OTHER_TRAINERS.get(name, "")):
+            return f"{option} {value}".rstrip()
+        key = name if "." in name else self.keys_of_others.get(name)
+        if key and self._takes("--set"):
+            return f"--set {key}={'N' if key in OTHER_UNIT else value or 'VALUE'}"
         if name in OF_LAUNCHERS and self._takes("--local_rank"):
             return f"deepspeed --{name} {value} launch/{self.prog} ... (an option of the launcher)"
         return closest(f"--{name}", self._shown_options()) or ""
@@ -158,8 +145,9 @@ def add_config_option(
     )
 
 
-def add_set_option(parser: argparse.ArgumentParser) -> None:
-    """Add `--set KEY=VALUE ...`."""
+def add_set_option(parser: CommandParser, synonyms: Mapping[str, str]) -> None:
+    """Add `--set KEY=VALUE ...`; ``synonyms`` are what other trainers call the keys."""
+    parser.keys_of_others = {**synonyms, **KEYS_AS_OPTIONS}
     parser.add_argument(
         "--set",
         nargs="+",

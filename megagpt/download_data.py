@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from megagpt.common.arguments import command_parser, non_negative, user_path, whole_number
-from megagpt.data.corpora import Corpus, open_source, shown
+from megagpt.common.arguments import command_parser
+from megagpt.data.columns import DEFAULT_COLUMN
+from megagpt.data.corpora import Corpus, open_source
 from megagpt.data.encoding_pool import batches, encoder
 from megagpt.data.integrity import check_file, record_file
 from megagpt.data.manifest import (
@@ -67,12 +68,14 @@ Report = Callable[[str], None]
 class PreparationRequest:
     """What to prepare: the options of the command."""
 
-    dataset: str | tuple[str, ...]  # several: files of one format
+    dataset: str | Sequence[str]  # or several paths, directories and patterns
     output: Path
     tokenizer: str = "bpe:8192"
     config: str | None = None
     split: str = "train"
-    column: str = "text"
+    column: str = DEFAULT_COLUMN
+    separator: str | None = None
+    skip_bad_rows: int = 0
     validation_fraction: float | None = None
     max_tokens: int | None = None
     shard_tokens: int = 100_000_000
@@ -90,15 +93,24 @@ class PreparationRequest:
             raise UserError(
                 f"--validation_fraction {self.validation_fraction}: use a number from 0 to below 1"
             )
+        if self.skip_bad_rows < 0:
+            raise UserError(f"--skip_bad_rows {self.skip_bad_rows}: use a whole number from 0 on")
+        if self.separator == "":
+            raise UserError("--separator '': name the text between two documents")
         for option in ("max_tokens", "shard_tokens", "workers"):
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise UserError(f"--{option} {value}: use a whole number above 0")
 
     def description(self, source: Corpus) -> dict[str, JsonValue]:
-        """Return what decides the contents, for the manifest; the number of workers does not."""
+        """Return what decides the contents, for the manifest.
+
+        The number of workers does not. That of bad rows to skip does not change what comes before
+        them, so a preparation that met one too many continues with a larger number.
+        """
         return {
             **source.description,
+            "separator": self.separator,
             "tokenizer": self.tokenizer,
             "validation_fraction": self.validation_fraction,
             "max_tokens": self.max_tokens,
@@ -132,7 +144,12 @@ def prepare(request: PreparationRequest, report: Report = print) -> DatasetManif
     """
     request.check()
     source = open_source(
-        request.dataset, config=request.config, split=request.split, column=request.column
+        request.dataset,
+        config=request.config,
+        split=request.split,
+        column=request.column,
+        separator=request.separator,
+        skip_bad_rows=request.skip_bad_rows,
     )
     description = request.description(source)
     began = time.monotonic()
@@ -141,6 +158,8 @@ def prepare(request: PreparationRequest, report: Report = print) -> DatasetManif
         if present is not None:
             report(f"{request.output}: already prepared: {present.summary()}")
             return present
+        for note in source.notes:
+            report(note)
         try:
             manifest = _prepare_staged(request, source, description, staging, report)
         except UserError:
@@ -192,7 +211,8 @@ def _prepare_staged(
         return read_dataset_manifest(staging)
     if not (staging / TOKENIZER_FILE).exists():
         save_tokenizer(
-            build_tokenizer(request.tokenizer, lambda: _training_texts(source, request)), staging
+            build_tokenizer(request.tokenizer, lambda: _training_texts(source, request), report),
+            staging,
         )
     encoding = load_tokenizer(staging)
     _require_space_for(source, request, encoding, staging)
@@ -203,16 +223,36 @@ def _prepare_staged(
         _write_all(request, source, writer, staging, report)
     finally:
         writer.close()
-    if not progress.tokens("train"):
-        raise UserError(
-            f"--dataset {shown(request.dataset)}: no text found; choose another dataset or --column"
-        )
+    source.require_unchanged()
+    for line in source.left_out.lines():
+        report(line)
+    _require_text(request, progress, report)
     tokenizer = TokenizerRecord(
         **record_file(staging / TOKENIZER_FILE).model_dump(), name=request.tokenizer
     )
     return writer.finish(
-        tokenizer=tokenizer, end_of_document=encoding.eot_token, source=description
+        tokenizer=tokenizer,
+        end_of_document=encoding.eot_token,
+        source=description | source.left_out.record(),
     )
+
+
+def _require_text(
+    request: PreparationRequest, progress: PreparationProgress, report: Report
+) -> None:
+    """Raise UserError if there is nothing to train on; say if there is nothing to validate on."""
+    if not progress.tokens("train"):
+        raise UserError(
+            f"--dataset {request.dataset}: no text for training (found "
+            f"{progress.tokens('val')} validation tokens); use more text, or a smaller "
+            "--validation-fraction"
+        )
+    if not progress.tokens("val"):
+        report(
+            f"{request.output}: no text for validation; a run needs --set "
+            "megagpt.training.eval_interval_steps=0, or prepare it with more text or a larger "
+            "--validation-fraction"
+        )
 
 
 def _progress(
@@ -386,8 +426,8 @@ def _parser() -> argparse.ArgumentParser:
         type=os.path.expanduser,
         required=True,
         help="stdlib (the sources of Python's standard library), a Hugging Face dataset "
-        "such as HuggingFaceFW/fineweb-edu, or paths or patterns of .txt, .jsonl, .jsonl.zst or "
-        ".parquet files",
+        "such as HuggingFaceFW/fineweb-edu, or a file, a directory or a quoted pattern: text, "
+        "JSON, CSV, parquet, Arrow, also compressed with gzip, bzip2, xz or zstd",
     )
     add("--output", required=True, type=user_path, help="directory to make, for example data/NAME")
     add(
@@ -401,7 +441,20 @@ def _parser() -> argparse.ArgumentParser:
         default="train",
         help="split of a Hugging Face dataset to read [%(default)s]",
     )
-    add("--column", default="text", help="column with the text [%(default)s]")
+    add(
+        "--column",
+        default=DEFAULT_COLUMN,
+        help="column with the text: text, meta.body, messages.content, or a template such as "
+        '"{title}\\n\\n{text}" [%(default)s]',
+    )
+    add("--separator", help="text between two documents of one text file, such as '<|endoftext|>'")
+    add(
+        "--skip_bad_rows",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out up to N rows that cannot be read, and name them [%(default)s]",
+    )
     add(
         "--validation_fraction",
         type=non_negative,

@@ -51,7 +51,7 @@ class Run:
     config: ResolvedConfig
     engine: Engine
     training: BatchLoader
-    validation: BatchLoader
+    validation: BatchLoader | None  # None if evaluation is off
     encoding: tiktoken.Encoding
     directory: Path
     peak_flops: float | None
@@ -244,6 +244,7 @@ def require_equal_replicas(run: Run) -> None:
 
 def report_validation(run: Run) -> None:
     """Validate and record the loss; every rank must call it."""
+    assert run.validation is not None
     samples = validation_batches(run) * run.config.train_batch_size
     share = run.validation.stream.share(samples)
     run.monitor.event("eval", step=run.state.step, val_loss=validate(run), split_share=share)
@@ -256,6 +257,7 @@ def validate(run: Run) -> float:
     They are a pseudo-random choice, the same at every step and on every mesh (see SampleStream).
     Every rank must call it.
     """
+    assert run.validation is not None
     batches = validation_batches(run)
     total = 0.0
     for index in range(batches):
@@ -268,6 +270,7 @@ def validate(run: Run) -> float:
 
 def validation_batches(run: Run) -> int:
     """Return the configured number of global batches, at most one pass over the split."""
+    assert run.validation is not None
     whole_split = math.ceil(run.validation.stream.samples_per_epoch / run.config.train_batch_size)
     return min(run.config.megagpt.training.eval_batches, whole_split)
 

@@ -27,6 +27,7 @@ from megagpt.checkpoint.format import (
 )
 from megagpt.checkpoint.writer import Flats, PlannedFile, files_of, write_files
 from megagpt.config import ConfigError, ModelConfig, ResolvedConfig, RunConfig
+from megagpt.data.manifest import read_dataset_manifest
 from megagpt.huggingface.architectures import Part
 from megagpt.huggingface.published_model import PublishedModel
 from megagpt.huggingface.whole_directory import whole_directory
@@ -36,7 +37,7 @@ from megagpt.planning.legality import World, resolve
 from megagpt.rundir.data import open_stream, prepare_vocabulary
 from megagpt.rundir.directory import record
 from megagpt.schema.deepspeed import WarmupCosineLR
-from megagpt.utils import MIB, sync_directory, write_atomically
+from megagpt.utils import MIB, UserError, sync_directory, write_atomically
 
 IMPORTED = "imported.json"
 SPARE_BYTES = 64 * MIB  # manifest and headers, in addition to the tensors
@@ -67,6 +68,7 @@ def import_model(source: Path, written: RunConfig, run_directory: Path) -> Impor
     config = published.run_config(written)
     resolved = _resolved(config)
     model = resolved.megagpt.model
+    _require_data_for_its_context(source, resolved)
     tokenizer_compared = published.require_tokenizer(Path(config.megagpt.data.sources[0].path))
     published.require_tensors(model)
     size = len((WEIGHT, *MOMENTS)) * 4 * model.num_parameters
@@ -101,6 +103,34 @@ def _resolved(config: RunConfig) -> ResolvedConfig:
         )
     world = World(_ranks(config), prepare_vocabulary(config))
     return resolve(config, world=world).config
+
+
+def _require_data_for_its_context(source: Path, config: ResolvedConfig) -> None:
+    """Raise UserError if a split of the data is shorter than one sample of the model's length.
+
+    The weights are read after that, and training would fail with advice for other models.
+    """
+    model = config.megagpt.model
+    evaluates = bool(config.megagpt.training.eval_interval_steps)
+    for place in config.megagpt.data.sources:
+        manifest = read_dataset_manifest(Path(place.path))
+        for split, needed in (("train", True), ("val", evaluates)):
+            tokens = manifest.tokens("train" if split == "train" else "val")
+            if not needed or tokens > model.sequence_length:
+                continue
+            remedies = ["prepare more text"]
+            if split == "val":
+                remedies += [
+                    "turn evaluation off with --set megagpt.training.eval_interval_steps=0"
+                ]
+            if model.position == "rotary" and tokens > 1:
+                shorter = f"--set megagpt.model.sequence_length={tokens - 1}"
+                remedies += [f"train on shorter samples with {shorter}"]
+            raise UserError(
+                f"{source}: its context is {model.sequence_length} tokens, longer than the {split} "
+                f"split of {place.path} (found {tokens} tokens, need "
+                f"{model.sequence_length + 1}); {', or '.join(remedies)}"
+            )
 
 
 def _ranks(config: RunConfig) -> int | None:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from megagpt.checkpoint.format import DamagedCheckpointError
 from megagpt.checkpoint.reader import require_small_header
+from megagpt.checkpoint.safetensors_file import StoredFile, StoredSlice
 from megagpt.config import ConfigError, ModelConfig, RunConfig
 from megagpt.data.tokenizer import TOKENIZER_FILE
 from megagpt.huggingface.architectures import (
@@ -229,8 +230,8 @@ class PublishedModel:
                 problems += [] if ignored else [f"{name}: megagpt has no such tensor"]
                 continue
             stored = self._stored(name)
-            shape = tuple(stored.get_shape())
-            kind = stored.get_dtype()
+            shape = stored.shape
+            kind = stored.kind
             if shape != expected[known[name]] or kind not in FORMATS:
                 wanted = f"{expected[known[name]]} in {', '.join(FORMATS)}"
                 problems.append(f"{name}: {kind} of shape {shape}, the model's is {wanted}")
@@ -302,24 +303,27 @@ class PublishedModel:
         return sum((self.directory / file).stat().st_size for file in files if self._open(file))
 
     def _tensor(self, name: str) -> Tensor:
-        return torch.as_tensor(self._stored(name)[...])
+        try:
+            return self._stored(name).read()
+        except SafetensorError as error:
+            raise UserError(f"{self.directory}: {name}: {error}; download it again") from error
 
-    def _stored(self, tensor: str) -> Any:
-        """Return a lazy slice of a tensor, with its shape and format."""
+    def _stored(self, tensor: str) -> StoredSlice:
+        """Return where a tensor lies, with its shape and format; nothing of it is read yet."""
         file = self._places[tensor]
         try:
-            return self._open(file).get_slice(tensor)
+            return self._open(file).slice(tensor)
         except SafetensorError as error:
             raise UserError(
                 f"{self.directory / INDEX}: weight_map: {tensor} is not in {file} ({error}); "
                 f"download both again"
             ) from error
 
-    def _open(self, file: str) -> Any:
+    def _open(self, file: str) -> StoredFile:
         if file not in self._opened:
             try:
                 require_small_header(self.directory, file)
-                self._opened[file] = safe_open(str(self.directory / file), framework="pt")
+                self._opened[file] = StoredFile(self.directory / file)
             except (SafetensorError, DamagedCheckpointError, OSError) as error:
                 raise UserError(
                     f"{self.directory / file}: cannot be read ({error}); download it again"
@@ -327,7 +331,7 @@ class PublishedModel:
         return self._opened[file]
 
     @cached_property
-    def _opened(self) -> dict[str, Any]:
+    def _opened(self) -> dict[str, StoredFile]:
         return {}
 
     def require_tokenizer(self, data: Path) -> bool:

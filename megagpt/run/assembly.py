@@ -67,7 +67,9 @@ def assemble(
         config=resolved,
         engine=engine,
         training=BatchLoader(streams["train"], resolved, mesh, training_device()),
-        validation=BatchLoader(streams["val"], resolved, mesh, training_device()),
+        validation=BatchLoader(streams["val"], resolved, mesh, training_device())
+        if "val" in streams
+        else None,
         encoding=open_tokenizer(resolved.megagpt),
         directory=directory,
         peak_flops=device.peak_flops(training_device(), compute_dtype(resolved)),

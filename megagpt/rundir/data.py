@@ -22,7 +22,6 @@ from megagpt.rundir.changes import DATA, DATA_FINGERPRINT, Changes, allows_data
 from megagpt.utils import RankEnvironment, UserError
 
 EMBEDDED_CORPUS = Path("data/stdlib")
-SPLITS: tuple[Split, ...] = ("train", "val")
 
 log = logging.getLogger(__name__)
 
@@ -43,46 +42,30 @@ def resolve_run(written: RunConfig, source: str = "") -> LegalRun:
     return resolve(written, source, world=World(ranks, vocabulary))
 
 
-def open_data(
-    config: ResolvedConfig, directory: Path, prefixes: Sequence[str] = ()
-) -> tuple[dict[Split, SampleStream], Changes]:
-    """Return the samples of each split, and what this start changes in the run.
+def open_data(config: ResolvedConfig, directory: Path) -> dict[Split, SampleStream]:
+    """Return the samples of each split, after every check that needs no torch; raise UserError.
 
-    Every check that needs no torch is made. Raise UserError, also for a change that ``prefixes``
-    (of `--allow_change`) do not cover.
+    Without evaluation there is no validation split.
     """
-    changes = directories.changes_of(directory, config, prefixes)
-    streams = {split: open_stream(config, split) for split in SPLITS}
-    stream = streams["train"]
-    stored = _fingerprint_of_the_newest(directory)
-    if stored is not None:
-        step, fingerprint = stored
-        if fingerprint != stream.fingerprint and allows_data(prefixes):
-            changes = changes.with_data(fingerprint, stream.fingerprint)
-        require_same_data(directory, step, fingerprint, stream, changes)
-    if {DATA_FINGERPRINT, "megagpt.data.path"} & changes.now.keys():
-        _require_same_tokenizer(directories.read_config(directory), stream)
-    return streams, changes
+    directories.require_same_identity(directory, config)
+    streams: dict[Split, SampleStream] = {"train": open_stream(config, "train")}
+    if config.megagpt.training.eval_interval_steps:
+        streams["val"] = _open_validation(config)
+    _require_data_of_the_newest(directory, streams["train"])
+    return streams
 
 
-def _require_same_tokenizer(recorded: ResolvedConfig, stream: SampleStream) -> None:
-    """Raise UserError if the new data have another tokenizer than the run's, where those remain."""
-    ours = stream.datasets[0].manifest.tokenizer
-    for source in recorded.megagpt.data.sources:
-        try:
-            theirs = read_dataset_manifest(Path(source.path)).tokenizer
-        except UserError:
-            log.warning("%s: gone, so its tokenizer cannot be compared", source.path)
-            continue
-        if theirs.sha256 != ours.sha256:
-            raise UserError(
-                f"{stream.datasets[0].directory}: its tokenizer ({ours.name}) is not that of "
-                f"{source.path} ({theirs.name}), of the run; prepare it with the same one"
-            )
+def _open_validation(config: ResolvedConfig) -> SampleStream:
+    try:
+        return open_stream(config, "val")
+    except UserError as error:
+        raise UserError(
+            f"{error}; or turn evaluation off: --set megagpt.training.eval_interval_steps=0"
+        ) from error
 
 
-def _fingerprint_of_the_newest(directory: Path) -> tuple[int, str] | None:
-    """Return step and data of the newest checkpoint with a valid manifest, None without one.
+def _require_data_of_the_newest(directory: Path, stream: SampleStream) -> None:
+    """Raise UserError unless the data are those of the newest checkpoint with a valid manifest.
 
     This runs before any rank builds its model.
     """

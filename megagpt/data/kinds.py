@@ -114,12 +114,12 @@ def _kind(file: SourceFile, head: bytes) -> Kind:
     for mark, what, remedy in FOREIGN:
         if head.startswith(mark):
             raise ForeignFileError(file, what, remedy)
-    if head[257:262] == b"ustar":
-        raise ForeignFileError(file, "a tar archive", UNPACK)
-    _refuse_wide_characters(file, head)
     marked = next((kind for mark, kind in MARKS if head.startswith(mark)), None)
     if marked is not None:
         return marked
+    if head[257:262] == b"ustar":
+        raise ForeignFileError(file, "a tar archive", UNPACK)
+    _refuse_wide_characters(file, head)
     suffix = suffix_of(file)
     named = KIND_OF_SUFFIX.get(suffix)
     if named is not None:
@@ -138,7 +138,7 @@ def _kind(file: SourceFile, head: bytes) -> Kind:
 def _refuse_wide_characters(file: SourceFile, head: bytes) -> None:
     """Raise for UTF-16 and UTF-32, with a mark or as every second byte of plain text shows it."""
     for name, marks in (("UTF-32", UTF_32), ("UTF-16", UTF_16)):
-        if head.startswith(marks) and not head.startswith(b"\xff\xff\xff\xff"):
+        if head.startswith(marks):
             raise _encoded(file, name, name)
     for name, zeros in (("UTF-16BE", head[0::2]), ("UTF-16LE", head[1::2])):
         if len(head) >= 16 and zeros.count(0) > 0.4 * len(zeros) and head.count(0) < len(head) / 2:

@@ -290,7 +290,7 @@ def _damage_named(path: Path) -> Iterator[None]:
 def _parquet_rows(path: Path, column: Column) -> Iterator[Row]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path, buffer_size=MIB, pre_buffer=False) as file:
+    with pyarrow.parquet.ParquetFile(path, buffer_size=BATCH_BYTES, pre_buffer=False) as file:
         names = _sources(file.schema_arrow.names, path, column)
         count = file.metadata.num_rows
         batches = file.iter_batches(

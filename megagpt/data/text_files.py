@@ -51,11 +51,13 @@ def _separated(content: BinaryIO, path: Path, separator: str) -> Iterator[tuple[
             if document or begun:
                 yield document, True
             begun = False
-        if len(text) > LONGEST_TEXT_PIECE:  # the separator may have begun at its end
-            yield text[: -len(separator)], False
-            text = text[-len(separator) :]
+        if len(text) > LONGEST_TEXT_PIECE:  # a separator may have begun at its end
+            part = text[: -len(separator)].rstrip("\n")
+            rest = text[len(part) :]
+            yield part if begun else part.lstrip("\n"), False
+            text = rest
             begun = True
-    text = text if begun else text.strip("\n")
+    text = text.rstrip("\n") if begun else text.strip("\n")
     if text or begun:
         yield text, True
 

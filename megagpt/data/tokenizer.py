@@ -31,7 +31,7 @@ SMALLEST_BPE_VOCABULARY = 257  # every byte and the end of a document
 # How GPT-2 splits a text before merging: github.com/openai/gpt-2, src/encoder.py.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LONGEST_WORD = 1024  # characters, in training
-LONG_WORD_CHARACTERS = 2 * MIB  # of words that are longer, in training
+LONG_WORD_CHARACTERS = MIB  # of words that are longer, in training
 _LONG_SPACE = re.compile(rf"\s{{{LONGEST_WORD + 1}}}")
 # Letters, digits, white space or anything else, as GPT2_PATTERN takes them together.
 _LONG_WORD = re.compile(

@@ -34,7 +34,7 @@ from megagpt.huggingface.whole_directory import whole_directory
 from megagpt.parallel.compat import MOMENTS, Piece
 from megagpt.parallel.rectangles import whole
 from megagpt.planning.legality import World, resolve
-from megagpt.rundir.data import open_stream, prepare_vocabulary
+from megagpt.rundir.data import open_stream, prepare_vocabulary, splits_of
 from megagpt.rundir.directory import record
 from megagpt.schema.deepspeed import WarmupCosineLR
 from megagpt.utils import MIB, UserError, sync_directory, write_atomically
@@ -108,29 +108,25 @@ def _resolved(config: RunConfig) -> ResolvedConfig:
 def _require_data_for_its_context(source: Path, config: ResolvedConfig) -> None:
     """Raise UserError if a split of the data is shorter than one sample of the model's length.
 
-    The weights are read after that, and training would fail with advice for other models.
+    Otherwise training would fail later, with advice that a learned position table cannot follow.
     """
-    model = config.megagpt.model
-    evaluates = bool(config.megagpt.training.eval_interval_steps)
+    length = config.megagpt.model.sequence_length
     for place in config.megagpt.data.sources:
         manifest = read_dataset_manifest(Path(place.path))
-        for split, needed in (("train", True), ("val", evaluates)):
-            tokens = manifest.tokens("train" if split == "train" else "val")
-            if not needed or tokens > model.sequence_length:
-                continue
-            remedies = ["prepare more text"]
-            if split == "val":
-                remedies += [
-                    "turn evaluation off with --set megagpt.training.eval_interval_steps=0"
-                ]
-            if model.position == "rotary" and tokens > 1:
-                shorter = f"--set megagpt.model.sequence_length={tokens - 1}"
-                remedies += [f"train on shorter samples with {shorter}"]
-            raise UserError(
-                f"{source}: its context is {model.sequence_length} tokens, longer than the {split} "
-                f"split of {place.path} (found {tokens} tokens, need "
-                f"{model.sequence_length + 1}); {', or '.join(remedies)}"
-            )
+        splits = splits_of(config)
+        tokens, split = min((manifest.tokens(split), split) for split in splits)
+        if tokens > length:
+            continue
+        remedies = ["prepare more text"]
+        if split == "val" and manifest.tokens("train") > length:
+            remedies += ["turn evaluation off with --set megagpt.training.eval_interval_steps=0"]
+        if config.megagpt.model.position == "rotary" and tokens > 1:
+            shorter = f"--set megagpt.model.sequence_length={tokens - 1}"
+            remedies += [f"train on shorter samples with {shorter}"]
+        raise UserError(
+            f"{source}: its context is {length} tokens, longer than the {split} split of "
+            f"{place.path} (found {tokens} tokens, need {length + 1}); {', or '.join(remedies)}"
+        )
 
 
 def _ranks(config: RunConfig) -> int | None:

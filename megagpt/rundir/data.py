@@ -43,21 +43,22 @@ def resolve_run(written: RunConfig, source: str = "") -> LegalRun:
 
 
 def open_data(config: ResolvedConfig, directory: Path) -> dict[Split, SampleStream]:
-    """Return the samples of each split, after every check that needs no torch; raise UserError.
-
-    Without evaluation there is no validation split.
-    """
+    """Return the samples of each split, after every check that needs no torch; raise UserError."""
     directories.require_same_identity(directory, config)
-    streams: dict[Split, SampleStream] = {"train": open_stream(config, "train")}
-    if config.megagpt.training.eval_interval_steps:
-        streams["val"] = _open_validation(config)
+    opened = {"train": open_stream, "val": _open_validation}
+    streams = {split: opened[split](config, split) for split in splits_of(config)}
     _require_data_of_the_newest(directory, streams["train"])
     return streams
 
 
-def _open_validation(config: ResolvedConfig) -> SampleStream:
+def splits_of(config: ResolvedConfig) -> tuple[Split, ...]:
+    """Return the splits that a run reads: without evaluation no validation split."""
+    return ("train", "val") if config.megagpt.training.eval_interval_steps else ("train",)
+
+
+def _open_validation(config: ResolvedConfig, split: Split) -> SampleStream:
     try:
-        return open_stream(config, "val")
+        return open_stream(config, split)
     except UserError as error:
         raise UserError(
             f"{error}; or turn evaluation off: --set megagpt.training.eval_interval_steps=0"

@@ -77,14 +77,15 @@ class StoredSlice:
 class StoredFile:
     """A file of any size: only the tensors that are asked for come into memory.
 
-    ``safe_open`` for torch maps the whole file as if it were to be changed, which Linux refuses for
-    a file that is larger than the memory. Here the library checks the header only.
+    ``safe_open`` for torch maps the whole file writable, which Linux refuses for a file that is
+    larger than the memory. Here the library checks the header only.
     """
 
     def __init__(self, path: Path) -> None:
         """Raise SafetensorError or OSError if the file cannot be read."""
         with safe_open(str(path), framework="np"):  # checks names, sizes and the file's length
             pass
+        self.size_bytes = path.stat().st_size
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             entries = json.loads(file.read(size))

@@ -14,6 +14,7 @@ from megagpt.utils import UserError, did_you_mean
 
 DEFAULT_COLUMN = "text"
 ABSENT = object()
+MOST_NAMED = 20
 ESCAPES = {"\\n": "\n", "\\t": "\t"}  # a shell hands "\n" over as two characters
 
 
@@ -90,8 +91,15 @@ def missing(path: str, known: Iterable[str]) -> str:
     names = list(known)
     return (
         f"no column {path!r}{did_you_mean(path, names)}; choose one with --column: "
-        f"{', '.join(names) or 'there is none'}"
+        f"{_listed(names) or 'there is none'}"
     )
+
+
+def _listed(names: Iterable[Any]) -> str:
+    """Return the first names, as a table may have thousands."""
+    known = [str(name) for name in names]
+    more = f" and {len(known) - MOST_NAMED} more" if known[MOST_NAMED:] else ""
+    return ", ".join(known[:MOST_NAMED]) + more
 
 
 def _parsed(written: str) -> list[tuple[str, str | None]]:
@@ -136,11 +144,15 @@ def _text(value: Any, path: str, *, in_template: bool = False) -> str | None:
         texts = [_text(item, path, in_template=in_template) for item in value]
         return "\n".join(text for text in texts if text is not None) if any(texts) else None
     if isinstance(value, dict):
-        names = ", ".join(map(str, value))
-        example = f"{path}.{next(iter(value), 'NAME')}"
+        first = str(next(iter(value), "NAME"))
+        if first.isdigit():  # pandas' to_json() without an orientation
+            raise BadRowError(
+                f"column {path!r} holds an object with a number for each row; write it row by row "
+                'instead, in pandas with to_json(FILE, orient="records", lines=True)'
+            )
         raise BadRowError(
-            f"column {path!r} holds an object ({names}); choose one with --column, for example "
-            f"{example}"
+            f"column {path!r} holds an object ({_listed(value)}); choose one with --column, for "
+            f"example {path}.{first}"
         )
     if in_template and isinstance(value, int | float):
         return str(value)

@@ -31,6 +31,7 @@ KIND_OF_SUFFIX: dict[str, Kind] = {
     ".arrow": "arrow",
     ".feather": "arrow",
 }
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py", ".c", ".h", ".cpp", ".js", ".html", ".log")
 MARKS: tuple[tuple[bytes, Kind], ...] = (
     (b"PAR1", "parquet"),
     (b"ARROW1", "arrow"),
@@ -70,6 +71,7 @@ class Recognized:
     file: SourceFile
     kind: Kind
     compressions: tuple[str, ...] = ()
+    looks_like_rows: bool = False  # JSON lines under a name of a text
 
     @property
     def suffix(self) -> str:
@@ -107,7 +109,8 @@ def recognize(file: SourceFile) -> Recognized:
         raise ForeignFileError(
             file, f"{kind} compressed with {compressions[0]}", "decompress it, then name the result"
         )
-    return Recognized(file, kind, compressions)
+    looks_like_rows = suffix_of(file) == ".txt" and kind == "text" and _is_json_line(head)
+    return Recognized(file, kind, compressions, looks_like_rows)
 
 
 def _kind(file: SourceFile, head: bytes) -> Kind:
@@ -130,9 +133,24 @@ def _kind(file: SourceFile, head: bytes) -> Kind:
         )
     if named is not None:
         return named
-    if not re.fullmatch(r"\.[a-z]\w*", suffix) and _is_json_line(head):
+    if _has_no_meaning(suffix) and _is_json_line(head):
         return "json"
+    if suffix not in TEXT_SUFFIXES and b"\0" in head and not _is_utf8(head):
+        raise ForeignFileError(file, "a binary file", EXPORT)
     return "text"
+
+
+def _has_no_meaning(suffix: str) -> bool:
+    """Return whether a suffix is none, or a number: part-00000, shard.0001."""
+    return re.fullmatch(r"\.[a-z]\w*", suffix) is None
+
+
+def _is_utf8(head: bytes) -> bool:
+    try:
+        head.decode()
+    except UnicodeDecodeError as error:
+        return error.reason == "unexpected end of data"  # the head ends within a character
+    return True
 
 
 def _refuse_wide_characters(file: SourceFile, head: bytes) -> None:

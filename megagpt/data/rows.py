@@ -69,12 +69,26 @@ def _json_rows(content: io.BufferedReader[Any], path: Path) -> Iterator[Row]:
     first_line = start.partition(b"\n")[0].strip()
     if start.startswith(b"["):
         yield from JsonValues(content, path).of_array()
-    elif first_line.startswith(b"{") and first_line.endswith((b"{", b"[")):  # written with indent
+    elif _is_not_a_row(first_line):
         yield from JsonValues(content, path).one_after_another()
     else:
         for number, line in enumerate(content, start=1):
             if not line.isspace():
                 yield number, _json_line(line, path)
+
+
+def _is_not_a_row(first_line: bytes) -> bool:
+    """Return whether objects take several lines (written with indent), or one line has several."""
+    if not first_line.startswith(b"{"):
+        return False
+    if first_line.endswith((b"{", b"[")):
+        return True
+    try:
+        text = first_line.decode(errors="replace")
+        _, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return text[end:].lstrip().startswith("{")
 
 
 def _json_line(line: bytes, path: Path) -> Any:
@@ -106,7 +120,8 @@ def _not_json(line: str, error: json.JSONDecodeError, *, ended: bool) -> str:
         return "YAML, need JSON"
     if re.match(r"\{\s*u?'", line):
         return "Python's notation with single quotes, need JSON"
-    cut = "" if ended else ": the file may be cut off here"
+    at_end = error.msg.startswith("Unterminated string") or error.pos >= len(line) - 1
+    cut = ": the file may be cut off here" if at_end and not ended else ""
     return f"not JSON ({error.msg}: column {error.colno}){cut}"
 
 
@@ -266,7 +281,7 @@ def _header(lines: _Lines, column: Column) -> tuple[str, list[str]]:
             column.sources(names)
             return sign, names
         except BadRowError as error:
-            problems.append(f"{lines.path}:{lines.count}: {error}")
+            problems.append(f"{lines.path}:{lines.count}: its header has {error}")
     raise UserError(problems[0])
 
 

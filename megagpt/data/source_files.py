@@ -10,10 +10,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megagpt.data.compression import SUFFIXES, SourceFile, name_without_compression
-from megagpt.data.kinds import KIND_OF_SUFFIX, ROWS, ForeignFileError, Recognized, recognize
+from megagpt.data.kinds import (
+    KIND_OF_SUFFIX,
+    ROWS,
+    TEXT_SUFFIXES,
+    ForeignFileError,
+    Recognized,
+    recognize,
+)
 from megagpt.utils import UserError
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py", ".c", ".h", ".cpp", ".js", ".html", ".log")
 # What lies beside rows and says something about them.
 ABOUT_ROWS = re.compile(
     r"(readme|licen[cs]e|notice|citation|changelog)\b.*|"
@@ -31,8 +37,16 @@ class FoundFiles:
         files: dict[Path, Recognized] = {}
         for name in names:
             for found in self._named(name):
-                files.setdefault(found.file.path, found)
+                # The cache of the hub has each file twice: as a blob, and as a link to it.
+                files.setdefault(found.file.path.resolve(), found)
         self.files = tuple(files.values())
+        likely_rows = [str(found.file.path) for found in self.files if found.looks_like_rows]
+        if likely_rows:
+            more = f" and {len(likely_rows) - 1} others" if likely_rows[1:] else ""
+            self.notes.append(
+                f"{likely_rows[0]}{more}: its first line is JSON, but a .txt is read as text; call "
+                "it .jsonl to read its rows"
+            )
 
     def _named(self, name: str) -> list[Recognized]:
         """Return what one path or pattern names; a path that exists is taken as it is written."""

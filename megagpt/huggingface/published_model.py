@@ -299,8 +299,7 @@ class PublishedModel:
     @cached_property
     def _stored_bytes(self) -> int:
         """The size of all its files together."""
-        files = dict.fromkeys(self._places.values())
-        return sum((self.directory / file).stat().st_size for file in files if self._open(file))
+        return sum(self._open(file).size_bytes for file in dict.fromkeys(self._places.values()))
 
     def _tensor(self, name: str) -> Tensor:
         try:

@@ -112,6 +112,8 @@ FORMATS = {
     "objects_indented.json": "\n".join(
         json.dumps({"text": text}, indent=2) for text in TEXTS
     ).encode(),
+    "objects_without_breaks.jsonl": json_lines().replace(b"\n", b""),
+    "cr_line_ends.jsonl": json_lines().replace(b"\n", b"\r"),
     "array_of_strings.json": json.dumps(TEXTS).encode(),
     "strings.jsonl": "".join(json.dumps(text) + "\n" for text in TEXTS).encode(),
     "table.csv": table(),
@@ -218,6 +220,8 @@ BAD_ROWS = [
         r"an object \(content, lang\).*text\.content",
     ),
     ({"text": b"\xe9"}, "text", "not UTF-8"),
+    ({"text": {"0": "a", "1": "b"}}, "text", "row by row instead, in pandas"),
+    ({"text": {f"key{n}": n for n in range(99)}}, "text", r"key19 and 79 more\)"),
 ]
 
 
@@ -352,6 +356,7 @@ FOREIGN = [
     ("a.parquet", b"PAR1" + b"\0" * 20, "damaged or cut off"),
     ("a.tar", b"name".ljust(257, b"\0") + b"ustar\0", "a tar archive"),
     ("a.tgz", gzip.compress(b"name".ljust(257, b"\0") + b"ustar\0"), "a tar archive"),
+    ("a.bin", bytes(range(256)), "a binary file"),
     ("a.parquet.gz", gzip.compress(arrow()), "parquet compressed with gzip; decompress it"),
 ]
 
@@ -526,10 +531,27 @@ def test_a_directory_of_code_is_texts(tmp_path):
     for name in ("a.py", "b/c.c", "Makefile", "README.md"):
         write(tmp_path / name, f"# {name}\n")
     write(tmp_path / "logo.png", b"\x89PNG\r\n\x1a\n")
+    write(tmp_path / "b" / "c.pyc", bytes(range(256)))
     source = open_source(str(tmp_path))
     texts = [piece.text for piece in source.pieces()]
     assert texts == ["# Makefile\n", "# README.md\n", "# a.py\n", "# b/c.c\n"]
-    assert any("logo.png is an image" in note for note in source.notes)
+    assert any("c.pyc is a binary file, and 1 others" in note for note in source.notes)
+
+
+def test_the_cache_of_the_hub_is_read_once(tmp_path):
+    blob = write(tmp_path / "blobs" / "4d7a", arrow())
+    link = tmp_path / "snapshots" / "main" / "train-00000-of-00001.parquet"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(blob)
+    assert read(tmp_path) == TEXTS
+    assert read(link) == TEXTS
+
+
+def test_rows_under_the_name_of_a_text_are_noted(tmp_path):
+    path = write(tmp_path / "a.txt", json_lines())
+    source = open_source(str(path))
+    assert joined(source.pieces()) == [json_lines().decode()]
+    assert any("call it .jsonl to read its rows" in note for note in source.notes)
 
 
 def test_several_names_in_the_order_given_each_file_once(tmp_path):

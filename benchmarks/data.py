@@ -4,12 +4,13 @@
     python -m benchmarks.data --memory 500 5000 --directory /path/on/the/disk
 
 The text is the sources of Python's standard library in documents of 4,000 characters, as JSON
-lines. The contenders take turns on the same file, with the same tokenizer, a BPE of 8,192 tokens:
+lines. The contenders take turns on the same file, with the same tokenizer: a BPE of 8,192 tokens
+that splits as tiktoken's gpt2 does. They must give the same number of tokens.
 
 * a plain loop: `encode_ordinary_batch` over texts that are in memory, in batches of 1,000. Nothing
   is read and nothing is written.
-* `datasets.map` as users write it: nanoGPT's data/openwebtext/prepare.py, one document a call, then
-  the write into a memory map.
+* `datasets.map` as users write it: nanoGPT's data/openwebtext/prepare.py. It splits and shuffles,
+  maps one document a call, and copies the result into a memory map.
 * megagpt: all of `launch/download_data.py`, but for the training of the tokenizer.
 
 Seconds are of processor time, with those of worker processes, so they hold on a machine that others
@@ -44,10 +45,11 @@ import tiktoken
 from benchmarks.machine import write_table
 from megagpt import download_data
 from megagpt.data.corpora import open_source
-from megagpt.data.tokenizer import train_byte_level_bpe
+from megagpt.data.tokenizer import TIKTOKEN_GPT2_PATTERN, train_byte_level_bpe
 
 DOCUMENT_CHARACTERS = 4000
 VOCABULARY = 8192
+MAP_SHARDS = 64  # nanoGPT has 1,024 for 8 million documents
 PLAIN = "encode_ordinary_batch, a plain loop"
 MAP = "datasets.map, as in nanoGPT"
 OURS = "megagpt"
@@ -88,31 +90,36 @@ def plain_loop(encoding: tiktoken.Encoding, texts: list[str], workers: int) -> i
 def map_as_in_nanogpt(
     encoding: tiktoken.Encoding, path: Path, directory: Path, workers: int
 ) -> int:
-    """Return the number of tokens written to ``directory/train.bin``."""
+    """Return the number of tokens written to ``train.bin`` and ``test.bin`` of a directory."""
     import datasets
 
     datasets.disable_progress_bars()
     dataset = datasets.load_dataset(
         "json", data_files=str(path), split="train", cache_dir=str(directory / "cache")
     )
+    splits = dataset.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
 
     def process(example: dict[str, Any]) -> dict[str, Any]:
         ids = encoding.encode_ordinary(example["text"])
         ids.append(encoding.eot_token)
         return {"ids": ids, "len": len(ids)}
 
-    tokenized = dataset.map(process, remove_columns=["text"], num_proc=workers)
-    length = int(np.sum(tokenized["len"], dtype=np.uint64))
-    tokens = np.memmap(directory / "train.bin", dtype=np.uint16, mode="w+", shape=(length,))
-    place = 0
-    shards = min(64, len(tokenized))
-    for number in range(shards):
-        shard = tokenized.shard(num_shards=shards, index=number, contiguous=True)
-        batch = np.concatenate(shard.with_format("numpy")["ids"][:])
-        tokens[place : place + len(batch)] = batch
-        place += len(batch)
-    tokens.flush()
-    return place
+    tokenized = splits.map(process, remove_columns=["text"], num_proc=workers)
+    written = 0
+    for split, rows in tokenized.items():
+        length = int(np.sum(rows["len"], dtype=np.uint64))
+        file = directory / f"{split}.bin"
+        tokens = np.memmap(file, dtype=np.uint16, mode="w+", shape=(length,))
+        place = 0
+        shards = min(MAP_SHARDS, len(rows))
+        for number in range(shards):
+            shard = rows.shard(num_shards=shards, index=number, contiguous=True)
+            batch = np.concatenate(shard.with_format("numpy")["ids"][:])
+            tokens[place : place + len(batch)] = batch
+            place += len(batch)
+        tokens.flush()
+        written += place
+    return written
 
 
 def ours(encoding: tiktoken.Encoding, path: Path, directory: Path, workers: int) -> int:
@@ -136,7 +143,13 @@ def compare(directory: Path, size: int, rounds: int, workers: int) -> list[dict[
     path = directory / "corpus.jsonl"
     texts = write_corpus(path, size)
     megabytes = sum(len(text.encode()) for text in texts) / MB
-    encoding = train_byte_level_bpe(itertools.islice(documents(), 1000), VOCABULARY)
+    trained = train_byte_level_bpe(itertools.islice(documents(), 1000), VOCABULARY)
+    encoding = tiktoken.Encoding(
+        "as gpt2",
+        pat_str=TIKTOKEN_GPT2_PATTERN,
+        mergeable_ranks=trained._mergeable_ranks,
+        special_tokens=trained._special_tokens,
+    )
     contenders: dict[str, Callable[[Path], int]] = {
         PLAIN: lambda _: plain_loop(encoding, texts, workers),
         MAP: lambda place: map_as_in_nanogpt(encoding, path, place, workers),

@@ -30,6 +30,15 @@ SMALLEST_BPE_VOCABULARY = 257  # every byte and the end of a document
 
 # How GPT-2 splits a text before merging: github.com/openai/gpt-2, src/encoder.py.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# tiktoken's way to write the same split for gpt2: tiktoken_ext/openai_public.py.
+TIKTOKEN_GPT2_PATTERN = (
+    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+)
+# And the one that tiktoken runs fastest: 18.5 MB/s, the two others 14.3 (on Python's sources).
+FASTEST_GPT2_PATTERN = (
+    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+)
+FASTEST_PATTERN_OF = dict.fromkeys((GPT2_PATTERN, TIKTOKEN_GPT2_PATTERN), FASTEST_GPT2_PATTERN)
 LONGEST_WORD = 1024  # characters, in training
 LONG_WORD_CHARACTERS = MIB  # of words that are longer, in training
 _LONG_SPACE = re.compile(rf"\s{{{LONGEST_WORD + 1}}}")
@@ -232,7 +241,7 @@ def load_tokenizer(directory: Path) -> tiktoken.Encoding:
             f"{path}: no {END_OF_DOCUMENT} among its added tokens; prepare the dataset again, "
             f"with --force"
         )
-    return _encoding(str(path), pattern, ranks, special_tokens)
+    return _encoding(str(path), FASTEST_PATTERN_OF.get(pattern, pattern), ranks, special_tokens)
 
 
 def _encoding(

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiktoken
 import tiktoken_ext.openai_public
 import tokenizers
 from hypothesis import given, settings
@@ -186,6 +187,26 @@ def test_a_missing_file_is_refused(tmp_path):
 
 def test_lone_surrogates_are_replaced():
     assert tokenizer.replace_surrogates("a\ud800b🙂") == "a\ufffdb🙂"
+
+
+@settings(deadline=None)
+@given(text=st.lists(st.sampled_from(PIECES) | st.text(max_size=20), max_size=12).map("".join))
+def test_the_fastest_pattern_splits_as_gpt2_s(both, text):
+    """The loaded encoding has it; tiktoken's own for gpt2 and GPT-2's give the same ids."""
+    loaded, _ = both
+    assert loaded._pat_str == tokenizer.FASTEST_GPT2_PATTERN
+    for pattern in (tokenizer.GPT2_PATTERN, tokenizer.TIKTOKEN_GPT2_PATTERN):
+        other = tiktoken.Encoding(
+            "other",
+            pat_str=pattern,
+            mergeable_ranks=loaded._mergeable_ranks,
+            special_tokens=loaded._special_tokens,
+        )
+        assert other.encode_ordinary(text) == loaded.encode_ordinary(text)
+
+
+def test_the_pattern_of_gpt2_is_tiktoken_s():
+    assert tiktoken_ext.openai_public.r50k_pat_str == tokenizer.TIKTOKEN_GPT2_PATTERN
 
 
 # Text without breaks, for training

@@ -187,7 +187,7 @@ def memory(directory: Path, megabytes: int) -> dict[str, Any]:
     """Prepare a file of a size in a process of its own; return a row with its peak."""
     path = directory / "large.jsonl"
     piece = directory / "piece.jsonl"
-    write_corpus(piece, 20 * MB)
+    write_corpus(piece, min(megabytes, 20) * MB)
     content = piece.read_bytes()
     with path.open("wb") as file:
         for _ in range(-(-megabytes * MB // len(content))):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -47,10 +46,10 @@ def characters_of_few(source: Corpus) -> int | None:
 
 
 def _every_nth(source: Corpus, fraction: float, skip: int) -> Iterator[tuple[Split, TextPiece]]:
-    exact = Fraction(str(fraction))
+    share, of = Fraction(str(fraction)).as_integer_ratio()
     for piece in source.pieces(skip):
-        held_out_before = math.ceil(piece.document * exact)
-        held_out_after = math.ceil((piece.document + 1) * exact)
+        held_out_before = -(-piece.document * share // of)  # rounded up
+        held_out_after = -(-(piece.document + 1) * share // of)
         yield ("val" if held_out_after > held_out_before else "train"), piece
 
 

@@ -121,8 +121,8 @@ class PreparationRequest:
 def prepare_embedded_corpus(directory: Path) -> None:
     """Make a dataset of the standard library's sources at `directory`, unless one exists.
 
-    Takes a few seconds on one core and needs no network; prints one line. Several processes of
-    one host may call it at once: one prepares, the others wait.
+    Takes a few seconds on one core and needs no network; prints what it does. Several processes
+    of one host may call it at once: one prepares, the others wait.
     """
     if not (Path(directory) / MANIFEST_FILE).exists():
         prepare(

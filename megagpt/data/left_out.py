@@ -88,7 +88,7 @@ class LeftOut:
             )
         if self.bad_rows:
             lines += [f"bad row skipped: {bad}" for bad in self._bad]
-            lines.append(f"{self.bad_rows} bad rows skipped of {self.allowed} allowed")
+            lines.append(f"bad rows skipped: {self.bad_rows} of {self.allowed} allowed")
         if self.unseparated:
             more = f" and {len(self.unseparated) - 1} others" if self.unseparated[1:] else ""
             lines.append(

@@ -641,3 +641,20 @@ def test_the_embedded_corpus_is_prepared_once_by_whoever_comes_first(tmp_path):
     assert prepared.manifest.source["python"].endswith(sys.version.split()[0])
     prepare_embedded_corpus(prepared.directory)
     assert open_dataset(prepared.directory).fingerprint == prepared.fingerprint
+
+
+def test_a_stream_that_ends_early_is_refused(tmp_path):
+    """The card of a dataset says how many rows a split has; `datasets` checks it only in full."""
+    table = pyarrow.table({"body": [f"row {number}" for number in range(30)]})
+    (tmp_path / "data").mkdir()
+    pyarrow.parquet.write_table(table, tmp_path / "data" / "train-00000-of-00001.parquet")
+    card = (
+        "---\ndataset_info:\n  features:\n  - name: body\n    dtype: string\n  splits:\n"
+        "  - name: train\n    num_bytes: 1000\n    num_examples: {}\n---\n"
+    )
+    source = HubDataset(str(tmp_path), None, "train", Column("body"))
+    (tmp_path / "README.md").write_text(card.format(30))
+    assert len(list(source.pieces())) == 30
+    (tmp_path / "README.md").write_text(card.format(31))
+    with pytest.raises(UserError, match="ended after 30 rows, the hub says 31"):
+        list(source.pieces())

@@ -12,6 +12,7 @@ import os
 import random
 import tracemalloc
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -22,7 +23,8 @@ import zstandard
 from datasets import Dataset as HuggingFaceDataset
 from datasets import load_dataset
 
-from megagpt.data import compression, kinds, text_files
+from megagpt import download_data
+from megagpt.data import compression, encoding_pool, kinds, text_files
 from megagpt.data import rows as row_readers
 from megagpt.data.columns import BadRowError, Column
 from megagpt.data.corpora import LocalFiles, TextPiece, open_source
@@ -394,7 +396,7 @@ def test_a_bad_row_is_named_or_skipped(tmp_path, line, said):
         read(path)
     source = open_source(str(path), skip_bad_rows=1)
     assert [piece.text for piece in source.pieces()] == TEXTS
-    assert "1 bad rows skipped of 1 allowed" in source.left_out.lines()
+    assert "bad rows skipped: 1 of 1 allowed" in source.left_out.lines()
     assert source.left_out.record() == {"skipped_bad_rows": 1}
     write(path, content + line + b"\n")
     once_more = refusal(path, skip_bad_rows=1)
@@ -644,16 +646,23 @@ def test_a_row_count_that_is_not_the_footer_s_is_refused():
 # Going on, memory
 
 
-def test_more_bad_rows_may_be_allowed_later(tmp_path):
+def test_a_preparation_goes_on_with_more_bad_rows_allowed(tmp_path, monkeypatch):
     """The number of bad rows to skip is no other request: what was prepared stays."""
+    monkeypatch.setattr(download_data, "COMMIT_TOKENS", 500)
+    monkeypatch.setattr(encoding_pool, "BATCH_CHARACTERS", 200)
     path = write(tmp_path / "a.jsonl", json_lines() + b"{\n" + json_lines())
     request = PreparationRequest(str(path), tmp_path / "out", "bytes")
-    source = open_source(str(path))
-    assert request.description(source) == PreparationRequest(
-        str(path), tmp_path / "out", "bytes", skip_bad_rows=5
-    ).description(source)
-    pieces = list(open_source(str(path), skip_bad_rows=1).pieces())
-    assert list(open_source(str(path), skip_bad_rows=1).pieces(skip=50)) == pieces[50:]
+    with pytest.raises(UserError, match=r"a\.jsonl:41: not JSON"):
+        prepare(request, report=print)
+    said: list[str] = []
+    made = prepare(replace(request, skip_bad_rows=1), report=said.append)
+    assert "continuing after" in said[0]
+    assert any(f"bad row skipped: {path}:41: not JSON" in line for line in said)
+    assert made.documents == 80
+    at_once = prepare(
+        replace(request, skip_bad_rows=1, output=tmp_path / "at_once"), report=said.append
+    )
+    assert made.fingerprint == at_once.fingerprint
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json", "a.parquet", "a.txt", "a.csv"])

@@ -243,7 +243,7 @@ def _require_text(
     """Raise UserError if there is nothing to train on; say if there is nothing to validate on."""
     if not progress.tokens("train"):
         raise UserError(
-            f"--dataset {request.dataset}: no text for training (found "
+            f"{request.output}: no text for training (found "
             f"{progress.tokens('val')} validation tokens); use more text, or a smaller "
             "--validation-fraction"
         )

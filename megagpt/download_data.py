@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from megagpt.common.arguments import command_parser
+from megagpt.common.arguments import command_parser, non_negative, user_path, whole_number
 from megagpt.data.columns import DEFAULT_COLUMN
 from megagpt.data.corpora import Corpus, open_source
 from megagpt.data.encoding_pool import batches, encoder
@@ -245,13 +245,13 @@ def _require_text(
         raise UserError(
             f"{request.output}: no text for training (found "
             f"{progress.tokens('val')} validation tokens); use more text, or a smaller "
-            "--validation-fraction"
+            "--validation_fraction"
         )
     if not progress.tokens("val"):
         report(
             f"{request.output}: no text for validation; a run needs --set "
             "megagpt.training.eval_interval_steps=0, or prepare it with more text or a larger "
-            "--validation-fraction"
+            "--validation_fraction"
         )
 
 
@@ -426,7 +426,7 @@ def _parser() -> argparse.ArgumentParser:
         type=os.path.expanduser,
         required=True,
         help="stdlib (the sources of Python's standard library), a Hugging Face dataset "
-        "such as HuggingFaceFW/fineweb-edu, or a file, a directory or a quoted pattern: text, "
+        "such as HuggingFaceFW/fineweb-edu, or files, directories and patterns: text, "
         "JSON, CSV, parquet, Arrow, also compressed with gzip, bzip2, xz or zstd",
     )
     add("--output", required=True, type=user_path, help="directory to make, for example data/NAME")
@@ -450,7 +450,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--separator", help="text between two documents of one text file, such as '<|endoftext|>'")
     add(
         "--skip_bad_rows",
-        type=int,
+        type=whole_number(0),
         default=0,
         metavar="N",
         help="leave out up to N rows that cannot be read, and name them [%(default)s]",

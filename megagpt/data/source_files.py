@@ -29,7 +29,10 @@ ABOUT_ROWS = re.compile(
 
 
 class FoundFiles:
-    """The files to read, in order. `notes` say what was found and is not read."""
+    """The files to read, in the order of their paths, as a shell and Python may sort otherwise.
+
+    `notes` say what was found and is not read.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
         """Raise UserError for a name without a file, and for a file that cannot be read."""
@@ -39,7 +42,7 @@ class FoundFiles:
             for found in self._named(name):
                 # The cache of the hub has each file twice: as a blob, and as a link to it.
                 files.setdefault(found.file.path.resolve(), found)
-        self.files = tuple(files.values())
+        self.files = tuple(sorted(files.values(), key=lambda found: found.file.path))
         likely_rows = [str(found.file.path) for found in self.files if found.looks_like_rows]
         if likely_rows:
             more = f" and {len(likely_rows) - 1} others" if likely_rows[1:] else ""

@@ -42,13 +42,27 @@ def resolve_run(written: RunConfig, source: str = "") -> LegalRun:
     return resolve(written, source, world=World(ranks, vocabulary))
 
 
-def open_data(config: ResolvedConfig, directory: Path) -> dict[Split, SampleStream]:
-    """Return the samples of each split, after every check that needs no torch; raise UserError."""
-    directories.require_same_identity(directory, config)
+def open_data(
+    config: ResolvedConfig, directory: Path, prefixes: Sequence[str] = ()
+) -> tuple[dict[Split, SampleStream], Changes]:
+    """Return the samples of each split, and what this start changes in the run.
+
+    Every check that needs no torch is made. Raise UserError, also for a change that ``prefixes``
+    (of `--allow_change`) do not cover.
+    """
+    changes = directories.changes_of(directory, config, prefixes)
     opened = {"train": open_stream, "val": _open_validation}
     streams = {split: opened[split](config, split) for split in splits_of(config)}
-    _require_data_of_the_newest(directory, streams["train"])
-    return streams
+    stream = streams["train"]
+    stored = _fingerprint_of_the_newest(directory)
+    if stored is not None:
+        step, fingerprint = stored
+        if fingerprint != stream.fingerprint and allows_data(prefixes):
+            changes = changes.with_data(fingerprint, stream.fingerprint)
+        require_same_data(directory, step, fingerprint, stream, changes)
+    if {DATA_FINGERPRINT, "megagpt.data.path"} & changes.now.keys():
+        _require_same_tokenizer(directories.read_config(directory), stream)
+    return streams, changes
 
 
 def splits_of(config: ResolvedConfig) -> tuple[Split, ...]:
@@ -65,8 +79,24 @@ def _open_validation(config: ResolvedConfig, split: Split) -> SampleStream:
         ) from error
 
 
-def _require_data_of_the_newest(directory: Path, stream: SampleStream) -> None:
-    """Raise UserError unless the data are those of the newest checkpoint with a valid manifest.
+def _require_same_tokenizer(recorded: ResolvedConfig, stream: SampleStream) -> None:
+    """Raise UserError if the new data have another tokenizer than the run's, where those remain."""
+    ours = stream.datasets[0].manifest.tokenizer
+    for source in recorded.megagpt.data.sources:
+        try:
+            theirs = read_dataset_manifest(Path(source.path)).tokenizer
+        except UserError:
+            log.warning("%s: gone, so its tokenizer cannot be compared", source.path)
+            continue
+        if theirs.sha256 != ours.sha256:
+            raise UserError(
+                f"{stream.datasets[0].directory}: its tokenizer ({ours.name}) is not that of "
+                f"{source.path} ({theirs.name}), of the run; prepare it with the same one"
+            )
+
+
+def _fingerprint_of_the_newest(directory: Path) -> tuple[int, str] | None:
+    """Return step and data of the newest checkpoint with a valid manifest, None without one.
 
     This runs before any rank builds its model.
     """

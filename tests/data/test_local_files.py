@@ -556,11 +556,11 @@ def test_rows_under_the_name_of_a_text_are_noted(tmp_path):
     assert any("call it .jsonl to read its rows" in note for note in source.notes)
 
 
-def test_several_names_in_the_order_given_each_file_once(tmp_path):
+def test_several_names_in_the_order_of_paths_each_file_once(tmp_path):
     for name in ("a", "b", "c"):
         write(tmp_path / f"{name}.jsonl", json_lines([name]))
     names = [tmp_path / "c.jsonl", tmp_path / "[ab].jsonl", tmp_path]
-    assert read(*names) == ["c", "a", "b"]
+    assert read(*names) == ["a", "b", "c"]
 
 
 def test_a_path_that_exists_is_taken_as_it_is_written(tmp_path):

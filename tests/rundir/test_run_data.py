@@ -43,6 +43,6 @@ def test_evaluation_needs_a_validation_split(without_validation: Path, tmp_path:
 
 
 def test_evaluation_that_is_off_needs_none(without_validation: Path, tmp_path: Path) -> None:
-    streams = open_data(resolved(without_validation, 0), tmp_path / "run")
+    streams, _ = open_data(resolved(without_validation, 0), tmp_path / "run")
     assert set(streams) == {"train"}
     assert streams["train"].samples_per_epoch > 0

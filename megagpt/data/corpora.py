@@ -96,6 +96,12 @@ def open_source(
         return StandardLibrary(Path(sysconfig.get_path("stdlib")))
     if len(names) == 1 and not is_local(names[0]):
         return HubDataset(names[0], config, split, chosen, skip_bad_rows)
+    other = next((name for name in names if not is_local(name)), None)
+    if other is not None:
+        raise UserError(
+            f"--dataset {other}: among several names each is a file, a directory or a pattern; "
+            "prepare it on its own and blend the datasets (megagpt.data.path)"
+        )
     return LocalFiles(names, chosen, separator, skip_bad_rows)
 
 

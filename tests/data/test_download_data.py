@@ -336,8 +336,9 @@ def test_a_pattern_that_the_shell_expanded_is_several_files(tmp_path, monkeypatc
     assert together.fingerprint == pattern.fingerprint
     with pytest.raises(UserError, match=r"none\.txt: no such file"):
         main([*words, "~/a.txt", "~/none.txt", "--output=~/other"])
-    with pytest.raises(UserError, match=r"a\.txt .*/x\.parquet: files of several formats"):
-        main([*words, "~/a.txt", "~/x.parquet", "--output=~/other"])
+    write_jsonl(tmp_path / "x.jsonl")
+    main([*words, "~/a.txt", "~/x.jsonl", "--output=~/mixed"])
+    assert open_dataset(tmp_path / "mixed").manifest.documents == 1 + len(DOCUMENTS)
     with pytest.raises(UserError, match="stdlib: among several names"):
         main([*words, "~/a.txt", "stdlib", "--output=~/other"])
 

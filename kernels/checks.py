@@ -5,6 +5,7 @@ what was found and what is expected, and returns the tensor that gives the call 
 dtype.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -18,14 +19,18 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
+    causal: bool = True,
     document_ids: Tensor | DocumentBounds | None = None,
     dropout: float = 0.0,
     dropout_seed: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
     **options: Any,
 ) -> Tensor:
-    """Check q, k and v, the seed of dropout and the documents.
+    """Check q, k and v, the seed of dropout, the documents, the window and the soft cap.
 
-    Heads of q must be a multiple of those of k; documents need at least as many keys as queries.
+    Heads of q must be a multiple of those of k; documents need at least as many keys as queries; a
+    window needs causal attention.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
@@ -57,7 +62,24 @@ def attention(
                 f"attention: q has length {length}, expected at most k's {key_length} with "
                 "document_ids: the queries are the last of the keys' positions"
             )
+    if window is not None and window < 1:
+        raise ValueError(
+            f"attention: window is {window}, expected at least 1 key, or None for all of them"
+        )
+    if window is not None and not causal:
+        raise ValueError(
+            f"attention: window is {window} with causal=False, expected causal=True: a window "
+            "ends at the query"
+        )
+    _require_softcap("attention", softcap)
     return q
+
+
+def _require_softcap(op: str, softcap: float | None) -> None:
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(
+            f"{op}: softcap is {softcap}, expected a positive number, or None for no soft cap"
+        )
 
 
 def _require_documents(
@@ -115,13 +137,14 @@ def linear_cross_entropy(
     weight: Tensor,
     targets: Tensor,
     *,
+    softcap: float | None = None,
     vocabulary_start: int = 0,
     vocabulary: int | None = None,
     group: Any = None,
     reduction: str = "mean",
     **_: Any,
 ) -> Tensor:
-    """Check shapes, the reduction, and that the weight has rows for the vocabulary.
+    """Check shapes, the reduction, the soft cap, and that the weight has the vocabulary's rows.
 
     Targets are int64, one for each row of hidden.
     """
@@ -147,6 +170,7 @@ def linear_cross_entropy(
             f"{op}: vocabulary_start is {vocabulary_start}, expected the first row's index, at "
             f"least 0"
         )
+    _require_softcap(op, softcap)
     if vocabulary is not None:
         _require_rows_for(vocabulary, vocabulary_start, weight.shape[0], alone=group is None)
     return hidden

@@ -31,10 +31,13 @@ CPU_SIZES = Sizes((128, 256), (64,), (256, 768), 512, 2048, 128)
 CHECK_SIZES = Sizes((33,), (16,), (40,), 33, 70, 32)  # one second in the interpreter
 
 
-VARIANTS = ("causal", "full", "documents", "dropout", "grouped", "decode")
+VARIANTS = ("causal", "full", "documents", "window", "softcap", "dropout", "grouped", "decode")
 _DOCUMENTS = 8  # of a sequence, on average
 _DROPOUT = 0.1
 _GROUP = 4  # query heads that share a head of keys
+_WINDOW = 4  # the length over the window, between Gemma 2's 8192 / 4096 and Mistral's 32768 / 4096
+_SOFTCAP = 50.0  # Gemma 2's, of scores
+_LOGIT_SOFTCAP = 30.0  # Gemma 2's
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,10 @@ def _attention(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterat
                 seen = _visible_share(options["document_ids"])
             if sizes.variant == "dropout":
                 options |= {"dropout": _DROPOUT, "dropout_seed": torch.arange(batch, device=device)}
+            if sizes.variant == "window":
+                options["window"] = max(1, length // _WINDOW)
+            if sizes.variant == "softcap":
+                options["softcap"] = _SOFTCAP
             size: dict[str, Any] = {
                 "batch": batch,
                 "heads": heads,
@@ -99,6 +106,7 @@ def _attention(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterat
                 "key_length": length,
                 "key_value_heads": key_heads,
                 "causal": options["causal"],
+                "window": options.get("window"),
                 "itemsize": dtype.itemsize,
             }
             shapes = {"q": (heads, queries), "k": (key_heads, length), "v": (key_heads, length)}
@@ -139,8 +147,11 @@ def _scaled(cost: Cost, share: float) -> Cost:
 def _norm(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Case]:
     cost = getattr(costs, op)
     parameters = ("weight", "bias") if op == "layer_norm" else ("weight",)
+    kinds = [(False, 0.0), (True, 0.0)]  # with a residual or not, weight_offset
+    if op == "rms_norm":
+        kinds.append((True, 1.0))  # Gemma's
     for width in sizes.widths:
-        for residual in (False, True):
+        for residual, offset in kinds:
             rows = {"x": sizes.tokens, **({"residual": sizes.tokens} if residual else {})}
             tensors = {
                 name: _random(count, width, dtype=dtype, device=device)
@@ -149,22 +160,26 @@ def _norm(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Ca
             tensors |= {name: _random(width, dtype=dtype, device=device) for name in parameters}
             yield Case(
                 op,
-                f"rows {sizes.tokens}, width {width}{', residual' if residual else ''}",
+                f"rows {sizes.tokens}, width {width}{', residual' if residual else ''}"
+                f"{', weight_offset' if offset else ''}",
                 width,
                 tensors,
                 cost(sizes.tokens, width, residual=residual, itemsize=dtype.itemsize),
                 cost(
                     sizes.tokens, width, residual=residual, itemsize=dtype.itemsize, backward=True
                 ),
+                {"weight_offset": offset} if offset else {},
             )
 
 
 def _linear_cross_entropy(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Case]:
-    for width in sizes.widths:
+    capped = {"softcap": _LOGIT_SOFTCAP}
+    for width, options in [*((width, {}) for width in sizes.widths), (sizes.widths[0], capped)]:
         size = (sizes.tokens, width, sizes.vocabulary)
         yield Case(
             op,
-            f"rows {sizes.tokens}, width {width}, vocabulary {sizes.vocabulary}",
+            f"rows {sizes.tokens}, width {width}, vocabulary {sizes.vocabulary}"
+            f"{', softcap' if options else ''}",
             width,
             {
                 "hidden": _random(sizes.tokens, width, dtype=dtype, device=device),
@@ -174,6 +189,7 @@ def _linear_cross_entropy(op: str, sizes: Sizes, dtype: torch.dtype, device: str
             },
             costs.linear_cross_entropy(*size, itemsize=dtype.itemsize),
             costs.linear_cross_entropy(*size, itemsize=dtype.itemsize, backward=True),
+            options,
         )
 
 

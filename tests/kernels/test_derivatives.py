@@ -19,11 +19,17 @@ WEIGHT = torch.randn(12, 8, generator=torch.Generator().manual_seed(2))
 # Each operation as a function of one tensor (2, 5, 8), given the module that has it.
 CALLS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "attention": lambda ops, x: ops.attention(*[x.unflatten(-1, (2, 4)).transpose(1, 2)] * 3),
+    "attention, window and soft cap": lambda ops, x: ops.attention(
+        *[x.unflatten(-1, (2, 4)).transpose(1, 2)] * 3, window=3, softcap=2.0
+    ),
     "layer_norm": lambda ops, x: ops.layer_norm(x, WEIGHT[0], WEIGHT[1]),
     "rms_norm": lambda ops, x: ops.rms_norm(x, WEIGHT[0], residual=2 * x)[0],
     "linear_cross_entropy": lambda ops, x: ops.linear_cross_entropy(x, WEIGHT, TARGETS),
     "linear_cross_entropy, none": lambda ops, x: ops.linear_cross_entropy(
         x, WEIGHT, TARGETS, reduction="none"
+    ),
+    "linear_cross_entropy, soft cap": lambda ops, x: ops.linear_cross_entropy(
+        x, WEIGHT, TARGETS, softcap=2.0
     ),
     "bias_gelu": lambda ops, x: ops.bias_gelu(x, WEIGHT[0]),
     "swiglu": lambda ops, x: ops.swiglu(x),
@@ -35,6 +41,9 @@ LINEAR = ("rotary", "dropout")  # their gradient is the operation itself
 every_operation = pytest.mark.parametrize("name", CALLS)
 pytestmark = [
     pytest.mark.usefixtures("fused_device"),
+    pytest.mark.filterwarnings(
+        "ignore:invalid value encountered:RuntimeWarning"
+    ),  # tanh of padding
     pytest.mark.skipif(
         torch.cuda.is_available(), reason="the interpreter shows it; arguments are on the CPU"
     ),

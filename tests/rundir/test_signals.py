@@ -316,6 +316,7 @@ def test_the_second_sigterm_ends_a_process_that_saves(
     assert (resume["step"], resume["passed_over"]) == (2, [])
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
         "latest",
+        "step_00000002",  # was loaded, so it is known to load
         "step_00000008",
         "step_00000010",
     ]

@@ -30,7 +30,15 @@ from megagpt.schema.deepspeed import (
     ZeroConfig,
 )
 from megagpt.schema.errors import ConfigError, KeyPath, Problem, dotted, problems_in, shown
-from megagpt.schema.fields import Section, execution, identity, refuse, section
+from megagpt.schema.fields import (
+    Section,
+    at_default,
+    execution,
+    identity,
+    is_later,
+    refuse,
+    section,
+)
 from megagpt.schema.megagpt import MegagptConfig, MegagptSection, ParallelConfig
 from megagpt.schema.model import ModelConfig
 from megagpt.schema.refused import REFUSED
@@ -440,6 +448,7 @@ def _leaves_of_role(role: str, value: BaseModel, prefix: KeyPath = ()) -> list[t
         elif (
             isinstance(field.json_schema_extra, dict)
             and field.json_schema_extra.get("role") == role
+            and not (is_later(field) and at_default(value, name))
         ):
             leaves.append((dotted((*prefix, name)), _as_json(member)))
     return leaves

@@ -262,10 +262,13 @@ def identity_differences(recorded: Mapping[str, Any], requested: Mapping[str, An
 
     For example `megagpt.model.num_layers: 12 in the run directory, 24 requested`.
     """
+
+    def value(identity: Mapping[str, Any], key: str) -> str:
+        return shown(identity[key]) if key in identity else "unset"
+
     keys = dict.fromkeys([*recorded, *requested])
     return [
-        f"{key}: {shown(recorded.get(key))} in the run directory, {shown(requested.get(key))} "
-        f"requested"
+        f"{key}: {value(recorded, key)} in the run directory, {value(requested, key)} requested"
         for key in keys
         if recorded.get(key) != requested.get(key)
     ]

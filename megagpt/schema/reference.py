@@ -56,8 +56,7 @@ def _tables(model: type[BaseModel], prefix: str, title: str, variant: str = "") 
         members = models_in(field.annotation)
         if _role(field) or not members:
             rows.append(
-                f"| `{key}` | {field.description} | {_default(name, field)} | "
-                f"{_role(field)} |"
+                f"| `{key}` | {field.description} | {_default(name, field)} | {_role(field)} |"
             )
         for member in members:
             kind = f" ({member.__name__})" if len(members) > 1 else variant

@@ -93,6 +93,9 @@ def document(row: Row, swap_directory: Path = Path("swap")) -> Config:
         shape["hidden_size"] = 2 * WIDTH  # so that a quarter of a matrix in bf16 is swapped
     shape |= {"dropout": 0.1} if row.kind == "gpt2" else {}
     config = tiny(batch=batch, micro=SAMPLES, steps=STEPS, **KINDS[row.kind], **shape)
+    # Above the rounding of a gradient, which Adam's usual 1e-8 is not: of thousands of elements one
+    # would be so small that its update follows the rounding.
+    config["optimizer"]["params"]["eps"] = 1e-6
     config = with_zero(config, row.stage, row.optimizer, row.parameters)
     config["bf16"] = {"enabled": row.precision == "bf16"}
     parallel: dict[str, Any] = {

@@ -244,6 +244,10 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path: Path, tokenizer: str) -> Non
             {**LLAMA, "position": "learned"},
             "Starcoder2ForCausalLM needs position rotary (not learned), norm layernorm",
         ),
+        (
+            {**LLAMA, "bias": False, "qk_norm": "per_head", "rope_base": 5e5},
+            "LlamaForCausalLM needs rope_base 10000.0 (not 500000.0), qk_norm none (not per_head)\n",
+        ),
     ],
 )
 def test_a_mixture_that_nobody_published_is_refused(

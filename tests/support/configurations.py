@@ -17,7 +17,7 @@ KINDS: dict[str, Config] = {
     "gpt2": {},
     "llama3": LLAMA
     | {
-        "mlp_size": 96,
+        "mlp_size": 160,
         "rope_base": 500_000.0,
         "rope_scaling": {"type": "llama3", "factor": 8.0, "original_length": 16},
         "z_loss": 1e-3,

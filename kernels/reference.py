@@ -109,6 +109,7 @@ def layer_norm(
     *,
     eps: float = 1e-5,
     residual: Tensor | None = None,
+    weight_offset: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return the layer normalisation of the last dimension of x (Ba et al. 2016).
 
@@ -116,25 +117,42 @@ def layer_norm(
     parameters and the residual may be fp32, as under autocast and with an fp32 residual stream. The
     result has the dtype of x and the sum that of the residual (as in flash-attn's layer_norm_fn),
     also under autocast; gradients have the dtypes of their inputs.
+
+    Normalised values are multiplied by ``weight_offset`` + weight. An offset other than 0 is added
+    in fp32 at least, as in Gemma, whose weights are around 0: 1 + weight would be rounded in 16
+    bits.
     """
     total = x if residual is None else x + residual
-    wide = torch.promote_types(total.dtype, weight.dtype)
-    shift = None if bias is None else bias.to(wide)
-    y = F.layer_norm(total.to(wide), weight.shape, weight.to(wide), shift, eps).to(x.dtype)
+    gain = _gain(total, weight, weight_offset)
+    shift = None if bias is None else bias.to(gain.dtype)
+    y = F.layer_norm(total.to(gain.dtype), weight.shape, gain, shift, eps).to(x.dtype)
     return y if residual is None else (y, total)
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, *, eps: float = 1e-5, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    weight_offset: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return the root-mean-square normalisation of x (Zhang and Sennrich 2019).
 
-    Residual, dtypes and results are as in ``layer_norm``.
+    Residual, offset, dtypes and results are as in ``layer_norm``.
     """
     total = x if residual is None else x + residual
-    wide = torch.promote_types(total.dtype, weight.dtype)
-    y = F.rms_norm(total.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
+    gain = _gain(total, weight, weight_offset)
+    y = F.rms_norm(total.to(gain.dtype), weight.shape, gain, eps).to(x.dtype)
     return y if residual is None else (y, total)
+
+
+def _gain(total: Tensor, weight: Tensor, offset: float) -> Tensor:
+    """Return offset + weight, in the dtype in which the norm is computed."""
+    wide = torch.promote_types(total.dtype, weight.dtype)
+    if not offset:
+        return weight.to(wide)
+    return weight.to(torch.promote_types(wide, torch.float32)) + offset
 
 
 def dropout(x: Tensor, probability: float, *, seed: Tensor, position_offset: int = 0) -> Tensor:

@@ -139,8 +139,11 @@ def _scaled(cost: Cost, share: float) -> Cost:
 def _norm(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Case]:
     cost = getattr(costs, op)
     parameters = ("weight", "bias") if op == "layer_norm" else ("weight",)
+    kinds = [(False, 0.0), (True, 0.0)]  # with a residual or not, weight_offset
+    if op == "rms_norm":
+        kinds.append((True, 1.0))  # Gemma's
     for width in sizes.widths:
-        for residual in (False, True):
+        for residual, offset in kinds:
             rows = {"x": sizes.tokens, **({"residual": sizes.tokens} if residual else {})}
             tensors = {
                 name: _random(count, width, dtype=dtype, device=device)
@@ -149,13 +152,15 @@ def _norm(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Ca
             tensors |= {name: _random(width, dtype=dtype, device=device) for name in parameters}
             yield Case(
                 op,
-                f"rows {sizes.tokens}, width {width}{', residual' if residual else ''}",
+                f"rows {sizes.tokens}, width {width}{', residual' if residual else ''}"
+                f"{', weight_offset' if offset else ''}",
                 width,
                 tensors,
                 cost(sizes.tokens, width, residual=residual, itemsize=dtype.itemsize),
                 cost(
                     sizes.tokens, width, residual=residual, itemsize=dtype.itemsize, backward=True
                 ),
+                {"weight_offset": offset} if offset else {},
             )
 
 

@@ -174,6 +174,7 @@ def linear_cross_entropy(
     *,
     ignore_index: int = -100,
     z_loss: float = 0.0,
+    softcap: float | None = None,
     vocabulary_start: int = 0,
     vocabulary: int | None = None,
     group: ProcessGroup | None = None,
@@ -183,8 +184,9 @@ def linear_cross_entropy(
 
     hidden (..., hidden_size), weight (vocabulary, hidden_size), targets (...). ``reduction`` is
     mean (over targets that are not ``ignore_index``), sum, or none (the shape of targets).
-    ``z_loss`` adds z_loss * logsumexp^2 (PaLM, sec. 5). Rows of the weight from ``vocabulary`` on
-    are padding: no probability, no gradient.
+    ``z_loss`` adds z_loss * logsumexp^2 (PaLM, sec. 5). ``softcap`` replaces each logit x by
+    softcap * tanh(x / softcap) (Gemma 2, sec. 2), for z_loss, too. Rows of the weight from
+    ``vocabulary`` on are padding: no probability, no gradient.
 
     If every target is ignored, the loss (the mean too) and the gradients are 0, as in Liger-Kernel.
     torch and flash-attn return a mean of NaN with gradients of 0; a trainer then skips the whole
@@ -198,13 +200,15 @@ def linear_cross_entropy(
         from kernels import chunked_cross_entropy  # also plain torch; only it handles groups
 
         return chunked_cross_entropy.linear_cross_entropy(
-            hidden, weight, targets, ignore_index=ignore_index, z_loss=z_loss,
+            hidden, weight, targets, ignore_index=ignore_index, z_loss=z_loss, softcap=softcap,
             vocabulary_start=vocabulary_start, vocabulary=vocabulary, group=group,
             reduction=reduction,
         )  # fmt: skip
     columns = None if vocabulary is None else max(vocabulary - vocabulary_start, 0)
     logits = F.linear(hidden, weight).flatten(0, -2)[:, :columns]  # (targets, vocabulary)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     targets = targets - vocabulary_start * (targets != ignore_index)
     losses = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction="none")
     counted = targets.flatten() != ignore_index

@@ -35,6 +35,7 @@ VARIANTS = ("causal", "full", "documents", "dropout", "grouped", "decode")
 _DOCUMENTS = 8  # of a sequence, on average
 _DROPOUT = 0.1
 _GROUP = 4  # query heads that share a head of keys
+_LOGIT_SOFTCAP = 30.0  # Gemma 2's
 
 
 @dataclass(frozen=True)
@@ -165,11 +166,13 @@ def _norm(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Ca
 
 
 def _linear_cross_entropy(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Case]:
-    for width in sizes.widths:
+    capped = {"softcap": _LOGIT_SOFTCAP}
+    for width, options in [*((width, {}) for width in sizes.widths), (sizes.widths[0], capped)]:
         size = (sizes.tokens, width, sizes.vocabulary)
         yield Case(
             op,
-            f"rows {sizes.tokens}, width {width}, vocabulary {sizes.vocabulary}",
+            f"rows {sizes.tokens}, width {width}, vocabulary {sizes.vocabulary}"
+            f"{', softcap' if options else ''}",
             width,
             {
                 "hidden": _random(sizes.tokens, width, dtype=dtype, device=device),
@@ -179,6 +182,7 @@ def _linear_cross_entropy(op: str, sizes: Sizes, dtype: torch.dtype, device: str
             },
             costs.linear_cross_entropy(*size, itemsize=dtype.itemsize),
             costs.linear_cross_entropy(*size, itemsize=dtype.itemsize, backward=True),
+            options,
         )
 
 

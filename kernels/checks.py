@@ -5,6 +5,7 @@ what was found and what is expected, and returns the tensor that gives the call 
 dtype.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -58,6 +59,13 @@ def attention(
                 "document_ids: the queries are the last of the keys' positions"
             )
     return q
+
+
+def _require_softcap(op: str, softcap: float | None) -> None:
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(
+            f"{op}: softcap is {softcap}, expected a positive number, or None for no soft cap"
+        )
 
 
 def _require_documents(
@@ -115,13 +123,14 @@ def linear_cross_entropy(
     weight: Tensor,
     targets: Tensor,
     *,
+    softcap: float | None = None,
     vocabulary_start: int = 0,
     vocabulary: int | None = None,
     group: Any = None,
     reduction: str = "mean",
     **_: Any,
 ) -> Tensor:
-    """Check shapes, the reduction, and that the weight has rows for the vocabulary.
+    """Check shapes, the reduction, the soft cap, and that the weight has the vocabulary's rows.
 
     Targets are int64, one for each row of hidden.
     """
@@ -147,6 +156,7 @@ def linear_cross_entropy(
             f"{op}: vocabulary_start is {vocabulary_start}, expected the first row's index, at "
             f"least 0"
         )
+    _require_softcap(op, softcap)
     if vocabulary is not None:
         _require_rows_for(vocabulary, vocabulary_start, weight.shape[0], alone=group is None)
     return hidden

@@ -2,11 +2,12 @@
 
 For each chunk: logits = hidden @ weight.T; three numbers for each row (maximum, sum of
 exponentials, the target's logit); the loss; then, in place, the gradient of the logits, softmax *
-(1 + 2 z lse) - one_hot. Two more products give the gradients of hidden and weight. Backward
-therefore needs no second pass over the logits: there are three products, as in plain autograd. The
-weight's gradient is summed over the chunks in fp32. Idea: Liger-Kernel's fused linear cross-entropy
-(Hsu et al. 2024, arXiv:2410.10989). With ``reduction="none"`` each row's gradient has a factor of
-its own, unknown until backward, so backward computes the logits again.
+(1 + 2 z lse) - one_hot, times the slope of a soft cap. Two more products give the gradients of
+hidden and weight. Backward therefore needs no second pass over the logits: there are three
+products, as in plain autograd. The weight's gradient is summed over the chunks in fp32. Idea:
+Liger-Kernel's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989). With
+``reduction="none"`` each row's gradient has a factor of its own, unknown until backward, so
+backward computes the logits again.
 
 The gradients are stored until the gradient of the loss is known. For the mean over n targets they
 need the factor 1/n. Applied in forward, it would make them underflow in fp16, whose loss scale
@@ -41,20 +42,47 @@ from kernels.derivatives import refuse_second_order, register_gradient
 class RowFunctions:
     """The two functions that read a chunk of logits (rows, vocabulary).
 
-    A target outside 0 .. vocabulary - 1 belongs to another rank. ``statistics(logits, targets)``
-    returns fp32 (3, rows): maximum, sum of exp(logit - maximum), and the logit of the target or
-    -inf. ``gradient(logits, targets, normaliser, scales, z_loss)`` overwrites the logits by their
-    gradient times ``scales`` (rows,), exactly zero where the scale is zero. ``normaliser`` (rows,
-    2) holds the maximum and the logarithm of the sum. They stay separate because their sum,
-    rounded, would lose the differences between large logits.
+    A target outside 0 .. vocabulary - 1 belongs to another rank. ``statistics(logits, targets,
+    cap)`` returns fp32 (3, rows): maximum, sum of exp(logit - maximum), and the logit of the target
+    or -inf. ``gradient(logits, targets, normaliser, scales, z_loss, cap)`` overwrites the logits by
+    their gradient times ``scales`` (rows,), exactly zero where the scale is zero. ``normaliser``
+    (rows, 2) holds the maximum and the logarithm of the sum. They stay separate because their sum,
+    rounded, would lose the differences between large logits. Both cap what they read in fp32, so
+    the cap rounds nothing to 16 bits; the gradient is that of the logits before the cap.
     """
 
-    statistics: Callable[[Tensor, Tensor], Tensor]
-    gradient: Callable[[Tensor, Tensor, Tensor, Tensor, float], None]
+    statistics: Callable[[Tensor, Tensor, "SoftCap"], Tensor]
+    gradient: Callable[[Tensor, Tensor, Tensor, Tensor, float, "SoftCap"], None]
 
 
-def _torch_statistics(logits: Tensor, targets: Tensor) -> Tensor:
-    values = _at_least_fp32(logits)
+@dataclass(frozen=True)
+class SoftCap:
+    """softcap * tanh(logit / softcap) for the first ``columns`` logits of a row (None: no cap).
+
+    The columns after them are padding, whose huge negative number a cap would make a logit.
+    """
+
+    softcap: float | None
+    columns: int
+
+    def of(self, logits: Tensor) -> Tensor:
+        """Return the capped logits, in fp32 at least."""
+        values = _at_least_fp32(logits)
+        if self.softcap is None:
+            return values
+        capped = self.softcap * torch.tanh(values[:, : self.columns] / self.softcap)
+        return torch.cat((capped, values[:, self.columns :]), dim=1)
+
+    def times_slope(self, gradient: Tensor, capped: Tensor) -> Tensor:
+        """Return a gradient of capped logits as one of the logits."""
+        if self.softcap is None:
+            return gradient
+        slope = 1.0 - (capped[:, : self.columns] / self.softcap).square()
+        return torch.cat((gradient[:, : self.columns] * slope, gradient[:, self.columns :]), dim=1)
+
+
+def _torch_statistics(logits: Tensor, targets: Tensor, cap: SoftCap) -> Tensor:
+    values = cap.of(logits)
     maximum = values.amax(dim=-1)  # (rows,), like all below
     total = (values - maximum[:, None]).exp().sum(dim=-1)
     here = (targets >= 0) & (targets < logits.shape[1])
@@ -63,13 +91,20 @@ def _torch_statistics(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _torch_gradient(
-    logits: Tensor, targets: Tensor, normaliser: Tensor, scales: Tensor, z_loss: float
+    logits: Tensor,
+    targets: Tensor,
+    normaliser: Tensor,
+    scales: Tensor,
+    z_loss: float,
+    cap: SoftCap,
 ) -> None:
     maximum, log_total = normaliser.unbind(dim=1)
-    gradient = (_at_least_fp32(logits) - maximum[:, None] - log_total[:, None]).exp_()
+    values = cap.of(logits)
+    gradient = (values - maximum[:, None] - log_total[:, None]).exp_()
     gradient *= (scales * (1.0 + 2.0 * z_loss * (maximum + log_total)))[:, None]
     here = (targets >= 0) & (targets < logits.shape[1])
     gradient.scatter_add_(1, (targets * here)[:, None], (-scales * here)[:, None])
+    gradient = cap.times_slope(gradient, values)
     logits.copy_(gradient.masked_fill_((scales == 0)[:, None], 0.0))
 
 
@@ -102,6 +137,7 @@ def _forward(
     targets: Tensor,
     ignore_index: int,
     z_loss: float,
+    softcap: float | None,
     vocabulary_start: int,
     columns: int,
     group: str,
@@ -118,10 +154,11 @@ def _forward(
     loss. The gradient of weight is fp32; a gradient that is not requested is empty.
     """
     loss, losses, normaliser, factor, dhidden, dweight = _forward_outputs(
-        hidden, weight, targets, ignore_index, z_loss, vocabulary_start, columns, group,
+        hidden, weight, targets, ignore_index, z_loss, softcap, vocabulary_start, columns, group,
         implementation, mean, hidden_gradient, weight_gradient,
     )  # fmt: skip
     functions = ROW_FUNCTIONS[implementation]
+    cap = SoftCap(softcap, columns)
     counted = targets != ignore_index
     divisor = counted.sum().clamp(min=1).to(losses.dtype) if mean else torch.ones_like(factor)
     fraction, exponent = divisor.reciprocal().frexp()  # the fraction is in [0.5, 1)
@@ -132,7 +169,7 @@ def _forward(
     for rows in _chunks(hidden, weight, group):
         logits = _logits(hidden[rows], weight, columns)  # (chunk rows, vocabulary)
         maximum, total, target_logit = _over_group(
-            functions.statistics(logits, targets[rows]), group
+            functions.statistics(logits, targets[rows], cap), group
         )
         log_total = total.log()
         torch.stack((maximum, log_total), dim=1, out=normaliser[rows])
@@ -141,7 +178,7 @@ def _forward(
         losses[rows] = row_losses.where(counted[rows], 0.0)
         if not (hidden_gradient or weight_gradient):
             continue
-        functions.gradient(logits, targets[rows], normaliser[rows], scales[rows], z_loss)
+        functions.gradient(logits, targets[rows], normaliser[rows], scales[rows], z_loss, cap)
         _add_products(logits, hidden[rows], weight, dhidden[rows], dweight)
     _sum_over_group(dhidden, group)
     torch.div(losses.sum(), divisor, out=loss)
@@ -155,6 +192,7 @@ def _forward_outputs(
     targets: Tensor,
     ignore_index: int,
     z_loss: float,
+    softcap: float | None,
     vocabulary_start: int,
     columns: int,
     group: str,
@@ -185,6 +223,7 @@ def _backward(
     normaliser: Tensor,
     ignore_index: int,
     z_loss: float,
+    softcap: float | None,
     vocabulary_start: int,
     columns: int,
     group: str,
@@ -198,10 +237,11 @@ def _backward(
     dweight = torch.zeros_like(weight, dtype=normaliser.dtype)
     scales = row_gradients * (targets != ignore_index)
     targets = targets - vocabulary_start
+    cap = SoftCap(softcap, columns)
     for rows in _chunks(hidden, weight, group):
         logits = _logits(hidden[rows], weight, columns)
         ROW_FUNCTIONS[implementation].gradient(
-            logits, targets[rows], normaliser[rows], scales[rows], z_loss
+            logits, targets[rows], normaliser[rows], scales[rows], z_loss, cap
         )
         _add_products(logits, hidden[rows], weight, dhidden[rows], dweight)
     _sum_over_group(dhidden, group)
@@ -348,6 +388,7 @@ def linear_cross_entropy(
     *,
     ignore_index: int = -100,
     z_loss: float = 0.0,
+    softcap: float | None = None,
     vocabulary_start: int = 0,
     vocabulary: int | None = None,
     group: ProcessGroup | None = None,
@@ -370,9 +411,9 @@ def linear_cross_entropy(
     )
     now = torch.is_grad_enabled() and reduction != "none"
     loss, losses, *_ = _forward(
-        hidden.flatten(0, -2), weight, targets.flatten(), ignore_index, z_loss, vocabulary_start,
-        columns, name, implementation, reduction == "mean", now and hidden.requires_grad,
-        now and weight.requires_grad,
+        hidden.flatten(0, -2), weight, targets.flatten(), ignore_index, z_loss, softcap,
+        vocabulary_start, columns, name, implementation, reduction == "mean",
+        now and hidden.requires_grad, now and weight.requires_grad,
     )  # fmt: skip
     return losses.view(targets.shape) if reduction == "none" else loss
 

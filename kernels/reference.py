@@ -109,6 +109,7 @@ def layer_norm(
     *,
     eps: float = 1e-5,
     residual: Tensor | None = None,
+    weight_offset: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return the layer normalisation of the last dimension of x (Ba et al. 2016).
 
@@ -116,25 +117,42 @@ def layer_norm(
     parameters and the residual may be fp32, as under autocast and with an fp32 residual stream. The
     result has the dtype of x and the sum that of the residual (as in flash-attn's layer_norm_fn),
     also under autocast; gradients have the dtypes of their inputs.
+
+    Normalised values are multiplied by ``weight_offset`` + weight. An offset other than 0 is added
+    in fp32 at least, as in Gemma, whose weights are around 0: 1 + weight would be rounded in 16
+    bits.
     """
     total = x if residual is None else x + residual
-    wide = torch.promote_types(total.dtype, weight.dtype)
-    shift = None if bias is None else bias.to(wide)
-    y = F.layer_norm(total.to(wide), weight.shape, weight.to(wide), shift, eps).to(x.dtype)
+    gain = _gain(total, weight, weight_offset)
+    shift = None if bias is None else bias.to(gain.dtype)
+    y = F.layer_norm(total.to(gain.dtype), weight.shape, gain, shift, eps).to(x.dtype)
     return y if residual is None else (y, total)
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, *, eps: float = 1e-5, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    weight_offset: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return the root-mean-square normalisation of x (Zhang and Sennrich 2019).
 
-    Residual, dtypes and results are as in ``layer_norm``.
+    Residual, offset, dtypes and results are as in ``layer_norm``.
     """
     total = x if residual is None else x + residual
-    wide = torch.promote_types(total.dtype, weight.dtype)
-    y = F.rms_norm(total.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
+    gain = _gain(total, weight, weight_offset)
+    y = F.rms_norm(total.to(gain.dtype), weight.shape, gain, eps).to(x.dtype)
     return y if residual is None else (y, total)
+
+
+def _gain(total: Tensor, weight: Tensor, offset: float) -> Tensor:
+    """Return offset + weight, in the dtype in which the norm is computed."""
+    wide = torch.promote_types(total.dtype, weight.dtype)
+    if not offset:
+        return weight.to(wide)
+    return weight.to(torch.promote_types(wide, torch.float32)) + offset
 
 
 def dropout(x: Tensor, probability: float, *, seed: Tensor, position_offset: int = 0) -> Tensor:
@@ -156,6 +174,7 @@ def linear_cross_entropy(
     *,
     ignore_index: int = -100,
     z_loss: float = 0.0,
+    softcap: float | None = None,
     vocabulary_start: int = 0,
     vocabulary: int | None = None,
     group: ProcessGroup | None = None,
@@ -165,8 +184,9 @@ def linear_cross_entropy(
 
     hidden (..., hidden_size), weight (vocabulary, hidden_size), targets (...). ``reduction`` is
     mean (over targets that are not ``ignore_index``), sum, or none (the shape of targets).
-    ``z_loss`` adds z_loss * logsumexp^2 (PaLM, sec. 5). Rows of the weight from ``vocabulary`` on
-    are padding: no probability, no gradient.
+    ``z_loss`` adds z_loss * logsumexp^2 (PaLM, sec. 5). ``softcap`` replaces each logit x by
+    softcap * tanh(x / softcap) (Gemma 2, sec. 2), for z_loss, too. Rows of the weight from
+    ``vocabulary`` on are padding: no probability, no gradient.
 
     If every target is ignored, the loss (the mean too) and the gradients are 0, as in Liger-Kernel.
     torch and flash-attn return a mean of NaN with gradients of 0; a trainer then skips the whole
@@ -180,13 +200,15 @@ def linear_cross_entropy(
         from kernels import chunked_cross_entropy  # also plain torch; only it handles groups
 
         return chunked_cross_entropy.linear_cross_entropy(
-            hidden, weight, targets, ignore_index=ignore_index, z_loss=z_loss,
+            hidden, weight, targets, ignore_index=ignore_index, z_loss=z_loss, softcap=softcap,
             vocabulary_start=vocabulary_start, vocabulary=vocabulary, group=group,
             reduction=reduction,
         )  # fmt: skip
     columns = None if vocabulary is None else max(vocabulary - vocabulary_start, 0)
     logits = F.linear(hidden, weight).flatten(0, -2)[:, :columns]  # (targets, vocabulary)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     targets = targets - vocabulary_start * (targets != ignore_index)
     losses = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction="none")
     counted = targets.flatten() != ignore_index

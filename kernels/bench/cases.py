@@ -35,6 +35,7 @@ VARIANTS = ("causal", "full", "documents", "dropout", "grouped", "decode")
 _DOCUMENTS = 8  # of a sequence, on average
 _DROPOUT = 0.1
 _GROUP = 4  # query heads that share a head of keys
+_LOGIT_SOFTCAP = 30.0  # Gemma 2's
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,11 @@ def _scaled(cost: Cost, share: float) -> Cost:
 def _norm(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Case]:
     cost = getattr(costs, op)
     parameters = ("weight", "bias") if op == "layer_norm" else ("weight",)
+    kinds = [(False, 0.0), (True, 0.0)]  # with a residual or not, weight_offset
+    if op == "rms_norm":
+        kinds.append((True, 1.0))  # Gemma's
     for width in sizes.widths:
-        for residual in (False, True):
+        for residual, offset in kinds:
             rows = {"x": sizes.tokens, **({"residual": sizes.tokens} if residual else {})}
             tensors = {
                 name: _random(count, width, dtype=dtype, device=device)
@@ -149,22 +153,26 @@ def _norm(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Ca
             tensors |= {name: _random(width, dtype=dtype, device=device) for name in parameters}
             yield Case(
                 op,
-                f"rows {sizes.tokens}, width {width}{', residual' if residual else ''}",
+                f"rows {sizes.tokens}, width {width}{', residual' if residual else ''}"
+                f"{', weight_offset' if offset else ''}",
                 width,
                 tensors,
                 cost(sizes.tokens, width, residual=residual, itemsize=dtype.itemsize),
                 cost(
                     sizes.tokens, width, residual=residual, itemsize=dtype.itemsize, backward=True
                 ),
+                {"weight_offset": offset} if offset else {},
             )
 
 
 def _linear_cross_entropy(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Case]:
-    for width in sizes.widths:
+    capped = {"softcap": _LOGIT_SOFTCAP}
+    for width, options in [*((width, {}) for width in sizes.widths), (sizes.widths[0], capped)]:
         size = (sizes.tokens, width, sizes.vocabulary)
         yield Case(
             op,
-            f"rows {sizes.tokens}, width {width}, vocabulary {sizes.vocabulary}",
+            f"rows {sizes.tokens}, width {width}, vocabulary {sizes.vocabulary}"
+            f"{', softcap' if options else ''}",
             width,
             {
                 "hidden": _random(sizes.tokens, width, dtype=dtype, device=device),
@@ -174,6 +182,7 @@ def _linear_cross_entropy(op: str, sizes: Sizes, dtype: torch.dtype, device: str
             },
             costs.linear_cross_entropy(*size, itemsize=dtype.itemsize),
             costs.linear_cross_entropy(*size, itemsize=dtype.itemsize, backward=True),
+            options,
         )
 
 

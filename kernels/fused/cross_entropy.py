@@ -15,19 +15,23 @@ from torch import Tensor
 
 from kernels import chunked_cross_entropy
 from kernels.ahead.compiler import AheadOfTime
+from kernels.chunked_cross_entropy import SoftCap
 from kernels.fused.rounding import narrow
+from kernels.fused.soft_cap import tanh
 from kernels.fused.tiles import IN_INTERPRETER
 from kernels.launcher import launch
 
 _BLOCK = 4096  # columns at a time: 16 elements for each thread of 8 warps
 
 
-@triton.jit
-def cross_entropy_statistics(logits, targets, statistics, vocabulary, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["columns"])
+def cross_entropy_statistics(
+    logits, targets, statistics, vocabulary, softcap, columns, BLOCK: tl.constexpr
+):  # fmt: skip
     """Compute one row for each program: maximum, sum of exp(logit - maximum), target's logit.
 
     The target's logit is -inf if it is not among these columns. logits (rows, vocabulary),
-    statistics (3, rows) fp32.
+    statistics (3, rows) fp32. ``softcap`` (None: no cap) caps the logits before ``columns``.
     """
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
@@ -39,27 +43,31 @@ def cross_entropy_statistics(logits, targets, statistics, vocabulary, BLOCK: tl.
         value = tl.load(logits + column, mask=column < vocabulary, other=float("-inf")).to(
             tl.float32
         )
+        if softcap is not None:
+            value = tl.where(column < columns, softcap * tanh(value / softcap, True), value)
         larger = tl.maximum(maximum, tl.max(value, axis=0))
         finite = tl.where(larger == float("-inf"), 0.0, larger)  # -inf - -inf is NaN
         total = total * tl.exp(maximum - finite) + tl.exp(value - finite)
         maximum = larger
     target = tl.load(targets + row)
     here = (target >= 0) & (target < vocabulary)
+    target_logit = tl.load(logits + target, mask=here, other=float("-inf")).to(tl.float32)
+    if softcap is not None:
+        capped = softcap * tanh(target_logit / softcap, True)
+        target_logit = tl.where(here & (target < columns), capped, target_logit)
     tl.store(statistics + row, maximum)
     tl.store(statistics + rows + row, tl.sum(total, axis=0))
-    tl.store(
-        statistics + 2 * rows + row,
-        tl.load(logits + target, mask=here, other=float("-inf")).to(tl.float32),
-    )
+    tl.store(statistics + 2 * rows + row, target_logit)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns"])
 def cross_entropy_gradient(
-    logits, targets, normaliser, scales, z_loss, vocabulary, BLOCK: tl.constexpr
-):
+    logits, targets, normaliser, scales, z_loss, vocabulary, softcap, columns, BLOCK: tl.constexpr
+):  # fmt: skip
     """Overwrite one block of one row of the logits by their gradient, for each program.
 
-    normaliser (rows, 2) and scales (rows,), as in ``chunked_cross_entropy.RowFunctions``.
+    normaliser (rows, 2) and scales (rows,), as in ``chunked_cross_entropy.RowFunctions``; softcap
+    and columns as above.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -69,10 +77,16 @@ def cross_entropy_gradient(
     log_total = tl.load(normaliser + 2 * row + 1)
     scale = tl.load(scales + row)
     value = tl.load(logits + column, mask=mask, other=0.0).to(tl.float32)
+    if softcap is not None:
+        ratio = tanh(value / softcap, True)
+        slope = tl.where(column < columns, 1.0 - ratio * ratio, 1.0)
+        value = tl.where(column < columns, softcap * ratio, value)
     gradient = tl.exp(value - maximum - log_total) * (
         scale * (1.0 + 2.0 * z_loss * (maximum + log_total))
     )
     gradient -= tl.where(column == tl.load(targets + row), scale, 0.0)
+    if softcap is not None:
+        gradient *= slope
     gradient = tl.where(scale == 0.0, 0.0, gradient)
     tl.store(logits + column, narrow(gradient, logits.dtype.element_ty, IN_INTERPRETER), mask=mask)
 
@@ -81,14 +95,19 @@ def _block(vocabulary: int) -> int:
     return min(_BLOCK, max(16, triton.next_power_of_2(vocabulary)))
 
 
-def _statistics(logits: Tensor, targets: Tensor) -> Tensor:
+def _run_time(cap: SoftCap) -> tuple[float | None, int | None]:
+    """Return softcap and columns, which Triton compiles away if they are None."""
+    return (None, None) if cap.softcap is None else (cap.softcap, cap.columns)
+
+
+def _statistics(logits: Tensor, targets: Tensor, cap: SoftCap) -> Tensor:
     rows, vocabulary = logits.shape
     statistics = logits.new_empty(3, rows, dtype=torch.float32)
     launch(
         cross_entropy_statistics,
         (rows,),
         logits,
-        *(logits, targets, statistics, vocabulary),
+        *(logits, targets, statistics, vocabulary, *_run_time(cap)),
         BLOCK=_block(vocabulary),
         num_warps=8,
     )
@@ -96,7 +115,12 @@ def _statistics(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _gradient(
-    logits: Tensor, targets: Tensor, normaliser: Tensor, scales: Tensor, z_loss: float
+    logits: Tensor,
+    targets: Tensor,
+    normaliser: Tensor,
+    scales: Tensor,
+    z_loss: float,
+    cap: SoftCap,
 ) -> None:
     rows, vocabulary = logits.shape
     block = _block(vocabulary)
@@ -104,7 +128,7 @@ def _gradient(
         cross_entropy_gradient,
         (rows, triton.cdiv(vocabulary, block)),
         logits,
-        *(logits, targets, normaliser, scales, z_loss, vocabulary),
+        *(logits, targets, normaliser, scales, z_loss, vocabulary, *_run_time(cap)),
         BLOCK=block,
         num_warps=8,
     )
@@ -127,26 +151,23 @@ def refusal(op: str, *args: Any, **kwargs: Any) -> str | None:
     return None
 
 
-_ROW_POINTERS = {"logits": "*bf16", "targets": "*i64"}
+def _shipped(kernel: Any, softcap: bool) -> AheadOfTime:
+    """Return one of the two functions, as this module launches it."""
+    types = {
+        **dict.fromkeys(("statistics", "normaliser", "scales"), "*fp32"),
+        **dict.fromkeys(("z_loss", "softcap"), "fp32"),
+        "logits": "*bf16",
+        "targets": "*i64",
+        "vocabulary": "i32:16",
+        "columns": "i32",
+    }
+    off = {} if softcap else {"softcap": None, "columns": None}
+    name = kernel.fn.__name__ + ("_softcap" if softcap else "")
+    return AheadOfTime(name, kernel, types, {"BLOCK": _BLOCK, **off}, num_warps=8)
+
+
 AHEAD_OF_TIME: list[AheadOfTime] = [
-    AheadOfTime(
-        "cross_entropy_statistics",
-        cross_entropy_statistics,
-        {**_ROW_POINTERS, "statistics": "*fp32", "vocabulary": "i32:16"},
-        {"BLOCK": _BLOCK},
-        num_warps=8,
-    ),
-    AheadOfTime(
-        "cross_entropy_gradient",
-        cross_entropy_gradient,
-        {
-            **_ROW_POINTERS,
-            "normaliser": "*fp32",
-            "scales": "*fp32",
-            "z_loss": "fp32",
-            "vocabulary": "i32:16",
-        },
-        {"BLOCK": _BLOCK},
-        num_warps=8,
-    ),
+    _shipped(kernel, softcap)
+    for kernel in (cross_entropy_statistics, cross_entropy_gradient)
+    for softcap in (False, True)
 ]

@@ -1,8 +1,8 @@
 """The Triton functions of layer and RMS normalisation; ``kernels.fused.norms`` launches them.
 
 Inputs are contiguous rows, each tensor with a dtype of its own; statistics and sums are fp32.
-CENTRED selects layer norm, otherwise it is RMS norm. A pointer that a flag switches off may be
-anything.
+CENTRED selects layer norm, otherwise it is RMS norm. Normalised values are multiplied by OFFSET +
+weight. A pointer that a flag switches off may be anything.
 """
 # mypy: disable-error-code="no-untyped-def, assignment"
 
@@ -16,6 +16,15 @@ from kernels.fused.tiles import IN_INTERPRETER
 @triton.jit
 def _load(pointer, offsets, mask):
     return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_gain(weight, column, mask, OFFSET: tl.constexpr):
+    """Return the factors of normalised values, OFFSET + weight, in fp32."""
+    gain = _load(weight, column, mask)
+    if OFFSET != 0.0:
+        gain += OFFSET
+    return gain
 
 
 @triton.jit
@@ -34,7 +43,7 @@ def _load_total(x, residual, total, offsets, mask, RESIDUAL: tl.constexpr):
 @triton.jit
 def norm_forward(
     x, residual, weight, bias, y, total, mean, rstd, rows, columns, eps,
-    CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr,
+    CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, OFFSET: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Normalise ROWS rows for each program, a whole row (columns <= BLOCK) in registers."""
@@ -52,7 +61,7 @@ def norm_forward(
         tl.store(mean + row, average, mask=row < rows)
     scale = tl.rsqrt(tl.sum(value * value, axis=1) / columns + eps)
     tl.store(rstd + row, scale, mask=row < rows)
-    value *= scale[:, None] * _load(weight, column, inside)[None, :]
+    value *= scale[:, None] * _load_gain(weight, column, inside, OFFSET)[None, :]
     if BIAS:
         value += _load(bias, column, inside)[None, :]
     tl.store(y + offsets, narrow(value, y.dtype.element_ty, IN_INTERPRETER), mask=mask)
@@ -61,7 +70,8 @@ def norm_forward(
 @triton.jit
 def norm_forward_wide(
     x, residual, weight, bias, y, total, mean, rstd, columns, eps,
-    CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, BIAS: tl.constexpr, OFFSET: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Normalise one row for each program, in chunks of BLOCK columns: statistics, then result."""
     row = tl.program_id(0).to(tl.int64)
@@ -98,7 +108,7 @@ def norm_forward_wide(
                 narrow(value, total.dtype.element_ty, IN_INTERPRETER),
                 mask=mask,
             )
-        value = (value - average) * scale * _load(weight, column, mask)
+        value = (value - average) * scale * _load_gain(weight, column, mask, OFFSET)
         if BIAS:
             value += _load(bias, column, mask)
         tl.store(
@@ -111,7 +121,7 @@ def norm_backward(
     dy, dtotal, x, weight, mean, rstd, dx, dresidual, dweight, dbias,
     rows, columns, rows_per_program,
     CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, WIDER: tl.constexpr, BIAS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    OFFSET: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute dx of a run of rows for each program, ROWS at a time.
 
@@ -123,7 +133,7 @@ def norm_backward(
     last = tl.minimum(first + rows_per_program, rows)
     column = tl.arange(0, BLOCK)
     inside = column < columns
-    gain = _load(weight, column, inside)[None, :]
+    gain = _load_gain(weight, column, inside, OFFSET)[None, :]
     weight_sum = tl.zeros((ROWS, BLOCK), tl.float32)
     bias_sum = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in tl.range(first, last, ROWS, num_stages=STAGES):
@@ -159,7 +169,7 @@ def norm_backward_wide(
     dy, dtotal, x, weight, mean, rstd, averages, dx, dresidual, dweight, dbias,
     rows, columns, rows_per_program,
     CENTRED: tl.constexpr, RESIDUAL: tl.constexpr, WIDER: tl.constexpr, BIAS: tl.constexpr,
-    AVERAGED: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+    OFFSET: tl.constexpr, AVERAGED: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute ``norm_backward`` for CHUNKS * BLOCK columns of a run of rows, one row at a time.
 
@@ -191,7 +201,7 @@ def norm_backward_wide(
             for chunk in tl.static_range(CHUNKS):
                 column = chunk * BLOCK + tl.arange(0, BLOCK)
                 along, plain = _add_chunk(
-                    dy, x, weight, row * columns, column, columns, centre, along, plain
+                    dy, x, weight, row * columns, column, columns, centre, along, plain, OFFSET
                 )
             along_mean = tl.sum(along, axis=0) * scale / columns
             plain_mean = tl.sum(plain, axis=0) / columns
@@ -206,7 +216,8 @@ def norm_backward_wide(
             )
             new_weight_sums += (weight_sums[chunk] + gradient * normalised,)
             new_bias_sums += (bias_sums[chunk] + gradient,)
-            result = gradient * _load(weight, column, mask) - normalised * along_mean
+            gain = _load_gain(weight, column, mask, OFFSET)
+            result = gradient * gain - normalised * along_mean
             if CENTRED:
                 result -= plain_mean
             result *= scale
@@ -230,18 +241,9 @@ def norm_backward_wide(
 
 @triton.jit
 def norm_row_averages(
-    dy,
-    x,
-    weight,
-    mean,
-    rstd,
-    averages,
-    rows,
-    columns,
-    CENTRED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    dy, x, weight, mean, rstd, averages, rows, columns,
+    CENTRED: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Compute the averages over one row for each program that dx needs: of g * z, and of g."""
     row = tl.program_id(0).to(tl.int64)
     centre = 0.0
@@ -252,15 +254,17 @@ def norm_row_averages(
     for start in tl.range(0, columns, BLOCK, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK)
         along, plain = _add_chunk(
-            dy, x, weight, row * columns, column, columns, centre, along, plain
+            dy, x, weight, row * columns, column, columns, centre, along, plain, OFFSET
         )
     tl.store(averages + row, tl.sum(along, axis=0) * tl.load(rstd + row) / columns)
     tl.store(averages + rows + row, tl.sum(plain, axis=0) / columns)
 
 
 @triton.jit
-def _add_chunk(dy, x, weight, offset, column, columns, centre, along, plain):
+def _add_chunk(
+    dy, x, weight, offset, column, columns, centre, along, plain, OFFSET: tl.constexpr
+):  # fmt: skip
     """Add one chunk's part to the sums of g * (x - mean) and of g."""
     mask = column < columns
-    gradient = _load(dy, offset + column, mask) * _load(weight, column, mask)
+    gradient = _load(dy, offset + column, mask) * _load_gain(weight, column, mask, OFFSET)
     return along + gradient * (_load(x, offset + column, mask) - centre), plain + gradient

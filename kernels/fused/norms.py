@@ -7,8 +7,8 @@ and read twice, the second time from cache. Beyond ``_WIDEST_SUMS`` columns a mu
 registers no longer hold the sums for the parameters either. Then a kernel of its own computes the
 averages over rows, and backward moves 5 rows x columns elements.
 
-With z = (x - mean) * rstd and g = dy * weight, averages over a row (Ba et al. 2016; RMSNorm drops
-mean(g) and mean):
+With z = (x - mean) * rstd and g = dy * (offset + weight), averages over a row (Ba et al. 2016;
+RMSNorm drops mean(g) and mean):
 
     dx = rstd * (g - mean(g) - z * mean(g * z))
     dweight = sum over rows of dy * z       dbias = sum over rows of dy
@@ -96,12 +96,13 @@ def _forward(
     bias: Tensor | None,
     eps: float,
     centred: bool,
+    weight_offset: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (y, x + residual, mean, rstd).
 
     The sum is empty without a residual, the mean without centring.
     """
-    y, total, mean, rstd = _forward_outputs(x, residual, weight, bias, eps, centred)
+    y, total, mean, rstd = _forward_outputs(x, residual, weight, bias, eps, centred, weight_offset)
     columns = x.shape[-1]
     rows = rstd.numel()
     if x.numel() == 0:
@@ -117,6 +118,7 @@ def _forward(
         "CENTRED": centred,
         "RESIDUAL": residual is not None,
         "BIAS": bias is not None,
+        "OFFSET": weight_offset,
         "BLOCK": tile.block,
         "num_warps": tile.warps,
     }
@@ -162,6 +164,7 @@ def _forward_outputs(
     bias: Tensor | None,
     eps: float,
     centred: bool,
+    weight_offset: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     statistics = x.new_empty(x.shape[:-1], dtype=torch.float32)
     return (
@@ -184,6 +187,7 @@ def _backward(
     rstd: Tensor,
     bias: bool,
     dtype: torch.dtype,
+    weight_offset: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return gradients (dx, dresidual, dweight, dbias); x is what the forward normalised.
 
@@ -191,7 +195,7 @@ def _backward(
     if there is no bias.
     """
     dx, dresidual, dweight, dbias = _backward_outputs(
-        dy, dtotal, x, weight, mean, rstd, bias, dtype
+        dy, dtotal, x, weight, mean, rstd, bias, dtype, weight_offset
     )
     if x.numel() == 0:
         return dx, dresidual, dweight.zero_(), dbias.zero_()
@@ -202,7 +206,7 @@ def _backward(
         if _is_wide(x.shape[-1], mixed={x.dtype, weight.dtype} != {dtype})
         else _backward_narrow
     )
-    partial_sums = run(dy, dtotal, x, weight, mean, rstd, dx, dresidual, bias)
+    partial_sums = run(dy, dtotal, x, weight, mean, rstd, dx, dresidual, bias, weight_offset)
     sums = partial_sums.sum(dim=1)
     dweight.copy_(sums[0])
     if bias:
@@ -220,6 +224,7 @@ def _backward_outputs(
     rstd: Tensor,
     bias: bool,
     dtype: torch.dtype,
+    weight_offset: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     own = torch.empty_like(x, memory_format=torch.contiguous_format)
     dx, dresidual = (
@@ -243,6 +248,7 @@ def _backward_narrow(
     dx: Tensor,
     dresidual: Tensor,
     bias: bool,
+    weight_offset: float,
 ) -> Tensor:
     """Fill dx, and dresidual unless it is empty.
 
@@ -263,6 +269,7 @@ def _backward_narrow(
         RESIDUAL=dtotal is not None,
         WIDER=dresidual.numel() > 0,
         BIAS=bias,
+        OFFSET=weight_offset,
         ROWS=tile.rows,
         BLOCK=tile.block,
         STAGES=tile.stages,
@@ -281,6 +288,7 @@ def _backward_wide(
     dx: Tensor,
     dresidual: Tensor,
     bias: bool,
+    weight_offset: float,
 ) -> Tensor:
     """Fill dx, and dresidual unless it is empty.
 
@@ -288,7 +296,12 @@ def _backward_wide(
     """
     rows, columns = rstd.numel(), x.shape[-1]
     parts, chunks = _parts(columns, wider=dresidual.numel() > 0)
-    flags: dict[str, Any] = {"CENTRED": mean.numel() > 0, "BLOCK": _SUM_CHUNK, "num_warps": 8}
+    flags: dict[str, Any] = {
+        "CENTRED": mean.numel() > 0,
+        "OFFSET": weight_offset,
+        "BLOCK": _SUM_CHUNK,
+        "num_warps": 8,
+    }
     averages = rstd.new_empty(2, rows) if parts > 1 else rstd
     if parts > 1:
         launch(
@@ -349,7 +362,7 @@ def _parts(columns: int, wider: bool) -> tuple[int, int]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, weight, bias, _, _ = inputs
+    x, residual, weight, bias, _, _, ctx.weight_offset = inputs
     _, total, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.has_residual = residual is not None
@@ -367,7 +380,7 @@ def _gradients(
         dy = torch.zeros_like(x, dtype=ctx.dtype)
     dtotal = dtotal if ctx.has_residual else None
     dx, dresidual, dweight, dbias = _backward(
-        dy, dtotal, x, weight, mean, rstd, ctx.has_bias, ctx.dtype
+        dy, dtotal, x, weight, mean, rstd, ctx.has_bias, ctx.dtype, ctx.weight_offset
     )
     if ctx.dtype == x.dtype:
         dresidual = dx
@@ -376,6 +389,7 @@ def _gradients(
         dresidual if ctx.has_residual else None,
         dweight,
         dbias if ctx.has_bias else None,
+        None,
         None,
         None,
     )
@@ -395,16 +409,22 @@ def layer_norm(
     *,
     eps: float = 1e-5,
     residual: Tensor | None = None,
+    weight_offset: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute ``kernels.reference.layer_norm``."""
-    return _normalise(x, residual, weight, bias, eps, centred=True)
+    return _normalise(x, residual, weight, bias, eps, weight_offset, centred=True)
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, *, eps: float = 1e-5, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    weight_offset: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute ``kernels.reference.rms_norm``."""
-    return _normalise(x, residual, weight, None, eps, centred=False)
+    return _normalise(x, residual, weight, None, eps, weight_offset, centred=False)
 
 
 def refusal(op: str, *args: Any, **kwargs: Any) -> str | None:
@@ -418,9 +438,10 @@ def _normalise(
     weight: Tensor,
     bias: Tensor | None,
     eps: float,
+    weight_offset: float,
     centred: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    y, total, _, _ = _forward(x, residual, weight, bias, eps, centred)
+    y, total, _, _ = _forward(x, residual, weight, bias, eps, centred, float(weight_offset))
     return y if residual is None else (y, total)
 
 
@@ -441,7 +462,12 @@ _TYPES: dict[str, Any] = {
 
 
 def _shipped(
-    columns: int, centred: bool, residual: bool, dtype: str = "bf16", mixed: bool = False
+    columns: int,
+    centred: bool,
+    residual: bool,
+    dtype: str = "bf16",
+    mixed: bool = False,
+    weight_offset: float = 0.0,
 ) -> list[AheadOfTime]:
     """Return forward and backward at one width, as this module would launch them.
 
@@ -458,6 +484,7 @@ def _shipped(
         ("_residual" if residual else "")
         + ("" if dtype == "bf16" else f"_{dtype}")
         + ("_mixed" if mixed else "")
+        + ("_offset" if weight_offset else "")
     )
     name += f"_{columns}"
     flags = {
@@ -465,6 +492,7 @@ def _shipped(
         "RESIDUAL": residual,
         "WIDER": mixed,
         "BIAS": centred,
+        "OFFSET": weight_offset,
         "STAGES": tile.stages,
     }
     shape = {"ROWS": tile.rows, "BLOCK": tile.block}
@@ -494,6 +522,11 @@ AHEAD_OF_TIME: list[AheadOfTime] = [
     *_shipped(768, centred=False, residual=False),
     *_shipped(4096, centred=False, residual=True),
     *_shipped(8192, centred=False, residual=True),
+    *(
+        entry
+        for columns in (2304, 8192, 16384)  # Gemma 2's smallest width, and the other kernels
+        for entry in _shipped(columns, centred=False, residual=True, weight_offset=1.0)
+    ),
     *(
         entry
         for columns in (4096, 8192, 12288)

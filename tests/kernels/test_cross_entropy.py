@@ -57,6 +57,33 @@ def test_accuracy(fused_device: str, dtype: torch.dtype, reduction: str, z_loss:
     assert set(kernels.launches()) == BOTH
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["fused", "torch"])
+def test_accuracy_of_a_soft_cap(
+    fused_device: str, mode: str, dtype: torch.dtype, reduction: str, z_loss: float
+) -> None:
+    """Logits of about 4 below a cap of 3."""
+    tensors = case(30, 16, 77, dtype, fused_device)
+    ours = None if mode == "fused" else chunked_cross_entropy.linear_cross_entropy
+    options = {"softcap": 3.0, "reduction": reduction, "z_loss": z_loss}
+    assert_as_accurate_as_torch("linear_cross_entropy", tensors, ours, **options)
+    assert set(kernels.launches()) == (BOTH if mode == "fused" else set())
+
+
+@pytest.mark.parametrize("function", [kernels.linear_cross_entropy, reference.linear_cross_entropy])
+def test_a_soft_cap_is_gemma_2s(fused_device: str, function: Any) -> None:
+    """The lines of transformers' Gemma2ForCausalLM.forward, then torch's loss."""
+    tensors = case(30, 16, 77, torch.float32, fused_device)
+    logits = tensors["hidden"] @ tensors["weight"].T
+    logits = logits / 3.0
+    logits = torch.tanh(logits)
+    logits = logits * 3.0
+    expected = torch.nn.functional.cross_entropy(logits, tensors["targets"])
+    torch.testing.assert_close(function(**tensors, softcap=3.0), expected)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.usefixtures("several_chunks")
 def test_accuracy_over_chunks_and_blocks(
@@ -129,23 +156,24 @@ def test_a_masked_vocabulary(fused_device: str) -> None:
     torch.testing.assert_close(loss, expected)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("reduction", "softcap"), [("mean", None), ("none", None), ("mean", 3.0)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_that_pad_the_vocabulary_have_no_probability(
-    fused_device: str, dtype: torch.dtype, reduction: str
+    fused_device: str, dtype: torch.dtype, reduction: str, softcap: float | None
 ) -> None:
     """As if they were not there, whatever they hold; the targets that matter are the first 50."""
+    options: dict[str, Any] = {"reduction": reduction, "softcap": softcap}
     tensors = case(30, 16, 77, dtype, fused_device)
     tensors["targets"] = tensors["targets"].clamp(max=49)
     tensors["weight"][50:] = 100.0
     padded = outputs_and_gradients(
-        kernels.linear_cross_entropy, tensors, dtype, vocabulary=50, reduction=reduction
+        kernels.linear_cross_entropy, tensors, dtype, vocabulary=50, **options
     )
     assert set(kernels.launches()) == BOTH
     short = tensors | {"weight": tensors["weight"][:50].clone()}
-    cut = outputs_and_gradients(kernels.linear_cross_entropy, short, dtype, reduction=reduction)
+    cut = outputs_and_gradients(kernels.linear_cross_entropy, short, dtype, **options)
     plain = outputs_and_gradients(
-        reference.linear_cross_entropy, tensors, dtype, vocabulary=50, reduction=reduction
+        reference.linear_cross_entropy, tensors, dtype, vocabulary=50, **options
     )
     for results in (padded, plain):
         assert not results["gradient of weight"][50:].any()
@@ -301,7 +329,7 @@ def test_operators_are_sound_for_compilers(fused_device: str, reduction: str) ->
     hidden, weight, targets = case(6, 8, 20, torch.float32, fused_device).values()
     ready = reduction == "mean"
     leaves = (hidden.requires_grad_(), weight.requires_grad_())
-    arguments = (*leaves, targets, -100, 0.0, 0, 20, "", "triton", ready, ready, ready)
+    arguments = (*leaves, targets, -100, 0.0, 3.0, 0, 20, "", "triton", ready, ready, ready)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(chunked_cross_entropy._forward, arguments, test_utils=checks)
 
@@ -379,6 +407,7 @@ def test_peak_memory_is_a_tenth(fused_device: str) -> None:
         ({"weight": torch.ones(8)}, r"weight has shape \(8,\), expected \(vocabulary, 8\)"),
         ({"targets": torch.ones(4, device="meta")}, "targets is on meta, expected c"),
         ({"reduction": "median"}, 'reduction is "median", expected "mean", "sum" or "none"'),
+        ({"softcap": -1.0}, "softcap is -1.0, expected a positive number, or None"),
         ({"vocabulary": 10}, "vocabulary is 10, expected at most 9: weight has 9 rows"),
         (
             {"vocabulary": 13, "vocabulary_start": 3},
@@ -443,13 +472,14 @@ def compare_shards() -> set[str]:
             for dtype, reduction in itertools.product(
                 (torch.float32, torch.bfloat16), ("mean", "none")
             ):
-                _compare_shard(share, dtype, reduction)
+                _compare_shard(share, dtype, reduction=reduction)
+            _compare_shard(share, torch.float32, softcap=3.0)
     return set(kernels.launches())
 
 
-def _compare_shard(share: tuple[int, int], dtype: torch.dtype, reduction: str) -> None:
+def _compare_shard(share: tuple[int, int], dtype: torch.dtype, **options: Any) -> None:
     tensors = case(25, 16, 77, dtype, "cpu")
-    options: dict[str, Any] = {"z_loss": 1e-2, "reduction": reduction}
+    options |= {"z_loss": 1e-2}
     whole = outputs_and_gradients(reference.linear_cross_entropy, tensors, torch.float64, **options)
     tensors["weight"] = tensors["weight"][slice(*share)].clone()
     options |= {"group": dist.group.WORLD, "vocabulary_start": share[0]}

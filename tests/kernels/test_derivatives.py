@@ -25,6 +25,9 @@ CALLS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "linear_cross_entropy, none": lambda ops, x: ops.linear_cross_entropy(
         x, WEIGHT, TARGETS, reduction="none"
     ),
+    "linear_cross_entropy, soft cap": lambda ops, x: ops.linear_cross_entropy(
+        x, WEIGHT, TARGETS, softcap=2.0
+    ),
     "bias_gelu": lambda ops, x: ops.bias_gelu(x, WEIGHT[0]),
     "swiglu": lambda ops, x: ops.swiglu(x),
     "rotary": lambda ops, x: ops.rotary(x[:, None], *ANGLES),

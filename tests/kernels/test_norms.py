@@ -2,6 +2,8 @@
 exact and repeatable.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -109,6 +111,41 @@ def test_fp32_beside_activations_of_16_bits(
     assert kernels.launches()[backward] == 2
     plain = case(op, (7, columns), dtype, fused_device)
     assert_as_accurate_as_torch(op, in_fp32(plain, "weight", "bias"))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [40, 65, 129])
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.usefixtures("narrow_tiles")
+def test_weights_around_zero(
+    fused_device: str, op: str, columns: int, dtype: torch.dtype, residual: bool
+) -> None:
+    """In each of the five kernels, with weights that 1 + weight would lose in 16 bits."""
+    tensors = case(op, (6, columns), dtype, fused_device, residual)
+    tensors["weight"] *= 2.0**-6
+    assert_as_accurate_as_torch(op, tensors, weight_offset=1.0)
+    results, plain = (
+        outputs_and_gradients(getattr(kernels, op), tensors, None, weight_offset=offset)
+        for offset in (1.0, 0.0)
+    )
+    assert not torch.equal(results["gradient of x"], plain["gradient of x"])
+    gradients = (results["gradient of weight"], plain["gradient of weight"])
+    assert torch.equal(*gradients)  # it does not depend on the weight
+    assert any(name.startswith("norm_backward") for name in kernels.launches())
+
+
+@pytest.mark.parametrize("function", [kernels.rms_norm, reference.rms_norm])
+def test_the_rms_norm_is_gemma_2s(fused_device: str, function: Any) -> None:
+    """transformers' own module, on bf16: both round the same fp32 numbers once."""
+    gemma = pytest.importorskip("transformers.models.gemma2.modeling_gemma2")
+    tensors = case("rms_norm", (50, 96), torch.bfloat16, fused_device)
+    theirs = gemma.Gemma2RMSNorm(96, eps=1e-6).to(fused_device, torch.bfloat16)
+    theirs.weight.data.copy_(tensors["weight"] * 0.1)
+    ours = function(tensors["x"], theirs.weight, eps=1e-6, weight_offset=1.0)
+    expected = theirs(tensors["x"])
+    assert (ours == expected).float().mean() > 0.999  # fp32 sums in another order
+    torch.testing.assert_close(ours, expected, rtol=2**-7, atol=0.0)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -291,9 +328,10 @@ def test_the_operator_is_sound_for_compilers(fused_device: str) -> None:
     )
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(
-        norms._forward, (x, residual, weight, bias, 1e-5, True), test_utils=checks
+        norms._forward, (x, residual, weight, bias, 1e-5, True, 1.0), test_utils=checks
     )
-    torch.library.opcheck(norms._forward, (x, None, weight, None, 1e-5, False), test_utils=checks)
+    alone = (x, None, weight, None, 1e-5, False, 0.0)
+    torch.library.opcheck(norms._forward, alone, test_utils=checks)
 
 
 def test_compiles_into_one_graph(fused_device: str) -> None:

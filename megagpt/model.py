@@ -480,7 +480,7 @@ def dropout_site(layer: int, which: int) -> int:
 
 def norm_options(config: ModelConfig) -> dict[str, Any]:
     """Return what every norm of a model has in common, as arguments of ``kernels``."""
-    return {"eps": config.norm_epsilon, "weight_offset": config.norm_weight_offset}
+    return {"eps": config.norm_epsilon, "weight_offset": float(config.norm_weight_offset)}
 
 
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from megagpt.config import ModelConfig
 from megagpt.model import GPT
-from megagpt.schema.fields import changed_later_keys
+from megagpt.schema.fields import changed_later_keys, default_of
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+OF_TRAINING = ("dropout", "init_std", "z_loss")  # do not change a trained model's result
 
 
 class Relation(NamedTuple):
@@ -132,9 +133,9 @@ class Architecture:
             for key, wanted in self.needs.items()
             if getattr(model, key) != wanted
         ]
-        covered = {key.ours for key in self.keys}
+        covered = {*OF_TRAINING, *(key.ours for key in self.keys)}
         found += [
-            f"{key} at its default (not {getattr(model, key)})"
+            f"{key} {default_of(model, key)} (not {getattr(model, key)})"
             for key in changed_later_keys(model)
             if key not in covered
         ]

@@ -29,14 +29,15 @@ def later_identity(default: Any, meaning: str, **constraints: Any) -> Any:
     return _key("identity", default, meaning, constraints, later=True)
 
 
+def default_of(section: BaseModel, name: str) -> Any:
+    """Return a key's default; a derived one follows from the section's other keys."""
+    field = type(section).model_fields[name]
+    return field.get_default(call_default_factory=True, validated_data=section.__dict__)
+
+
 def at_default(section: BaseModel, name: str) -> bool:
-    """Return whether a key has its default; a derived one follows from the section's other keys."""
-    default = (
-        type(section)
-        .model_fields[name]
-        .get_default(call_default_factory=True, validated_data=section.__dict__)
-    )
-    return bool(getattr(section, name) == default)
+    """Return whether a key has its default."""
+    return bool(getattr(section, name) == default_of(section, name))
 
 
 def changed_later_keys(section: BaseModel) -> list[str]:

@@ -246,7 +246,8 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path: Path, tokenizer: str) -> Non
         ),
         (
             {**LLAMA, "bias": False, "qk_norm": "per_head", "rope_base": 5e5},
-            "LlamaForCausalLM needs rope_base 10000.0 (not 500000.0), qk_norm none (not per_head)\n",
+            "LlamaForCausalLM needs rope_base 10000.0 (not 500000.0), qk_norm none (not "
+            "per_head)\n",
         ),
     ],
 )

@@ -19,14 +19,18 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
+    causal: bool = True,
     document_ids: Tensor | DocumentBounds | None = None,
     dropout: float = 0.0,
     dropout_seed: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
     **options: Any,
 ) -> Tensor:
-    """Check q, k and v, the seed of dropout and the documents.
+    """Check q, k and v, the seed of dropout, the documents, the window and the soft cap.
 
-    Heads of q must be a multiple of those of k; documents need at least as many keys as queries.
+    Heads of q must be a multiple of those of k; documents need at least as many keys as queries; a
+    window needs causal attention.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
@@ -58,6 +62,16 @@ def attention(
                 f"attention: q has length {length}, expected at most k's {key_length} with "
                 "document_ids: the queries are the last of the keys' positions"
             )
+    if window is not None and window < 1:
+        raise ValueError(
+            f"attention: window is {window}, expected at least 1 key, or None for all of them"
+        )
+    if window is not None and not causal:
+        raise ValueError(
+            f"attention: window is {window} with causal=False, expected causal=True: a window "
+            "ends at the query"
+        )
+    _require_softcap("attention", softcap)
     return q
 
 

@@ -54,6 +54,7 @@ def attention(
     key_length: int | None = None,
     key_value_heads: int | None = None,
     causal: bool = True,
+    window: int | None = None,
     itemsize: int,
     backward: bool = False,
 ) -> Cost:
@@ -63,18 +64,26 @@ def attention(
     4 * batch * heads * length * key_length * head_dim forward and 2.5 times that backward; half of
     it for causal attention with equal lengths. If there are fewer queries than keys, they are the
     last positions and see nearly all keys.
+
+    With a ``window``, each query counts that many keys at most, and keys before the first query's
+    window are not read.
     """
     key_length = length if key_length is None else key_length
     key_value_heads = heads if key_value_heads is None else key_value_heads
     seen = min(length, key_length)
+    keys_read = key_length
     twice_pairs = seen * (2 * key_length - seen) if causal else 2 * length * key_length
+    if window is not None and window < key_length:  # less the triangle of keys before the windows
+        twice_pairs -= (key_length - window) ** 2 - max(0, key_length - seen - window) ** 2
+        keys_read = min(key_length, seen + window - 1)
     flops = 2 * batch * heads * twice_pairs * head_dim
     queries = batch * heads * length * head_dim
-    keys_and_values = 2 * batch * key_value_heads * key_length * head_dim
+    per_key = 2 * batch * key_value_heads * head_dim  # elements of K and V
     statistics = 4 * batch * heads * length
     if backward:  # reads q, k, v, out, dout; writes dq, dk, dv
-        return Cost(flops * 5 // 2, itemsize * (4 * queries + 2 * keys_and_values) + statistics)
-    return Cost(flops, itemsize * (2 * queries + keys_and_values) + statistics)
+        moved = 4 * queries + per_key * (keys_read + key_length)
+        return Cost(flops * 5 // 2, itemsize * moved + statistics)
+    return Cost(flops, itemsize * (2 * queries + per_key * keys_read) + statistics)
 
 
 def layer_norm(

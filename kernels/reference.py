@@ -24,6 +24,8 @@ def attention(
     dropout_seed: Tensor | None = None,
     head_offset: int = 0,
     deterministic: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Return softmax(q k^T * scale) v; groups of query heads share K and V.
 
@@ -37,18 +39,31 @@ def attention(
     instead, which each call computes again from ids. ``dropout_seed`` (batch,) int64 and
     ``head_offset`` (this shard's first head) select the mask. ``deterministic`` asks a fused
     backward for a fixed summation order; this twin always has one.
+
+    ``window`` is the number of most recent keys that a query sees, itself included: with the last
+    query aligned with the last key, a query at position i sees keys j with i - window < j <= i
+    (transformers' ``sliding_window``). It needs ``causal``. ``softcap`` replaces each scaled score
+    s by softcap * tanh(s / softcap), before any mask (Gemma 2, arXiv 2408.00118, sec. 2).
     """
     length, key_length = q.shape[2], k.shape[2]
-    if not dropout and document_ids is None and (not causal or length == key_length):
+    window = binding_window(window, k)
+    plain = not dropout and softcap is None
+    unmasked = document_ids is None and window is None
+    if plain and unmasked and (not causal or length == key_length):
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-    mask = visible(length, key_length, causal, document_ids, q.device)
-    if not dropout and length <= key_length:  # every query sees at least itself
+    mask = visible(length, key_length, causal, document_ids, q.device, window)
+    if plain and length <= key_length:  # every query sees at least itself
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-    return _explicit_attention(q, k, v, mask, scale, dropout, dropout_seed, head_offset)
+    return _explicit_attention(q, k, v, mask, scale, dropout, dropout_seed, head_offset, softcap)
+
+
+def binding_window(window: int | None, k: Tensor) -> int | None:
+    """Return the window, or None if it is not shorter than the keys and so hides none of them."""
+    return None if window is None or window >= k.shape[2] else window
 
 
 def visible(
@@ -57,12 +72,16 @@ def visible(
     causal: bool,
     document_ids: Tensor | DocumentBounds | None,
     device: torch.device,
+    window: int | None = None,
 ) -> Tensor:
     """Return a boolean (1 or batch, 1, length, key_length): True where a query sees a key."""
     query = torch.arange(key_length - length, key_length, device=device)[:, None]  # (length, 1)
+    key = torch.arange(key_length, device=device)
     visible = torch.ones(1, 1, length, key_length, dtype=torch.bool, device=device)
     if causal:
-        visible = visible & (query >= torch.arange(key_length, device=device))
+        visible = visible & (key <= query)
+    if window is not None:
+        visible = visible & (key > query - window)
     if isinstance(document_ids, DocumentBounds):
         document_ids = document_ids.positions[:, 0]  # the first position identifies a document
     if document_ids is not None:
@@ -81,14 +100,20 @@ def _explicit_attention(
     dropout: float,
     seed: Tensor | None,
     head_offset: int,
+    softcap: float | None = None,
 ) -> Tensor:
-    """Compute attention with explicit probabilities, for dropout and rows that see nothing."""
+    """Compute attention with explicit probabilities, for what torch's SDPA cannot do.
+
+    That is dropout with our masks, rows that see nothing, and a soft cap.
+    """
     heads, length = q.shape[1:3]
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
     # 16-bit scores would round away differences that softmax depends on.
     wide = torch.promote_types(q.dtype, torch.float32)
     # scores, weights, keep: (batch, heads, length, key_length)
     scores = q.to(wide) @ k.to(wide).mT * (max(q.shape[-1], 1) ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).masked_fill(~mask, 0.0)
     if dropout:
         if seed is None:

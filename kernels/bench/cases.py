@@ -31,10 +31,12 @@ CPU_SIZES = Sizes((128, 256), (64,), (256, 768), 512, 2048, 128)
 CHECK_SIZES = Sizes((33,), (16,), (40,), 33, 70, 32)  # one second in the interpreter
 
 
-VARIANTS = ("causal", "full", "documents", "dropout", "grouped", "decode")
+VARIANTS = ("causal", "full", "documents", "window", "softcap", "dropout", "grouped", "decode")
 _DOCUMENTS = 8  # of a sequence, on average
 _DROPOUT = 0.1
 _GROUP = 4  # query heads that share a head of keys
+_WINDOW = 4  # the length over the window, between Gemma 2's 8192 / 4096 and Mistral's 32768 / 4096
+_SOFTCAP = 50.0  # Gemma 2's, of scores
 _LOGIT_SOFTCAP = 30.0  # Gemma 2's
 
 
@@ -92,6 +94,10 @@ def _attention(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterat
                 seen = _visible_share(options["document_ids"])
             if sizes.variant == "dropout":
                 options |= {"dropout": _DROPOUT, "dropout_seed": torch.arange(batch, device=device)}
+            if sizes.variant == "window":
+                options["window"] = max(1, length // _WINDOW)
+            if sizes.variant == "softcap":
+                options["softcap"] = _SOFTCAP
             size: dict[str, Any] = {
                 "batch": batch,
                 "heads": heads,
@@ -100,6 +106,7 @@ def _attention(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterat
                 "key_length": length,
                 "key_value_heads": key_heads,
                 "causal": options["causal"],
+                "window": options.get("window"),
                 "itemsize": dtype.itemsize,
             }
             shapes = {"q": (heads, queries), "k": (key_heads, length), "v": (key_heads, length)}

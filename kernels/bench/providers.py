@@ -115,10 +115,12 @@ def _short(backend: SDPBackend) -> str:
 def _sdpa(case: Case, backend: SDPBackend) -> Function:
     q, k = case.tensors["q"], case.tensors["k"]
     options: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1]}
-    ids = case.options.get("document_ids")
-    if ids is not None:
+    if "softcap" in case.options:
+        raise UnavailableError("has no soft cap")
+    ids, window = case.options.get("document_ids"), case.options.get("window")
+    if ids is not None or window is not None:
         options["attn_mask"] = reference.visible(
-            q.shape[2], k.shape[2], case.options["causal"], ids, q.device
+            q.shape[2], k.shape[2], case.options["causal"], ids, q.device, window
         )
     else:  # a single query is the last position and sees all keys
         options["is_causal"] = case.options["causal"] and q.shape[2] > 1
@@ -139,9 +141,10 @@ def _flex(case: Case) -> Function:
     compiled = torch.compile(flex_attention, dynamic=False)
     q, k = case.tensors["q"], case.tensors["k"]
     ids = case.options.get("document_ids")
+    softcap = case.options.get("softcap")
+    batch, length = q.shape[0], q.shape[2]
     mask = None
     if ids is not None:
-        batch, length = ids.shape
         mask = create_block_mask(
             lambda b, h, query, key: (query >= key) & (ids[b, query] == ids[b, key]),
             batch,
@@ -150,13 +153,22 @@ def _flex(case: Case) -> Function:
             length,
             q.device,
         )
-    elif case.options["causal"] and q.shape[2] > 1:
-        length = q.shape[2]
+    elif case.options["causal"] and length > 1:
+        window = case.options.get("window", length)
         mask = create_block_mask(
-            lambda b, h, query, key: query >= key, None, None, length, length, q.device
+            lambda b, h, query, key: (query >= key) & (key > query - window),
+            None,
+            None,
+            length,
+            length,
+            q.device,
         )
-    grouped = q.shape[1] != k.shape[1]
-    return lambda q, k, v, **_: compiled(q, k, v, block_mask=mask, enable_gqa=grouped)
+    modified: dict[str, Any] = {"block_mask": mask, "enable_gqa": q.shape[1] != k.shape[1]}
+    if softcap is not None:
+        modified["score_mod"] = lambda score, b, h, query, key: (
+            softcap * torch.tanh(score / softcap)
+        )
+    return lambda q, k, v, **_: compiled(q, k, v, **modified)
 
 
 def _flash_attn(case: Case) -> Function:
@@ -165,10 +177,23 @@ def _flash_attn(case: Case) -> Function:
     flash = _import("flash_attn").flash_attn_func
 
     def run(
-        q: Tensor, k: Tensor, v: Tensor, *, causal: bool, dropout: float = 0.0, **_: Any
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool,
+        dropout: float = 0.0,
+        window: int | None = None,
+        softcap: float = 0.0,
+        **_: Any,
     ) -> Tensor:
         layout = (x.transpose(1, 2) for x in (q, k, v))
-        return flash(*layout, dropout_p=dropout, causal=causal).transpose(1, 2)
+        # Its window counts the keys before the query; -1 and a soft cap of 0 are none.
+        before = -1 if window is None else window - 1
+        out = flash(
+            *layout, dropout_p=dropout, causal=causal, window_size=(before, -1), softcap=softcap
+        )
+        return out.transpose(1, 2)
 
     return run
 
@@ -192,6 +217,8 @@ _LIGER: dict[str, Callable[[Any], Function]] = {
 def _liger(case: Case) -> Function:
     if "residual" in case.tensors:
         raise UnavailableError("has no function with a fused residual")
+    if case.options:
+        raise UnavailableError(f"is not called with {', '.join(case.options)}")
     return _LIGER[case.op](_import("liger_kernel.ops"))
 
 

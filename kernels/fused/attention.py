@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import costs
+from kernels import costs, reference
 from kernels.derivatives import refuse_second_order, register_gradient
 from kernels.documents import DocumentBounds, document_bounds
 from kernels.fused.attention_ahead import AHEAD_OF_TIME as AHEAD_OF_TIME
@@ -43,13 +43,15 @@ def attention(
     dropout_seed: Tensor | None = None,
     head_offset: int = 0,
     deterministic: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Compute ``kernels.reference.attention`` without storing the scores.
 
     Memory grows with length, not with its square. The result is stored as (batch, length, heads,
     head_dim), so merging the heads needs no copy. With ``deterministic``, or torch's deterministic
     algorithms, repeated backward passes give the same bits; they take seven matrix products for
-    each score instead of five.
+    each score instead of five. Blocks of keys outside the window are not visited.
     """
     documents = (
         None if document_ids is None else document_bounds(document_ids).positions.contiguous()
@@ -57,7 +59,11 @@ def attention(
     seed = None if not dropout or dropout_seed is None else dropout_seed.contiguous()
     scale = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    out, _ = _forward(q, k, v, documents, seed, scale, causal, dropout, head_offset, deterministic)
+    window = reference.binding_window(window, k)
+    out, _ = _forward(
+        q, k, v, documents, seed, scale, causal, window, softcap, dropout, head_offset,
+        deterministic,
+    )  # fmt: skip
     return out
 
 
@@ -104,21 +110,38 @@ class _Call:
     seed: Tensor | None
     scale: float
     causal: bool
+    window: int | None
+    softcap: float | None
     dropout: float
     head_offset: int
 
     def tiles(self, phase: str, q: Tensor) -> Tiles:
         """Return the block sizes of one pass."""
-        return tiles_for(phase, q, dropout=self.dropout > 0, documents=self.documents is not None)
+        return tiles_for(
+            phase,
+            q,
+            dropout=self.dropout > 0,
+            documents=self.documents is not None,
+            window=self.window is not None,
+            softcap=self.softcap is not None,
+        )
 
-    def scalars(self, q: Tensor, k: Tensor) -> tuple[float, ...]:
-        """Return heads, group, length, key_length, scale, scale_log2, keep_scale, head_offset."""
-        sizes = (q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2])
+    def scalars(self, q: Tensor, k: Tensor) -> tuple[float | None, ...]:
+        """Return the run-time arguments that are no tensors, in the kernels' order.
+
+        Triton compiles a None away.
+        """
+        scale_log2 = math.log2(math.e) * (self.softcap or self.scale)
         return (
-            *sizes,
+            q.shape[1],  # heads
+            q.shape[1] // k.shape[1],  # group
+            q.shape[2],  # length
+            k.shape[2],  # key_length
+            self.window,
             self.scale,
-            self.scale * math.log2(math.e),
-            1.0 / (1.0 - self.dropout),
+            scale_log2,
+            self.scale / self.softcap if self.softcap else None,  # cap_scale
+            1.0 / (1.0 - self.dropout),  # keep_scale
             self.head_offset,
         )
 
@@ -148,6 +171,8 @@ def _forward(
     seed: Tensor | None,
     scale: float,
     causal: bool,
+    window: int | None,
+    softcap: float | None,
     dropout: float,
     head_offset: int,
     deterministic: bool,
@@ -161,7 +186,7 @@ def _forward(
     if not out.numel() or not k.numel():
         return out.zero_(), log_sum_exp
     q, k, v = _addressable(q), _addressable(k), _addressable(v)
-    call = _Call(documents, seed, scale, causal, dropout, head_offset)
+    call = _Call(documents, seed, scale, causal, window, softcap, dropout, head_offset)
     tiles = call.tiles("forward", q)
     launch(
         attention_forward, _blocks(q.shape[2], tiles.BLOCK_M, q), q,
@@ -188,6 +213,8 @@ def backward(
     seed: Tensor | None,
     scale: float,
     causal: bool,
+    window: int | None,
+    softcap: float | None,
     dropout: float,
     head_offset: int,
     deterministic: bool,
@@ -203,7 +230,7 @@ def backward(
         _addressable(out_gradient),
     )
     inputs = (q, k, v, out_gradient, log_sum_exp, _delta(out, out_gradient))
-    call = _Call(documents, seed, scale, causal, dropout, head_offset)
+    call = _Call(documents, seed, scale, causal, window, softcap, dropout, head_offset)
     if deterministic:
         _launch_keys(inputs, (dq, dk, dv), call, add_query_gradient=False)
         _launch_queries(inputs, dq, call)
@@ -274,28 +301,22 @@ def _differentiate(
     ctx: Any, out_gradient: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if out_gradient is None:
-        return (None,) * 10
+        return (None,) * 12
     gradients = backward(out_gradient, *ctx.saved_tensors, *ctx.settings)
-    return (*gradients, *(None for _ in range(7)))
+    return (*gradients, *(None for _ in range(9)))
 
 
 register_gradient(_forward, "attention", _differentiate, _save)
 refuse_second_order(backward, "attention")
 
 
-def _flops(q: tuple[int, ...], k: tuple[int, ...], causal: bool, backward: bool) -> int:
-    batch, heads, length, head_dim = q
-    cost = costs.attention(
-        batch,
-        heads,
-        length,
-        head_dim,
-        key_length=k[2],
-        causal=causal,
-        itemsize=2,
-        backward=backward,
-    )
-    return cost.flops
+def flops(
+    q: tuple[int, ...], k: tuple[int, ...], causal: bool, window: int | None, backward: bool
+) -> int:
+    """Return the FLOPs of one pass for tensors of these shapes."""
+    return costs.attention(
+        *q, key_length=k[2], causal=causal, window=window, itemsize=2, backward=backward
+    ).flops
 
 
 @register_flop_formula(torch.ops.megagpt.attention_forward)
@@ -307,13 +328,14 @@ def _forward_flops(
     seed: Any,
     scale: float,
     causal: bool,
+    window: int | None,
     *_: Any,
     **__: Any,
 ) -> int:
-    return _flops(q, k, causal, backward=False)
+    return flops(q, k, causal, window, backward=False)
 
 
 @register_flop_formula(torch.ops.megagpt.attention_backward)
 def _backward_flops(gradient: Any, q: Any, k: Any, *rest: Any, **__: Any) -> int:
-    causal = rest[6]  # after v, out, log_sum_exp, documents, seed and scale
-    return _flops(q, k, causal, backward=True)
+    causal, window = rest[6:8]  # after v, out, log_sum_exp, documents, seed and scale
+    return flops(q, k, causal, window, backward=True)

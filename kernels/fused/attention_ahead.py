@@ -20,8 +20,8 @@ _KERNELS = {
 }
 _STRIDES = ("i32:16", "i32:16", "i32:16", 1)
 _TYPES = {
-    **dict.fromkeys(("heads", "group", "length", "key_length", "head_offset"), "i32"),
-    **dict.fromkeys(("scale", "scale_log2", "keep_scale"), "fp32"),
+    **dict.fromkeys(("heads", "group", "length", "key_length", "window", "head_offset"), "i32"),
+    **dict.fromkeys(("scale", "scale_log2", "cap_scale", "keep_scale"), "fp32"),
     **dict.fromkeys(("log_sum_exp", "delta"), "*fp32"),
     "documents": "*i32",
     "seeds": "*i64",
@@ -36,6 +36,8 @@ def _configuration(
     *,
     causal: bool = True,
     documents: bool = False,
+    window: bool = False,
+    softcap: bool = False,
     dropout: bool = False,
     group: int = 1,
     atomic: bool = True,
@@ -52,6 +54,8 @@ def _configuration(
         fp32=dtype == "fp32",
         small=dropout,
         documents=documents,
+        window=window,
+        softcap=softcap,
     )
     constants: dict[str, Any] = {
         "HEAD_DIM": head_dim,
@@ -64,6 +68,8 @@ def _configuration(
         "ADD_QUERY_GRADIENT": atomic,
     }
     constants |= {} if documents else {"documents": None}
+    constants |= {} if window else {"window": None}
+    constants |= {} if softcap else {"cap_scale": None}
     constants |= {} if dropout else {"seeds": None}
     constants |= {"group": 1} if group == 1 else {}
     types: dict[str, Any] = {
@@ -73,6 +79,8 @@ def _configuration(
     flags = {
         "full": not causal,
         "documents": documents,
+        "window": window,
+        "softcap": softcap,
         "dropout": dropout,
         f"group_{group}": group > 1,
     }
@@ -127,6 +135,14 @@ def _shipped(generation: int) -> Iterator[AheadOfTime]:
         for phase in _KERNELS
     )
     yield from (configuration(phase, dim, "fp32") for dim in (64, 128, 256) for phase in _KERNELS)
+    yield from (configuration(phase, dim, window=True) for dim in (64, 128) for phase in _KERNELS)
+    # Gemma 2's head dimensions; its layers alternate between a window and all keys.
+    yield from (
+        configuration(phase, dim, softcap=True, window=window)
+        for dim in (128, 256)
+        for window in (False, True)
+        for phase in _KERNELS
+    )
     yield from (configuration("backward_keys", dim, group=8) for dim in (64, 128))
     yield from (configuration("backward_keys", dim, atomic=False) for dim in (64, 128))
 

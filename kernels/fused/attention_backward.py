@@ -6,6 +6,9 @@ probability, and delta = rowsum(dO * O):
     dV = (P * D)^T dO      dP = (dO V^T) * D      dS = P * (dP - delta)
     dQ = scale * dS K      dK = scale * dS^T Q
 
+With a soft cap, where scores are softcap * t with t = tanh(scale / softcap * Q K^T), dS has the
+factor 1 - t^2 too.
+
 ``attention_backward_keys`` goes once over the queries of a block of keys and adds its part of dQ to
 an fp32 buffer with atomics: five matrix products for each score, in a varying order of summation.
 Without ``ADD_QUERY_GRADIENT`` it leaves dQ to ``attention_backward_queries``: seven products, the
@@ -23,8 +26,15 @@ size S the relative error of its weights is up to about S * 2^-23.
 import triton
 import triton.language as tl
 
-from kernels.fused.attention_forward import key_range, last_visible, same_document
+from kernels.fused.attention_masks import (
+    in_reach,
+    key_range,
+    last_visible,
+    query_range,
+    same_document,
+)
 from kernels.fused.rounding import narrow
+from kernels.fused.soft_cap import tanh
 from kernels.fused.tiles import (
     IN_INTERPRETER,
     head_start,
@@ -63,11 +73,11 @@ def attention_backward_delta(
     tl.store(delta + tl.cast(plane, tl.int64) * length + rows, total, mask=rows < length)
 
 
-@triton.jit(do_not_specialize=["heads", "head_offset"])
+@triton.jit(do_not_specialize=["heads", "head_offset", "window"])
 def attention_backward_keys(
     q, k, v, out_gradient, log_sum_exp, delta, dq, dk, dv, documents, seeds,
     q_strides, k_strides, v_strides, gradient_strides, dq_strides, dk_strides, dv_strides,
-    heads, group, length, key_length, scale, scale_log2, keep_scale, head_offset,
+    heads, group, length, key_length, window, scale, scale_log2, cap_scale, keep_scale, head_offset,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, DROP_BELOW: tl.constexpr,
     ADD_QUERY_GRADIENT: tl.constexpr,
@@ -101,32 +111,39 @@ def attention_backward_keys(
     if DROP_BELOW > 0:
         seed = tl.load(seeds + batch)
 
-    start, whole, end = query_range(
-        documents, first_key, key_index, length, key_length, BLOCK_M, BLOCK_N, CAUSAL, DOCUMENTS
-    )
+    start, whole_start, whole_end, end = query_range(
+        documents, first_key, key_index, length, key_length, window, BLOCK_M, BLOCK_N, CAUSAL,
+        DOCUMENTS,
+    )  # fmt: skip
     key_gradient = tl.zeros((BLOCK_N, BLOCK_DIM), tl.float32)
     value_gradient = tl.zeros((BLOCK_N, BLOCK_DIM), tl.float32)
     # One loop over heads and blocks: nested loops cost twenty registers more, and the pipeline of
     # loads ran empty between heads.
-    start_blocks = tl.cdiv(tl.maximum(whole - start, 0), BLOCK_M)
-    whole_blocks = tl.cdiv(tl.maximum(end - whole, 0), BLOCK_M)
-    for step in tl.range(0, group * start_blocks):
-        first_row = start + step % start_blocks * BLOCK_M
+    blocks_before = tl.cdiv(tl.maximum(whole_start - start, 0), BLOCK_M)
+    whole_blocks = tl.cdiv(tl.maximum(whole_end - whole_start, 0), BLOCK_M)
+    masked_blocks = blocks_before
+    if window is not None:
+        masked_blocks += tl.cdiv(tl.maximum(end - whole_end, 0), BLOCK_M)
+    for step in tl.range(0, group * masked_blocks):
+        first_row = start + step % masked_blocks * BLOCK_M
+        if window is not None:
+            after = step % masked_blocks - blocks_before
+            first_row = tl.where(after < 0, first_row, whole_end + after * BLOCK_M)
         key_gradient, value_gradient = _accumulate(
             keys, values, key_gradient, value_gradient, q, out_gradient, dq, log_sum_exp, delta,
             q_strides, gradient_strides, dq_strides, key_index, key_document, documents, seed,
-            head_offset, batch, key_head * group + step // start_blocks, heads, first_key,
-            first_row, length, key_length, scale_log2, keep_scale, HEAD_DIM, BLOCK_DIM, BLOCK_M,
-            BLOCK_N, CAUSAL, DOCUMENTS, DROP_BELOW, ADD_QUERY_GRADIENT, True,
+            head_offset, batch, key_head * group + step // masked_blocks, heads, first_key,
+            first_row, length, key_length, window, scale_log2, cap_scale, keep_scale, HEAD_DIM,
+            BLOCK_DIM, BLOCK_M, BLOCK_N, CAUSAL, DOCUMENTS, DROP_BELOW, ADD_QUERY_GRADIENT, True,
         )  # fmt: skip
     for step in tl.range(0, group * whole_blocks):
-        first_row = whole + step % whole_blocks * BLOCK_M
+        first_row = whole_start + step % whole_blocks * BLOCK_M
         key_gradient, value_gradient = _accumulate(
             keys, values, key_gradient, value_gradient, q, out_gradient, dq, log_sum_exp, delta,
             q_strides, gradient_strides, dq_strides, key_index, key_document, documents, seed,
             head_offset, batch, key_head * group + step // whole_blocks, heads, first_key,
-            first_row, length, key_length, scale_log2, keep_scale, HEAD_DIM, BLOCK_DIM, BLOCK_M,
-            BLOCK_N, CAUSAL, DOCUMENTS, DROP_BELOW, ADD_QUERY_GRADIENT, False,
+            first_row, length, key_length, window, scale_log2, cap_scale, keep_scale, HEAD_DIM,
+            BLOCK_DIM, BLOCK_M, BLOCK_N, CAUSAL, DOCUMENTS, DROP_BELOW, ADD_QUERY_GRADIENT, False,
         )  # fmt: skip
 
     inside = (key_index[:, None] < key_length) & (columns[None, :] < HEAD_DIM)
@@ -143,38 +160,11 @@ def attention_backward_keys(
 
 
 @triton.jit
-def query_range(
-    documents, first_key, key_index, length, key_length,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
-):  # fmt: skip
-    """Return the range of queries that may see a block of keys: start, whole, end.
-
-    Queries from ``whole`` on need no mask.
-    """
-    offset = key_length - length
-    start = tl.zeros_like(first_key)
-    whole = start
-    end = start + length
-    if CAUSAL:
-        start = tl.maximum(0, first_key - offset) // BLOCK_M * BLOCK_M
-        whole = tl.cdiv(tl.maximum(0, first_key + BLOCK_N - 1 - offset), BLOCK_M) * BLOCK_M
-    if DOCUMENTS:
-        inside = key_index < key_length
-        first = tl.min(tl.load(documents + key_index, mask=inside, other=key_length))
-        last = tl.max(tl.load(documents + key_length + key_index, mask=inside, other=-1))
-        start = tl.maximum(start, tl.maximum(0, first - offset) // BLOCK_M * BLOCK_M)
-        end = tl.minimum(end, last + 1 - offset)
-    # Keys beyond the end are loaded as zeros. Their score is 0, and exp2(0 - log_sum_exp) may be
-    # infinite, so all queries of that block are masked.
-    whole = end if DOCUMENTS else tl.where(first_key + BLOCK_N > key_length, end, whole)
-    return start, tl.minimum(whole, end), end
-
-
-@triton.jit
 def _accumulate(
     keys, values, key_gradient, value_gradient, q, out_gradient, dq, log_sum_exp, delta,
     q_strides, gradient_strides, dq_strides, key_index, key_document, documents, seed, head_offset,
-    batch, head, heads, first_key, first_row, length, key_length, scale_log2, keep_scale,
+    batch, head, heads, first_key, first_row, length, key_length, window, scale_log2, cap_scale,
+    keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, DROP_BELOW: tl.constexpr,
     ADD_QUERY_GRADIENT: tl.constexpr, MASKED: tl.constexpr,
@@ -193,9 +183,12 @@ def _accumulate(
     lse = tl.load(log_sum_exp + statistics + rows, mask=rows < length, other=float("inf"))
     # scores, weights, weight_gradient, score_gradient: (BLOCK_N, BLOCK_M)
     scores = product(keys, tl.trans(queries), tl.zeros((BLOCK_N, BLOCK_M), tl.float32))
+    if cap_scale is not None:
+        scores = tanh(scores * cap_scale, keys.dtype == tl.float32)
     weights = tl.math.exp2(scores * scale_log2 - lse[None, :])
     if MASKED:
-        visible = key_index[:, None] <= last_visible(rows, length, key_length, CAUSAL)[None, :]
+        last_key = last_visible(rows, length, key_length, CAUSAL)
+        visible = in_reach(key_index[:, None], last_key[None, :], window)
         if DOCUMENTS:
             row_document = tl.load(
                 documents + key_length - length + rows, mask=rows < length, other=-1
@@ -214,9 +207,10 @@ def _accumulate(
         narrow(dropped, values.dtype, IN_INTERPRETER), gradient, value_gradient
     )
     row_delta = tl.load(delta + statistics + rows, mask=rows < length, other=0.0)
-    score_gradient = narrow(
-        weights * (weight_gradient - row_delta[None, :]), keys.dtype, IN_INTERPRETER
-    )
+    score_gradient = weights * (weight_gradient - row_delta[None, :])
+    if cap_scale is not None:
+        score_gradient *= 1.0 - scores * scores
+    score_gradient = narrow(score_gradient, keys.dtype, IN_INTERPRETER)
     key_gradient = product(score_gradient, queries, key_gradient)
     if ADD_QUERY_GRADIENT:
         part = product(tl.trans(score_gradient), keys, tl.zeros((BLOCK_M, BLOCK_DIM), tl.float32))
@@ -228,11 +222,11 @@ def _accumulate(
     return key_gradient, value_gradient
 
 
-@triton.jit(do_not_specialize=["heads", "head_offset"])
+@triton.jit(do_not_specialize=["heads", "head_offset", "window"])
 def attention_backward_queries(
     q, k, v, out_gradient, log_sum_exp, delta, dq, documents, seeds,
     q_strides, k_strides, v_strides, gradient_strides, dq_strides,
-    heads, group, length, key_length, scale, scale_log2, keep_scale, head_offset,
+    heads, group, length, key_length, window, scale, scale_log2, cap_scale, keep_scale, head_offset,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, DROP_BELOW: tl.constexpr,
 ):  # fmt: skip
@@ -266,15 +260,15 @@ def attention_backward_queries(
     if DOCUMENTS:
         documents += tl.cast(batch, tl.int64) * 2 * key_length
         document = tl.load(documents + key_length - length + rows, mask=rows < length, other=-1)
-    start, _, end = key_range(
-        documents, first_row, rows, length, key_length, BLOCK_M, BLOCK_N, CAUSAL, DOCUMENTS
+    start, _, _, end = key_range(
+        documents, first_row, rows, length, key_length, window, BLOCK_M, BLOCK_N, CAUSAL, DOCUMENTS
     )
     total = tl.zeros((BLOCK_M, BLOCK_DIM), tl.float32)
     for first_key in tl.range(start, end, BLOCK_N):
         total = _accumulate_query(
             queries, gradient, lse, row_delta, total, k_head, v_head, k_strides, v_strides, rows,
-            last_key, documents, document, seed, head_offset + head, first_key, key_length,
-            scale_log2, keep_scale, HEAD_DIM, BLOCK_DIM, BLOCK_N, DOCUMENTS, DROP_BELOW,
+            last_key, documents, document, seed, head_offset + head, first_key, key_length, window,
+            scale_log2, cap_scale, keep_scale, HEAD_DIM, BLOCK_DIM, BLOCK_N, DOCUMENTS, DROP_BELOW,
         )  # fmt: skip
     dq_tile = head_start(dq, dq_strides, batch, head, first_row) + tile_offsets(
         dq_strides, local_rows, columns
@@ -286,7 +280,8 @@ def attention_backward_queries(
 @triton.jit
 def _accumulate_query(
     queries, gradient, lse, row_delta, total, k_head, v_head, k_strides, v_strides, rows, last_key,
-    documents, document, seed, plane, first_key, key_length, scale_log2, keep_scale,
+    documents, document, seed, plane, first_key, key_length, window, scale_log2, cap_scale,
+    keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
     DOCUMENTS: tl.constexpr, DROP_BELOW: tl.constexpr,
 ):  # fmt: skip
@@ -300,7 +295,9 @@ def _accumulate_query(
     values = load_tile(v_tile, key_index, columns, key_length, HEAD_DIM, True)
     # scores, visible, weights, weight_gradient, score_gradient: (BLOCK_M, BLOCK_N)
     scores = product(queries, tl.trans(keys), tl.zeros((rows.shape[0], BLOCK_N), tl.float32))
-    visible = key_index[None, :] <= last_key[:, None]
+    if cap_scale is not None:
+        scores = tanh(scores * cap_scale, keys.dtype == tl.float32)
+    visible = in_reach(key_index[None, :], last_key[:, None], window)
     if DOCUMENTS:
         visible = visible & same_document(
             key_index[None, :], document[:, None], documents, key_length
@@ -313,4 +310,6 @@ def _accumulate_query(
         keep = keep_tile(seed, plane, rows, first_key, BLOCK_N, DROP_BELOW)
         weight_gradient = tl.where(keep, weight_gradient * keep_scale, 0.0)
     score_gradient = weights * (weight_gradient - row_delta[:, None])
+    if cap_scale is not None:
+        score_gradient *= 1.0 - scores * scores
     return product(narrow(score_gradient, keys.dtype, IN_INTERPRETER), keys, total)

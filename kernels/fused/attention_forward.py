@@ -11,7 +11,9 @@ maximum``, one fused multiply-add.
 import triton
 import triton.language as tl
 
+from kernels.fused.attention_masks import in_reach, key_range, last_visible, same_document
 from kernels.fused.rounding import narrow
+from kernels.fused.soft_cap import tanh
 from kernels.fused.tiles import (
     IN_INTERPRETER,
     head_start,
@@ -22,19 +24,22 @@ from kernels.fused.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["heads", "head_offset"])
+@triton.jit(do_not_specialize=["heads", "head_offset", "window"])
 def attention_forward(
     q, k, v, out, log_sum_exp, documents, seeds,
     q_strides, k_strides, v_strides, out_strides,
-    heads, group, length, key_length, scale, scale_log2, keep_scale, head_offset,
+    heads, group, length, key_length, window, scale, scale_log2, cap_scale, keep_scale, head_offset,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, DROP_BELOW: tl.constexpr,
 ):  # fmt: skip
     """Compute out (batch, heads, length, head_dim) and log_sum_exp (batch * heads, length) fp32.
 
     log_sum_exp is the log2-sum-exp2 of the scaled scores. ``documents`` (batch, 2, key_length)
-    int32: the first and the last position of each position's document. A query that sees no key
-    gets a zero row and a log-sum-exp of +inf, which makes its probabilities zero in backward.
+    int32: the first and the last position of each position's document. ``window`` is None or the
+    number of keys that a query sees. With a soft cap, ``cap_scale`` is scale / softcap, else None;
+    scores are then tanh(cap_scale * product), and ``scale_log2`` is softcap * log2(e). A query that
+    sees no key gets a zero row and a log-sum-exp of +inf, which makes its probabilities zero in
+    backward.
     """
     blocks = tl.cdiv(length, BLOCK_M)
     # Causal work grows with the row: the longest programs start first, and short ones fill the
@@ -63,20 +68,27 @@ def attention_forward(
     if DOCUMENTS:
         documents += tl.cast(batch, tl.int64) * 2 * key_length
         document = tl.load(documents + key_length - length + rows, mask=rows < length, other=-1)
-    start, whole, end = key_range(
-        documents, first_row, rows, length, key_length, BLOCK_M, BLOCK_N, CAUSAL, DOCUMENTS
+    start, whole_start, whole_end, end = key_range(
+        documents, first_row, rows, length, key_length, window, BLOCK_M, BLOCK_N, CAUSAL, DOCUMENTS
     )
-    for first_key in tl.range(start, whole, BLOCK_N):
+    for first_key in tl.range(whole_start, whole_end, BLOCK_N):
         maximum, total, weighted = _attend(
             queries, k_head, v_head, k_strides, v_strides, rows, last_key, documents, document,
-            seed, head_offset + head, maximum, total, weighted, first_key, key_length, scale_log2,
-            keep_scale, HEAD_DIM, BLOCK_DIM, BLOCK_N, DOCUMENTS, DROP_BELOW, False,
+            seed, head_offset + head, maximum, total, weighted, first_key, key_length, window,
+            scale_log2, cap_scale, keep_scale, HEAD_DIM, BLOCK_DIM, BLOCK_N, DOCUMENTS, DROP_BELOW,
+            False,
         )  # fmt: skip
-    for first_key in tl.range(whole, end, BLOCK_N):
+    # The blocks before and after them, in one loop: each loop costs registers and instructions.
+    gap = whole_end - whole_start
+    for step in tl.range(start + gap, end, BLOCK_N):
+        first_key = step
+        if window is not None:
+            first_key = tl.where(step < whole_end, step - gap, step)
         maximum, total, weighted = _attend(
             queries, k_head, v_head, k_strides, v_strides, rows, last_key, documents, document,
-            seed, head_offset + head, maximum, total, weighted, first_key, key_length, scale_log2,
-            keep_scale, HEAD_DIM, BLOCK_DIM, BLOCK_N, DOCUMENTS, DROP_BELOW, True,
+            seed, head_offset + head, maximum, total, weighted, first_key, key_length, window,
+            scale_log2, cap_scale, keep_scale, HEAD_DIM, BLOCK_DIM, BLOCK_N, DOCUMENTS, DROP_BELOW,
+            True,
         )  # fmt: skip
 
     seen = total > 0.0
@@ -91,38 +103,10 @@ def attention_forward(
 
 
 @triton.jit
-def key_range(
-    documents, first_row, rows, length, key_length,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr,
-):  # fmt: skip
-    """Return the range of keys that a block of queries may see: start, whole, end.
-
-    Keys from ``whole`` on need a mask.
-    """
-    offset = key_length - length
-    end = key_length
-    whole = key_length // BLOCK_N * BLOCK_N
-    if CAUSAL:
-        end = tl.maximum(0, tl.minimum(end, first_row + BLOCK_M + offset))
-        whole = tl.minimum(whole, (first_row + offset + 1) // BLOCK_N * BLOCK_N)
-    # Only causal calls need this, but without it ptxas 12.8 serialises the products (C7515).
-    whole = tl.maximum(0, whole)
-    start = tl.zeros_like(end)
-    if DOCUMENTS:
-        # Skip blocks of keys outside all documents of these queries.
-        inside = rows < length
-        firsts = tl.load(documents + offset + rows, mask=inside, other=key_length)
-        lasts = tl.load(documents + key_length + offset + rows, mask=inside, other=-1)
-        start = tl.min(firsts) // BLOCK_N * BLOCK_N
-        end = tl.minimum(end, tl.max(lasts) + 1)
-        whole = start
-    return start, whole, end
-
-
-@triton.jit
 def _attend(
     queries, k_head, v_head, k_strides, v_strides, rows, last_key, documents, document, seed,
-    plane, maximum, total, weighted, first_key, key_length, scale_log2, keep_scale,
+    plane, maximum, total, weighted, first_key, key_length, window, scale_log2, cap_scale,
+    keep_scale,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
     DOCUMENTS: tl.constexpr, DROP_BELOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -143,8 +127,10 @@ def _attend(
     keys = load_tile(k_tile, key_index, columns, key_length, HEAD_DIM, MASKED)
     # scores, visible, weights: (BLOCK_M, BLOCK_N)
     scores = product(queries, tl.trans(keys), tl.zeros((rows.shape[0], BLOCK_N), tl.float32))
+    if cap_scale is not None:
+        scores = tanh(scores * cap_scale, queries.dtype == tl.float32)
     if MASKED:
-        visible = key_index[None, :] <= last_key[:, None]
+        visible = in_reach(key_index[None, :], last_key[:, None], window)
         if DOCUMENTS:
             visible = visible & same_document(
                 key_index[None, :], document[:, None], documents, key_length
@@ -166,24 +152,3 @@ def _attend(
         narrow(weights, values.dtype, IN_INTERPRETER), values, weighted * rescale[:, None]
     )
     return new_maximum, total, weighted
-
-
-@triton.jit
-def last_visible(query, length, key_length, CAUSAL: tl.constexpr):
-    """Return the last key each query may see: its own position if CAUSAL.
-
-    The last query is aligned with the last key.
-    """
-    last = tl.zeros_like(query) + key_length - 1
-    if CAUSAL:
-        last = tl.minimum(last, query + key_length - length)
-    return last
-
-
-@triton.jit
-def same_document(key, query_document, documents, key_length):
-    """Return whether keys belong to their queries' documents; both broadcast.
-
-    A document is identified by its first position.
-    """
-    return tl.load(documents + key, mask=key < key_length, other=-1) == query_document

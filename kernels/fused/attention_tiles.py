@@ -71,6 +71,21 @@ _DOCUMENTS = {
     9: _but(_HOPPER, **_BESIDE_DOCUMENTS),
     10: _but(_BLACKWELL, **_BESIDE_DOCUMENTS),
 }
+# So do soft caps, and windows at some head dimensions.
+_SOFTCAP = {
+    generation: _but(table, forward={256: Tiles(64, 32, 8, 2)})
+    for generation, table in _DOCUMENTS.items()
+}
+_BESIDE_WINDOW = {128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 8, 2)}
+_WINDOW = {
+    8: _but(_AMPERE, forward={256: Tiles(64, 32, 8, 2)}),
+    9: _but(_HOPPER, forward=_BESIDE_WINDOW),
+    10: _but(
+        _BLACKWELL,
+        forward=_BESIDE_WINDOW,
+        backward_queries={64: Tiles(128, 32, 8, 2), 256: Tiles(32, 32, 8, 2)},
+    ),
+}
 # Dropout's random numbers need registers. GPUs with less than 160 KiB of shared memory for each
 # multiprocessor (compute capability 8.6, 8.9, 12.x) hold only small blocks.
 _SMALL: _Table = {
@@ -82,8 +97,8 @@ _SMALL: _Table = {
         256: Tiles(32, 32, 8, 1),
     },
 }
-# With documents and dropout, ptxas serialises Hopper's products if loads run ahead.
-_SMALL_DOCUMENTS = _but(
+# With dropout and documents or a soft cap, ptxas serialises Hopper's products if loads run ahead.
+_SMALL_IN_TURN = _but(
     _SMALL,
     forward={64: Tiles(64, 32, 4, 1), 128: Tiles(64, 32, 8, 1)},
     backward_keys={64: Tiles(32, 64, 8, 1)},
@@ -111,7 +126,9 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def tiles_for(phase: str, q: Tensor, *, dropout: bool, documents: bool) -> Tiles:
+def tiles_for(
+    phase: str, q: Tensor, *, dropout: bool, documents: bool, window: bool, softcap: bool
+) -> Tiles:
     """Return the block sizes of one pass for queries like ``q`` on their device.
 
     ``phase`` is forward, backward_keys or backward_queries.
@@ -127,11 +144,21 @@ def tiles_for(phase: str, q: Tensor, *, dropout: bool, documents: bool) -> Tiles
         fp32=q.dtype == torch.float32,
         small=small,
         documents=documents,
+        window=window,
+        softcap=softcap,
     )
 
 
 def choose_tiles(
-    phase: str, head_dim: int, *, generation: int, fp32: bool, small: bool, documents: bool
+    phase: str,
+    head_dim: int,
+    *,
+    generation: int,
+    fp32: bool,
+    small: bool,
+    documents: bool,
+    window: bool,
+    softcap: bool,
 ) -> Tiles:
     """Return the row of the tables above.
 
@@ -140,9 +167,10 @@ def choose_tiles(
     if fp32:
         table = _FP32
     elif small:
-        table = _SMALL_DOCUMENTS if documents else _SMALL
+        table = _SMALL_IN_TURN if documents or softcap else _SMALL
     else:
-        table = (_DOCUMENTS if documents else _LARGE)[min(generation, max(_LARGE))]
+        tables = _SOFTCAP if softcap else _DOCUMENTS if documents else _WINDOW if window else _LARGE
+        table = tables[min(generation, max(tables))]
     return table[phase][max(64, padded(head_dim))]
 
 

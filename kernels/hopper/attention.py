@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels import costs
+from kernels import reference
 from kernels.ahead.compiler import AheadOfTime
 from kernels.derivatives import register_gradient
 from kernels.documents import DocumentBounds
@@ -45,6 +45,8 @@ def attention(
     dropout_seed: Tensor | None = None,
     head_offset: int = 0,
     deterministic: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Compute ``kernels.reference.attention``, for the calls that ``refusal`` accepts."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -64,6 +66,8 @@ def refusal(
     scale: float | None = None,
     document_ids: Tensor | DocumentBounds | None = None,
     dropout: float = 0.0,
+    window: int | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> str | None:
     """Return why this kernel cannot run the call, or None."""
@@ -71,6 +75,10 @@ def refusal(
         return "it has no dropout"
     if document_ids is not None:
         return "it has no document masks"
+    if reference.binding_window(window, k) is not None:
+        return "it has no window"
+    if softcap is not None:
+        return "it has no soft cap"
     if q.dtype not in _DTYPES:
         return f"dtype {q.dtype} is not bfloat16 or float16"
     if q.shape[-1] not in _STAGES:
@@ -98,14 +106,14 @@ def fault(op: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> str | Non
     alike for this kernel. The portable backward has code of its own for rows that are not multiples
     of 16 elements, so it is checked alone with such rows, which TMA cannot read.
     """
-    *calls, aligned, causal, documents, dropout, deterministic, gradients = variant_of(
-        q, k, v, **options
+    *sizes, aligned, causal, documents, window, softcap, dropout, deterministic, gradients = (
+        variant_of(q, k, v, **options)
     )
-    rest = (causal, documents, dropout, deterministic, gradients)
-    found = self_check.verdict(__name__, q.device, q.dtype, (*calls, True, *rest))
+    rest = (causal, documents, window, softcap, dropout, deterministic, gradients)
+    found = self_check.verdict(__name__, q.device, q.dtype, (*sizes, True, *rest))
     if found is not None or aligned or not gradients:
         return found
-    return self_check.verdict(fused_attention.__name__, q.device, q.dtype, (*calls, False, *rest))
+    return self_check.verdict(fused_attention.__name__, q.device, q.dtype, (*sizes, False, *rest))
 
 
 def _layout_refusal(name: str, x: Tensor) -> str | None:
@@ -183,7 +191,7 @@ def _differentiate(
 ) -> tuple[Tensor | None, ...]:
     if out_gradient is None:
         return (None,) * 6
-    portable = (None, None, ctx.scale, ctx.causal, 0.0, 0, ctx.deterministic)
+    portable = (None, None, ctx.scale, ctx.causal, None, None, 0.0, 0, ctx.deterministic)
     return (
         *fused_attention.backward(out_gradient, *ctx.saved_tensors, *portable),
         None,
@@ -197,7 +205,7 @@ register_gradient(_forward, "attention", _differentiate, _save)
 
 @register_flop_formula(torch.ops.megagpt.attention_forward_hopper)
 def _forward_flops(q: Any, k: Any, v: Any, scale: float, causal: bool, *_: Any, **__: Any) -> int:
-    return costs.attention(*q, key_length=k[2], causal=causal, itemsize=2).flops
+    return fused_attention.flops(q, k, causal, window=None, backward=False)
 
 
 def _shipped(head_dim: int, dtype: torch.dtype, causal: bool) -> AheadOfTime:

@@ -5,12 +5,17 @@ The keys are a node of the binary tree over positions: all keys whose index begi
 bits. Queries choose nodes of all sizes, from one key to all of them. Products therefore run over
 many blocks of keys with operands that are not zero. Every score gradient that is not zero is an
 integer over a power of two, with few bits.
+
+With a soft cap, the scores of half of the queries saturate: the keys of a node have two scores,
+which only the cap makes equal, and the score gradients are 0.
 """
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from kernels import reference
 
 # Several blocks of queries, and more blocks of keys than any ring of tiles holds; a power of two.
 LENGTH = 1024
@@ -21,6 +26,12 @@ _CHANNELS = 16  # of an output gradient that are not zero: their sums have few b
 # With dropout, outputs are fractions, and score gradients have the bits of both factors.
 _CHANNELS_BESIDE_DROPOUT = 1
 _LEVELS_BESIDE_DROPOUT = 6
+# Times scale, a score of -2 becomes tanh(-1/2) of this: exp2 of that is 0, too.
+_SOFTCAP = 4 * _SCALE
+# Of queries with saturated scores: tanh((80 - 1) / 4) is 1, also in fp64. A key that is not chosen
+# loses twice 64, and its tanh is -1.
+_SATURATED = 80
+_SATURATED_SIGN = 64
 
 
 class Variant(NamedTuple):
@@ -38,6 +49,8 @@ class Variant(NamedTuple):
     aligned: bool = True
     causal: bool = True
     documents: bool = False
+    window: bool = False
+    softcap: bool = False
     dropout: bool | int = False
     deterministic: bool = False
     gradients: bool = True
@@ -47,6 +60,8 @@ class Variant(NamedTuple):
         flags = {
             "not causal": not self.causal,
             "documents": self.documents,
+            "window": self.window,
+            "soft cap": self.softcap,
             "dropout": self.dropout,
             "deterministic": self.deterministic,
             "grouped heads": self.group != 1,
@@ -67,6 +82,8 @@ def variant_of(
     document_ids: Tensor | None = None,
     dropout: float = 0.0,
     deterministic: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[Any, ...]:
     """Return the ``Variant`` of a call of ``kernels.attention``, as a plain tuple.
@@ -89,6 +106,8 @@ def variant_of(
         aligned,
         causal,
         document_ids is not None,
+        reference.binding_window(window, k) is not None,
+        softcap is not None,
         1 if dropout > 0 else 0,  # a branch, since torch.compile may hold a symbol for the number
         wants_gradients and (deterministic or torch.are_deterministic_algorithms_enabled()),
         wants_gradients,
@@ -146,10 +165,12 @@ def exact_case(variant: Variant, device: torch.device) -> ExactCase:
     position = torch.arange(key_length, device="cpu")
     query = position[key_length - length :]
     documents = _Documents(span, key_length) if variant.documents else None
+    window = 3 * span // 8 + 3 if variant.window else None  # no multiple of a block
     level, node = _choose(
-        variant, query, key_length, span, documents, integers(0, 2**40, 3, heads, length)
+        variant, query, key_length, span, documents, window, integers(0, 2**40, 3, heads, length)
     )
-    q, k = _codes(level, node, position, span, head_dim, key_heads, integers)
+    saturated = integers(0, 1, heads, length) == 1 if variant.softcap else None
+    q, k = _codes(level, node, saturated, position, span, head_dim, key_heads, integers)
 
     v = integers(-1, 1, 1, key_heads, key_length, head_dim)
     if not variant.dropout:  # neighbours average 1, and so does every node of more than one key
@@ -165,6 +186,10 @@ def exact_case(variant: Variant, device: torch.device) -> ExactCase:
     options: dict[str, Any] = {"causal": variant.causal, "scale": _SCALE}
     if documents is not None:
         options["document_ids"] = documents.of(position)[None].to(device)
+    if window is not None:
+        options["window"] = window
+    if variant.softcap:
+        options["softcap"] = _SOFTCAP
     if variant.dropout:
         options |= {"dropout": DROPOUT, "dropout_seed": torch.tensor([2**40 + 5], device=device)}
     q, k, v, out_gradient = (x.to(device, torch.float64) for x in (q, k, v, out_gradient))
@@ -197,13 +222,15 @@ def _choose(
     key_length: int,
     span: int,
     documents: _Documents | None,
+    window: int | None,
     random: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Return level and index of each query's node, both (heads, length).
 
     The keys of a node are index * 2^level and those after it, 2^level in all. The query sees all of
     them or, with two documents, every other pair, which is half of them. One node in four is the
-    last visible one. One in four lies half beyond the visible keys, so that it needs a mask.
+    last visible one. One in four lies half beyond the last visible key, so that it needs a mask,
+    and with a window one in four half before the first.
     """
     levels = span.bit_length() - 1
     if variant.dropout:
@@ -213,6 +240,8 @@ def _choose(
         start, end = documents.bounds(query)
     if variant.causal:
         end = query
+    if window is not None:
+        start = torch.maximum(start, query - window + 1)
     wanted = random[0] % (levels + 1)
     level, node = torch.zeros_like(wanted), query.expand_as(wanted)
     for size in range(levels + 1):
@@ -232,12 +261,24 @@ def _choose(
     if documents is not None:
         fits &= half >= 2
     fits = fits & (random[2] % 4 == 1)
-    return torch.where(fits, half + 1, level), torch.where(fits, beginning >> (half + 1), node)
+    level = torch.where(fits, half + 1, level)
+    node = torch.where(fits, beginning >> (half + 1), node)
+    if window is None:
+        return level, node
+    # The first 2^half visible keys are half a node.
+    half = (start & -start).clamp(min=1).double().log2().long()
+    fits = (start > 0) & (half < span.bit_length() - 1) & (half <= levels)
+    fits &= start + (1 << half) <= end + 1
+    if documents is not None:
+        fits &= half >= 2
+    fits = fits & (random[2] % 4 == 2)
+    return torch.where(fits, half + 1, level), torch.where(fits, start >> (half + 1), node)
 
 
 def _codes(
     level: Tensor,
     node: Tensor,
+    saturated: Tensor | None,
     position: Tensor,
     span: int,
     head_dim: int,
@@ -248,7 +289,8 @@ def _codes(
 
     The channels of a key hold the bits of its position as signs, and a 1; those of a query hold the
     leading bits of its node, and minus their number. In every other channel one of the two is
-    random and the other zero.
+    random and the other zero. For ``saturated`` queries (heads, length) the product is 79 or 81 for
+    the keys of a node, by the first bit below the node's, and at most -47 for all others.
     """
     heads, length = level.shape
     bits = span.bit_length() - 1
@@ -260,10 +302,16 @@ def _codes(
     k[..., code] = 2 * (position[:, None] >> shift & 1) - 1
     k[..., bias] = 1
     beginning = node << level
-    q[0, :, :, code] = torch.where(
-        shift >= level[..., None], 2 * (beginning[..., None] >> shift & 1) - 1, 0
-    )
+    signs = 2 * (beginning[..., None] >> shift & 1) - 1  # (heads, length, bits)
+    leading = shift >= level[..., None]
+    q[0, :, :, code] = torch.where(leading, signs, 0)
     q[..., bias] = level - bits
+    if saturated is not None:
+        next_bit = (shift == level[..., None] - 1).long()
+        strong = torch.where(leading, _SATURATED_SIGN * signs, next_bit)
+        q[0, :, :, code] = torch.where(saturated[..., None], strong, q[0, :, :, code])
+        strong_bias = _SATURATED + _SATURATED_SIGN * (level - bits)
+        q[..., bias] = torch.where(saturated, strong_bias, q[..., bias])
     q[..., rest[::2]] = integers(-1, 1, 1, heads, length, len(rest[::2]))
     k[..., rest[1::2]] = integers(-1, 1, 1, key_heads, len(position), len(rest[1::2]))
     return q, k

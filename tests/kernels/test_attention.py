@@ -2,6 +2,8 @@
 dropout, exactness.
 """
 
+import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -157,6 +159,121 @@ def test_deterministic_backward_repeats_its_bits(
         assert torch.equal(value, results[1][0][name]), name
     if fused_device == "cpu":
         assert not torch.equal(*(atomic["gradient of q"] for _, atomic in results))
+
+
+# ---------------------------------------------------------------------------- windows and soft caps
+
+# Window, length and number of keys. The interpreter's blocks hold 16 keys and 32 queries: a window
+# within a block, blocks that all need a mask, and blocks that need none between others that do.
+WINDOWS = [(1, 33, 33), (20, 5, 60), (20, 40, 7), (20, 60, 60), (75, 100, 130)]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("window", "length", "key_length"), WINDOWS)
+def test_a_window(
+    fused_device: str, window: int, length: int, key_length: int, deterministic: bool
+) -> None:
+    tensors = case(fused_device, length, key_length, heads=1)
+    assert_accurate(tensors, window=window, deterministic=deterministic)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # of saturated scores
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_soft_cap(fused_device: str, dtype: torch.dtype, deterministic: bool) -> None:
+    """Scores from far below the cap to far beyond it, in heads of their own."""
+    tensors = case(fused_device, 20, 40, heads=4, key_heads=2, dtype=dtype)
+    tensors["q"] *= (
+        torch.tensor([0.01, 1.0, 8.0, 100.0], device=fused_device).view(-1, 1, 1).to(dtype)
+    )
+    assert_accurate(tensors, softcap=2.0, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_window_and_soft_cap_beside_documents_groups_and_dropout(
+    fused_device: str, deterministic: bool
+) -> None:
+    tensors = case(fused_device, 21, 25, heads=2, key_heads=1, dtype=torch.bfloat16)
+    tensors["document_ids"] = torch.tensor([[0] * 8 + [1, 2] * 8 + [2]], device=fused_device)
+    tensors["dropout_seed"] = torch.tensor([2**40 + 5], device=fused_device)
+    options = {"dropout": 0.2, "head_offset": 3, "deterministic": deterministic}
+    assert_accurate(tensors, window=11, softcap=3.0, scale=0.5, **options)
+
+
+def test_windows_are_those_of_transformers() -> None:
+    """The twin's mask, with and without a cache, against transformers' own functions."""
+    masking = pytest.importorskip("transformers.masking_utils")
+    for length, key_length, window in ((12, 12, 5), (3, 12, 5), (1, 12, 1)):
+        theirs = masking.sliding_window_causal_mask_function(window)
+        key = torch.arange(key_length)
+        expected = theirs(0, 0, key[key_length - length :, None], key)
+        ours = reference.visible(length, key_length, True, None, key.device, window)
+        assert torch.equal(ours[0, 0], expected)
+
+
+def test_the_twin_is_gemma_2s_attention() -> None:
+    """transformers' own eager function, whose fp32 differs from the twin's by rounding alone."""
+    gemma = pytest.importorskip("transformers.models.gemma2.modeling_gemma2")
+    q, k, v = case("cpu", 20, heads=4, key_heads=2).values()
+    mask = reference.visible(20, 20, True, None, q.device, 7)
+    module = SimpleNamespace(num_key_value_groups=2, head_dim=16, training=False)
+    theirs, _ = gemma.eager_attention_forward(
+        module, q, k, v, torch.where(mask, 0.0, -torch.inf), scaling=0.3, softcap=1.5
+    )
+    ours = reference.attention(q, k, v, scale=0.3, window=7, softcap=1.5)
+    torch.testing.assert_close(ours.transpose(1, 2), theirs)
+
+
+@pytest.mark.parametrize(("length", "window"), [(100, 20), (100, 50), (4, 20)])
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # of other blocks' rows
+def test_blocks_outside_the_window_are_not_read(
+    fused_device: str, length: int, window: int
+) -> None:
+    """Keys before the window of the last block of queries are NaN, which any product spreads."""
+    block, size = {"cpu": (32, 1), "cuda": (128, 10)}[fused_device]  # of queries; keys' are smaller
+    length, key_length, window = length * size, 100 * size, window * size
+    q, k, v = case(fused_device, length, key_length, heads=1).values()
+    expected = kernels.attention(q, k, v, window=window)
+    first_row = (length - 1) // block * block
+    first_seen = first_row + key_length - length - window + 1
+    for x in (k, v):
+        x[:, :, : first_seen // block * block] = torch.nan
+    assert k.isnan().any()
+    out = kernels.attention(q, k, v, window=window)
+    assert torch.equal(out[:, :, first_row:], expected[:, :, first_row:])
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_backward_does_not_read_blocks_outside_the_window(
+    fused_device: str, deterministic: bool
+) -> None:
+    """NaN in queries beyond the windows of the first keys, and in keys before the last queries'."""
+    size = {"cpu": 1, "cuda": 8}[fused_device]
+    length, window, block = 128 * size, 20 * size, 32 * size
+    q, k, v = (x.requires_grad_() for x in case(fused_device, length, heads=1).values())
+    out = kernels.attention(q, k, v, window=window, deterministic=deterministic)
+    gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    expected = torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True)
+    with torch.no_grad():
+        gradient[:, :, 2 * block :] = torch.nan
+    _, dk, dv = torch.autograd.grad(out, (q, k, v), gradient)
+    assert torch.equal(dk[:, :, :block], expected[1][:, :, :block])
+    assert torch.equal(dv[:, :, :block], expected[2][:, :, :block])
+    assert dv[:, :, 2 * block :].isnan().all()
+
+
+def test_a_window_as_long_as_the_keys_is_none(fused_device: str) -> None:
+    """It compiles nothing of its own: in generation, until the cache is as long as the window."""
+    tensors = case(fused_device, 5, 20)
+    assert torch.equal(kernels.attention(**tensors, window=20), kernels.attention(**tensors))
+    scalars = fused_attention._Call(None, None, 1.0, True, None, None, 0.0, 0).scalars
+    assert scalars(tensors["q"], tensors["k"])[4:] == (None, 1.0, math.log2(math.e), None, 1.0, 0)
+
+
+def test_a_soft_cap_far_above_all_scores_changes_nothing(fused_device: str) -> None:
+    tensors = case(fused_device, 20)
+    capped = kernels.attention(**tensors, softcap=1e4)
+    torch.testing.assert_close(capped, kernels.attention(**tensors))
 
 
 DOCUMENTS = {
@@ -454,6 +571,7 @@ def test_heads_of_no_channels(fused_device: str, function: Any, dropout: float) 
     length=st.integers(1, 40), extra=st.integers(-8, 20), group=st.sampled_from([1, 2]),
     head_dim=st.integers(1, 40),
     dtype=st.sampled_from(DTYPES), causal=st.booleans(), deterministic=st.booleans(),
+    window=st.none() | st.integers(1, 70),
 )  # fmt: skip
 def test_any_shape(
     fused_device: str,
@@ -464,6 +582,7 @@ def test_any_shape(
     dtype: Any,
     causal: bool,
     deterministic: bool,
+    window: int | None,
 ) -> None:
     tensors = case(
         fused_device,
@@ -474,7 +593,8 @@ def test_any_shape(
         head_dim=head_dim,
         dtype=dtype,
     )
-    assert_accurate(tensors, causal=causal, deterministic=deterministic)
+    window = window if causal else None
+    assert_accurate(tensors, causal=causal, deterministic=deterministic, window=window)
 
 
 BAD_INPUT = {
@@ -515,6 +635,10 @@ BAD_INPUT = {
     "document_ids is on meta, expected": {
         "document_ids": torch.zeros(1, 20, dtype=torch.int64, device="meta")
     },
+    "window is 0, expected at least 1 key, or None": {"window": 0},
+    "window is 4 with causal=False, expected causal=True": {"window": 4, "causal": False},
+    "softcap is 0.0, expected a positive number, or None": {"softcap": 0.0},
+    "softcap is nan, expected a positive number": {"softcap": math.nan},
     "q has length 21, expected at most k's 20 with document_ids": {
         "q": torch.zeros(1, 2, 21, 16),
         "document_ids": torch.zeros(1, 20, dtype=torch.int64),
@@ -548,8 +672,8 @@ def test_the_operators_declare_shapes_and_gradients(fused_device: str) -> None:
     q, k, v = (x.requires_grad_() for x in case(fused_device, 20, heads=2, key_heads=1).values())
     seed = torch.tensor([1], device=fused_device)
     torch.library.opcheck(
-        torch.ops.megagpt.attention_forward.default, (q, k, v, None, seed, 0.25, True, 0.5, 0,
-        False),
+        torch.ops.megagpt.attention_forward.default, (q, k, v, None, seed, 0.25, True, 7, 3.0,
+        0.5, 0, False),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )  # fmt: skip
 
@@ -578,26 +702,28 @@ def test_no_gradient_is_made_up_for_the_log_sum_exp(fused_device: str) -> None:
     assert (1, 2, 20) not in made.shapes
 
 
-def test_torch_compile_sees_one_graph(fused_device: str) -> None:
+@pytest.mark.parametrize("options", [{}, {"window": 7, "softcap": 2.0}])
+def test_torch_compile_sees_one_graph(fused_device: str, options: dict[str, Any]) -> None:
     tensors = case(fused_device, 20)
-    eager = kernels.attention(**tensors)
+    eager = kernels.attention(**tensors, **options)
     compiled = torch.compile(
-        lambda q, k, v: kernels.attention(q, k, v) * 2, backend="aot_eager", fullgraph=True
+        lambda q, k, v: kernels.attention(q, k, v, **options) * 2,
+        backend="aot_eager",
+        fullgraph=True,
     )
     reset_launches()
     assert torch.equal(compiled(**tensors), eager * 2)
     assert kernels.launches() == {"attention_forward": 1}
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_flops_are_counted_as_declared(fused_device: str, causal: bool) -> None:
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 7, "softcap": 2.0}])
+def test_flops_are_counted_as_declared(fused_device: str, options: dict[str, Any]) -> None:
     q, k, v = (x.requires_grad_() for x in case(fused_device, 20, 30).values())
     with FlopCounterMode(display=False) as counter:
-        kernels.attention(q, k, v, causal=causal).sum().backward()
+        kernels.attention(q, k, v, **options).sum().backward()
+    options.pop("softcap", None)  # element-wise work is not counted
     declared = [
-        costs.attention(
-            1, 2, 20, 16, key_length=30, causal=causal, itemsize=4, backward=backward
-        ).flops
+        costs.attention(1, 2, 20, 16, key_length=30, itemsize=4, backward=backward, **options).flops
         for backward in (False, True)
     ]
     assert counter.get_total_flops() == sum(declared)

@@ -370,6 +370,25 @@ def test_one_query_of_many_keys_sees_them_all() -> None:
     )
 
 
+@pytest.mark.parametrize(("length", "key_length"), [(64, 64), (5, 64), (1, 64), (64, 5)])
+@pytest.mark.parametrize("window", [1, 7, 60, 64, 100])
+def test_a_window_costs_what_is_visible(length: int, key_length: int, window: int) -> None:
+    """Pairs as the mask has them, each query's first and last counted half, as without a window."""
+    shape = {"batch": 2, "heads": 3, "length": length, "head_dim": 8, "key_length": key_length}
+    mask = reference.visible(length, key_length, True, None, torch.device("cpu"), window)
+    whole = reference.visible(length, key_length, True, None, torch.device("cpu"))
+    cost = costs.attention(**shape, window=window, itemsize=2)
+    hidden = int(whole.sum() - mask.sum())
+    band = sum(p + 1 - window > 0 for p in range(max(0, key_length - length), key_length))
+    pairs = costs.attention(**shape, itemsize=2).flops / (4 * 2 * 3 * 8) - hidden + band / 2
+    assert cost.flops == round(4 * 2 * 3 * 8 * pairs)
+    keys = int(mask.any(dim=(0, 1, 2)).sum())
+    assert cost.bytes == 2 * 2 * 3 * 8 * (2 * length + 2 * keys) + 4 * 2 * 3 * length
+    backward = costs.attention(**shape, window=window, itemsize=2, backward=True)
+    assert backward.flops == cost.flops * 5 // 2
+    assert backward.bytes == cost.bytes + 2 * 2 * 3 * 8 * (2 * length + 2 * key_length)
+
+
 def test_full_attention_flops_equal_torchs_counter() -> None:
     q, k, v = (torch.randn(2, 3, 64, 16) for _ in range(3))
     with (

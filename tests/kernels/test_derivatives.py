@@ -19,6 +19,9 @@ WEIGHT = torch.randn(12, 8, generator=torch.Generator().manual_seed(2))
 # Each operation as a function of one tensor (2, 5, 8), given the module that has it.
 CALLS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "attention": lambda ops, x: ops.attention(*[x.unflatten(-1, (2, 4)).transpose(1, 2)] * 3),
+    "attention, window and soft cap": lambda ops, x: ops.attention(
+        *[x.unflatten(-1, (2, 4)).transpose(1, 2)] * 3, window=3, softcap=2.0
+    ),
     "layer_norm": lambda ops, x: ops.layer_norm(x, WEIGHT[0], WEIGHT[1]),
     "rms_norm": lambda ops, x: ops.rms_norm(x, WEIGHT[0], residual=2 * x)[0],
     "linear_cross_entropy": lambda ops, x: ops.linear_cross_entropy(x, WEIGHT, TARGETS),

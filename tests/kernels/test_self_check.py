@@ -29,13 +29,15 @@ def twin(
     causal: bool,
     scale: float,
     document_ids: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
     dropout: float = 0.0,
     dropout_seed: Tensor | None = None,
     deterministic: bool = False,
 ) -> Tensor:
     """Attention with its probabilities written out, whose fp32 is exact on exact inputs."""
-    mask = reference.visible(q.shape[2], k.shape[2], causal, document_ids, q.device)
-    return reference._explicit_attention(q, k, v, mask, scale, dropout, dropout_seed, 0)
+    mask = reference.visible(q.shape[2], k.shape[2], causal, document_ids, q.device, window)
+    return reference._explicit_attention(q, k, v, mask, scale, dropout, dropout_seed, 0, softcap)
 
 
 VARIANTS = (
@@ -45,6 +47,9 @@ VARIANTS = (
     Variant(32, dropout=True, group=16, length=0, key_length=0),
     Variant(96, documents=True, dropout=True, causal=False, key_length=0),
     Variant(256, length=1, gradients=False),
+    Variant(64, window=True),
+    Variant(128, softcap=True),
+    Variant(80, documents=True, window=True, softcap=True, dropout=True, key_length=0),
 )
 
 
@@ -85,6 +90,9 @@ def assert_score_gradients_are_exact(case: exact_attention.ExactCase) -> None:
         ).any()  # operands that are not zero, over several blocks of keys
     delta = (weights * (case.out_gradient @ v.mT)).sum(-1, keepdim=True)
     scores = weights * (case.out_gradient @ v.mT) - softmax * delta
+    if "softcap" in case.options:
+        scaled = case.q @ k.mT * case.options["scale"] / case.options["softcap"]
+        scores *= 1 - scaled.tanh().square()
     scores = (scores / case.unit * 2**10).round() * case.unit / 2**10
     assert torch.equal(scores.bfloat16().double(), scores)
     for sums in (scores.abs() @ k.abs(), scores.mT.abs() @ case.q.abs()):
@@ -122,6 +130,43 @@ def documents_are_runs(
 ) -> Tensor:
     """Blocks outside the document are skipped, the mask inside is forgotten."""
     return twin(q, k, v, document_ids=document_ids // 2, **options)
+
+
+@mistake(Variant(64, window=True))
+def the_window_is_forgotten(q: Tensor, k: Tensor, v: Tensor, window: int, **options: Any) -> Tensor:
+    return twin(q, k, v, **options)
+
+
+@mistake(Variant(64, window=True))
+def the_window_has_one_key_more(
+    q: Tensor, k: Tensor, v: Tensor, window: int, **options: Any
+) -> Tensor:
+    return twin(q, k, v, window=window + 1, **options)
+
+
+@mistake(Variant(64, length=0, key_length=0, window=True))
+def the_window_has_one_key_less(
+    q: Tensor, k: Tensor, v: Tensor, window: int, **options: Any
+) -> Tensor:
+    return twin(q, k, v, window=window - 1, **options)
+
+
+@mistake(Variant(64, softcap=True, gradients=False))
+def scores_are_not_capped(
+    q: Tensor, k: Tensor, v: Tensor, softcap: float, **options: Any
+) -> Tensor:
+    return twin(q, k, v, **options)
+
+
+@mistake(Variant(64, softcap=True))
+def the_gradient_passes_the_soft_cap_unchanged(
+    q: Tensor, k: Tensor, v: Tensor, softcap: float, **options: Any
+) -> Tensor:
+    """Scores are capped, but dS lacks the factor 1 - tanh^2."""
+    tanh = Tensor.tanh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "tanh", lambda x: x + (tanh(x) - x).detach())
+        return twin(q, k, v, softcap=softcap, **options)
 
 
 @mistake(Variant(64, dropout=True))
@@ -249,6 +294,7 @@ def test_it_names_what_is_wrong(wrong: str, change: str, monkeypatch: pytest.Mon
         (Variant(16, documents=True, causal=False), torch.float16),
         (Variant(16, documents=True, dropout=True, deterministic=True), torch.bfloat16),
         (Variant(16, length=1, gradients=False), torch.bfloat16),
+        (Variant(16, window=True, softcap=True, deterministic=True), torch.bfloat16),
     ],
     ids=str,
 )
@@ -283,6 +329,8 @@ def test_a_variant_is_what_triton_compiles() -> None:
         80, dropout=True, deterministic=True
     )
     assert variant_of(q, q, q, document_ids=torch.zeros(1, 48)) == Variant(80, documents=True)
+    assert variant_of(q, q, q, window=47, softcap=2.0) == Variant(80, window=True, softcap=True)
+    assert variant_of(q, q, q, window=48) == Variant(80)  # it hides no key
     assert not Variant(*variant_of(q[..., :24:2], q[..., :12], q[..., :12])).aligned
     with torch.no_grad():
         assert variant_of(q[:, :, :1], q, q, deterministic=True) == Variant(

@@ -5,7 +5,8 @@ A score is a sum of head_dim products, and softmax turns its absolute error into
 the weight. The gradient of a score is a difference, dP - delta, of sums that may cancel: with one
 key it is 0, and what is left is rounding, which torch's order of summation may hit exactly and
 another misses. Twice torch's error is then a coin toss. So each of these sums is granted one unit
-in the last place of fp32, relative to the sum of its terms' absolute values.
+in the last place of fp32, relative to the sum of its terms' absolute values. A soft cap passes a
+score's error on times its own slope, 1 - t^2 with t = tanh(score / softcap), and rounds t twice.
 """
 
 from typing import Any
@@ -43,10 +44,18 @@ def attention_rounding(
     )
 
     score_error = UNIT * scale * (q.abs() @ k.abs().mT)
+    softcap = options.get("softcap")
+    if softcap is not None:
+        tanh = (scale * (q @ k.mT) / softcap).tanh()
+        slope = 1 - tanh.square()
+        score_error = score_error * slope + 2 * UNIT * softcap * tanh.abs()
+        slope_error = 2 * tanh.abs() * score_error / softcap
     weight_error = score_error * dropped
     score_gradient = _score_gradient(weights, dropped * (gradient @ v.mT), -1)
     summed = _score_gradient(weights, dropped * (gradient.abs() @ v.abs().mT), +1)
     score_gradient_error = UNIT * summed + score_error * score_gradient.abs()
+    if softcap is not None:
+        score_gradient_error = score_gradient_error * slope + score_gradient.abs() * slope_error
     errors = {
         "output 0": weight_error @ v.abs(),
         "gradient of q": scale * (score_gradient_error @ k.abs()),

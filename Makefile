@@ -17,6 +17,8 @@ PYTHON_2_11 ?= $(shell python3.12 -c '' 2>/dev/null && echo python3.12 || echo $
 KERNEL_TESTS := tests/kernels tests/model/test_fused_model.py
 
 # Two tests at a time, a file on one worker, one thread each: ranks of their own wait for each other most of the time.
+# Of tests marked rotate(K), whose cases are alike, these run one case in K: other ones each day.
+ROTATION ?= $(shell date +%-j)
 PYTEST := OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # DeepSpeed's launcher starts ranks with the `python` it finds first, and ops are compiled by the `ninja` beside it.
@@ -36,7 +38,7 @@ train: setup ## train as CONFIG says [ds_configs/default.json], continue if begu
 	@awk '/^=== step / { entry = "" } { entry = entry $$0 "\n" } END { printf "%s", entry }' $(RUN_DIR)/samples.txt
 
 test: setup $(TEST_OPS_BUILT) ## the tests that any machine can run, in minutes
-	$(PYTEST) -m "$(ANYWHERE)"
+	$(PYTEST) -m "$(ANYWHERE)" --rotation $(ROTATION)
 
 test-root: setup $(TEST_OPS_BUILT) ## the tests that need root: two hosts, joined by ssh (apt install pdsh openssh-server iproute2)
 	$(PYTEST) -m root
@@ -49,6 +51,7 @@ setup-torch-2.11: $(TORCH_2_11)/.ops_built ## a second environment: torch 2.11, 
 # Of the matrix, the memory's and benchmarks.gpu's tests those marked both_stacks, which train each way once; all others.
 test-torch-2.11: setup-torch-2.11 ## the kernels and each way to train, on torch 2.11 with triton 3.6.0
 	env PATH="$(CURDIR)/$(TORCH_2_11)/bin:$$PATH" $(PYTEST) -m "(not slow or both_stacks) and not gpu and not root" \
+	--rotation $$(($(ROTATION) + 1)) \
 	-k "both_stacks or not (test_matrix or test_memory or test_gpu_benchmark)" \
 	$(KERNEL_TESTS) tests/parallel/test_internals.py tests/equality/test_matrix.py tests/planning/test_memory.py tests/benchmarks/test_wheels.py tests/benchmarks/test_gpu_benchmark.py
 

@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -19,6 +20,9 @@ from megagpt.common.arguments import (
     whole_number,
 )
 from megagpt.utils import ExitCode, abandon, run_command
+
+if TYPE_CHECKING:
+    from megagpt.planning.cost.accelerators import Accelerator
 
 RATES = {
     "peak_tflops": "TFLOP/s of a device in 16 bit",
@@ -33,13 +37,11 @@ RATES = {
 def main() -> int:
     arguments = parse_arguments()
     from megagpt.cluster.hosts import read_hostfile
-    from megagpt.planning.cost.accelerators import find
     from megagpt.planning.placement import hosts_of
     from megagpt.planning.plan import Limits, as_json, assume, make_plan
     from megagpt.planning.report import text
 
-    device = find(arguments.device)
-    assert device is not None  # argparse checks the choices
+    device = arguments.device
     ranks = arguments.ranks or stated_world_size(arguments)
     hosts = (
         read_hostfile(arguments.hostfile)
@@ -53,7 +55,14 @@ def main() -> int:
     )
     rates = {name: getattr(arguments, name) for name in ("efficiency", *RATES)}
     assumed = assume(device, max(host.slots for host in hosts), **rates)
-    plan = make_plan(arguments.deepspeed_config, arguments.set, hosts, limits, assumed)
+    plan = make_plan(
+        arguments.deepspeed_config,
+        arguments.set,
+        hosts,
+        limits,
+        assumed,
+        bf16_native=device.bf16_native,
+    )
     try:
         print(json.dumps(as_json(plan), indent=2) if arguments.json else text(plan), flush=True)
     except BrokenPipeError:  # `| head`: the exit code has the verdict too
@@ -69,13 +78,27 @@ def stated_world_size(arguments: argparse.Namespace) -> int:
     from megagpt.config import load_config
     from megagpt.utils import UserError
 
-    stated = load_config(arguments.deepspeed_config, arguments.set).megagpt.parallel.world_size
+    config = load_config(arguments.deepspeed_config, arguments.set, for_plan=True)
+    stated = config.megagpt.parallel.world_size
     if stated is None and not arguments.hostfile:
         raise UserError(
             f"{arguments.deepspeed_config}: the number of ranks is unknown (no "
             "megagpt.parallel.world_size); give --hostfile hosts or --ranks 8"
         )
     return stated or 0
+
+
+def accelerator(name: str) -> "Accelerator":
+    """Parse the name of a device."""
+    from megagpt.planning.cost.accelerators import ACCELERATORS, find
+
+    if (found := find(name)) is None:
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is not known ({', '.join(ACCELERATORS)}); for another device, name the "
+            "nearest of these and give its figures: --peak_tflops X --device_memory_gib X "
+            "--link_gb_per_s X --host_gb_per_s X"
+        )
+    return found
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -116,8 +139,13 @@ def parse_arguments() -> argparse.Namespace:
         metavar="KEY=VALUE",
         help="override keys of the JSON file",
     )
-    devices = [name.lower() for name in ACCELERATORS]
-    add("--device", choices=devices, type=str.lower, default="h100", help="kind of GPU [h100]")
+    add(
+        "--device",
+        type=accelerator,
+        default="h100",
+        metavar="NAME",
+        help=f"kind of GPU, also as its driver names it [h100]: {', '.join(ACCELERATORS)}",
+    )
     add(
         "--device_memory_gib",
         type=positive,

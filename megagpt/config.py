@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
 
 from megagpt.schema import json_reader as config_json
 from megagpt.schema.arithmetic import BatchSizes, nearest_multiples, round_up, solve_batch
@@ -29,7 +29,15 @@ from megagpt.schema.deepspeed import (
     WarmupLR,
     ZeroConfig,
 )
-from megagpt.schema.errors import ConfigError, KeyPath, Problem, dotted, problems_in, shown
+from megagpt.schema.errors import (
+    ConfigError,
+    KeyPath,
+    Problem,
+    dotted,
+    shown,
+    to_paste,
+    unknown_key,
+)
 from megagpt.schema.fields import (
     Section,
     at_default,
@@ -39,9 +47,12 @@ from megagpt.schema.fields import (
     refuse,
     section,
 )
+from megagpt.schema.foreign import FOREIGN, REFUSED
+from megagpt.schema.idle import idle_keys
 from megagpt.schema.megagpt import MegagptConfig, MegagptSection, ParallelConfig
 from megagpt.schema.model import ModelConfig
-from megagpt.schema.refused import REFUSED
+from megagpt.schema.stand_ins import all_problems, stand_in_for_plan
+from megagpt.schema.written import adopt, fields_at, lines_of
 
 __all__ = [
     "ConfigError",
@@ -56,6 +67,10 @@ __all__ = [
 VOCABULARY_MULTIPLE = 128
 # monitor.py calls the trackers itself, on one rank
 NOT_FOR_DEEPSPEED = ("megagpt", "$schema", "wandb", "tensorboard")
+CLIPPED_BY_DEFAULT = (
+    "not given, so gradients are clipped at a norm of 1.0, as by DeepSpeed; without clipping: "
+    "--set gradient_clipping=0"
+)
 
 
 class RunConfig(Section):
@@ -76,7 +91,7 @@ class RunConfig(Section):
     gradient_accumulation_steps: int | None = execution(
         None, "micro-batches per optimizer step", ge=1
     )
-    optimizer: OptimizerConfig = section(..., "optimizer")
+    optimizer: OptimizerConfig = section(..., "the optimizer and its learning rate")
     scheduler: SchedulerConfig | None = section(None, "learning-rate schedule; default: constant")
     gradient_clipping: float = identity(1.0, "maximum gradient norm; 0: no clipping", ge=0)
     fp16: Fp16Config = section(Fp16Config(), "half precision")
@@ -90,18 +105,20 @@ class RunConfig(Section):
     wandb: WandbConfig = section(WandbConfig(), "Weights & Biases")
     tensorboard: TensorboardConfig = section(TensorboardConfig(), "TensorBoard")
     megagpt: MegagptSection = section(..., "everything that DeepSpeed has no key for")
+    _notes: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines on what the file says without effect, or leaves to a default, to show at start."""
+        return self._notes
 
     @model_validator(mode="after")
     def _check_sections_together(self) -> Self:
         problems = []
         if self.train_batch_size is None and self.train_micro_batch_size_per_gpu is None:
-            problems.append(
-                (
-                    "train_batch_size",
-                    "required key is missing (or give train_micro_batch_size_per_gpu)",
-                )
-            )
-        if self.fp16.enabled and self.bf16.enabled:
+            message = "required key is missing (or train_micro_batch_size_per_gpu)"
+            problems.append(("train_batch_size", message + to_paste("train_batch_size")))
+        if self.fp16.enabled is True and self.bf16.enabled:
             problems.append(
                 (
                     "fp16.enabled",
@@ -117,19 +134,14 @@ class RunConfig(Section):
                     f"or remove it"
                 )
                 problems.append(("scheduler.params.warmup_max_lr", message))
-        if self.aio and "nvme" not in (
-            self.zero_optimization.optimizer_device,
-            self.zero_optimization.parameter_device,
-        ):
-            problems.append(("aio", 'has no effect without offload to "nvme"; remove it'))
         refuse(problems)
         return self
 
     @classmethod
     def from_json(cls, text: str, source: str = "config.json") -> Self:
         """Read configuration text, such as that of `to_json`, with the checks of `load_config`."""
-        document, problems = config_json.parse(text, source)
-        return _validated(cls, document, problems, source, ())
+        document, _ = config_json.parse(text, source)
+        return _read(cls, document, source)
 
     def to_json(self) -> str:
         """Return canonical text: equal runs have equal text.
@@ -148,10 +160,10 @@ class RunConfig(Section):
         Raises ConfigError.
         """
         document = self.as_written()
-        keys_set, errors = _override(document, overrides)
+        keys_set, errors = config_json.apply_overrides(document, overrides, _is_known)
         if errors:
             raise ConfigError(errors)
-        return _validated(RunConfig, document, [], "", keys_set)
+        return _read(RunConfig, document, "", keys_set)
 
     def deepspeed_dict(self) -> dict[str, Any]:
         """Return a new dict for `deepspeed.initialize`: DeepSpeed's sections only."""
@@ -167,13 +179,18 @@ class RunConfig(Section):
         return dict(_leaves_of_role("identity", self))
 
     def resolved(
-        self, *, world_size: int, vocabulary: int | None, bf16_native: bool
+        self,
+        *,
+        world_size: int,
+        vocabulary: int | None,
+        bf16_native: bool,
+        fp16_native: bool = False,
     ) -> ResolvedConfig:
         """Return the run with every value known, on `world_size` ranks with `vocabulary` tokens.
 
-        `vocabulary` is None if the data are not available (planning). `bf16_native`: the
-        device multiplies bfloat16 matrices in hardware. Raises ConfigError with every
-        impossible value and the closest possible ones.
+        `vocabulary` is None if the data are not available (planning). `bf16_native`,
+        `fp16_native`: the device multiplies such matrices in hardware. Raises ConfigError with
+        every impossible value and the closest possible ones.
         """
         ranks = _data_parallel_size(self.megagpt.parallel, world_size)
         rows_and_tokens = _vocabulary(self, vocabulary)
@@ -181,7 +198,7 @@ class RunConfig(Section):
         problems = [found for found in (batch, rows_and_tokens) if isinstance(found, Problem)]
         if isinstance(batch, Problem) or isinstance(rows_and_tokens, Problem):
             raise ConfigError(problem.line("") for problem in problems)
-        return _resolve(self, batch, rows_and_tokens, bf16_native)
+        return _resolve(self, batch, rows_and_tokens, _precision(self, bf16_native, fp16_native))
 
     def _document(self) -> dict[str, Any]:
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -213,18 +230,19 @@ class ResolvedConfig(RunConfig):
 Config = TypeVar("Config", bound=RunConfig)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, for_plan: bool = False
+) -> RunConfig:
     """Read a configuration file and apply `a.b=value` overrides.
 
-    Raises ConfigError with all errors at once.
+    A plan needs neither an optimizer nor a batch: with `for_plan`, stand-ins take their place, and
+    a note says so. Raises ConfigError with all errors at once.
     """
     source = str(path)
     document, _ = config_json.parse(config_json.read_text(Path(path)), source)
-    keys_set, errors = _override(document, overrides)
+    keys_set, errors = config_json.apply_overrides(document, overrides, _is_known)
     try:
-        config = _validated(
-            RunConfig, document, config_json.hidden_problems(document), source, keys_set
-        )
+        config = _read(RunConfig, document, source, keys_set, for_plan=for_plan)
     except ConfigError as error:
         raise ConfigError(errors + error.errors) from error
     if errors:
@@ -232,29 +250,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
-def _override(
-    document: dict[str, Any], overrides: Sequence[str]
-) -> tuple[list[KeyPath], list[str]]:
-    """Write the overrides into the document; `null` removes a key that exists.
-
-    Return the keys that were set and the error lines.
-    """
-    keys_set, errors = config_json.apply_overrides(document, overrides)
-    for path in dict.fromkeys(keys_set):
-        if config_json.is_null(document, path) and not _is_unknown(document, path):
-            config_json.remove(document, path)
-    return keys_set, errors
-
-
-def _is_unknown(document: dict[str, Any], path: KeyPath) -> bool:
-    try:
-        RunConfig.model_validate(document)
-    except ValidationError as error:
-        return any(
-            found["type"] == "extra_forbidden" and found["loc"][-1] == path[-1]
-            for found in error.errors()
-        )
-    return False
+def _is_known(path: KeyPath) -> bool:
+    """Return whether DeepSpeed or this trainer has the key."""
+    return bool(fields_at(RunConfig, path)) or any(
+        path[: len(row.path)] == row.path for row in FOREIGN
+    )
 
 
 def identity_differences(recorded: Mapping[str, Any], requested: Mapping[str, Any]) -> list[str]:
@@ -274,22 +274,44 @@ def identity_differences(recorded: Mapping[str, Any], requested: Mapping[str, An
     ]
 
 
-def _validated(
+def _read(
     model: type[Config],
-    document: dict[str, Any],
-    hidden: list[Problem],
+    document: config_json.Document,
     source: str,
-    keys_set: Sequence[KeyPath],
+    keys_set: Sequence[KeyPath] = (),
+    *,
+    for_plan: bool = False,
 ) -> Config:
     """Return the checked configuration, or raise ConfigError with every problem.
 
     A problem at a key of `keys_set` names `--set` as its source, not the file.
     """
+    problems = config_json.hidden_problems(document)
+    adopted = adopt(document, model)
+    notes = adopted.notes + (stand_in_for_plan(document) if for_plan else [])
+    config = _checked(model, document, problems + adopted.problems, source, keys_set)
+    if idle := idle_keys(config.zero_optimization, config.aio):
+        for key, _ in idle:
+            config_json.remove(document, tuple(key.split(".")))
+        config = model.model_validate(document)
+    if "gradient_clipping" not in document:
+        notes.append(("gradient_clipping", CLIPPED_BY_DEFAULT))
+    config._notes = tuple(lines_of(notes + idle))
+    return config
+
+
+def _checked(
+    model: type[Config],
+    document: config_json.Document,
+    problems: list[Problem],
+    source: str,
+    keys_set: Sequence[KeyPath],
+) -> Config:
+    """Return the configuration if nothing is wrong with it, or raise ConfigError."""
     try:
         config = model.model_validate(document)
-        problems = hidden
     except ValidationError as error:
-        problems = hidden + problems_in(error, document, model, REFUSED)
+        problems = problems + all_problems(error, document, model)
     if problems:
         lines = [
             line for problem in problems for line in _lines(problem, document, source, keys_set)
@@ -313,6 +335,8 @@ def _lines(
     lines = []
     if dotted(problem.path) in REFUSED:
         lines = [Problem(key, problem.message).line("--set") for key in inside]
+    elif problem.message.startswith("unknown key"):
+        lines = [Problem(key, unknown_key(key, RunConfig)).line("--set") for key in inside]
     if inside and all(_begins_with(leaf, inside) for leaf in _leaves(document, problem.path)):
         return lines or [problem.line("--set")]
     return [problem.line(source), *lines]
@@ -395,7 +419,10 @@ def _vocabulary(config: RunConfig, of_data: int | None) -> tuple[int, int] | Pro
 
 
 def _resolve(
-    config: RunConfig, batch: BatchSizes, vocabulary: tuple[int, int], bf16_native: bool
+    config: RunConfig,
+    batch: BatchSizes,
+    vocabulary: tuple[int, int],
+    precision: Mapping[str, bool],
 ) -> ResolvedConfig:
     document = config._document()
     document.pop("$schema", None)  # it is relative to the original file
@@ -405,10 +432,26 @@ def _resolve(
     document["megagpt"]["model"] |= dict(zip(("vocab_size", "vocabulary"), vocabulary, strict=True))
     total_steps = _total_steps(config, batch)
     document["megagpt"]["training"]["total_steps"] = total_steps
-    if config.bf16.enabled == "auto":
-        document["bf16"]["enabled"] = bf16_native
+    for name, enabled in precision.items():
+        document[name]["enabled"] = enabled
     _resolve_scheduler(document, total_steps)
-    return _validated(ResolvedConfig, document, [], "", ())
+    return _checked(ResolvedConfig, document, [], "", ())
+
+
+def _precision(config: RunConfig, bf16_native: bool, fp16_native: bool) -> dict[str, bool]:
+    """Return which 16-bit format is enabled, with "auto" decided by the device.
+
+    "auto" is off at ZeRO 0, which computes in fp32 only. Of two formats that are "auto", bf16 is
+    taken where it is native.
+    """
+    partitioned = config.zero_optimization.stage > 0
+    bf16 = config.bf16.enabled
+    fp16 = config.fp16.enabled
+    if bf16 == "auto":
+        bf16 = bf16_native and partitioned
+    if fp16 == "auto":
+        fp16 = fp16_native and not bf16_native and not bf16 and partitioned
+    return {"bf16": bf16, "fp16": fp16}
 
 
 def _total_steps(config: RunConfig, batch: BatchSizes) -> int:

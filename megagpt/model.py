@@ -24,6 +24,7 @@ from kernels.philox import fold_seed
 from megagpt.config import ModelConfig
 from megagpt.rotary import rotary_angles, rotate
 
+IGNORED = -100  # a target that has no loss
 TIED_WEIGHT = "embedding.tokens.weight"  # also the head's weight if embeddings are tied
 gelu_tanh = partial(F.gelu, approximate="tanh")  # Hendrycks and Gimpel 2016, as in GPT-2
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -373,6 +374,7 @@ class Head(nn.Module):
             x,
             self.weight,
             targets,
+            ignore_index=IGNORED,
             vocabulary=self.config.vocabulary,
             softcap=self.config.logit_softcap,
             z_loss=self.config.z_loss if torch.is_grad_enabled() else 0.0,
@@ -419,7 +421,7 @@ class GPT(nn.Module):
         dropout_seed: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """Return the mean loss (a scalar) if targets (batch, length) are given, else logits.
+        """Return the mean loss of the targets (batch, length) that are not ignored, or logits.
 
         Logits are (batch, length, padded vocabulary). ``inputs`` are tokens (batch, length), or the
         hidden states from the layers before these; without the head, hidden states are returned.

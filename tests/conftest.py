@@ -25,14 +25,48 @@ if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start ranks or commands come first, the longest before others, so that workers
-    end together.
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--rotation",
+        type=int,
+        metavar="N",
+        help="of the cases of tests marked rotate(K), run every K-th, from the N-th on [all]",
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    number = config.getoption("rotation")
+    return None if number is None else f"rotation: {number} (repeat with --rotation {number})"
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k have left out theirs
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the cases that are another day's turn. Files that start ranks or commands come
+    first, the longest before others, so that workers end together.
     """
+    if (number := config.getoption("rotation")) is not None:
+        others = others_turn(items, number)
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in set(others)]
     waiting = Counter(
         item.path for item in items if PROCESSES.intersection(getattr(item, "fixturenames", ()))
     )
     items.sort(key=lambda item: (-waiting[item.path], item.path))
+
+
+def others_turn(items: list[pytest.Item], number: int) -> list[pytest.Item]:
+    """The cases of tests marked rotate(K) that do not run under this number: K numbers in a row
+    run all.
+    """
+    seen: Counter[str] = Counter()
+    others = []
+    for item in items:
+        if (mark := item.get_closest_marker("rotate")) is not None:
+            test, _, _ = item.nodeid.partition("[")
+            if (seen[test] + number) % mark.args[0]:
+                others.append(item)
+            seen[test] += 1
+    return others
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

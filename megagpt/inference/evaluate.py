@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megagpt.dataset import Batch, SampleStream
 from megagpt.inference.stored_model import require_known_ids
-from megagpt.model import GPT
+from megagpt.model import GPT, IGNORED
 from megagpt.schema.megagpt import MegagptConfig
 
 Loss = Callable[[Batch], Tensor]  # the mean loss over the batch's targets, in nats per token
@@ -71,9 +71,10 @@ def evaluate(
     tokens = 0
     text_bytes = 0
     for batch in islice(epoch(stream, batch_size), batches):
-        nats += loss(batch).item() * batch.targets.size
-        tokens += batch.targets.size
-        text_bytes += int(bytes_of_token[batch.targets].sum())
+        counted = batch.targets[batch.targets != IGNORED]
+        nats += loss(batch).item() * counted.size
+        tokens += counted.size
+        text_bytes += int(bytes_of_token[counted].sum())
     return Evaluation(nats / tokens, tokens, text_bytes)
 
 

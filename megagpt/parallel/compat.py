@@ -7,17 +7,22 @@ the installed files are those. Lines of torch's files are those of 2.13; comment
 differs.
 """
 
+import importlib
+import sys
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import cpu_adam
+from deepspeed.runtime import compiler
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import (
     parameter_offload,
@@ -53,6 +58,20 @@ def suppress_shared_memory_collectives() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def suppress_compilation_of_muon() -> None:
+    """Keep ``initialize`` from importing torch's compiler: 1 s of CPU and 600 modules per rank.
+
+    Each ZeRO optimizer imports Muon to recognise it (zero/utils.py:71), and Muon asks torch to
+    compile its functions as it is imported (zero/muon/original_muon.py:50). No run here uses Muon.
+    """
+    compiling = compiler.compile
+    compiler.compile = lambda **options: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compiling
+
+
 def silence_cpu_adam() -> None:
     """Keep CPU Adam from printing its settings from C++.
 
@@ -60,6 +79,35 @@ def silence_cpu_adam() -> None:
     (ops/adam/cpu_adam.py:98), which the rank's log needs.
     """
     cpu_adam.should_log_le = lambda level: False
+
+
+@contextmanager
+def vendor_without_processes() -> Iterator[None]:
+    """Keep CPU Adam from starting processes to learn the processor's vendor.
+
+    It wants the vendor to warn of fp16 on AMD (ops/adam/cpu_adam.py:76). py-cpuinfo starts three
+    processes for that, a Python among them: 0.4 s of CPU for each engine. The kernel has it in a
+    file.
+    """
+    answer = types.SimpleNamespace(get_cpu_info=lambda: {"vendor_id_raw": _vendor()})
+    imported = sys.modules.get("cpuinfo")
+    sys.modules["cpuinfo"] = cast(types.ModuleType, answer)
+    try:
+        yield
+    finally:
+        if imported is None:
+            del sys.modules["cpuinfo"]
+        else:
+            sys.modules["cpuinfo"] = imported
+
+
+def _vendor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id"))
+    return next(named, "unknown")
 
 
 class Partitioner:

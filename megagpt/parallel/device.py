@@ -56,6 +56,11 @@ def multiplies_bf16_natively(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def multiplies_fp16_natively(device: torch.device) -> bool:
+    """Return whether fp16 matrix products are faster than fp32: on GPUs."""
+    return device.type == "cuda"
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Return the peak that MFU is a fraction of, in FLOP/s; None if unknown.
 

@@ -131,6 +131,7 @@ def join_ranks(config: ResolvedConfig | None = None) -> None:
     ops.use_private_extensions()
     _require_known_internals(config)
     compat.suppress_shared_memory_collectives()
+    compat.suppress_compilation_of_muon()
     compat.silence_cpu_adam()
     get_accelerator().set_device(launch.local_rank)
     share_cores()
@@ -250,6 +251,13 @@ def compute_dtype(config: ResolvedConfig) -> torch.dtype:
     return torch.float16 if config.fp16.enabled else torch.float32
 
 
+def supported_formats() -> set[str]:
+    """Return which of bf16 and fp16 DeepSpeed accepts on this device."""
+    accelerator = get_accelerator()
+    answers = {"bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
+    return {name for name, supported in answers.items() if supported}
+
+
 def build_engine(config: ResolvedConfig, mesh: Mesh) -> Engine:
     """Initialise the model directly into its ZeRO shards and wrap it; every rank must call it.
 
@@ -268,13 +276,14 @@ def build_engine(config: ResolvedConfig, mesh: Mesh) -> Engine:
         else None
     )
     model, names, held = build_model(config, mesh, axis, ds_config)
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=parameter_groups(model, names),
-        config=ds_config,
-        mpu=mesh,
-        dist_init_required=False,
-    )
+    with compat.vendor_without_processes():
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=parameter_groups(model, names),
+            config=ds_config,
+            mpu=mesh,
+            dist_init_required=False,
+        )
     compat.keep_least_loss_scale(engine)
     zero = config.zero_optimization
     if zero.parameter_device == "nvme":

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TextIO
 
 from megagpt.config import RunConfig
+from megagpt.parallel import op_cache
 from megagpt.utils import RankEnvironment, UserError, human_duration
 
 EXTENSIONS_VARIABLE = "TORCH_EXTENSIONS_DIR"
@@ -57,18 +58,9 @@ def _prefer_own_ninja() -> None:
 def _private_directory() -> Path:
     prefix = Path(sys.prefix)
     if os.access(prefix, os.W_OK):
-        return prefix / "torch_extensions" / _processor()
+        return prefix / "torch_extensions" / op_cache.processor()
     environment = hashlib.sha256(str(prefix).encode()).hexdigest()[:8]
-    return Path.home() / ".cache" / "megagpt" / environment / _processor()
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    features = next((line for line in lines if line.startswith(("flags", "Features"))), "unknown")
-    return hashlib.sha256(features.encode()).hexdigest()[:8]
+    return Path.home() / ".cache" / "megagpt" / environment / op_cache.processor()
 
 
 def needed_ops(config: RunConfig, device_type: str) -> list[str]:
@@ -107,6 +99,8 @@ def missing_tools(op: str) -> str | None:
         return "there is no C++ compiler (Debian, Ubuntu: apt install g++)"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return "Python's own headers are missing (Debian, Ubuntu: apt install python3-dev)"
+    if op == "AsyncIOBuilder" and not _builder(op).is_compatible(verbose=False):
+        return "libaio's headers are missing (Debian, Ubuntu: apt install libaio-dev)"
     return _missing_of_cuda() if op in BUILT_FOR_CUDA and _builds_for_cuda() else None
 
 
@@ -169,6 +163,8 @@ def build(ops: list[str]) -> None:
     for op in ops:
         started = time.monotonic()
         with _one_builder(op):
+            if op_cache.load(_builder(op), _op_directory(op)):
+                continue
             if is_built(op):
                 _load(op)
                 continue
@@ -182,24 +178,21 @@ def _say(text: str) -> None:
 
 
 def _load(op: str) -> None:
+    """Let DeepSpeed load an op, which compiles what is not compiled, and stamp it."""
+    builder = _builder(op)
     try:
-        _builder(op).load(verbose=False)
+        builder.load(verbose=False)
     except Exception as error:  # the compiler and the loader raise many types
         raise UserError(
             f"DeepSpeed's {_name(op)}: build failed: {error}\nsee the compiler's output above"
         ) from error
+    op_cache.record(builder, _op_directory(op))
 
 
 def _builder(op: str):  # type: ignore[no-untyped-def]  # DeepSpeed's builders have no common public type
     from deepspeed.accelerator import get_accelerator
 
-    builder = get_accelerator().create_op_builder(op)
-    if op == "AsyncIOBuilder" and not builder.is_compatible(verbose=False):
-        raise UserError(
-            "zero_optimization: offload to NVMe needs libaio's headers; install them (Debian, "
-            "Ubuntu: apt install libaio-dev) and start again"
-        )
-    return builder
+    return get_accelerator().create_op_builder(op)
 
 
 def _name(op: str) -> str:

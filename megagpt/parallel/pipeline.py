@@ -16,7 +16,7 @@ from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, ScheduleIn
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 
 from kernels.documents import DocumentBounds
-from megagpt.model import TIED_WEIGHT, KeyValueCache
+from megagpt.model import IGNORED, TIED_WEIGHT, KeyValueCache
 from megagpt.parallel import compat
 from megagpt.parallel.engine import Engine, compute_dtype
 from megagpt.planning.schedules import schedule_that_runs
@@ -26,9 +26,9 @@ from megagpt.planning.schedules import schedule_that_runs
 class MicroBatch:
     """One forward's input on the device.
 
-    ``tokens`` and ``targets`` are (batch, length). ``documents`` holds the bounds of packed
-    documents or None; it is computed once for every layer, stage and recomputation.
-    ``dropout_seed`` (batch,) has one seed per sample, or is None.
+    ``tokens`` and ``targets`` are (batch, length); targets of ``IGNORED`` have no loss.
+    ``documents`` holds the bounds of packed documents or None; it is computed once for every layer,
+    stage and recomputation. ``dropout_seed`` (batch,) has one seed per sample, or is None.
     """
 
     tokens: Tensor
@@ -47,9 +47,9 @@ class MicroBatch:
 class StepResult:
     """The outcome of a step, equal on every rank.
 
-    ``loss`` is the mean over the global batch, ``grad_norm`` the norm before clipping. ``applied``
-    is false if the loss or a gradient was not finite or the loss was refused; weights and moments
-    are then unchanged.
+    ``loss`` is the mean over the global batch's targets, ``grad_norm`` the norm before clipping.
+    ``applied`` is false if the loss or a gradient was not finite or the loss was refused; weights
+    and moments are then unchanged.
     """
 
     loss: float
@@ -90,21 +90,42 @@ def accumulate(engine: Engine, micro_batches: Sequence[MicroBatch]) -> list[Tens
     )
     # Per step, DeepSpeed reduces when this context closes; otherwise in each backward.
     with engine.deepspeed.coalesce_grad_reduction() if per_step else nullcontext():
+        shares = loss_shares(engine, micro_batches)
         if engine.num_stages > 1:
-            losses = _pipeline(engine, len(micro_batches)).train(micro_batches)
+            losses = _pipeline(engine, len(micro_batches)).train(micro_batches, shares)
         else:
-            losses = _one_after_another(engine, micro_batches, count_micro_steps=not per_step)
+            losses = _one_after_another(
+                engine, micro_batches, shares, count_micro_steps=not per_step
+            )
     if per_step or engine.num_stages > 1:
         engine.deepspeed.set_gradient_accumulation_boundary(True)
     return losses
 
 
+def loss_shares(engine: Engine, micro_batches: Sequence[MicroBatch]) -> Tensor:
+    """Return the factor (micro-batches,) of each micro-batch's mean loss; collective.
+
+    The step's loss is the mean over all targets of the global batch, wherever they are. The engine
+    averages over micro-batches and replicas, so a micro-batch with more targets than the average
+    counts for more: with n of the N targets in k micro-batches of all replicas, for n k / N. That
+    is exactly 1 if no target is ignored. Ranks of a data group must call it together.
+    """
+    counts = torch.stack([(m.targets != IGNORED).sum() for m in micro_batches]).double()
+    total = counts.sum()
+    dist.all_reduce(total, group=engine.mesh.data_group)
+    everywhere = len(micro_batches) * engine.mesh.data_size
+    return (counts * everywhere / total.clamp(min=1)).float()
+
+
 def _one_after_another(
-    engine: Engine, micro_batches: Sequence[MicroBatch], count_micro_steps: bool
+    engine: Engine,
+    micro_batches: Sequence[MicroBatch],
+    shares: Tensor,
+    count_micro_steps: bool,
 ) -> list[Tensor]:
     losses = []
     for index, micro_batch in enumerate(micro_batches):
-        loss = engine.deepspeed(
+        loss = shares[index] * engine.deepspeed(
             micro_batch.tokens, targets=micro_batch.targets, **micro_batch.context
         )
         engine.deepspeed.backward(loss)
@@ -118,10 +139,14 @@ def _one_after_another(
 def evaluate(engine: Engine, micro_batches: Sequence[MicroBatch]) -> float:
     """Return the mean loss over a global batch without training; every rank must call it."""
     engine.deepspeed.eval()
+    shares = loss_shares(engine, micro_batches)
     if engine.num_stages > 1:
-        losses = _pipeline(engine, len(micro_batches)).evaluate(micro_batches)
+        losses = _pipeline(engine, len(micro_batches)).evaluate(micro_batches, shares)
     else:
-        losses = [engine.deepspeed(m.tokens, targets=m.targets, **m.context) for m in micro_batches]
+        losses = [
+            share * engine.deepspeed(m.tokens, targets=m.targets, **m.context)
+            for share, m in zip(shares, micro_batches, strict=True)
+        ]
     engine.deepspeed.train()
     return mean_loss(engine, losses)
 
@@ -129,7 +154,8 @@ def evaluate(engine: Engine, micro_batches: Sequence[MicroBatch]) -> float:
 def mean_loss(engine: Engine, losses: Sequence[Tensor]) -> float:
     """Return the mean over micro-batches and replicas, equal on all ranks.
 
-    Every rank must call it; ranks without the head pass no losses.
+    ``losses`` are those of this rank's micro-batches, times their ``loss_shares``. Every rank must
+    call it; ranks without the head pass no losses.
     """
     total = (
         torch.stack(list(losses)).double().mean()
@@ -181,8 +207,12 @@ class Pipeline:
             self.engine.num_stages,
             self.micro_batches,
         )
-        # The model's last stage returns the loss itself, and the engine scales gradients.
-        options: dict[str, Any] = {"loss_fn": lambda loss, _: loss, "scale_grads": False}
+        # The model's last stage returns the loss itself, which the schedule hands on with the
+        # micro-batch's share (1,); the engine scales gradients.
+        options: dict[str, Any] = {
+            "loss_fn": lambda loss, share: loss * share[0],
+            "scale_grads": False,
+        }
         if kind == "interleaved":
             return ScheduleInterleaved1F1B([*self.stages], self.micro_batches, **options)
         single = ScheduleGPipe if kind == "gpipe" else Schedule1F1B
@@ -207,18 +237,18 @@ class Pipeline:
             "output_args": loss if stage == last else hidden,
         }
 
-    def train(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+    def train(self, micro_batches: Sequence[MicroBatch], shares: Tensor) -> list[Tensor]:
         """Run forward and backward of every micro-batch; return the losses if the head is here."""
         self.backwards = [0] * len(self.stages)
-        losses = self._run(self.schedule.step, micro_batches)
+        losses = self._run(self.schedule.step, micro_batches, shares)
         _add_tied_gradients(self.engine)
         return losses
 
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+    def evaluate(self, micro_batches: Sequence[MicroBatch], shares: Tensor) -> list[Tensor]:
         """Run forward of every micro-batch; return the losses if the head is here."""
-        return self._run(self.schedule.eval, micro_batches)
+        return self._run(self.schedule.eval, micro_batches, shares)
 
-    def _run(self, run: Any, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+    def _run(self, run: Any, micro_batches: Sequence[MicroBatch], shares: Tensor) -> list[Tensor]:
         """Pass this rank's stages their inputs; the schedule splits them into micro-batches."""
         self.engine.begin_trace()
         stages = self.engine.stages
@@ -229,7 +259,7 @@ class Pipeline:
             targets = torch.cat([m.targets for m in micro_batches])
             run(
                 *inputs,
-                target=targets,
+                target=shares,
                 targets=targets,
                 losses=losses,
                 return_outputs=False,

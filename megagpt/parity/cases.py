@@ -140,7 +140,7 @@ def remarks_on_own(request: ParityRequest, planned: ParityPlan) -> list[str]:
         remarks.append(f"it states {request.stated_ranks} ranks")
     if request.file.bf16.enabled is True and request.precision == "fp32":
         remarks.append("it computes in bf16; try --precision bf16 too")
-    if request.file.fp16.enabled:
+    if request.file.fp16.enabled is True:
         remarks.append("it computes in fp16, which is not compared")
     return remarks
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from megagpt.config import ResolvedConfig
-from megagpt.model import GPT, decayed, initialise_
+from megagpt.model import GPT, IGNORED, decayed, initialise_
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -33,10 +33,17 @@ class PlainRun:
 
 
 def global_batch(step: int, samples: int, length: int, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """Return a step's tokens and targets (samples, length); the token gives the target."""
+    """Return a step's tokens and targets (samples, length); the token gives the target.
+
+    In every second step most samples have only some targets, the first has the fewest.
+    """
     generator = torch.Generator().manual_seed(1000 + step)
     tokens = torch.randint(0, vocabulary, (samples, length), generator=generator)
-    return tokens, (tokens * 7 + 3) % vocabulary
+    targets = (tokens * 7 + 3) % vocabulary
+    if step % 2:
+        for sample in range(samples):
+            targets[sample, (sample + 1) * length // samples :] = IGNORED
+    return tokens, targets
 
 
 def dropout_seeds(step: int, samples: int) -> Tensor:

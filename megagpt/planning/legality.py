@@ -8,7 +8,7 @@ check in the same world.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 
 from megagpt.config import ConfigError, ResolvedConfig, RunConfig, unexpected_world
@@ -34,6 +34,7 @@ class World:
     ranks: int | None
     vocabulary: int | None
     bf16_native: bool | None = None
+    fp16_native: bool = True
 
     def resolve(self, written: RunConfig) -> ResolvedConfig:
         """Return the resolved run in this world; raise ConfigError if there is none.
@@ -41,19 +42,19 @@ class World:
         If `bf16_native` is not known, assume the value with which the run is legal.
         """
         if self.bf16_native is None:
-            without, with_bf16 = (
-                replace(self, bf16_native=native).resolve(written) for native in (False, True)
-            )
-            legal_with_bf16_alone = self.refusals(without, written) and not self.refusals(
-                with_bf16, written
-            )
-            return with_bf16 if legal_with_bf16_alone else without
+            devices = [(False, False), (True, True), (False, True)]
+            runs = [
+                replace(self, bf16_native=bf16, fp16_native=fp16).resolve(written)
+                for bf16, fp16 in (devices if leaves_format_to_device(written) else devices[:1])
+            ]
+            return next((run for run in runs if not self.refusals(run, written)), runs[0])
         return written.resolved(
             world_size=self.ranks or written.megagpt.parallel.model_parallel_size,
             vocabulary=self.vocabulary
             if self.vocabulary != ANY_VOCABULARY
             else self._stand_in(written),
             bf16_native=self.bf16_native,
+            fp16_native=self.fp16_native,
         )
 
     def refusals(self, config: RunConfig, written: RunConfig) -> list[Rule]:
@@ -76,21 +77,71 @@ class World:
 class LegalRun:
     """A run that has been judged, with nothing left open but what its device decides.
 
-    `config` is the run on a device where it is legal: all but `bf16.enabled` holds on any device.
+    `config` is the run on a device where it is legal: all but `bf16.enabled` and `fp16.enabled`
+    holds on any device.
     """
 
     written: RunConfig
     world: World
     config: ResolvedConfig
 
-    def on_device(self, *, bf16_native: bool) -> ResolvedConfig:
-        """Return the run with `bf16.enabled` "auto" decided by the device.
+    def on_device(self, *, bf16_native: bool, fp16_native: bool = False) -> ResolvedConfig:
+        """Return the run with a number format of "auto" decided by the device.
 
         Raises ConfigError where that makes it illegal.
         """
-        if self.written.bf16.enabled != "auto":
+        if not leaves_format_to_device(self.written):
             return self.config
-        return resolve(self.written, world=replace(self.world, bf16_native=bf16_native)).config
+        world = replace(self.world, bf16_native=bf16_native, fp16_native=fp16_native)
+        return resolve(self.written, world=world).config
+
+    def require_format(self, supported: Container[str], source: str = "") -> None:
+        """Raise ConfigError if the device does not support the run's 16-bit format.
+
+        DeepSpeed would raise ValueError while it builds the engine (engine.py:2003). `supported`
+        holds bf16, fp16, both or none; a format that it does hold is offered, or fp32.
+        """
+        chosen = next((name for name in FORMATS if getattr(self.config, name).enabled), None)
+        if chosen is None or chosen in supported:
+            return
+        off = f"{chosen}.enabled=false"
+        offers: list[Items] = [(off,), *((off, f"{name}.enabled=true") for name in FORMATS)]
+        found = next((items for items in offers if self._is_offer(items, supported)), None)
+        offer = f"; nearest legal: --set {' '.join(found)}" if found else ""
+        _refuse([f"{chosen}.enabled: true is refused: the device has no {chosen}{offer}"], source)
+
+    def _is_offer(self, items: Items, supported: Container[str]) -> bool:
+        """Return whether the run is legal with these items, in a supported format or fp32."""
+        enabled = [item.partition(".")[0] for item in items if item.endswith("=true")]
+        return all(name in supported for name in enabled) and not problems(
+            self.written.changed(items), self.world
+        )
+
+
+FORMATS = ("bf16", "fp16")
+
+
+def leaves_format_to_device(written: RunConfig) -> bool:
+    """Return whether a number format is "auto"."""
+    return "auto" in (written.bf16.enabled, written.fp16.enabled)
+
+
+def precision_notes(written: RunConfig, config: ResolvedConfig) -> list[str]:
+    """Return a line for each number format that was "auto": what was chosen, and why."""
+    lines = []
+    for name in FORMATS:
+        if getattr(written, name).enabled != "auto":
+            continue
+        if getattr(config, name).enabled:
+            what = f"on, the device multiplies {name} in hardware"
+        elif config.zero_optimization.stage == 0:
+            what = "off, ZeRO 0 computes in fp32"
+        elif name == "fp16":
+            what = "off, it is for GPUs without native bf16"
+        else:
+            what = "off, the device does not multiply bf16 in hardware"
+        lines.append(f'{name}.enabled: "auto" is {what}')
+    return lines
 
 
 def resolve(written: RunConfig, source: str = "", *, world: World) -> LegalRun:

@@ -20,9 +20,10 @@ from megagpt.planning.cost.memory import RankMemory, rank_memory
 from megagpt.planning.cost.model_states import shard_of
 from megagpt.planning.cost.performance import Assumptions, Estimate, estimate
 from megagpt.planning.layout import Layout
-from megagpt.planning.legality import World, judge, problems
+from megagpt.planning.legality import World, judge, precision_notes, problems
 from megagpt.planning.placement import Placement
 from megagpt.planning.rules import can_be_cut
+from megagpt.schema.model import GPT2_VOCABULARY
 from megagpt.utils import GIB, UserError
 
 LINK_SHARE = 0.7  # share of a link's data-sheet speed that collectives reach
@@ -60,12 +61,13 @@ class Alternative:
 class Plan:
     """The result of planning.
 
-    `refusals` are the lines of planning/rules.py; `memory` and `sent` have one entry a pipeline
-    rank.
+    `notes` are lines on what the file says without effect or leaves open, `refusals` those of
+    planning/rules.py; `memory` and `sent` have one entry a pipeline rank.
     """
 
     source: str
     config: ResolvedConfig
+    notes: list[str]
     refusals: list[str]
     layout: Layout
     placement: Placement
@@ -127,20 +129,36 @@ def assume(device: Accelerator, ranks_per_host: int, **given: Any) -> Assumption
 
 
 def make_plan(
-    path: str, overrides: Sequence[str], hosts: Sequence[Host], limits: Limits, assumed: Assumptions
+    path: str,
+    overrides: Sequence[str],
+    hosts: Sequence[Host],
+    limits: Limits,
+    assumed: Assumptions,
+    *,
+    bf16_native: bool = True,
 ) -> Plan:
     """Plan a configuration file on these hosts.
 
-    Raises ConfigError if the configuration is impossible on this number of ranks.
+    `bf16_native`: the devices multiply bf16 matrices in hardware. Raises ConfigError if the
+    configuration is impossible on this number of ranks.
     """
-    written = load_config(path, overrides)
-    world = world_of(written, world_size(list(hosts)))
+    written = load_config(path, overrides, for_plan=True)
+    world = replace(world_of(written, world_size(list(hosts))), bf16_native=bf16_native)
+    model = written.megagpt.model
+    notes = list(written.notes)
+    if not (world.vocabulary or model.vocab_size or model.vocabulary or model.published_vocabulary):
+        world = replace(world, vocabulary=GPT2_VOCABULARY)
+        notes.append(
+            f"megagpt.model.vocab_size: not given, and the data are not prepared; planned with "
+            f"GPT-2's {GPT2_VOCABULARY}"
+        )
     verdict = judge(written, world)
     refused = problems(written, world)
     config = verdict.config
     if verdict.impossible or not isinstance(config, ResolvedConfig) or not can_be_cut(config):
         raise ConfigError(f"{path}: {line}" for line in refused)
-    plan = _plan(path, config, refused, hosts, limits, assumed)
+    notes += precision_notes(written, config)
+    plan = _plan(path, config, notes, refused, hosts, limits, assumed)
     return (
         plan
         if plan.good
@@ -178,6 +196,7 @@ def _vocabulary_here(written: RunConfig) -> int | None:
 def _plan(
     path: str,
     config: ResolvedConfig,
+    notes: list[str],
     refused: list[str],
     hosts: Sequence[Host],
     limits: Limits,
@@ -188,6 +207,7 @@ def _plan(
     return Plan(
         source=path,
         config=config,
+        notes=notes,
         refusals=refused,
         layout=layout,
         placement=Placement.of(layout, hosts),
@@ -213,7 +233,9 @@ def _alternatives(
 
     def legal(layout: Layout) -> bool:
         try:
-            verdict = judge(load_config(path, [*overrides, *items_of(layout)]), world)
+            verdict = judge(
+                load_config(path, [*overrides, *items_of(layout)], for_plan=True), world
+            )
         except ConfigError:
             return False
         if verdict.refused or verdict.impossible:
@@ -239,6 +261,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     return {
         "legal": not plan.refusals,
         "fits": plan.fits_device and plan.fits_host,
+        "notes": plan.notes,
         "refusals": plan.refusals,
         "mesh": {
             "pipeline": plan.layout.pipeline,

@@ -23,6 +23,7 @@ def text(plan: Plan) -> str:
     parts = [
         _verdict(plan),
         *_refusals(plan),
+        *_notes(plan),
         _mesh(plan),
         _stages(plan),
         _memory(plan),
@@ -58,6 +59,11 @@ def _verdict(plan: Plan) -> str:
 def _refusals(plan: Plan) -> Iterator[str]:
     if plan.refusals:
         yield "\n".join(["refused:", *(f"  {line}" for line in plan.refusals)])
+
+
+def _notes(plan: Plan) -> Iterator[str]:
+    if plan.notes:
+        yield "\n".join(["notes:", *(f"  {line}" for line in plan.notes)])
 
 
 def _mesh(plan: Plan) -> str:

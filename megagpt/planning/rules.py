@@ -182,8 +182,8 @@ def _at_stage(stage: int, *others: str) -> Remedies:
 
 
 def _model_type(config: RunConfig) -> str:
-    """Return fp32, fp16, bf16, or "unknown" while bf16.enabled is "auto"."""
-    if config.bf16.enabled == "auto":
+    """Return fp32, fp16, bf16, or "unknown" while the device has to decide."""
+    if "auto" in (config.bf16.enabled, config.fp16.enabled):
         return "unknown"
     return "fp16" if config.fp16.enabled else "bf16" if config.bf16.enabled else "fp32"
 
@@ -253,14 +253,6 @@ def _other_accumulation(config: RunConfig) -> list[str]:
         return [f"zero_optimization.stage=3 {per_micro_batch}", in_its_format]
     return [per_micro_batch, in_its_format]
 
-
-NOT_FROM_NVME = {  # keys without effect for parameters on NVMe (compat.py, read_when_needed)
-    "stage3_prefetch_bucket_size": "a parameter on NVMe is read when its module needs it, not "
-    "prefetched",
-    "stage3_max_live_parameters": "it limits prefetching, and nothing is prefetched from NVMe",
-    "stage3_max_reuse_distance": "a parameter on NVMe is read again for each use; keeping it "
-    "would occupy an I/O buffer",
-}
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -415,24 +407,13 @@ RULES: tuple[Rule, ...] = (
         "zero_optimization.offload_param.device",
         lambda config: _parameter_device(config) != "none" and _stage(config) < 3,
         "DeepSpeed ignores parameter offload below ZeRO 3",
-        _at_stage(3),
+        lambda config: ("zero_optimization.offload_param=null", *_at_stage(3)(config)),
     ),
     Rule(
         "zero_optimization.offload_param.device",
         lambda config: _parameter_device(config) == "nvme" and _model_type(config) == "fp32",
         "DeepSpeed swaps parameters to NVMe in bf16 or fp16 only, but this run computes in fp32",
         ("bf16.enabled=true",),
-    ),
-    *(
-        Rule(
-            f"zero_optimization.{key}",
-            lambda config, key=key: (  # type: ignore[misc]
-                _parameter_device(config) == "nvme" and bool(getattr(config.zero_optimization, key))
-            ),
-            reason,
-            (f"zero_optimization.{key}=null",),
-        )
-        for key, reason in NOT_FROM_NVME.items()
     ),
     Rule(
         "zero_optimization.offload_param.buffer_size",

@@ -26,7 +26,7 @@ from megagpt.parallel.engine import (
     join_ranks,
     training_device,
 )
-from megagpt.planning.legality import LegalRun
+from megagpt.planning.legality import LegalRun, precision_notes
 from megagpt.planning.stages import cut, describe_stage
 from megagpt.rundir import directory as directories
 from megagpt.rundir.data import require_same_data
@@ -44,14 +44,19 @@ def assemble(
     ``pulse`` is told each activity.
     """
     pulse.beat("joining the other ranks")
-    native = device.multiplies_bf16_natively(training_device())
-    resolved = legal.on_device(bf16_native=native)
+    resolved = legal.on_device(
+        bf16_native=device.multiplies_bf16_natively(training_device()),
+        fp16_native=device.multiplies_fp16_natively(training_device()),
+    )
     join_ranks(resolved)
     require_agreement(resolved, streams["train"])
     pulse.beat("building the engine")
     mesh = build_mesh(resolved)
     engine = build_engine(resolved, mesh)
     _announce(engine, directory, device.describe_device(training_device()))
+    if mesh.rank == 0:
+        for line in (*legal.written.notes, *precision_notes(legal.written, resolved)):
+            print(f"note: {line}", flush=True)
     run = Run(
         config=resolved,
         engine=engine,

@@ -81,6 +81,7 @@ def _start(arguments: argparse.Namespace, prepare: Prepare | None) -> int:
     # One host may have another DeepSpeed; its ranks fail here, before others wait for them.
     internals.require_known_internals(internals.parts_used(config, launch.launcher))
     _require_ops(config)
+    _require_format(legal, str(arguments.deepspeed_config))
     with _gathered(directory):
         _announce_device()
         return _run_to_its_end(legal, streams, directory, requests, prepare)
@@ -137,6 +138,15 @@ def _require_ops(config: RunConfig) -> None:
         _announce_device()
         ops.use_private_extensions()
         ops.require_tools(needed)
+
+
+def _require_format(legal: LegalRun, source: str) -> None:
+    """Raise UserError if the file asks for a 16-bit format that this device does not support."""
+    if True in (legal.written.bf16.enabled, legal.written.fp16.enabled):
+        _announce_device()
+        from megagpt.parallel.engine import supported_formats
+
+        legal.require_format(supported_formats(), source)
 
 
 def _announce_device() -> None:

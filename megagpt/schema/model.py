@@ -13,10 +13,17 @@ from megagpt.schema.presets import OPEN_MODELS, OPEN_VOCABULARIES
 from megagpt.schema.rope import DynamicScaling, LongRopeScaling, RopeScaling
 
 PresetName = Literal[
+    "gpt2",
+    "gpt2-medium",
+    "gpt2-large",
+    "gpt2-xl",
     "gpt2-124m",
     "gpt2-355m",
     "gpt2-774m",
     "gpt2-1.5b",
+    "gpt3-125m",
+    "gpt3-350m",
+    "gpt3-760m",
     "gpt3-1.3b",
     "gpt3-2.7b",
     "gpt3-6.7b",
@@ -36,15 +43,23 @@ PresetName = Literal[
 ]
 GPT2_VOCABULARY = 50257  # the byte-level BPE of GPT-2, which GPT-3 uses too
 
-# GPT-2: Radford et al. 2019, table 2; numbers of heads from the released weights. GPT-3: table 2.1
-# of arXiv 2005.14165. Two of its rows are inconsistent (hidden size != heads x head size), so these
-# have the closest consistent shape: the 1.3B row says 24 heads of 128 for a hidden size of 2048 (we
-# use 16 heads), the 13B row says 5140 for 40 heads of 128 (we use 5120).
+# GPT-2: Radford et al. 2019, table 2; numbers of heads from the released weights; also by the names
+# of their release. GPT-3: table 2.1 of arXiv 2005.14165. Two of its rows are inconsistent (hidden
+# size != heads x head size), so these have the closest consistent shape: the 1.3B row says 24 heads
+# of 128 for a hidden size of 2048 (we use 16 heads), the 13B row says 5140 for 40 heads of 128 (we
+# use 5120).
 _SHAPES: dict[str, tuple[int, int, int, int]] = {  # layers, hidden size, heads, sequence length
+    "gpt2": (12, 768, 12, 1024),
+    "gpt2-medium": (24, 1024, 16, 1024),
+    "gpt2-large": (36, 1280, 20, 1024),
+    "gpt2-xl": (48, 1600, 25, 1024),
     "gpt2-124m": (12, 768, 12, 1024),
     "gpt2-355m": (24, 1024, 16, 1024),
     "gpt2-774m": (36, 1280, 20, 1024),
     "gpt2-1.5b": (48, 1600, 25, 1024),
+    "gpt3-125m": (12, 768, 12, 2048),
+    "gpt3-350m": (24, 1024, 16, 2048),
+    "gpt3-760m": (24, 1536, 16, 2048),
     "gpt3-1.3b": (24, 2048, 16, 2048),
     "gpt3-2.7b": (32, 2560, 32, 2048),
     "gpt3-6.7b": (32, 4096, 32, 2048),

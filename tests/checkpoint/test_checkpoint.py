@@ -563,6 +563,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(directory)], check=True)
 
 
+@pytest.mark.rotate(2)
 @pytest.mark.parametrize("fault", ["full_disk", "unforeseen_space"])
 def test_a_disk_that_fills_up_costs_no_checkpoint(
     two_ranks: RankPool, data: Path, small_disk: Path, fault: str
@@ -585,6 +586,7 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(
     assert (ranks[0]["first_step"], ranks[0]["state"].step) == (1, 2)
 
 
+@pytest.mark.rotate(2)
 @pytest.mark.parametrize(("fault", "saved_step"), [("full_at_manifest", 1), ("full_at_latest", 2)])
 def test_a_disk_that_fills_up_as_a_save_is_committed(
     two_ranks: RankPool, data: Path, small_disk: Path, fault: str, saved_step: int
@@ -630,6 +632,7 @@ KILLS = [
 COMMITTED = ("after the rename", "before latest", "while retiring", "after the commit")
 
 
+@pytest.mark.rotate(2)
 @pytest.mark.parametrize(("point", "victim"), KILLS)
 def test_a_rank_killed_during_a_save_costs_no_sound_checkpoint(
     two_ranks: RankPool, data: Path, tmp_path: Path, point: str, victim: int

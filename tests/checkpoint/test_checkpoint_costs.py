@@ -56,6 +56,7 @@ def written(pools: _Pools, data: Path, tmp_path_factory: pytest.TempPathFactory)
     return directory
 
 
+@pytest.mark.rotate(3)
 @pytest.mark.parametrize("reader", READERS)
 def test_each_rank_reads_what_it_holds_and_no_more(
     pools: _Pools, data: Path, written: Path, reader: str
@@ -90,6 +91,7 @@ def test_ranks_share_the_hashing_of_what_one_wrote(
     assert max(sizes) < sum(sizes) / 8
 
 
+@pytest.mark.rotate(2)
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_no_rank_ever_holds_the_whole_model(
     two_ranks: RankPool, data: Path, tmp_path: Path, asynchronous: bool

@@ -115,6 +115,7 @@ def samples_by_step(*runs: list[dict[str, Any]]) -> dict[int, list[int]]:
     }
 
 
+@pytest.mark.rotate(2)
 @pytest.mark.parametrize("execution", SAME_MESH, ids=str)
 def test_six_and_six_steps_are_twelve(
     request: pytest.FixtureRequest, pools: _Pools, data: Path, tmp_path: Path, execution: Execution
@@ -257,6 +258,7 @@ def written(
     return Written(request, data, tmp_path_factory.mktemp("written"))
 
 
+@pytest.mark.rotate(2)
 @pytest.mark.parametrize(("writer", "reader"), PAIRS)
 def test_a_run_goes_on_under_any_other_execution(
     request: pytest.FixtureRequest, written: Written, tmp_path: Path, writer: str, reader: str

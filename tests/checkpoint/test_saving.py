@@ -99,6 +99,7 @@ def test_a_save_that_is_due_waits_for_the_one_before_and_says_so(
     assert open_checkpoint(tmp_path, 4).manifest.state.step == 4
 
 
+@pytest.mark.rotate(2)
 @pytest.mark.parametrize("failing_rank", [0, 1])
 def test_an_error_in_the_background_ends_all_ranks_with_its_reason(
     two_ranks: RankPool, data: Path, tmp_path: Path, failing_rank: int

@@ -70,6 +70,7 @@ def guarded_config(
     return config | {"bf16": {"enabled": precision == "bf16"}}
 
 
+@pytest.mark.rotate(3)
 @pytest.mark.parametrize(("stage", "kind", "precision"), CASES)
 def test_one_bad_gradient_on_one_rank_changes_no_weight_anywhere(
     two_ranks: RankPool, data: Path, tmp_path: Path, stage: int, kind: str, precision: str

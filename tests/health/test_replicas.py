@@ -35,6 +35,7 @@ def config(data: Path, stage: int, **parallel: Any) -> dict[str, Any]:
 AMONG_FOUR, AMONG_TWO = "on rank 3 from the others", "between ranks 2, 3"
 
 
+@pytest.mark.rotate(2)
 @pytest.mark.parametrize(
     ("stage", "parallel", "what", "who"),
     [

@@ -59,6 +59,7 @@ def assert_accurate(tensors: dict[str, Tensor], **options: Any) -> None:
     assert_as_accurate_as_torch("attention", tensors, rounding=rounding, **options)
 
 
+@pytest.mark.rotate(2)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("length", "key_length"), [(1, 1), (33, 33), (5, 40), (40, 7)])
@@ -283,6 +284,7 @@ DOCUMENTS = {
 }
 
 
+@pytest.mark.rotate(3)
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(("length", "causal"), [(40, True), (40, False), (9, True)])
 @pytest.mark.parametrize("layout", DOCUMENTS)

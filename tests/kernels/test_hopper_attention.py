@@ -165,6 +165,7 @@ def test_the_portable_backward_takes_its_log_sum_exp(causal: bool) -> None:
         )
 
 
+@pytest.mark.rotate(4)
 @needs_the_interpreters
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(

@@ -70,6 +70,7 @@ def test_accuracy(
     assert kernels.launches() == {"norm_forward": 1, "norm_backward": 1}
 
 
+@pytest.mark.rotate(4)
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [65, 128, 129, 300])
@@ -90,6 +91,7 @@ MIXED = {
 }
 
 
+@pytest.mark.rotate(4)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("columns", [5, 60, 129])
 @pytest.mark.parametrize("wide", MIXED)
@@ -165,6 +167,7 @@ def test_autocast_changes_no_dtype(fused_device: str, op: str) -> None:
             assert torch.equal(value, wanted)
 
 
+@pytest.mark.rotate(3)
 @pytest.mark.parametrize("columns", [8193, 12_288, 16_384, 65_536, 65_537])
 @pytest.mark.parametrize("op", OPS)
 def test_the_widest_rows(fused_device: str, op: str, columns: int) -> None:
@@ -225,6 +228,7 @@ def test_integer_values_are_exact(fused_device: str, op: str, dtype: torch.dtype
     assert torch.equal(y, signs * tensors["weight"] + tensors.get("bias", 0))
 
 
+@pytest.mark.rotate(2)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("wide", [False, True])
 def test_repeated_runs_are_equal(

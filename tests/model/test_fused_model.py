@@ -38,6 +38,7 @@ def loss_and_gradients(model: GPT, device: str) -> dict[str, Tensor]:
     return {"loss": loss.detach(), **dict(zip(names, gradients, strict=True))}
 
 
+@pytest.mark.rotate(2)
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("given", ["ids", "bounds"])
 def test_document_bounds_are_computed_once_for_all_layers(

@@ -10,6 +10,7 @@ from tests.support.configurations import tiny, with_zero
 from tests.support.ranks import RankPool
 
 
+@pytest.mark.rotate(2)
 @pytest.mark.parametrize(("stage", "parallel"), [(1, {"pipeline": 2}), (3, {})])
 def test_nothing_of_an_engine_outlives_it(
     two_ranks: RankPool, stage: int, parallel: dict[str, Any]

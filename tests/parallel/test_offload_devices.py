@@ -36,6 +36,7 @@ def config(stage: int, optimizer: str, parameters: str) -> dict[str, Any]:
     return with_zero(tiny(batch=4, steps=2), stage, optimizer, parameters)
 
 
+@pytest.mark.rotate(2)
 @pytest.mark.parametrize(("stage", "optimizer", "parameters"), CASES)
 def test_on_a_cpu_there_is_one_place(
     two_ranks: RankPool, stage: int, optimizer: str, parameters: str

@@ -34,6 +34,7 @@ def expected(schedule: str, rank: int, micro_batches: int) -> int:
     return min(2 * (RANKS - rank - 1) + RANKS + 1, 2 * micro_batches)
 
 
+@pytest.mark.rotate(2)
 @pytest.mark.parametrize(
     ("schedule", "micro_batches", "stage"),
     [("gpipe", 6, 1), ("1f1b", 6, 1), ("1f1b", 6, 3), ("1f1b", 2, 1), ("interleaved", 8, 1)],

@@ -34,6 +34,7 @@ def deep(stage: int, parallel: dict[str, Any], **model: Any) -> Config:
     return config
 
 
+@pytest.mark.rotate(3)
 @pytest.mark.parametrize(
     ("stage", "parallel"),
     [(3, {}), (3, {"tensor": 2}), (3, {"pipeline": 2}), (1, {"tensor": 2}), (1, {"pipeline": 2})],

@@ -37,6 +37,7 @@ KEEP_NOTHING = {
 }
 
 
+@pytest.mark.rotate(3)
 @pytest.mark.parametrize(
     "reduction", ["per_step", pytest.param("per_micro_batch", marks=pytest.mark.slow)]
 )

@@ -123,6 +123,7 @@ def ranks(request: pytest.FixtureRequest) -> Any:
     )
 
 
+@pytest.mark.rotate(3)
 @pytest.mark.parametrize(("mesh", "stage", "bf16"), STATES, ids=str)
 def test_each_rank_holds_what_the_formula_says(
     ranks: Any, mesh: tuple[int, int, int], stage: int, bf16: bool
@@ -177,6 +178,7 @@ OFFLOADED = [
 ]
 
 
+@pytest.mark.rotate(3)
 @pytest.mark.parametrize(("mesh", "stage"), OFFLOADED, ids=str)
 def test_an_offloaded_optimizer_needs_gradients_of_its_own(
     ranks: Any, mesh: tuple[int, int, int], stage: int

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from megagpt.cluster.hosts import Host
-from megagpt.config import load_config
-from megagpt.planning.cost.accelerators import ACCELERATORS
+from megagpt.config import ConfigError, load_config
+from megagpt.planning.cost.accelerators import ACCELERATORS, find
 from megagpt.planning.cost.memory import rank_memory
 from megagpt.planning.cost.model_states import model_states, tile_counts
 from megagpt.planning.cost.performance import estimate
@@ -22,7 +22,7 @@ from megagpt.planning.layout import Layout
 from megagpt.planning.legality import World, problems
 from megagpt.planning.parameters import parameters_of_rank
 from megagpt.planning.placement import hosts_of
-from megagpt.planning.plan import Limits, Plan, assume, make_plan
+from megagpt.planning.plan import Limits, Plan, as_json, assume, make_plan
 from megagpt.planning.report import text
 from megagpt.planning.rules import refusals
 from megagpt.utils import GIB
@@ -146,8 +146,86 @@ def test_refusals_come_with_the_plan() -> None:
         "zero_optimization.offload_param.device"
     ]
     assert plan.refusals[0] in text(plan)
-    assert "nearest legal: --set zero_optimization.stage=3" in text(plan)
+    assert "nearest legal: --set zero_optimization.offload_param=null" in text(plan)
     assert plan.alternatives
+
+
+def test_a_plan_needs_no_optimizer_and_no_batch(tmp_path: Path) -> None:
+    """It says what it assumes, and what to type before training."""
+    document = {
+        "zero_optimization": {"stage": 2, "round_robin_gradients": True},
+        "bf16": {"enabled": "auto"},
+        "megagpt": {"model": {"preset": "gpt2"}, "training": {"total_steps": 10}},
+    }
+    path = tmp_path / "bare.json"
+    path.write_text(json.dumps(document))
+    plan = make_plan(str(path), [], hosts_of(8, 8), ROOMY, assume(H100, 8))
+    assert (plan.good, plan.layout.micro_batch, plan.layout.micro_batches) == (True, 1, 1)
+    keys = [line.split(":")[0] for line in plan.notes]
+    assert keys == [
+        "zero_optimization.round_robin_gradients",
+        "optimizer",
+        "train_batch_size",
+        "gradient_clipping",
+        "bf16.enabled",
+    ]
+    assert all(line in text(plan) for line in plan.notes)
+    assert as_json(plan)["notes"] == plan.notes
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    asked = [item for line in caught.value.errors for item in line.split(" --set ")[1].split()]
+    assert load_config(path, asked).train_micro_batch_size_per_gpu == 8
+    document["megagpt"]["model"] = {"num_layers": 1, "hidden_size": 64, "num_heads": 1}
+    document["megagpt"]["data"] = {"path": str(tmp_path / "none")}
+    path.write_text(json.dumps(document))
+    bare = make_plan(str(path), [], hosts_of(8, 8), ROOMY, assume(H100, 8))
+    assert bare.good
+    assert bare.config.megagpt.model.vocabulary == 50257
+    assert any("the data are not prepared; planned with" in line for line in bare.notes)
+    old = make_plan(str(path), [], hosts_of(8, 8), ROOMY, assume(H100, 8), bf16_native=False)
+    assert (plan.config.bf16.enabled, old.config.bf16.enabled) == (True, False)
+
+
+@pytest.mark.parametrize(
+    "rate",
+    [{}, {"params": {"lr": "auto"}}, {"params": {"lr": "auto"}, "type": "AdamW"}, {"type": "Adam"}],
+)
+def test_a_plan_needs_no_learning_rate(tmp_path: Path, rate: dict[str, Any]) -> None:
+    document = {
+        "train_batch_size": 16,
+        "optimizer": {"type": "AdamW", **rate},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.01}},
+        "megagpt": {"model": {"preset": "gpt2"}, "training": {"total_steps": 10}},
+    }
+    (tmp_path / "x.json").write_text(json.dumps(document))
+    config = load_config(tmp_path / "x.json", for_plan=True)
+    assert config.optimizer.params.lr == 0.01
+    assert any(line.startswith("optimizer.params.lr: not given") for line in config.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        *(
+            ("rtx4090", "RTX 4090"),
+            ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+            ("RTX-3090", "RTX 3090"),
+        ),
+        *(("V100", "V100"), ("Tesla V100-SXM2-16GB", "V100 16GB"), ("Tesla T4", "T4")),
+        *(("A6000", "A6000"), ("NVIDIA RTX A6000", "A6000"), ("l40s", "L40S"), ("l40", "L40")),
+        *(("NVIDIA H200", "H200"), ("nvidia_h200", "H200"), ("AMD Instinct MI300X", "MI300X")),
+        *(("NVIDIA A100-SXM4-40GB", "A100 40GB"), ("NVIDIA A100 80GB PCIe", "A100 PCIe")),
+    ],
+)
+def test_a_device_may_be_named_as_people_do(name: str, known: str) -> None:
+    assert find(name) is ACCELERATORS[known]
+
+
+def test_an_unknown_device_says_which_are_known_and_how_to_give_figures() -> None:
+    done = command("--ranks", "8", "--device", "gtx1080")
+    assert done.returncode == 2
+    assert "'gtx1080' is not known (B200, H200 NVL" in done.stderr
+    assert "--peak_tflops X --device_memory_gib X" in done.stderr
 
 
 def test_a_world_that_no_mesh_divides() -> None:

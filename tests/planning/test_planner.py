@@ -108,20 +108,6 @@ CASES: list[
         {"zero_optimization.offload_param": {**NVME, "buffer_size": 100}, "bf16.enabled": True},
         "does not fit into one I/O buffer",
     ),
-    *(
-        (
-            {
-                "zero_optimization": {"stage": 3, key: 5, "offload_param": NVME},
-                "bf16.enabled": True,
-            },
-            reason,
-        )
-        for key, reason in (
-            ("stage3_prefetch_bucket_size", "not prefetched"),
-            ("stage3_max_live_parameters", "limits prefetching"),
-            ("stage3_max_reuse_distance", "is read again for each use"),
-        )
-    ),
     ({"data_types.grad_accum_dtype": "bf16", "bf16.enabled": False}, "less precise than the model"),
     ({"bf16.enabled": True, "zero_optimization": {"stage": 0}}, "uses other optimizers"),
     (
@@ -300,11 +286,16 @@ NEAREST = [  # what a remedy alone would break; the world; what is printed
             "zero_optimization": {
                 "stage": 2,
                 "allgather_bucket_size": 1000,
-                "offload_param": {"device": "cpu"},
+                "offload_optimizer": NVME,
             }
         },
         2,
         ["zero_optimization.stage=3", "zero_optimization.allgather_bucket_size=null"],
+    ),
+    (
+        {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+        2,
+        ["zero_optimization.offload_param=null"],
     ),
 ]
 
@@ -447,6 +438,62 @@ def test_a_run_is_resolved_once_and_the_device_decides_no_more_than_auto(tmp_pat
     assert bound.config == bound.on_device(bf16_native=True)
     with pytest.raises(ConfigError, match="in bf16 or fp16 only, but this run computes in fp32"):
         bound.on_device(bf16_native=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "native", "chosen"),
+    [
+        ({"bf16.enabled": "auto", "fp16.enabled": "auto"}, (True, True), "bf16"),
+        ({"bf16.enabled": "auto", "fp16.enabled": "auto"}, (False, True), "fp16"),
+        ({"bf16.enabled": "auto", "fp16.enabled": "auto"}, (False, False), None),
+        ({"bf16": None, "fp16.enabled": "auto"}, (False, True), "fp16"),
+        ({"bf16": None, "fp16.enabled": "auto"}, (True, True), None),
+        ({"bf16.enabled": True, "fp16.enabled": "auto"}, (False, True), "bf16"),
+        ({"bf16.enabled": "auto", "zero_optimization": {"stage": 0}}, (True, True), None),
+        ({"fp16.enabled": "auto", "zero_optimization": {"stage": 0}}, (False, True), None),
+    ],
+)
+def test_the_device_decides_which_format_auto_is(
+    tmp_path: Path, changes: dict[str, Any], native: tuple[bool, bool], chosen: str | None
+) -> None:
+    written = load_config(write(tmp_path, changes))
+    run = legality.resolve(written, world=World(2, vocabulary=1000))
+    config = run.on_device(bf16_native=native[0], fp16_native=native[1])
+    enabled = [name for name in ("bf16", "fp16") if getattr(config, name).enabled]
+    assert enabled == ([chosen] if chosen else [])
+    notes = legality.precision_notes(written, config)
+    asked = [name for name in ("bf16", "fp16") if getattr(written, name).enabled == "auto"]
+    assert [line.split(":")[0] for line in notes] == [f"{name}.enabled" for name in asked]
+    assert all((f"{chosen}.enabled" in line) == ('"auto" is on' in line) for line in notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "supported", "items"),
+    [
+        ({"bf16": None, "fp16.enabled": True}, {"bf16"}, ["fp16.enabled=false"]),
+        ({"bf16.enabled": True}, {"fp16"}, ["bf16.enabled=false"]),
+        (
+            {"bf16": None, "fp16.enabled": True, "zero_optimization.offload_param": NVME},
+            {"bf16"},
+            ["fp16.enabled=false", "bf16.enabled=true"],
+        ),
+        ({"bf16.enabled": True}, {"bf16"}, None),
+        ({"bf16.enabled": False}, set(), None),
+    ],
+)
+def test_a_format_that_the_device_lacks_is_refused_with_the_nearest_legal_one(
+    tmp_path: Path, changes: dict[str, Any], supported: set[str], items: list[str] | None
+) -> None:
+    path, world = write(tmp_path, changes), World(2, vocabulary=1000)
+    run = legality.resolve(load_config(path), world=world)
+    if items is None:
+        run.require_format(supported)
+        return
+    with pytest.raises(ConfigError, match=r"the device has no (bf16|fp16); nearest legal") as found:
+        run.require_format(supported)
+    assert printed_items(found.value.errors[0]) == items
+    other = legality.resolve(load_config(path, items), world=world)
+    other.require_format(supported)
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(257, 384), (50257, 50304), (1000, 1024)])

@@ -206,6 +206,22 @@ def test_a_shrunken_world_is_refused(data: Path, tmp_path: Path) -> None:
     assert "the run expects 2 ranks and 1 started: bring back the missing hosts" in said
 
 
+@pytest.mark.parametrize("name", ["fp16", "bf16"])
+def test_a_number_format_that_the_device_lacks_is_refused_before_the_start(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = type(get_accelerator())
+    monkeypatch.setattr(accelerator, f"is_{name}_supported", lambda itself: False)
+    config = run_config(data, 3, (1, "none", "none")) | {name: {"enabled": True}}
+    line = refused(tmp_path, config)
+    assert line.endswith(
+        f"run.json: {name}.enabled: true is refused: the device has no {name}; nearest legal: "
+        f"--set {name}.enabled=false"
+    )
+
+
 def test_an_unwritable_place_for_the_run_is_named(data: Path, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     assert "cannot be read (Not a directory); choose another --run_dir" in refused(

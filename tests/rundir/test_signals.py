@@ -124,6 +124,7 @@ def test_a_stop_file_is_a_wish_until_it_is_removed(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------- ranks that must agree
 
 
+@pytest.mark.rotate(2)
 @pytest.mark.parametrize(("stage", "rank"), [(0, 1), (3, 0)])
 def test_one_rank_is_told_and_all_end_at_the_same_step(
     two_ranks: RankPool, data: Path, tmp_path: Path, stage: int, rank: int

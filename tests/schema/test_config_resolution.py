@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from megagpt.config import ModelConfig, ResolvedConfig, RunConfig, identity_differences, load_config
 from megagpt.schema.arithmetic import BatchSizes, solve_batch
+from megagpt.schema.model import PRESETS
+from megagpt.schema.presets import OPEN_MODELS
 from tests import REPOSITORY
 from tests.support.config_documents import MINIMAL, parse, put, resolve, resolve_errors
 
@@ -224,12 +226,23 @@ PUBLISHED = {
     "gpt2-355m": (354_823_168, 0),
     "gpt2-774m": (774_030_080, 0),
     "gpt2-1.5b": (1_557_611_200, 0),
+    "gpt2": (124_439_808, 0),
+    "gpt2-medium": (354_823_168, 0),
+    "gpt2-large": (774_030_080, 0),
+    "gpt2-xl": (1_557_611_200, 0),
+    "gpt3-125m": (125e6, 0.02),
+    "gpt3-350m": (350e6, 0.02),
+    "gpt3-760m": (760e6, 0.02),
     "gpt3-1.3b": (1.3e9, 0.02),
     "gpt3-2.7b": (2.7e9, 0.02),
     "gpt3-6.7b": (6.7e9, 0.02),
     "gpt3-13b": (13.0e9, 0.02),
     "gpt3-175b": (175.0e9, 0.02),
 }
+
+
+def test_every_preset_has_a_published_number() -> None:
+    assert PUBLISHED.keys() | OPEN_MODELS.keys() == PRESETS.keys(), "tests/model/test_presets.py"
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)

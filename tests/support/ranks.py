@@ -1,8 +1,9 @@
 """A pool of real ranks (processes joined by gloo) that serves many test cases.
 
-Starting ranks costs seconds, so a pool lives for the session. A job that fails or exceeds its
-deadline fails one test, with what every rank was doing; the pool is then ended, by its own process
-ids, and the next test gets a new one.
+Starting ranks costs seconds, so a pool lives for the session, and all pools are forked from one
+process that has imported what they need (`tests.support.jobs.imported`). A job that fails or
+exceeds its deadline fails one test, with what every rank was doing; the pool is then ended, by its
+own process ids, and the next test gets a new one.
 """
 
 import faulthandler
@@ -42,7 +43,8 @@ class RankPool:
         self.processes: list[SpawnProcess] = []
         self.connections: list[Connection] = []
         port = free_port()
-        context = get_context("spawn")
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["tests.support.jobs.imported"])
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             process = context.Process(

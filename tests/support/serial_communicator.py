@@ -166,10 +166,11 @@ def _program(
         batch = [
             MicroBatch(*(torch.zeros(1, LENGTH, dtype=torch.int64) for _ in range(2)))
         ] * micro_batches
+        shares = torch.ones(micro_batches)
         with recorder.listening():
             for kind in work:
                 with torch.set_grad_enabled(kind == "t"):
-                    (running.train if kind == "t" else running.evaluate)(batch)
+                    (running.train if kind == "t" else running.evaluate)(batch, shares)
         return recorder.program
     finally:
         dist.destroy_process_group()

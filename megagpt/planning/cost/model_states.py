@@ -176,7 +176,7 @@ class Shard:
     @cached_property
     def tiles(self) -> list[int]:
         """ZeRO 3: partitioned elements of each sub-group, the optimizer's unit (stage3.py:1210)."""
-        limit = self.layout.zero.sub_group_size or SUB_GROUP_SIZE
+        limit = _given(self.layout.zero.sub_group_size, SUB_GROUP_SIZE)
         tiles: list[int] = []
         for decayed in (True, False):
             members = zip(self.parameters, self.partitions, strict=True)

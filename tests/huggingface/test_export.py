@@ -317,7 +317,7 @@ def test_a_weight_that_is_not_finite_is_refused(
 
 def test_a_configuration_of_another_model_is_refused(run: Path, tmp_path: Path) -> None:
     document = json.loads((run / CONFIG_FILE).read_text())
-    document["megagpt"]["model"]["hidden_size"] = 64
+    document["megagpt"]["model"] |= {"hidden_size": 64, "head_size": 16}
     (run / CONFIG_FILE).write_text(json.dumps(document))
     with pytest.raises(
         UserError,

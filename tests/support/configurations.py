@@ -41,7 +41,7 @@ KINDS: dict[str, Config] = {
         "logit_softcap": 3.0,
         "sliding_window": 5,
         "sliding_window_pattern": ["sliding", "full"],
-        "embedding_scale": 32**0.5,
+        "embedding_scale": 1.5,
     },
     "neox": {
         "position": "rotary",

@@ -14,7 +14,6 @@ machine hardly changes. If the ranks use every core, a save in the background ta
 the steps that run during it.
 """
 
-import argparse
 import os
 import shutil
 import statistics
@@ -27,6 +26,7 @@ from typing import Any
 
 from benchmarks.engine_overhead import batches
 from benchmarks.machine import write_table
+from megagpt.common.arguments import command_parser, user_path, whole_number
 
 SHAPE = {
     "num_layers": 11,
@@ -280,10 +280,13 @@ def row(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = command_parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=whole_number(1), default=5)
     parser.add_argument(
-        "--directory", type=Path, default=Path(tempfile.gettempdir()), help="a disk with 3 GB free"
+        "--directory",
+        type=user_path,
+        default=Path(tempfile.gettempdir()),
+        help="a disk with 3 GB free",
     )
     arguments = parser.parse_args()
     directory = arguments.directory / "checkpoint_speed"

@@ -7,7 +7,6 @@ so that a noisy machine slows all of them alike; a ratio is the median over the 
 random tokens; fp32, with clipping and weight decay.
 """
 
-import argparse
 import itertools
 import statistics
 import time
@@ -17,6 +16,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from benchmarks.machine import write_table
+from megagpt.common.arguments import command_parser, whole_number
 
 CONTENDERS = {
     "plain PyTorch loop": None,
@@ -175,9 +175,9 @@ def measure(shape: str, rounds: int, steps: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=3, help="steps of one turn")
+    parser = command_parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=whole_number(1), default=7)
+    parser.add_argument("--steps", type=whole_number(1), default=3, help="steps of one turn")
     arguments = parser.parse_args()
     rows = [row for shape in SHAPES for row in measure(shape, arguments.rounds, arguments.steps)]
     write_table("engine_overhead", "benchmarks.engine_overhead", rows)

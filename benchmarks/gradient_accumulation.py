@@ -7,12 +7,12 @@ with the same weights, relative to that gradient's norm. Two pipeline ranks; ZeR
 3 tied. The model is tiny, because a CPU multiplies slowly in bf16.
 """
 
-import argparse
 import json
 import logging
 from typing import Any
 
 from benchmarks.machine import write_table
+from megagpt.common.arguments import command_parser
 
 MICRO_BATCHES = (1, 4, 8, 16, 32, 64)
 RANKS = 2
@@ -108,7 +108,7 @@ def measure() -> list[dict[str, Any]]:
 def main() -> None:
     from megagpt.parity import local_ranks
 
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    command_parser(description=__doc__.splitlines()[0]).parse_args()
     write_table(
         "gradient_accumulation",
         "benchmarks.gradient_accumulation",

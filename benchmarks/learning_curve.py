@@ -8,7 +8,6 @@ offload through its command. Both curves and the validation losses go to
 benchmarks/results/learning_curve.csv and .png.
 """
 
-import argparse
 import json
 import math
 import subprocess
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import RESULTS, provenance, write_table
+from megagpt.common.arguments import command_parser, user_path
 
 ROOT = Path(__file__).parent.parent
 STEPS = 400
@@ -168,8 +168,8 @@ def plot(curves: dict[str, tuple[dict[int, float], dict[int, float]]]) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("text", type=Path, help="a text file of a megabyte or more")
+    parser = command_parser(description=__doc__.splitlines()[0])
+    parser.add_argument("text", type=user_path, help="a text file of a megabyte or more")
     text = parser.parse_args().text.resolve()
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(temporary) / "data"

@@ -9,7 +9,6 @@ unchanged. It only gets the stages' boundaries, because it would count the embed
 work.
 """
 
-import argparse
 import json
 import logging
 import statistics
@@ -21,6 +20,7 @@ from io import StringIO
 from typing import Any
 
 from benchmarks.machine import write_table
+from megagpt.common.arguments import command_parser, whole_number
 
 SHAPES = {
     "1M": {
@@ -221,8 +221,8 @@ def measure(shape: str, rounds: int) -> dict[str, Any]:
 def main() -> None:
     from megagpt.parity import local_ranks
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=20)
+    parser = command_parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=whole_number(1), default=20)
     arguments = parser.parse_args()
     jobs = [
         (ranks, measure, shape, arguments.rounds)

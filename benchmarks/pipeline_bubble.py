@@ -8,7 +8,6 @@ not matter. A rank is idle while it is in no stage's forward or backward; messag
 the optimizer count as idle. Numbers are medians over steps of the mean over ranks.
 """
 
-import argparse
 import json
 import statistics
 import time
@@ -18,6 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 from benchmarks.machine import write_table
+from megagpt.common.arguments import command_parser, positive, whole_number
 
 BLOCKS = 8
 CASES = {2: (2, 4, 8, 16), 4: (4, 8, 16)}  # micro-batches by pipeline ranks
@@ -162,9 +162,9 @@ def measure_all(delay_s: float, steps: int) -> list[dict[str, Any]]:
 def main() -> None:
     from megagpt.parity import local_ranks
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--delay_ms", type=float, default=20.0, help="of a block, forward")
-    parser.add_argument("--steps", type=int, default=5)
+    parser = command_parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--delay_ms", type=positive, default=20.0, help="of a block, forward")
+    parser.add_argument("--steps", type=whole_number(1), default=5)
     arguments = parser.parse_args()
     job = (measure_all, arguments.delay_ms / 1000, arguments.steps)
     write_table(

@@ -31,6 +31,7 @@ from megagpt.checkpoint.format import WEIGHT
 from megagpt.checkpoint.reader import open_checkpoint
 from megagpt.cluster.launch_command import NODE_LAUNCHER
 from megagpt.cluster.processes import all_processes
+from megagpt.common.arguments import command_parser, positive, whole_number
 from megagpt.download_data import PreparationRequest, prepare
 from megagpt.monitoring.metrics import read_metrics
 from megagpt.parallel.compat import MOMENTS
@@ -266,16 +267,18 @@ def result(run: Path, kills: int, *, bit_equal: bool) -> dict[str, Any]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = command_parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=10, help="how long to torture [10]")
+    parser.add_argument("--minutes", type=positive, default=10, help="how long to torture [10]")
     parser.add_argument(
-        "--mean_s", type=float, default=5.0, help="mean time from new progress to a kill [5]"
+        "--mean_s", type=positive, default=5.0, help="mean time from new progress to a kill [5]"
     )
-    parser.add_argument("--steps", type=int, default=500, help="steps of a round [500]")
-    parser.add_argument("--ranks", type=int, default=2, help="ranks of a run [2]")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and victims [0]")
+    parser.add_argument("--steps", type=whole_number(1), default=500, help="steps of a round [500]")
+    parser.add_argument("--ranks", type=whole_number(1), default=2, help="ranks of a run [2]")
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=0, help="of the moments and victims [0]"
+    )
     return parser.parse_args()
 
 

@@ -22,6 +22,7 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from megagpt.common.arguments import command_parser, user_path
 from megagpt.utils import UserError, run_command
 
 # What megagpt and kernels import in a run.
@@ -226,13 +227,13 @@ def size_mb(path: Path) -> float:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = command_parser(
         prog="python -m benchmarks.wheels",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "directory", type=Path, metavar="DIR", help="where the wheels go; created if missing"
+        "directory", type=user_path, metavar="DIR", help="where the wheels go; created if missing"
     )
     parser.add_argument(
         "--python", type=python_version, default="3.12", metavar="X.Y", help="of the image [3.12]"

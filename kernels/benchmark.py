@@ -8,9 +8,9 @@ interpreter.
 
 import argparse
 import sys
-from pathlib import Path
 
 from kernels.costs import OPERATIONS
+from kernels.options import OptionParser, user_path, whole_number
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="python -m kernels.benchmark",
         description="Speed and accuracy of the fused operations and other implementations.",
     )
@@ -48,15 +48,23 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, else fp32"
     )
     parser.add_argument(
-        "--head-dim", type=int, nargs="+", help="head dimensions of attention and rotary"
+        "--head_dim",
+        type=whole_number(1),
+        nargs="+",
+        help="head dimensions of attention and rotary",
     )
     parser.add_argument(
-        "--lengths", type=int, nargs="+", help="sequence lengths of attention and rotary"
+        "--lengths",
+        type=whole_number(1),
+        nargs="+",
+        help="sequence lengths of attention and rotary",
     )
     parser.add_argument(
-        "--widths", type=int, nargs="+", help="hidden sizes of the other operations"
+        "--widths", type=whole_number(1), nargs="+", help="hidden sizes of the other operations"
     )
-    parser.add_argument("--tokens", type=int, help="rows of every case: batch times length")
+    parser.add_argument(
+        "--tokens", type=whole_number(1), help="rows of every case: batch times length"
+    )
     parser.add_argument(
         "--mode",
         nargs="+",
@@ -73,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=user_path,
         required=True,
         metavar="DIR",
         help="for results.csv, results.md, plots",

@@ -10,7 +10,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
 
-from megagpt.common.arguments import command_parser
+from megagpt.common.arguments import add_config_option, command_parser
 from megagpt.utils import run_command
 
 LOST = {"AsyncIOBuilder": "offload to NVMe needs it"}
@@ -48,11 +48,7 @@ def parse_arguments() -> argparse.Namespace:
         description="Compile the DeepSpeed ops that a configuration needs, into the cache that "
         "its runs use. A run compiles them itself if you do not."
     )
-    parser.add_argument(
-        "--deepspeed_config",
-        default="ds_configs/default.json",
-        help="JSON file of the run [ds_configs/default.json]",
-    )
+    add_config_option(parser)
     return parser.parse_args()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from megagpt.common.arguments import command_parser, whole_number
+from megagpt.common.arguments import command_parser, user_path, whole_number
 from megagpt.utils import run_command
 
 
@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
         "on stdout."
     )
     add = parser.add_argument
-    add("--run_dir", type=Path, required=True, help="run directory, such as runs/NAME")
+    add("--run_dir", type=user_path, required=True, help="run directory, such as runs/NAME")
     add("--batch_size", type=whole_number(1), default=8, help="sequences per batch [8]")
     add(
         "--batches",

@@ -5,12 +5,13 @@ python launch/export.py --run_dir runs/NAME --output DIR
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from megagpt.common.arguments import command_parser, whole_number
+from megagpt.common.arguments import command_parser, user_path, whole_number
 from megagpt.utils import human_bytes, human_count, run_command
 
 
@@ -30,7 +31,8 @@ def main() -> None:
         f"{arguments.output}: step {written.step} as {written.architecture}, "
         f"{human_count(written.parameters)} "
         f"parameters in {arguments.dtype}, {human_bytes(written.bytes)}\n"
-        f'next: transformers.AutoModelForCausalLM.from_pretrained("{arguments.output}")'
+        f"next: transformers.AutoModelForCausalLM.from_pretrained"
+        f"({json.dumps(str(arguments.output), ensure_ascii=False)})"
     )
 
 
@@ -40,8 +42,8 @@ def parse_arguments() -> argparse.Namespace:
         "Hugging Face transformers loads: safetensors, without the padding rows of the embedding."
     )
     add = parser.add_argument
-    add("--run_dir", type=Path, required=True, help="run directory, such as runs/NAME")
-    add("--output", type=Path, required=True, help="directory to create")
+    add("--run_dir", type=user_path, required=True, help="run directory, such as runs/NAME")
+    add("--output", type=user_path, required=True, help="directory to create")
     add("--step", type=whole_number(0), help="step of the checkpoint [newest]")
     add(
         "--dtype",

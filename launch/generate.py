@@ -10,7 +10,13 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from megagpt.common.arguments import command_parser, non_negative, probability, whole_number
+from megagpt.common.arguments import (
+    command_parser,
+    non_negative,
+    probability,
+    user_path,
+    whole_number,
+)
 from megagpt.utils import run_command
 
 
@@ -44,7 +50,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(description="Continue prompts with a trained model.")
     add = parser.add_argument
-    add("--run_dir", type=Path, required=True, help="run directory, such as runs/NAME")
+    add("--run_dir", type=user_path, required=True, help="run directory, such as runs/NAME")
     add(
         "--prompt",
         nargs="+",

@@ -5,12 +5,14 @@ python launch/import_hf.py --model DIR --deepspeed_config F --run_dir runs/NAME
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from megagpt.common.arguments import command_parser
+from megagpt.common.arguments import add_config_option, add_set_option, command_parser, user_path
+from megagpt.schema.synonyms import SYNONYMS
 from megagpt.utils import human_count, run_command
 
 
@@ -37,8 +39,8 @@ def main() -> None:
             f"the tokenizer of this model"
         )
     print(
-        f"next: deepspeed launch/train.py --deepspeed_config {made.configuration} --run_dir "
-        f"{arguments.run_dir}"
+        f"next: deepspeed launch/train.py --deepspeed_config "
+        f"{shlex.quote(str(made.configuration))} --run_dir {shlex.quote(str(arguments.run_dir))}"
     )
 
 
@@ -49,21 +51,15 @@ def parse_arguments() -> argparse.Namespace:
         "optimizer and ranks of the configuration."
     )
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="directory of the model")
+    add("--model", type=user_path, required=True, help="directory of the model")
+    add_config_option(parser, "JSON file of the run; --model replaces its model", required=True)
     add(
-        "--deepspeed_config",
+        "--run_dir",
+        type=user_path,
         required=True,
-        help="JSON file of the run; --model replaces its model",
+        help="run directory to create, such as runs/NAME",
     )
-    add("--run_dir", type=Path, required=True, help="run directory to create, such as runs/NAME")
-    add(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override keys of the JSON file",
-    )
+    add_set_option(parser, SYNONYMS)
     return parser.parse_args()
 
 

@@ -5,6 +5,7 @@ python launch/parity.py on this machine, or under a launcher: deepspeed launch/p
 """
 
 import argparse
+import os.path
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,13 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from megagpt.cluster.hosts import read_hostfile
 from megagpt.cluster.launch_command import hostfile_of_launcher
 from megagpt.cluster.launchers import Launch, adopt_launch, signs_of_launcher
-from megagpt.common.arguments import command_parser, non_negative, whole_number
+from megagpt.common.arguments import (
+    add_config_option,
+    add_launcher_options,
+    command_parser,
+    non_negative,
+    whole_number,
+)
 from megagpt.config import load_config
 from megagpt.parity.cases import ParityRequest, plan, require_devices, require_launched
 from megagpt.utils import run_command
@@ -91,11 +98,7 @@ sequence. That makes some 45 strategies on 2 ranks, 95 on 4, 160 on 8, 245 on 16
 on 1,024; each takes a few seconds. NVMe adds up to a third.""",
     )
     add = parser.add_argument
-    add(
-        "--deepspeed_config",
-        default="ds_configs/default.json",
-        help="JSON file with the strategy, model and optimizer [ds_configs/default.json]",
-    )
+    add_config_option(parser, "JSON file with the strategy, model and optimizer")
     add(
         "--ranks",
         type=whole_number(1),
@@ -119,10 +122,10 @@ on 1,024; each takes a few seconds. NVMe adds up to a third.""",
     )
     add(
         "--nvme_path",
+        type=os.path.expanduser,
         help="directory on a fast local disk; also test offload to it [the file's nvme_path]",
     )
-    # DeepSpeed's launcher passes it; the environment has it too
-    add("--local_rank", type=int, help=argparse.SUPPRESS)
+    add_launcher_options(parser)
     return parser.parse_args()
 
 

@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from megagpt.common.arguments import (
+    add_config_option,
+    add_set_option,
     command_parser,
     non_negative,
     positive,
     probability,
+    user_path,
     whole_number,
 )
+from megagpt.schema.synonyms import SYNONYMS
 from megagpt.utils import ExitCode, abandon, run_command
 
 if TYPE_CHECKING:
@@ -111,13 +115,10 @@ def parse_arguments() -> argparse.Namespace:
         "0: legal and fits; 2: not.",
     )
     add = parser.add_argument
-    add(
-        "--deepspeed_config",
-        default="ds_configs/default.json",
-        help="JSON file of the run [ds_configs/default.json]",
-    )
+    add_config_option(parser)
+    add_set_option(parser, SYNONYMS)
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--hostfile", type=Path, help="hostfile, as the launcher reads it")
+    where.add_argument("--hostfile", type=user_path, help="hostfile, as the launcher reads it")
     where.add_argument(
         "--ranks",
         type=whole_number(1),
@@ -130,14 +131,6 @@ def parse_arguments() -> argparse.Namespace:
         default=8,
         metavar="N",
         help="ranks per host without a hostfile [8]",
-    )
-    add(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override keys of the JSON file",
     )
     add(
         "--device",

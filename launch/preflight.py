@@ -10,7 +10,8 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
 
-from megagpt.common.arguments import command_parser
+from megagpt.common.arguments import add_config_option, add_set_option, command_parser, user_path
+from megagpt.schema.synonyms import SYNONYMS
 from megagpt.utils import ExitCode, run_command
 
 
@@ -45,21 +46,10 @@ def parse_arguments() -> argparse.Namespace:
         "check this machine."
     )
     add = parser.add_argument
-    add("--hostfile", type=Path, help="hostfile, as given to deepspeed [this machine]")
-    add(
-        "--deepspeed_config",
-        default="ds_configs/default.json",
-        help="JSON file of the run [ds_configs/default.json]",
-    )
-    add("--run_dir", type=Path, help="run directory [runs/NAME-OF-THE-CONFIG]")
-    add(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override keys of the JSON file",
-    )
+    add("--hostfile", type=user_path, help="hostfile, as given to deepspeed [this machine]")
+    add_config_option(parser)
+    add_set_option(parser, SYNONYMS)
+    add("--run_dir", type=user_path, help="run directory [runs/NAME-OF-THE-CONFIG]")
     add(
         "--bandwidth",
         action="store_true",

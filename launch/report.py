@@ -10,7 +10,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
 
-from megagpt.common.arguments import command_parser
+from megagpt.common.arguments import command_parser, user_path
 from megagpt.utils import run_command
 
 
@@ -30,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--run_dir",
-        type=Path,
+        type=user_path,
         required=True,
         metavar="DIR",
         help="run directory, such as runs/NAME",

@@ -10,7 +10,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
 
-from megagpt.common.arguments import command_parser
+from megagpt.common.arguments import command_parser, whole_number
 from megagpt.utils import run_command
 
 
@@ -29,7 +29,9 @@ def parse_arguments() -> argparse.Namespace:
         "nor after two crashes at the same step without a new checkpoint. SIGTERM and Ctrl-C "
         "save and end, SIGUSR1 saves. Exit with the run's code."
     )
-    parser.add_argument("--restarts", type=int, default=5, help="maximum number of restarts [5]")
+    parser.add_argument(
+        "--restarts", type=whole_number(0), default=5, help="maximum number of restarts [5]"
+    )
     parser.add_argument(
         "command", nargs="+", help="the command, after --, such as deepspeed launch/train.py ..."
     )

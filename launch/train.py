@@ -10,7 +10,14 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
 
-from megagpt.common.arguments import command_parser
+from megagpt.common.arguments import (
+    add_config_option,
+    add_launcher_options,
+    add_set_option,
+    command_parser,
+    user_path,
+)
+from megagpt.schema.synonyms import SYNONYMS
 from megagpt.utils import end_process, run_command
 
 
@@ -26,27 +33,24 @@ def parse_arguments() -> argparse.Namespace:
         description="Train a GPT. A run directory with checkpoints continues from the newest."
     )
     add = parser.add_argument
-    add(
-        "--deepspeed_config",
-        default="ds_configs/default.json",
-        help="JSON file of the run [ds_configs/default.json]",
-    )
+    add_config_option(parser)
+    add_set_option(parser, SYNONYMS)
     add(
         "--run_dir",
-        type=Path,
+        type=user_path,
         help="directory for everything the run writes [runs/NAME-OF-THE-CONFIG]",
     )
+    add("--resume", action="store_true", help="fail if there is no checkpoint to continue from")
     add(
-        "--set",
+        "--allow_change",
         nargs="+",
         action="extend",
         default=[],
-        metavar="KEY=VALUE",
-        help="override keys of the JSON file",
+        metavar="KEY",
+        help="continue a run with another value of these keys: optimizer, scheduler, "
+        "gradient_clipping, train_batch_size, megagpt.model.dropout, megagpt.data",
     )
-    add("--resume", action="store_true", help="fail if there is no checkpoint to continue from")
-    # DeepSpeed's launcher passes it; the environment has it too
-    add("--local_rank", type=int, help=argparse.SUPPRESS)
+    add_launcher_options(parser)
     return parser.parse_args()
 
 

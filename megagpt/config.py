@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_valid
 
 from megagpt.schema import json_reader as config_json
 from megagpt.schema.arithmetic import BatchSizes, nearest_multiples, round_up, solve_batch
+from megagpt.schema.counts import with_whole_numbers
 from megagpt.schema.deepspeed import (
     AioConfig,
     Bf16Config,
@@ -240,7 +241,8 @@ def load_config(
     """
     source = str(path)
     document, _ = config_json.parse(config_json.read_text(Path(path)), source)
-    keys_set, errors = config_json.apply_overrides(document, overrides, _is_known)
+    written = with_whole_numbers(overrides, RunConfig)
+    keys_set, errors = config_json.apply_overrides(document, written, _is_known)
     try:
         config = _read(RunConfig, document, source, keys_set, for_plan=for_plan)
     except ConfigError as error:
@@ -262,16 +264,30 @@ def identity_differences(recorded: Mapping[str, Any], requested: Mapping[str, An
 
     For example `megagpt.model.num_layers: 12 in the run directory, 24 requested`.
     """
+    changes = identity_changes(recorded, requested)
+    return [identity_line(key, *values) for key, values in changes.items()]
 
-    def value(identity: Mapping[str, Any], key: str) -> str:
-        return shown(identity[key]) if key in identity else "unset"
 
-    keys = dict.fromkeys([*recorded, *requested])
-    return [
-        f"{key}: {value(recorded, key)} in the run directory, {value(requested, key)} requested"
-        for key in keys
-        if recorded.get(key) != requested.get(key)
-    ]
+def identity_line(key: str, recorded: Any, requested: Any) -> str:
+    """Return the line of `identity_differences` for one key."""
+    before, after = ("unset" if value is None else shown(value) for value in (recorded, requested))
+    return f"{key}: {before} in the run directory, {after} requested"
+
+
+def identity_changes(
+    recorded: Mapping[str, Any], requested: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Return the two values of each key that differs in two results of `identity()`.
+
+    They are compared as JSON has them. A key that one side lacks counts as None.
+    """
+    before = json.loads(json.dumps(recorded))
+    after = json.loads(json.dumps(requested))
+    return {
+        key: (before.get(key), after.get(key))
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key) != after.get(key)
+    }
 
 
 def _read(

@@ -132,7 +132,7 @@ class Dataset:
 
     def split(self, name: Split) -> TokenStream:
         if not self.manifest.tokens(name):
-            advice = "a --validation-fraction above 0" if name == "val" else "more text"
+            advice = "a --validation_fraction above 0" if name == "val" else "more text"
             raise UserError(
                 f"{self.directory}: no tokens in its {name} split; prepare it again with {advice}"
             )

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from megagpt.common.arguments import command_parser
+from megagpt.common.arguments import command_parser, non_negative, user_path, whole_number
+from megagpt.data.columns import DEFAULT_COLUMN
 from megagpt.data.corpora import Corpus, open_source
 from megagpt.data.encoding_pool import batches, encoder
 from megagpt.data.integrity import check_file, record_file
@@ -67,12 +68,14 @@ Report = Callable[[str], None]
 class PreparationRequest:
     """What to prepare: the options of the command."""
 
-    dataset: str
+    dataset: str | Sequence[str]  # or several paths, directories and patterns
     output: Path
     tokenizer: str = "bpe:8192"
     config: str | None = None
     split: str = "train"
-    column: str = "text"
+    column: str = DEFAULT_COLUMN
+    separator: str | None = None
+    skip_bad_rows: int = 0
     validation_fraction: float | None = None
     max_tokens: int | None = None
     shard_tokens: int = 100_000_000
@@ -88,17 +91,26 @@ class PreparationRequest:
             )
         if self.validation_fraction is not None and not 0 <= self.validation_fraction < 1:
             raise UserError(
-                f"--validation-fraction {self.validation_fraction}: use a number from 0 to below 1"
+                f"--validation_fraction {self.validation_fraction}: use a number from 0 to below 1"
             )
+        if self.skip_bad_rows < 0:
+            raise UserError(f"--skip_bad_rows {self.skip_bad_rows}: use a whole number from 0 on")
+        if self.separator == "":
+            raise UserError("--separator '': name the text between two documents")
         for option in ("max_tokens", "shard_tokens", "workers"):
             value = getattr(self, option)
             if value is not None and value < 1:
-                raise UserError(f"--{option.replace('_', '-')} {value}: use a whole number above 0")
+                raise UserError(f"--{option} {value}: use a whole number above 0")
 
     def description(self, source: Corpus) -> dict[str, JsonValue]:
-        """Return what decides the contents, for the manifest; the number of workers does not."""
+        """Return what decides the contents, for the manifest.
+
+        The number of workers does not. That of bad rows to skip does not change what comes before
+        them, so a preparation that met one too many continues with a larger number.
+        """
         return {
             **source.description,
+            "separator": self.separator,
             "tokenizer": self.tokenizer,
             "validation_fraction": self.validation_fraction,
             "max_tokens": self.max_tokens,
@@ -109,8 +121,8 @@ class PreparationRequest:
 def prepare_embedded_corpus(directory: Path) -> None:
     """Make a dataset of the standard library's sources at `directory`, unless one exists.
 
-    Takes a few seconds on one core and needs no network; prints one line. Several processes of
-    one host may call it at once: one prepares, the others wait.
+    Takes a few seconds on one core and needs no network; prints what it does. Several processes
+    of one host may call it at once: one prepares, the others wait.
     """
     if not (Path(directory) / MANIFEST_FILE).exists():
         prepare(
@@ -132,7 +144,12 @@ def prepare(request: PreparationRequest, report: Report = print) -> DatasetManif
     """
     request.check()
     source = open_source(
-        request.dataset, config=request.config, split=request.split, column=request.column
+        request.dataset,
+        config=request.config,
+        split=request.split,
+        column=request.column,
+        separator=request.separator,
+        skip_bad_rows=request.skip_bad_rows,
     )
     description = request.description(source)
     began = time.monotonic()
@@ -141,6 +158,8 @@ def prepare(request: PreparationRequest, report: Report = print) -> DatasetManif
         if present is not None:
             report(f"{request.output}: already prepared: {present.summary()}")
             return present
+        for note in source.notes:
+            report(note)
         try:
             manifest = _prepare_staged(request, source, description, staging, report)
         except UserError:
@@ -192,7 +211,8 @@ def _prepare_staged(
         return read_dataset_manifest(staging)
     if not (staging / TOKENIZER_FILE).exists():
         save_tokenizer(
-            build_tokenizer(request.tokenizer, lambda: _training_texts(source, request)), staging
+            build_tokenizer(request.tokenizer, lambda: _training_texts(source, request), report),
+            staging,
         )
     encoding = load_tokenizer(staging)
     _require_space_for(source, request, encoding, staging)
@@ -203,16 +223,36 @@ def _prepare_staged(
         _write_all(request, source, writer, staging, report)
     finally:
         writer.close()
-    if not progress.tokens("train"):
-        raise UserError(
-            f"--dataset {request.dataset}: no text found; choose another dataset or --column"
-        )
+    source.require_unchanged()
+    for line in source.left_out.lines():
+        report(line)
+    _require_text(request, progress, report)
     tokenizer = TokenizerRecord(
         **record_file(staging / TOKENIZER_FILE).model_dump(), name=request.tokenizer
     )
     return writer.finish(
-        tokenizer=tokenizer, end_of_document=encoding.eot_token, source=description
+        tokenizer=tokenizer,
+        end_of_document=encoding.eot_token,
+        source=description | source.left_out.record(),
     )
+
+
+def _require_text(
+    request: PreparationRequest, progress: PreparationProgress, report: Report
+) -> None:
+    """Raise UserError if there is nothing to train on; say if there is nothing to validate on."""
+    if not progress.tokens("train"):
+        raise UserError(
+            f"{request.output}: no text for training (found "
+            f"{progress.tokens('val')} validation tokens); use more text, or a smaller "
+            "--validation_fraction"
+        )
+    if not progress.tokens("val"):
+        report(
+            f"{request.output}: no text for validation; a run needs --set "
+            "megagpt.training.eval_interval_steps=0, or prepare it with more text or a larger "
+            "--validation_fraction"
+        )
 
 
 def _progress(
@@ -322,7 +362,7 @@ def _write_all(
 
 
 def _limits(request: PreparationRequest) -> dict[Split, int]:
-    """Return the maximum tokens of each split: --max-tokens divided by the fraction."""
+    """Return the maximum tokens of each split: --max_tokens divided by the fraction."""
     if request.max_tokens is None:
         return {"train": sys.maxsize, "val": sys.maxsize}
     fraction = (
@@ -367,7 +407,9 @@ def _progress_bar(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command `launch/download_data.py`."""
-    prepare(PreparationRequest(**vars(_parser().parse_args(arguments))))
+    options = vars(_parser().parse_args(arguments))
+    first, *more = options["dataset"]
+    prepare(PreparationRequest(**options | {"dataset": (first, *more) if more else first}))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -380,12 +422,14 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "--dataset",
+        nargs="+",
+        type=os.path.expanduser,
         required=True,
         help="stdlib (the sources of Python's standard library), a Hugging Face dataset "
-        "such as HuggingFaceFW/fineweb-edu, or a path or quoted pattern of .txt, .jsonl, "
-        ".jsonl.zst or .parquet files",
+        "such as HuggingFaceFW/fineweb-edu, or files, directories and patterns: text, "
+        "JSON, CSV, parquet, Arrow, also compressed with gzip, bzip2, xz or zstd",
     )
-    add("--output", required=True, type=Path, help="directory to make, for example data/NAME")
+    add("--output", required=True, type=user_path, help="directory to make, for example data/NAME")
     add(
         "--tokenizer",
         default="bpe:8192",
@@ -397,27 +441,40 @@ def _parser() -> argparse.ArgumentParser:
         default="train",
         help="split of a Hugging Face dataset to read [%(default)s]",
     )
-    add("--column", default="text", help="column with the text [%(default)s]")
     add(
-        "--validation-fraction",
-        type=float,
+        "--column",
+        default=DEFAULT_COLUMN,
+        help="column with the text: text, meta.body, messages.content, or a template such as "
+        '"{title}\\n\\n{text}" [%(default)s]',
+    )
+    add("--separator", help="text between two documents of one text file, such as '<|endoftext|>'")
+    add(
+        "--skip_bad_rows",
+        type=whole_number(0),
+        default=0,
+        metavar="N",
+        help="leave out up to N rows that cannot be read, and name them [%(default)s]",
+    )
+    add(
+        "--validation_fraction",
+        type=non_negative,
         help="share of the documents to hold out [0.01; with fewer than twenty documents, the "
         "last 0.1 of the text]",
     )
     add(
-        "--max-tokens",
-        type=int,
+        "--max_tokens",
+        type=whole_number(1),
         help="stop after this many tokens, training and validation together [all]",
     )
     add(
-        "--shard-tokens",
-        type=int,
+        "--shard_tokens",
+        type=whole_number(1),
         default=PreparationRequest.shard_tokens,
         help="tokens per file [%(default)s]",
     )
     add(
         "--workers",
-        type=int,
+        type=whole_number(1),
         default=os.cpu_count() or 1,
         help="tokenizer processes [one per core: %(default)s]",
     )

@@ -29,6 +29,7 @@ from megagpt.parallel.batches import BatchLoader
 from megagpt.parallel.device import CPU_REMEASURING_S, peak_memory, remeasured_peak_flops
 from megagpt.parallel.engine import Engine
 from megagpt.planning.flops import model_flops_utilisation
+from megagpt.rundir.changes import UNCHANGED, Changes
 from megagpt.rundir.signals import StopRequest, StopRequests
 from megagpt.utils import UserError
 
@@ -50,7 +51,7 @@ class Run:
     config: ResolvedConfig
     engine: Engine
     training: BatchLoader
-    validation: BatchLoader
+    validation: BatchLoader | None  # None if evaluation is off
     encoding: tiktoken.Encoding
     directory: Path
     peak_flops: float | None
@@ -58,6 +59,7 @@ class Run:
     state: TrainState = field(default_factory=TrainState)
     requests: StopRequests = field(default_factory=StopRequests)
     pulse: Pulse = field(default_factory=Pulse)
+    changes: Changes = UNCHANGED
     unproven: NextStep | None = None  # the recorded step that the first one after a resume repeats
     saver: Saver = field(init=False)
 
@@ -200,12 +202,13 @@ def rewind(run: Run) -> bool:
     Return False if there is no checkpoint yet.
     """
     finish_saves(run)
-    resumed = resume(run.engine, run.directory)
+    known = run.changes.known()
+    resumed = resume(run.engine, run.directory, known, run.training.stream.fingerprint)
     if resumed is None:
         return False
     state = resumed.state
     passed_over = resumed.passed_over
-    run.saver.goes_on_from(state)
+    run.saver.goes_on_from(state, changed=resumed.differs)
     left_out = {"first_sample": state.cursor, "last_sample": run.state.cursor - 1}
     run.monitor.event(
         "rewind", step=state.step, from_step=run.state.step, passed_over=passed_over, **left_out
@@ -241,6 +244,7 @@ def require_equal_replicas(run: Run) -> None:
 
 def report_validation(run: Run) -> None:
     """Validate and record the loss; every rank must call it."""
+    assert run.validation is not None
     samples = validation_batches(run) * run.config.train_batch_size
     share = run.validation.stream.share(samples)
     run.monitor.event("eval", step=run.state.step, val_loss=validate(run), split_share=share)
@@ -253,6 +257,7 @@ def validate(run: Run) -> float:
     They are a pseudo-random choice, the same at every step and on every mesh (see SampleStream).
     Every rank must call it.
     """
+    assert run.validation is not None
     batches = validation_batches(run)
     total = 0.0
     for index in range(batches):
@@ -265,6 +270,7 @@ def validate(run: Run) -> float:
 
 def validation_batches(run: Run) -> int:
     """Return the configured number of global batches, at most one pass over the split."""
+    assert run.validation is not None
     whole_split = math.ceil(run.validation.stream.samples_per_epoch / run.config.train_batch_size)
     return min(run.config.megagpt.training.eval_batches, whole_split)
 

@@ -24,6 +24,7 @@ from benchmarks.gpu.machine import Machine, identity_of, this_machine
 from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.run import Flow, Outcome, writable
+from megagpt.common.arguments import command_parser, positive, user_path
 
 MINUTES = 10.0
 
@@ -89,7 +90,7 @@ def _chosen(machine: Machine, options: argparse.Namespace) -> list[tuple[str, li
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = command_parser(
         prog="python -m benchmarks.gpu",
         description=__doc__.splitlines()[0],
         epilog=" ".join(__doc__.split("\n\n")[2].split()),
@@ -102,10 +103,10 @@ def _parser() -> argparse.ArgumentParser:
         help="default: all, in this order",
     )
     parser.add_argument(
-        "--minutes", type=float, default=MINUTES, help=f"time for this call [{MINUTES:.0f}]"
+        "--minutes", type=positive, default=MINUTES, help=f"time for this call [{MINUTES:.0f}]"
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/gpu"), metavar="DIR", help="[runs/gpu]"
+        "--output", type=user_path, default=Path("runs/gpu"), metavar="DIR", help="[runs/gpu]"
     )
     parser.add_argument(
         "--cases",

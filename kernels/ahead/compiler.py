@@ -6,7 +6,6 @@ Compiling needs only triton's assembler, no GPU, and a process without TRITON_IN
     python -m kernels.ahead.compiler [--capability 90] [--names NAME ...] [--write TABLE.csv]
 """
 
-import argparse
 import contextlib
 import importlib
 import io
@@ -27,6 +26,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from kernels.ahead.machine_code import disassemble, in_flight
 from kernels.ahead.table import read_table, write_table
 from kernels.launcher import INTERPRETED
+from kernels.options import OptionParser, user_path, whole_number
 from kernels.verification.proxy_fence import missing_fences
 
 MODULES = (
@@ -188,12 +188,12 @@ def main(arguments: list[str] | None = None) -> int:
 
     The tests compare with that table.
     """
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="python -m kernels.ahead.compiler", description="Compile without a GPU."
     )
     parser.add_argument(
         "--capability",
-        type=int,
+        type=whole_number(1),
         nargs="+",
         default=[90],
         help="compute capabilities, e.g. 80 90 100",
@@ -201,11 +201,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--names", nargs="+", help="only these configurations")
     parser.add_argument(
         "--write",
-        type=Path,
+        type=user_path,
         metavar="TABLE",
         help="write the table here, keeping rows not compiled",
     )
-    parser.add_argument("--ptx", type=Path, metavar="DIRECTORY", help="write the PTX of each here")
+    parser.add_argument(
+        "--ptx", type=user_path, metavar="DIRECTORY", help="write the PTX of each here"
+    )
     options = parser.parse_args(arguments)
     if INTERPRETED:
         parser.error("TRITON_INTERPRET is set; run in a process without it")

@@ -78,7 +78,7 @@ _SOFTCAP = {
 }
 _BESIDE_WINDOW = {128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 8, 2)}
 _WINDOW = {
-    8: _but(_AMPERE, forward={256: Tiles(64, 32, 8, 2)}),
+    8: _but(_AMPERE, forward={128: Tiles(64, 64, 8, 2), 256: Tiles(64, 32, 8, 2)}),
     9: _but(_HOPPER, forward=_BESIDE_WINDOW),
     10: _but(
         _BLACKWELL,

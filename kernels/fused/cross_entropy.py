@@ -51,13 +51,14 @@ def cross_entropy_statistics(
         maximum = larger
     target = tl.load(targets + row)
     here = (target >= 0) & (target < vocabulary)
+    tl.store(statistics + row, maximum)
+    tl.store(statistics + rows + row, tl.sum(total, axis=0))
+    last = statistics + 2 * rows + row
     target_logit = tl.load(logits + target, mask=here, other=float("-inf")).to(tl.float32)
     if softcap is not None:
         capped = softcap * tanh(target_logit / softcap, True)
         target_logit = tl.where(here & (target < columns), capped, target_logit)
-    tl.store(statistics + row, maximum)
-    tl.store(statistics + rows + row, tl.sum(total, axis=0))
-    tl.store(statistics + 2 * rows + row, target_logit)
+    tl.store(last, target_logit)
 
 
 @triton.jit(do_not_specialize=["columns"])

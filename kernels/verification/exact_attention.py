@@ -290,7 +290,8 @@ def _codes(
     The channels of a key hold the bits of its position as signs, and a 1; those of a query hold the
     leading bits of its node, and minus their number. In every other channel one of the two is
     random and the other zero. For ``saturated`` queries (heads, length) the product is 79 or 81 for
-    the keys of a node, by the first bit below the node's, and at most -47 for all others.
+    the keys of a node (80 if it is one key), by the first bit below the node's, and at most -47 for
+    all others.
     """
     heads, length = level.shape
     bits = span.bit_length() - 1

@@ -3,12 +3,12 @@
 Each rank reads only the elements that it needs.
 """
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from megagpt.checkpoint.collective import RankFailure, attempt, from_rank0, toge
 from megagpt.checkpoint.format import (
     MANIFEST,
     DamagedCheckpointError,
+    GuardMemory,
     Manifest,
     StoredFile,
     TrainState,
@@ -30,13 +31,16 @@ from megagpt.checkpoint.format import (
 from megagpt.checkpoint.reader import Reader
 from megagpt.checkpoint.writer import kinds, parameter_shapes
 from megagpt.common.background import in_threads
-from megagpt.config import identity_differences
+from megagpt.config import identity_changes, identity_line
 from megagpt.parallel import compat
 from megagpt.parallel.engine import Engine
+from megagpt.schema.errors import shown
 from megagpt.utils import UserError
 
 # The sizes of the ranks' files differ a little; below this ratio each rank hashes its own.
 SLACK = 1.02
+DECIDES_LEARNING_RATE = ("optimizer.params.lr", "scheduler.")
+ORDER_OF_SAMPLES = "megagpt.data.seed"
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,34 @@ class Resumed:
     passed_over: list[str]
     steps_found: list[int]
     bytes_read: int
+    changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    data_restart: bool = False
 
     @property
     def state(self) -> TrainState:
-        """The state to continue from."""
-        return self.manifest.state
+        """The state to continue from: with other data, from their first sample.
+
+        The guard then forgets the losses on the old data.
+        """
+        stored = self.manifest.state
+        return replace(stored, cursor=0, guard=GuardMemory()) if self.data_restart else stored
+
+    @property
+    def differs(self) -> bool:
+        """Whether the run is no longer the one that saved it."""
+        return bool(self.changed) or self.data_restart
+
+    def describe_changes(self) -> list[str]:
+        """Return a line for each identity key whose value is not that of the checkpoint."""
+        lines = [
+            f"{key} {shown(before)} -> {shown(after)}"
+            for key, (before, after) in self.changed.items()
+        ]
+        if any(key.startswith("optimizer.") for key in self.changed):
+            lines.append("Adam's moments are kept")
+        if self.data_restart:
+            lines.append("the data start from their first sample")
+        return lines
 
     def describe(self, *, provable: bool) -> str:
         """Return the text for the screen.
@@ -69,27 +96,36 @@ class Resumed:
             for fault in self.passed_over
         ]
         written_by = ", ".join(f"{key} {value}" for key, value in self.manifest.topology.items())
+        why_not = "the run changed" if self.differs else "it was not recorded"
         proof = (
             "will be compared with the recorded one"
             if provable
-            else "cannot be compared: it was not recorded"
+            else f"cannot be compared: {why_not}"
         )
         return "\n".join(
             [
                 f"checkpoints of steps {found} in {self.directory.parent}",
                 *skipped,
+                *(f"  changed: {line}" for line in self.describe_changes()),
                 f"resuming at step {self.state.step}, sample {self.state.cursor}, written by "
                 f"{written_by}; step {self.state.step + 1} {proof}",
             ]
         )
 
 
-def resume(engine: Engine, run_directory: Path) -> Resumed | None:
+def resume(
+    engine: Engine,
+    run_directory: Path,
+    known: Mapping[str, Sequence[Any]] = MappingProxyType({}),
+    data_fingerprint: str | None = None,
+) -> Resumed | None:
     """Load the newest checkpoint that every rank finds sound; every rank must call it.
 
-    Return None if the run has no checkpoint yet. Raise UserError if all its checkpoints are damaged
-    (a run never silently restarts from zero), and if the newest sound one belongs to another run or
-    has another format.
+    ``known`` are values of identity keys that a checkpoint may have besides the run's own.
+    ``data_fingerprint`` is that of the run's data, None if they are the checkpoint's. Return None
+    if the run has no checkpoint yet. Raise UserError if all its checkpoints are damaged (a run
+    never silently restarts from zero), and if the newest sound one belongs to another run or has
+    another format.
     """
     checkpoints = run_directory / "checkpoints"
     steps = from_rank0(partial(complete_steps, checkpoints))
@@ -97,11 +133,22 @@ def resume(engine: Engine, run_directory: Path) -> Resumed | None:
     faults: list[str] = []
     for position, step in enumerate(steps):
         directory = step_directory(checkpoints, step)
-        loaded = _load(engine, directory)
+        loaded = _load(engine, directory, known)
         if not isinstance(loaded, RankFailure):
-            _adopt(engine, loaded.manifest)
+            manifest = loaded.manifest
+            changed = identity_changes(manifest.identity, engine.config.identity())
+            other_data = data_fingerprint not in (None, manifest.data_fingerprint)
+            _adopt(engine, manifest, changed)
             together(partial(_set_aside, engine, checkpoints, steps[:position]))
-            return Resumed(directory, loaded.manifest, faults, steps, loaded.bytes_read)
+            return Resumed(
+                directory,
+                manifest,
+                faults,
+                steps,
+                loaded.bytes_read,
+                changed,
+                data_restart=other_data or ORDER_OF_SAMPLES in changed,
+            )
         faults.append(loaded.reason)
     if faults:
         listed = "\n  ".join(faults)
@@ -126,7 +173,9 @@ def _require_shared(engine: Engine, checkpoints: Path, steps: list[int]) -> None
         )
 
 
-def _load(engine: Engine, directory: Path) -> Reader | RankFailure:
+def _load(
+    engine: Engine, directory: Path, known: Mapping[str, Sequence[Any]]
+) -> Reader | RankFailure:
     """Verify one checkpoint and fill the buckets from it on all ranks; return the damage if any.
 
     Raise UserError if it could not be read: it may be sound, so it is neither skipped nor set
@@ -135,7 +184,7 @@ def _load(engine: Engine, directory: Path) -> Reader | RankFailure:
     reader = _unless_undamaged(attempt(partial(_verified, engine, directory)))
     if isinstance(reader, RankFailure):
         return reader
-    together(partial(_require_same_run, engine, reader))
+    together(partial(_require_same_run, engine, reader, known))
     return _unless_undamaged(attempt(partial(_fill_buckets, engine, reader)))
 
 
@@ -204,26 +253,19 @@ def _writer(file: str) -> int:
     return int(file.split("_")[1])
 
 
-def _require_same_run(engine: Engine, reader: Reader) -> None:
+def _require_same_run(engine: Engine, reader: Reader, known: Mapping[str, Sequence[Any]]) -> None:
     """Raise UserError if another run saved the checkpoint.
 
     A checkpoint copied from another run may be sound, and may even fit.
     """
-    differences = identity_differences(
-        _as_read(reader.manifest.identity), _as_read(engine.config.identity())
-    )
-    if differences:
-        listed = "\n  ".join(differences)
+    changed = identity_changes(reader.manifest.identity, engine.config.identity())
+    foreign = {key: pair for key, pair in changed.items() if pair[0] not in known.get(key, ())}
+    if foreign:
+        listed = "\n  ".join(identity_line(key, *pair) for key, pair in foreign.items())
         raise UserError(
             f"{reader.directory}: another run saved it:\n  {listed}\nremove it, or choose another "
             f"--run_dir"
         )
-
-
-def _as_read(identity: dict[str, Any]) -> dict[str, Any]:
-    """Return the identity as it comes back from a file: JSON turns tuples into lists."""
-    as_read: dict[str, Any] = json.loads(json.dumps(identity))
-    return as_read
 
 
 def _fill_buckets(engine: Engine, reader: Reader) -> Reader:
@@ -271,19 +313,36 @@ def _require_shapes(engine: Engine, manifest: Manifest, directory: Path) -> None
             )
 
 
-def _adopt(engine: Engine, manifest: Manifest) -> None:
+def _adopt(engine: Engine, manifest: Manifest, changed: Mapping[str, tuple[Any, Any]]) -> None:
     """Set the model's parameters, learning rates and counters from the loaded buckets and manifest.
 
-    Every rank must call it.
+    The rest of the optimizer (betas, weight decay) is the run's. Every rank must call it.
     """
     compat.publish_master_weights(engine.deepspeed)
     compat.replay_bias_correction(engine.deepspeed, manifest.state.applied_steps)
-    if engine.deepspeed.lr_scheduler:
-        engine.deepspeed.lr_scheduler.load_state_dict(manifest.scheduler)
+    if any(key.startswith(DECIDES_LEARNING_RATE) for key in changed):
+        learning_rates = _learning_rates_of_its_own(engine, manifest.state.applied_steps)
+    else:
+        learning_rates = manifest.learning_rates
+        if engine.deepspeed.lr_scheduler:
+            engine.deepspeed.lr_scheduler.load_state_dict(manifest.scheduler)
     groups = compat.base_optimizer(engine.deepspeed).param_groups
-    for group, learning_rate in zip(groups, manifest.learning_rates, strict=True):
+    for group, learning_rate in zip(groups, learning_rates, strict=True):
         group["lr"] = learning_rate
     compat.set_loss_scaler_state(engine.deepspeed, manifest.loss_scaler)
     compat.set_counters(
         engine.deepspeed, steps=manifest.state.step, skipped=manifest.state.skipped_steps
     )
+
+
+def _learning_rates_of_its_own(engine: Engine, applied_steps: int) -> list[float]:
+    """Return each parameter group's learning rate after so many updates, by the run's schedule.
+
+    DeepSpeed's schedules count updates from -1, and set the rates of the next one in ``step``.
+    """
+    scheduler = engine.deepspeed.lr_scheduler
+    if scheduler is None:
+        groups = compat.base_optimizer(engine.deepspeed).param_groups
+        return [engine.config.optimizer.params.lr] * len(groups)
+    scheduler.load_state_dict({"last_batch_iteration": applied_steps - 1})
+    return [*scheduler.get_lr()]

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, for files that are written in one pass.
+"""Safetensors files: the header of one that is written in one pass, and reading one in pieces.
 
 Format: README of huggingface/safetensors.
 """
@@ -6,8 +6,28 @@ Format: README of huggingface/safetensors.
 import json
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 BYTES_OF = {"F32": 4, "BF16": 2, "F16": 2}
+DTYPE_OF = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 Entry = tuple[str, str, Sequence[int]]  # name, format (a key of BYTES_OF), shape
 
@@ -28,3 +48,63 @@ def header(tensors: Iterable[Entry], metadata: dict[str, str] | None = None) -> 
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+@dataclass(frozen=True)
+class StoredSlice:
+    """A tensor in a file: its format, its shape, and the bytes from ``start`` to ``end``."""
+
+    path: Path
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    def read(self) -> Tensor:
+        """Return the tensor, in memory of its own; raise SafetensorError if it cannot be read."""
+        if self.kind not in DTYPE_OF:
+            raise SafetensorError(f"{self.path}: a tensor of {self.kind} cannot be read")
+        content = bytearray(self.end - self.start)
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            if file.readinto(content) != len(content):
+                raise SafetensorError(f"{self.path}: short read at byte {self.start}")
+        if not content:
+            return torch.empty(self.shape, dtype=DTYPE_OF[self.kind])
+        return torch.frombuffer(content, dtype=DTYPE_OF[self.kind]).view(self.shape)
+
+
+class StoredFile:
+    """A file of any size: only the tensors that are asked for come into memory.
+
+    ``safe_open`` for torch maps the whole file writable, which Linux refuses for a file that is
+    larger than the memory. Here the library checks the header only.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raise SafetensorError or OSError if the file cannot be read."""
+        with safe_open(str(path), framework="np"):  # checks names, sizes and the file's length
+            pass
+        self.size_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(size))
+        entries.pop("__metadata__", None)
+        self._slices = {
+            name: StoredSlice(
+                path,
+                entry["dtype"],
+                tuple(entry["shape"]),
+                *(8 + size + offset for offset in entry["data_offsets"]),
+            )
+            for name, entry in entries.items()
+        }
+
+    def keys(self) -> Iterable[str]:
+        return self._slices.keys()
+
+    def slice(self, name: str) -> StoredSlice:
+        """Return a tensor's place; raise SafetensorError if the file does not have it."""
+        if name not in self._slices:
+            raise SafetensorError(f"no tensor {name}")
+        return self._slices[name]

@@ -119,6 +119,7 @@ class Saver:
         self._pending: _Save | None = None
         self._last_good: TrainState | None = None
         self._loaded_step: int | None = None
+        self._unprovable: TrainState | None = None
 
     def _own_group(self) -> dist.ProcessGroup:
         return dist.new_group(backend="gloo", timeout=collective_timeout(self.engine.config))
@@ -133,10 +134,14 @@ class Saver:
         """Record that the checkpoint of this state is complete."""
         self._last_good = state
 
-    def goes_on_from(self, state: TrainState) -> None:
-        """Record that this process loaded this state's checkpoint, so that it is never retired."""
+    def goes_on_from(self, state: TrainState, *, changed: bool = False) -> None:
+        """Record that this process loaded this state's checkpoint, so that it is never retired.
+
+        If the run has ``changed`` since, its next step proves nothing about the checkpoint.
+        """
         self.trust(state)
         self._loaded_step = state.step
+        self._unprovable = state if changed else None
 
     def holds(self, state: TrainState) -> bool:
         """Return whether this state is saved or being saved."""
@@ -185,7 +190,7 @@ class Saver:
         good = self._last_good
         if save is not None and record.follows(save.state):
             save.next_step = record
-        elif good is not None and record.follows(good):
+        elif good is not None and good != self._unprovable and record.follows(good):
             record.write_once(step_directory(self.checkpoints, good.step))
 
     def _planned(self, state: TrainState, waited_s: float) -> _Save:

@@ -2,23 +2,31 @@
 
 DeepSpeed's own parser takes any text without blanks as a name, so a line that began with
 `-oProxyCommand=` became an ssh option and was executed. Here a name consists of letters, digits,
-dots and hyphens, and begins with a letter or digit.
+dots, hyphens and underscores, and begins with a letter or digit. `user@` may precede it. Whatever
+DeepSpeed and pdsh run otherwise is accepted too, and what they cannot run is refused.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import re
+import shlex
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from megagpt.utils import UserError
 
-HOST_PATTERN = re.compile(
-    r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*"
-)
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?"
+HOST_PATTERN = re.compile(rf"{_LABEL}(\.{_LABEL})*\.?")  # a dot at the end: an absolute name
+USER_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 MAX_HOST_LENGTH = 253  # RFC 1035: the longest name that resolves
-LINE_PATTERN = re.compile(r"(\S+)[ \t]+slots=([1-9][0-9]{0,3})")
+# DeepSpeed ignores what follows the slots; a comment and OpenMPI's upper limit are harmless.
+LINE_PATTERN = re.compile(
+    r"(\S+)[ \t]+slots=([1-9][0-9]{0,3})(?:[ \t]+max[_-]slots=[0-9]+)?(?:[ \t]*#.*)?"
+)
+PORT_PATTERN = re.compile(r"([^:]+):([0-9]{1,5})")
+BYTE_ORDER_MARK = "\ufeff"
 EXAMPLE = "worker-1 slots=8"
 
 
@@ -36,6 +44,11 @@ class Host:
 
     name: str
     slots: int
+
+    @property
+    def address(self) -> str:
+        """The name without `user@`, as ssh's command line has it."""
+        return self.name.rpartition("@")[2]
 
 
 def read_hostfile(path: str | Path) -> list[Host]:
@@ -63,6 +76,13 @@ def parse_hostfile(text: str, source: str = "hostfile") -> list[Host]:
     """
     hosts: list[Host] = []
     errors: list[str] = []
+    if text.startswith(BYTE_ORDER_MARK):
+        text = text.removeprefix(BYTE_ORDER_MARK)
+        errors.append(
+            f"{source}: begins with a byte-order mark, which DeepSpeed takes for a part of the "
+            f"first name; remove it: sed -i '1s/^\\xEF\\xBB\\xBF//' "
+            f"{shlex.quote(source)}"
+        )
     for number, line in enumerate(text.split("\n"), start=1):
         content = line.strip(" \t\r")
         if not content or content.startswith("#"):
@@ -87,7 +107,7 @@ def world_size(hosts: list[Host]) -> int:
 
 def problems_between(hosts: list[Host], source: str) -> list[str]:
     """Return errors for hosts listed twice and for unequal slots, which would break the mesh."""
-    counts = Counter(host.name.lower() for host in hosts)
+    counts = Counter(host.address.lower().rstrip(".") for host in hosts)
     errors = [
         f"{source}: {name} is listed {count} times; keep one line"
         for name, count in counts.items()
@@ -117,12 +137,47 @@ def _parse_line(content: str) -> Host | str:
     name, slots = match.groups()
     if len(name) > MAX_HOST_LENGTH:
         return f"the host name has {len(name)} characters; at most {MAX_HOST_LENGTH} are possible"
-    if HOST_PATTERN.fullmatch(name) is None:
-        return (
-            f"{_shown(name)} is not a host name: letters, digits, dots and hyphens, a letter "
-            f"or digit at both ends"
-        )
+    user, at, address = name.rpartition("@")
+    if (at and USER_PATTERN.fullmatch(user) is None) or not _is_address(address):
+        return f"{_shown(name)} {_wrong_with(address)}"
     return Host(name, int(slots))
+
+
+def _is_address(text: str) -> bool:
+    """Return whether pdsh and ssh take a text for a host.
+
+    pdsh takes what precedes a single colon for one of its modules, so of IPv6 addresses it runs
+    those whose first colon is double (fd00::1).
+    """
+    if HOST_PATTERN.fullmatch(text):
+        return True
+    return _is_ipv6(text) and text.find(":") == text.find("::")
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return "%" not in text
+
+
+def _wrong_with(address: str) -> str:
+    """Return why a text is no host, and what to write."""
+    if port := PORT_PATTERN.fullmatch(address):
+        return (
+            f"is not a host name: write {port[1]!a} alone, and its port as `Port {port[2]}` "
+            f"in ~/.ssh/config"
+        )
+    if _is_ipv6(address.strip("[]")):
+        return (
+            "is an IPv6 address that pdsh cannot read: give it a name, with `HostName "
+            f"{address.strip('[]')}` in ~/.ssh/config, and write the name"
+        )
+    return (
+        "is not a host name: letters, digits, dots, hyphens and underscores, a letter or digit at "
+        "both ends"
+    )
 
 
 def _shown(text: str) -> str:

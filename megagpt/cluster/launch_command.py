@@ -64,6 +64,12 @@ def hosts_of_launcher(process_id: int | None = None) -> list[Host]:
     return [Host(name, len(slots)) for name, slots in devices.items()]
 
 
+def launcher_number() -> int | None:
+    """Return the number of DeepSpeed's process on this host, the same for all its ranks."""
+    node = node_launcher(ancestors())
+    return None if node is None else node.number
+
+
 def hosts_without_session(process_id: int | None = None) -> list[str]:
     """Return the hosts of this launch whose ssh session has ended.
 
@@ -78,7 +84,9 @@ def hosts_without_session(process_id: int | None = None) -> list[str]:
     ]
     reached = {word for session in sessions for word in session.words}
     return [
-        host.name for host in hosts_of_launcher(process_id) if sessions and host.name not in reached
+        host.name
+        for host in hosts_of_launcher(process_id)
+        if sessions and host.address not in reached
     ]
 
 

@@ -16,17 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megagpt.cluster.hosts import Host, problems_between
-from megagpt.cluster.launch_command import hosts_of_launcher
+from megagpt.cluster.launch_command import (
+    command_of_launcher,
+    hosts_of_launcher,
+    launcher_number,
+)
+from megagpt.cluster.mpi import OWN_PORTS, PREFIXES, variables_of_mpi
 from megagpt.cluster.slurm import hosts_of_step
 from megagpt.utils import LOCAL_SIZE_VARIABLES, UserError
 
 OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 OF_A_START = OF_A_RANK[:3]  # users may export the other two in advance
-# The job's number selects the port: the same on every rank, different for jobs on one host. The
-# range is below the system's ephemeral ports (from 32768).
-SLURM_PORTS = range(10_000, 30_000)
-# Variables in which MPI's launchers give the number of processes.
-MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+DEEPSPEED_PORT = "29500"  # unless its launcher is told another (constants.py)
+
+
+MPI_SIZES = [f"{prefix}SIZE" for prefix in PREFIXES]
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,9 @@ def signs_of_launcher(environment: Mapping[str, str] = os.environ) -> list[str]:
 
     Call it before `adopt_launch`, which sets some of them.
     """
-    return [name for name in (*OF_A_START, "SLURM_STEP_NUM_TASKS") if environment.get(name)]
+    return [
+        name for name in (*OF_A_START, "SLURM_STEP_NUM_TASKS", *MPI_SIZES) if environment.get(name)
+    ]
 
 
 def adopt_launch(environment: MutableMapping[str, str] = os.environ) -> Launch:
@@ -64,8 +70,14 @@ def adopt_launch(environment: MutableMapping[str, str] = os.environ) -> Launch:
     Without a launcher it is one rank alone. Raises UserError if variables are missing,
     contradict each other, or spread the ranks unevenly over the hosts.
     """
+    if environment.get("MASTER_PORT") == DEEPSPEED_PORT and environment.get("CROSS_SIZE") == "1":
+        _leave_deepspeeds_port(environment)
     if environment.get("SLURM_STEP_NUM_TASKS") and not environment.get("RANK"):
         _set(environment, _of_slurm(environment))
+    elif not any(environment.get(name) for name in OF_A_START) and (
+        found := variables_of_mpi(environment, os.getppid())
+    ):
+        _set(environment, found)
     elif not any(environment.get(name) for name in OF_A_START):
         _require_alone(environment)
         _set(environment, _of_one_process())
@@ -119,7 +131,10 @@ def _launcher(environment: Mapping[str, str]) -> str:
         return "deepspeed"
     if "TORCHELASTIC_RUN_ID" in environment:
         return "torchrun"
-    return "srun python" if environment.get("SLURM_STEP_NUM_TASKS") else "python"
+    if environment.get("SLURM_STEP_NUM_TASKS"):
+        return "srun python"
+    size = next((environment[name] for name in MPI_SIZES if environment.get(name)), None)
+    return f"mpirun -n {size} python" if size else "python"
 
 
 def _problems(launch: Launch) -> Iterator[str]:
@@ -143,6 +158,18 @@ def _problems(launch: Launch) -> Iterator[str]:
             f"{launch.launcher}: {launch.local_size} ranks on host {socket.gethostname()}, but "
             f"{launch.world_size} on {launch.num_hosts} hosts; give every host the same number"
         )
+
+
+def _leave_deepspeeds_port(environment: MutableMapping[str, str]) -> None:
+    """Give the ranks of one host a port of their own, unless `--master_port` was typed.
+
+    DeepSpeed's launcher takes the same port for every run, so two on one machine would collide.
+    """
+    command = command_of_launcher()
+    node = launcher_number()
+    typed = any(word.startswith(("--master_p", "--master-p")) for word in command or ())
+    if command is not None and node is not None and not typed:
+        environment["MASTER_PORT"] = str(OWN_PORTS[node % len(OWN_PORTS)])
 
 
 def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
@@ -172,6 +199,7 @@ def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
             "share a host"
         )
     _require_visible_devices(environment, hosts[node].slots)
+    # The port is the same on every rank, and another for other jobs on a host.
     job = _whole(environment, "SLURM_JOB_ID") + _whole(environment, "SLURM_STEP_ID", "0")
     return {
         "RANK": str(rank),
@@ -179,7 +207,7 @@ def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_RANK": environment["SLURM_LOCALID"],
         "LOCAL_SIZE": str(hosts[node].slots),
         "MASTER_ADDR": environment.get("MASTER_ADDR") or hosts[0].name,
-        "MASTER_PORT": environment.get("MASTER_PORT") or str(SLURM_PORTS[job % len(SLURM_PORTS)]),
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(OWN_PORTS[job % len(OWN_PORTS)]),
     }
 
 
@@ -199,12 +227,11 @@ def _require_visible_devices(environment: Mapping[str, str], tasks_here: int) ->
 
 def _require_alone(environment: Mapping[str, str]) -> None:
     """Raise UserError if a scheduler has started, or granted, more processes than this one."""
-    for name in MPI_SIZES:
-        if (size := environment.get(name, "1")) != "1":
-            raise UserError(
-                f"environment: {name}={size}, but no RANK: each process would train alone; start "
-                f"with {_starts()}"
-            )
+    if (size := environment.get("PMI_SIZE", "1")) != "1":  # of MPICH and Intel MPI
+        raise UserError(
+            f"environment: PMI_SIZE={size}, but no RANK: each process would train alone; start "
+            f"with {_starts()}"
+        )
     if environment.get("SLURM_JOB_ID") and (tasks := environment.get("SLURM_NTASKS", "1")) != "1":
         raise UserError(
             f"Slurm granted {tasks} tasks, but this is the only process: start all with srun "
@@ -226,11 +253,25 @@ def _script() -> str:
 
 def _of_one_process() -> dict[str, str]:
     """Return the variables of a world of one rank on this machine, with a free port."""
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
+    return {**rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+
+
+def take_free_port(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Give a rank that is alone a port that nobody uses: no other rank has to find it."""
+    if not agent_serves(environment):
+        environment["MASTER_PORT"] = str(_free_port())
+
+
+def agent_serves(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether torchrun's agent serves torch's store, at a port that it chose."""
+    return environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
-    return {**rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return int(probe.getsockname()[1])
 
 
 def _set(environment: MutableMapping[str, str], values: Mapping[str, str]) -> None:

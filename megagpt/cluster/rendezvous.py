@@ -24,7 +24,7 @@ from megagpt.cluster.launch_command import (
     command_of_launcher,
     hosts_without_session,
 )
-from megagpt.cluster.launchers import Launch, adopt_launch
+from megagpt.cluster.launchers import Launch, adopt_launch, agent_serves, take_free_port
 from megagpt.cluster.processes import listener
 from megagpt.common.text import redacted, without_control_characters
 from megagpt.utils import TransientError, UserError, human_duration
@@ -60,6 +60,7 @@ def gathered_ranks(
     """
     launch = adopt_launch()
     if launch.world_size == 1:
+        take_free_port()
         with of_rank_0():
             yield
         return
@@ -137,8 +138,7 @@ def _timeout_s() -> int:
 def _open_store(launch: Launch, end: float) -> dist.Store:
     """Return the store at MASTER_ADDR:MASTER_PORT, served by rank 0 or by torchrun's agent."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    serves = launch.rank == 0 and not agent_serves
+    serves = launch.rank == 0 and not agent_serves()
     if not serves:
         _await_server(launch, address, port, end)
     try:

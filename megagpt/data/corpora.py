@@ -6,25 +6,27 @@ pieces. An interrupted preparation only has to remember the number of pieces tak
 
 from __future__ import annotations
 
-import codecs
-import glob
 import itertools
 import platform
-import re
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from pydantic import JsonValue
 
-from megagpt.utils import MIB, UserError
+from megagpt.data.columns import DEFAULT_COLUMN, BadRowError, Column
+from megagpt.data.compression import open_decompressed
+from megagpt.data.kinds import ROWS, Recognized
+from megagpt.data.left_out import LeftOut
+from megagpt.data.rows import BadRow, rows_of
+from megagpt.data.source_files import FoundFiles, is_local
+from megagpt.data.text_files import documents
+from megagpt.data.tokenizer import END_OF_DOCUMENT
+from megagpt.utils import UserError
 
-TEXT_BLOCK_BYTES = MIB
-LONGEST_TEXT_PIECE = 16 * MIB  # characters; a text without plain line breaks is cut here
-FORMAT_OF_SUFFIX = {".txt": "text", ".jsonl": "json", ".jsonl.zst": "json", ".parquet": "parquet"}
 # Tests, the editor, character tables and help texts: large, and not typical code.
 LEFT_OUT = {
     "test",
@@ -57,74 +59,50 @@ class Corpus(Protocol):
     """A corpus.
 
     `description` goes into the manifest. A preparation continues only if `version` is
-    unchanged.
+    unchanged. `left_out` counts what the latest pass has left out.
     """
 
     description: dict[str, JsonValue]
     version: JsonValue
     size_bytes: int | None  # size of the text, if it is known in advance
+    left_out: LeftOut
+    notes: Sequence[str]  # what the user should know before it is read
 
     def pieces(self, skip: int = 0) -> Iterator[TextPiece]:
         """Yield every piece except the first `skip`."""
         ...
 
+    def require_unchanged(self) -> None:
+        """Raise UserError if the corpus is not the one that was opened."""
+        ...
+
 
 def open_source(
-    dataset: str, *, config: str | None = None, split: str = "train", column: str = "text"
+    dataset: str | Sequence[str],
+    *,
+    config: str | None = None,
+    split: str = "train",
+    column: str = DEFAULT_COLUMN,
+    separator: str | None = None,
+    skip_bad_rows: int = 0,
 ) -> Corpus:
-    """Return the source that `--dataset` names; raise UserError if there is none."""
-    if dataset == "stdlib":
+    """Return the source that `--dataset` names; raise UserError if there is none.
+
+    `dataset` is stdlib, a name on the Hugging Face hub, or paths, directories and patterns.
+    """
+    names = [dataset] if isinstance(dataset, str) else list(dataset)
+    chosen = Column(column)
+    if names == ["stdlib"]:
         return StandardLibrary(Path(sysconfig.get_path("stdlib")))
-    suffix = next((suffix for suffix in FORMAT_OF_SUFFIX if dataset.endswith(suffix)), None)
-    if suffix:
-        return _local_source(dataset, FORMAT_OF_SUFFIX[suffix], column)
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset) and not Path(dataset).exists():
-        description: dict[str, JsonValue] = {
-            "dataset": dataset,
-            "config": config,
-            "split": split,
-            "column": column,
-        }
-        return TableFiles(
-            description, {"path": dataset, "name": config, "split": split}, column, None, None
-        )
-    raise UserError(
-        f"--dataset {dataset}: use stdlib, a Hugging Face dataset (owner/name), or a path or "
-        f"pattern that ends in {', '.join(FORMAT_OF_SUFFIX)}"
-    )
-
-
-def _local_source(pattern: str, file_format: str, column: str) -> Corpus:
-    paths = sorted(
-        Path(path) for path in glob.glob(pattern, recursive=True) if Path(path).is_file()
-    )
-    if not paths:
+    if len(names) == 1 and not is_local(names[0]):
+        return HubDataset(names[0], config, split, chosen, skip_bad_rows)
+    other = next((name for name in names if not is_local(name)), None)
+    if other is not None:
         raise UserError(
-            f"--dataset {pattern}: no such file; put a pattern in quotes, so that the shell does "
-            f"not expand it"
+            f"--dataset {other}: among several names each is a file, a directory or a pattern; "
+            "prepare it on its own and blend the datasets (megagpt.data.path)"
         )
-    status = [path.stat() for path in paths]
-    empty = [str(path) for path, s in zip(paths, status, strict=True) if s.st_size == 0]
-    if empty:
-        raise UserError(
-            f"--dataset {pattern}: empty files: {', '.join(empty)}; remove them or name others"
-        )
-    version: JsonValue = [
-        [str(path), s.st_size, s.st_mtime_ns] for path, s in zip(paths, status, strict=True)
-    ]
-    description: dict[str, JsonValue] = {"dataset": pattern, "files": len(paths)}
-    size_bytes = sum(s.st_size for s in status)
-    if file_format == "text":
-        return TextFiles(paths, description, version, size_bytes)
-    arguments = {"path": file_format, "data_files": [str(path) for path in paths], "split": "train"}
-    compressed = file_format == "parquet" or pattern.endswith(".zst")
-    return TableFiles(
-        {**description, "column": column},
-        arguments,
-        column,
-        version,
-        None if compressed else size_bytes,
-    )
+    return LocalFiles(names, chosen, separator, skip_bad_rows)
 
 
 class StandardLibrary:
@@ -147,11 +125,16 @@ class StandardLibrary:
         }
         self.version: JsonValue = None
         self.size_bytes: int | None = sum(path.stat().st_size for path in self._paths)
+        self.left_out = LeftOut("stdlib")
+        self.notes: Sequence[str] = ()
 
     def pieces(self, skip: int = 0) -> Iterator[TextPiece]:
         for number, path in enumerate(self._paths[skip:], start=skip):
             with tokenize.open(path) as file:  # respects the encoding that a module declares
                 yield TextPiece(number, file.read())
+
+    def require_unchanged(self) -> None:
+        """Do nothing: the manifest names the Python."""
 
 
 def _is_left_out(path: Path) -> bool:
@@ -160,118 +143,158 @@ def _is_left_out(path: Path) -> bool:
     )
 
 
-class TextFiles:
-    """UTF-8 text, one document a file, in pieces so that a file of any size fits in memory."""
+class LocalFiles:
+    """Files of text, a document each, and files of rows, a document a row.
+
+    A file of any size fits in memory, as text comes in pieces and rows come one by one.
+    """
 
     def __init__(
         self,
-        paths: list[Path],
-        description: dict[str, JsonValue],
-        version: JsonValue,
-        size_bytes: int | None,
+        names: Sequence[str],
+        column: Column,
+        separator: str | None = None,
+        skip_bad_rows: int = 0,
     ) -> None:
-        self._paths = paths
-        self.description = description
-        self.version = version
-        self.size_bytes = size_bytes
+        found = FoundFiles(names)
+        self.notes: Sequence[str] = found.notes
+        self._files = found.files
+        self._column = column
+        self._separator = separator
+        self._skip_bad_rows = skip_bad_rows
+        self._dataset = " ".join(names)
+        self.left_out = LeftOut(self._dataset)
+        files = [known.file for known in found.files]
+        if all(known.kind == "empty" for known in found.files):
+            raise UserError(
+                f"--dataset {self._dataset}: nothing in it (empty: "
+                f"{', '.join(str(file.path) for file in files[:10])}); name other files"
+            )
+        self.description: dict[str, JsonValue] = {
+            "dataset": names[0] if len(names) == 1 else list(names),
+            "files": len(files),
+        }
+        if any(known.kind in ROWS for known in found.files):
+            self.description["column"] = column.written
+        self.version: JsonValue = [[str(path), size, time] for path, size, time in files]
+        plain = all(k.kind != "parquet" and not k.compressions for k in found.files)
+        self.size_bytes = sum(file.size for file in files) if plain else None
 
     def pieces(self, skip: int = 0) -> Iterator[TextPiece]:
         return itertools.islice(self._all_pieces(), skip, None)
 
+    def require_unchanged(self) -> None:
+        for known in self._files:
+            known.file.require_unchanged()
+
     def _all_pieces(self) -> Iterator[TextPiece]:
-        for document, path in enumerate(self._paths):
-            starts = True
-            texts = _text_pieces(path)
-            text = next(texts, "")
-            for following in texts:
-                yield TextPiece(document, text, starts, ends=False)
-                text = following
-                starts = False
-            yield TextPiece(document, text, starts, ends=True)
+        self.left_out = left_out = LeftOut(self._dataset, self._skip_bad_rows)
+        for known in self._files:
+            if known.kind == "empty":
+                left_out.empty.append(str(known.file.path))
+            elif known.kind == "text":
+                yield from self._pieces_of_text(known, left_out)
+            else:
+                yield from self._pieces_of_rows(known, left_out)
+        left_out.require_documents(self._column)
+
+    def _pieces_of_text(self, known: Recognized, left_out: LeftOut) -> Iterator[TextPiece]:
+        content, _ = open_decompressed(known.file)
+        with content:
+            parts = documents(content, known.file.path, self._separator)
+            for text, starts, ends in parts:
+                if starts and self._separator is None and END_OF_DOCUMENT in text:
+                    left_out.unseparated.append(str(known.file.path))
+                yield TextPiece(left_out.documents, text, starts, ends)
+                left_out.documents += ends
+
+    def _pieces_of_rows(self, known: Recognized, left_out: LeftOut) -> Iterator[TextPiece]:
+        path = known.file.path
+        between = ": row " if known.kind in ("parquet", "arrow") else ":"
+        row = None
+        for number, row in rows_of(known, self._column):
+            text = text_of(row, f"{path}{between}{number}", self._column, left_out)
+            if text:
+                left_out.documents += 1
+                yield TextPiece(left_out.documents - 1, text)
+        if row is None:
+            left_out.empty.append(str(path))
 
 
-def _text_pieces(path: Path) -> Iterator[str]:
-    """Yield the file's text, cut where no tokenizer pattern crosses.
-
-    That is at a line break between two visible characters.
-    """
-    text = ""
-    for block in _decoded_blocks(path):
-        text += block
-        cut = _last_plain_line_break(text)
-        if cut is None and len(text) > LONGEST_TEXT_PIECE:
-            cut = len(text)
-        if cut is not None:
-            yield text[:cut]
-            text = text[cut:]
-    if text:
-        yield text
+def text_of(row: Any, place: str, column: Column, left_out: LeftOut) -> str | None:
+    """Return the text of a row; None, counted, if it has none or is bad."""
+    try:
+        if isinstance(row, BadRow):
+            raise BadRowError(row.problem)
+        text = column.text(row)
+    except BadRowError as error:
+        left_out.bad_row(place, str(error))
+        return None
+    if not text:
+        left_out.row_without_text(place, row, column)
+    return text
 
 
-def _last_plain_line_break(text: str) -> int | None:
-    """Return the position after the last "\\n" that has a visible character on either side."""
-    place = len(text)
-    while (place := text.rfind("\n", 1, place)) != -1:
-        if (
-            place + 1 < len(text)
-            and not text[place - 1].isspace()
-            and not text[place + 1].isspace()
-        ):
-            return place + 1
-    return None
+class HubDataset:
+    """One text column of a Hugging Face dataset, one document a row.
 
-
-def _decoded_blocks(path: Path) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    read_bytes = 0
-    with path.open("rb") as file:
-        while True:
-            block = file.read(TEXT_BLOCK_BYTES)
-            held_back = len(decoder.getstate()[0])
-            try:
-                yield decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                offset = read_bytes - held_back + error.start
-                raise UserError(
-                    f"{path}: not UTF-8 at byte {offset} ({error.reason}); convert it, for "
-                    f"example: iconv -f LATIN1 -t UTF-8 {path} > converted.txt"
-                ) from None
-            if not block:
-                return
-            read_bytes += len(block)
-
-
-class TableFiles:
-    """One text column of a Hugging Face dataset, from the hub or from local files.
-
-    `datasets` streams it, one document a row. Code that comes with a dataset is never run.
+    `datasets` streams it. Code that comes with a dataset is never run.
     """
 
     def __init__(
         self,
-        description: dict[str, JsonValue],
-        arguments: dict[str, Any],
-        column: str,
-        version: JsonValue,
-        size_bytes: int | None,
+        name: str,
+        config: str | None,
+        split: str,
+        column: Column,
+        skip_bad_rows: int = 0,
     ) -> None:
-        self.description = description
-        self.version = version
-        self.size_bytes = size_bytes
-        self._arguments = arguments
+        self.description: dict[str, JsonValue] = {
+            "dataset": name,
+            "config": config,
+            "split": split,
+            "column": column.written,
+        }
+        self.version: JsonValue = None
+        self.size_bytes: int | None = None
+        self.notes: Sequence[str] = ()
+        self.left_out = LeftOut(name)
+        self._arguments = {"path": name, "name": config, "split": split}
         self._column = column
+        self._skip_bad_rows = skip_bad_rows
 
     def pieces(self, skip: int = 0) -> Iterator[TextPiece]:
-        rows = enumerate(self._rows(skip), start=skip)
-        while (numbered := self._guarded(next, rows, None)) is not None:
-            number, row = numbered
-            yield TextPiece(number, self._text(number, row))
+        return itertools.islice(self._all_pieces(), skip, None)
 
-    def _rows(self, skip: int) -> Iterator[dict[str, Any]]:
+    def require_unchanged(self) -> None:
+        """Do nothing: the hub answers for what it sends."""
+
+    def _all_pieces(self) -> Iterator[TextPiece]:
+        self.left_out = left_out = LeftOut(self._arguments["path"] or "", self._skip_bad_rows)
+        rows, expected = self._rows()
+        count = 0
+        while (row := self._guarded(next, rows, None)) is not None:
+            count += 1
+            place = f"--dataset {self.description['dataset']}: row {count}"
+            text = text_of(row, place, self._column, left_out)
+            if text:
+                left_out.documents += 1
+                yield TextPiece(left_out.documents - 1, text)
+        if expected is not None and count < expected:
+            raise UserError(
+                f"--dataset {self.description['dataset']}: the stream ended after {count} rows, "
+                f"the hub says {expected}; give the same command again"
+            )
+        left_out.require_documents(self._column)
+
+    def _rows(self) -> tuple[Iterator[dict[str, Any]], int | None]:
+        """Return the rows, and their number if the hub says it."""
         from datasets import load_dataset
 
         dataset = self._guarded(load_dataset, streaming=True, **self._arguments)
-        return iter(dataset.skip(skip) if skip else dataset)
+        splits = getattr(dataset.info, "splits", None) or {}
+        known = splits.get(self._arguments["split"])
+        return iter(dataset), (getattr(known, "num_examples", None) or None)
 
     def _guarded(self, function: Any, *arguments: Any, **keywords: Any) -> Any:
         """Call a function of `datasets`; raise its errors as UserError of one line.
@@ -286,30 +309,6 @@ class TableFiles:
             reason = " ".join(str(error).split()) or "no rows"
             raise UserError(
                 f"--dataset {self.description['dataset']}: {type(error).__name__}: {reason}. "
-                f"{self._advice()}"
+                "Check the name, --config and --split, and the network (HF_ENDPOINT; HF_TOKEN for "
+                "gated data)"
             ) from error
-
-    def _advice(self) -> str:
-        if "data_files" in self._arguments:
-            return "Check the files"
-        return (
-            "Check the name, --config and --split, and the network (HF_ENDPOINT; HF_TOKEN for "
-            "gated data)"
-        )
-
-    def _text(self, number: int, row: dict[str, Any]) -> str:
-        text = row.get(self._column)
-        if isinstance(text, str):
-            return text
-        where = f"--dataset {self.description['dataset']}: row {number}"
-        if self._column not in row:
-            raise UserError(
-                f"{where} has no column {self._column!r}; choose one with --column: "
-                f"{', '.join(row)}"
-            )
-        if text is None:
-            return ""
-        raise UserError(
-            f"{where}: column {self._column!r} holds {type(text).__name__}, not text; choose "
-            f"another with --column"
-        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -29,7 +28,8 @@ def assign_splits(
     if characters is None:
         return _every_nth(source, FRACTION_OF_MANY if fraction is None else fraction, skip)
     held_out = FRACTION_OF_FEW if fraction is None else fraction
-    return itertools.islice(_head_and_tail(source, round(characters * (1 - held_out))), skip, None)
+    cut = round(characters * (1 - held_out))
+    return itertools.islice(_head_and_tail(source, cut, characters), skip, None)
 
 
 def characters_of_few(source: Corpus) -> int | None:
@@ -46,22 +46,26 @@ def characters_of_few(source: Corpus) -> int | None:
 
 
 def _every_nth(source: Corpus, fraction: float, skip: int) -> Iterator[tuple[Split, TextPiece]]:
-    exact = Fraction(str(fraction))
+    share, of = Fraction(str(fraction)).as_integer_ratio()
     for piece in source.pieces(skip):
-        held_out_before = math.ceil(piece.document * exact)
-        held_out_after = math.ceil((piece.document + 1) * exact)
+        held_out_before = -(-piece.document * share // of)  # rounded up
+        held_out_after = -(-(piece.document + 1) * share // of)
         yield ("val" if held_out_after > held_out_before else "train"), piece
 
 
-def _head_and_tail(source: Corpus, cut: int) -> Iterator[tuple[Split, TextPiece]]:
+def _head_and_tail(source: Corpus, cut: int, total: int) -> Iterator[tuple[Split, TextPiece]]:
     """Yield the text up to the first line break from `cut` on as train, then the rest as val.
 
-    The document that contains the cut becomes two.
+    The document that contains the cut becomes two. If no line break comes before the end of the
+    text, the cut is where it is: otherwise nothing would be held out.
     """
     position = 0
     first_held_out = True
     for piece in source.pieces():
-        head, tail = _cut_at_line(piece.text, cut - position)
+        place = cut - position
+        head, tail = _cut_at_line(piece.text, place)
+        if 0 < place < len(piece.text) and not tail and position + len(piece.text) == total:
+            head, tail = piece.text[:place], piece.text[place:]
         if head:
             yield "train", replace(piece, text=head, ends=piece.ends and not tail)
         if tail:

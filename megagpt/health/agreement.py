@@ -21,14 +21,18 @@ MOST_NAMED = 8  # ranks in one line
 HOST = "host"
 
 
-def require_agreement(config: RunConfig, stream: SampleStream | None = None) -> None:
+def require_agreement(
+    config: RunConfig, stream: SampleStream | None = None, changes: str = ""
+) -> None:
     """Raise UserError on all ranks if their configuration, data, code or libraries differ.
 
+    ``changes`` is what the run differs in from its checkpoints.
     Every rank must call it. Ranks that differ would train nonsense silently.
     """
     mine = {
         "configuration": config.to_json(),
         "data": stream.fingerprint if stream is not None else "",
+        "--allow_change": changes,
         "code": code_fingerprint(SOURCES),
         **{f"version of {library}": _version(library) for library in LIBRARIES},
     }

@@ -17,6 +17,7 @@ SPIKE_DEVIATIONS = 6.0
 # A normal distribution's standard deviation over its median absolute deviation.
 DEVIATIONS_PER_MAD = 1.4826
 LEAST_SPIKE = 0.5  # nats above the median; smaller jumps are noise whatever the deviation
+HOPELESS = 2.0  # times ln(vocabulary), the loss of a uniform guess, with which a run begins
 
 
 class StoppedByGuardError(Exception):
@@ -45,9 +46,12 @@ class Guard:
     on_nonfinite: str
     on_spike: str
     most_skips_in_a_row: int = MOST_SKIPS_IN_A_ROW
+    vocabulary: int | None = None
+    learning_rate: float | None = None
     skips_in_a_row: int = 0
     rewinds: int = 0
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW_STEPS))
+    hopeless: bool = False  # the last loss was, and it was said
 
     @classmethod
     def of(cls, config: ResolvedConfig) -> Self:
@@ -64,7 +68,13 @@ class Guard:
             if fp16.enabled and fp16.loss_scale == 0
             else 0
         )
-        return cls(settings.on_nonfinite, settings.on_spike, max(MOST_SKIPS_IN_A_ROW, scale_falls))
+        return cls(
+            settings.on_nonfinite,
+            settings.on_spike,
+            max(MOST_SKIPS_IN_A_ROW, scale_falls),
+            config.megagpt.model.vocabulary,
+            config.optimizer.params.lr,
+        )
 
     def remember(self, memory: GuardMemory) -> None:
         """Continue from the state of another process's guard, or of this one at an earlier step."""
@@ -96,7 +106,23 @@ class Guard:
         warning = Verdict(self._jump(step, result.loss)) if spike else None
         if math.isfinite(result.loss):
             self.recent.append(result.loss)
-        return warning
+        return self._worse_than_guessing(step, result.loss) or warning
+
+    def _worse_than_guessing(self, step: int, loss: float) -> Verdict | None:
+        """Return a warning at the first of several losses far above that of a uniform guess."""
+        if self.vocabulary is None:
+            return None
+        guess = math.log(self.vocabulary)
+        said = self.hopeless
+        self.hopeless = loss > HOPELESS * guess
+        if said or not self.hopeless:
+            return None
+        found = "" if self.learning_rate is None else f" (found {self.learning_rate:g})"
+        return Verdict(
+            f"step {step}: loss {loss:.3f} is far above ln({self.vocabulary}) = {guess:.3f}, that "
+            f"of a uniform guess: the run diverges; lower optimizer.params.lr{found}, or warm up "
+            f"longer"
+        )
 
     def _skipped(self, step: int, result: StepResult) -> Verdict:
         self.skips_in_a_row += 1

@@ -126,6 +126,11 @@ class Architecture:
     ignored: tuple[str, ...] = ()
     buffers: str = r"(?!)"  # tensors in files that are not parameters
 
+    @property
+    def headless_name(self) -> str:
+        """Its class without a head, as files of such a model name it: GPT2Model."""
+        return f"{re.sub('LMHeadModel$|ForCausalLM$', '', self.name)}Model"
+
     def misfits(self, model: ModelConfig) -> list[str]:
         """Return what it needs and what the model has instead; empty if it can hold the model."""
         found = [
@@ -249,7 +254,7 @@ GPT2 = Architecture(
     biased=(".bias",),
     grouped_heads=False,
     # Keys of old files.
-    ignored=("n_ctx", "task_specific_params", "predict_special_tokens", "output_past"),
+    ignored=("n_ctx", "predict_special_tokens"),
     buffers=r"(.*\.)?attn\.(bias|masked_bias)",
 )
 LLAMA = Architecture(
@@ -305,5 +310,15 @@ STARCODER2 = Architecture(
         "blocks.*.mlp.down": (["model.layers.*.mlp.c_proj"], SAME),
     },
     biased=("norm.bias",),
+    # Left over from the GPTBigCode model; transformers' Starcoder2 reads none of them.
+    ignored=(
+        "activation_function",
+        "attention_softmax_in_fp32",
+        "layer_norm_epsilon",
+        "mlp_type",
+        "norm_type",
+        "scale_attention_softmax_in_fp32",
+        "scale_attn_weights",
+    ),
 )
 ARCHITECTURES = (GPT2, LLAMA, STARCODER2)

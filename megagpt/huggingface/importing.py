@@ -27,16 +27,17 @@ from megagpt.checkpoint.format import (
 )
 from megagpt.checkpoint.writer import Flats, PlannedFile, files_of, write_files
 from megagpt.config import ConfigError, ModelConfig, ResolvedConfig, RunConfig
+from megagpt.data.manifest import read_dataset_manifest
 from megagpt.huggingface.architectures import Part
 from megagpt.huggingface.published_model import PublishedModel
 from megagpt.huggingface.whole_directory import whole_directory
 from megagpt.parallel.compat import MOMENTS, Piece
 from megagpt.parallel.rectangles import whole
 from megagpt.planning.legality import World, resolve
-from megagpt.rundir.data import open_stream, prepare_vocabulary
+from megagpt.rundir.data import open_stream, prepare_vocabulary, splits_of
 from megagpt.rundir.directory import record
 from megagpt.schema.deepspeed import WarmupCosineLR
-from megagpt.utils import MIB, sync_directory, write_atomically
+from megagpt.utils import MIB, UserError, sync_directory, write_atomically
 
 IMPORTED = "imported.json"
 SPARE_BYTES = 64 * MIB  # manifest and headers, in addition to the tensors
@@ -67,6 +68,7 @@ def import_model(source: Path, written: RunConfig, run_directory: Path) -> Impor
     config = published.run_config(written)
     resolved = _resolved(config)
     model = resolved.megagpt.model
+    _require_data_for_its_context(source, resolved)
     tokenizer_compared = published.require_tokenizer(Path(config.megagpt.data.sources[0].path))
     published.require_tensors(model)
     size = len((WEIGHT, *MOMENTS)) * 4 * model.num_parameters
@@ -101,6 +103,30 @@ def _resolved(config: RunConfig) -> ResolvedConfig:
         )
     world = World(_ranks(config), prepare_vocabulary(config))
     return resolve(config, world=world).config
+
+
+def _require_data_for_its_context(source: Path, config: ResolvedConfig) -> None:
+    """Raise UserError if a split of the data is shorter than one sample of the model's length.
+
+    Otherwise training would fail later, with advice that a learned position table cannot follow.
+    """
+    length = config.megagpt.model.sequence_length
+    for place in config.megagpt.data.sources:
+        manifest = read_dataset_manifest(Path(place.path))
+        splits = splits_of(config)
+        tokens, split = min((manifest.tokens(split), split) for split in splits)
+        if tokens > length:
+            continue
+        remedies = ["prepare more text"]
+        if split == "val" and manifest.tokens("train") > length:
+            remedies += ["turn evaluation off with --set megagpt.training.eval_interval_steps=0"]
+        if config.megagpt.model.position == "rotary" and tokens > 1:
+            shorter = f"--set megagpt.model.sequence_length={tokens - 1}"
+            remedies += [f"train on shorter samples with {shorter}"]
+        raise UserError(
+            f"{source}: its context is {length} tokens, longer than the {split} split of "
+            f"{place.path} (found {tokens} tokens, need {length + 1}); {', or '.join(remedies)}"
+        )
 
 
 def _ranks(config: RunConfig) -> int | None:

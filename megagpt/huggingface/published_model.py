@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from megagpt.checkpoint.format import DamagedCheckpointError
 from megagpt.checkpoint.reader import require_small_header
+from megagpt.checkpoint.safetensors_file import StoredFile, StoredSlice
 from megagpt.config import ConfigError, ModelConfig, RunConfig
 from megagpt.data.tokenizer import TOKENIZER_FILE
 from megagpt.huggingface.architectures import (
@@ -35,9 +36,20 @@ from megagpt.utils import UserError, human_count
 
 DERIVED = ("mlp_size", "head_size")  # from our other keys
 FORMATS = ("F64", "F32", "BF16", "F16")
+# Keys of transformers' PretrainedConfig, and others that its three models here never read: where
+# the model comes from, what a classifier on top would use, how text is generated from it.
 CHANGES_NO_RESULT = re.compile(
-    "architectures|model_type|transformers_version|(torch_)?dtype|(bos|eos|pad|sep)_token_id|use_cache|(_)?name_or_path|"
-    "output_attentions|output_hidden_states|return_dict|id2label|label2id|gradient_checkpointing|summary_.*"
+    r"architectures|model_type|transformers_version|(torch_)?dtype|use_bfloat16|torchscript|"
+    r"_?name_or_path|_commit_hash|auto_map|tokenizer_class|transformers\.js_config|"
+    r"unsloth_version|unsloth_fixed|(bos|eos|pad|sep|decoder_start)_token_id|prefix|use_cache|"
+    r"output_(attentions|hidden_states|past|scores)|(use_)?return_dict(_in_generate)?|"
+    r"_?attn_implementation(_autoset|_internal)?|gradient_checkpointing|"
+    r"_?num_labels|id2label|label2id|problem_type|finetuning_task|task_specific_params|"
+    r"classifier_dropout|summary_.*|"
+    r"do_sample|early_stopping|(max|min)_length|num_beams|num_beam_groups|num_return_sequences|"
+    r"temperature|top_[kp]|typical_p|(length|repetition|diversity)_penalty|"
+    r"(encoder_)?no_repeat_ngram_size|bad_words_ids|suppress_tokens|begin_suppress_tokens|"
+    r"forced_(bos|eos)_token_id|remove_invalid_values|exponential_decay_length_penalty"
 )
 
 
@@ -54,15 +66,28 @@ class PublishedModel:
 
     def _architecture(self) -> Architecture:
         named = self._config.get("architectures") or [
-            a.name for a in ARCHITECTURES if a.model_type == self._model_type
+            a.name for a in ARCHITECTURES if self._is_like(a)
         ]
         for architecture in ARCHITECTURES:
-            if named == [architecture.name]:
+            if named in ([architecture.name], [architecture.headless_name]):
                 return architecture
         known = ", ".join(architecture.name for architecture in ARCHITECTURES)
         raise UserError(
             f"{self.directory / CONFIG}: architectures: unknown (found "
             f"{named or self._model_type}, need one of {known})"
+        )
+
+    def _is_like(self, architecture: Architecture) -> bool:
+        """Return whether a file without `architectures` has this one's type, or else its keys.
+
+        GPT-2's first files have neither.
+        """
+        if self._model_type is not None:
+            return bool(architecture.model_type == self._model_type)
+        return all(
+            key.theirs in self._config
+            for key in architecture.keys
+            if key.default is ... and key.ours not in OF_TRAINING
         )
 
     @property
@@ -206,8 +231,8 @@ class PublishedModel:
                 problems += [] if ignored else [f"{name}: megagpt has no such tensor"]
                 continue
             stored = self._stored(name)
-            shape = tuple(stored.get_shape())
-            kind = stored.get_dtype()
+            shape = stored.shape
+            kind = stored.kind
             if shape != expected[known[name]] or kind not in FORMATS:
                 wanted = f"{expected[known[name]]} in {', '.join(FORMATS)}"
                 problems.append(f"{name}: {kind} of shape {shape}, the model's is {wanted}")
@@ -275,28 +300,30 @@ class PublishedModel:
     @cached_property
     def _stored_bytes(self) -> int:
         """The size of all its files together."""
-        files = dict.fromkeys(self._places.values())
-        return sum((self.directory / file).stat().st_size for file in files if self._open(file))
+        return sum(self._open(file).size_bytes for file in dict.fromkeys(self._places.values()))
 
     def _tensor(self, name: str) -> Tensor:
-        return torch.as_tensor(self._stored(name)[...])
+        try:
+            return self._stored(name).read()
+        except SafetensorError as error:
+            raise UserError(f"{self.directory}: {name}: {error}; download it again") from error
 
-    def _stored(self, tensor: str) -> Any:
-        """Return a lazy slice of a tensor, with its shape and format."""
+    def _stored(self, tensor: str) -> StoredSlice:
+        """Return where a tensor lies, with its shape and format; nothing of it is read yet."""
         file = self._places[tensor]
         try:
-            return self._open(file).get_slice(tensor)
+            return self._open(file).slice(tensor)
         except SafetensorError as error:
             raise UserError(
                 f"{self.directory / INDEX}: weight_map: {tensor} is not in {file} ({error}); "
                 f"download both again"
             ) from error
 
-    def _open(self, file: str) -> Any:
+    def _open(self, file: str) -> StoredFile:
         if file not in self._opened:
             try:
                 require_small_header(self.directory, file)
-                self._opened[file] = safe_open(str(self.directory / file), framework="pt")
+                self._opened[file] = StoredFile(self.directory / file)
             except (SafetensorError, DamagedCheckpointError, OSError) as error:
                 raise UserError(
                     f"{self.directory / file}: cannot be read ({error}); download it again"
@@ -304,7 +331,7 @@ class PublishedModel:
         return self._opened[file]
 
     @cached_property
-    def _opened(self) -> dict[str, Any]:
+    def _opened(self) -> dict[str, StoredFile]:
         return {}
 
     def require_tokenizer(self, data: Path) -> bool:

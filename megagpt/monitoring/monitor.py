@@ -31,6 +31,7 @@ EVENTS = (
     "eval",
     "save",
     "resume",
+    "change",
     "proof",
     "rewind",
     "skip",

@@ -73,6 +73,8 @@ def examine(hosts: Sequence[Host], config: RunConfig, run_directory: Path) -> li
             report.problems += _problems_alone(report)
             report.notes += _notes(report)
     sound = [report for report in reports if report.answered]
+    if len(hosts) == 1:
+        reports[0].notes.append(_one_host(hosts[0]))
     _compare(sound)
     _see_whether_shared(sound)
     reports[0].problems[:0] = [*problems, *_world_problems(hosts, config)]
@@ -199,6 +201,15 @@ def _notes(report: Report) -> Iterator[str]:
         )
 
 
+def _one_host(host: Host) -> str:
+    """Return what DeepSpeed's launcher does with a hostfile of one host (launcher/runner.py)."""
+    return (
+        f"{host.name}: the only host of the file; DeepSpeed's launcher asks it by ssh all the "
+        f"same, but trains on the machine where you type; there, without ssh: deepspeed "
+        f"--num_accelerators {host.slots} launch/train.py, without --hostfile"
+    )
+
+
 def _clock_skew_s(report: Report) -> float:
     """Return how far a clock is outside the interval of the question: it was read within it."""
     begun, ended = report.asked_s
@@ -260,9 +271,11 @@ def _world_problems(hosts: Sequence[Host], config: RunConfig) -> Iterator[str]:
     expected = config.megagpt.parallel.world_size
     ranks = world_size([*hosts])
     if hosts and expected not in (None, ranks):
+        assert expected is not None
+        others = "add the missing hosts" if ranks < expected else "remove the hosts beyond them"
         yield (
-            f"the hostfile has {ranks} ranks, but megagpt.parallel.world_size is {expected}: add "
-            f"the missing hosts, or change it"
+            f"the hostfile has {ranks} ranks, but megagpt.parallel.world_size is {expected}: "
+            f"--set megagpt.parallel.world_size={ranks}, or {others}"
         )
     if len(hosts) > 1 and expected is None:
         yield f"megagpt.parallel.world_size is missing: --set megagpt.parallel.world_size={ranks}"

@@ -6,7 +6,7 @@ from pathlib import Path
 from megagpt.checkpoint.collective import everyones, together
 from megagpt.checkpoint.directory import collect_leftovers
 from megagpt.checkpoint.format import DamagedCheckpointError, OtherFormatError
-from megagpt.checkpoint.resume import resume
+from megagpt.checkpoint.resume import Resumed, resume
 from megagpt.checkpoint.resume_proof import NEXT_STEP, NextStep
 from megagpt.cluster.launchers import adopt_launch
 from megagpt.config import ResolvedConfig
@@ -29,6 +29,7 @@ from megagpt.parallel.engine import (
 from megagpt.planning.legality import LegalRun, precision_notes
 from megagpt.planning.stages import cut, describe_stage
 from megagpt.rundir import directory as directories
+from megagpt.rundir.changes import UNCHANGED, Changes
 from megagpt.rundir.data import require_same_data
 from megagpt.train import Run
 from megagpt.utils import human_count
@@ -37,11 +38,16 @@ log = logging.getLogger(__name__)
 
 
 def assemble(
-    legal: LegalRun, streams: dict[Split, SampleStream], directory: Path, pulse: Pulse
+    legal: LegalRun,
+    streams: dict[Split, SampleStream],
+    directory: Path,
+    pulse: Pulse,
+    changes: Changes = UNCHANGED,
 ) -> Run:
     """Join the ranks, build the engine and load the newest checkpoint; every rank must call it.
 
-    ``pulse`` is told each activity.
+    ``pulse`` is told each activity. ``changes`` are what the run may differ in from its
+    checkpoints.
     """
     pulse.beat("joining the other ranks")
     resolved = legal.on_device(
@@ -49,7 +55,7 @@ def assemble(
         fp16_native=device.multiplies_fp16_natively(training_device()),
     )
     join_ranks(resolved)
-    require_agreement(resolved, streams["train"])
+    require_agreement(resolved, streams["train"], changes.as_text())
     pulse.beat("building the engine")
     mesh = build_mesh(resolved)
     engine = build_engine(resolved, mesh)
@@ -61,15 +67,24 @@ def assemble(
         config=resolved,
         engine=engine,
         training=BatchLoader(streams["train"], resolved, mesh, training_device()),
-        validation=BatchLoader(streams["val"], resolved, mesh, training_device()),
+        validation=BatchLoader(streams["val"], resolved, mesh, training_device())
+        if "val" in streams
+        else None,
         encoding=open_tokenizer(resolved.megagpt),
         directory=directory,
         peak_flops=device.peak_flops(training_device(), compute_dtype(resolved)),
         pulse=pulse,
+        changes=changes,
     )
     pulse.beat("loading the checkpoint")
     found = _resume(run)
-    together(lambda: directories.record(directory, resolved) if mesh.rank == 0 else None)
+    together(
+        lambda: (
+            directories.record(directory, resolved, changes, run.state.step)
+            if mesh.rank == 0
+            else None
+        )
+    )
     run.monitor = Monitor.open(
         resolved,
         directory,
@@ -78,7 +93,17 @@ def assemble(
         is_writer=mesh.rank == 0,
     )
     if found:
-        run.monitor.event("resume", step=run.state.step, **found)
+        changed = found.describe_changes()
+        run.monitor.event(
+            "resume",
+            step=run.state.step,
+            written_by=found.manifest.topology,
+            passed_over=found.passed_over,
+        )
+        if changed:
+            run.monitor.event("change", step=run.state.step, changes=changed)
+    elif changes.now:  # before the first checkpoint
+        run.monitor.event("change", step=0, changes=changes.lines())
     for message in _unknown_internals(resolved):
         run.monitor.event("warning", step=run.state.step, message=message)
     return run
@@ -93,23 +118,28 @@ def _unknown_internals(config: ResolvedConfig) -> list[str]:
     return sorted({message for message in everyones(here) if message is not None})
 
 
-def _resume(run: Run) -> dict[str, object] | None:
-    """Load the newest sound checkpoint into the run; return the fields of the event `resume`."""
+def _resume(run: Run) -> Resumed | None:
+    """Load the newest sound checkpoint, if there is one, into the run."""
     if run.engine.mesh.rank == 0:
         for name in collect_leftovers(run.saver.checkpoints):
             log.warning("removed %s, left by an interrupted save", name)
-    resumed = resume(run.engine, run.directory)
+    known = run.changes.known()
+    resumed = resume(run.engine, run.directory, known, run.training.stream.fingerprint)
     if resumed is None:
         return None
     run.state = resumed.state
-    run.saver.goes_on_from(run.state)
+    run.saver.goes_on_from(run.state, changed=resumed.differs)
     if run.engine.mesh.rank == 0:
-        run.unproven = _next_step(resumed.directory)
+        run.unproven = None if resumed.differs else _next_step(resumed.directory)
         print(resumed.describe(provable=run.unproven is not None), flush=True)
     require_same_data(
-        run.directory, run.state.step, resumed.manifest.data_fingerprint, run.training.stream
+        run.directory,
+        run.state.step,
+        resumed.manifest.data_fingerprint,
+        run.training.stream,
+        run.changes,
     )
-    return {"written_by": resumed.manifest.topology, "passed_over": resumed.passed_over}
+    return resumed
 
 
 def _next_step(checkpoint: Path) -> NextStep | None:

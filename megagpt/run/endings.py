@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+PROMPT_TOKENS = 64
+PROMPT_WORDS = 3
+
 
 def clear_earlier_end(directory: Path) -> None:
     """Remove the crash page, the end record and the hang alarm of an earlier start."""
@@ -91,11 +94,35 @@ def _outcome(run: "Run", first_step: int) -> str:
             f"longer: {more}"
         )
     else:
-        tokens = human_count(run.state.tokens)
-        done = (
-            f"done: step {run.state.step}, {tokens} tokens; samples in {run.directory}/samples.txt"
-        )
-    return f'{done}\nnext: python launch/generate.py --run_dir {run.directory} --prompt "import os"'
+        done = f"done: step {run.state.step}, {human_count(run.state.tokens)} tokens{_samples(run)}"
+    directory = shlex.quote(str(run.directory))
+    prompt = _prompt(run)
+    option = "--prompt=" if prompt.startswith("-") else "--prompt "
+    return (
+        f"{done}\nnext: python launch/generate.py --run_dir {directory} "
+        f"{option}{shlex.quote(prompt)}"
+    )
+
+
+def _samples(run: "Run") -> str:
+    """Return where the samples are, if there are any."""
+    path = run.directory / "samples.txt"
+    return f"; samples in {path}" if path.is_file() and path.stat().st_size else ""
+
+
+def _prompt(run: "Run") -> str:
+    """Return a text to continue, of the kind that the run was trained on.
+
+    The first prompt of its own samples, else the first words of its first document.
+    """
+    for prompt in run.config.megagpt.training.sample_prompts:
+        if prompt.isprintable() and prompt:
+            return prompt
+    tokens = run.training.stream.datasets[0].split("train")
+    text = run.encoding.decode(tokens.read(0, min(PROMPT_TOKENS, len(tokens))).tolist())
+    lines = (line.strip() for line in text.replace("\ufffd", "").split("\n"))
+    words = next((line for line in lines if line.isprintable() and line), "").split()
+    return " ".join(words[:PROMPT_WORDS]) or "The"
 
 
 def end_at_once(heard: signal.Signals, run: "Run | None", directory: Path) -> None:

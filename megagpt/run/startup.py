@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TextIO
 import kernels  # noqa: F401  chooses Triton's interpreter, where it is asked for, before DeepSpeed imports Triton
 from megagpt.cluster.hosts import read_hostfile
 from megagpt.cluster.launch_command import hostfile_of_launcher
-from megagpt.cluster.launchers import Launch, adopt_launch
+from megagpt.cluster.launchers import Launch, adopt_launch, take_free_port
 from megagpt.cluster.orphans import end_with_launcher
 from megagpt.config import RunConfig, load_config
 from megagpt.data.manifest import Split
@@ -28,6 +28,7 @@ from megagpt.parallel import internals, ops
 from megagpt.planning.legality import LegalRun
 from megagpt.run import endings
 from megagpt.rundir import directory as directories
+from megagpt.rundir.changes import Changes, allowed_prefixes
 from megagpt.rundir.data import open_data, resolve_run
 from megagpt.rundir.signals import (
     STOP_FILE,
@@ -77,14 +78,15 @@ def _start(arguments: argparse.Namespace, prepare: Prepare | None) -> int:
     if arguments.resume and endings.last_checkpoint(directory) is None:
         raise UserError(f"{directory}: nothing to resume; leave out --resume to start it")
     legal = resolve_run(config, str(arguments.deepspeed_config))
-    streams = open_data(legal.config, directory)
+    prefixes = allowed_prefixes(arguments.allow_change)
+    streams, changes = open_data(legal.config, directory, prefixes)
     # One host may have another DeepSpeed; its ranks fail here, before others wait for them.
     internals.require_known_internals(internals.parts_used(config, launch.launcher))
     _require_ops(config)
     _require_format(legal, str(arguments.deepspeed_config))
     with _gathered(directory):
         _announce_device()
-        return _run_to_its_end(legal, streams, directory, requests, prepare)
+        return _run_to_its_end(legal, streams, changes, directory, requests, prepare)
 
 
 def _without_launcher(requests: StopRequests) -> None:
@@ -104,6 +106,7 @@ def _gathered(directory: Path) -> AbstractContextManager[object]:
     """
     lock = partial(_claimed, directory)
     if RankEnvironment.read().world_size == 1:
+        take_free_port()
         return lock()
     _announce_device()
     from megagpt.cluster.rendezvous import gathered_ranks
@@ -172,6 +175,7 @@ def _require_stated_world_size(config: RunConfig, launch: Launch) -> None:
 def _run_to_its_end(
     legal: LegalRun,
     streams: dict[Split, SampleStream],
+    changes: Changes,
     directory: Path,
     requests: StopRequests,
     prepare: Prepare | None = None,
@@ -200,7 +204,7 @@ def _run_to_its_end(
                     states, timeout_s, run, directory
                 ),
             ) as watch:
-                run = assemble(legal, streams, directory, pulse)
+                run = assemble(legal, streams, directory, pulse, changes)
                 endings.connect_watch(watch, run)
                 run.requests = requests
                 first_step = run.state.step

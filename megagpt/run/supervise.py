@@ -7,7 +7,6 @@ restarted.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import re
@@ -27,6 +26,12 @@ from types import FrameType
 from megagpt.cluster.hosts import read_hostfile
 from megagpt.cluster.launch_command import hostfile_in
 from megagpt.cluster.processes import PROC, all_processes
+from megagpt.common.arguments import (
+    CommandParser,
+    add_config_option,
+    add_launcher_options,
+    user_path,
+)
 from megagpt.monitoring.metrics import METRICS_FILE, Line, MetricsFile, plain, read_metrics
 from megagpt.rundir.directory import directory_of_run
 from megagpt.rundir.end_record import END_FILE, ENDED_AT_ONCE, FAILED, EndRecord
@@ -87,10 +92,11 @@ class Ending:
 
 def run_directory_of(command: Sequence[str]) -> Path:
     """Return the run directory that a training command will use."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--run_dir", type=Path)
-    parser.add_argument("--deepspeed_config", default="ds_configs/default.json")
-    known, _ = parser.parse_known_args(list(command))
+    parser = CommandParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--run_dir", type=user_path)
+    add_config_option(parser)
+    add_launcher_options(parser)
+    known, _ = parser.parse_known_args(command)
     return directory_of_run(known.run_dir, known.deepspeed_config)
 
 

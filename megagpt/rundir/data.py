@@ -3,6 +3,8 @@
 Nothing in here imports torch.
 """
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from megagpt.checkpoint.format import (
@@ -16,10 +18,12 @@ from megagpt.data.manifest import Split, read_dataset_manifest
 from megagpt.dataset import SampleStream
 from megagpt.planning.legality import ANY_VOCABULARY, LegalRun, World, require_legal, resolve
 from megagpt.rundir import directory as directories
+from megagpt.rundir.changes import DATA, DATA_FINGERPRINT, Changes, allows_data
 from megagpt.utils import RankEnvironment, UserError
 
 EMBEDDED_CORPUS = Path("data/stdlib")
-SPLITS: tuple[Split, ...] = ("train", "val")
+
+log = logging.getLogger(__name__)
 
 
 def resolve_run(written: RunConfig, source: str = "") -> LegalRun:
@@ -38,16 +42,61 @@ def resolve_run(written: RunConfig, source: str = "") -> LegalRun:
     return resolve(written, source, world=World(ranks, vocabulary))
 
 
-def open_data(config: ResolvedConfig, directory: Path) -> dict[Split, SampleStream]:
-    """Return the samples of each split, after every check that needs no torch; raise UserError."""
-    directories.require_same_identity(directory, config)
-    streams = {split: open_stream(config, split) for split in SPLITS}
-    _require_data_of_the_newest(directory, streams["train"])
-    return streams
+def open_data(
+    config: ResolvedConfig, directory: Path, prefixes: Sequence[str] = ()
+) -> tuple[dict[Split, SampleStream], Changes]:
+    """Return the samples of each split, and what this start changes in the run.
+
+    Every check that needs no torch is made. Raise UserError, also for a change that ``prefixes``
+    (of `--allow_change`) do not cover.
+    """
+    changes = directories.changes_of(directory, config, prefixes)
+    opened = {"train": open_stream, "val": _open_validation}
+    streams = {split: opened[split](config, split) for split in splits_of(config)}
+    stream = streams["train"]
+    stored = _fingerprint_of_the_newest(directory)
+    if stored is not None:
+        step, fingerprint = stored
+        if fingerprint != stream.fingerprint and allows_data(prefixes):
+            changes = changes.with_data(fingerprint, stream.fingerprint)
+        require_same_data(directory, step, fingerprint, stream, changes)
+    if {DATA_FINGERPRINT, "megagpt.data.path"} & changes.now.keys():
+        _require_same_tokenizer(directories.read_config(directory), stream)
+    return streams, changes
 
 
-def _require_data_of_the_newest(directory: Path, stream: SampleStream) -> None:
-    """Raise UserError unless the data are those of the newest checkpoint with a valid manifest.
+def splits_of(config: ResolvedConfig) -> tuple[Split, ...]:
+    """Return the splits that a run reads: without evaluation no validation split."""
+    return ("train", "val") if config.megagpt.training.eval_interval_steps else ("train",)
+
+
+def _open_validation(config: ResolvedConfig, split: Split) -> SampleStream:
+    try:
+        return open_stream(config, split)
+    except UserError as error:
+        raise UserError(
+            f"{error}; or turn evaluation off: --set megagpt.training.eval_interval_steps=0"
+        ) from error
+
+
+def _require_same_tokenizer(recorded: ResolvedConfig, stream: SampleStream) -> None:
+    """Raise UserError if the new data have another tokenizer than the run's, where those remain."""
+    ours = stream.datasets[0].manifest.tokenizer
+    for source in recorded.megagpt.data.sources:
+        try:
+            theirs = read_dataset_manifest(Path(source.path)).tokenizer
+        except UserError:
+            log.warning("%s: gone, so its tokenizer cannot be compared", source.path)
+            continue
+        if theirs.sha256 != ours.sha256:
+            raise UserError(
+                f"{stream.datasets[0].directory}: its tokenizer ({ours.name}) is not that of "
+                f"{source.path} ({theirs.name}), of the run; prepare it with the same one"
+            )
+
+
+def _fingerprint_of_the_newest(directory: Path) -> tuple[int, str] | None:
+    """Return step and data of the newest checkpoint with a valid manifest, None without one.
 
     This runs before any rank builds its model.
     """
@@ -62,18 +111,24 @@ def _require_data_of_the_newest(directory: Path, stream: SampleStream) -> None:
                 f"{error.filename}: cannot be read ({error.strerror}); start again when its disk "
                 f"works"
             ) from error
-        require_same_data(directory, step, manifest.data_fingerprint, stream)
-        return
+        return step, manifest.data_fingerprint
+    return None
 
 
-def require_same_data(directory: Path, step: int, fingerprint: str, stream: SampleStream) -> None:
-    """Raise UserError unless a checkpoint of ``step`` was trained on these data."""
-    if fingerprint != stream.fingerprint:
+def require_same_data(
+    directory: Path, step: int, fingerprint: str, stream: SampleStream, changes: Changes
+) -> None:
+    """Raise UserError unless a checkpoint of ``step`` was trained on these data.
+
+    Data that were changed on purpose may be either.
+    """
+    if fingerprint not in (stream.fingerprint, *changes.known().get(DATA_FINGERPRINT, ())):
         raise UserError(
             f"{directory}: its data changed since step {step} was saved (found "
             f"{stream.fingerprint[:16]} in "
             f"{', '.join(str(dataset.directory) for dataset in stream.datasets)}, need "
-            f"{fingerprint[:16]}); restore them, or start again with another --run_dir"
+            f"{fingerprint[:16]}); restore them, start again with another --run_dir, or "
+            f"continue on these from their first sample: --allow_change {DATA}"
         )
 
 

@@ -1,15 +1,19 @@
 """A run directory: which run it belongs to, and whether this configuration may continue it."""
 
 import fcntl
+import json
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-from megagpt.config import ConfigError, ResolvedConfig, identity_differences
+from megagpt.config import ResolvedConfig
+from megagpt.rundir.changes import Changes, permitted
 from megagpt.utils import UserError, write_atomically
 
 CONFIG_FILE = "config.json"
+CHANGES = "changes"  # the key of config.json that no configuration has
 LOCK_FILE = ".lock"
 
 
@@ -24,7 +28,12 @@ def directory_of_run(run_dir: Path | None, config_file: str | Path) -> Path:
 
 
 def read_config(run_directory: Path) -> ResolvedConfig:
-    """Return the configuration that a run was started with; raise UserError if it is not a run."""
+    """Return the configuration of a run's last start; raise UserError if it is not a run."""
+    return _read(run_directory)[0]
+
+
+def _read(run_directory: Path) -> tuple[ResolvedConfig, tuple[dict[str, Any], ...]]:
+    """Return what config.json holds: the configuration and the recorded changes."""
     path = run_directory / CONFIG_FILE
     try:
         text = path.read_text(encoding="utf-8")
@@ -37,14 +46,22 @@ def read_config(run_directory: Path) -> ResolvedConfig:
         raise UserError(
             f"{path}: not UTF-8 text (byte {error.start}); restore it, or choose another run"
         ) from error
-    return ResolvedConfig.from_json(text, str(path))
+    entries: list[dict[str, Any]] = []
+    if f'"{CHANGES}"' in text:
+        document = json.loads(text)
+        entries = document.pop(CHANGES)
+        text = json.dumps(document)
+    return ResolvedConfig.from_json(text, str(path)), tuple(entries)
 
 
-def require_same_identity(run_directory: Path, config: ResolvedConfig) -> None:
-    """Raise UserError, listing the keys, if the directory holds another run.
+def changes_of(
+    run_directory: Path, config: ResolvedConfig, prefixes: Sequence[str] = ()
+) -> Changes:
+    """Return what changes if this configuration continues the run in the directory.
 
-    Another run is another model, other data or another optimizer. A run may be continued with
-    another mesh, ZeRO stage, precision or length.
+    Raise UserError, listing the keys, if the directory holds another run: another model, other
+    data or another optimizer, in keys that ``prefixes`` (of `--allow_change`) do not cover. A run
+    may always be continued with another mesh, ZeRO stage, precision or length.
     """
     path = run_directory / CONFIG_FILE
     if not _exists(path):
@@ -52,16 +69,10 @@ def require_same_identity(run_directory: Path, config: ResolvedConfig) -> None:
             raise UserError(
                 f"{path}: missing beside checkpoints; restore it, or choose another --run_dir"
             )
-        return
-    differences = identity_differences(read_config(run_directory).identity(), config.identity())
-    if differences:
-        remedy = (
-            f"{run_directory}: holds another run; choose another --run_dir, or undo these "
-            f"differences"
-        )
-        raise ConfigError(
-            [*(f"{run_directory}: {difference}" for difference in differences), remedy]
-        )
+        return Changes()
+    recorded, entries = _read(run_directory)
+    now = permitted(str(run_directory), recorded.identity(), config.identity(), prefixes)
+    return Changes(entries, now)
 
 
 def _exists(path: Path) -> bool:
@@ -81,11 +92,20 @@ def _exists(path: Path) -> bool:
     return True
 
 
-def record(run_directory: Path, config: ResolvedConfig) -> None:
-    """Write the configuration into the directory; ``require_same_identity`` must have passed."""
+def record(
+    run_directory: Path, config: ResolvedConfig, changes: Changes | None = None, step: int = 0
+) -> None:
+    """Write the configuration into the directory, with the changes up to ``step``, in one move.
+
+    ``changes`` are those of ``changes_of``, which must have passed.
+    """
     path = run_directory / CONFIG_FILE
+    text = config.to_json()
+    if changes is not None and (entries := changes.entries(step)):
+        document = json.loads(text) | {CHANGES: entries}
+        text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
     try:
-        write_atomically(path, config.to_json())
+        write_atomically(path, text)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written ({error.strerror}); choose another --run_dir"

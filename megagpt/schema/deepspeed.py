@@ -13,6 +13,7 @@ from pydantic import Field, Tag, model_validator
 
 from megagpt.schema.fields import (
     ElementCount,
+    PathText,
     Section,
     auto_or_value,
     execution,
@@ -172,7 +173,7 @@ class AioConfig(Section):
 
 class _OffloadSection(Section):
     device: Literal["none", "cpu", "nvme"] = execution("none", "where it is stored")
-    nvme_path: str | None = execution(
+    nvme_path: PathText | None = execution(
         None, "directory on the NVMe drive (device nvme)", min_length=1
     )
     pin_memory: bool = execution(True, "page-locked host memory")
@@ -324,5 +325,5 @@ class TensorboardConfig(Section):
     """TensorBoard event files."""
 
     enabled: bool = execution(False, "write event files")
-    output_path: str | None = execution(None, "directory; default: the run directory")
+    output_path: PathText | None = execution(None, "directory; default: the run directory")
     job_name: str = execution("tensorboard", "subdirectory of output_path")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Iterable
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -91,5 +92,8 @@ def _integral_float_to_int(value: Any) -> Any:
 
 # DeepSpeed's documentation writes these sizes as 5e8, which JSON reads as a float. 2.5 is an error.
 ElementCount = Annotated[int, BeforeValidator(_integral_float_to_int)]
+
+# A path on this machine; `~` is the home directory, as for a shell.
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 
 auto_or_value = Discriminator(lambda value: "auto" if value == "auto" else "value")

@@ -6,19 +6,19 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from megagpt.schema.fields import Section, execution, identity, refuse, section
+from megagpt.schema.fields import PathText, Section, execution, identity, refuse, section
 from megagpt.schema.model import ModelConfig, ModelSection
 
 
 class DataSource(Section):
     """One dataset of a blend."""
 
-    path: str = identity(..., "directory of the dataset", min_length=1)
+    path: PathText = identity(..., "directory of the dataset", min_length=1)
     weight: float = identity(1.0, "share of the samples, relative to the other weights", gt=0)
 
 
 DataPath = Annotated[
-    Annotated[str, Field(min_length=1), Tag("one")]
+    Annotated[PathText, Field(min_length=1), Tag("one")]
     | Annotated[tuple[DataSource, ...], Field(strict=False), Tag("blend")],
     Discriminator(lambda value: "blend" if isinstance(value, list | tuple) else "one"),
 ]

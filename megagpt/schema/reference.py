@@ -6,7 +6,6 @@ prints the last sections of docs/configuration.md: every key, and DeepSpeed's ot
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from typing import Any
@@ -15,6 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
 
+from megagpt.common.arguments import command_parser
 from megagpt.config import RunConfig
 from megagpt.schema.errors import models_at, models_in, shown
 from megagpt.schema.foreign import ALL_FALSE, FOREIGN, OFF, ForeignKey
@@ -166,7 +166,7 @@ def _default(name: str, field: FieldInfo) -> str:
 
 def main() -> None:
     """Print the schema, or the tables with `--tables`."""
-    parser = argparse.ArgumentParser(description="Describe the configuration file.")
+    parser = command_parser(description="Describe the configuration file.")
     parser.add_argument(
         "--tables", action="store_true", help="Markdown tables of every key instead of JSON Schema"
     )

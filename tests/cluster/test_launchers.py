@@ -4,6 +4,7 @@ error, never a guess.
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from megagpt.cluster import launchers
 from megagpt.cluster.hosts import Host
-from megagpt.cluster.launchers import OF_A_RANK, SLURM_PORTS, Launch, adopt_launch
+from megagpt.cluster.launchers import OF_A_RANK, OWN_PORTS, Launch, adopt_launch, take_free_port
 from megagpt.cluster.slurm import expand_hosts, expand_tasks
 from megagpt.utils import UserError
 
@@ -54,6 +55,17 @@ def slurm(rank: int = 3, **changes: str) -> dict[str, str]:
         "SLURM_NODEID": str(rank // 2),
         "SLURM_NTASKS": "4",
         "PMI_SIZE": "4",
+    } | changes
+
+
+def mpi(rank: int = 3, local_size: int = 4, **changes: str) -> dict[str, str]:
+    """What OpenMPI sets for a process of `mpirun -n 4`."""
+    return {
+        "OMPI_COMM_WORLD_RANK": str(rank),
+        "OMPI_COMM_WORLD_SIZE": "4",
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(rank % local_size),
+        "OMPI_COMM_WORLD_LOCAL_SIZE": str(local_size),
+        "PMIX_NAMESPACE": "3344695297",
     } | changes
 
 
@@ -105,7 +117,7 @@ def test_tasks_of_srun_find_their_ranks_and_one_another() -> None:
     assert len(meetings) == 1
     address, port = meetings.pop()
     assert address == "gpu09"
-    assert port in SLURM_PORTS
+    assert port in OWN_PORTS
     assert adopt_launch(environments[3]) == launches[3]
 
 
@@ -114,6 +126,76 @@ def test_jobs_on_one_host_meet_at_different_ports() -> None:
     for environment in environments:
         adopt_launch(environment)
     assert len({environment["MASTER_PORT"] for environment in environments}) == 10
+
+
+def test_processes_of_mpirun_find_their_ranks_and_one_another() -> None:
+    environments = [mpi(rank) for rank in range(4)]
+    launches = [adopt_launch(environment) for environment in environments]
+    assert launches == [Launch("mpirun -n 4 python", rank, 4, rank, 4) for rank in range(4)]
+    assert {environment["MASTER_ADDR"] for environment in environments} == {"127.0.0.1"}
+    (port,) = {environment["MASTER_PORT"] for environment in environments}
+    assert int(port) in OWN_PORTS
+    adopt_launch(other := mpi(PMIX_NAMESPACE="3344695298"))
+    assert other["MASTER_PORT"] != port
+    far = mpi(2, local_size=2, MASTER_ADDR="gpu1", MASTER_PORT="29600")
+    assert adopt_launch(far) == Launch("mpirun -n 4 python", 2, 4, 0, 2)
+    assert (far["MASTER_ADDR"], far["MASTER_PORT"]) == ("gpu1", "29600")
+
+
+ONE_HOST = DEEPSPEED | {"CROSS_SIZE": "1", "LOCAL_SIZE": "4", "LOCAL_RANK": "3", "CROSS_RANK": "0"}
+
+
+@pytest.mark.parametrize(
+    ("command", "changes", "own"),
+    [
+        (["deepspeed", "launch/train.py"], {}, True),
+        (["deepspeed", "--num_gpus", "4", "launch/train.py"], {}, True),
+        (["deepspeed", "--master_port", "29500", "launch/train.py"], {}, False),
+        (["deepspeed", "--master_port=29500", "launch/train.py"], {}, False),
+        (["deepspeed", "launch/train.py"], {"MASTER_PORT": "29501"}, False),
+        (["deepspeed", "launch/train.py"], {"CROSS_SIZE": "2", "LOCAL_SIZE": "2"}, False),
+        (None, {}, False),
+    ],
+)
+def test_runs_of_deepspeed_on_one_machine_meet_at_different_ports(
+    monkeypatch: pytest.MonkeyPatch,
+    command: list[str] | None,
+    changes: dict[str, str],
+    own: bool,
+) -> None:
+    """All ranks of one launcher at the same; where a port was typed, or ranks of other hosts have
+    to know it, at that.
+    """
+    monkeypatch.setattr(launchers, "command_of_launcher", lambda: command)
+    ports = []
+    for number in (4711, 4711, 4712):
+        monkeypatch.setattr(launchers, "launcher_number", lambda number=number: number)
+        environment = ONE_HOST | {"LOCAL_RANK": "1"} | changes
+        adopt_launch(environment)
+        adopt_launch(environment)
+        ports.append(environment["MASTER_PORT"])
+    assert ports[0] == ports[1]
+    assert (ports[0] != ports[2]) == own
+    assert own == (int(ports[0]) in OWN_PORTS)
+    assert own or ports[0] == (ONE_HOST | changes)["MASTER_PORT"]
+
+
+def test_a_rank_alone_takes_a_port_that_is_free() -> None:
+    """Also one that DeepSpeed's launcher has sent to a port in use; but torchrun's agent serves
+    its own.
+    """
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = str(other.getsockname()[1])
+        environment = {"MASTER_PORT": taken}
+        take_free_port(environment)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", int(environment["MASTER_PORT"])))
+        assert environment["MASTER_PORT"] != taken
+        environment = {"MASTER_PORT": taken, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        take_free_port(environment)
+        assert environment["MASTER_PORT"] == taken
 
 
 def test_a_meeting_place_of_the_job_script_is_kept() -> None:
@@ -167,8 +249,17 @@ def test_half_of_the_variables_is_no_start(missing: str) -> None:
             "granted 8 tasks, but this is the only .*: start all with srun",
         ),
         (
+            {"PMI_SIZE": "2"},
+            "PMI_SIZE=2, but no RANK: each process would train alone",
+        ),
+        (
             {"OMPI_COMM_WORLD_SIZE": "2"},
-            "OMPI_COMM_WORLD_SIZE=2, but no RANK: each process would train alone",
+            "OMPI_COMM_WORLD_RANK, OMPI_COMM_WORLD_LOCAL_RANK, .* missing: start with mpirun",
+        ),
+        (mpi(1, local_size=2), "mpirun: the ranks of several hosts do not know .* -x MASTER_ADDR="),
+        (
+            mpi(1, local_size=2, OMPI_COMM_WORLD_LOCAL_RANK="0"),
+            "mpirun: neighbouring ranks are on different hosts; use --map-by slot",
         ),
     ],
 )

@@ -541,7 +541,7 @@ def test_a_split_too_short_for_a_sample_is_refused(small, tmp_path):
     ):
         open_stream(small, split="val", sequence_length=32)
     without = write_dataset(tmp_path / "without", [[1, 2, 3]])
-    with pytest.raises(UserError, match=r"no tokens in its val split.*--validation-fraction"):
+    with pytest.raises(UserError, match=r"no tokens in its val split.*--validation_fraction"):
         open_stream(without, split="val", sequence_length=1)
 
 

@@ -22,13 +22,14 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from megagpt.data import corpora, encoding_pool
+from megagpt.data import encoding_pool, text_files
 from megagpt.data import writer as dataset_writer
-from megagpt.data.corpora import StandardLibrary, TextFiles, TextPiece, open_source
+from megagpt.data.columns import Column
+from megagpt.data.corpora import HubDataset, LocalFiles, StandardLibrary, TextPiece, open_source
 from megagpt.data.tokenizer import build_tokenizer, load_tokenizer
 from megagpt.data.validation_split import assign_splits
 from megagpt.dataset import Dataset, open_dataset, verify
-from megagpt.download_data import PreparationRequest, prepare, prepare_embedded_corpus
+from megagpt.download_data import PreparationRequest, main, prepare, prepare_embedded_corpus
 from megagpt.utils import UserError
 from tests import REPOSITORY
 
@@ -85,7 +86,6 @@ def names(directory: Path) -> set[str]:
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.zst", "parquet"])
 def test_a_column_of_local_files_becomes_documents(tmp_path, suffix):
-    """Read by `datasets`, streaming: the code that reads the hub, on files in the hub's formats."""
     path = tmp_path / f"data.{suffix}"
     if suffix == "parquet":
         pyarrow.parquet.write_table(pyarrow.table({"text": DOCUMENTS}), path, row_group_size=7)
@@ -103,8 +103,7 @@ def test_a_dataset_s_split_and_rows_are_chosen_as_on_the_hub(tmp_path):
         table = pyarrow.table({"body": [f"{split} {number}" for number in range(30)]})
         (tmp_path / "data").mkdir(exist_ok=True)
         pyarrow.parquet.write_table(table, tmp_path / "data" / f"{split}-00000-of-00001.parquet")
-    arguments = {"path": str(tmp_path), "name": None, "split": "test"}
-    source = corpora.TableFiles({"dataset": "local"}, arguments, "body", None, None)
+    source = HubDataset(str(tmp_path), None, "test", Column("body"))
     assert [piece.text for piece in source.pieces()] == [f"test {number}" for number in range(30)]
     assert list(source.pieces(skip=28)) == [TextPiece(28, "test 28"), TextPiece(29, "test 29")]
 
@@ -122,8 +121,8 @@ def test_the_standard_library_is_read_in_one_order_without_its_tests():
 def test_a_long_text_file_comes_in_pieces_that_tokenise_as_the_whole(tmp_path, monkeypatch):
     path = write_text(tmp_path / "long.txt")
     whole = path.read_bytes().decode()
-    monkeypatch.setattr(corpora, "TEXT_BLOCK_BYTES", 1000)
-    pieces = list(TextFiles([path], {}, None, None).pieces())
+    monkeypatch.setattr(text_files, "TEXT_BLOCK_BYTES", 1000)
+    pieces = list(LocalFiles([str(path)], Column()).pieces())
     encoding = build_tokenizer("bpe:400", lambda: [whole])
     assert len(pieces) > 50
     assert "".join(piece.text for piece in pieces) == whole
@@ -135,11 +134,11 @@ def test_a_long_text_file_comes_in_pieces_that_tokenise_as_the_whole(tmp_path, m
 
 
 def test_a_character_cut_by_a_block_survives(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "TEXT_BLOCK_BYTES", 3)
+    monkeypatch.setattr(text_files, "TEXT_BLOCK_BYTES", 3)
     path = tmp_path / "a.txt"
     path.write_text("aé🙂\nb🙂🙂\nc", encoding="utf-8")
     assert (
-        "".join(piece.text for piece in TextFiles([path], {}, None, None).pieces())
+        "".join(piece.text for piece in LocalFiles([str(path)], Column()).pieces())
         == "aé🙂\nb🙂🙂\nc"
     )
 
@@ -178,9 +177,9 @@ def test_few_documents_are_one_text_whose_end_is_held_out(tmp_path):
 @pytest.mark.parametrize("block_bytes", [20, 100, 1000, 10**6])
 def test_the_cut_does_not_depend_on_pieces(tmp_path, monkeypatch, block_bytes):
     path = write_text(tmp_path / "a.txt", lines=200)
-    source = TextFiles([path], {}, None, None)
+    source = LocalFiles([str(path)], Column())
     whole = path.read_text()
-    monkeypatch.setattr(corpora, "TEXT_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(text_files, "TEXT_BLOCK_BYTES", block_bytes)
     pieces = list(assign_splits(source, 0.3))
     cut = whole.find("\n", round(0.7 * len(whole))) + 1
     for split, text in (("train", whole[:cut]), ("val", whole[cut:])):
@@ -238,24 +237,25 @@ def test_the_manifest_says_what_the_data_are(tmp_path):
 
 
 BAD_REQUESTS = {
-    "no such file": ({"dataset": "none/*.jsonl"}, "no such file; put a pattern in quotes"),
+    "no such file": ({"dataset": "none/*.jsonl"}, "no such file; check the pattern"),
     "no such kind": (
         {"dataset": "a/b/c.csv"},
-        r"use stdlib, a Hugging Face dataset \(owner/name\), or a path",
+        "a/b/c.csv: no such file; nor a/b",
     ),
     "no such column": (
         {"column": "body"},
-        "row 0 has no column 'body'; choose one with --column: text, number",
+        "none of its 60 rows up to here has a text: no column 'body'; choose one with --column: "
+        "text, number",
     ),
     "not a text": (
         {"column": "number"},
-        "column 'number' holds int, not text; choose another with --column",
+        r"data\.jsonl:1: column 'number' holds int, not text; choose another with --column",
     ),
     "no such tokenizer": ({"tokenizer": "gpt3"}, 'did you mean "gpt2"'),
     "fraction of one": ({"validation_fraction": 1.0}, "use a number from 0 to below 1"),
     "no workers": ({"workers": 0}, "--workers 0: use a whole number above 0"),
     "no name": ({"output": Path("..")}, r"--output \.\.: name a directory to make"),
-    "no tokens": ({"max_tokens": 0}, "--max-tokens 0"),
+    "no tokens": ({"max_tokens": 0}, "--max_tokens 0"),
 }
 
 
@@ -278,12 +278,12 @@ def test_an_empty_corpus_is_refused(tmp_path, content):
 
 def test_a_damaged_file_is_refused(tmp_path):
     (tmp_path / "data.jsonl").write_text('{"text": "a"}\n{"text": "b"\n')
-    with pytest.raises(UserError, match=r"data\.jsonl: .*Check the files"):
+    with pytest.raises(UserError, match=r"data\.jsonl:2: not JSON .*--skip_bad_rows"):
         quietly(request(tmp_path / "data.jsonl", tmp_path / "out"))
 
 
 def test_text_in_another_encoding_is_refused_with_its_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "TEXT_BLOCK_BYTES", 4)
+    monkeypatch.setattr(text_files, "TEXT_BLOCK_BYTES", 4)
     (tmp_path / "a.txt").write_bytes("ab🙂 caf".encode() + b"\xe9 au lait")
     with pytest.raises(UserError, match=r"a\.txt: not UTF-8 at byte 10 .*iconv -f LATIN1 -t UTF-8"):
         quietly(request(tmp_path / "a.txt", tmp_path / "out"))
@@ -321,6 +321,26 @@ def test_the_command_line(tmp_path):
     )
     assert run_command_line("--help").returncode == 0
     assert run_command_line("--output", "x").returncode == 2
+
+
+def test_a_pattern_that_the_shell_expanded_is_several_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a", "b"):
+        write_text(tmp_path / f"{name}.txt")
+    words = ["--tokenizer", "bytes", "--workers", "1", "--dataset"]
+    main([*words, "~/a.txt", "~/b.txt", "--output=~/together"])
+    main([*words, "~/*.txt", "--output=~/pattern"])
+    together, pattern = (open_dataset(tmp_path / name) for name in ("together", "pattern"))
+    assert together.manifest.source["files"] == 2
+    assert together.manifest.source["dataset"] == [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    assert together.fingerprint == pattern.fingerprint
+    with pytest.raises(UserError, match=r"none\.txt: no such file"):
+        main([*words, "~/a.txt", "~/none.txt", "--output=~/other"])
+    write_jsonl(tmp_path / "x.jsonl")
+    main([*words, "~/a.txt", "~/x.jsonl", "--output=~/mixed"])
+    assert open_dataset(tmp_path / "mixed").manifest.documents == 1 + len(DOCUMENTS)
+    with pytest.raises(UserError, match="stdlib: among several names"):
+        main([*words, "~/a.txt", "stdlib", "--output=~/other"])
 
 
 # Nothing is overwritten by accident
@@ -375,12 +395,12 @@ WORKER = """
     import os, signal, sys
     from pathlib import Path
     from megagpt import download_data
-    from megagpt.data import corpora, encoding_pool
+    from megagpt.data import encoding_pool, text_files
     from megagpt.data import writer as dataset_writer
     from megagpt.utils import run_command
 
     download_data.COMMIT_TOKENS = 700
-    encoding_pool.BATCH_CHARACTERS = corpora.TEXT_BLOCK_BYTES = 200
+    encoding_pool.BATCH_CHARACTERS = text_files.TEXT_BLOCK_BYTES = 200
     {trouble}
     if __name__ == "__main__":
         arguments = {arguments}
@@ -451,7 +471,7 @@ def test_a_killed_preparation_continues_to_the_same_dataset(tmp_path, monkeypatc
     said = []
     wanted = request(path, tmp_path / "out", tokenizer="bpe:300", shard_tokens=900)
     monkeypatch.setattr(encoding_pool, "BATCH_CHARACTERS", 200)
-    monkeypatch.setattr(corpora, "TEXT_BLOCK_BYTES", 200)
+    monkeypatch.setattr(text_files, "TEXT_BLOCK_BYTES", 200)
     prepare(wanted, report=said.append)
     assert ("continuing after" in said[0]) == (when != 0)
     verify(wanted.output, full=True)
@@ -482,7 +502,7 @@ def test_workers_end_with_a_killed_parent(tmp_path):
         tmp_path / "out",
     )
     dead = run_with_trouble(tmp_path, trouble, *arguments)
-    workers = [int(pid) for pid in dead.stdout.split()]
+    workers = [int(pid) for pid in dead.stdout.splitlines()[-1].split()]
     assert workers
     deadline = time.monotonic() + 20
     while any(Path(f"/proc/{pid}").exists() and not is_zombie(pid) for pid in workers):
@@ -622,3 +642,20 @@ def test_the_embedded_corpus_is_prepared_once_by_whoever_comes_first(tmp_path):
     assert prepared.manifest.source["python"].endswith(sys.version.split()[0])
     prepare_embedded_corpus(prepared.directory)
     assert open_dataset(prepared.directory).fingerprint == prepared.fingerprint
+
+
+def test_a_stream_that_ends_early_is_refused(tmp_path):
+    """The card of a dataset says how many rows a split has; `datasets` checks it only in full."""
+    table = pyarrow.table({"body": [f"row {number}" for number in range(30)]})
+    (tmp_path / "data").mkdir()
+    pyarrow.parquet.write_table(table, tmp_path / "data" / "train-00000-of-00001.parquet")
+    card = (
+        "---\ndataset_info:\n  features:\n  - name: body\n    dtype: string\n  splits:\n"
+        "  - name: train\n    num_bytes: 1000\n    num_examples: {}\n---\n"
+    )
+    source = HubDataset(str(tmp_path), None, "train", Column("body"))
+    (tmp_path / "README.md").write_text(card.format(30))
+    assert len(list(source.pieces())) == 30
+    (tmp_path / "README.md").write_text(card.format(31))
+    with pytest.raises(UserError, match="ended after 30 rows, the hub says 31"):
+        list(source.pieces())

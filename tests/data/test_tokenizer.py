@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiktoken
 import tiktoken_ext.openai_public
 import tokenizers
 from hypothesis import given, settings
@@ -186,3 +187,77 @@ def test_a_missing_file_is_refused(tmp_path):
 
 def test_lone_surrogates_are_replaced():
     assert tokenizer.replace_surrogates("a\ud800b🙂") == "a\ufffdb🙂"
+
+
+@settings(deadline=None)
+@given(text=st.lists(st.sampled_from(PIECES) | st.text(max_size=20), max_size=12).map("".join))
+def test_the_fastest_pattern_splits_as_gpt2_s(both, text):
+    """The loaded encoding has it; tiktoken's own for gpt2 and GPT-2's give the same ids."""
+    loaded, _ = both
+    assert loaded._pat_str == tokenizer.FASTEST_GPT2_PATTERN
+    for pattern in (tokenizer.GPT2_PATTERN, tokenizer.TIKTOKEN_GPT2_PATTERN):
+        other = tiktoken.Encoding(
+            "other",
+            pat_str=pattern,
+            mergeable_ranks=loaded._mergeable_ranks,
+            special_tokens=loaded._special_tokens,
+        )
+        assert other.encode_ordinary(text) == loaded.encode_ordinary(text)
+
+
+def test_the_pattern_of_gpt2_is_tiktoken_s():
+    assert tiktoken_ext.openai_public.r50k_pat_str == tokenizer.TIKTOKEN_GPT2_PATTERN
+
+
+# Text without breaks, for training
+
+
+LONG_RUNS = ["ACGT" * 1000, " " * 5000, "5" * 3000, "#" * 3000, "a" * 1025]
+
+
+@pytest.mark.parametrize("run", LONG_RUNS, ids=lambda run: run[:4])
+def test_a_long_word_is_cut_for_training(run):
+    text = f"before it\n{run}\nafter it, " + "more words\n" * 10
+    parts = list(tokenizer.LongWords().cut(text))
+    assert "".join(parts) == text
+    assert max(max(map(len, part.split()), default=0) for part in parts) <= tokenizer.LONGEST_WORD
+    assert all(len(part) <= tokenizer.LONGEST_WORD for part in parts[1:-1])
+
+
+@pytest.mark.parametrize(
+    "text", ["a" * 1024, "word, " * 5000, "a1" * 3000, " " * 1024 + "x", "an(d);" * 900, ""]
+)
+def test_words_that_are_not_long_stay_as_they_are(text):
+    """A run without white space may still be of short words, as minified code is."""
+    assert "".join(tokenizer.LongWords().cut(text)) == text
+    whole = tokenizer.train_byte_level_bpe([text], 300)
+    assert len(list(tokenizer.LongWords().cut(text))) <= 1 + (" " not in text)
+    assert whole._mergeable_ranks == _trained_without_cuts([text], 300)
+
+
+def _trained_without_cuts(documents, size):
+    """The same training by Hugging Face's own calls."""
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size - 1,
+        initial_alphabet=sorted(tokenizer._BYTE_OF_CHARACTER),
+        show_progress=False,
+    )
+    trained.train_from_iterator(documents, trainer)
+    return {
+        bytes(tokenizer._BYTE_OF_CHARACTER[c] for c in token): rank
+        for token, rank in trained.get_vocab().items()
+    }
+
+
+def test_only_a_part_of_long_words_is_used_and_said(monkeypatch):
+    monkeypatch.setattr(tokenizer, "LONG_WORD_CHARACTERS", 4000)
+    said = []
+    encoding = tokenizer.train_byte_level_bpe(["ACGT" * 5000], 300, said.append)
+    assert said == [
+        "training a tokenizer of 300 tokens on 20k characters; 20k of them in runs without a "
+        "break, cut every 1024, 15.9k of them not used"
+    ]
+    assert len(encoding.encode_ordinary("ACGT" * 5000)) < 500
+    assert encoding.decode(encoding.encode_ordinary("ACGT" * 500)) == "ACGT" * 500

@@ -30,7 +30,14 @@ def test_the_code_that_is_compared_is_there() -> None:
 
 
 @pytest.mark.parametrize(
-    "what", ["code", "version of torch", "version of deepspeed", "version of triton"]
+    "what",
+    [
+        "code",
+        "version of torch",
+        "version of deepspeed",
+        "version of triton",
+        "--allow_change",
+    ],
 )
 def test_a_rank_with_other_software_is_named(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def gather(of_ranks: list[dict[str, str]], mine: dict[str, str]) -> None:

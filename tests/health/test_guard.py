@@ -226,6 +226,27 @@ def test_a_young_run_has_no_spikes() -> None:
     assert guard.judge(2, step_of(30.0)) is None
 
 
+def test_a_loss_far_above_a_uniform_guess_is_said_once_until_it_falls() -> None:
+    """As after 20 steps at a learning rate of 1000: finite, applied, and hopeless."""
+    guard = Guard("skip", "warn", vocabulary=4096, learning_rate=1000.0)
+    losses = [8.4, 16.5, 16.7, 2e8, 9.0, 30.0]  # ln 4096 = 8.318
+    said = [guard.judge(step, step_of(loss)) for step, loss in enumerate(losses, start=1)]
+    assert [verdict is not None for verdict in said] == [False, False, True, False, False, True]
+    assert said[2] is not None
+    assert said[2].message == (
+        "step 3: loss 16.700 is far above ln(4096) = 8.318, that of a uniform guess: the run "
+        "diverges; lower optimizer.params.lr (found 1000), or warm up longer"
+    )
+    assert not said[2].fatal
+    assert Guard("skip", "ignore", vocabulary=4096).judge(1, step_of(2e8)) is not None
+
+
+def test_the_guard_of_a_run_knows_its_vocabulary(data: Path) -> None:
+    config = RunConfig.from_json(json.dumps(guarded_config(data, 60, 1)))
+    guard = Guard.of(config.resolved(world_size=1, vocabulary=300, bf16_native=False))
+    assert (guard.vocabulary, guard.learning_rate) == (300, 0.001)
+
+
 def test_a_step_that_was_applied_ends_a_row_of_skips() -> None:
     guard = Guard("skip", "warn")
     for step in range(1, 30):

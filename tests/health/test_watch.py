@@ -127,11 +127,11 @@ from megagpt.utils import run_command
 
 resume = assembly.resume
 
-def hanging(engine, directory):
+def hanging(engine, directory, *known):
     if os.environ["RANK"] == "1":
         open({hangs!r}, "w").close()
         time.sleep(1000)
-    return resume(engine, directory)
+    return resume(engine, directory, *known)
 
 assembly.resume, watch.START_S = hanging, 0.0
 sys.exit(run_command(lambda: startup.main(parse_arguments())))

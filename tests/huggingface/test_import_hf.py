@@ -1,6 +1,7 @@
 """A published model as the beginning of a run; the outside reference is transformers, offline."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
     GPT2Config,
@@ -20,8 +22,9 @@ from transformers import (
     Starcoder2ForCausalLM,
 )
 
+from megagpt.checkpoint.safetensors_file import StoredFile
 from megagpt.config import RunConfig
-from megagpt.dataset import SampleStream
+from megagpt.dataset import SampleStream, open_dataset
 from megagpt.huggingface.export import export
 from megagpt.huggingface.importing import import_model
 from megagpt.inference.stored_model import load_model
@@ -436,3 +439,75 @@ def test_the_batch_must_not_depend_on_the_number_of_ranks(
     assert "train_batch_size: missing" in refusal(
         llama, data, tmp_path / "run", train_batch_size=None
     )
+
+
+def test_a_file_larger_than_memory_is_read_tensor_by_tensor(tmp_path: Path) -> None:
+    """A sparse file of twice the memory: Linux refuses to map it as torch's safe_open does."""
+    path = tmp_path / "large.safetensors"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    rows = 2 * memory // 2**22
+    entries = {
+        "first": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]},
+        "huge": {"dtype": "F32", "shape": [rows, 2**20], "data_offsets": [12, 12 + rows * 2**22]},
+        "last": {
+            "dtype": "F64",
+            "shape": [2],
+            "data_offsets": [12 + rows * 2**22, 28 + rows * 2**22],
+        },
+    }
+    header = json.dumps(entries).encode()
+    first = torch.arange(6, dtype=torch.bfloat16).view(2, 3)
+    last = torch.tensor([1.5, -2.5], dtype=torch.float64)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.write(first.view(torch.uint8).numpy().tobytes())
+        file.seek(rows * 2**22, os.SEEK_CUR)
+        file.write(last.numpy().tobytes())
+    assert path.stat().st_size > memory
+    stored = StoredFile(path)
+    assert torch.equal(stored.slice("first").read(), first)
+    assert torch.equal(stored.slice("last").read(), last)
+    assert stored.slice("huge").shape == (rows, 2**20)
+    with pytest.raises(SafetensorError, match="no tensor other"):
+        stored.slice("other")
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(SafetensorError):
+        StoredFile(path)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_tensors_are_those_that_safetensors_reads(tmp_path: Path, kind: torch.dtype) -> None:
+    tensors = {"a": torch.randn(3, 5).to(kind), "b": torch.randn(()).to(kind), "c": torch.empty(0)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    stored = StoredFile(tmp_path / "a.safetensors")
+    assert set(stored.keys()) == set(tensors)
+    for name, tensor in load_file(tmp_path / "a.safetensors").items():
+        found = stored.slice(name).read()
+        assert found.dtype == tensor.dtype
+        assert torch.equal(found, tensor)
+
+
+def test_a_context_longer_than_the_data_is_said_at_the_import(
+    data: Path, saved: Path, tmp_path: Path
+) -> None:
+    """Learned positions cannot be shortened; with rotary ones a run may have shorter samples."""
+    tokens = open_dataset(data).manifest.tokens("val")
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_positions=tokens, n_embd=32, n_layer=1, n_head=4)
+    ).save_pretrained(tmp_path / "gpt2")
+    config = run_config(data, STEPS, sequence_length=tokens)
+    config["megagpt"]["training"]["eval_interval_steps"] = 1
+    reason = refusal(tmp_path / "gpt2", data, tmp_path / "run", **config)
+    assert f"its context is {tokens} tokens, longer than the val split of {data}" in reason
+    assert f"found {tokens} tokens, need {tokens + 1}" in reason
+    assert "sequence_length" not in reason
+    assert "--set megagpt.training.eval_interval_steps=0" in reason
+    config["megagpt"]["training"]["eval_interval_steps"] = 0
+    import_into(tmp_path / "run", tmp_path / "gpt2", config)
+    document = json.loads((saved / "config.json").read_text())
+    longest = document["max_position_embeddings"]
+    assert longest > tokens
+    config = run_config(data, STEPS, sequence_length=longest)
+    config["megagpt"]["training"]["eval_interval_steps"] = 1
+    reason = refusal(saved, data, tmp_path / "other", **config)
+    assert f"--set megagpt.model.sequence_length={tokens - 1}" in reason

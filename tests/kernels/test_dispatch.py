@@ -137,6 +137,8 @@ def test_hopper_runs_its_own_attention(halves: torch.Tensor) -> None:
     assert kernels.explain("attention", halves, halves, halves, capability=(9, 0)) == (
         f"attention: hopper (first in the table){by((9, 0))}"
     )
+    all_keys = {"q": halves, "k": halves, "v": halves, "window": 20}
+    assert "hopper (first in" in kernels.explain("attention", **all_keys, capability=(9, 0))
     for capability in ((8, 0), (8, 9), (10, 0), (12, 0)):
         line = kernels.explain("attention", halves, halves, halves, capability=capability)
         name = ".".join(map(str, capability))
@@ -149,6 +151,8 @@ def test_hopper_runs_its_own_attention(halves: torch.Tensor) -> None:
 LEFT_TO_TRITON = {
     "it has no dropout": {"dropout": 0.1, "dropout_seed": torch.tensor([1])},
     "it has no document masks": {"document_ids": torch.zeros(1, 20, dtype=torch.int64)},
+    "it has no window": {"window": 19},
+    "it has no soft cap": {"softcap": 50.0},
     "dtype torch.float32 is not bfloat16 or float16": dict.fromkeys(
         "qkv", torch.zeros(1, 2, 20, 64)
     ),

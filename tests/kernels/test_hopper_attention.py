@@ -404,18 +404,6 @@ def test_strides_of_single_heads_mean_nothing() -> None:
     assert hopper_attention._descriptor(x, 64).strides == [64, 64, 64, 1]
 
 
-def test_a_window_and_a_soft_cap_are_left_to_the_portable_kernel() -> None:
-    """`explain` says so, but for a window that hides no key."""
-    q = case(20)["q"]
-    for options, reason in (
-        ({"window": 19}, "it has no window"),
-        ({"softcap": 50.0}, "it has no soft cap"),
-        ({"window": 20}, None),
-    ):
-        assert hopper_attention.refusal("attention", q, q, q, **options) == reason
-    assert fused_attention.refusal("attention", q, q, q, window=19, softcap=50.0) is None
-
-
 def test_flops_are_counted_as_declared() -> None:
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         q, k = torch.empty(1, 4, 20, 64).half(), torch.empty(1, 2, 30, 64).half()

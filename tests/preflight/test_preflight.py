@@ -184,7 +184,13 @@ def test_hosts_that_do_not_answer_are_named_and_the_others_still_looked_at(
     [
         (
             "megagpt.parallel.world_size=8",
-            "the hostfile has 4 ranks, but megagpt.parallel.world_size is 8: add the missing hosts",
+            "the hostfile has 4 ranks, but megagpt.parallel.world_size is 8: --set "
+            "megagpt.parallel.world_size=4, or add the missing hosts",
+        ),
+        (
+            "megagpt.parallel.world_size=2",
+            "the hostfile has 4 ranks, but megagpt.parallel.world_size is 2: --set "
+            "megagpt.parallel.world_size=4, or remove the hosts beyond them",
         ),
         (
             "train_batch_size=16",

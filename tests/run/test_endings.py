@@ -1,8 +1,9 @@
 """How a run ends: the exit code, and the page that is shown whatever the disk does."""
 
 import os
+import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,12 +12,17 @@ from unittest.mock import patch
 
 import pytest
 
+from launch import generate as generate_command
 from megagpt import train as loop
 from megagpt.checkpoint.format import TrainState
 from megagpt.common.text import MASK
+from megagpt.data.tokenizer import load_tokenizer
+from megagpt.dataset import SampleStream
+from megagpt.download_data import PreparationRequest, prepare
 from megagpt.planning import legality
 from megagpt.planning.legality import World
 from megagpt.run import assembly, endings, startup
+from megagpt.rundir.changes import UNCHANGED
 from megagpt.rundir.signals import StopRequests
 from megagpt.utils import ExitCode, UserError, abandon
 from tests.support.monitoring import CANARY, config
@@ -47,7 +53,9 @@ def end_of_run(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], int]:
     monkeypatch.setattr(endings, "connect_watch", lambda *_: None)
     monkeypatch.setattr(loop, "train", save)
     legal = legality.resolve(config(), world=World(1, 128))
-    return lambda directory: startup._run_to_its_end(legal, {}, directory, StopRequests())
+    return lambda directory: startup._run_to_its_end(
+        legal, {}, UNCHANGED, directory, StopRequests()
+    )
 
 
 def test_a_save_that_fails_in_the_middle_ends_in_a_crash_page(
@@ -111,3 +119,70 @@ def test_bad_input_before_the_first_step_is_no_crash(
     monkeypatch.setattr(assembly, "assemble", refuse)
     with pytest.raises(UserError, match="every checkpoint is damaged"):
         end_of_run(tmp_path)
+
+
+# ------------------------------------------------------------------------------- what to type next
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("data")
+    texts = {
+        "words": "Long ago there was a hen\n" * 40,
+        "dna": "acgtacgt" * 90,
+        "dash": "--x y\n" * 90,
+    }
+    for name, text in texts.items():
+        (place / f"{name}.txt").write_text(text)
+        request = PreparationRequest(f"{place}/{name}.txt", place / name, tokenizer="bytes")
+        prepare(request, report=lambda line: None)
+    return {name: place / name for name in texts}
+
+
+def outcome(data: Path, directory: Path, prompts: Sequence[str], samples: str | None) -> list[str]:
+    """The last lines of a run that is done."""
+    directory.mkdir()
+    if samples is not None:
+        (directory / "samples.txt").write_text(samples)
+    training = SimpleNamespace(sample_prompts=prompts, total_steps=40)
+    stream = SampleStream.open(
+        [(data, 1.0)], split="train", sequence_length=8, seed=0, document_mask=False
+    )
+    run = SimpleNamespace(
+        state=TrainState(step=40, tokens=1000),
+        directory=directory,
+        config=SimpleNamespace(megagpt=SimpleNamespace(training=training)),
+        training=SimpleNamespace(stream=stream),
+        encoding=load_tokenizer(data),
+    )
+    return endings._outcome(run, first_step=0).split("\n")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("data", "name", "prompts", "samples", "prompt"),
+    [
+        ("words", "run", ["def ", "x"], "=== step 1", "def "),
+        ("words", "my run (2)", [], "", "Long ago there"),
+        ("dna", "it's", [], None, "acgt" * 16),
+        ("words", "run", ["import os\n\nclass ", "it's"], "=== step 1", "it's"),
+        ("words", "run", ["-5 degrees"], "=== step 1", "-5 degrees"),
+        ("dash", "run", [], None, "--x y"),
+    ],
+)
+def test_the_next_command_can_be_pasted(
+    datasets: dict[str, Path],
+    tmp_path: Path,
+    data: str,
+    name: str,
+    prompts: list[str],
+    samples: str | None,
+    prompt: str,
+) -> None:
+    """Read as a shell reads it, and as the command itself does."""
+    done, following = outcome(datasets[data], tmp_path / name, prompts, samples)
+    assert ("samples in" in done) == bool(samples)
+    program, script, *words = shlex.split(following.removeprefix("next: "))
+    assert (program, script) == ("python", "launch/generate.py")
+    with patch("sys.argv", [script, *words]):
+        arguments = generate_command.parse_arguments()
+    assert (arguments.run_dir, arguments.prompt) == (tmp_path / name, [prompt])

@@ -159,15 +159,15 @@ def test_a_dataset_that_names_code_is_read_as_data(canary: Path, tmp_path: Path)
 
 
 def test_a_script_beside_a_corpus_is_not_run(canary: Path, tmp_path: Path) -> None:
-    """Hugging Face's datasets once ran `NAME/NAME.py` for a dataset called NAME."""
+    """Hugging Face's datasets once ran `NAME/NAME.py` for a dataset called NAME. It is a text."""
     (tmp_path / "texts.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     for name in ("json", "owner"):
         (tmp_path / name).mkdir()
         (tmp_path / name / f"{name}.py").write_text("import canary\n")
     pieces = corpora.open_source("texts.jsonl").pieces()
     assert [piece.text for piece in pieces] == ["one", "two"]
-    with pytest.raises(UserError, match="--dataset owner: use stdlib"):
-        corpora.open_source("owner")
+    pieces = corpora.open_source("owner").pieces()
+    assert [piece.text for piece in pieces] == ["import canary\n"]
 
 
 RUNS_CODE = {"pickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}

@@ -7,10 +7,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,51 @@ def test_tasks_as_srun_starts_them_make_a_run(configuration: Path, tmp_path: Pat
     assert [task.returncode for task in tasks] == [0, 0], shown
     assert all(logged_start(run, rank).endswith("by srun python") for rank in (0, 1))
     assert [step.step for step in read_metrics(run).steps] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_processes_as_mpirun_starts_them_make_a_run(configuration: Path, tmp_path: Path) -> None:
+    """Two processes with the variables that OpenMPI gives two on one machine."""
+    job = {
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+        "PMIX_NAMESPACE": str(os.getpid()),
+    }
+    run = tmp_path / "run"
+    processes = [
+        start(
+            sys.executable,
+            *training(configuration, run),
+            **job,
+            OMPI_COMM_WORLD_RANK=rank,
+            OMPI_COMM_WORLD_LOCAL_RANK=rank,
+        )
+        for rank in ("0", "1")
+    ]
+    shown = [process.communicate(timeout=DEADLINE_S)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], shown
+    assert all(logged_start(run, rank).endswith("by mpirun -n 2 python") for rank in (0, 1))
+    assert [step.step for step in read_metrics(run).steps] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_two_launchers_on_one_machine_do_not_collide(configuration: Path, tmp_path: Path) -> None:
+    """Both are sent to DeepSpeed's port 29500, which is taken besides."""
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with suppress(OSError):  # somebody else has it: so much the better
+            other.bind(("", 29500))
+            other.listen()
+        runs = [tmp_path / "a", tmp_path / "b"]
+        launchers = [
+            start("deepspeed", "--num_accelerators", "2", *training(configuration, run))
+            for run in runs
+        ]
+        shown = [launcher.communicate(timeout=DEADLINE_S)[0] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], shown
+    for run, screen in zip(runs, shown, strict=True):
+        assert "--master_port=29500" in screen
+        assert [step.step for step in read_metrics(run).steps] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow

@@ -65,7 +65,11 @@ def refused(tmp_path: Path, config: dict[str, Any], *overrides: str, resume: boo
     with pytest.raises(UserError) as error:
         startup.main(
             argparse.Namespace(
-                deepspeed_config=str(path), run_dir=directory, set=list(overrides), resume=resume
+                deepspeed_config=str(path),
+                run_dir=directory,
+                set=list(overrides),
+                resume=resume,
+                allow_change=[],
             )
         )
     assert contents(directory) == before
@@ -183,7 +187,11 @@ def test_a_missing_configuration_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nope.json: no such file"):
         startup.main(
             argparse.Namespace(
-                deepspeed_config=f"{tmp_path}/nope.json", run_dir=None, set=[], resume=False
+                deepspeed_config=f"{tmp_path}/nope.json",
+                run_dir=None,
+                set=[],
+                resume=False,
+                allow_change=[],
             )
         )
 
@@ -248,7 +256,11 @@ def test_the_other_ranks_of_a_host_let_the_first_speak(
     pauses: list[float] = []
     monkeypatch.setattr(startup.time, "sleep", pauses.append)
     arguments = argparse.Namespace(
-        deepspeed_config=f"{tmp_path}/nope.json", run_dir=None, set=[], resume=False
+        deepspeed_config=f"{tmp_path}/nope.json",
+        run_dir=None,
+        set=[],
+        resume=False,
+        allow_change=[],
     )
     for local_rank in ("0", "1"):
         monkeypatch.setenv("LOCAL_RANK", local_rank)
@@ -274,7 +286,7 @@ def test_data_that_changed_since_the_save_are_refused(
     said = refused_by_command(config, directory)
     assert re.search(
         rf"{directory}: its data changed since step 2 was saved \(found \w{{16}} in {data}, "
-        rf"need \w{{16}}\); restore them, or start again with another --run_dir",
+        rf"need \w{{16}}\); restore them, start again with another --run_dir, or continue",
         said,
     )
 
@@ -326,7 +338,7 @@ def test_all_ranks_write_the_same_sample_and_validate_as_the_stored_model_does(
     model, resolved, step = load_model(tmp_path)
     config["megagpt"]["parallel"] = {}  # the reference is one process
     legal = run_data.resolve_run(RunConfig.from_json(json.dumps(config)))
-    stream = run_data.open_data(legal.config, tmp_path)["val"]
+    stream = run_data.open_data(legal.config, tmp_path)[0]["val"]
     batch = stream.batch(range(resolved.train_batch_size))
     with torch.no_grad():
         expected = model(torch.from_numpy(batch.tokens), torch.from_numpy(batch.targets)).item()

@@ -36,6 +36,7 @@ from megagpt.health.watch import Pulse
 from megagpt.parallel import compat, device
 from megagpt.run import assembly
 from megagpt.rundir import data as run_data
+from megagpt.rundir.changes import allowed_prefixes
 from megagpt.train import Run
 from megagpt.utils import UserError
 from tests.support.configurations import Config, tiny, with_zero
@@ -85,15 +86,17 @@ def run_config(
 
 
 @contextmanager
-def started(config: Config, directory: Path) -> Iterator[Run]:
+def started(config: Config, directory: Path, allow_change: Sequence[str] = ()) -> Iterator[Run]:
     """The run as a command brings it up, on the ranks that are there already."""
     parsed = RunConfig.from_json(json.dumps(config))
     with patch.object(
         device, "peak_flops", return_value=None
     ):  # measured on a CPU, which takes longer than a run here
         legal = run_data.resolve_run(parsed)
-        streams = run_data.open_data(legal.config, directory)
-        run = assembly.assemble(legal, streams, directory, Pulse())
+        streams, changes = run_data.open_data(
+            legal.config, directory, allowed_prefixes(allow_change)
+        )
+        run = assembly.assemble(legal, streams, directory, Pulse(), changes)
     try:
         with run.monitor:
             yield run
@@ -102,11 +105,16 @@ def started(config: Config, directory: Path) -> Iterator[Run]:
         destroy(run.engine)
 
 
-def train(config: Config, directory: Path, poison: dict[str, Any] | None = None) -> dict[str, Any]:
+def train(
+    config: Config,
+    directory: Path,
+    poison: dict[str, Any] | None = None,
+    allow_change: Sequence[str] = (),
+) -> dict[str, Any]:
     """Train to the end, or to where the guard stops; ``poison`` corrupts gradients (see
     ``poison_gradients``).
     """
-    with started(config, directory) as run:
+    with started(config, directory, allow_change) as run:
         samples = recorded_samples(run)
         if poison:
             poison_gradients(run, **poison)
@@ -134,12 +142,19 @@ def validation_and_samples(config: Config, directory: Path) -> dict[str, Any]:
 
 
 def refusal(
-    config: Config, directory: Path, failing_rank: int | None = None, fault: str = ""
+    config: Config,
+    directory: Path,
+    failing_rank: int | None = None,
+    fault: str = "",
+    allow_change: Sequence[str] = (),
 ) -> str:
     """Why the run does not start, where ``fault`` strikes one rank or none."""
     strikes = failing_rank is not None and dist.get_rank() == failing_rank
     try:
-        with FAULTS[fault]() if strikes else nullcontext(), started(config, directory) as run:
+        with (
+            FAULTS[fault]() if strikes else nullcontext(),
+            started(config, directory, allow_change) as run,
+        ):
             return f"started at step {run.state.step}"
     except UserError as error:
         return str(error)
@@ -154,7 +169,7 @@ def refusal_unless_shared(config: Config, directory: Path) -> str:
     )
 
 
-def resumption(config: Config, directory: Path) -> dict[str, Any]:
+def resumption(config: Config, directory: Path, allow_change: Sequence[str] = ()) -> dict[str, Any]:
     """Start, and go no further: where this rank resumes, what it passes over, what it shows."""
     found, load = [], assembly.resume
 
@@ -163,7 +178,11 @@ def resumption(config: Config, directory: Path) -> dict[str, Any]:
         return found[-1]
 
     watched = patch.object(assembly, "resume", recorded)
-    with redirect_stdout(io.StringIO()) as said, watched, started(config, directory) as run:
+    with (
+        redirect_stdout(io.StringIO()) as said,
+        watched,
+        started(config, directory, allow_change) as run,
+    ):
         return {
             "step": run.state.step,
             "passed_over": found[0].passed_over,

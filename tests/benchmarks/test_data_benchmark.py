@@ -1,0 +1,18 @@
+"""The benchmark of the preparation of data runs, and its contenders give the same tokens."""
+
+from pathlib import Path
+
+from benchmarks.data import MAP, OURS, PLAIN, compare, memory
+
+
+def test_the_contenders_give_the_same_tokens(tmp_path: Path) -> None:
+    """`compare` itself raises if they do not."""
+    rows = compare(tmp_path, 200_000, rounds=1, workers=1)
+    assert [row["contender"] for row in rows] == [PLAIN, MAP, OURS]
+    assert all(float(row["mb_per_processor_s"]) > 0 for row in rows)
+
+
+def test_the_peak_of_a_process_is_reported(tmp_path: Path) -> None:
+    row = memory(tmp_path, 1)
+    assert 20 < float(row["peak_memory_mib"]) < 1000
+    assert float(row["text_mb"]) >= 1

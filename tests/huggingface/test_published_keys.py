@@ -1,0 +1,132 @@
+"""Keys of published config.json files that change no result are accepted, and any other is not.
+The outside reference is transformers: the same logits with such keys and without them.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megagpt.huggingface.published_model import PublishedModel
+from megagpt.utils import UserError
+
+# As in distilgpt2, gpt2-xl, DialoGPT, Llama 2 ports, fine-tuned and re-uploaded models.
+EVERYWHERE: dict[str, Any] = {
+    "_num_labels": 1,
+    "id2label": {"0": "LABEL_0"},
+    "label2id": {"LABEL_0": 0},
+    "problem_type": None,
+    "finetuning_task": "text-generation",
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+    "output_past": True,
+    "torchscript": False,
+    "use_bfloat16": True,
+    "_name_or_path": "someone/model",
+    "_commit_hash": "0" * 40,
+    "transformers.js_config": {"dtype": {"q4": 1}},
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_k": 40,
+    "top_p": 0.9,
+    "max_length": 50,
+    "repetition_penalty": 1.2,
+    "num_return_sequences": 3,
+    "classifier_dropout": 0.3,
+    "decoder_start_token_id": 1,
+    "tokenizer_class": "SomeTokenizer",
+    "prefix": "x",
+}
+GPT2 = {"model_type": "gpt2", "vocab_size": 64, "n_positions": 16, "n_embd": 16} | {
+    "n_layer": 1,
+    "n_head": 2,
+}
+ROTARY = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2} | {
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 16,
+    "eos_token_id": 1,
+    "bos_token_id": 0,
+}
+LLAMA = ROTARY | {"model_type": "llama", "rms_norm_eps": 1e-5}
+STARCODER2 = ROTARY | {"model_type": "starcoder2", "sliding_window": None}
+MODELS = {
+    "gpt2": (GPT2, {"n_ctx": 16, "predict_special_tokens": True, "summary_first_dropout": 0.9}),
+    "llama": (LLAMA, {"pretraining_tp": 1}),
+    "starcoder2": (
+        STARCODER2,
+        {
+            "activation_function": "gelu",
+            "attention_softmax_in_fp32": True,
+            "scale_attention_softmax_in_fp32": True,
+            "scale_attn_weights": True,
+            "norm_type": "layer_norm",
+            "mlp_type": "default",
+            "layer_norm_epsilon": 0.5,
+        },
+    ),
+}
+
+
+def verdict(directory: Path, config: dict[str, Any]) -> list[str]:
+    (directory / "config.json").write_text(json.dumps(config))
+    return list(PublishedModel(directory)._unlike_ours())
+
+
+def logits(directory: Path, config: dict[str, Any]) -> torch.Tensor:
+    """What transformers computes from a file with these keys, by weights of one seed."""
+    (directory / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory)).eval()
+    with torch.no_grad():
+        return model(torch.arange(12)[None]).logits
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_keys_that_change_no_result_are_accepted(name: str, tmp_path: Path) -> None:
+    plain, its_own = MODELS[name]
+    with_keys = plain | EVERYWHERE | its_own
+    assert verdict(tmp_path, with_keys) == []
+    assert torch.equal(logits(tmp_path, with_keys), logits(tmp_path, plain))
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "value"),
+    [
+        (GPT2, "layer_norm_epsilon", 0.5),
+        (GPT2, "activation_function", "relu"),
+        (GPT2, "scale_attn_by_inverse_layer_idx", True),
+        (LLAMA, "rms_norm_eps", 0.5),
+        (STARCODER2, "norm_epsilon", 0.5),
+    ],
+)
+def test_keys_that_change_it_are_not(
+    config: dict[str, Any], key: str, value: Any, tmp_path: Path
+) -> None:
+    changed = config | {key: value}
+    if key != "scale_attn_by_inverse_layer_idx":  # it acts from the second layer on
+        assert not torch.equal(logits(tmp_path, changed), logits(tmp_path, config))
+    (refused,) = verdict(tmp_path, changed)
+    assert refused.startswith(f"{key} ")
+
+
+def test_what_nobody_knows_is_refused(tmp_path: Path) -> None:
+    (refused,) = verdict(tmp_path, GPT2 | {"num_labels_of_attention": 3})
+    assert refused == "num_labels_of_attention 3: megagpt does not support it"
+
+
+@pytest.mark.parametrize(
+    "named",
+    [{"architectures": ["GPT2LMHeadModel"]}, {"architectures": ["GPT2Model"]}, {}, None],
+    ids=["with a head", "without a head", "by its type", "by its keys"],
+)
+def test_how_files_name_their_architecture(named: dict[str, Any] | None, tmp_path: Path) -> None:
+    config = {key: value for key, value in GPT2.items() if key != "model_type" or named is not None}
+    assert verdict(tmp_path, config | (named or {})) == []
+    assert PublishedModel(tmp_path).architecture.name == "GPT2LMHeadModel"
+
+
+def test_another_head_is_another_model(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"unknown .found .'GPT2ForSequenceClassification'"):
+        verdict(tmp_path, GPT2 | {"architectures": ["GPT2ForSequenceClassification"]})

@@ -357,9 +357,13 @@ FOREIGN = [
     ("a.parquet", b'{"text": "a"}\n', r"not parquet \(it begins with"),
     ("a.parquet", b"PAR1" + b"\0" * 20, "damaged or cut off"),
     ("a.tar", b"name".ljust(257, b"\0") + b"ustar\0", "a tar archive"),
-    ("a.tgz", gzip.compress(b"name".ljust(257, b"\0") + b"ustar\0"), "a tar archive"),
+    ("a.tgz", gzip.compress(b"name".ljust(257, b"\0") + b"ustar\0", mtime=0), "a tar archive"),
     ("a.bin", bytes(range(256)), "a binary file"),
-    ("a.parquet.gz", gzip.compress(arrow()), "parquet compressed with gzip; decompress it"),
+    (
+        "a.parquet.gz",
+        gzip.compress(arrow(), mtime=0),
+        "parquet compressed with gzip; decompress it",
+    ),
 ]
 
 

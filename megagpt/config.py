@@ -39,7 +39,15 @@ from megagpt.schema.errors import (
     to_paste,
     unknown_key,
 )
-from megagpt.schema.fields import Section, execution, identity, refuse, section
+from megagpt.schema.fields import (
+    Section,
+    at_default,
+    execution,
+    identity,
+    is_later,
+    refuse,
+    section,
+)
 from megagpt.schema.foreign import FOREIGN, REFUSED
 from megagpt.schema.idle import idle_keys
 from megagpt.schema.megagpt import MegagptConfig, MegagptSection, ParallelConfig
@@ -262,7 +270,8 @@ def identity_differences(recorded: Mapping[str, Any], requested: Mapping[str, An
 
 def identity_line(key: str, recorded: Any, requested: Any) -> str:
     """Return the line of `identity_differences` for one key."""
-    return f"{key}: {shown(recorded)} in the run directory, {shown(requested)} requested"
+    before, after = ("unset" if value is None else shown(value) for value in (recorded, requested))
+    return f"{key}: {before} in the run directory, {after} requested"
 
 
 def identity_changes(
@@ -501,6 +510,7 @@ def _leaves_of_role(role: str, value: BaseModel, prefix: KeyPath = ()) -> list[t
         elif (
             isinstance(field.json_schema_extra, dict)
             and field.json_schema_extra.get("role") == role
+            and not (is_later(field) and at_default(value, name))
         ):
             leaves.append((dotted((*prefix, name)), _as_json(member)))
     return leaves

@@ -1,15 +1,18 @@
-"""GPT-2 and GPT-3 in plain PyTorch, with rotary, RMS-norm, SwiGLU and grouped-query variants.
+"""A decoder-only transformer in plain PyTorch: GPT-2 and 3, and what later models changed.
 
 Radford et al. 2019 and Brown et al. 2020 (arXiv 2005.14165): pre-norm blocks, learned positions,
-GELU(tanh), tied head, residual projections initialised smaller by sqrt(2 x layers). Nothing here
-knows of ranks, meshes or DeepSpeed. Shapes: tokens (batch, length); hidden states (batch, length,
+GELU(tanh), tied head, residual projections initialised smaller by sqrt(2 x layers). The keys of
+``ModelConfig`` make it Llama, Mistral, Qwen, OLMo 2, GPT-NeoX or Gemma 2. Nothing here knows of
+ranks, meshes or DeepSpeed. Shapes: tokens (batch, length); hidden states (batch, length,
 hidden_size).
 """
 
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +22,18 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 from kernels.philox import fold_seed
 from megagpt.config import ModelConfig
+from megagpt.rotary import rotary_angles, rotate
 
-NORM_EPSILON = 1e-5  # GPT-2's
-ROTARY_BASE = 10_000.0  # Su et al. 2021
 IGNORED = -100  # a target that has no loss
 TIED_WEIGHT = "embedding.tokens.weight"  # also the head's weight if embeddings are tied
+gelu_tanh = partial(F.gelu, approximate="tanh")  # Hendrycks and Gimpel 2016, as in GPT-2
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": gelu_tanh,
+    "gelu_exact": F.gelu,
+    "squared_relu": lambda x: F.relu(x).square(),  # So et al. 2021, arXiv 2109.08668
+    "swiglu": F.silu,  # of the gate, as the next (Shazeer 2020, arXiv 2002.05202)
+    "geglu": gelu_tanh,
+}
 
 
 @dataclass(frozen=True)
@@ -38,11 +48,20 @@ class Context:
     documents: kernels.DocumentBounds | None = None
     dropout_seed: Tensor | None = None
     cache: "KeyValueCache | None" = None
+    _angles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def offset(self) -> int:
         """The position of the first token passed to the model."""
         return self.cache.length if self.cache is not None else 0
+
+    def angles(
+        self, config: ModelConfig, length: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Return the rotary angles of ``length`` positions, computed once for all layers."""
+        if length not in self._angles:
+            self._angles[length] = rotary_angles(config, self.offset, length, device)
+        return self._angles[length]
 
 
 class KeyValueCache:
@@ -98,19 +117,46 @@ class Norm(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(config.hidden_size)) if config.norm_bias else None
         self.layer_norm = config.norm == "layernorm"
-        self.bias = (
-            nn.Parameter(torch.empty(config.hidden_size))
-            if self.layer_norm and config.bias
-            else None
-        )
+        self.options = norm_options(config)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         if self.layer_norm:
-            return kernels.layer_norm(
-                x, self.weight, self.bias, eps=NORM_EPSILON, residual=residual
-            )
-        return kernels.rms_norm(x, self.weight, eps=NORM_EPSILON, residual=residual)
+            return kernels.layer_norm(x, self.weight, self.bias, residual=residual, **self.options)
+        return kernels.rms_norm(x, self.weight, residual=residual, **self.options)
+
+
+class NoNorm(nn.Module):
+    """In the place of a norm that a block does not have."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if residual is None:
+            return x
+        total = x + residual
+        return total, total
+
+
+class HeadNorm(nn.Module):
+    """RMS normalisation of queries or keys (batch, heads, length, head_size).
+
+    Of each head, all with the same weight (Qwen 3), or of all heads as one row (OLMo 2).
+    """
+
+    def __init__(self, config: ModelConfig, heads: int) -> None:
+        super().__init__()
+        self.whole = config.qk_norm == "whole"
+        self.weight = nn.Parameter(torch.empty(config.head_size * (heads if self.whole else 1)))
+        self.options = norm_options(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.whole:
+            return self._rows(x)
+        by_token = x.transpose(1, 2)  # (batch, length, heads, head_size)
+        return self._rows(by_token.flatten(2)).view(by_token.shape).transpose(1, 2)
+
+    def _rows(self, x: Tensor) -> Any:
+        return kernels.rms_norm(x, self.weight, **self.options)
 
 
 class Dropout(nn.Module):
@@ -144,31 +190,32 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.config = config
         self.layer = layer
-        self.head_size = config.head_size
-        self.rotary = config.position == "rotary"
         self.queries_per_group = config.num_heads // config.num_kv_heads
-        self.dropout = config.dropout
         self.site = dropout_site(layer, 0)
         self.head_offset = 0  # the first query head here, if the projections hold only some groups
         self.qkv = Linear(
-            config.hidden_size,
-            (config.num_heads + 2 * config.num_kv_heads) * config.head_size,
-            config.bias,
+            config.hidden_size, config.query_size + 2 * config.key_value_size, config.qkv_bias
         )
-        self.output = Linear(config.num_heads * config.head_size, config.hidden_size, config.bias)
+        self.query_norm: nn.Module = nn.Identity()
+        self.key_norm: nn.Module = nn.Identity()
+        if config.qk_norm != "none":
+            self.query_norm = HeadNorm(config, config.num_heads)
+            self.key_norm = HeadNorm(config, config.num_kv_heads)
+        self.output = Linear(config.query_size, config.hidden_size, config.output_bias)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         groups = (
             self.qkv(x)
-            .unflatten(-1, (-1, self.queries_per_group + 2, self.head_size))
+            .unflatten(-1, (-1, self.queries_per_group + 2, self.config.head_size))
             .permute(0, 2, 3, 1, 4)
         )  # (batch, kv_heads, queries_per_group + 2, length, head_size)
-        q = groups[:, :, :-2].flatten(1, 2)  # (batch, heads, length, head_size)
-        k = groups[:, :, -2]  # (batch, kv_heads, length, head_size)
+        q = self.query_norm(groups[:, :, :-2].flatten(1, 2))  # (batch, heads, length, head_size)
+        k = self.key_norm(groups[:, :, -2])  # (batch, kv_heads, length, head_size)
         v = groups[:, :, -1]  # (batch, kv_heads, length, head_size)
-        if self.rotary:
-            angles = rotary_angles(context.offset, q.shape[2], self.head_size, x.device)
+        if self.config.position == "rotary":
+            angles = context.angles(self.config, q.shape[2], x.device)
             q = rotate(q, *angles)
             k = rotate(k, *angles)
         if context.cache is not None:
@@ -178,6 +225,9 @@ class Attention(nn.Module):
             q,
             k,
             v,
+            scale=self.config.score_scale,
+            softcap=self.config.score_softcap,
+            window=self.config.window(self.layer),
             document_ids=context.documents,
             dropout=dropout,
             dropout_seed=seed,
@@ -186,44 +236,53 @@ class Attention(nn.Module):
         return self.output(y.transpose(1, 2).flatten(2))  # (batch, length, hidden_size)
 
     def _dropout(self, context: Context) -> tuple[float, Tensor | None]:
-        if not self.dropout or context.dropout_seed is None:
+        if not self.config.dropout or context.dropout_seed is None:
             return 0.0, None
-        return self.dropout, fold_seed(context.dropout_seed, self.site)
+        return self.config.dropout, fold_seed(context.dropout_seed, self.site)
 
 
 class MLP(nn.Module):
-    """Two projections with GELU(tanh) between them, or SwiGLU (Shazeer 2020).
+    """Two projections with an activation between them, or three, of which one is its gate.
 
-    In SwiGLU the rows of gate and value alternate in ``up``, so that a contiguous run of rows holds
-    both.
+    The rows of gate and value alternate in ``up``, so that a contiguous run of rows holds both.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gated = config.activation == "swiglu"
+        self.activation = ACTIVATIONS[config.activation]
+        self.gated = config.gated
         self.up = Linear(
-            config.hidden_size, config.mlp_size * (2 if self.gated else 1), config.bias
+            config.hidden_size, config.mlp_size * (2 if self.gated else 1), config.mlp_bias
         )
-        self.down = Linear(config.mlp_size, config.hidden_size, config.bias)
+        self.down = Linear(config.mlp_size, config.hidden_size, config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)  # (batch, length, mlp_size, or twice that if gated)
         if not self.gated:
-            return self.down(F.gelu(x, approximate="tanh"))
+            return self.down(self.activation(x))
         gate, value = x.unflatten(-1, (-1, 2)).unbind(-1)  # (batch, length, mlp_size) each
-        return self.down(F.silu(gate) * value)
+        return self.down(self.activation(gate) * value)
 
 
 class Block(nn.Module):
-    """One pre-norm transformer layer: hidden states in, hidden states out."""
+    """One transformer layer: hidden states in, hidden states out.
+
+    Attention and MLP have a norm before them (GPT-2), after them (OLMo 2) or both (Gemma 2). The
+    MLP reads the sum that attention wrote to, or both read the same input (GPT-NeoX).
+    """
 
     def __init__(self, config: ModelConfig, layer: int, recompute: str) -> None:
         super().__init__()
         self.recompute = recompute
-        self.attention_norm = Norm(config)
+        self.parallel = config.parallel_residual
+        before = NoNorm if config.post_norm == "instead" else partial(Norm, config)
+        after = NoNorm if config.post_norm == "none" else partial(Norm, config)
+        self.attention_norm = before()
         self.attention = Attention(config, layer)
-        self.mlp_norm = Norm(config)
+        self.attention_post_norm = after()
+        self.mlp_norm = before()
         self.mlp = MLP(config)
+        self.mlp_post_norm = after()
         self.attention_dropout = Dropout(config.dropout, dropout_site(layer, 1))
         self.mlp_dropout = Dropout(config.dropout, dropout_site(layer, 2))
 
@@ -233,13 +292,19 @@ class Block(nn.Module):
         return self._forward(x, context)
 
     def _forward(self, x: Tensor, context: Context) -> Tensor:
-        y = self.attention_dropout(self.attention(self.attention_norm(x), context), context)
+        y = self.attention_post_norm(self.attention(self.attention_norm(x), context))
+        y = self.attention_dropout(y, context)
+        if self.parallel:
+            return x + y + self._mlp(self.mlp_norm(x), context)
         y, x = self.mlp_norm(y, residual=x)  # the normalised sum and the sum
+        return x + self._mlp(y, context)
+
+    def _mlp(self, x: Tensor, context: Context) -> Tensor:
         # The MLP keeps two tensors of 4 x hidden_size per token, most of a block's activations, and
         # is cheap to recompute.
         selective = self.recompute == "selective" and torch.is_grad_enabled()
-        y = recomputed(self.mlp, y) if selective else self.mlp(y)
-        return x + self.mlp_dropout(y, context)
+        y = recomputed(self.mlp, x) if selective else self.mlp(x)
+        return self.mlp_dropout(self.mlp_post_norm(y), context)
 
 
 class Embedding(nn.Module):
@@ -247,6 +312,7 @@ class Embedding(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.scale = config.embedding_scale
         self.tokens = Table(config.vocab_size, config.hidden_size)
         learned = config.position == "learned"
         self.positions: nn.Module | None = (
@@ -256,6 +322,8 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Tensor, context: Context) -> Tensor:
         x = self.tokens(tokens)  # (batch, length, hidden_size)
+        if self.scale != 1:
+            x = x * self.scale
         if self.positions is not None:
             x = x + self.positions(
                 torch.arange(context.offset, context.offset + tokens.shape[1], device=tokens.device)
@@ -275,12 +343,15 @@ class Table(nn.Module):
 
 
 class Head(nn.Module):
-    """The final norm and the output projection: mean loss given targets, logits without."""
+    """The final norm and the output projection: mean loss given targets, logits without.
+
+    The z-loss belongs to training: an evaluation's loss is the cross-entropy alone.
+    """
 
     def __init__(self, config: ModelConfig, tied: nn.Parameter | None) -> None:
         super().__init__()
+        self.config = config
         self.norm = Norm(config)
-        self.vocabulary = config.vocabulary
         self.weight = (
             tied
             if tied is not None
@@ -289,10 +360,25 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, targets: Tensor | None) -> Tensor:
         x = self.norm(x)
-        if targets is None:
-            return F.linear(x, self.weight)
+        return self.logits(x) if targets is None else self.loss(x, targets)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the logits (batch, length, rows of the weight) of normalised states."""
+        logits = F.linear(x, self.weight)
+        softcap = self.config.logit_softcap
+        return logits if softcap is None else softcap * (logits / softcap).tanh()
+
+    def loss(self, x: Tensor, targets: Tensor, **shared: Any) -> Tensor:
+        """Return the mean loss; ``shared`` describes ranks that each hold some rows."""
         return kernels.linear_cross_entropy(
-            x, self.weight, targets, ignore_index=IGNORED, vocabulary=self.vocabulary
+            x,
+            self.weight,
+            targets,
+            ignore_index=IGNORED,
+            vocabulary=self.config.vocabulary,
+            softcap=self.config.logit_softcap,
+            z_loss=self.config.z_loss if torch.is_grad_enabled() else 0.0,
+            **shared,
         )
 
 
@@ -358,7 +444,8 @@ class GPT(nn.Module):
         """Return how ranks may share these layers: module path -> column | row | vocabulary.
 
         Each rank takes a run of rows (outputs) of a column layer's weight, a run of columns
-        (inputs) of a row layer's, and the rows of some tokens of a vocabulary layer's.
+        (inputs) of a row layer's, and the rows of some tokens of a vocabulary layer's. A norm of
+        all heads has the outputs of its heads.
         """
         roles = {
             "attention.qkv": "column",
@@ -366,6 +453,8 @@ class GPT(nn.Module):
             "mlp.up": "column",
             "mlp.down": "row",
         }
+        if self.config.qk_norm == "whole":
+            roles |= {"attention.query_norm": "column", "attention.key_norm": "column"}
         plan = {
             f"blocks.{block}.{layer}": role
             for block in self.blocks
@@ -391,26 +480,9 @@ def dropout_site(layer: int, which: int) -> int:
     return 1 + 3 * layer + which
 
 
-def rotary_angles(
-    offset: int, length: int, head_size: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return fp32 cosines and sines (length, head_size / 2) of rotary positions.
-
-    Su et al. 2021 (arXiv 2104.09864).
-    """
-    frequencies = ROTARY_BASE ** (
-        -torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size
-    )
-    positions = torch.arange(offset, offset + length, device=device, dtype=torch.float32)
-    angles = torch.outer(positions, frequencies)  # (length, head_size / 2)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + head_size / 2) of x (..., length, head_size) by their angles."""
-    # (..., length, head_size / 2) each
-    left, right = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
+def norm_options(config: ModelConfig) -> dict[str, Any]:
+    """Return what every norm of a model has in common, as arguments of ``kernels``."""
+    return {"eps": config.norm_epsilon, "weight_offset": float(config.norm_weight_offset)}
 
 
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
@@ -418,14 +490,14 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
 
     Every rank gets the same value: each parameter has its own generator, seeded by (seed, name).
     Weights are normal with standard deviation init_std, divided by sqrt(2 x layers) for those that
-    write to the residual stream (GPT-2, section 2.3). Biases are 0, norm weights 1. Rows that pad
-    the vocabulary are 0 and stay 0, because no loss depends on them.
+    write to the residual stream (GPT-2, section 2.3). Biases are 0, norm weights 1 with their
+    offset. Rows that pad the vocabulary are 0 and stay 0, because no loss depends on them.
     """
     owner, _, kind = name.rpartition(".")
     if kind == "bias":
         return torch.zeros(shape)
     if owner.endswith("norm"):
-        return torch.ones(shape)
+        return torch.full(shape, 1.0 - config.norm_weight_offset)
     residual = owner.endswith((".attention.output", ".mlp.down"))
     std = config.init_std / math.sqrt(2 * config.num_layers) if residual else config.init_std
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()

@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megagpt.config import ModelConfig
-from megagpt.model import GPT, NORM_EPSILON, ROTARY_BASE
+from megagpt.model import GPT
+from megagpt.schema.fields import changed_later_keys, default_of
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+OF_TRAINING = ("dropout", "init_std", "z_loss")  # do not change a trained model's result
 
 
 class Relation(NamedTuple):
@@ -136,6 +138,14 @@ class Architecture:
             for key, wanted in self.needs.items()
             if getattr(model, key) != wanted
         ]
+        covered = {*OF_TRAINING, *(key.ours for key in self.keys)}
+        found += [
+            f"{key} {default_of(model, key)} (not {getattr(model, key)})"
+            for key in changed_later_keys(model)
+            if key not in covered
+        ]
+        if model.rope_scaling is not None:
+            found.append(f"no rope_scaling (not {model.rope_scaling.type})")
         if not self.grouped_heads and model.num_kv_heads != model.num_heads:
             found.append(f"num_kv_heads {model.num_heads} (not {model.num_kv_heads})")
         return found
@@ -149,7 +159,7 @@ class Architecture:
     def parts(self, model: ModelConfig) -> Iterator[Part]:
         """Yield everything that it stores of a model, in the model's order."""
         ours = set(_shapes(model))
-        for name, shape in _shapes(model.model_copy(update={"bias": True})).items():
+        for name, shape in _shapes(_with_biases(model)).items():
             if name in ours or name.endswith(self.biased):
                 names, relation = self._their_names(name)
                 theirs = relation.split(torch.empty(shape, device="meta"), model)
@@ -171,6 +181,12 @@ def _shapes(model: ModelConfig) -> dict[str, torch.Size]:
         return {name: parameter.shape for name, parameter in GPT(model).named_parameters()}
 
 
+def _with_biases(model: ModelConfig) -> ModelConfig:
+    """Return the model with every bias that its norm can have."""
+    linear = {f"{place}_bias": True for place in ("qkv", "output", "mlp")}
+    return model.model_copy(update={**linear, "norm_bias": model.norm == "layernorm"})
+
+
 _ROTARY_KEYS = (
     Key("vocab_size", "vocabulary"),
     Key("hidden_size", "hidden_size"),
@@ -182,7 +198,7 @@ _ROTARY_KEYS = (
     Key("initializer_range", "init_std"),
     Key("attention_dropout", "dropout"),
 )
-_ROTARY_BASE = Fixed("rope_theta", (ROTARY_BASE,), 10_000.0)
+_ROTARY_BASE = Fixed("rope_theta", (10_000.0,), 10_000.0)
 _ROTARY_MODULES: dict[str, tuple[Sequence[str], Relation]] = {
     "embedding.tokens": (["model.embed_tokens"], ROWS_OF_TOKENS),
     "blocks.*.attention_norm": (["model.layers.*.input_layernorm"], SAME),
@@ -216,7 +232,7 @@ GPT2 = Architecture(
     ),
     fixed=(
         Fixed("activation_function", ("gelu_new", "gelu_pytorch_tanh"), "gelu_new"),
-        Fixed("layer_norm_epsilon", (NORM_EPSILON,), 1e-5),
+        Fixed("layer_norm_epsilon", (1e-5,), 1e-5),
         Fixed("scale_attn_weights", (True,), True),
         Fixed("scale_attn_by_inverse_layer_idx", (False,), False),
         # True computes the same attention in another order.
@@ -255,7 +271,7 @@ LLAMA = Architecture(
     ),
     fixed=(
         Fixed("hidden_act", ("silu",), "silu"),
-        Fixed("rms_norm_eps", (NORM_EPSILON,), 1e-6),
+        Fixed("rms_norm_eps", (1e-5,), 1e-6),
         _ROTARY_BASE,
     ),
     modules=_ROTARY_MODULES
@@ -284,7 +300,7 @@ STARCODER2 = Architecture(
     ),
     fixed=(
         Fixed("hidden_act", ("gelu_pytorch_tanh", "gelu_new"), "gelu_pytorch_tanh"),
-        Fixed("norm_epsilon", (NORM_EPSILON,), 1e-5),
+        Fixed("norm_epsilon", (1e-5,), 1e-5),
         Fixed("sliding_window", (None,), None),
         _ROTARY_BASE,
     ),

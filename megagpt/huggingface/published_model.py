@@ -25,6 +25,7 @@ from megagpt.huggingface.architectures import (
     ARCHITECTURES,
     CONFIG,
     INDEX,
+    OF_TRAINING,
     WEIGHTS,
     Architecture,
     Part,
@@ -33,7 +34,6 @@ from megagpt.schema.errors import shown
 from megagpt.schema.model import ModelSection
 from megagpt.utils import UserError, human_count
 
-OF_TRAINING = ("dropout", "init_std")  # do not change a trained model's result: the run's are kept
 DERIVED = ("mlp_size", "head_size")  # from our other keys
 FORMATS = ("F64", "F32", "BF16", "F16")
 # Keys of transformers' PretrainedConfig, and others that its three models here never read: where
@@ -156,6 +156,7 @@ class PublishedModel:
         """Return our keys with their values, None for derived ones; append to ``problems``."""
         found: dict[str, Any] = {}
         for key in self.architecture.keys:
+            # of training the run's own are kept
             if key.ours in OF_TRAINING + DERIVED or self._may_differ(key.ours):
                 continue
             value = self._flat.get(key.theirs, key.default)

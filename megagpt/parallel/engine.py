@@ -352,7 +352,7 @@ def build_model(
         return parameter
 
     allocated = replace_parameters(model, allocate)
-    if axis is not None and axis.sequence:
+    if axis is not None:
         for part in model.parts:
             tensor_parallel.sum_partial_gradients(part, axis)
     return model, {allocated[template]: name for template, name in templates.items()}, held

@@ -10,6 +10,9 @@ layers here:
     vocabulary  a rank holds the rows of some tokens of the embedding or of the head; no rank has
                 all logits
 
+A norm of all query or key heads together is a column layer, too: a rank holds the weights of its
+heads, and the ranks sum the squares of each row.
+
 Between a row layer and the next column layer all ranks hold the same hidden states, (batch, length,
 hidden_size). With ``sequence`` (Korthikanti et al. 2022, arXiv 2205.05198) each rank holds its part
 of the length there: norms, residuals and dropout need 1 / ranks of the memory, and each sum becomes
@@ -25,8 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kernels
-from megagpt.model import GPT, Attention, Dropout, Embedding, Head, Linear, Norm, Table
+from megagpt.model import GPT, Attention, Dropout, Embedding, Head, HeadNorm, Linear, Norm, Table
 from megagpt.parallel import rectangles as boxes
 from megagpt.parallel.rectangles import Box
 
@@ -139,6 +141,22 @@ class _ScatterSum(torch.autograd.Function):
         return ctx.axis.gather(gradient), None
 
 
+class _SumOfShares(torch.autograd.Function):
+    """The sum over all ranks, of which each rank goes on with a share of its own.
+
+    The gradient of each addend is therefore the sum of the ranks' gradients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, axis: TensorAxis) -> Tensor:
+        ctx.axis = axis
+        return axis.sum_gradient(partial.clone())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.axis.sum_gradient(gradient.clone()), None
+
+
 class _AllPositions(torch.autograd.Function):
     """All positions from every rank's; backward keeps this rank's part of the gradient.
 
@@ -216,6 +234,25 @@ class RowLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+class SharedHeadNorm(nn.Module):
+    """Queries or keys normalised over all heads, of which each rank holds some."""
+
+    def __init__(self, norm: HeadNorm, axis: TensorAxis) -> None:
+        super().__init__()
+        self.weight = norm.weight
+        self.channels = norm.weight.numel()  # of all ranks: the weight is not cut yet
+        self.epsilon = norm.options["eps"]
+        self.weight_offset = norm.options["weight_offset"]
+        self.axis = axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        # (batch, 1, length, 1)
+        squares = _SumOfShares.apply(wide.square().sum(dim=(1, 3), keepdim=True), self.axis)
+        weight = self.weight_offset + self.weight.to(wide.dtype).view(-1, 1, x.shape[-1])
+        return (wide * torch.rsqrt(squares / self.channels + self.epsilon) * weight).to(x.dtype)
+
+
 class VocabularyTable(nn.Module):
     """An embedding of which each rank holds some rows; other ranks' tokens contribute zeros."""
 
@@ -245,36 +282,29 @@ class PartTable(nn.Module):
         return F.embedding(own, self.weight)
 
 
-class VocabularyHead(nn.Module):
+class VocabularyHead(Head):
     """The final norm, then the loss from every rank's own logits.
 
     Without targets, the logits of all ranks, for generation.
     """
 
     def __init__(self, head: Head, axis: TensorAxis) -> None:
-        super().__init__()
+        super().__init__(head.config, head.weight)
         self.norm = head.norm
-        self.weight = head.weight
-        self.vocabulary = head.vocabulary
         self.axis = axis
 
     def forward(self, x: Tensor, targets: Tensor | None) -> Tensor:
         x = self.axis.all_positions(self.norm(x))
         if targets is None:
-            return self.axis.from_all(F.linear(x, self.weight)).movedim(0, -2).flatten(-2)
-        return kernels.linear_cross_entropy(
-            x,
-            self.weight,
-            targets,
-            vocabulary=self.vocabulary,
-            vocabulary_start=self.axis.rank * self.weight.shape[0],
-            group=self.axis.group,
-        )
+            return self.axis.from_all(self.logits(x)).movedim(0, -2).flatten(-2)
+        start = self.axis.rank * self.weight.shape[0]
+        return self.loss(x, targets, vocabulary_start=start, group=self.axis.group)
 
 
 REPLACEMENTS: dict[tuple[type[nn.Module], str], type[nn.Module]] = {
     (Linear, "column"): ColumnLinear,
     (Linear, "row"): RowLinear,
+    (HeadNorm, "column"): SharedHeadNorm,
     (Table, "vocabulary"): VocabularyTable,
     (Head, "vocabulary"): VocabularyHead,
 }
@@ -286,7 +316,7 @@ def split_dimensions(model: GPT) -> dict[nn.Parameter, int]:
     for path, role in model.tensor_plan().items():
         layer: Any = model.get_submodule(path)
         split[layer.weight] = SPLIT_DIMENSION[role]
-        if role == "column" and layer.bias is not None:
+        if role == "column" and getattr(layer, "bias", None) is not None:
             split[layer.bias] = 0
     return split
 
@@ -317,16 +347,16 @@ def share(model: GPT, axis: TensorAxis) -> None:
 
 
 def sum_partial_gradients(model: GPT, axis: TensorAxis) -> None:
-    """Sum the gradients of replicated parameters that each rank applies to its own positions.
+    """Sum the gradients of replicated parameters that each rank applies to its own share.
 
+    That is a norm of single heads, and what follows a row layer if it is split along the sequence.
     Hooks sum them before ZeRO sees the gradients.
     """
     for module in model.modules():
-        if isinstance(module, Norm | PartTable):
-            partial = list(module.parameters(recurse=False))
-        else:
-            partial = (
-                [module.bias] if isinstance(module, RowLinear) and module.bias is not None else []
-            )
+        partial: list[nn.Parameter] = []
+        if isinstance(module, HeadNorm) or (axis.sequence and isinstance(module, Norm | PartTable)):
+            partial += module.parameters(recurse=False)
+        elif axis.sequence and isinstance(module, RowLinear) and module.bias is not None:
+            partial.append(module.bias)
         for parameter in partial:
             parameter.register_hook(axis.sum_gradient)

@@ -178,18 +178,20 @@ def _expected(engine: Engine, exact: PlainRun, piece: Piece) -> Tensor:
 
 
 def _meaningful(engine: Engine, piece: Piece) -> Tensor:
-    """Return a mask that is False at the bias of keys, unless keys are rotated.
+    """Return a mask that is False at the bias of key channels that only move all scores equally.
 
-    That bias moves all scores of a query equally, so its gradient is rounding noise, which Adam
-    amplifies.
+    Softmax does not see such a bias, so its gradient is rounding noise, which Adam amplifies. It
+    sees the bias of channels that are rotated, and of any channel behind a norm or a soft-cap.
     """
     model = engine.config.megagpt.model
-    if not piece.name.endswith("qkv.bias") or model.position == "rotary":
+    seen = model.qk_norm != "none" or model.score_softcap is not None
+    if not piece.name.endswith("qkv.bias") or seen:
         return torch.ones(piece.numel, dtype=torch.bool)
     first = engine.boxes[piece.name][0][0] + piece.start
-    heads = torch.arange(first, first + piece.numel) // model.head_size
+    rows = torch.arange(first, first + piece.numel)
     queries = model.num_heads // model.num_kv_heads  # they come before their key and value
-    return heads % (queries + 2) != queries
+    is_key = rows // model.head_size % (queries + 2) == queries
+    return ~is_key | (rows % model.head_size < model.rotated_size)
 
 
 # Columns and their widths.

@@ -49,6 +49,31 @@ SIZES = (  # keys of zero_optimization that count elements of a model
     "stage3_max_live_parameters",
     "stage3_max_reuse_distance",
 )
+# Keys of the model that do not depend on its size. A rotary scaling does, and is the same on any
+# mesh.
+OF_THE_KIND = (
+    "position",
+    "rope_base",
+    "rope_fraction",
+    "norm",
+    "norm_epsilon",
+    "norm_weight_offset",
+    "post_norm",
+    "qk_norm",
+    "parallel_residual",
+    "activation",
+    "bias",
+    "qkv_bias",
+    "output_bias",
+    "mlp_bias",
+    "norm_bias",
+    "score_scale",
+    "score_softcap",
+    "embedding_scale",
+    "logit_softcap",
+    "z_loss",
+    "tie_embeddings",
+)
 OFFLOAD = ("offload_optimizer", "offload_param")
 
 
@@ -82,10 +107,10 @@ def _small_model(
     tensor = lcm(*(strategy.tensor for strategy in tried))
     groups = round_up(GROUPS, tensor)
     heads = groups * (1 if kind.num_kv_heads == kind.num_heads else 2)
-    shape = {
-        key: getattr(kind, key)
-        for key in ("position", "norm", "activation", "bias", "tie_embeddings")
-    }
+    shape = {key: value for key in OF_THE_KIND if (value := getattr(kind, key)) is not None}
+    if kind.sliding_window is not None:
+        shape |= {"sliding_window": min(kind.sliding_window, LENGTH // 2)}
+        shape |= {"sliding_window_pattern": kind.sliding_window_pattern}
     shape |= {
         "num_layers": max(2, *(strategy.num_stages for strategy in tried)),
         "num_heads": heads,
@@ -98,7 +123,10 @@ def _small_model(
         if any(strategy.optimizer == "nvme" for strategy in tried)
         else 0
     )
-    for head_size in count(max(4, WIDTH // groups // 2 * 2), 2):  # even, for rotary positions
+    for head_size in count(max(4, WIDTH // groups // 2 * 2), 2):
+        rotated = int(head_size * kind.rope_fraction)
+        if kind.position == "rotary" and (rotated == 0 or rotated % 2):
+            continue
         model = ModelConfig(**shape, hidden_size=heads * head_size, vocab_size=ROWS)
         if (
             model.mlp_size % tensor == 0

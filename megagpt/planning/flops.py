@@ -5,7 +5,8 @@ multiplies it (2 forward, 4 backward) plus 12 x layers x heads x head size x seq
 two products of attention. Embedding and position tables are looked up and count nothing. The head
 counts, tied or not. Norms, biases and the softmax are left out. PaLM counts attention in FULL
 although half of it is masked. `model_flops_per_token` does the same unless `causal=True`, so that
-our MFU compares with published ones.
+our MFU compares with published ones. A layer with a sliding window counts its window in place of
+the sequence length, or with `causal` the keys that its queries see.
 """
 
 from __future__ import annotations
@@ -21,28 +22,39 @@ FLOPS_PER_MULTIPLY_ADD = 2
 @cache
 def layer_flops(model: ModelConfig, *, causal: bool = False) -> tuple[float, ...]:
     """Return the forward FLOPs of one token by layer: the embedding, each block, the head."""
-    attention = attention_flops_per_token(model, causal=causal) / model.num_layers
-    block = FLOPS_PER_MULTIPLY_ADD * model.block_matmul_parameters + attention
+    matrices = FLOPS_PER_MULTIPLY_ADD * model.block_matmul_parameters
+    blocks = (
+        float(matrices + _attention_flops(model, layer, causal))
+        for layer in range(model.num_layers)
+    )
     head = FLOPS_PER_MULTIPLY_ADD * model.vocab_size * model.hidden_size
-    return (0.0, *[float(block)] * model.num_layers, float(head))
+    return (0.0, *blocks, float(head))
 
 
 def attention_flops_per_token(model: ModelConfig, *, causal: bool = False) -> float:
-    """Return the forward FLOPs of the two attention products, averaged over a sequence's positions.
+    """Return the forward FLOPs of the two attention products in all layers.
 
-    With `causal` a query at position i attends to i + 1 keys, (sequence length + 1) / 2 on
-    average.
+    Averaged over a sequence's positions.
     """
-    keys = (model.sequence_length + 1) / 2 if causal else model.sequence_length
+    return sum(_attention_flops(model, layer, causal) for layer in range(model.num_layers))
+
+
+def _attention_flops(model: ModelConfig, layer: int, causal: bool) -> float:
     products = 2
-    return (
-        products
-        * FLOPS_PER_MULTIPLY_ADD
-        * model.num_layers
-        * model.num_heads
-        * model.head_size
-        * keys
-    )
+    keys = keys_seen(model.sequence_length, model.window(layer), causal=causal)
+    return products * FLOPS_PER_MULTIPLY_ADD * model.query_size * keys
+
+
+def keys_seen(length: int, window: int | None, *, causal: bool) -> float:
+    """Return the keys that a query attends to, averaged over a sequence's positions.
+
+    In full they are as many as the last query sees. With `causal` a query at position i attends to
+    i + 1 keys, at most the window.
+    """
+    most = length if window is None else min(window, length)
+    if not causal:
+        return most
+    return (most * (most + 1) / 2 + (length - most) * most) / length
 
 
 def model_flops_per_token(model: ModelConfig, *, causal: bool = False) -> float:

@@ -2,8 +2,8 @@
 
 A size is the number of elements on one tensor shard. Tensor parallelism splits attention by whole
 key-value groups, the MLP by its hidden channels (Shoeybi et al. 2019, arXiv 1909.08053, section 3),
-the embedding and the head by rows of the vocabulary. Norms, positions and the biases behind an
-all-reduced output are whole on every rank.
+the embedding and the head by rows of the vocabulary, a norm of all query or key heads by heads.
+Other norms, positions and the biases behind an all-reduced output are whole on every rank.
 """
 
 from __future__ import annotations
@@ -67,25 +67,45 @@ def _embedding(model: ModelConfig, tensor: int) -> Iterator[Parameter]:
 
 
 def _block(model: ModelConfig, block: str, tensor: int) -> Iterator[Parameter]:
-    """Yield norm, attention, norm, MLP.
+    """Yield norm, attention, norm, MLP, norm; which norms there are, the model says.
 
     The bias of a column-split matrix is split too; other biases are whole.
     """
     width = model.hidden_size
-    qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_size
-    up = model.mlp_size * (2 if model.activation == "swiglu" else 1)
-    yield from _norm(model, f"{block}.attention_norm")
-    yield from _linear(
-        model, f"{block}.attention.qkv", width, qkv, shards=tensor, bias_shards=tensor
-    )
-    yield from _linear(
-        model, f"{block}.attention.output", width, width, shards=tensor, bias_shards=1
-    )
-    yield from _norm(model, f"{block}.mlp_norm")
-    yield from _linear(model, f"{block}.mlp.up", width, up, shards=tensor, bias_shards=tensor)
-    yield from _linear(
-        model, f"{block}.mlp.down", model.mlp_size, width, shards=tensor, bias_shards=1
-    )
+    qkv = model.query_size + 2 * model.key_value_size
+    up = model.mlp_size * (2 if model.gated else 1)
+    before = model.post_norm != "instead"
+    after = model.post_norm != "none"
+    if before:
+        yield from _norm(model, f"{block}.attention_norm")
+    yield Parameter(f"{block}.attention.qkv.weight", width * qkv // tensor, True)
+    if model.qkv_bias:
+        yield Parameter(f"{block}.attention.qkv.bias", qkv // tensor, False)
+    yield from _head_norms(model, f"{block}.attention", tensor)
+    yield Parameter(f"{block}.attention.output.weight", model.query_size * width // tensor, True)
+    if model.output_bias:
+        yield Parameter(f"{block}.attention.output.bias", width, False)
+    if after:
+        yield from _norm(model, f"{block}.attention_post_norm")
+    if before:
+        yield from _norm(model, f"{block}.mlp_norm")
+    yield Parameter(f"{block}.mlp.up.weight", width * up // tensor, True)
+    if model.mlp_bias:
+        yield Parameter(f"{block}.mlp.up.bias", up // tensor, False)
+    yield Parameter(f"{block}.mlp.down.weight", model.mlp_size * width // tensor, True)
+    if model.mlp_bias:
+        yield Parameter(f"{block}.mlp.down.bias", width, False)
+    if after:
+        yield from _norm(model, f"{block}.mlp_post_norm")
+
+
+def _head_norms(model: ModelConfig, attention: str, tensor: int) -> Iterator[Parameter]:
+    if model.qk_norm == "per_head":
+        yield Parameter(f"{attention}.query_norm.weight", model.head_size, False)
+        yield Parameter(f"{attention}.key_norm.weight", model.head_size, False)
+    elif model.qk_norm == "whole":
+        yield Parameter(f"{attention}.query_norm.weight", model.query_size // tensor, False)
+        yield Parameter(f"{attention}.key_norm.weight", model.key_value_size // tensor, False)
 
 
 def _head(model: ModelConfig, tensor: int, *, with_weight: bool) -> Iterator[Parameter]:
@@ -97,13 +117,5 @@ def _head(model: ModelConfig, tensor: int, *, with_weight: bool) -> Iterator[Par
 
 def _norm(model: ModelConfig, name: str) -> Iterator[Parameter]:
     yield Parameter(f"{name}.weight", model.hidden_size, False)
-    if model.norm == "layernorm" and model.bias:
+    if model.norm_bias:
         yield Parameter(f"{name}.bias", model.hidden_size, False)
-
-
-def _linear(
-    model: ModelConfig, name: str, inputs: int, outputs: int, *, shards: int, bias_shards: int
-) -> Iterator[Parameter]:
-    yield Parameter(f"{name}.weight", inputs * outputs // shards, True)
-    if model.bias:
-        yield Parameter(f"{name}.bias", outputs // bias_shards, False)

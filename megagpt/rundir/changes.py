@@ -39,8 +39,7 @@ DATA_FINGERPRINT = "data_fingerprint"  # not a key: the tokens themselves, as a 
 REASONS = {
     "megagpt.model.vocabulary": "the data have another vocabulary: prepare them with the tokenizer "
     "of the run",
-    "megagpt.model.sequence_length": "longer sequences need rope scaling, which the model does not "
-    "have",
+    "megagpt.model.sequence_length": "the samples that were read are windows of this length",
     "megagpt.training.seed": "the initial weights follow from it",
     "megagpt.model.init_std": "the initial weights follow from it",
 }

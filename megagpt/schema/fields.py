@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 
@@ -21,20 +22,53 @@ def identity(default: Any, meaning: str, **constraints: Any) -> Any:
     return _key("identity", default, meaning, constraints)
 
 
+def later_identity(default: Any, meaning: str, **constraints: Any) -> Any:
+    """Declare an identity key that came after version 0.1.0.
+
+    At its default it is no part of the identity, so that older runs and checkpoints keep theirs.
+    """
+    return _key("identity", default, meaning, constraints, later=True)
+
+
+def default_of(section: BaseModel, name: str) -> Any:
+    """Return a key's default; a derived one follows from the section's other keys."""
+    field = type(section).model_fields[name]
+    return field.get_default(call_default_factory=True, validated_data=section.__dict__)
+
+
+def at_default(section: BaseModel, name: str) -> bool:
+    """Return whether a key has its default."""
+    return bool(getattr(section, name) == default_of(section, name))
+
+
+def changed_later_keys(section: BaseModel) -> list[str]:
+    """Return the keys declared with `later_identity` that do not have their defaults."""
+    return [
+        name
+        for name, field in type(section).model_fields.items()
+        if is_later(field) and not at_default(section, name)
+    ]
+
+
+def is_later(field: FieldInfo) -> bool:
+    """Return whether a key was declared with `later_identity`."""
+    return isinstance(field.json_schema_extra, dict) and "added_after" in field.json_schema_extra
+
+
 def execution(default: Any, meaning: str, **constraints: Any) -> Any:
     """Declare a key that says HOW the run is executed; a run may continue with another value."""
     return _key("execution", default, meaning, constraints)
 
 
-def _key(role: str, default: Any, meaning: str, constraints: dict[str, Any]) -> Any:
+def _key(
+    role: str, default: Any, meaning: str, constraints: dict[str, Any], *, later: bool = False
+) -> Any:
+    extra: Any = {"role": role} | ({"added_after": "0.1.0"} if later else {})
     if callable(default):  # it gets the keys declared before it as a dict
         return Field(
-            default_factory=default,
-            description=meaning,
-            json_schema_extra={"role": role},
-            **constraints,
+            default_factory=default, description=meaning, json_schema_extra=extra, **constraints
         )
-    return Field(default, description=meaning, json_schema_extra={"role": role}, **constraints)
+    return Field(default, description=meaning, json_schema_extra=extra, **constraints)
 
 
 def section(default: Any, meaning: str) -> Any:

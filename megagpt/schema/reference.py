@@ -18,16 +18,15 @@ from megagpt.common.arguments import command_parser
 from megagpt.config import RunConfig
 from megagpt.schema.errors import models_at, models_in, shown
 from megagpt.schema.foreign import ALL_FALSE, FOREIGN, OFF, ForeignKey
-from megagpt.schema.megagpt import ParallelConfig
-from megagpt.schema.model import ModelSection
 from megagpt.schema.written import COMMENT_MARKS, fields_at
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 FOREIGN_HEAD = "| key | changes nothing at | other values |\n| --- | --- | --- |"
 TABLE_HEAD = "| key | meaning | default | role |\n| --- | --- | --- | --- |"
-DERIVED_DEFAULTS = {
-    (ModelSection, "num_kv_heads"): "num_heads",
-    (ParallelConfig, "gradient_reduction"): "see meaning",
+SHORT_DEFAULTS = {  # of keys that follow from others; a longer one is in the key's meaning
+    "num_kv_heads": "num_heads",
+    "head_size": "hidden_size / num_heads",
+    **{f"{place}_bias": "bias" for place in ("qkv", "output", "mlp", "norm")},
 }
 
 
@@ -144,8 +143,7 @@ def _tables(model: type[BaseModel], prefix: str, title: str, variant: str = "") 
         members = models_in(field.annotation)
         if _role(field) or not members:
             rows.append(
-                f"| `{key}` | {field.description} | {_default(model, name, field)} | "
-                f"{_role(field)} |"
+                f"| `{key}` | {field.description} | {_default(name, field)} | {_role(field)} |"
             )
         for member in members:
             kind = f" ({member.__name__})" if len(members) > 1 else variant
@@ -158,9 +156,9 @@ def _role(field: FieldInfo) -> str:
     return str(extra["role"]) if isinstance(extra, dict) else ""
 
 
-def _default(model: type[BaseModel], name: str, field: FieldInfo) -> str:
+def _default(name: str, field: FieldInfo) -> str:
     if field.default_factory is not None:
-        return DERIVED_DEFAULTS[model, name]
+        return SHORT_DEFAULTS.get(name, "see meaning")
     if field.is_required():
         return "required"
     return "" if field.default is None else f"`{shown(field.default)}`"

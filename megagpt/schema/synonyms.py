@@ -9,6 +9,8 @@ _LAYERS = "megagpt.model.num_layers"
 _WIDTH = "megagpt.model.hidden_size"
 _HEADS = "megagpt.model.num_heads"
 _KV_HEADS = "megagpt.model.num_kv_heads"
+_MLP = "megagpt.model.mlp_size"
+_EPSILON = "megagpt.model.norm_epsilon"
 _LENGTH = "megagpt.model.sequence_length"
 _STEPS = "megagpt.training.total_steps"
 _MICRO_BATCH = "train_micro_batch_size_per_gpu"
@@ -37,6 +39,26 @@ SYNONYMS: dict[str, str] = {
     "n_kv_heads": _KV_HEADS,
     "num_key_value_heads": _KV_HEADS,
     "num_query_groups": _KV_HEADS,
+    "head_dim": "megagpt.model.head_size",
+    "kv_channels": "megagpt.model.head_size",
+    "ffn_hidden_size": _MLP,
+    "intermediate_size": _MLP,
+    "n_inner": _MLP,
+    "rope_theta": "megagpt.model.rope_base",
+    "rotary_base": "megagpt.model.rope_base",
+    "rotary_pct": "megagpt.model.rope_fraction",
+    "rotary_percent": "megagpt.model.rope_fraction",
+    "partial_rotary_factor": "megagpt.model.rope_fraction",
+    "layer_norm_eps": _EPSILON,
+    "layer_norm_epsilon": _EPSILON,
+    "layernorm_epsilon": _EPSILON,
+    "rms_norm_eps": _EPSILON,
+    "qk_layernorm": "megagpt.model.qk_norm",
+    "add_qkv_bias": "megagpt.model.qkv_bias",
+    "use_parallel_residual": "megagpt.model.parallel_residual",
+    "window_size": "megagpt.model.sliding_window",
+    "attn_logit_softcapping": "megagpt.model.score_softcap",
+    "final_logit_softcapping": "megagpt.model.logit_softcap",
     "block_size": _LENGTH,
     "n_ctx": _LENGTH,
     "n_positions": _LENGTH,
@@ -128,21 +150,8 @@ SYNONYMS: dict[str, str] = {
     "wandb_project": "wandb.project",
 }
 
-_WIDTH_OF_MLP = (
-    "the MLP's width follows from megagpt.model.hidden_size and megagpt.model.activation; delete it"
-)
 # Names of what is not a key here, and why.
 WITHOUT_A_KEY: dict[str, str] = {
-    "ffn_hidden_size": _WIDTH_OF_MLP,
-    "intermediate_size": _WIDTH_OF_MLP,
-    "n_inner": _WIDTH_OF_MLP,
-    "rope_theta": "the base of rotary positions is 10000 here; delete it",
-    "rotary_base": "the base of rotary positions is 10000 here; delete it",
-    "layer_norm_eps": "the epsilon of norms is 1e-5 here; delete it",
-    "layer_norm_epsilon": "the epsilon of norms is 1e-5 here; delete it",
-    "layernorm_epsilon": "the epsilon of norms is 1e-5 here; delete it",
-    "norm_epsilon": "the epsilon of norms is 1e-5 here; delete it",
-    "rms_norm_eps": "the epsilon of norms is 1e-5 here; delete it",
     "num_train_epochs": "the length is megagpt.training.total_steps or total_tokens",
     "dtype": "use bf16.enabled or fp16.enabled",
     "precision": "use bf16.enabled or fp16.enabled",

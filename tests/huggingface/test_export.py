@@ -244,6 +244,11 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path: Path, tokenizer: str) -> Non
             {**LLAMA, "position": "learned"},
             "Starcoder2ForCausalLM needs position rotary (not learned), norm layernorm",
         ),
+        (
+            {**LLAMA, "bias": False, "qk_norm": "per_head", "rope_base": 5e5},
+            "LlamaForCausalLM needs rope_base 10000.0 (not 500000.0), qk_norm none (not "
+            "per_head)\n",
+        ),
     ],
 )
 def test_a_mixture_that_nobody_published_is_refused(
@@ -312,7 +317,7 @@ def test_a_weight_that_is_not_finite_is_refused(
 
 def test_a_configuration_of_another_model_is_refused(run: Path, tmp_path: Path) -> None:
     document = json.loads((run / CONFIG_FILE).read_text())
-    document["megagpt"]["model"]["hidden_size"] = 64
+    document["megagpt"]["model"] |= {"hidden_size": 64, "head_size": 16}
     (run / CONFIG_FILE).write_text(json.dumps(document))
     with pytest.raises(
         UserError,

@@ -10,6 +10,7 @@ import kernels
 from kernels.launcher import reset_launches
 from megagpt.config import ModelConfig
 from megagpt.model import GPT, initialise_
+from tests.support.configurations import KINDS
 
 SIZES = {
     "vocab_size": 128,
@@ -19,15 +20,8 @@ SIZES = {
     "sequence_length": 20,
 }
 GPT2 = ModelConfig(**SIZES, dropout=0.2)
-LLAMA = ModelConfig(
-    **SIZES,
-    num_kv_heads=2,
-    position="rotary",
-    norm="rmsnorm",
-    activation="swiglu",
-    bias=False,
-    tie_embeddings=False,
-)
+QWEN3 = ModelConfig(**SIZES, **KINDS["qwen3"], tie_embeddings=False)
+GEMMA2 = ModelConfig(**SIZES, **KINDS["gemma2"])
 NORMS = {"norm_forward", "norm_backward"}
 ATTENTION = {"attention_forward", "attention_backward_delta", "attention_backward_keys"}
 LOSS = {"cross_entropy_statistics", "cross_entropy_gradient"}
@@ -68,7 +62,7 @@ def test_document_bounds_are_computed_once_for_all_layers(
     assert len(sorts) == (given == "ids")
 
 
-@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("config", [GPT2, QWEN3, GEMMA2], ids=["gpt2", "qwen3", "gemma2"])
 def test_a_model_is_the_same_on_triton_and_on_torch(
     config: ModelConfig, fused_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

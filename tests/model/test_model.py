@@ -21,20 +21,12 @@ from kernels import reference
 from kernels.philox import fold_seed, keep_mask
 from megagpt.config import ModelConfig
 from megagpt.model import GPT, KeyValueCache, decayed, initial_value, initialise_
+from tests.support.configurations import KINDS
 
-GPT2 = ModelConfig(vocab_size=256, num_layers=3, hidden_size=32, num_heads=4, sequence_length=32)
-LLAMA = ModelConfig(
-    **GPT2.model_dump(
-        exclude={"num_kv_heads", "position", "norm", "activation", "bias", "tie_embeddings"}
-    ),
-    num_kv_heads=2,
-    position="rotary",
-    norm="rmsnorm",
-    activation="swiglu",
-    bias=False,
-    tie_embeddings=False,
-)
-both_families = pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+SIZES = {"vocab_size": 256, "num_layers": 3, "hidden_size": 32, "num_heads": 4}
+FAMILIES = {name: ModelConfig(**SIZES, sequence_length=32, **kind) for name, kind in KINDS.items()}
+GPT2, LLAMA = FAMILIES["gpt2"], FAMILIES["llama3"]
+every_family = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
 
 
 def build(
@@ -48,13 +40,13 @@ def random_tokens(*shape: int, seed: int = 0) -> Tensor:
 
 
 def changed(config: ModelConfig, **keys: object) -> ModelConfig:
-    return config.model_validate({**config.model_dump(), **keys})
+    return config.model_validate({**config.model_dump(exclude_unset=True), **keys})
 
 
 # ---------------------------------------------------------------------------------- shape and start
 
 
-@both_families
+@every_family
 def test_the_parameters_are_as_many_as_the_config_counts(config):
     assert sum(parameter.numel() for parameter in GPT(config).parameters()) == config.num_parameters
 
@@ -94,7 +86,7 @@ def test_the_first_loss_is_that_of_normal_logits(tied, init_std):
     assert loss.item() == pytest.approx(math.log(512) + 64 * init_std**2 / 2, rel=0.02)
 
 
-@both_families
+@every_family
 def test_a_starting_value_depends_on_its_name_only(config):
     whole = dict(initialise_(GPT(config), seed=3).named_parameters())
     names = random.Random(0).sample(sorted(whole), len(whole))
@@ -139,16 +131,23 @@ def test_weight_decay_reaches_matrices_only():
         assert decayed(name) == (parameter.ndim == 2), name
 
 
-@both_families
+@every_family
 def test_the_loss_is_the_cross_entropy_of_the_logits(config):
+    """And in training the z-loss (Chowdhery et al. 2022, section 5), if the model has one."""
     model, tokens, targets = (
         build(config, dtype=torch.float32),
         random_tokens(2, 20),
         random_tokens(2, 20, seed=1),
     )
     targets[0, 5:] = -100
-    expected = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
-    torch.testing.assert_close(model(tokens, targets), expected)
+    logits = model(tokens).flatten(0, 1)
+    expected = F.cross_entropy(logits, targets.flatten())
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens, targets), expected)
+    squares = logits.logsumexp(dim=-1)[targets.flatten() >= 0].square().mean()
+    in_training = expected + config.z_loss * squares
+    torch.testing.assert_close(model(tokens, targets), in_training)
+    assert (in_training > expected) == (config.z_loss > 0)
 
 
 # ------------------------------------------------------------------------------------ recomputation
@@ -164,7 +163,7 @@ def loss_and_gradients(model: GPT, **keywords: Tensor) -> tuple[Tensor, dict[str
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-@both_families
+@every_family
 def test_recomputation_changes_no_bit(config, recompute):
     config = changed(config, dropout=0.3)
     keywords = {
@@ -235,7 +234,7 @@ def test_recomputation_keeps_fewer_activations():
 # ------------------------------------------------------------------------------------------ dropout
 
 
-@both_families
+@every_family
 def test_dropout_depends_neither_on_the_batch_nor_on_its_order(config):
     model = build(changed(config, dropout=0.2))
     tokens, seeds = random_tokens(4, 24), torch.tensor([10, 11, 12, 13])
@@ -328,7 +327,7 @@ def test_a_document_among_others_is_read_as_if_alone():
         torch.testing.assert_close(logits, model(document), rtol=0, atol=1e-6)  # angles are fp32
 
 
-@both_families
+@every_family
 def test_no_document_sees_the_one_before(config):
     model, tokens, other = build(config), random_tokens(1, 20), random_tokens(1, 20, seed=1)
     document_ids = (torch.arange(20) >= 8).long()[None]
@@ -341,7 +340,7 @@ def test_no_document_sees_the_one_before(config):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
-@both_families
+@every_family
 def test_the_cache_changes_no_logit(config, dtype, tolerance):
     model, tokens = build(config, dtype=dtype), random_tokens(2, 32)
     cache = KeyValueCache(32)

@@ -1,23 +1,34 @@
-"""The model against transformers' GPT-2, Llama and StarCoder 2 with the same random weights:
-logits, every gradient.
+"""The model against transformers' models of each family with the same random weights: logits,
+every gradient, the text that they write.
 """
+
+import re
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralForCausalLM,
+    Olmo2ForCausalLM,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
     Starcoder2Config,
     Starcoder2ForCausalLM,
 )
 
 from megagpt.config import ModelConfig
 from megagpt.huggingface import architectures
-from megagpt.model import GPT
+from megagpt.model import GPT, KeyValueCache
 
 LAYERS, VOCABULARY, LENGTH = 2, 128, 24
 GPT2 = ModelConfig(
@@ -36,8 +47,14 @@ LLAMA = ModelConfig(
     bias=False,
     tie_embeddings=False,
 )
-STARCODER2 = LLAMA.model_copy(
-    update={"norm": "layernorm", "activation": "gelu", "bias": True, "tie_embeddings": True}
+STARCODER2 = ModelConfig(
+    vocab_size=VOCABULARY,
+    num_layers=LAYERS,
+    hidden_size=48,
+    num_heads=6,
+    num_kv_heads=2,
+    sequence_length=LENGTH,
+    position="rotary",
 )
 
 
@@ -151,3 +168,346 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float, name: str) -
     scale = expected.abs().max()
     assert scale > 0, name
     assert (actual - expected).abs().max() <= tolerance * scale, name
+
+
+# ------------------------------------------------------------------------------------ more families
+
+BLOCK = "blocks.*."
+LLAMA_NAMES: dict[str, tuple[list[str], architectures.Relation]] = {
+    "embedding.tokens": (["model.embed_tokens"], architectures.SAME),
+    "head": (["lm_head"], architectures.SAME),
+    "head.norm": (["model.norm"], architectures.SAME),
+    **{
+        BLOCK + ours: ([f"model.layers.*.{name}" for name in theirs], relation)
+        for ours, theirs, relation in (
+            ("attention_norm", ["input_layernorm"], architectures.SAME),
+            (
+                "attention.qkv",
+                [f"self_attn.{which}_proj" for which in "qkv"],
+                architectures.QUERY_KEY_VALUE,
+            ),
+            ("attention.query_norm", ["self_attn.q_norm"], architectures.SAME),
+            ("attention.key_norm", ["self_attn.k_norm"], architectures.SAME),
+            ("attention.output", ["self_attn.o_proj"], architectures.SAME),
+            ("mlp_norm", ["post_attention_layernorm"], architectures.SAME),
+            ("mlp.up", ["mlp.gate_proj", "mlp.up_proj"], architectures.GATE_AND_VALUE),
+            ("mlp.down", ["mlp.down_proj"], architectures.SAME),
+        )
+    },
+}
+
+
+def named(theirs: str, relation: architectures.Relation = architectures.SAME) -> Any:
+    return [f"model.layers.*.{theirs}"], relation
+
+
+POST_NORM_NAMES = {
+    BLOCK + "attention_post_norm": named("post_attention_layernorm"),
+    BLOCK + "mlp_post_norm": named("post_feedforward_layernorm"),
+}
+GEMMA2_NAMES = (
+    LLAMA_NAMES | POST_NORM_NAMES | {BLOCK + "mlp_norm": named("pre_feedforward_layernorm")}
+)
+STARCODER2_NAMES = LLAMA_NAMES | {
+    BLOCK + "mlp.up": named("mlp.c_fc"),
+    BLOCK + "mlp.down": named("mlp.c_proj"),
+}
+FUSED = architectures.Relation(  # one matrix of queries, keys and values
+    lambda theirs, model: architectures.QUERY_KEY_VALUE.join(
+        theirs[0].split([model.query_size, model.key_value_size, model.key_value_size]), model
+    ),
+    lambda ours, model: [torch.cat(tuple(architectures.QUERY_KEY_VALUE.split(ours, model)))],
+)
+HALVES = architectures.Relation(  # gate above value
+    lambda theirs, model: architectures.GATE_AND_VALUE.join(theirs[0].chunk(2), model),
+    lambda ours, model: [torch.cat(tuple(architectures.GATE_AND_VALUE.split(ours, model)))],
+)
+PHI3_NAMES = LLAMA_NAMES | {
+    BLOCK + "attention.qkv": named("self_attn.qkv_proj", FUSED),
+    BLOCK + "mlp.up": named("mlp.gate_up_proj", HALVES),
+}
+# GPT-NeoX stores each head's query, key and value together, as we do a group's.
+NEOX_NAMES = {
+    "embedding.tokens": (["gpt_neox.embed_in"], architectures.SAME),
+    "head": (["lm_head"], architectures.SAME),
+    "head.norm": (["gpt_neox.final_layer_norm"], architectures.SAME),
+    **{
+        BLOCK + ours: ([f"gpt_neox.layers.*.{theirs}"], architectures.SAME)
+        for ours, theirs in {
+            "attention_norm": "input_layernorm",
+            "attention.qkv": "attention.query_key_value",
+            "attention.output": "attention.dense",
+            "mlp_norm": "post_attention_layernorm",
+            "mlp.up": "mlp.dense_h_to_4h",
+            "mlp.down": "mlp.dense_4h_to_h",
+        }.items()
+    },
+}
+
+
+class Family(NamedTuple):
+    """A class of transformers, the keys of its config.json, ours, and which tensor is which."""
+
+    theirs: type[PreTrainedModel]
+    their_keys: dict[str, Any]
+    our_keys: dict[str, Any]
+    names: dict[str, tuple[list[str], architectures.Relation]] = LLAMA_NAMES
+
+
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "intermediate_size": 80,
+    "max_position_embeddings": LENGTH,
+}
+GROUPED = {"num_key_value_heads": 2, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
+LLAMA_KEYS = {
+    "num_kv_heads": 2,
+    "mlp_size": 80,
+    "position": "rotary",
+    "norm": "rmsnorm",
+    "activation": "swiglu",
+    "bias": False,
+    "tie_embeddings": False,
+}
+LLAMA3_SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+PHI3_FACTORS = {"short_factor": [1.0, 1.1, 1.3], "long_factor": [1.5, 2.0, 4.0]}
+
+
+def scaled(theirs: dict[str, Any], ours: dict[str, Any], **shape: Any) -> Family:
+    """Llama with a rotary scaling; the text is longer than the original context."""
+    rope = {"rope_theta": 10_000.0, **theirs}
+    return Family(
+        LlamaForCausalLM,
+        SHAPE | GROUPED | {"rope_parameters": rope} | shape,
+        LLAMA_KEYS | {"rope_scaling": ours},
+    )
+
+
+FAMILIES = {
+    "llama3.1": scaled(
+        {"rope_type": "llama3", **LLAMA3_SCALING, "original_max_position_embeddings": 64},
+        {"type": "llama3", **LLAMA3_SCALING, "original_length": 64},
+    ),
+    "linear": scaled({"rope_type": "linear", "factor": 3.0}, {"type": "linear", "factor": 3.0}),
+    "dynamic": scaled(
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"type": "dynamic", "factor": 2.0, "original_length": 16},
+        max_position_embeddings=16,
+    ),
+    "yarn": scaled(
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        {"type": "yarn", "factor": 4.0, "original_length": 64},
+    ),
+    "yarn-untruncated": scaled(
+        {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "beta_fast": 8.0,
+            "beta_slow": 0.5,
+            "truncate": False,
+            "attention_factor": 1.25,
+        },
+        {
+            "type": "yarn",
+            "factor": 4.0,
+            "original_length": 64,
+            "beta_fast": 8.0,
+            "beta_slow": 0.5,
+            "truncate": False,
+            "attention_factor": 1.25,
+        },
+    ),
+    "mistral": Family(
+        MistralForCausalLM,
+        SHAPE | GROUPED | {"sliding_window": 7, "rope_parameters": {"rope_theta": 1e6}},
+        LLAMA_KEYS | {"sliding_window": 7, "rope_base": 1e6},
+    ),
+    "qwen2": Family(
+        Qwen2ForCausalLM,
+        SHAPE
+        | GROUPED
+        | {
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": True,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 2,
+        },
+        LLAMA_KEYS
+        | {
+            "norm_epsilon": 1e-6,
+            "qkv_bias": True,
+            "tie_embeddings": True,
+            "sliding_window": 5,
+            "sliding_window_pattern": ["full", "full", "sliding"],
+        },
+    ),
+    "qwen3": Family(
+        Qwen3ForCausalLM,
+        SHAPE | GROUPED | {"head_dim": 12},
+        LLAMA_KEYS | {"head_size": 12, "qk_norm": "per_head"},
+    ),
+    "olmo2": Family(
+        Olmo2ForCausalLM,
+        SHAPE | GROUPED,
+        LLAMA_KEYS | {"qk_norm": "whole", "post_norm": "instead"},
+        {
+            name: theirs
+            for name, theirs in (LLAMA_NAMES | POST_NORM_NAMES).items()
+            if name not in (BLOCK + "attention_norm", BLOCK + "mlp_norm")
+        },
+    ),
+    "gemma2": Family(
+        Gemma2ForCausalLM,
+        SHAPE
+        | GROUPED
+        | {
+            "head_dim": 10,
+            "query_pre_attn_scalar": 7,
+            "sliding_window": 6,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 2.0,
+            "tie_word_embeddings": True,
+        },
+        LLAMA_KEYS
+        | {
+            "head_size": 10,
+            "activation": "geglu",
+            "norm_weight_offset": 1,
+            "post_norm": "both",
+            "score_scale": 7**-0.5,
+            "score_softcap": 3.0,
+            "logit_softcap": 2.0,
+            "sliding_window": 6,
+            "sliding_window_pattern": ["sliding", "full"],
+            "embedding_scale": 48**0.5,
+            "tie_embeddings": True,
+        },
+        GEMMA2_NAMES,
+    ),
+    "phi3": Family(
+        Phi3ForCausalLM,
+        SHAPE
+        | GROUPED
+        | {
+            "sliding_window": 9,
+            "original_max_position_embeddings": 16,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10_000.0,
+                "partial_rotary_factor": 0.75,
+                **PHI3_FACTORS,
+            },
+        },
+        LLAMA_KEYS
+        | {
+            "sliding_window": 9,
+            "rope_fraction": 0.75,
+            "rope_scaling": {
+                "type": "longrope",
+                "factor": LENGTH / 16,
+                "original_length": 16,
+                **PHI3_FACTORS,
+            },
+        },
+        PHI3_NAMES,
+    ),
+    "starcoder2": Family(
+        Starcoder2ForCausalLM,
+        SHAPE | {"num_key_value_heads": 2, "sliding_window": 6, "use_bias": False},
+        LLAMA_KEYS
+        | {
+            "norm": "layernorm",
+            "norm_bias": True,
+            "activation": "gelu",
+            "tie_embeddings": True,
+            "sliding_window": 6,
+        },
+        STARCODER2_NAMES,
+    ),
+    **{
+        name: Family(
+            GPTNeoXForCausalLM,
+            SHAPE | {"use_parallel_residual": parallel, "rotary_pct": 0.5},
+            {
+                "mlp_size": 80,
+                "position": "rotary",
+                "rope_fraction": 0.5,
+                "activation": "gelu_exact",
+                "parallel_residual": parallel,
+                "tie_embeddings": False,
+            },
+            NEOX_NAMES,
+        )
+        for name, parallel in {"neox": True, "neox-serial": False}.items()
+    },
+}
+
+
+def under_our_names(theirs: dict[str, Tensor], family: Family, ours: GPT) -> dict[str, Tensor]:
+    """Their tensors (weights, or gradients) as ours; each of theirs has one place."""
+    found, used = {}, set()
+    for name, _ in ours.named_parameters():
+        module, _, kind = name.rpartition(".")
+        layer = re.match(r"blocks\.(\d+)\.", module)
+        their_modules, relation = family.names[re.sub(r"^blocks\.\d+\.", BLOCK, module)]
+        names = [f"{m}.{kind}".replace("*", layer[1] if layer else "") for m in their_modules]
+        used |= set(names)
+        found[name] = relation.join([theirs[name] for name in names], ours.config)
+    assert used == theirs.keys()
+    return found
+
+
+@pytest.fixture(scope="module", params=FAMILIES.values(), ids=FAMILIES)
+def pair(request: pytest.FixtureRequest) -> tuple[Family, PreTrainedModel, GPT]:
+    """A small random model of transformers, and ours with its weights."""
+    family: Family = request.param
+    shape = {"num_layers": 3, "hidden_size": 48, "num_heads": 6, "sequence_length": LENGTH}
+    config = ModelConfig(vocab_size=VOCABULARY, **shape, **family.our_keys)
+    kind = family.theirs.config_class
+    theirs = family.theirs(
+        kind(**family.their_keys, attn_implementation="eager", pad_token_id=None)
+    )
+    randomise_(theirs)
+    ours = GPT(config)
+    ours.load_state_dict(
+        under_our_names(dict(theirs.named_parameters()), family, ours), strict=False
+    )
+    return family, theirs, ours
+
+
+def test_every_family_computes_what_transformers_does(
+    pair: tuple[Family, PreTrainedModel, GPT],
+) -> None:
+    """Logits within 1e-5 of the largest in fp32, and every gradient."""
+    family, theirs, ours = pair
+    tokens, targets = torch.randint(
+        VOCABULARY, (2, 3, LENGTH), generator=torch.Generator().manual_seed(1)
+    )
+    logits, expected = ours(tokens), theirs(tokens).logits
+    assert_near(logits, expected, 1e-5, "logits")
+    for result in (logits, expected):
+        F.cross_entropy(result.flatten(0, 1), targets.flatten()).backward()
+    expected_gradients = under_our_names(
+        {name: p.grad for name, p in theirs.named_parameters()}, family, ours
+    )
+    for name, parameter in ours.named_parameters():
+        assert_near(parameter.grad, expected_gradients[name], 1e-4, name)
+
+
+@torch.no_grad()
+def test_every_family_reads_on_from_its_cache_as_transformers_does(
+    pair: tuple[Family, PreTrainedModel, GPT],
+) -> None:
+    """Token by token, past windows and past the original length of a scaling."""
+    _, theirs, ours = pair
+    text = torch.randint(VOCABULARY, (1, LENGTH), generator=torch.Generator().manual_seed(2))
+    cache, their_cache = KeyValueCache(LENGTH), None
+    for piece in text.split([5] + [1] * (LENGTH - 5), dim=1):
+        expected = theirs(piece, past_key_values=their_cache, use_cache=True)
+        their_cache = expected.past_key_values
+        assert_near(ours(piece, cache=cache), expected.logits, 1e-5, f"position {cache.length}")

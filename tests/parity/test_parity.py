@@ -21,13 +21,14 @@ from megagpt.parity.cases import (
     require_devices,
     require_launched,
 )
-from megagpt.parity.small_run import LEAST_TILE, resolved, small_document
+from megagpt.parity.small_run import LEAST_TILE, OF_THE_KIND, resolved, small_document
 from megagpt.parity.strategies import Strategy, meshes, own_strategy, strategies
 from megagpt.planning.cost.model_states import parameters, shard_of
 from megagpt.planning.layout import Layout
 from megagpt.planning.rules import refusals
 from megagpt.utils import UserError
 from tests import REPOSITORY
+from tests.support.configurations import KINDS
 from tests.support.monitoring import ENVIRONMENT
 from tests.support.ranks import RankPool, free_port
 
@@ -112,6 +113,19 @@ def test_the_small_model_hosts_every_mesh_of_its_world(ranks: int, activation: s
         "megagpt.parallel.pipeline", "DeepSpeed cannot delay the reduction"
     )
     assert resolved(document, tried[0], ranks, None).megagpt.model.num_parameters < 5e6
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_the_small_model_is_of_the_files_kind(kind: dict[str, Any]) -> None:
+    given = [f"megagpt.model.{key}={json.dumps(value)}" for key, value in kind.items()]
+    file = load_config(CONFIG, given)
+    tried = list(strategies(4, False, file.megagpt.model))
+    small = resolved(small_document(file, tried, 4, 1, "fp32"), tried[0], 4, None).megagpt.model
+    for key in OF_THE_KIND:
+        assert getattr(small, key) == getattr(file.megagpt.model, key), key
+    windows = [small.window(layer) for layer in range(small.num_layers)]
+    assert any(windows) == (file.megagpt.model.sliding_window is not None)
+    assert small.num_parameters < 5e6
 
 
 def test_a_large_world_is_cut_as_the_files_own_model_can_be() -> None:

@@ -7,6 +7,7 @@ import pytest
 from megagpt.planning.cost.communication import communication, ring
 from megagpt.planning.cost.model_states import shard_of
 from tests.planning.test_memory import layout_of, run_on
+from tests.support.configurations import KINDS
 from tests.support.ranks import RankPool
 
 WAYS = {
@@ -64,8 +65,11 @@ def test_data_axis(two_ranks: RankPool, stage: int, zero: dict[str, Any], reduct
 def test_gathers_under_a_pipeline_and_recomputation(
     four_ranks: RankPool, zero: dict[str, Any], tolerance: float
 ) -> None:
-    """What the formula takes to be kept for a whole step is gathered once and a little."""
+    """What the formula takes to be kept for a whole step is gathered once and a little. The norm
+    behind an MLP needs its last matrix once more.
+    """
     config = run_on((2, 2, 1), 3, bf16=False, **zero)
+    config["megagpt"]["model"] |= KINDS["olmo2"] | {"num_kv_heads": 5, "head_size": 8}
     config["megagpt"]["training"]["recompute"] = "full"
     layout = layout_of(config, 4)
     for index, rank in enumerate(
@@ -77,10 +81,18 @@ def test_gathers_under_a_pipeline_and_recomputation(
 
 
 @pytest.mark.parametrize(
-    "recompute", ["none", pytest.param("selective", marks=pytest.mark.slow), "full"]
+    ("recompute", "kind"),
+    [
+        ("none", "olmo2"),
+        pytest.param("selective", "gpt2", marks=pytest.mark.slow),
+        pytest.param("full", "gpt2", marks=pytest.mark.slow),
+        ("full", "olmo2"),
+    ],
 )
-def test_tensor_axis(two_ranks: RankPool, recompute: str) -> None:
+def test_tensor_axis(two_ranks: RankPool, recompute: str, kind: str) -> None:
+    """The norms of olmo2 sum over all heads, and follow the MLP."""
     config = run_on((1, 1, 2), 1, bf16=False)
+    config["megagpt"]["model"] |= KINDS[kind] | {"head_size": 8}
     config["megagpt"]["training"]["recompute"] = recompute
     layout = layout_of(config, 2)
     formula = communication(layout, 0, shard_of(layout, 0)).tensor

@@ -37,6 +37,26 @@ def test_attention_is_counted_in_full_or_causal() -> None:
     assert attention_flops_per_token(TINY, causal=True) == 2 * (2 * 2 * 8 * (1 + 2 + 3 + 4) / 4)
 
 
+def test_a_window_is_counted_by_the_keys_that_its_layers_show() -> None:
+    """A mask counts them: two layers of four see 3 of 10 keys, the others all."""
+    length, window = 10, 3
+    shape = {"num_layers": 4, "hidden_size": 8, "num_heads": 2, "head_size": 16, "vocab_size": 128}
+    pattern = {"sliding_window": window, "sliding_window_pattern": ["sliding", "full"]}
+    model = ModelConfig.model_validate({**shape, **pattern, "sequence_length": length})
+    seen = [[q - window < k <= q for k in range(length)] for q in range(length)]
+    sliding, full = sum(map(sum, seen)) / length, (length + 1) / 2
+    key = 2 * 2 * 2 * 16  # two products, two FLOPs, two heads of 16
+    assert attention_flops_per_token(model, causal=True) == pytest.approx(
+        2 * key * (sliding + full)
+    )
+    assert attention_flops_per_token(model) == 2 * key * (window + length)
+    costs = layer_flops(model)
+    assert costs[1] == costs[3] < costs[2] == costs[4]
+    wider = model.model_validate({**model.model_dump(exclude_unset=True), "sliding_window": length})
+    whole = ModelConfig.model_validate({**shape, "sequence_length": length})
+    assert layer_flops(wider) == layer_flops(whole)
+
+
 def test_a_trained_token_costs_three_forward_passes() -> None:
     weights = 2 * TINY.block_matmul_parameters + 128 * 8
     assert model_flops_per_token(TINY) == 6 * weights + 12 * 2 * 2 * 4 * 4

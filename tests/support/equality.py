@@ -24,22 +24,20 @@ WRAPPERS = {
 Ranks = list[dict[str, Any]]
 
 
-def meaningful(name: str, numel: int, head_size: int | None) -> torch.Tensor:
+def meaningful(name: str, numel: int, head_size: int | None, rotated: int) -> torch.Tensor:
     """False at key biases: softmax does not see them, so their gradient is rounding noise that Adam
     blows up.
 
-    Without a head size, where keys are rotated, it does see them.
+    It does see the first ``rotated`` channels, and all of them without a head size.
     """
     row = torch.arange(numel)
-    return (
-        row >= 0
-        if head_size is None or not name.endswith("qkv.bias")
-        else (row // head_size) % 3 != 1
-    )
+    if head_size is None or not name.endswith("qkv.bias"):
+        return row >= 0
+    return ((row // head_size) % 3 != 1) | (row % head_size < rotated)
 
 
 def assert_equal_training(
-    ranks: Ranks, reference: PlainRun, head_size: int | None, tolerance: float
+    ranks: Ranks, reference: PlainRun, head_size: int | None, tolerance: float, rotated: int = 0
 ) -> None:
     for rank in ranks:
         results = rank["results"]
@@ -47,7 +45,8 @@ def assert_equal_training(
         assert [r.grad_norm for r in results] == pytest.approx(reference.norms, rel=tolerance)
         assert all(r.applied for r in results)
     for (kind, name), values in whole_tensors(rank["state"] for rank in ranks).items():
-        expected, counted = reference.state[kind][name], meaningful(name, values.numel(), head_size)
+        expected = reference.state[kind][name]
+        counted = meaningful(name, values.numel(), head_size, rotated)
         scale = (
             (expected - reference.start[name]).abs().max()
             if kind == "weight"

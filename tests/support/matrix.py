@@ -7,6 +7,7 @@ trains in ``make test``.
 
 import itertools
 import json
+import random
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 from megagpt.config import ConfigError, ResolvedConfig, RunConfig
 from megagpt.planning.rules import refusals
-from tests.support.configurations import Config, tiny, with_zero
+from tests.support.configurations import KINDS, Config, tiny, with_zero
 
 STEPS = 3
 SAMPLES, LENGTH, WIDTH = 2, 16, 32  # of a micro-batch, of a sample, of the residual stream
@@ -73,22 +74,11 @@ AXES = Row(
     tensor=("none", "layers", "sequence"),  # of two ranks, sequence: the norms are shared, too
     data=(1, 2),
     reduction=("per_step", "per_micro_batch"),
-    kind=("gpt2", "llama"),
+    kind=("gpt2", "llama3", "qwen3", "gemma2", "neox"),
     tied=(True, False),
     micro_batches=(1, 2, 6),  # of a rank and step: fewer than stages, as many, more
     precision=("fp32", "bf16"),
 )
-
-KINDS = {
-    "gpt2": {"dropout": 0.1},
-    "llama": {
-        "activation": "swiglu",
-        "norm": "rmsnorm",
-        "position": "rotary",
-        "num_kv_heads": 2,
-        "bias": False,
-    },
-}
 
 
 def document(row: Row, swap_directory: Path = Path("swap")) -> Config:
@@ -101,7 +91,11 @@ def document(row: Row, swap_directory: Path = Path("swap")) -> Config:
     batch = SAMPLES * row.micro_batches * row.data
     if row.parameters == "nvme":
         shape["hidden_size"] = 2 * WIDTH  # so that a quarter of a matrix in bf16 is swapped
-    config = tiny(batch=batch, micro=SAMPLES, steps=STEPS, **shape, **KINDS[row.kind])
+    shape |= {"dropout": 0.1} if row.kind == "gpt2" else {}
+    config = tiny(batch=batch, micro=SAMPLES, steps=STEPS, **KINDS[row.kind], **shape)
+    # Above the rounding of a gradient, which Adam's usual 1e-8 is not: of thousands of elements one
+    # would be so small that its update follows the rounding.
+    config["optimizer"]["params"]["eps"] = 1e-6
     config = with_zero(config, row.stage, row.optimizer, row.parameters)
     config["bf16"] = {"enabled": row.precision == "bf16"}
     parallel: dict[str, Any] = {
@@ -164,19 +158,28 @@ def triples(row: Row) -> set[Meeting]:
 
 def pairs(row: Row) -> set[Meeting]:
     """Every two levels that meet in a row, and every two beside replicas: without them, ZeRO has
-    nothing to cut.
+    nothing to cut. The kind of model beside replicas only with the ZeRO stage, which cuts it.
     """
-    return meetings(row, 2) | {meeting for meeting in triples(row) if ("data", 2) in meeting}
+    beside_replicas = {
+        meeting
+        for meeting in triples(row)
+        if ("data", 2) in meeting and {axis for axis, _ in meeting} & {"kind", "stage"} != {"kind"}
+    }
+    return meetings(row, 2) | beside_replicas
+
+
+def cost(row: Row) -> tuple[int, int, bool]:
+    """What orders rows by the time that they take: bf16 is compared with two plain runs."""
+    return row.ranks, row.micro_batches, row.precision == "bf16"
 
 
 def selection(rows: Iterable[Row], met: Callable[[Row], set[Meeting]]) -> list[Row]:
     """Few of the rows, in which everything is met that is met in any of them: the greedy choice of
     pairwise testing.
 
-    The next is the one that meets most of what none has met yet; of equals, the one of fewest
-    ranks.
+    The next is the one that meets most of what none has met yet; of equals, the cheapest one.
     """
-    missing = {row: met(row) for row in sorted(rows, key=lambda row: row.ranks)}
+    missing = {row: met(row) for row in sorted(rows, key=cost)}
     chosen = []
     while missing:
         best = max(missing, key=lambda row: len(missing[row]))
@@ -191,9 +194,15 @@ def legal_rows(most_ranks: int) -> list[Row]:
     return [row for row in all_rows() if row.ranks <= most_ranks and is_legal(row)]
 
 
+def smallest_selection(rows: list[Row], met: Callable[[Row], set[Meeting]]) -> list[Row]:
+    """The smallest of some greedy choices, which differ in the order of equals."""
+    shuffled = [random.Random(seed).sample(rows, len(rows)) for seed in range(8)]
+    return min((selection(order, met) for order in shuffled), key=len)
+
+
 if __name__ == "__main__":
     legal = legal_rows(most_ranks=8)
     total, few = len(list(all_rows())), len(selection(legal, triples))
     print(f"    # {len(legal):,} of {total:,} are legal; in {few} of them meet every three levels")
-    for row in sorted(selection(legal_rows(MOST_RANKS), pairs)):
+    for row in sorted(smallest_selection(legal_rows(MOST_RANKS), pairs)):
         print(f"    Row{tuple(row)},")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megagpt.planning.cost.model_states import Shard, reuse_distance
+from megagpt.planning.cost.model_states import FP32_BYTES, Shard, reuse_distance
 from megagpt.planning.layout import Layout, model_layers
 
 
@@ -57,7 +57,7 @@ def gathers_of_step(shard: Shard) -> float:
 
     u: uses of the parameter. Each micro-batch uses it once forward and once backward. Full
     recomputation repeats the forward of a block, up to its last matrix, which backward then
-    finds.
+    finds; a norm behind that matrix needs its output, too.
 
     k: the share that DeepSpeed keeps until the next use, which are the parameters used again
     within R = `stage3_max_reuse_distance` elements. Forward and backward of a parameter are up
@@ -74,7 +74,9 @@ def gathers_of_step(shard: Shard) -> float:
         blocks = (
             parameter for parameter in shard.parameters if parameter.name.startswith("blocks.")
         )
-        uses += sum(p.numel for p in blocks if ".mlp.down." not in p.name) / shard.elements
+        ends_with_norm = layout.model.post_norm != "none"
+        again = (p.numel for p in blocks if ends_with_norm or ".mlp.down." not in p.name)
+        uses += sum(again) / shard.elements
     uses *= layout.micro_batches
     windows = layout.micro_batches if layout.num_stages == 1 else 1
     return uses - min(1, reuse / (2 * shard.elements)) * (uses - windows)
@@ -101,13 +103,21 @@ def tensor(layout: Layout, stage: int) -> float:
     a block. One more follows the embedding and one precedes the head. All times (t - 1) / t.
 
     Full recomputation repeats the one behind attention; torch stops before the other, which no
-    gradient needs. Sequence parallelism sends the same, as reduce-scatters and all-gathers
-    (Korthikanti et al. 2022, section 4.2.2), and gathers the inputs of two matrices once more.
+    gradient needs unless a norm follows. A norm of all query or key heads sums a number for each
+    token, forward and backward; full recomputation repeats the former.
+
+    Sequence parallelism sends the same, as reduce-scatters and all-gathers (Korthikanti et al.
+    2022, section 4.2.2), and gathers the inputs of two matrices once more.
     """
     blocks, embedding, head = model_layers(layout.model, layout.stages[stage])
-    times = blocks * (5 if layout.recompute == "full" else 4) + embedding + head
-    hidden = layout.tokens * layout.element_bytes * layout.model.hidden_size
-    return 2 * times * hidden * ring(layout.tensor)
+    model = layout.model
+    full = layout.recompute == "full"
+    repeated = (2 if model.post_norm != "none" else 1) if full else 0
+    hidden = layout.tokens * layout.element_bytes * model.hidden_size
+    sums = (blocks * (4 + repeated) + embedding + head) * hidden
+    if model.qk_norm == "whole":
+        sums += 2 * blocks * (3 if full else 2) * layout.tokens * FP32_BYTES
+    return 2 * sums * ring(layout.tensor)
 
 
 def pipeline(layout: Layout, pipeline_rank: int) -> float:

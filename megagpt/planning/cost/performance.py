@@ -138,9 +138,7 @@ def forward_flops(layout: Layout, stage: int) -> float:
 
 def _mlp_share(layout: Layout) -> float:
     """Return the MLP's share of a block's arithmetic, which selective recomputation repeats."""
-    model = layout.model
-    matrices = 2 if model.activation == "gelu" else 3
-    return matrices * model.hidden_size * model.mlp_size / model.block_matmul_parameters
+    return layout.model.mlp_matmul_parameters / layout.model.block_matmul_parameters
 
 
 def _gather(layout: Layout, assumed: Assumptions, stage: int) -> tuple[float, float]:

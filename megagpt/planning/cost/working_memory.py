@@ -6,9 +6,9 @@ plain GPT block in 16 bit. Korthikanti et al. 2022 (arXiv 2205.05198, section 4.
 the score matrices, which flash attention never stores. The other two are dropout masks, which our
 kernels recompute.
 
-In the formulas: T tokens of a micro-batch on a rank, h hidden size, k key-value width, m MLP width,
-V vocabulary, t tensor ranks, e bytes of an element. The results are upper bounds where DeepSpeed
-decides at run time.
+In the formulas: T tokens of a micro-batch on a rank, h hidden size, q and k widths of all query and
+of all key heads, m MLP width, V vocabulary, t tensor ranks, e bytes of an element. The results are
+upper bounds where DeepSpeed decides at run time.
 """
 
 from __future__ import annotations
@@ -78,10 +78,11 @@ def activations(layout: Layout, pipeline_rank: int) -> float:
 def kept_by_stage(layout: Layout, stage: int) -> float:
     """Return the bytes that one micro-batch keeps in a stage until its backward.
 
-    They are in each block, in the head, and in the output that torch's pipelining keeps.
+    They are in each block, in the head, in the rotary angles, which blocks share, and in the output
+    that torch's pipelining keeps.
     """
     blocks, _, has_head = model_layers(layout.model, layout.stages[stage])
-    kept = blocks * kept_by_block(layout)
+    kept = blocks * kept_by_block(layout) + rotary_angles(layout.model)
     hidden = _hidden_bytes(layout)
     if stage < layout.num_stages - 1:
         kept += hidden
@@ -89,20 +90,22 @@ def kept_by_stage(layout: Layout, stage: int) -> float:
 
 
 def kept_by_block(layout: Layout) -> float:
-    """Return the bytes that one micro-batch keeps in a block.
+    """Return the bytes that one micro-batch keeps in a block, without the rotary angles.
 
-    Without recomputation: T e (4 h + (attention + MLP) / t) and fp32 statistics. 4 h are the
-    inputs and outputs of two norms, also divided by t with sequence parallelism. See
-    `_attention_width` and `_mlp_width`. selective: without the MLP's. full: only the block's
-    input, T e h.
+    Without recomputation: T e (n h + (attention + MLP) / t) and fp32 statistics. n h are the inputs
+    and outputs of norms (`_norm_widths`), also divided by t with sequence parallelism. See
+    `_attention_width`, `_qk_norm_bytes` and `_mlp_width`. selective: without the MLP's. full: only
+    the block's input, T e h.
     """
     model, element = layout.model, layout.element_bytes
     if layout.recompute == "full":
         return _hidden_bytes(layout)
-    attention = (_attention_width(model) * element + FP32_BYTES * model.num_heads) / layout.tensor
-    mlp = 0 if layout.recompute == "selective" else _mlp_width(model) * element / layout.tensor
-    norms = (4 * model.hidden_size * element + 2 * _norm_statistics(model)) / _norm_shards(layout)
-    return layout.tokens * (norms + attention + mlp) + _rotary_tables(model)
+    attention = _attention_width(model) * element + FP32_BYTES * model.num_heads
+    attention += _qk_norm_bytes(layout)
+    mlp = 0 if layout.recompute == "selective" else _mlp_width(model) * element
+    statistics = (4 if model.post_norm == "both" else 2) * _norm_statistics(model)
+    norms = _norm_widths(model) * model.hidden_size * element + statistics
+    return layout.tokens * (norms / _norm_shards(layout) + (attention + mlp) / layout.tensor)
 
 
 def kept_by_head(layout: Layout) -> float:
@@ -121,25 +124,58 @@ def kept_by_head(layout: Layout) -> float:
     return norm + ahead + FP32_BYTES * model.vocab_size * model.hidden_size / layout.tensor
 
 
-def _attention_width(model: ModelConfig) -> float:
-    """Return the elements that attention keeps for a token.
+def _norm_widths(model: ModelConfig) -> int:
+    """Return the hidden states that a block's norms keep.
 
-    The fused projection h + 2 k and the output h. With rotary positions also the rotated
-    queries and keys, h + k. Without them, grouped keys need the reordered queries, h.
+    The input and the output of each of two norms, of which those after attention and MLP keep the
+    input only. With a parallel residual both branches have the same input.
     """
-    key_width = model.num_kv_heads * model.head_size
-    extra = model.hidden_size + key_width if model.position == "rotary" else 0
-    if not extra and model.num_kv_heads < model.num_heads:
-        extra = model.hidden_size
-    return model.hidden_size + 2 * key_width + model.hidden_size + extra
+    return (6 if model.post_norm == "both" else 4) - model.parallel_residual
+
+
+def _attention_width(model: ModelConfig) -> float:
+    """Return the elements that attention keeps for a token, q + 2 k + q and often q + k.
+
+    The fused projection and the result. Rotated or normalised queries and keys are new tensors,
+    q + k. Without them, grouped keys need the reordered queries, q.
+    """
+    width = 2 * (model.query_size + model.key_value_size)
+    if model.position == "rotary" or model.qk_norm != "none":
+        return width + model.query_size + model.key_value_size
+    return width + (model.query_size if _reorders_queries(model) else 0)
+
+
+def _qk_norm_bytes(layout: Layout) -> float:
+    """Return the bytes that norms of queries and keys keep for a token, on all tensor ranks.
+
+    Per head: the queries where they had to be reordered, and a number for each head. Whole: the
+    rows of queries and keys; ranks that share them keep both twice in fp32.
+    """
+    model, element = layout.model, layout.element_bytes
+    width = model.query_size + model.key_value_size
+    match model.qk_norm:
+        case "per_head":
+            reordered = model.query_size if _reorders_queries(model) else 0
+            return reordered * element + FP32_BYTES * (model.num_heads + model.num_kv_heads)
+        case "whole" if layout.tensor > 1:
+            return 2 * FP32_BYTES * width
+        case "whole":
+            return width * element + 2 * FP32_BYTES
+    return 0
+
+
+def _reorders_queries(model: ModelConfig) -> bool:
+    """Return whether a group's queries are separated from its key and value by a copy."""
+    return model.num_kv_heads < model.num_heads
 
 
 def _mlp_width(model: ModelConfig) -> int:
     """Return the elements that the MLP keeps for a token.
 
-    gelu: before and after it, 2 m. swiglu: gate, value, the gate's SiLU and the product, 4 m.
+    Before and after the activation, 2 m. With a gate: gate, value, the gate's activation and the
+    product, 4 m.
     """
-    return model.mlp_size * (2 if model.activation == "gelu" else 4)
+    return model.mlp_size * (4 if model.gated else 2)
 
 
 def _norm_statistics(model: ModelConfig) -> int:
@@ -147,9 +183,9 @@ def _norm_statistics(model: ModelConfig) -> int:
     return FP32_BYTES * (2 if model.norm == "layernorm" else 1)
 
 
-def _rotary_tables(model: ModelConfig) -> int:
-    """Return the bytes of cosines and sines in fp32, once a block whatever the batch."""
-    return FP32_BYTES * model.sequence_length * model.head_size if model.position == "rotary" else 0
+def rotary_angles(model: ModelConfig) -> int:
+    """Return the bytes of cosines and sines in fp32, whatever the batch; 0 without rotation."""
+    return FP32_BYTES * model.sequence_length * model.rotated_size
 
 
 def _norm_shards(layout: Layout) -> int:
@@ -191,9 +227,7 @@ def recomputation(layout: Layout) -> float:
     The recomputed activations, and gradients of two tensors as wide as the block's widest.
     """
     model, element = layout.model, layout.element_bytes
-    widest = max(
-        _mlp_width(model) // 2, model.hidden_size + 2 * model.num_kv_heads * model.head_size
-    )
+    widest = max(_mlp_width(model) // 2, model.query_size + 2 * model.key_value_size)
     gradients = 2 * layout.tokens * widest * element / layout.tensor
     again = (
         layout.tokens * _mlp_width(model) * element / layout.tensor
@@ -202,11 +236,10 @@ def recomputation(layout: Layout) -> float:
     )
     if layout.recompute == "full":
         shards = layout.tensor
-        whole = 3 * model.hidden_size / _norm_shards(layout)
-        again = (
-            layout.tokens
-            * element
-            * (whole + (_attention_width(model) + _mlp_width(model)) / shards)
+        whole = (_norm_widths(model) - 1) * model.hidden_size / _norm_shards(layout)
+        again = layout.tokens * (
+            element * (whole + (_attention_width(model) + _mlp_width(model)) / shards)
+            + _qk_norm_bytes(layout) / shards
         )
     return gradients + again
 

@@ -40,7 +40,7 @@ from megagpt.utils import UserError
 # The sizes of the ranks' files differ a little; below this ratio each rank hashes its own.
 SLACK = 1.02
 DECIDES_LEARNING_RATE = ("optimizer.params.lr", "scheduler.")
-ORDER_OF_SAMPLES = "megagpt.data.seed"
+DECIDE_SAMPLES = {"megagpt.data.seed", "megagpt.model.sequence_length"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Resumed:
 
     @property
     def state(self) -> TrainState:
-        """The state to continue from: with other data, from their first sample.
+        """The state to continue from: with other samples, from the first of them.
 
         The guard then forgets the losses on the old data.
         """
@@ -147,7 +147,7 @@ def resume(
                 steps,
                 loaded.bytes_read,
                 changed,
-                data_restart=other_data or ORDER_OF_SAMPLES in changed,
+                data_restart=other_data or not DECIDE_SAMPLES.isdisjoint(changed),
             )
         faults.append(loaded.reason)
     if faults:

@@ -27,6 +27,9 @@ MAY_CHANGE = (
     "gradient_clipping",
     "train_batch_size",
     "megagpt.model.dropout",
+    "megagpt.model.sequence_length",  # of rotary positions
+    "megagpt.model.rope_base",
+    "megagpt.model.rope_scaling",
     DATA,
 )
 SHORT_NAMES = {
@@ -35,11 +38,12 @@ SHORT_NAMES = {
     "dropout": "megagpt.model.dropout",
     "data": DATA,
 }
+SEQUENCE_LENGTH = "megagpt.model.sequence_length"
 DATA_FINGERPRINT = "data_fingerprint"  # not a key: the tokens themselves, as a checkpoint has them
 REASONS = {
     "megagpt.model.vocabulary": "the data have another vocabulary: prepare them with the tokenizer "
     "of the run",
-    "megagpt.model.sequence_length": "the samples that were read are windows of this length",
+    SEQUENCE_LENGTH: "learned positions are a table of this length; rotary ones may change",
     "megagpt.training.seed": "the initial weights follow from it",
     "megagpt.model.init_std": "the initial weights follow from it",
 }
@@ -110,9 +114,9 @@ def permitted(
     The last line names what to type.
     """
     changed = identity_changes(recorded, requested)
-    if all(_is_below(key, prefixes) for key in changed):
+    if all(_is_below(key, prefixes) and not _is_fixed(key, requested) for key in changed):
         return changed
-    fixed = [key for key in changed if not _is_below(key, MAY_CHANGE)]
+    fixed = [key for key in changed if _is_fixed(key, requested)]
     lines = [
         f"{source}: {identity_line(key, *pair)}"
         + (f" (cannot change: {REASONS.get(key, OTHERWISE)})" if key in fixed else "")
@@ -128,6 +132,12 @@ def permitted(
             f"differences",
         ]
     )
+
+
+def _is_fixed(key: str, requested: Mapping[str, Any]) -> bool:
+    """Return whether a key of this run can never change."""
+    learned = requested.get("megagpt.model.position") == "learned"
+    return not _is_below(key, MAY_CHANGE) or (key == SEQUENCE_LENGTH and learned)
 
 
 def _shortest(keys: Iterable[str]) -> list[str]:

@@ -3,6 +3,7 @@ changed acts, the rest goes on, and it is on record.
 """
 
 import copy
+import itertools
 import json
 import math
 import shutil
@@ -175,9 +176,43 @@ def test_other_data_start_from_their_first_sample_and_dropout_acts(
     assert again[0]["samples"] == {SAVED + 2: list(range(8, 16))}
 
 
+def test_longer_sequences_with_scaled_rotary_positions(
+    one_rank: RankPool, config: Config, tmp_path: Path
+) -> None:
+    """Linear scaling by 2 of twice the positions: windows of 32 tokens, from the first one on."""
+    rotary = changed(config, 2, megagpt__model__position="rotary")
+    run = tmp_path / "run"
+    one_rank.run(f"{JOBS}:train", config=rotary, directory=run)
+    length = rotary["megagpt"]["model"]["sequence_length"]
+    keys = {
+        "megagpt__model__sequence_length": 2 * length,
+        "megagpt__model__rope_scaling": {"type": "linear", "factor": 2.0},
+    }
+    longer = changed(rotary, 3, **keys)
+    said = one_rank.run(f"{JOBS}:refusal", config=longer, directory=run)[0]
+    assert (
+        "--allow_change megagpt.model.sequence_length megagpt.model.rope_scaling; or choose" in said
+    )
+    allow = ["megagpt.model.sequence_length", "megagpt.model.rope_scaling"]
+    went_on = one_rank.run(f"{JOBS}:train", config=longer, directory=run, allow_change=allow)
+    assert went_on[0]["samples"] == {3: list(range(8))}
+    assert went_on[0]["state"].cursor == 8
+    tokens = [step.tokens for step in read_metrics(run).steps]
+    assert [after - before for before, after in itertools.pairwise(tokens)] == [
+        8 * length,
+        2 * 8 * length,
+    ]
+    stored = read_config(run).megagpt.model
+    assert (stored.sequence_length, stored.rope_scaling.type) == (2 * length, "linear")
+
+
 def test_shapes_never_change(one_rank: RankPool, config: Config, run: Path) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     other = changed(config, SAVED + 1, megagpt__model__num_layers=3, optimizer__params__lr=0.02)
+    longer = changed(config, SAVED + 1, megagpt__model__sequence_length=32)
+    allow = ["megagpt.model.sequence_length"]
+    said = one_rank.run(f"{JOBS}:refusal", config=longer, directory=run, allow_change=allow)[0]
+    assert "(cannot change: learned positions are a table of this length" in said
     for allow in ([], ["optimizer"]):
         said = one_rank.run(f"{JOBS}:refusal", config=other, directory=run, allow_change=allow)[0]
         assert "num_layers: 2 in the run directory, 3 requested (cannot change:" in said

@@ -29,12 +29,12 @@ def main() -> None:
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model, config, _ = load_model(arguments.run_dir, step=arguments.step, device=device)
-    encoding = open_tokenizer(config.megagpt)
+    tokenizer = open_tokenizer(config.megagpt)
     for prompt in arguments.prompt:
         print(prompt, end="", flush=True)
         generate(
             lambda tokens, cache: model(tokens.to(device), cache=cache),
-            encoding,
+            tokenizer,
             [prompt],
             sequence_length=config.megagpt.model.sequence_length,
             max_new_tokens=arguments.max_new_tokens,

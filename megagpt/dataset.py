@@ -221,7 +221,7 @@ class SampleStream:
         blend = Blend([weight for _, weight in data])
         datasets = [open_dataset(directory) for directory, _ in data]
         for other in datasets[1:]:
-            if other.manifest.tokenizer.sha256 != datasets[0].manifest.tokenizer.sha256:
+            if other.manifest.ids != datasets[0].manifest.ids:
                 raise UserError(
                     f"{other.directory}: its tokenizer ({other.manifest.tokenizer.name}) is not "
                     f"that of {datasets[0].directory} ({datasets[0].manifest.tokenizer.name}); "

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
@@ -22,20 +21,21 @@ from megagpt.common.arguments import command_parser, non_negative, user_path, wh
 from megagpt.data.columns import DEFAULT_COLUMN
 from megagpt.data.corpora import Corpus, open_source
 from megagpt.data.encoding_pool import batches, encoder
-from megagpt.data.integrity import check_file, record_file
+from megagpt.data.integrity import check_file, record_tokenizer
 from megagpt.data.manifest import (
     MANIFEST_FILE,
     DatasetManifest,
     Split,
-    TokenizerRecord,
     read_dataset_manifest,
 )
 from megagpt.data.tokenizer import (
     TOKENIZER_FILE,
-    build_tokenizer,
+    TOKENIZER_FILES,
+    Tokenizer,
+    describe_tokenizer,
     load_tokenizer,
     parse_tokenizer_name,
-    save_tokenizer,
+    store_tokenizer,
 )
 from megagpt.data.validation_split import FRACTION_OF_MANY, assign_splits
 from megagpt.data.writer import (
@@ -49,9 +49,6 @@ from megagpt.data.writer import (
     require_space,
 )
 from megagpt.utils import MIB, UserError, human_count
-
-if TYPE_CHECKING:
-    import tiktoken
 
 COMMIT_TOKENS = 16 * MIB  # between commit points: the most that a kill can lose
 TRAINING_CHARACTERS = 64 * MIB  # from the beginning of the corpus, to train a BPE on
@@ -111,7 +108,7 @@ class PreparationRequest:
         return {
             **source.description,
             "separator": self.separator,
-            "tokenizer": self.tokenizer,
+            **describe_tokenizer(self.tokenizer),
             "validation_fraction": self.validation_fraction,
             "max_tokens": self.max_tokens,
             "shard_tokens": self.shard_tokens,
@@ -210,14 +207,13 @@ def _prepare_staged(
     if (staging / MANIFEST_FILE).exists():
         return read_dataset_manifest(staging)
     if not (staging / TOKENIZER_FILE).exists():
-        save_tokenizer(
-            build_tokenizer(request.tokenizer, lambda: _training_texts(source, request), report),
-            staging,
+        store_tokenizer(
+            request.tokenizer, staging, lambda: _training_texts(source, request), report
         )
-    encoding = load_tokenizer(staging)
-    _require_space_for(source, request, encoding, staging)
+    tokenizer = load_tokenizer(staging)
+    _require_space_for(source, request, tokenizer, staging)
     writer = DatasetWriter(
-        staging, progress, vocabulary=encoding.n_vocab, shard_tokens=request.shard_tokens
+        staging, progress, vocabulary=tokenizer.vocabulary, shard_tokens=request.shard_tokens
     )
     try:
         _write_all(request, source, writer, staging, report)
@@ -227,14 +223,28 @@ def _prepare_staged(
     for line in source.left_out.lines():
         report(line)
     _require_text(request, progress, report)
-    tokenizer = TokenizerRecord(
-        **record_file(staging / TOKENIZER_FILE).model_dump(), name=request.tokenizer
-    )
+    unknown = _report_unknown(tokenizer, writer, report)
     return writer.finish(
-        tokenizer=tokenizer,
-        end_of_document=encoding.eot_token,
-        source=description | source.left_out.record(),
+        tokenizer=record_tokenizer(staging, str(description["tokenizer"])),
+        end_of_document=tokenizer.end_of_document,
+        source=description | source.left_out.record() | unknown,
     )
+
+
+def _report_unknown(
+    tokenizer: Tokenizer, writer: DatasetWriter, report: Report
+) -> dict[str, JsonValue]:
+    """Count the tokens of text that the tokenizer has no id for, which are lost; say so."""
+    if tokenizer.unknown is None:
+        return {}
+    count = writer.count(tokenizer.unknown)
+    if count:
+        share = count / sum(map(writer.progress.tokens, SPLITS))
+        report(
+            f"the tokenizer has no id for some of the text: {count} tokens ({share:.2%}) are its "
+            "unknown token"
+        )
+    return {"unknown_tokens": count}
 
 
 def _require_text(
@@ -291,7 +301,7 @@ def _discard_unless_committed(staging: Path) -> None:
 def _clear(staging: Path) -> None:
     """Empty a staging directory; raise UserError if it has files of another origin."""
     shards = r"(train|val)-\d{5}\.(bin|offsets)"
-    names = rf"{shards}|{TOKENIZER_FILE}|{PROGRESS_FILE}|{MANIFEST_FILE}|\..*\.partial"
+    names = rf"{shards}|{'|'.join(TOKENIZER_FILES)}|{PROGRESS_FILE}|{MANIFEST_FILE}|\..*\.partial"
     paths = list(staging.iterdir())
     foreign = [path.name for path in paths if not re.fullmatch(names, path.name)]
     if foreign:
@@ -314,13 +324,13 @@ def _training_texts(source: Corpus, request: PreparationRequest) -> Iterator[str
 
 
 def _require_space_for(
-    source: Corpus, request: PreparationRequest, encoding: tiktoken.Encoding, staging: Path
+    source: Corpus, request: PreparationRequest, tokenizer: Tokenizer, staging: Path
 ) -> None:
     """Raise UserError if the data clearly will not fit; the writer checks again later."""
     bytes_per_token = 1.0 if request.tokenizer == "bytes" else TYPICAL_BYTES_PER_TOKEN
     limits = [request.max_tokens, source.size_bytes and int(source.size_bytes / bytes_per_token)]
     tokens = min((limit for limit in limits if limit is not None), default=0)
-    require_space(staging, tokens * (2 if encoding.n_vocab <= 2**16 else 4))
+    require_space(staging, tokens * (2 if tokenizer.vocabulary <= 2**16 else 4))
 
 
 def _write_all(
@@ -432,8 +442,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", required=True, type=user_path, help="directory to make, for example data/NAME")
     add(
         "--tokenizer",
+        type=os.path.expanduser,
         default="bpe:8192",
-        help="gpt2, cl100k_base, o200k_base, bytes, or bpe:SIZE trained on this text [%(default)s]",
+        help="gpt2, cl100k_base, o200k_base, bytes, bpe:SIZE trained on this text, or the "
+        "directory of an open model with its tokenizer.json [%(default)s]",
     )
     add("--config", help="configuration of a Hugging Face dataset, for example sample-10BT")
     add(

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import tiktoken
 import torch
 import torch.distributed as dist
 
@@ -18,6 +17,7 @@ from megagpt.checkpoint.resume import resume
 from megagpt.checkpoint.resume_proof import NextStep, compare
 from megagpt.checkpoint.saver import Saved, Saver
 from megagpt.config import ResolvedConfig
+from megagpt.data.tokenizer import Tokenizer
 from megagpt.health.guard import Guard, StoppedByGuardError, Verdict
 from megagpt.health.replicas import find_drift
 from megagpt.health.stragglers import StragglerWatch
@@ -52,7 +52,7 @@ class Run:
     engine: Engine
     training: BatchLoader
     validation: BatchLoader | None  # None if evaluation is off
-    encoding: tiktoken.Encoding
+    tokenizer: Tokenizer
     directory: Path
     peak_flops: float | None
     monitor: Monitor = field(default_factory=Monitor)
@@ -286,7 +286,7 @@ def write_samples(run: Run) -> None:
     try:
         texts = generate(
             partial(pipeline.logits, run.engine),
-            run.encoding,
+            run.tokenizer,
             prompts,
             sequence_length=run.config.megagpt.model.sequence_length,
             max_new_tokens=SAMPLE_TOKENS,

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from pydantic import JsonValue
 
+from megagpt.data.byte_level_bpe import END_OF_DOCUMENT
 from megagpt.data.columns import DEFAULT_COLUMN, BadRowError, Column
 from megagpt.data.compression import open_decompressed
 from megagpt.data.kinds import ROWS, Recognized
@@ -24,7 +25,6 @@ from megagpt.data.left_out import LeftOut
 from megagpt.data.rows import BadRow, rows_of
 from megagpt.data.source_files import FoundFiles, is_local
 from megagpt.data.text_files import documents
-from megagpt.data.tokenizer import END_OF_DOCUMENT
 from megagpt.utils import UserError
 
 # Tests, the editor, character tables and help texts: large, and not typical code.

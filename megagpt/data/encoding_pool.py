@@ -13,17 +13,14 @@ from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from megagpt.data.corpora import TextPiece
 from megagpt.data.manifest import Split
-from megagpt.data.tokenizer import load_tokenizer, replace_surrogates
+from megagpt.data.tokenizer import Tokenizer, load_tokenizer
 from megagpt.utils import MIB
-
-if TYPE_CHECKING:
-    import tiktoken
 
 BATCH_CHARACTERS = MIB  # about 50 ms of work for one core
 BATCH_PIECES = 4096  # limit if the documents are short
@@ -32,13 +29,13 @@ BATCH_PIECES = 4096  # limit if the documents are short
 class EncodedPiece(NamedTuple):
     split: Split
     starts_document: bool
-    tokens: np.ndarray  # uint32; ends with the end-of-document token if the document ends here
+    tokens: np.ndarray  # uint32; with the tokens that start and end a document where it does
 
 
 Batch = list[tuple[Split, TextPiece]]
 Encode = Callable[[Iterable[Batch]], Iterator[list[EncodedPiece]]]
 
-_encoding: tiktoken.Encoding | None = None  # set in a worker process
+_tokenizer: Tokenizer | None = None  # set in a worker process
 
 
 def batches(pieces: Iterable[tuple[Split, TextPiece]]) -> Iterator[Batch]:
@@ -56,23 +53,24 @@ def batches(pieces: Iterable[tuple[Split, TextPiece]]) -> Iterator[Batch]:
         yield batch
 
 
-def encode_batch(encoding: tiktoken.Encoding, batch: Batch) -> list[EncodedPiece]:
-    """Return the token ids of each piece.
-
-    The name of a special token in a text is text: no document can end another.
-    """
-    end = np.array([encoding.eot_token], np.uint32)
-    encoded = []
-    for split, piece in batch:
-        tokens = encoding.encode_to_numpy(replace_surrogates(piece.text), disallowed_special=())
-        encoded.append(
-            EncodedPiece(
-                split,
-                piece.starts,
-                np.append(tokens, end) if piece.ends and len(tokens) else tokens,
-            )
+def encode_batch(tokenizer: Tokenizer, batch: Batch) -> list[EncodedPiece]:
+    """Return the token ids of each piece; one without any stays without."""
+    start = np.array(tokenizer.start_of_document, np.uint32)
+    end = np.array([tokenizer.end_of_document], np.uint32)
+    none = np.empty(0, np.uint32)
+    encoded = tokenizer.encode_texts(
+        [piece.text for _, piece in batch], [not piece.starts for _, piece in batch]
+    )
+    return [
+        EncodedPiece(
+            split,
+            piece.starts,
+            np.concatenate((start if piece.starts else none, tokens, end if piece.ends else none))
+            if len(tokens)
+            else tokens,
         )
-    return encoded
+        for (split, piece), tokens in zip(batch, encoded, strict=True)
+    ]
 
 
 @contextmanager
@@ -111,8 +109,8 @@ def _in_order(
 
 
 def _start_worker(tokenizer_directory: Path) -> None:
-    global _encoding
-    _encoding = load_tokenizer(tokenizer_directory)
+    global _tokenizer
+    _tokenizer = load_tokenizer(tokenizer_directory)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -125,5 +123,5 @@ def _end_with_parent() -> None:
 
 
 def _encode_in_worker(batch: Batch) -> list[EncodedPiece]:
-    assert _encoding is not None
-    return encode_batch(_encoding, batch)
+    assert _tokenizer is not None
+    return encode_batch(_tokenizer, batch)

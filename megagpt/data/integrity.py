@@ -16,9 +16,12 @@ import numpy as np
 
 from megagpt.common.disk import sha256_of
 from megagpt.data.manifest import (
+    MODEL_TOKENIZER_FILES,
     OFFSET_DTYPE,
+    TOKENIZER_FILE,
     DatasetManifest,
     FileRecord,
+    TokenizerRecord,
     TokenShard,
     read_dataset_manifest,
     remedy,
@@ -40,13 +43,26 @@ def record_file(path: Path) -> FileRecord:
     )
 
 
+def record_tokenizer(directory: Path, name: str) -> TokenizerRecord:
+    """Return what the manifest stores about the tokenizer `name`; its files are in `directory`."""
+    main = record_file(directory / TOKENIZER_FILE)
+    beside = [directory / file for file in MODEL_TOKENIZER_FILES if (directory / file).is_file()]
+    return TokenizerRecord(
+        **main.model_dump(), name=name, beside=tuple(record_file(path) for path in beside)
+    )
+
+
 def check_file(directory: Path, manifest: DatasetManifest) -> None:
     """Compare the files with the manifest by size, largest token and probes.
 
     Raises one UserError with every difference.
     """
     directory = Path(directory)
-    problems = _file_problems(directory, manifest.tokenizer)
+    problems = [
+        problem
+        for record in manifest.tokenizer.files
+        for problem in _file_problems(directory, record)
+    ]
     for shard in _all_shards(manifest):
         problems += _shard_problems(directory, shard, manifest) or (
             _file_problems(directory, shard, partial(_id_problem, manifest))
@@ -60,7 +76,11 @@ def verify(directory: Path, *, full: bool = False) -> DatasetManifest:
     manifest = read_dataset_manifest(directory)
     check_file(directory, manifest)
     if full:
-        problems = _hash_problems(Path(directory), manifest.tokenizer)
+        problems = [
+            problem
+            for record in manifest.tokenizer.files
+            for problem in _hash_problems(Path(directory), record)
+        ]
         for shard in _all_shards(manifest):
             problems += _hash_problems(Path(directory), shard) + _hash_problems(
                 Path(directory), shard.offsets
@@ -78,6 +98,10 @@ def probes_of(path: Path) -> list[str]:
 
 def largest_token(path: Path, dtype: np.dtype) -> int:
     return max((int(block.max()) for _, block in _token_blocks(path, dtype)), default=0)
+
+
+def count_token(path: Path, dtype: np.dtype, token: int) -> int:
+    return sum(int(np.count_nonzero(block == token)) for _, block in _token_blocks(path, dtype))
 
 
 def _probed_blocks(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -9,19 +9,45 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from megagpt.utils import UserError, human_count
 
 MANIFEST_FILE = "manifest.json"
 OFFSET_DTYPE = np.dtype("<u8")
+TOKENIZER_FILE = "tokenizer.json"
+# Beside it, those that a model has: what transformers, and llama.cpp's converter, look for.
+MODEL_TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+)
 
 Split = Literal["train", "val"]
-FileName = Annotated[str, Field(pattern=r"^((train|val)-\d{5}\.(bin|offsets)|tokenizer\.json)$")]
+_TOKENIZER_NAMES = "|".join(map(re.escape, (TOKENIZER_FILE, *MODEL_TOKENIZER_FILES)))
+FileName = Annotated[
+    str, Field(pattern=rf"^((train|val)-\d{{5}}\.(bin|offsets)|{_TOKENIZER_NAMES})$")
+]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
 
@@ -49,7 +75,20 @@ class TokenShard(FileRecord):
 
 
 class TokenizerRecord(FileRecord):
+    """`tokenizer.json`, and the files that a model has beside it."""
+
     name: str
+    beside: tuple[FileRecord, ...] = Field(default=(), strict=False)
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, serialize: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
+        """Leave `beside` out where there is none, as before there were any: fingerprints stay."""
+        content = serialize(self)
+        return content if self.beside else {k: v for k, v in content.items() if k != "beside"}
+
+    @property
+    def files(self) -> tuple[FileRecord, ...]:
+        return (self, *self.beside)
 
 
 class DatasetManifest(_Record):
@@ -76,6 +115,11 @@ class DatasetManifest(_Record):
     @property
     def token_dtype(self) -> np.dtype:
         return np.dtype(self.dtype).newbyteorder("<")
+
+    @property
+    def ids(self) -> tuple[str, int]:
+        """What decides the meaning of a token: the tokenizer's hash, and the end of a document."""
+        return self.tokenizer.sha256, self.end_of_document
 
     @property
     def fingerprint(self) -> str:

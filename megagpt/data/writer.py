@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from megagpt.common.atomic_directory import AtomicDirectory
 from megagpt.common.disk import WRITE_ERRORS
-from megagpt.data.integrity import largest_token, record_file
+from megagpt.data.integrity import count_token, largest_token, record_file
 from megagpt.data.manifest import (
     MANIFEST_FILE,
     OFFSET_DTYPE,
@@ -170,9 +170,10 @@ class DatasetWriter:
         self._staging = staging
         self._vocabulary = vocabulary
         self.progress = progress
-        dtype = np.dtype(dtype_for(vocabulary)).newbyteorder("<")
+        self._dtype = np.dtype(dtype_for(vocabulary)).newbyteorder("<")
         self._splits = {
-            s: SplitWriter(staging, s, dtype, shard_tokens, progress.splits[s]) for s in SPLITS
+            s: SplitWriter(staging, s, self._dtype, shard_tokens, progress.splits[s])
+            for s in SPLITS
         }
 
     def write(self, split: Split, tokens: np.ndarray, *, starts_document: bool) -> None:
@@ -201,6 +202,15 @@ class DatasetWriter:
         for split in self._splits.values():
             split.close()
 
+    def count(self, token: int) -> int:
+        """Return how often an id was written."""
+        self.close()
+        return sum(
+            count_token(self._staging / f"{split}-{number:05d}.bin", self._dtype, token)
+            for split in SPLITS
+            for number, _ in enumerate(self.progress.splits[split])
+        )
+
     def finish(
         self, *, tokenizer: TokenizerRecord, end_of_document: int, source: dict[str, JsonValue]
     ) -> DatasetManifest:
@@ -222,9 +232,8 @@ class DatasetWriter:
         return manifest
 
     def _sealed_shards(self, split: Split) -> tuple[TokenShard, ...]:
-        dtype = np.dtype(dtype_for(self._vocabulary)).newbyteorder("<")
         return tuple(
-            _sealed_shard(self._staging / f"{split}-{number:05d}.bin", shard, dtype)
+            _sealed_shard(self._staging / f"{split}-{number:05d}.bin", shard, self._dtype)
             for number, shard in enumerate(self.progress.splits[split])
         )
 
@@ -297,7 +306,7 @@ def publish(directory: Path) -> None:
     shards = [shard for shards in manifest.splits.values() for shard in shards]
     known = {
         MANIFEST_FILE,
-        manifest.tokenizer.file,
+        *(record.file for record in manifest.tokenizer.files),
         *(s.file for s in shards),
         *(s.offsets.file for s in shards),
     }

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tiktoken
 import torch
 from torch import Tensor
 
 from megagpt.checkpoint.safetensors_file import header, tensor_bytes
 from megagpt.config import ModelConfig
-from megagpt.data.tokenizer import END_OF_DOCUMENT, TOKENIZER_FILE
+from megagpt.data.byte_level_bpe import END_OF_DOCUMENT
+from megagpt.data.model_tokenizer.files import files_of_tokenizer, is_of_a_model
+from megagpt.data.tokenizer import TOKENIZER_FILE, TOKENIZER_FILES, Tokenizer
 from megagpt.huggingface.architectures import (
     ARCHITECTURES,
     CONFIG,
@@ -42,7 +43,7 @@ DTYPES = {
     "fp16": ("F16", torch.float16),
 }
 OF_AN_EXPORT = re.compile(
-    r"config\.json|generation_config\.json|tokenizer\.json|tokenizer_config\.json|"
+    rf"config\.json|generation_config\.json|{'|'.join(map(re.escape, TOKENIZER_FILES))}|"
     r"model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors"
 )
 SPARE_BYTES = 64 * MIB  # tokenizer and headers, in addition to the tensors
@@ -76,7 +77,7 @@ def export(
     config = read_config(run_directory)
     model = config.megagpt.model
     architecture = require_architecture(model, run_directory)
-    encoding = open_tokenizer(config.megagpt)
+    tokenizer = open_tokenizer(config.megagpt)
     _require_free(output, overwrite)
     found_step, weight = open_weights(run_directory, step)
     kind = DTYPES[dtype][0]
@@ -85,8 +86,8 @@ def export(
     with whole_directory(
         output, option="--output", room_bytes=size + SPARE_BYTES, replace=overwrite
     ) as staging:
-        _write_json(staging / CONFIG, _model_config(architecture, model, encoding, dtype))
-        _write_json(staging / "generation_config.json", _generation_config(model, encoding))
+        _write_json(staging / CONFIG, _model_config(architecture, model, tokenizer, dtype))
+        _write_json(staging / "generation_config.json", _generation_config(model, tokenizer))
         _write_tokenizer(staging, Path(config.megagpt.data.sources[0].path), model)
         _write_weights(staging, shards, TrainedWeights(weight, model, dtype))
     return Exported(architecture.name, found_step, size // tensor_bytes(kind, []), size)
@@ -208,26 +209,37 @@ def _write_weights(staging: Path, shards: Sequence[Sequence[Part]], source: Trai
 
 
 def _model_config(
-    architecture: Architecture, model: ModelConfig, encoding: tiktoken.Encoding, dtype: str
+    architecture: Architecture, model: ModelConfig, tokenizer: Tokenizer, dtype: str
 ) -> dict[str, Any]:
-    """Return config.json; the same token ends a document and stands for an empty prompt."""
-    ends = {"bos_token_id": encoding.eot_token, "eos_token_id": encoding.eot_token}
+    """Return config.json."""
     return (
         architecture.config(model)
-        | ends
+        | _ends(tokenizer)
         | {"torch_dtype": str(DTYPES[dtype][1]).removeprefix("torch.")}
     )
 
 
-def _generation_config(model: ModelConfig, encoding: tiktoken.Encoding) -> dict[str, Any]:
+def _generation_config(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return generation_config.json; as in launch/generate.py, ids without text are suppressed."""
-    ends = {"bos_token_id": encoding.eot_token, "eos_token_id": encoding.eot_token}
-    silent = sorted(set(range(model.vocabulary)) - set(allowed_tokens(encoding).tolist()))
-    return ends | ({"suppress_tokens": silent} if silent else {})
+    silent = sorted(set(range(model.vocabulary)) - set(allowed_tokens(tokenizer).tolist()))
+    return _ends(tokenizer) | ({"suppress_tokens": silent} if silent else {})
+
+
+def _ends(tokenizer: Tokenizer) -> dict[str, int]:
+    """Return the ids that begin and end a text.
+
+    Where none begins it, that of the end stands for an empty prompt.
+    """
+    first = (*tokenizer.start_of_document, tokenizer.end_of_document)[0]
+    return {"bos_token_id": first, "eos_token_id": tokenizer.end_of_document}
 
 
 def _write_tokenizer(staging: Path, data: Path, model: ModelConfig) -> None:
-    """Write the data's tokenizer file, which is Hugging Face's format, and its settings."""
+    """Write the data's tokenizer: a model's own files unchanged, ours with settings for it."""
+    if is_of_a_model(data):
+        for name in files_of_tokenizer(data):
+            write_atomically(staging / name, (data / name).read_bytes())
+        return
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END_OF_DOCUMENT,

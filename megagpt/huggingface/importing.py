@@ -66,10 +66,13 @@ def import_model(source: Path, written: RunConfig, run_directory: Path) -> Impor
     """
     published = PublishedModel(source)
     config = published.run_config(written)
+    data = Path(config.megagpt.data.sources[0].path)
+    prepare_vocabulary(config)
+    published.require_rows(data, config)
+    tokenizer_compared = published.require_tokenizer(data)
     resolved = _resolved(config)
     model = resolved.megagpt.model
     _require_data_for_its_context(source, resolved)
-    tokenizer_compared = published.require_tokenizer(Path(config.megagpt.data.sources[0].path))
     published.require_tensors(model)
     size = len((WEIGHT, *MOMENTS)) * 4 * model.num_parameters
     with whole_directory(

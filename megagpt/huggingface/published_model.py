@@ -20,7 +20,8 @@ from megagpt.checkpoint.format import DamagedCheckpointError
 from megagpt.checkpoint.reader import require_small_header
 from megagpt.checkpoint.safetensors_file import StoredFile, StoredSlice
 from megagpt.config import ConfigError, ModelConfig, RunConfig
-from megagpt.data.tokenizer import TOKENIZER_FILE
+from megagpt.data.manifest import read_dataset_manifest
+from megagpt.data.model_tokenizer.storing import difference_of_tokenizers
 from megagpt.huggingface.architectures import (
     ARCHITECTURES,
     CONFIG,
@@ -335,40 +336,40 @@ class PublishedModel:
         return {}
 
     def require_tokenizer(self, data: Path) -> bool:
-        """Raise UserError if the data's tokenizer has other ids than the model's.
+        """Raise UserError if the data's tokenizer gives other ids than the model's.
 
-        Return False if the model has no tokenizer.
+        Return False if the model has no tokenizer to compare.
         """
-        if not (self.directory / TOKENIZER_FILE).is_file():
-            return False
-        theirs = token_ids(self.directory / TOKENIZER_FILE)
-        ours = token_ids(data / TOKENIZER_FILE)
-        for token, number in ours.items():
-            if theirs.get(token) != number:
-                raise UserError(
-                    f"{data}: its tokenizer is not that of {self.directory}: {token!r} is {number} "
-                    f"here, {theirs.get(token, 'unknown')} there; prepare the data with the "
-                    "model's tokenizer"
-                )
-        return True
+        difference = difference_of_tokenizers(data, self.directory)
+        if difference:
+            raise UserError(
+                f"{data}: its tokenizer is not that of {self.directory}: {difference}; prepare the "
+                f"data with the model's tokenizer: {preparation(self.directory, data)}"
+            )
+        return difference is not None
+
+    def require_rows(self, data: Path, config: RunConfig) -> None:
+        """Raise UserError if the data have ids beyond the model's embedding."""
+        vocabulary = read_dataset_manifest(data).vocabulary
+        rows = config.megagpt.model.vocab_size
+        if rows is not None and vocabulary > rows:
+            raise UserError(
+                f"{data}: its tokenizer has ids beyond the embedding of {self.directory} (found "
+                f"{vocabulary} tokens, need at most {rows}); prepare the data with the model's "
+                f"tokenizer: {preparation(self.directory, data)}"
+            )
+
+
+def preparation(model: Path, data: Path) -> str:
+    """Return the command that prepares data with a model's tokenizer."""
+    return (
+        f"python launch/download_data.py --dataset ... --tokenizer {model} --output {data} --force"
+    )
 
 
 def is_file_name(value: Any) -> bool:
     """Return whether a value names a safetensors file in the same directory."""
     return isinstance(value, str) and re.fullmatch(r"[\w-][\w.-]*\.safetensors", value) is not None
-
-
-def token_ids(path: Path) -> dict[str, int]:
-    """Return the ids of a tokenizer.json, added tokens included."""
-    content = read_json(path)
-    try:
-        added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-        return {**content["model"]["vocab"], **added}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path}: no vocabulary of tokens and ids in it ({type(error).__name__}: {error}); "
-            f"download it again"
-        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

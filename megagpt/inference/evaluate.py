@@ -6,11 +6,10 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-import tiktoken
 import torch
 from torch import Tensor
 
+from megagpt.data.tokenizer import Tokenizer
 from megagpt.dataset import Batch, SampleStream
 from megagpt.inference.stored_model import require_known_ids
 from megagpt.model import GPT, IGNORED
@@ -56,7 +55,7 @@ class Evaluation:
 def evaluate(
     loss: Loss,
     stream: SampleStream,
-    encoding: tiktoken.Encoding,
+    tokenizer: Tokenizer,
     *,
     batch_size: int,
     batches: int | None = None,
@@ -66,15 +65,15 @@ def evaluate(
     It is the same samples in the same order every time. Every token has the same weight, also in a
     last batch that is not full.
     """
-    bytes_of_token = token_bytes(encoding)
     nats = 0.0
     tokens = 0
     text_bytes = 0
     for batch in islice(epoch(stream, batch_size), batches):
-        counted = batch.targets[batch.targets != IGNORED]
-        nats += loss(batch).item() * counted.size
-        tokens += counted.size
-        text_bytes += int(bytes_of_token[counted].sum())
+        counts = batch.targets != IGNORED
+        targets = batch.targets[counts]
+        nats += loss(batch).item() * targets.size
+        tokens += targets.size
+        text_bytes += tokenizer.text_bytes(batch.tokens[counts], targets)
     return Evaluation(nats / tokens, tokens, text_bytes)
 
 
@@ -116,14 +115,3 @@ def model_loss(model: GPT, device: torch.device) -> Loss:
         return model(tokens, targets, document_ids=torch.from_numpy(batch.document_ids).to(device))
 
     return loss
-
-
-def token_bytes(encoding: tiktoken.Encoding) -> np.ndarray:
-    """Return how many bytes of text each id stands for, (n_vocab,).
-
-    Special tokens and unused ids stand for none.
-    """
-    lengths = np.zeros(encoding.n_vocab, np.int64)
-    for value in encoding.token_byte_values():
-        lengths[encoding.encode_single_token(value)] = len(value)
-    return lengths

@@ -1,19 +1,17 @@
 """Text from a model, token by token: key-value cache, temperature, top-k, top-p, streaming.
 
-A prompt is read as it is (an empty one as the end of the previous document). Prompts are continued
-one by one, each with its own generator, so a text depends neither on the other prompts nor on their
-order.
+A prompt is read as the start of a document, with the ids that the tokenizer puts there; without
+any, an empty one is read as the end of the previous document. Prompts are continued one by one,
+each with its own generator, so a text depends neither on the other prompts nor on their order.
 """
 
-import codecs
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import tiktoken
 import torch
 from torch import Tensor
 
-from megagpt.data.tokenizer import load_tokenizer
+from megagpt.data.tokenizer import Tokenizer, load_tokenizer
 from megagpt.inference.stored_model import require_known_ids
 from megagpt.model import KeyValueCache
 from megagpt.schema.megagpt import MegagptConfig
@@ -26,7 +24,7 @@ Forward = Callable[[Tensor, KeyValueCache], Tensor]
 
 def generate(
     forward: Forward,
-    encoding: tiktoken.Encoding,
+    tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,
     sequence_length: int,
@@ -46,20 +44,20 @@ def generate(
     are not finite.
     """
     texts = []
-    allowed = allowed_tokens(encoding)
+    allowed = allowed_tokens(tokenizer)
     for index, prompt in enumerate(prompts):
         sampler = Sampler(allowed, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        tokens = encoding.encode_ordinary(prompt) or [encoding.eot_token]
+        read = [*tokenizer.start_of_document, *tokenizer.encode(prompt)]
         new_tokens = continuation(
             forward,
-            tokens,
+            read or [tokenizer.end_of_document],
             sampler,
             sequence_length=sequence_length,
-            end_token=encoding.eot_token,
+            end_token=tokenizer.end_of_document,
             limit=max_new_tokens,
         )
         pieces = []
-        for piece in decode_stream(new_tokens, encoding):
+        for piece in tokenizer.decode_stream(new_tokens):
             pieces.append(piece)
             if on_text is not None:
                 on_text(index, piece)
@@ -149,31 +147,20 @@ class Sampler:
         return order[torch.multinomial(kept, 1, generator=self.generator)]
 
 
-def open_tokenizer(config: MegagptConfig) -> tiktoken.Encoding:
-    """Return the encoding of a run's data.
+def open_tokenizer(config: MegagptConfig) -> Tokenizer:
+    """Return the tokenizer of a run's data.
 
     Raise UserError if it is missing, or has tokens that the model has not learned.
     """
     directory = Path(config.data.sources[0].path)
-    encoding = load_tokenizer(directory)
-    require_known_ids(directory, encoding.n_vocab, config.model)
-    return encoding
+    tokenizer = load_tokenizer(directory)
+    require_known_ids(directory, tokenizer.vocabulary, config.model)
+    return tokenizer
 
 
-def allowed_tokens(encoding: tiktoken.Encoding) -> Tensor:
+def allowed_tokens(tokenizer: Tokenizer) -> Tensor:
     """Return the ids that a model may write: those of text, and the end of a document.
 
-    Rows that pad the vocabulary and ids that an encoding skips are not allowed.
+    Rows that pad the vocabulary and ids that a tokenizer skips are not allowed.
     """
-    text = [encoding.encode_single_token(value) for value in encoding.token_byte_values()]
-    return torch.tensor([*text, encoding.eot_token])
-
-
-def decode_stream(tokens: Iterable[int], encoding: tiktoken.Encoding) -> Iterator[str]:
-    """Yield text whenever a token completes a character; bytes that are not UTF-8 become U+FFFD."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in tokens:
-        if piece := decoder.decode(encoding.decode_single_token_bytes(token)):
-            yield piece
-    if rest := decoder.decode(b"", final=True):
-        yield rest
+    return torch.tensor([*tokenizer.text_ids, tokenizer.end_of_document])

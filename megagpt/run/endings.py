@@ -119,7 +119,7 @@ def _prompt(run: "Run") -> str:
         if prompt.isprintable() and prompt:
             return prompt
     tokens = run.training.stream.datasets[0].split("train")
-    text = run.encoding.decode(tokens.read(0, min(PROMPT_TOKENS, len(tokens))).tolist())
+    text = run.tokenizer.decode(tokens.read(0, min(PROMPT_TOKENS, len(tokens))).tolist())
     lines = (line.strip() for line in text.replace("\ufffd", "").split("\n"))
     words = next((line for line in lines if line.isprintable() and line), "").split()
     return " ".join(words[:PROMPT_WORDS]) or "The"

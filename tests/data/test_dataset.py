@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from megagpt.data import integrity
 from megagpt.data.manifest import TokenizerRecord
 from megagpt.data.sample_order import Blend, permute
-from megagpt.data.tokenizer import build_tokenizer, save_tokenizer
+from megagpt.data.tokenizer import store_tokenizer
 from megagpt.data.writer import DatasetWriter, PreparationProgress
 from megagpt.dataset import SampleStream, open_dataset, verify
 from megagpt.utils import UserError
@@ -35,7 +35,7 @@ def write_dataset(
 ) -> Path:
     """A dataset of given token ids, as a preparation would leave it."""
     directory.mkdir(parents=True)
-    save_tokenizer(build_tokenizer("bytes", list), directory)
+    store_tokenizer("bytes", directory, list)
     writer = DatasetWriter(
         directory, PreparationProgress(request={}), vocabulary=vocabulary, shard_tokens=shard_tokens
     )
@@ -123,7 +123,7 @@ def test_shards_read_as_one_stream_with_its_documents(
 def test_a_document_that_runs_over_shards_keeps_its_number(tmp_path):
     directory = tmp_path / "data"
     directory.mkdir()
-    save_tokenizer(build_tokenizer("bytes", list), directory)
+    store_tokenizer("bytes", directory, list)
     writer = DatasetWriter(
         directory, PreparationProgress(request={}), vocabulary=257, shard_tokens=3
     )

@@ -24,9 +24,10 @@ import zstandard
 
 from megagpt.data import encoding_pool, text_files
 from megagpt.data import writer as dataset_writer
+from megagpt.data.byte_level_bpe import train_byte_level_bpe
 from megagpt.data.columns import Column
 from megagpt.data.corpora import HubDataset, LocalFiles, StandardLibrary, TextPiece, open_source
-from megagpt.data.tokenizer import build_tokenizer, load_tokenizer
+from megagpt.data.tokenizer import load_tokenizer
 from megagpt.data.validation_split import assign_splits
 from megagpt.dataset import Dataset, open_dataset, verify
 from megagpt.download_data import PreparationRequest, main, prepare, prepare_embedded_corpus
@@ -68,9 +69,9 @@ def texts(prepared: Dataset, split: str) -> list[str]:
     """The documents of a split, decoded."""
     if not prepared.manifest.tokens(split):
         return []
-    encoding, stream = load_tokenizer(prepared.directory), prepared.split(split)
+    tokenizer, stream = load_tokenizer(prepared.directory), prepared.split(split)
     tokens, numbers = stream.read(0, len(stream)), stream.document_ids(0, len(stream))
-    return [encoding.decode(tokens[numbers == number].tolist()) for number in np.unique(numbers)]
+    return [tokenizer.decode(tokens[numbers == number].tolist()) for number in np.unique(numbers)]
 
 
 def ended(documents: list[str]) -> list[str]:
@@ -123,7 +124,7 @@ def test_a_long_text_file_comes_in_pieces_that_tokenise_as_the_whole(tmp_path, m
     whole = path.read_bytes().decode()
     monkeypatch.setattr(text_files, "TEXT_BLOCK_BYTES", 1000)
     pieces = list(LocalFiles([str(path)], Column()).pieces())
-    encoding = build_tokenizer("bpe:400", lambda: [whole])
+    encoding = train_byte_level_bpe([whole], 400)
     assert len(pieces) > 50
     assert "".join(piece.text for piece in pieces) == whole
     assert [

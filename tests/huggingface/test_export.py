@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megagpt.data.byte_level_bpe import ByteLevelTokenizer
 from megagpt.data.tokenizer import load_tokenizer
 from megagpt.huggingface import export as exporting
 from megagpt.huggingface.export import export
@@ -118,19 +119,19 @@ def assert_exported(run: Path, output: Path, data: Path, architecture: str) -> N
     assert config.megagpt.model.vocab_size == ROWS
     assert [name for name, shape in stored_shapes(output).items() if ROWS in shape] == []
 
-    encoding, tokenizer = load_tokenizer(data), AutoTokenizer.from_pretrained(output)
+    ours_of_text, theirs_of_text = load_tokenizer(data), AutoTokenizer.from_pretrained(output)
     (text,) = generate(
         lambda new, cache: ours(new, cache=cache),
-        encoding,
+        ours_of_text,
         ["The q"],
         sequence_length=SEQUENCE_LENGTH,
         max_new_tokens=10,
         temperature=0,
     )
     written = theirs.generate(
-        **tokenizer("The q", return_tensors="pt"), max_new_tokens=10, do_sample=False
+        **theirs_of_text("The q", return_tensors="pt"), max_new_tokens=10, do_sample=False
     )[0]
-    assert tokenizer.decode(written, skip_special_tokens=True) == "The q" + text
+    assert theirs_of_text.decode(written, skip_special_tokens=True) == "The q" + text
 
 
 @EVERY_MODEL
@@ -218,17 +219,18 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path: Path, tokenizer: str) -> Non
     data = write_dataset(tmp_path, tokenizer)
     export(write_run(tmp_path / "run", data), tmp_path / "out")
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "out"), load_tokenizer(data)
+    assert isinstance(ours, ByteLevelTokenizer)
     for text in TRICKY:
-        assert theirs.encode(text) == ours.encode_ordinary(text)
+        assert theirs.encode(text) == ours.encode(text)
         assert theirs.decode(theirs.encode(text)) == text
     two = "One document.<|endoftext|>Another one."
-    assert theirs.encode(two) == ours.encode(two, allowed_special="all")
+    assert theirs.encode(two) == ours.encoding.encode(two, allowed_special="all")
     assert (theirs.eos_token, theirs.eos_token_id, len(theirs)) == (
         "<|endoftext|>",
-        ours.eot_token,
-        ours.n_vocab,
+        ours.end_of_document,
+        ours.vocabulary,
     )
-    assert their_model(tmp_path / "out").generation_config.eos_token_id == ours.eot_token
+    assert their_model(tmp_path / "out").generation_config.eos_token_id == ours.end_of_document
 
 
 # ----------------------------------------------------------------------------- what is not exported

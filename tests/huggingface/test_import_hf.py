@@ -263,7 +263,7 @@ LLAMA_REFUSALS = [
     ({"num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight: missing"),
     (
         {"vocab_size": 256},
-        "megagpt.model.vocab_size: 256 is smaller than the data's vocabulary of 257",
+        "has ids beyond the embedding of\n*(found 257 tokens, need at most 256); prepare the data",
     ),
     (
         {"vocab_size": 258},

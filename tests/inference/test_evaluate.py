@@ -16,14 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megagpt.data.tokenizer import build_tokenizer
+from megagpt.data.byte_level_bpe import (
+    ByteLevelTokenizer,
+    bytes_only,
+    train_byte_level_bpe,
+)
 from megagpt.dataset import Batch
 from megagpt.inference.evaluate import (
     Evaluation,
     evaluate,
     model_loss,
     open_validation,
-    token_bytes,
 )
 from megagpt.inference.generate import generate, open_tokenizer
 from megagpt.rundir.directory import read_config
@@ -31,7 +34,7 @@ from megagpt.utils import UserError
 from tests import REPOSITORY
 from tests.support.trained_run import SEQUENCE_LENGTH, trained_model, write_dataset, write_run
 
-BYTES = build_tokenizer("bytes", list)
+BYTES = ByteLevelTokenizer(bytes_only())
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,7 @@ class SevenSamples:
 
     def batch(self, indices: Iterable[int]) -> Batch:
         tokens = np.stack([np.random.default_rng(index).integers(0, 256, 6) for index in indices])
-        tokens[:, -1] = BYTES.eot_token
+        tokens[:, -1] = BYTES.end_of_document
         return Batch(tokens[:, :-1], tokens[:, 1:], None, np.array(list(indices)))
 
 
@@ -90,11 +93,10 @@ def test_a_perplexity_past_the_range_of_floats_is_infinite_and_null_in_json():
 
 
 def test_tokens_stand_for_the_bytes_of_their_text():
-    encoding = build_tokenizer("bpe:300", lambda: ["the cat and the hat " * 5])
-    lengths = token_bytes(encoding)
-    assert lengths[encoding.eot_token] == 0
+    tokenizer = ByteLevelTokenizer(train_byte_level_bpe(["the cat and the hat " * 5], 300))
     text = "the hat, né"
-    assert lengths[encoding.encode_ordinary(text)].sum() == len(text.encode())
+    targets = np.array([*tokenizer.encode(text), tokenizer.end_of_document])
+    assert tokenizer.text_bytes(np.zeros_like(targets), targets) == len(text.encode())
 
 
 def test_the_loss_of_a_run_equals_one_sum_over_its_validation_split(run_directory):

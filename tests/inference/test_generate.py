@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megagpt.config import ModelConfig
-from megagpt.data.tokenizer import build_tokenizer, save_tokenizer
+from megagpt.data.byte_level_bpe import ByteLevelTokenizer, bytes_only
+from megagpt.data.tokenizer import store_tokenizer
 from megagpt.inference.generate import (
     Sampler,
     allowed_tokens,
     continuation,
-    decode_stream,
     generate,
     open_tokenizer,
 )
@@ -26,8 +26,8 @@ from megagpt.schema.megagpt import MegagptConfig
 from megagpt.utils import UserError
 
 LENGTH = 16
-BYTES = build_tokenizer("bytes", list)
-END = BYTES.eot_token
+BYTES = ByteLevelTokenizer(bytes_only())
+END = BYTES.end_of_document
 SHAPE = {
     "vocab_size": 384,
     "num_layers": 2,
@@ -187,14 +187,14 @@ def test_pieces_hold_whole_characters_and_sum_to_the_text():
 
 def test_bytes_that_are_no_character_become_replacement_characters():
     smile = "🙂".encode()
-    assert "".join(decode_stream([*b"a", *smile[:2]], BYTES)) == "a\ufffd"
-    assert "".join(decode_stream([0xFF, *b"b", *smile], BYTES)) == "\ufffdb🙂"
+    assert "".join(BYTES.decode_stream([*b"a", *smile[:2]])) == "a\ufffd"
+    assert "".join(BYTES.decode_stream([0xFF, *b"b", *smile])) == "\ufffdb🙂"
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.text())
 def test_decoding_in_pieces_gives_the_text_back(text):
-    assert "".join(decode_stream(BYTES.encode_ordinary(text), BYTES)) == text
+    assert "".join(BYTES.decode_stream(BYTES.encode(text))) == text
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -251,16 +251,18 @@ def test_every_way_to_be_greedy_takes_the_best(choice):
     assert {chooser.pick(LOGITS) for _ in range(50)} == {1}
 
 
-def gapped_encoding() -> tiktoken.Encoding:
+def gapped_tokenizer() -> ByteLevelTokenizer:
     """Two letters, a number that stands for nothing, the end of a document, and a control token."""
     special = {"<|endoftext|>": 3, "<|control|>": 5}
-    return tiktoken.Encoding(
-        "gapped", pat_str=".", mergeable_ranks={b"a": 0, b"b": 1}, special_tokens=special
+    return ByteLevelTokenizer(
+        tiktoken.Encoding(
+            "gapped", pat_str=".", mergeable_ranks={b"a": 0, b"b": 1}, special_tokens=special
+        )
     )
 
 
 def test_only_text_and_the_end_of_a_document_may_be_written():
-    assert allowed_tokens(gapped_encoding()).tolist() == [0, 1, 3]
+    assert allowed_tokens(gapped_tokenizer()).tolist() == [0, 1, 3]
     assert allowed_tokens(BYTES).tolist() == list(range(257))
 
 
@@ -273,7 +275,7 @@ def test_padding_and_gaps_are_never_sampled_however_likely(temperature):
         return logits.expand(1, tokens.shape[1], -1)
 
     keywords = {"sequence_length": 64, "max_new_tokens": 60, "temperature": temperature}
-    (text,) = generate(forward, gapped_encoding(), ["a"], **keywords)
+    (text,) = generate(forward, gapped_tokenizer(), ["a"], **keywords)
     assert text
     assert set(text) <= {"a", "b"}
 
@@ -309,13 +311,13 @@ def run_config(path: object, **keys: object) -> MegagptConfig:
 
 
 def test_the_tokenizer_of_a_run_is_that_of_its_data(tmp_path):
-    save_tokenizer(BYTES, tmp_path)
-    assert open_tokenizer(run_config(tmp_path)).encode_ordinary("hé") == [*"hé".encode()]
+    store_tokenizer("bytes", tmp_path, list)
+    assert open_tokenizer(run_config(tmp_path)).encode("hé") == [*"hé".encode()]
 
 
 def test_a_tokenizer_that_is_missing_or_too_large_is_refused(tmp_path):
     with pytest.raises(UserError, match="no tokenizer here"):
         open_tokenizer(run_config(tmp_path))
-    save_tokenizer(BYTES, tmp_path)
+    store_tokenizer("bytes", tmp_path, list)
     with pytest.raises(UserError, match=r"found 257 tokens, need at most 256"):
         open_tokenizer(run_config(tmp_path, vocab_size=256))

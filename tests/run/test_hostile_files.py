@@ -138,13 +138,13 @@ def test_a_runs_own_configuration_is_read_as_strictly(canary: Path, run: Path) -
 
 
 def test_a_tokenizer_that_names_code_is_read_as_data(canary: Path, tmp_path: Path) -> None:
-    tokenizer.save_tokenizer(tokenizer.build_tokenizer("bytes", list), tmp_path)
+    tokenizer.store_tokenizer("bytes", tmp_path, list)
     path = tmp_path / tokenizer.TOKENIZER_FILE
     content = json.loads(path.read_text())
     content["model"] |= CODE | {"type": "canary.run"}
     content["decoder"] = {"type": "canary.run"}
     path.write_text(json.dumps(content | CODE | {"tokenizer_class": "canary.run"}))
-    assert tokenizer.load_tokenizer(tmp_path).encode_ordinary("né") == list("né".encode())
+    assert tokenizer.load_tokenizer(tmp_path).encode("né") == list("né".encode())
 
 
 def test_a_dataset_that_names_code_is_read_as_data(canary: Path, tmp_path: Path) -> None:
@@ -190,6 +190,8 @@ def unsafe(source: str) -> set[str]:
                 found |= {ast.unparse(node.func)} & CALLED
             case ast.Attribute():
                 found |= {node.attr} & UNPACKS
+            case ast.keyword(arg="trust_remote_code", value=ast.Constant(value=False)):
+                pass
             case ast.keyword():
                 found |= {node.arg or ""} & {"trust_remote_code"}
     return found

@@ -15,11 +15,11 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagpt.data import tokenizer
+from megagpt.data import byte_level_bpe, tokenizer
 from megagpt.utils import UserError
 
 CORPUS = [
-    Path(tokenizer.__file__).read_text(),
+    Path(byte_level_bpe.__file__).read_text(),
     "naïve café, Ελληνικά, 日本語のテキスト, العربية, 한국어 🙂🙂👩‍👩‍👧 e\u0301 it's we'll they've "
     * 20,
     "aaa aaaa aaaaaaa 0000000 --------- \t\t\n\n\n    \r\n " * 40,
@@ -44,13 +44,13 @@ PIECES = [
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.save_tokenizer(tokenizer.train_byte_level_bpe(CORPUS, 600), directory)
+    byte_level_bpe.save_encoding(byte_level_bpe.train_byte_level_bpe(CORPUS, 600), directory)
     return directory
 
 
 @pytest.fixture(scope="module")
 def both(stored):
-    return tokenizer.load_tokenizer(stored), tokenizers.Tokenizer.from_file(
+    return byte_level_bpe.load_encoding(stored), tokenizers.Tokenizer.from_file(
         str(stored / "tokenizer.json")
     )
 
@@ -82,8 +82,8 @@ def test_ids_equal_those_of_hugging_face_on_any_text(both, text):
 def periodic(tmp_path_factory):
     directory = tmp_path_factory.mktemp("periodic")
     corpus = ["aabab" * 9 + "a" * 11, "abaaabb" * 7, "b" * 13]
-    tokenizer.save_tokenizer(tokenizer.train_byte_level_bpe(corpus, 290), directory)
-    return tokenizer.load_tokenizer(directory), tokenizers.Tokenizer.from_file(
+    byte_level_bpe.save_encoding(byte_level_bpe.train_byte_level_bpe(corpus, 290), directory)
+    return byte_level_bpe.load_encoding(directory), tokenizers.Tokenizer.from_file(
         str(directory / "tokenizer.json")
     )
 
@@ -101,8 +101,8 @@ def test_training_is_deterministic_across_processes():
     on them.
     """
     code = (
-        "from megagpt.data import tokenizer; import hashlib;"
-        "e = tokenizer.train_byte_level_bpe([open(tokenizer.__file__).read()], 500);"
+        "from megagpt.data import byte_level_bpe; import hashlib;"
+        "e = byte_level_bpe.train_byte_level_bpe([open(byte_level_bpe.__file__).read()], 500);"
         "print(hashlib.sha256(repr(sorted(e._mergeable_ranks.items())).encode()).hexdigest())"
     )
     outputs = {
@@ -119,15 +119,15 @@ def test_end_of_document_is_the_last_id_and_never_comes_from_text(both):
 
 
 def test_bytes_are_their_own_ids(tmp_path):
-    tokenizer.save_tokenizer(tokenizer.build_tokenizer("bytes", list), tmp_path)
-    encoding = tokenizer.load_tokenizer(tmp_path)
+    tokenizer.store_tokenizer("bytes", tmp_path, list)
+    encoding = byte_level_bpe.load_encoding(tmp_path)
     text = "héllo\n\nwörld 🙂"
     assert encoding.encode_ordinary(text) == list(text.encode())
     assert (encoding.eot_token, encoding.n_vocab) == (256, 257)
 
 
 def test_a_small_corpus_gives_a_smaller_vocabulary():
-    encoding = tokenizer.train_byte_level_bpe(["abab"], 8192)
+    encoding = byte_level_bpe.train_byte_level_bpe(["abab"], 8192)
     assert encoding.n_vocab < 300
     assert encoding.eot_token == encoding.n_vocab - 1
 
@@ -140,9 +140,9 @@ def test_published_encodings_are_stored_and_read_back(name, tmp_path, monkeypatc
     ranks = both[0]._mergeable_ranks
     monkeypatch.setattr(tiktoken_ext.openai_public, "load_tiktoken_bpe", lambda *_, **__: ranks)
     monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
-    published = tokenizer.fetch_published(name)
-    tokenizer.save_tokenizer(published, tmp_path)
-    loaded = tokenizer.load_tokenizer(tmp_path)
+    published = byte_level_bpe.fetch_published(name)
+    byte_level_bpe.save_encoding(published, tmp_path)
+    loaded = byte_level_bpe.load_encoding(tmp_path)
     hugging_face = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert (loaded.n_vocab, loaded.eot_token) == (published.n_vocab, published.eot_token)
     for text in CORPUS + PIECES:
@@ -156,7 +156,7 @@ def test_unreachable_network_says_what_to_type(monkeypatch):
 
     monkeypatch.setattr("tiktoken.get_encoding", refuse)
     with pytest.raises(UserError, match=r"gpt2.*no route to host.*TIKTOKEN_CACHE_DIR.*bpe:8192"):
-        tokenizer.fetch_published("gpt2")
+        byte_level_bpe.fetch_published("gpt2")
 
 
 @pytest.mark.parametrize(
@@ -177,16 +177,16 @@ def test_bad_names_are_refused(name, message):
 def test_a_damaged_file_is_refused(content, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(UserError, match=r"tokenizer\.json.*--force"):
-        tokenizer.load_tokenizer(tmp_path)
+        byte_level_bpe.load_encoding(tmp_path)
 
 
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="no tokenizer here"):
-        tokenizer.load_tokenizer(tmp_path)
+        byte_level_bpe.load_encoding(tmp_path)
 
 
 def test_lone_surrogates_are_replaced():
-    assert tokenizer.replace_surrogates("a\ud800b🙂") == "a\ufffdb🙂"
+    assert byte_level_bpe.replace_surrogates("a\ud800b🙂") == "a\ufffdb🙂"
 
 
 @settings(deadline=None)
@@ -194,8 +194,8 @@ def test_lone_surrogates_are_replaced():
 def test_the_fastest_pattern_splits_as_gpt2_s(both, text):
     """The loaded encoding has it; tiktoken's own for gpt2 and GPT-2's give the same ids."""
     loaded, _ = both
-    assert loaded._pat_str == tokenizer.FASTEST_GPT2_PATTERN
-    for pattern in (tokenizer.GPT2_PATTERN, tokenizer.TIKTOKEN_GPT2_PATTERN):
+    assert loaded._pat_str == byte_level_bpe.FASTEST_GPT2_PATTERN
+    for pattern in (byte_level_bpe.GPT2_PATTERN, byte_level_bpe.TIKTOKEN_GPT2_PATTERN):
         other = tiktoken.Encoding(
             "other",
             pat_str=pattern,
@@ -206,7 +206,7 @@ def test_the_fastest_pattern_splits_as_gpt2_s(both, text):
 
 
 def test_the_pattern_of_gpt2_is_tiktoken_s():
-    assert tiktoken_ext.openai_public.r50k_pat_str == tokenizer.TIKTOKEN_GPT2_PATTERN
+    assert tiktoken_ext.openai_public.r50k_pat_str == byte_level_bpe.TIKTOKEN_GPT2_PATTERN
 
 
 # Text without breaks, for training
@@ -218,10 +218,12 @@ LONG_RUNS = ["ACGT" * 1000, " " * 5000, "5" * 3000, "#" * 3000, "a" * 1025]
 @pytest.mark.parametrize("run", LONG_RUNS, ids=lambda run: run[:4])
 def test_a_long_word_is_cut_for_training(run):
     text = f"before it\n{run}\nafter it, " + "more words\n" * 10
-    parts = list(tokenizer.LongWords().cut(text))
+    parts = list(byte_level_bpe.LongWords().cut(text))
     assert "".join(parts) == text
-    assert max(max(map(len, part.split()), default=0) for part in parts) <= tokenizer.LONGEST_WORD
-    assert all(len(part) <= tokenizer.LONGEST_WORD for part in parts[1:-1])
+    assert (
+        max(max(map(len, part.split()), default=0) for part in parts) <= byte_level_bpe.LONGEST_WORD
+    )
+    assert all(len(part) <= byte_level_bpe.LONGEST_WORD for part in parts[1:-1])
 
 
 @pytest.mark.parametrize(
@@ -229,9 +231,9 @@ def test_a_long_word_is_cut_for_training(run):
 )
 def test_words_that_are_not_long_stay_as_they_are(text):
     """A run without white space may still be of short words, as minified code is."""
-    assert "".join(tokenizer.LongWords().cut(text)) == text
-    whole = tokenizer.train_byte_level_bpe([text], 300)
-    assert len(list(tokenizer.LongWords().cut(text))) <= 1 + (" " not in text)
+    assert "".join(byte_level_bpe.LongWords().cut(text)) == text
+    whole = byte_level_bpe.train_byte_level_bpe([text], 300)
+    assert len(list(byte_level_bpe.LongWords().cut(text))) <= 1 + (" " not in text)
     assert whole._mergeable_ranks == _trained_without_cuts([text], 300)
 
 
@@ -241,20 +243,20 @@ def _trained_without_cuts(documents, size):
     trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=size - 1,
-        initial_alphabet=sorted(tokenizer._BYTE_OF_CHARACTER),
+        initial_alphabet=sorted(byte_level_bpe._BYTE_OF_CHARACTER),
         show_progress=False,
     )
     trained.train_from_iterator(documents, trainer)
     return {
-        bytes(tokenizer._BYTE_OF_CHARACTER[c] for c in token): rank
+        bytes(byte_level_bpe._BYTE_OF_CHARACTER[c] for c in token): rank
         for token, rank in trained.get_vocab().items()
     }
 
 
 def test_only_a_part_of_long_words_is_used_and_said(monkeypatch):
-    monkeypatch.setattr(tokenizer, "LONG_WORD_CHARACTERS", 4000)
+    monkeypatch.setattr(byte_level_bpe, "LONG_WORD_CHARACTERS", 4000)
     said = []
-    encoding = tokenizer.train_byte_level_bpe(["ACGT" * 5000], 300, said.append)
+    encoding = byte_level_bpe.train_byte_level_bpe(["ACGT" * 5000], 300, said.append)
     assert said == [
         "training a tokenizer of 300 tokens on 20k characters; 20k of them in runs without a "
         "break, cut every 1024, 15.9k of them not used"

@@ -1,6 +1,7 @@
 """Measure the preparation of data: text for each second of processor time, and memory.
 
     python -m benchmarks.data
+    python -m benchmarks.data --model_tokenizer
     python -m benchmarks.data --memory 500 5000 --directory /path/on/the/disk
 
 The text is the sources of Python's standard library in documents of 4,000 characters, as JSON
@@ -15,6 +16,10 @@ that splits as tiktoken's gpt2 does. They must give the same number of tokens.
 
 Seconds are of processor time, with those of worker processes, so they hold on a machine that others
 use. A ratio is that of one round; the table has the medians over rounds.
+
+`--model_tokenizer` compares the tokenizer of a model (`--tokenizer DIR`) with Hugging Face
+`tokenizers` alone, the library that both use: `encode` and `encode_batch` over texts in memory, to
+lists of ids. The tokenizer has the form of Llama 3's, with 8,192 tokens.
 
 `--memory` prepares a file of each of these sizes, in MB, in a process of its own, with the
 tokenizer `bytes`, and reports the peak of that process's resident memory.
@@ -44,8 +49,14 @@ import tiktoken
 
 from benchmarks.machine import write_table
 from megagpt import download_data
+from megagpt.data.byte_level_bpe import (
+    END_OF_DOCUMENT,
+    TIKTOKEN_GPT2_PATTERN,
+    save_encoding,
+    train_byte_level_bpe,
+)
 from megagpt.data.corpora import open_source
-from megagpt.data.tokenizer import TIKTOKEN_GPT2_PATTERN, train_byte_level_bpe
+from megagpt.data.model_tokenizer.files import open_backend
 
 DOCUMENT_CHARACTERS = 4000
 VOCABULARY = 8192
@@ -53,6 +64,8 @@ MAP_SHARDS = 64  # nanoGPT has 1,024 for 8 million documents
 PLAIN = "encode_ordinary_batch, a plain loop"
 MAP = "datasets.map, as in nanoGPT"
 OURS = "megagpt"
+LIBRARY = "tokenizers, encode"
+LIBRARY_BATCH = "tokenizers, encode_batch"
 MB = 10**6
 
 
@@ -124,11 +137,20 @@ def map_as_in_nanogpt(
 
 def ours(encoding: tiktoken.Encoding, path: Path, directory: Path, workers: int) -> int:
     """Return the number of tokens written to ``directory/out``."""
+
+    def store(name: str, staging: Path, *_: Any) -> None:
+        save_encoding(encoding, staging)
+
+    with mock.patch.object(download_data, "store_tokenizer", store):
+        return prepared(path, directory, f"bpe:{VOCABULARY}", workers)
+
+
+def prepared(path: Path, directory: Path, tokenizer: str, workers: int) -> int:
+    """Return the number of tokens written to ``directory/out``."""
     request = download_data.PreparationRequest(
-        str(path), directory / "out", tokenizer=f"bpe:{VOCABULARY}", workers=workers
+        str(path), directory / "out", tokenizer=tokenizer, workers=workers
     )
-    with mock.patch.object(download_data, "build_tokenizer", return_value=encoding):
-        manifest = download_data.prepare(request, report=lambda line: None)
+    manifest = download_data.prepare(request, report=lambda line: None)
     return manifest.tokens("train") + manifest.tokens("val")
 
 
@@ -155,17 +177,7 @@ def compare(directory: Path, size: int, rounds: int, workers: int) -> list[dict[
         MAP: lambda place: map_as_in_nanogpt(encoding, path, place, workers),
         OURS: lambda place: ours(encoding, path, place, workers),
     }
-    seconds: dict[str, list[float]] = defaultdict(list)
-    for turn in range(rounds + 1):
-        counts = set()
-        for name, contender in contenders.items():
-            with tempfile.TemporaryDirectory(dir=directory) as place:
-                begun = processor_s()
-                counts.add(contender(Path(place)))
-                if turn > 0:  # the first one warms up
-                    seconds[name].append(processor_s() - begun)
-        if len(counts) != 1:
-            raise AssertionError(f"the contenders do not give the same tokens: {counts}")
+    seconds, _ = take_turns(contenders, directory, rounds)
     return [
         {
             "workers": workers,
@@ -177,6 +189,63 @@ def compare(directory: Path, size: int, rounds: int, workers: int) -> list[dict[
         }
         for name, spent in seconds.items()
     ]
+
+
+def compare_model(directory: Path, size: int, rounds: int, workers: int) -> list[dict[str, Any]]:
+    """Return a row for each way to use a model's tokenizer."""
+    path = directory / "corpus.jsonl"
+    texts = write_corpus(path, size)
+    model = directory / "model"
+    save_encoding(train_byte_level_bpe(itertools.islice(documents(), 1000), VOCABULARY), model)
+    (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": END_OF_DOCUMENT}))
+    library, _ = open_backend(model / "tokenizer.json", None)
+    library.encode_special_tokens = True
+
+    def one_by_one(_: Path) -> int:
+        return sum(len(library.encode(text, add_special_tokens=False).ids) + 1 for text in texts)
+
+    def in_batches(_: Path) -> int:
+        count = 0
+        for start in range(0, len(texts), 1000):
+            batch = library.encode_batch(texts[start : start + 1000], add_special_tokens=False)
+            count += sum(len(encoding.ids) + 1 for encoding in batch)
+        return count
+
+    contenders = {
+        LIBRARY: one_by_one,
+        LIBRARY_BATCH: in_batches,
+        OURS: lambda place: prepared(path, place, str(model), workers),
+    }
+    with mock.patch.dict(os.environ, {"TOKENIZERS_PARALLELISM": "false"}):
+        seconds, tokens = take_turns(contenders, directory, rounds)
+    return [
+        {
+            "workers": workers,
+            "contender": name,
+            "tokens": tokens,
+            "tokens_per_processor_s": round(tokens / statistics.median(spent)),
+            "ratio_to_encode_batch": f"{_ratio(seconds[LIBRARY_BATCH], spent):.2f}",
+        }
+        for name, spent in seconds.items()
+    ]
+
+
+def take_turns(
+    contenders: dict[str, Callable[[Path], int]], directory: Path, rounds: int
+) -> tuple[dict[str, list[float]], int]:
+    """Return the seconds of each contender in each round, and the number of tokens."""
+    seconds: dict[str, list[float]] = defaultdict(list)
+    counts: set[int] = set()
+    for turn in range(rounds + 1):
+        for name, contender in contenders.items():
+            with tempfile.TemporaryDirectory(dir=directory) as place:
+                begun = processor_s()
+                counts.add(contender(Path(place)))
+                if turn > 0:  # the first one warms up
+                    seconds[name].append(processor_s() - begun)
+        if len(counts) != 1:
+            raise AssertionError(f"the contenders do not give the same tokens: {counts}")
+    return seconds, counts.pop()
 
 
 def _ratio(theirs: list[float], spent: list[float]) -> float:
@@ -219,6 +288,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=32, help="text for the comparison")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, nargs="+", default=[1])
+    parser.add_argument("--model_tokenizer", action="store_true", help="only that of a model")
     parser.add_argument("--memory", type=int, nargs="+", help="only the memory at these sizes, MB")
     parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()))
@@ -231,12 +301,13 @@ def main() -> None:
             rows = [memory(Path(name), size) for size in arguments.memory]
             table = "data_memory"
         else:
+            run = compare_model if arguments.model_tokenizer else compare
             rows = [
                 row
                 for workers in arguments.workers
-                for row in compare(Path(name), arguments.megabytes * MB, arguments.rounds, workers)
+                for row in run(Path(name), arguments.megabytes * MB, arguments.rounds, workers)
             ]
-            table = "data"
+            table = "data_model_tokenizer" if arguments.model_tokenizer else "data"
     write_table(table, "benchmarks.data", rows)
     print(f"load of this machine: {', '.join(f'{load:.1f}' for load in os.getloadavg())}")
 

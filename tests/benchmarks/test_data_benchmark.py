@@ -2,7 +2,16 @@
 
 from pathlib import Path
 
-from benchmarks.data import MAP, OURS, PLAIN, compare, memory
+from benchmarks.data import (
+    LIBRARY,
+    LIBRARY_BATCH,
+    MAP,
+    OURS,
+    PLAIN,
+    compare,
+    compare_model,
+    memory,
+)
 
 
 def test_the_contenders_give_the_same_tokens(tmp_path: Path) -> None:
@@ -10,6 +19,12 @@ def test_the_contenders_give_the_same_tokens(tmp_path: Path) -> None:
     rows = compare(tmp_path, 200_000, rounds=1, workers=1)
     assert [row["contender"] for row in rows] == [PLAIN, MAP, OURS]
     assert all(float(row["mb_per_processor_s"]) > 0 for row in rows)
+
+
+def test_a_models_tokenizer_gives_the_tokens_of_the_library(tmp_path: Path) -> None:
+    rows = compare_model(tmp_path, 100_000, rounds=1, workers=1)
+    assert [row["contender"] for row in rows] == [LIBRARY, LIBRARY_BATCH, OURS]
+    assert all(row["tokens_per_processor_s"] > 0 for row in rows)
 
 
 def test_the_peak_of_a_process_is_reported(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ class ByteLevelTokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         return self.encoding.decode(tokens)
 
-    def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
+    def decode_stream(self, tokens: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token in tokens:
             if piece := decoder.decode(self.encoding.decode_single_token_bytes(token)):

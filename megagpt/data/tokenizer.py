@@ -62,8 +62,11 @@ class Tokenizer(Protocol):
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of ids; bytes that are not UTF-8 become U+FFFD."""
 
-    def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Yield text as soon as no later token can change it; together it is that of `decode`."""
+    def decode_stream(self, tokens: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
+        """Yield text as soon as no later token can change it.
+
+        Together it is what `tokens` add to the text of the ids `after` which they come.
+        """
 
     @property
     def text_ids(self) -> list[int]: ...

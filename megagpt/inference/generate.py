@@ -57,7 +57,7 @@ def generate(
             limit=max_new_tokens,
         )
         pieces = []
-        for piece in tokenizer.decode_stream(new_tokens):
+        for piece in tokenizer.decode_stream(new_tokens, after=read):
             pieces.append(piece)
             if on_text is not None:
                 on_text(index, piece)

@@ -139,6 +139,14 @@ def test_any_ids_stream_as_the_text_that_transformers_gives(
     assert "".join(both.ours.decode_stream(ids)) == both.their_text(ids) == both.ours.decode(ids)
 
 
+def test_text_that_follows_a_prompt_keeps_its_space(both: Both) -> None:
+    """A decoder takes away the space of the first token, which is that of the prompt."""
+    prompt = [*both.ours.start_of_document, *both.ours.encode("the lazy")]
+    whole = [*both.ours.start_of_document, *both.ours.encode("the lazy dog jumps")]
+    assert whole[: len(prompt)] == prompt
+    assert "".join(both.ours.decode_stream(whole[len(prompt) :], after=prompt)) == " dog jumps"
+
+
 def test_text_comes_as_soon_as_it_is_certain(both: Both) -> None:
     """After every token of plain words; a character of several tokens comes whole."""
     ids = both.ours.encode("the lazy dog")

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import one_hot
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from megagpt.config import RunConfig
@@ -18,6 +19,7 @@ from megagpt.huggingface.importing import Imported, import_model
 from megagpt.inference.evaluate import evaluate, model_loss, open_validation
 from megagpt.inference.generate import generate, open_tokenizer
 from megagpt.inference.stored_model import load_model
+from megagpt.model import KeyValueCache
 from megagpt.utils import UserError
 from tests.data.model_tokenizers import write_tokenizer
 from tests.support.jobs.checkpoint import run_config
@@ -152,6 +154,17 @@ def test_an_export_gives_the_files_back_and_transformers_the_same_text(
     prompt = text_of("The q", return_tensors="pt", return_token_type_ids=False)
     written = theirs.generate(**prompt, max_new_tokens=10, do_sample=False)[0]
     assert text_of.decode(written, skip_special_tokens=True) == "The q" + text
+    following = text_of("The q over")["input_ids"][len(prompt["input_ids"][0]) :]
+
+    def given(tokens: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
+        """The model that writes " over"."""
+        cache.length += tokens.shape[1]
+        step = cache.length - len(prompt["input_ids"][0])
+        return one_hot(torch.tensor([[following[step]]]), 512).float()
+
+    keywords = {"sequence_length": 64, "max_new_tokens": len(following), "temperature": 0}
+    (text,) = generate(given, open_tokenizer(config.megagpt), ["The q"], **keywords)
+    assert text == " over"
     export(run, tmp_path / "out", overwrite=True)  # its own files may be replaced
 
 

@@ -126,14 +126,14 @@ class ModelTokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         return self._backend.decode(list(tokens), skip_special_tokens=True)
 
-    def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
+    def decode_stream(self, tokens: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
         """Yield what each token adds to the text of the ones before it.
 
         A decoder treats the first token of a text in its own way, so the ones that were yielded
         last are decoded again, as context. A run of byte tokens is one piece: a single byte that
         does not fit makes the decoder replace all of them.
         """
-        context: list[int] = []
+        context = [token for token in after if token not in self._special]
         pending: list[int] = []
         for token in tokens:
             if token in self._special:

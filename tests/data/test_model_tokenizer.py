@@ -278,12 +278,17 @@ def test_either_file_of_settings_may_name_the_end(llama2: Path, tmp_path: Path) 
     assert load_tokenizer(tmp_path).end_of_document == 2
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[str, Any, str]] = {
     "no end": ("tokenizer_config.json", b"{}", r'no eos_token.*\{"eos_token": "</s>"\}'),
     "another end": ("tokenizer_config.json", b'{"eos_token": "<eos>"}', "'<eos>' is not among"),
     "settings cut off": ("tokenizer_config.json", b'{"eos', "tokenizer_config.json: not JSON"),
     "settings of another form": ("tokenizer_config.json", b"[]", "not a JSON object"),
     "cut off": ("tokenizer.json", b'{"version": "1.0"', "tokenizers cannot read it"),
+    "a panic": (
+        "tokenizer.json",
+        {"post_processor": {"special_tokens": {}}},
+        "tokenizers cannot read it",
+    ),
     "not text": ("tokenizer.json", b"\x80\x04.", "tokenizers cannot read it"),
 }
 
@@ -293,6 +298,10 @@ def test_files_that_cannot_be_used_are_refused(llama2: Path, tmp_path: Path, cas
     name, content, message = REFUSED[case]
     for file in llama2.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
+    if isinstance(content, dict):
+        document = json.loads((tmp_path / name).read_text())
+        document["post_processor"] |= content["post_processor"]
+        content = json.dumps(document).encode()
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as refused:
         store_tokenizer(str(tmp_path), tmp_path / "data", list)

@@ -36,14 +36,18 @@ def open_backend(path: Path, content: bytes | None) -> tuple[Any, dict[str, Any]
 
     try:
         text = (path.read_bytes() if content is None else content).decode()
-        return Tokenizer.from_str(text), json.loads(text)
+        tokenizer = Tokenizer.from_str(text)
+        tokenizer.encode("a")  # finds what reading does not
+        return tokenizer, json.loads(text)
     except FileNotFoundError:
         raise UserError(
             f"{path}: no tokenizer here; prepare the dataset with launch/download_data.py"
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); download it again") from error
-    except Exception as error:  # tokenizers raises no narrower one
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises no narrower one; its panics are these
         raise UserError(
             f"{path}: Hugging Face tokenizers cannot read it ({error}); download it again, or pip "
             "install -U tokenizers"

@@ -22,10 +22,12 @@ def main() -> None:
     from megagpt.data.tokenizer import load_tokenizer
     from megagpt.inference.evaluate import evaluate, model_loss, open_validation
     from megagpt.inference.stored_model import load_model
+    from megagpt.rundir.tokenizer_hash import require_tokenizer
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model, config, step = load_model(arguments.run_dir, step=arguments.step, device=device)
     for directory, stream in open_validation(config.megagpt):
+        require_tokenizer(arguments.run_dir, directory)
         result = evaluate(
             model_loss(model, device),
             stream,

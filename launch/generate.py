@@ -29,7 +29,7 @@ def main() -> None:
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model, config, _ = load_model(arguments.run_dir, step=arguments.step, device=device)
-    tokenizer = open_tokenizer(config.megagpt)
+    tokenizer = open_tokenizer(config.megagpt, arguments.run_dir)
     for prompt in arguments.prompt:
         print(prompt, end="", flush=True)
         generate(

@@ -77,7 +77,7 @@ def export(
     config = read_config(run_directory)
     model = config.megagpt.model
     architecture = require_architecture(model, run_directory)
-    tokenizer = open_tokenizer(config.megagpt)
+    tokenizer = open_tokenizer(config.megagpt, run_directory)
     _require_free(output, overwrite)
     found_step, weight = open_weights(run_directory, step)
     kind = DTYPES[dtype][0]

@@ -3,6 +3,7 @@
 runs/NAME/config.json               the run, resolved, as training writes it
 runs/NAME/imported.json             what to train it with: the given configuration with this
                                     model
+runs/NAME/tokenizer.sha256          of the data's tokenizer, if it was compared with the model's
 runs/NAME/checkpoints/step_00000000 the weights; Adam's moments are zero
 """
 
@@ -36,6 +37,7 @@ from megagpt.parallel.rectangles import whole
 from megagpt.planning.legality import World, resolve
 from megagpt.rundir.data import open_stream, prepare_vocabulary, splits_of
 from megagpt.rundir.directory import record
+from megagpt.rundir.tokenizer_hash import record_tokenizer
 from megagpt.schema.deepspeed import WarmupCosineLR
 from megagpt.utils import MIB, UserError, sync_directory, write_atomically
 
@@ -83,6 +85,8 @@ def import_model(source: Path, written: RunConfig, run_directory: Path) -> Impor
             staging / IMPORTED, json.dumps(_document(config), indent=2, ensure_ascii=False) + "\n"
         )
         record(staging, resolved)
+        if tokenizer_compared:
+            record_tokenizer(staging, data)
     return Imported(
         architecture=published.architecture.name,
         parameters=model.num_parameters,

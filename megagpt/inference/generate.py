@@ -14,6 +14,7 @@ from torch import Tensor
 from megagpt.data.tokenizer import Tokenizer, load_tokenizer
 from megagpt.inference.stored_model import require_known_ids
 from megagpt.model import KeyValueCache
+from megagpt.rundir.tokenizer_hash import require_tokenizer
 from megagpt.schema.megagpt import MegagptConfig
 
 # Reads tokens (1, length) on the CPU, at positions from cache.length on, and adds them to the
@@ -147,13 +148,15 @@ class Sampler:
         return order[torch.multinomial(kept, 1, generator=self.generator)]
 
 
-def open_tokenizer(config: MegagptConfig) -> Tokenizer:
+def open_tokenizer(config: MegagptConfig, run_directory: Path) -> Tokenizer:
     """Return the tokenizer of a run's data.
 
-    Raise UserError if it is missing, or has tokens that the model has not learned.
+    Raise UserError if it is missing, has tokens that the model has not learned, or is not that of
+    the published model that the run began with.
     """
     directory = Path(config.data.sources[0].path)
     tokenizer = load_tokenizer(directory)
+    require_tokenizer(run_directory, directory)
     require_known_ids(directory, tokenizer.vocabulary, config.model)
     return tokenizer
 

@@ -70,7 +70,7 @@ def assemble(
         validation=BatchLoader(streams["val"], resolved, mesh, training_device())
         if "val" in streams
         else None,
-        tokenizer=open_tokenizer(resolved.megagpt),
+        tokenizer=open_tokenizer(resolved.megagpt, directory),
         directory=directory,
         peak_flops=device.peak_flops(training_device(), compute_dtype(resolved)),
         pulse=pulse,

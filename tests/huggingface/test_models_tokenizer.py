@@ -110,7 +110,7 @@ def test_text_without_an_id_is_counted_and_said(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_text_and_bits_per_byte(run: Path, data: Path) -> None:
     model, config, _ = load_model(run)
-    tokenizer = open_tokenizer(config.megagpt)
+    tokenizer = open_tokenizer(config.megagpt, run)
     ((_, stream),) = open_validation(config.megagpt)
     result = evaluate(model_loss(model, torch.device("cpu")), stream, tokenizer, batch_size=2)
     val = open_dataset(data).split("val")
@@ -145,7 +145,7 @@ def test_an_export_gives_the_files_back_and_transformers_the_same_text(
     assert theirs.generation_config.eos_token_id == text_of.eos_token_id
     (text,) = generate(
         lambda new, cache: ours(new, cache=cache),
-        open_tokenizer(config.megagpt),
+        open_tokenizer(config.megagpt, run),
         ["The q"],
         sequence_length=SEQUENCE_LENGTH,
         max_new_tokens=10,
@@ -163,7 +163,7 @@ def test_an_export_gives_the_files_back_and_transformers_the_same_text(
         return one_hot(torch.tensor([[following[step]]]), 512).float()
 
     keywords = {"sequence_length": 64, "max_new_tokens": len(following), "temperature": 0}
-    (text,) = generate(given, open_tokenizer(config.megagpt), ["The q"], **keywords)
+    (text,) = generate(given, open_tokenizer(config.megagpt, run), ["The q"], **keywords)
     assert text == " over"
     export(run, tmp_path / "out", overwrite=True)  # its own files may be replaced
 
@@ -199,6 +199,27 @@ def test_data_of_the_models_tokenizer_are_accepted(
     content = json.loads((other / "tokenizer.json").read_text())
     (other / "tokenizer.json").write_text(json.dumps(content))  # written again: other bytes
     assert imported(other, data, tmp_path / "again").tokenizer_compared
+
+
+def test_another_tokenizer_in_the_place_of_the_models_is_refused(
+    published: Path, data: Path, tmp_path: Path
+) -> None:
+    """As many ids, and other text: nothing else would show it."""
+    copy = shutil.copytree(data, tmp_path / "data")
+    imported(published, copy, tmp_path / "run")
+    _, config, _ = load_model(tmp_path / "run")
+    open_tokenizer(config.megagpt, tmp_path / "run")
+    content = json.loads((copy / "tokenizer.json").read_text())
+    changed_ids(content)
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    for command in (
+        lambda: open_tokenizer(config.megagpt, tmp_path / "run"),
+        lambda: export(tmp_path / "run", tmp_path / "out"),
+    ):
+        with pytest.raises(UserError, match=r"is not that of the model in .*need") as refused:
+            command()
+        assert f"--tokenizer DIR --output {copy} --force" in str(refused.value)
+    assert not (tmp_path / "out").exists()
 
 
 def changed_ids(content: dict) -> None:

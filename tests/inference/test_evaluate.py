@@ -124,7 +124,7 @@ def test_ids_that_the_model_never_learnt_are_refused_though_the_embedding_has_ro
     assert config.model.vocab_size == 384
     model = config.model.model_copy(update={"vocabulary": vocabulary})
     older = config.model_copy(update={"model": model})
-    for opening in (open_validation, open_tokenizer):
+    for opening in (open_validation, lambda config: open_tokenizer(config, run_directory)):
         with pytest.raises(
             UserError, match=rf"found 257 tokens, need at most {vocabulary}: .*{ids}\)"
         ):

@@ -312,12 +312,12 @@ def run_config(path: object, **keys: object) -> MegagptConfig:
 
 def test_the_tokenizer_of_a_run_is_that_of_its_data(tmp_path):
     store_tokenizer("bytes", tmp_path, list)
-    assert open_tokenizer(run_config(tmp_path)).encode("hé") == [*"hé".encode()]
+    assert open_tokenizer(run_config(tmp_path), tmp_path).encode("hé") == [*"hé".encode()]
 
 
 def test_a_tokenizer_that_is_missing_or_too_large_is_refused(tmp_path):
     with pytest.raises(UserError, match="no tokenizer here"):
-        open_tokenizer(run_config(tmp_path))
+        open_tokenizer(run_config(tmp_path), tmp_path)
     store_tokenizer("bytes", tmp_path, list)
     with pytest.raises(UserError, match=r"found 257 tokens, need at most 256"):
-        open_tokenizer(run_config(tmp_path, vocab_size=256))
+        open_tokenizer(run_config(tmp_path, vocab_size=256), tmp_path)

@@ -153,7 +153,7 @@ def outcome(data: Path, directory: Path, prompts: Sequence[str], samples: str | 
         directory=directory,
         config=SimpleNamespace(megagpt=SimpleNamespace(training=training)),
         training=SimpleNamespace(stream=stream),
-        encoding=load_tokenizer(data),
+        tokenizer=load_tokenizer(data),
     )
     return endings._outcome(run, first_step=0).split("\n")  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""Prepare a dataset: read documents, tokenize them in worker processes, write shards, publish.
+"""Prepare a dataset: read documents, tokenize them in worker threads, write shards, publish.
 
 `python launch/download_data.py --help` is the command. A run calls `prepare_embedded_corpus`.
 """

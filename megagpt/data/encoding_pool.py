@@ -1,17 +1,12 @@
-"""Tokenize in worker processes: batches in order, a bounded number of them in flight."""
+"""Tokenize in worker threads: batches in order, a bounded number of them in flight."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,8 +29,6 @@ class EncodedPiece(NamedTuple):
 
 Batch = list[tuple[Split, TextPiece]]
 Encode = Callable[[Iterable[Batch]], Iterator[list[EncodedPiece]]]
-
-_tokenizer: Tokenizer | None = None  # set in a worker process
 
 
 def batches(pieces: Iterable[tuple[Split, TextPiece]]) -> Iterator[Batch]:
@@ -75,53 +68,32 @@ def encode_batch(tokenizer: Tokenizer, batch: Batch) -> list[EncodedPiece]:
 
 @contextmanager
 def encoder(workers: int, tokenizer_directory: Path) -> Iterator[Encode]:
-    """Yield a function from batches to tokens, in order; one worker is this process."""
+    """Yield a function from batches to tokens, in order; one worker is this thread.
+
+    Threads are enough: both tokenizer libraries compute without Python's lock.
+    """
+    encode = partial(encode_batch, load_tokenizer(tokenizer_directory))
     if workers == 1:
-        yield partial(map, partial(encode_batch, load_tokenizer(tokenizer_directory)))
+        yield partial(map, encode)
         return
-    # Spawned, not forked: the parent may have threads of datasets and pyarrow.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(
-        workers, context, initializer=_start_worker, initargs=(tokenizer_directory,)
-    )
+    pool = ThreadPoolExecutor(workers)
     try:
-        yield partial(_in_order, pool, 2 * workers)
-    except BrokenProcessPool:
-        raise RuntimeError(
-            "a tokenizer worker died (often out of memory); rerun the same command to continue, "
-            "with fewer --workers if it happens again"
-        ) from None
+        yield partial(_in_order, pool, 2 * workers, encode)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _in_order(
-    pool: ProcessPoolExecutor, in_flight: int, batches: Iterable[Batch]
+    pool: ThreadPoolExecutor,
+    in_flight: int,
+    encode: Callable[[Batch], list[EncodedPiece]],
+    batches: Iterable[Batch],
 ) -> Iterator[list[EncodedPiece]]:
     """Map like `pool.map`, but read only `in_flight` batches ahead: a corpus may exceed memory."""
     futures: deque[Future[list[EncodedPiece]]] = deque()
     for batch in batches:
-        futures.append(pool.submit(_encode_in_worker, batch))
+        futures.append(pool.submit(encode, batch))
         if len(futures) >= in_flight:
             yield futures.popleft().result()
     while futures:
         yield futures.popleft().result()
-
-
-def _start_worker(tokenizer_directory: Path) -> None:
-    global _tokenizer
-    _tokenizer = load_tokenizer(tokenizer_directory)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End this worker when its parent dies; it would otherwise wait for work forever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-
-def _encode_in_worker(batch: Batch) -> list[EncodedPiece]:
-    assert _tokenizer is not None
-    return encode_batch(_tokenizer, batch)

@@ -5,6 +5,7 @@ accident.
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,6 +143,23 @@ def test_a_character_cut_by_a_block_survives(tmp_path, monkeypatch):
         "".join(piece.text for piece in LocalFiles([str(path)], Column()).pieces())
         == "aé🙂\nb🙂🙂\nc"
     )
+
+
+def test_two_workers_encode_at_the_same_time(tmp_path, monkeypatch):
+    """The first batch is not encoded before somebody has the second, too."""
+    meeting, encode = threading.Barrier(2, timeout=30), encoding_pool.encode_batch
+    numbers = itertools.count()
+
+    def encode_together(tokenizer, batch):
+        if next(numbers) < 2:
+            meeting.wait()
+        return encode(tokenizer, batch)
+
+    monkeypatch.setattr(encoding_pool, "BATCH_PIECES", 1)
+    monkeypatch.setattr(encoding_pool, "encode_batch", encode_together)
+    path = write_jsonl(tmp_path / "data.jsonl", [f"text {index}" for index in range(6)])
+    quietly(request(path, tmp_path / "out", workers=2))
+    assert next(numbers) >= 6
 
 
 def test_workers_change_nothing_but_the_time(tmp_path, monkeypatch):
@@ -479,43 +497,6 @@ def test_a_killed_preparation_continues_to_the_same_dataset(tmp_path, monkeypatc
     undisturbed = quietly(replace(wanted, output=tmp_path / "undisturbed"))
     assert open_dataset(wanted.output).fingerprint == undisturbed.fingerprint
     assert names(wanted.output) == names(undisturbed.directory)
-
-
-def test_workers_end_with_a_killed_parent(tmp_path):
-    trouble = """
-        commit = dataset_writer.DatasetWriter.commit
-        def killing_commit(writer, pieces):
-            commit(writer, pieces)
-            import multiprocessing
-            print(*(child.pid for child in multiprocessing.active_children()), flush=True)
-            os.kill(os.getpid(), signal.SIGKILL)
-        dataset_writer.DatasetWriter.commit = killing_commit
-    """
-    path = write_jsonl(tmp_path / "data.jsonl")
-    arguments = (
-        "--dataset",
-        path,
-        "--tokenizer",
-        "bytes",
-        "--workers",
-        2,
-        "--output",
-        tmp_path / "out",
-    )
-    dead = run_with_trouble(tmp_path, trouble, *arguments)
-    workers = [int(pid) for pid in dead.stdout.splitlines()[-1].split()]
-    assert workers
-    deadline = time.monotonic() + 20
-    while any(Path(f"/proc/{pid}").exists() and not is_zombie(pid) for pid in workers):
-        assert time.monotonic() < deadline, "workers outlive their parent"
-        time.sleep(0.05)
-
-
-def is_zombie(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
 
 
 def test_unfinished_work_for_another_request_is_kept(tmp_path):

@@ -40,7 +40,7 @@ class ModelTokenizer:
     """
 
     def __init__(self, directory: Path, content: bytes | None = None) -> None:
-        # A process is one core here: preparation has worker processes.
+        # A call is one core's work here: preparation has worker threads.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         path = directory / TOKENIZER_FILE
         self._backend, parts = open_backend(path, content)

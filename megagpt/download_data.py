@@ -488,7 +488,7 @@ def _parser() -> argparse.ArgumentParser:
         "--workers",
         type=whole_number(1),
         default=os.cpu_count() or 1,
-        help="tokenizer processes [one per core: %(default)s]",
+        help="tokenizer threads [one per core: %(default)s]",
     )
     add(
         "--force",

@@ -49,6 +49,7 @@ import tiktoken
 
 from benchmarks.machine import write_table
 from megagpt import download_data
+from megagpt.common.arguments import command_parser, user_path, whole_number
 from megagpt.data.byte_level_bpe import (
     END_OF_DOCUMENT,
     TIKTOKEN_GPT2_PATTERN,
@@ -284,14 +285,18 @@ def prepare_and_print_peak(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", type=int, default=32, help="text for the comparison")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1])
+    parser = command_parser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--megabytes", type=whole_number(1), default=32, help="text for the comparison"
+    )
+    parser.add_argument("--rounds", type=whole_number(1), default=5)
+    parser.add_argument("--workers", type=whole_number(1), nargs="+", default=[1])
     parser.add_argument("--model_tokenizer", action="store_true", help="only that of a model")
-    parser.add_argument("--memory", type=int, nargs="+", help="only the memory at these sizes, MB")
-    parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument(
+        "--memory", type=whole_number(1), nargs="+", help="only the memory at these sizes, MB"
+    )
+    parser.add_argument("--prepare", type=user_path, help=argparse.SUPPRESS)
+    parser.add_argument("--directory", type=user_path, default=Path(tempfile.gettempdir()))
     arguments = parser.parse_args()
     if arguments.prepare:
         prepare_and_print_peak(arguments.prepare)

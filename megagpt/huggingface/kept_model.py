@@ -1,0 +1,134 @@
+"""What a run keeps of the published model that it began with, so that an export gives it back.
+
+runs/NAME/published/config.json          as it was, and so generation_config.json and
+                                         model.safetensors.index.json where the model has them
+runs/NAME/published/FILE.header          of each tensor file: names, formats, order
+runs/NAME/published/buffers.safetensors  tensors that are no parameters, such as old masks
+
+The weights themselves are in the checkpoints.
+"""
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megagpt.checkpoint.safetensors_file import (
+    Entry,
+    StoredFile,
+    StoredSlice,
+    as_bytes,
+    header,
+    slices_of,
+)
+from megagpt.config import ModelConfig
+from megagpt.huggingface.architectures import CONFIG, INDEX
+from megagpt.huggingface.published_config import PublishedConfig
+from megagpt.huggingface.published_model import PublishedModel
+from megagpt.huggingface.whole_directory import flushed
+from megagpt.utils import UserError
+
+PUBLISHED = "published"  # in the run directory
+GENERATION = "generation_config.json"
+HEADER = ".header"
+BUFFERS = "buffers.safetensors"
+
+
+def keep(published: PublishedModel, model: ModelConfig, run_directory: Path) -> None:
+    """Write what an export needs of the published model into a run directory."""
+    directory = run_directory / PUBLISHED
+    directory.mkdir()
+    for name in (CONFIG, GENERATION, INDEX):
+        if (published.directory / name).is_file():
+            with flushed(directory / name) as file:
+                file.write((published.directory / name).read_bytes())
+    for name, stored in published.files.items():
+        with flushed(directory / f"{name}{HEADER}") as file:
+            file.write(stored.header)
+    buffers = published.buffers()
+    if buffers:
+        with flushed(directory / BUFFERS) as file:
+            file.write(header((piece.name, piece.kind, piece.shape) for piece in buffers))
+            for piece in buffers:
+                file.write(as_bytes(piece.read()))
+
+
+class KeptModel:
+    """The published model of a run; ``files`` are the tensors of each file in their order."""
+
+    def __init__(self, run_directory: Path) -> None:
+        """Raise UserError if something of it is missing or damaged."""
+        self.directory = run_directory / PUBLISHED
+        self.config = PublishedConfig(self.directory / CONFIG)
+        self.architecture = self.config.architecture
+        paths = sorted(self.directory.glob(f"*{HEADER}"))
+        self.headers = {path.name.removesuffix(HEADER): path.read_bytes() for path in paths}
+        try:
+            self.files = {
+                name: slices_of(self.directory / name, content)
+                for name, content in self.headers.items()
+            }
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.directory}: a {HEADER} file is damaged ({error}); import the model again"
+            ) from error
+
+    @staticmethod
+    def of(run_directory: Path) -> "KeptModel | None":
+        """Return what a run has kept, None if it did not begin with a published model."""
+        return KeptModel(run_directory) if (run_directory / PUBLISHED).is_dir() else None
+
+    @property
+    def tensors(self) -> dict[str, StoredSlice]:
+        """Every tensor of the files by its name."""
+        return {piece.name: piece for pieces in self.files.values() for piece in pieces}
+
+    def require_same(self, model: ModelConfig) -> None:
+        """Raise UserError if the run's model is not the one that config.json describes."""
+        differences = self.architecture.differences(self.config.document, model)
+        if differences:
+            raise UserError(
+                f"{self.config.path}: not the run's model (needs {', '.join(differences)}); "
+                "restore both config.json, or import the model again"
+            )
+
+    def config_in(self, dtype: str | None) -> bytes:
+        """Return config.json as it was, but for the weights' format if they have another."""
+        names = [key for key in ("torch_dtype", "dtype") if key in self.config.document]
+        changed = dict.fromkeys(names or ["torch_dtype"], dtype)
+        if dtype is None or changed.items() <= self.config.document.items():
+            return self.config.path.read_bytes()
+        return _json(self.config.document | changed)
+
+    def index_in(self, total_size: int) -> bytes | None:
+        """Return the index with this size of all tensors, None if there was none."""
+        path = self.directory / INDEX
+        if not path.is_file():
+            return None
+        index = json.loads(path.read_bytes())
+        metadata = index.get("metadata")
+        if not isinstance(metadata, dict) or metadata.get("total_size") in (None, total_size):
+            return path.read_bytes()
+        return _json(index | {"metadata": metadata | {"total_size": total_size}})
+
+    def header_of(self, name: str, entries: list[Entry]) -> bytes:
+        """Return a file's header: as it was, unless its tensors have another format now."""
+        kept = [(piece.name, piece.kind, piece.shape) for piece in self.files[name]]
+        if entries == kept:
+            return self.headers[name]
+        metadata = json.loads(self.headers[name][8:]).get("__metadata__")
+        return header(entries, metadata)
+
+    def buffer(self, name: str) -> Tensor:
+        """Return a tensor that is no parameter."""
+        return self._buffers.slice(name).read()
+
+    @cached_property
+    def _buffers(self) -> StoredFile:
+        return StoredFile(self.directory / BUFFERS)
+
+
+def _json(document: dict[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()

@@ -124,7 +124,7 @@ FAMILIES = {
         Phi3ForCausalLM,
         SHAPE
         | {
-            "original_max_position_embeddings": 4,
+            "original_max_position_embeddings": 8,
             "rope_parameters": {
                 "rope_type": "longrope",
                 "rope_theta": 10_000.0,
@@ -189,7 +189,7 @@ def test_a_family_computes_here_what_it_computes_in_transformers(
 ) -> None:
     """Logits within 1e-5 of the largest in fp32, and the same greedy text."""
     (_, theirs), run = imported
-    ours, _, _ = load_model(run)
+    ours, config, _ = load_model(run)
     tokens = tokens_of(data)
     logits = ours(tokens)
     assert_near(logits[..., :VOCABULARY], theirs(tokens).logits)
@@ -198,6 +198,7 @@ def test_a_family_computes_here_what_it_computes_in_transformers(
         load_tokenizer(data),
         PROMPTS,
         sequence_length=SEQUENCE_LENGTH,
+        reread_after=config.megagpt.model.reread_after,
         max_new_tokens=8,
         temperature=0,
     )

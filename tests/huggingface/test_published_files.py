@@ -21,10 +21,12 @@ from transformers import (
 )
 
 from megagpt.config import ModelConfig, RunConfig
+from megagpt.huggingface import importing
 from megagpt.huggingface.architectures import ARCHITECTURES
 from megagpt.huggingface.export import export
 from megagpt.huggingface.importing import import_model
 from megagpt.huggingface.published_config import PublishedConfig
+from megagpt.inference.stored_model import load_model
 from megagpt.planning.legality import World, resolve
 from megagpt.utils import UserError
 from tests.model.test_presets import PUBLISHED
@@ -150,6 +152,35 @@ def test_an_import_comes_out_in_another_format_on_demand(
     assert index["metadata"]["total_size"] == wide * sum(p.numel() for p in model.parameters())
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert str(theirs.dtype) == f"torch.{torch_dtype}"
+
+
+def test_a_large_model_is_read_tensor_by_tensor(
+    llama: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one whose tensors are all larger than what is read together; biases that are not ours
+    among them.
+    """
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=32, n_layer=2, n_head=4)
+    ).save_pretrained(tmp_path / "gpt2")
+    change_tensors(
+        tmp_path / "gpt2",
+        lambda tensors: {
+            name: tensor * (not name.endswith(".bias")) for name, tensor in tensors.items()
+        },
+    )
+    for model, keys in ((llama, {}), (tmp_path / "gpt2", {"bias": False})):
+        import_into(tmp_path / "together", model, run_config(data, 3, **keys))
+        with monkeypatch.context() as patched:
+            patched.setattr(importing, "BATCH", 1)
+            import_into(tmp_path / "alone", model, run_config(data, 3, **keys))
+        files = list((tmp_path / "alone/checkpoints/step_00000000").glob("*.safetensors"))
+        weights = dict(load_model(tmp_path / "alone")[0].named_parameters())
+        assert len(files) == len(weights)
+        for name, weight in load_model(tmp_path / "together")[0].named_parameters():
+            assert torch.equal(weight, weights[name])
+        shutil.rmtree(tmp_path / "together")
+        shutil.rmtree(tmp_path / "alone")
 
 
 def test_a_run_of_another_model_does_not_come_out_as_the_published_one(

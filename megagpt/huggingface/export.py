@@ -185,6 +185,7 @@ def plan_kept_files(
     kept: KeptModel, source: "TrainedWeights", dtype: str | None
 ) -> list[PlannedFile]:
     """Return the files of the published model, with weights in ``dtype`` if it is given."""
+    kept.require_tensors({name: source.shape(name) for name in source.places})
     files = []
     for name, pieces in kept.files.items():
         entries: list[Entry] = [
@@ -227,6 +228,11 @@ class TrainedWeights:
         if self._model.tie_embeddings and copy in stored:  # the tied weight, stored a second time
             places[copy] = theirs[embedding]
         return places
+
+    def shape(self, name: str) -> torch.Size:
+        """Return the shape of one of the weights."""
+        index, place = self.places[name]
+        return list(self.parts[index].theirs.values())[place]
 
     @property
     def parameters(self) -> int:

@@ -9,10 +9,11 @@ The weights themselves are in the checkpoints.
 """
 
 import json
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from megagpt.checkpoint.safetensors_file import (
@@ -25,7 +26,7 @@ from megagpt.checkpoint.safetensors_file import (
 )
 from megagpt.config import ModelConfig
 from megagpt.huggingface.architectures import CONFIG, INDEX
-from megagpt.huggingface.published_config import PublishedConfig
+from megagpt.huggingface.published_config import PublishedConfig, read_json
 from megagpt.huggingface.published_model import PublishedModel
 from megagpt.huggingface.whole_directory import flushed
 from megagpt.utils import UserError
@@ -70,7 +71,7 @@ class KeptModel:
                 name: slices_of(self.directory / name, content)
                 for name, content in self.headers.items()
             }
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{self.directory}: a {HEADER} file is damaged ({error}); import the model again"
             ) from error
@@ -79,6 +80,17 @@ class KeptModel:
     def of(run_directory: Path) -> "KeptModel | None":
         """Return what a run has kept, None if it did not begin with a published model."""
         return KeptModel(run_directory) if (run_directory / PUBLISHED).is_dir() else None
+
+    def require_tensors(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Raise UserError if the files do not have these tensors, of these shapes."""
+        stored = self.tensors
+        for name, shape in shapes.items():
+            found = stored[name].shape if name in stored else None
+            if found != tuple(shape):
+                raise UserError(
+                    f"{self.directory}: {name}: the {HEADER} files are not those of the run's "
+                    f"model (found {found}, need {tuple(shape)}); import the model again"
+                )
 
     @property
     def tensors(self) -> dict[str, StoredSlice]:
@@ -103,11 +115,17 @@ class KeptModel:
         return _json(self.config.document | changed)
 
     def index_in(self, total_size: int) -> bytes | None:
-        """Return the index with this size of all tensors, None if there was none."""
+        """Return the index with this size of all tensors, None if one file had none.
+
+        Raise UserError if it is not that of the files.
+        """
         path = self.directory / INDEX
-        if not path.is_file():
+        if not path.is_file() and len(self.files) == 1:
             return None
-        index = json.loads(path.read_bytes())
+        index = read_json(path)
+        places = {piece.name: file for file, pieces in self.files.items() for piece in pieces}
+        if index.get("weight_map") != places:
+            raise UserError(f"{path}: does not name the tensors that were; import the model again")
         metadata = index.get("metadata")
         if not isinstance(metadata, dict) or metadata.get("total_size") in (None, total_size):
             return path.read_bytes()
@@ -123,11 +141,13 @@ class KeptModel:
 
     def buffer(self, name: str) -> Tensor:
         """Return a tensor that is no parameter."""
-        return self._buffers.slice(name).read()
-
-    @cached_property
-    def _buffers(self) -> StoredFile:
-        return StoredFile(self.directory / BUFFERS)
+        path = self.directory / BUFFERS
+        try:
+            return StoredFile(path).slice(name).read()
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{path}: {name} cannot be read ({error}); import the model again"
+            ) from error
 
 
 def _json(document: dict[str, Any]) -> bytes:

@@ -195,6 +195,43 @@ def test_a_run_of_another_model_does_not_come_out_as_the_published_one(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"null", b"\xff" * 99, None], ids=repr)
+@pytest.mark.parametrize(
+    "file", ["config.json", "model.safetensors.index.json", "model-00002-of", "buffers.safetensors"]
+)
+def test_what_a_run_has_kept_may_be_damaged(
+    data: Path, tmp_path: Path, kept: Path, file: str, content: bytes | None
+) -> None:
+    """The export says so in one line, and writes nothing."""
+    shutil.copytree(kept, tmp_path / "run")
+    (path,) = (tmp_path / "run/published").glob(f"{file}*")
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(b"\0" * 8 * path.name.endswith(".header") + content)
+    with pytest.raises(UserError) as refused:
+        export(tmp_path / "run", tmp_path / "out")
+    assert str(refused.value).startswith(f"{tmp_path / 'run/published'}")
+    assert len(str(refused.value).splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.fixture(scope="module")
+def kept(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a model in several files, one of which holds a mask."""
+    place = tmp_path_factory.mktemp("kept")
+    shape = {"vocab_size": VOCABULARY, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(place / "gpt2", max_shard_size=40_000)
+    index = place / "gpt2/model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    first = place / "gpt2" / next(iter(document["weight_map"].values()))
+    save_file(load_file(first) | {"h.0.attn.bias": torch.ones(1, 1, 16, 16).tril()}, first)
+    document["weight_map"]["h.0.attn.bias"] = first.name
+    index.write_text(json.dumps(document))
+    import_into(place / "run", place / "gpt2", run_config(data, 3))
+    return place / "run"
+
+
 # --------------------------------------------------------------------------------- damaged in parts
 
 

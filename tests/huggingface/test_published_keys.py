@@ -45,12 +45,16 @@ GPT2 = {"model_type": "gpt2", "vocab_size": 64, "n_positions": 16, "n_embd": 16}
 }
 ROTARY = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2} | {
     "num_key_value_heads": 1,
+    "intermediate_size": 32,
     "max_position_embeddings": 16,
     "eos_token_id": 1,
     "bos_token_id": 0,
 }
 LLAMA = ROTARY | {"model_type": "llama", "rms_norm_eps": 1e-5}
 STARCODER2 = ROTARY | {"model_type": "starcoder2", "sliding_window": None}
+NEOX = {key: value for key, value in ROTARY.items() if key != "num_key_value_heads"} | {
+    "model_type": "gpt_neox"
+}
 MODELS = {
     "gpt2": (GPT2, {"n_ctx": 16, "predict_special_tokens": True, "summary_first_dropout": 0.9}),
     "llama": (LLAMA, {"pretraining_tp": 1}),
@@ -65,6 +69,16 @@ MODELS = {
             "mlp_type": "default",
             "layer_norm_epsilon": 0.5,
         },
+    ),
+    "mistral": (ROTARY | {"model_type": "mistral"}, {}),
+    "qwen2": (ROTARY | {"model_type": "qwen2"}, {"max_window_layers": 1, "sliding_window": 3}),
+    "qwen3": (ROTARY | {"model_type": "qwen3"}, {"max_window_layers": 0, "sliding_window": 3}),
+    "olmo2": (ROTARY | {"model_type": "olmo2"}, {}),
+    "gpt_neox": (NEOX, {"is_decoder": True}),
+    "phi3": (ROTARY | {"model_type": "phi3", "pad_token_id": 0}, {"attention_bias": False}),
+    "gemma2": (
+        ROTARY | {"model_type": "gemma2"},
+        {"hidden_act": "relu", "cache_implementation": "hybrid"},
     ),
 }
 

@@ -309,11 +309,15 @@ def _write_kept(staging: Path, kept: KeptModel, dtype: str | None, total_size: i
 def _model_config(
     architecture: Architecture, model: ModelConfig, encoding: tiktoken.Encoding, dtype: str | None
 ) -> dict[str, Any]:
-    """Return config.json; the same token ends a document and stands for an empty prompt."""
+    """Return config.json; the same token ends a document and stands for an empty prompt.
+
+    No token pads: Phi-3's default would be beyond a small vocabulary.
+    """
     ends = {"bos_token_id": encoding.eot_token, "eos_token_id": encoding.eot_token}
     return (
         architecture.config(model)
         | ends
+        | {"pad_token_id": None}
         | {"torch_dtype": str(DTYPE_OF[KINDS[dtype or "fp32"]]).removeprefix("torch.")}
     )
 

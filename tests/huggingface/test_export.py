@@ -140,6 +140,55 @@ def test_transformers_computes_what_we_do(
     assert_exported(trained(name), tmp_path / "out", data, MODELS[name][0])
 
 
+RMS = {**LLAMA, "num_kv_heads": 2, "bias": False, "tie_embeddings": False}
+# what transformers calls a model of our keys
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama3": (
+        "LlamaForCausalLM",
+        RMS
+        | {"mlp_size": 96, "rope_base": 5e5, "norm_epsilon": 1e-6, "head_size": 12}
+        | {"rope_scaling": {"type": "llama3", "factor": 8.0, "original_length": 16}},
+    ),
+    "llama-yarn": (
+        "LlamaForCausalLM",
+        RMS | {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_length": 16}},
+    ),
+    "llama-dynamic": (
+        "LlamaForCausalLM",
+        RMS | {"rope_scaling": {"type": "dynamic", "factor": 2.0, "original_length": 8}},
+    ),
+    "mistral": ("MistralForCausalLM", RMS | {"sliding_window": 5}),
+    "qwen2": ("Qwen2ForCausalLM", RMS | {"qkv_bias": True}),
+    "qwen2-window": (
+        "Qwen2ForCausalLM",
+        RMS
+        | {"qkv_bias": True, "sliding_window": 5, "sliding_window_pattern": ["full", "sliding"]},
+    ),
+    "qwen3": ("Qwen3ForCausalLM", RMS | {"qk_norm": "per_head", "head_size": 12}),
+    "olmo2": ("Olmo2ForCausalLM", RMS | {"qk_norm": "whole", "post_norm": "instead"}),
+    "neox": (
+        "GPTNeoXForCausalLM",
+        {"position": "rotary", "rope_fraction": 0.5, "activation": "gelu_exact"}
+        | {"parallel_residual": True, "tie_embeddings": False},
+    ),
+    "phi3": ("Phi3ForCausalLM", RMS | {"rope_fraction": 0.5, "sliding_window": 6}),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        RMS
+        | {"activation": "geglu", "head_size": 12, "norm_weight_offset": 1, "post_norm": "both"}
+        | {"score_scale": 0.25, "score_softcap": 2.0, "logit_softcap": 3.0, "sliding_window": 5}
+        | {"sliding_window_pattern": ["sliding", "full"], "embedding_scale": 32**0.5},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_so_it_does_for_every_other_family(data: Path, tmp_path: Path, name: str) -> None:
+    architecture, keys = OTHERS[name]
+    run = write_run(tmp_path / "run", data, **keys)
+    assert_exported(run, tmp_path / "out", data, architecture)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_so_it_does_with_what_a_pipeline_of_tensor_shards_wrote(

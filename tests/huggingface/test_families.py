@@ -1,5 +1,6 @@
 """Every family in and out again; the outside reference is transformers, offline."""
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +62,7 @@ class Family(NamedTuple):
     keys: dict[str, Any]
     dtype: torch.dtype = torch.float32
     shards: bool = False  # written in several files
+    old: bool = False  # config.json as transformers 4 wrote it
 
 
 FAMILIES = {
@@ -80,6 +82,27 @@ FAMILIES = {
         LlamaForCausalLM,
         SHAPE | {"head_dim": 12, "tie_word_embeddings": True, "rope_parameters": LLAMA3},
         torch.bfloat16,
+        old=True,
+    ),
+    "llama-linear": Family(
+        LlamaForCausalLM,
+        SHAPE | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},
+    ),
+    "llama-yarn": Family(
+        LlamaForCausalLM,
+        SHAPE
+        | {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 8,
+                "mscale": 0.7,
+                "mscale_all_dim": 0.4,
+                "truncate": False,
+            }
+        },
     ),
     "llama-biased-dynamic": Family(
         LlamaForCausalLM,
@@ -108,8 +131,9 @@ FAMILIES = {
     "olmo2": Family(Olmo2ForCausalLM, SHAPE),
     "neox": Family(
         GPTNeoXForCausalLM,
-        NEOX | {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 1e4}},
+        NEOX | {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 2e4}},
         torch.float16,
+        old=True,
     ),
     "neox-serial": Family(
         GPTNeoXForCausalLM,
@@ -132,6 +156,7 @@ FAMILIES = {
                 **PHI3_FACTORS,
             },
         },
+        old=True,
     ),
     "gemma2": Family(
         Gemma2ForCausalLM,
@@ -166,10 +191,28 @@ def publish(directory: Path, family: Family) -> Published:
     theirs.tie_weights()
     theirs.save_pretrained(directory, max_shard_size=30_000 if family.shards else "5GB")
     assert len(list(directory.glob("*.safetensors"))) > (3 if family.shards else 0)
+    if family.old:
+        in_old_form(directory / "config.json")
     theirs = family.theirs.from_pretrained(
         directory, attn_implementation="eager", dtype=torch.float32
     )
     return Published(directory, theirs.eval())
+
+
+def in_old_form(path: Path) -> None:
+    """Rewrite config.json with the keys of transformers 4, and the first names of Phi-3."""
+    document = json.loads(path.read_text())
+    rope = document.pop("rope_parameters")
+    neox = document["model_type"] == "gpt_neox"
+    document["rotary_emb_base" if neox else "rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        name = "rotary_pct" if neox else "partial_rotary_factor"
+        document[name] = rope.pop("partial_rotary_factor")
+    kind = rope.pop("rope_type")
+    rope.pop("type", None)
+    if kind != "default":
+        document["rope_scaling"] = rope | {"type": {"longrope": "su"}.get(kind, kind)}
+    path.write_text(json.dumps(document, indent=2))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -140,6 +140,18 @@ class Architecture:
             written |= relation.write(model)
         return written
 
+    def with_positions(self, theirs: Document, model: ModelConfig) -> dict[str, Any]:
+        """Return a config.json with a model's rotary positions and a context that holds it."""
+        changed = dict(theirs)
+        for rotary in self.keys:
+            if isinstance(rotary, Rotary):
+                written = rotary.write(model)
+                lengths = theirs.get("max_position_embeddings"), written["max_position_embeddings"]
+                if written.get("rope_scaling", {}).get("rope_type") not in ("dynamic", "longrope"):
+                    written["max_position_embeddings"] = max(*filter(None, lengths), 1)
+                changed = {k: v for k, v in theirs.items() if k not in rotary.names} | written
+        return changed
+
     def parts(self, model: ModelConfig) -> Iterator[Part]:
         """Yield everything that it stores of a model, in the model's order."""
         ours = set(_shapes(model))

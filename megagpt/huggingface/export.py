@@ -86,7 +86,7 @@ def export(
     model = config.megagpt.model
     kept = KeptModel.of(run_directory)
     if kept is not None:
-        kept.require_same(model)
+        kept.document(model)  # is that of the run, or raises
     architecture = kept.architecture if kept else require_architecture(model, run_directory)
     encoding = open_tokenizer(config.megagpt)
     _require_free(output, overwrite)
@@ -104,7 +104,7 @@ def export(
             _write_json(staging / CONFIG, _model_config(architecture, model, encoding, dtype))
             _write_json(staging / GENERATION, _generation_config(model, encoding))
         else:
-            _write_kept(staging, kept, dtype, size)
+            _write_kept(staging, kept, model, dtype, size)
         _write_tokenizer(staging, Path(config.megagpt.data.sources[0].path), model)
         for file in files:
             _write_file(staging, file, source)
@@ -296,10 +296,12 @@ def _write_index(staging: Path, files: Sequence[PlannedFile], size: int) -> None
 # ------------------------------------------------------------------------- configuration, tokenizer
 
 
-def _write_kept(staging: Path, kept: KeptModel, dtype: str | None, total_size: int) -> None:
+def _write_kept(
+    staging: Path, kept: KeptModel, model: ModelConfig, dtype: str | None, total_size: int
+) -> None:
     """Write what the published model has beside its weights and its tokenizer."""
     name = str(DTYPE_OF[KINDS[dtype]]).removeprefix("torch.") if dtype else None
-    write_atomically(staging / CONFIG, kept.config_in(name))
+    write_atomically(staging / CONFIG, kept.config_in(model, name))
     if (index := kept.index_in(total_size)) is not None:
         write_atomically(staging / INDEX, index)
     if (kept.directory / GENERATION).is_file():

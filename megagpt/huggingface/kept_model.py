@@ -97,22 +97,33 @@ class KeptModel:
         """Every tensor of the files by its name."""
         return {piece.name: piece for pieces in self.files.values() for piece in pieces}
 
-    def require_same(self, model: ModelConfig) -> None:
-        """Raise UserError if the run's model is not the one that config.json describes."""
-        differences = self.architecture.differences(self.config.document, model)
+    def document(self, model: ModelConfig) -> dict[str, Any]:
+        """Return config.json of the run's model: as it was, but for positions that were changed.
+
+        A run may continue with longer sequences, and so with another rotary base or scaling. Raise
+        UserError if anything else differs.
+        """
+        document = self.config.document
+        longest = self.config.longest(model)
+        longer = longest is not None and model.sequence_length > longest
+        if longer or self.architecture.differences(document, model):
+            document = self.architecture.with_positions(document, model)
+        differences = self.architecture.differences(document, model)
         if differences:
             raise UserError(
                 f"{self.config.path}: not the run's model (needs {', '.join(differences)}); "
                 "restore both config.json, or import the model again"
             )
+        return document
 
-    def config_in(self, dtype: str | None) -> bytes:
-        """Return config.json as it was, but for the weights' format if they have another."""
-        names = [key for key in ("torch_dtype", "dtype") if key in self.config.document]
-        changed = dict.fromkeys(names or ["torch_dtype"], dtype)
-        if dtype is None or changed.items() <= self.config.document.items():
-            return self.config.path.read_bytes()
-        return _json(self.config.document | changed)
+    def config_in(self, model: ModelConfig, dtype: str | None) -> bytes:
+        """Return config.json; its bytes are those that it had if the run changed nothing in it."""
+        document = self.document(model)
+        if dtype is not None:
+            names = [key for key in ("torch_dtype", "dtype") if key in document]
+            document = document | dict.fromkeys(names or ["torch_dtype"], dtype)
+        unchanged = document == self.config.document
+        return self.config.path.read_bytes() if unchanged else _json(document)
 
     def index_in(self, total_size: int) -> bytes | None:
         """Return the index with this size of all tensors, None if one file had none.

@@ -20,6 +20,7 @@ from megagpt.huggingface.architectures import (
 from megagpt.huggingface.keys import Key, UnlikeOursError
 from megagpt.schema.errors import shown
 from megagpt.schema.model import ModelSection
+from megagpt.schema.rope import DynamicScaling
 from megagpt.utils import UserError, human_count
 
 # Keys of transformers' PretrainedConfig, and others that the models of the table never read: where
@@ -169,16 +170,23 @@ class PublishedConfig:
 
     def _too_short(self, model: ModelSection) -> Iterator[str]:
         """Yield a problem if the run's samples are longer than the model's context."""
-        longest = self.document.get("max_position_embeddings")
-        if not isinstance(longest, int) or model.position == "learned":
-            return
-        if model.rope_scaling is not None and model.rope_scaling.type == "dynamic":
-            longest = int(longest * model.rope_scaling.factor)
-        if model.sequence_length > longest:
+        longest = self.longest(model)
+        if longest is not None and model.sequence_length > longest:
             yield (
                 f"max_position_embeddings {longest}: shorter than the run's sequences; --set "
                 f"megagpt.model.sequence_length={longest}"
             )
+
+    def longest(self, model: ModelSection) -> int | None:
+        """Return the context that it states for a model of rotary positions; None if it does not.
+
+        Dynamic scaling starts where the stated one ends.
+        """
+        longest = self.document.get("max_position_embeddings")
+        if not isinstance(longest, int) or model.position == "learned":
+            return None
+        scaling = model.rope_scaling
+        return int(longest * scaling.factor) if isinstance(scaling, DynamicScaling) else longest
 
     def _with_their_key(self, error: str) -> str:
         """Return an error of one of our keys, after the key of config.json that it comes from."""

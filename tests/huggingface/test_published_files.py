@@ -30,7 +30,7 @@ from megagpt.inference.stored_model import load_model
 from megagpt.planning.legality import World, resolve
 from megagpt.utils import UserError
 from tests.model.test_presets import PUBLISHED
-from tests.support.exported_models import VOCABULARY, import_into
+from tests.support.exported_models import VOCABULARY, assert_near, import_into
 from tests.support.jobs.checkpoint import run_config
 from tests.support.trained_run import write_dataset
 
@@ -193,6 +193,34 @@ def test_a_run_of_another_model_does_not_come_out_as_the_published_one(
     ):
         export(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@torch.no_grad()
+def test_longer_positions_come_out_in_config_json(llama: Path, data: Path, tmp_path: Path) -> None:
+    """As a run has them that was continued with `--allow_change`; other keys stay."""
+    change_config(llama, our_note="x")
+    config = run_config(data, 3)
+    import_model(
+        llama, RunConfig.from_json(json.dumps(config)), tmp_path / "run", ignored=["our_note"]
+    )
+    document = json.loads((tmp_path / "run/config.json").read_text())
+    scaling = {"type": "yarn", "factor": 4.0, "original_length": 32}
+    document["megagpt"]["model"] |= {"sequence_length": 128, "rope_scaling": scaling}
+    (tmp_path / "run/config.json").write_text(json.dumps(document))
+    export(tmp_path / "run", tmp_path / "out")
+    before = json.loads((llama / "config.json").read_text())
+    after = json.loads((tmp_path / "out/config.json").read_text())
+    assert after["max_position_embeddings"] == 128
+    assert after.pop("rope_scaling")["rope_type"] == "yarn"
+    assert {k for k in after if after[k] != before.get(k)} <= {
+        "max_position_embeddings",
+        "rope_theta",
+    }
+    assert before.keys() - after.keys() == {"rope_parameters"}
+    ours = load_model(tmp_path / "run")[0]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    tokens = torch.randint(VOCABULARY, (1, 100), generator=torch.Generator().manual_seed(0))
+    assert_near(ours(tokens)[..., :VOCABULARY], theirs(tokens).logits)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"null", b"\xff" * 99, None], ids=repr)

@@ -6,12 +6,14 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from megagpt.checkpoint.format import MANIFEST, step_directory
 from megagpt.config import RunConfig
 from megagpt.data.tokenizer import load_tokenizer
 from megagpt.dataset import SampleStream
@@ -33,6 +35,12 @@ MESH = {"pipeline": 2, "tensor": 2}
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+def saved_topology(run: Path, step: int) -> dict[str, Any]:
+    """On what the ranks were that saved a step."""
+    manifest = json.loads((step_directory(run / "checkpoints", step) / MANIFEST).read_text())
+    return dict(manifest["topology"])
 
 
 def on_mesh(config: Config, **parallel: int) -> Config:
@@ -85,6 +93,7 @@ def test_a_family_learns_on_a_mesh_what_it_learns_in_one_plain_process(
     config = on_mesh(run_config(data, STEPS, (3, "none", "none")), **MESH)
     imported = import_into(tmp_path / "run", published, config)
     pools.get(4).run(TRAIN, config=imported, directory=tmp_path / "run")
+    assert saved_topology(tmp_path / "run", STEPS).items() >= {**MESH, "zero_stage": 3}.items()
     steps = read_metrics(tmp_path / "run").steps
     plain = list(plain_steps(theirs, data, imported, [s.learning_rate for s in steps]))
     assert [s.loss for s in steps] == pytest.approx([loss for loss, _ in plain], rel=1e-5)
@@ -113,10 +122,15 @@ def test_an_open_model_is_imported_trained_on_two_meshes_and_given_back(
     config = on_mesh(run_config(data, 2, (3, "cpu", "cpu"), save_every=2), **MESH)
     imported = import_into(tmp_path / "run", published, config)
     pools.get(4).run(TRAIN, config=imported, directory=tmp_path / "run")
+    first = saved_topology(tmp_path / "run", 2)
+    assert first.items() >= {**MESH, "zero_stage": 3, "optimizer_device": "cpu"}.items()
+    assert first["parameter_device"] == "cpu"
     imported = with_zero(on_mesh(imported), 1)
     imported["megagpt"]["training"]["total_steps"] = 4
     (resumed, _) = pools.get(2).run(TRAIN, config=imported, directory=tmp_path / "run")
     assert resumed["first_step"] == 2
+    second = saved_topology(tmp_path / "run", 4)
+    assert second.items() >= {"pipeline": 1, "tensor": 1, "data": 2, "zero_stage": 1}.items()
 
     steps = read_metrics(tmp_path / "run").steps
     assert [step.step for step in steps] == [1, 2, 3, 4]

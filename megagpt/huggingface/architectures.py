@@ -243,6 +243,12 @@ _ROTARY = {"position": "rotary", "norm": "rmsnorm", **_NO_BIAS}
 _SWIGLU = Key("hidden_act", "activation", "silu", values=_GATED)
 
 
+def _root_of_width(ours: dict[str, Any]) -> float:
+    """Return Gemma's factor of the embedding; of no use if the width is no number."""
+    width = ours["hidden_size"]
+    return float(width**0.5) if isinstance(width, int) and width > 0 else 1.0
+
+
 def _layers(theirs: Document) -> range:
     """Return the layers of a config.json; none if it does not state their number."""
     layers = theirs.get("num_hidden_layers")
@@ -530,7 +536,7 @@ GEMMA2 = Architecture(
         **_ROTARY,
         "norm_weight_offset": 1,
         "post_norm": "both",
-        "embedding_scale": lambda ours: ours["hidden_size"] ** 0.5,
+        "embedding_scale": _root_of_width,
     },
     keys=(
         *_shape("rms_norm_eps", 1e-6),

@@ -10,8 +10,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megagpt.config import ConfigError, RunConfig
 from megagpt.huggingface.published_config import PublishedConfig
 from megagpt.utils import UserError
+from tests.support.configurations import tiny
 
 # As in distilgpt2, gpt2-xl, DialoGPT, Llama 2 ports, fine-tuned and re-uploaded models.
 EVERYWHERE: dict[str, Any] = {
@@ -146,3 +148,36 @@ def test_how_files_name_their_architecture(named: dict[str, Any] | None, tmp_pat
 def test_another_head_is_another_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"unknown .found .'GPT2ForSequenceClassification'"):
         verdict(tmp_path, GPT2 | {"architectures": ["GPT2ForSequenceClassification"]})
+
+
+STRANGE = ("x", -1, 0, 0.5, 10**30, True, None, [], [[1]], {}, {"a": [1]}, ["sliding_attention"])
+
+
+@pytest.mark.rotate(3)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_strange_value_is_a_problem_of_the_file_and_no_crash(name: str, tmp_path: Path) -> None:
+    """Of any key that is read, in a model that could be imported otherwise."""
+    path = tmp_path / "config.json"
+    written = RunConfig.from_json(json.dumps(tiny(sequence_length=16)))
+    plain = MODELS[name][0]
+    path.write_text(json.dumps(plain))
+    published = PublishedConfig(path)
+    assert published.run_config(written, 10**6).megagpt.model.num_layers == 1
+    keys = {key for relation in published.architecture.keys for key in relation.names}
+    inside = ("rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings")
+    scalings = [
+        {"rope_type": kind, key: value}
+        for kind in ("linear", "dynamic", "yarn", "llama3", "longrope", ["x"])
+        for key in inside
+        for value in STRANGE
+    ]
+    cases = [(key, value) for key in sorted(keys) for value in STRANGE]
+    refused: list[str] = []
+    for key, value in [*cases, *(("rope_scaling", scaling) for scaling in scalings)]:
+        path.write_text(json.dumps(plain | {key: value}))
+        try:
+            PublishedConfig(path).run_config(written, 10**6)
+        except ConfigError as error:
+            refused += str(error).splitlines()
+    assert [line for line in refused if not line.startswith(f"{path}: ")] == []
+    assert len(refused) > len(keys)

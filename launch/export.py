@@ -30,7 +30,7 @@ def main() -> None:
     print(
         f"{arguments.output}: step {written.step} as {written.architecture}, "
         f"{human_count(written.parameters)} "
-        f"parameters in {arguments.dtype}, {human_bytes(written.bytes)}\n"
+        f"parameters in {written.formats}, {human_bytes(written.bytes)}\n"
         f"next: transformers.AutoModelForCausalLM.from_pretrained"
         f"({json.dumps(str(arguments.output), ensure_ascii=False)})"
     )
@@ -48,8 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--dtype",
         choices=("fp32", "bf16", "fp16"),
-        default="fp32",
-        help="number format of the weights [fp32]",
+        help="number format of the weights [the imported model's, else fp32]",
     )
     add("--overwrite", action="store_true", help="replace an earlier export in --output")
     return parser.parse_args()

@@ -37,6 +37,7 @@ def main() -> None:
             tokenizer,
             [prompt],
             sequence_length=config.megagpt.model.sequence_length,
+            reread_after=config.megagpt.model.reread_after,
             max_new_tokens=arguments.max_new_tokens,
             temperature=arguments.temperature,
             top_k=arguments.top_k,

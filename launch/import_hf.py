@@ -26,7 +26,7 @@ def main() -> None:
     announce_to_deepspeed()
     from megagpt.huggingface.importing import import_model  # imports DeepSpeed
 
-    made = import_model(arguments.model, config, arguments.run_dir)
+    made = import_model(arguments.model, config, arguments.run_dir, ignored=arguments.ignore_keys)
     print(
         f"{arguments.run_dir}: step 0, {human_count(made.parameters)} parameters of "
         f"{made.architecture}"
@@ -60,6 +60,14 @@ def parse_arguments() -> argparse.Namespace:
         help="run directory to create, such as runs/NAME",
     )
     add_set_option(parser, SYNONYMS)
+    add(
+        "--ignore_keys",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY",
+        help="unknown keys of the model's config.json that change no result",
+    )
     return parser.parse_args()
 
 

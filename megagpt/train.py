@@ -289,6 +289,7 @@ def write_samples(run: Run) -> None:
             run.tokenizer,
             prompts,
             sequence_length=run.config.megagpt.model.sequence_length,
+            reread_after=run.config.megagpt.model.reread_after,
             max_new_tokens=SAMPLE_TOKENS,
             temperature=SAMPLE_TEMPERATURE,
             seed=run.state.step,

@@ -13,7 +13,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-BYTES_OF = {"F32": 4, "BF16": 2, "F16": 2}
 DTYPE_OF = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -29,12 +28,12 @@ DTYPE_OF = {
     "BOOL": torch.bool,
 }
 
-Entry = tuple[str, str, Sequence[int]]  # name, format (a key of BYTES_OF), shape
+Entry = tuple[str, str, Sequence[int]]  # name, format (a key of DTYPE_OF), shape
 
 
 def tensor_bytes(kind: str, shape: Sequence[int]) -> int:
     """Return the bytes that a tensor takes in a file."""
-    return BYTES_OF[kind] * math.prod(shape)
+    return DTYPE_OF[kind].itemsize * math.prod(shape)
 
 
 def header(tensors: Iterable[Entry], metadata: dict[str, str] | None = None) -> bytes:
@@ -50,11 +49,17 @@ def header(tensors: Iterable[Entry], metadata: dict[str, str] | None = None) -> 
     return len(text).to_bytes(8, "little") + text
 
 
+def as_bytes(tensor: Tensor) -> memoryview:
+    """Return a tensor's elements as a file holds them."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
 @dataclass(frozen=True)
 class StoredSlice:
     """A tensor in a file: its format, its shape, and the bytes from ``start`` to ``end``."""
 
     path: Path
+    name: str
     kind: str
     shape: tuple[int, ...]
     start: int
@@ -74,6 +79,23 @@ class StoredSlice:
         return torch.frombuffer(content, dtype=DTYPE_OF[self.kind]).view(self.shape)
 
 
+def slices_of(path: Path, header: bytes) -> list[StoredSlice]:
+    """Return the tensors of a file with this header, in the order of their bytes."""
+    entries = json.loads(header[8:])
+    entries.pop("__metadata__", None)
+    slices = [
+        StoredSlice(
+            path,
+            name,
+            entry["dtype"],
+            tuple(entry["shape"]),
+            *(len(header) + offset for offset in entry["data_offsets"]),
+        )
+        for name, entry in entries.items()
+    ]
+    return sorted(slices, key=lambda piece: (piece.start, piece.end))
+
+
 class StoredFile:
     """A file of any size: only the tensors that are asked for come into memory.
 
@@ -88,23 +110,16 @@ class StoredFile:
         self.size_bytes = path.stat().st_size
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            entries = json.loads(file.read(size))
-        entries.pop("__metadata__", None)
-        self._slices = {
-            name: StoredSlice(
-                path,
-                entry["dtype"],
-                tuple(entry["shape"]),
-                *(8 + size + offset for offset in entry["data_offsets"]),
-            )
-            for name, entry in entries.items()
-        }
+            file.seek(0)
+            self.header = file.read(8 + size)
+        self.slices = slices_of(path, self.header)
+        self._by_name = {piece.name: piece for piece in self.slices}
 
     def keys(self) -> Iterable[str]:
-        return self._slices.keys()
+        return self._by_name.keys()
 
     def slice(self, name: str) -> StoredSlice:
         """Return a tensor's place; raise SafetensorError if the file does not have it."""
-        if name not in self._slices:
+        if name not in self._by_name:
             raise SafetensorError(f"no tensor {name}")
-        return self._slices[name]
+        return self._by_name[name]

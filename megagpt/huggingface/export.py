@@ -3,21 +3,29 @@
     config.json  generation_config.json  tokenizer.json  tokenizer_config.json
     model.safetensors, or model-00001-of-00003.safetensors ... and model.safetensors.index.json
 
-Tensors are read and written one after another, so memory holds one of ours and what it becomes. The
-rows that pad our vocabulary are left out.
+Tensors are read and written one after another, so memory holds two of ours and what they become.
+The rows that pad our vocabulary are left out. A run that began with a published model gives its
+files back: the same names, order, formats and keys (kept_model.py).
 """
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megagpt.checkpoint.safetensors_file import header, tensor_bytes
+from megagpt.checkpoint.safetensors_file import (
+    DTYPE_OF,
+    Entry,
+    as_bytes,
+    header,
+    tensor_bytes,
+)
 from megagpt.config import ModelConfig
 from megagpt.data.byte_level_bpe import END_OF_DOCUMENT
 from megagpt.data.model_tokenizer.files import files_of_tokenizer, is_of_a_model
@@ -30,6 +38,7 @@ from megagpt.huggingface.architectures import (
     Architecture,
     Part,
 )
+from megagpt.huggingface.kept_model import GENERATION, KeptModel
 from megagpt.huggingface.whole_directory import flushed, whole_directory
 from megagpt.inference.generate import allowed_tokens, open_tokenizer
 from megagpt.inference.stored_model import open_weights
@@ -37,24 +46,23 @@ from megagpt.rundir.directory import read_config
 from megagpt.utils import MIB, UserError, write_atomically
 
 SHARD_BYTES = 5_000_000_000  # of tensors in one file, as transformers writes them
-DTYPES = {
-    "fp32": ("F32", torch.float32),
-    "bf16": ("BF16", torch.bfloat16),
-    "fp16": ("F16", torch.float16),
-}
+KINDS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+NAMES = {kind: name for name, kind in KINDS.items()}
 OF_AN_EXPORT = re.compile(
     rf"config\.json|generation_config\.json|{'|'.join(map(re.escape, TOKENIZER_FILES))}|"
     r"model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors"
 )
+NEAREST = 3  # architectures that a message names
 SPARE_BYTES = 64 * MIB  # tokenizer and headers, in addition to the tensors
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the architecture, the step, and the parameters without padding."""
+    """What was written: architecture, step, formats, parameters without padding, bytes."""
 
     architecture: str
     step: int
+    formats: str
     parameters: int
     bytes: int
 
@@ -64,42 +72,59 @@ def export(
     output: Path,
     *,
     step: int | None = None,
-    dtype: str = "fp32",
+    dtype: str | None = None,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> Exported:
     """Write the model of a run's newest checkpoint, or of ``step``, into the directory ``output``.
 
-    Raise UserError if there is no such checkpoint, if its model is not a published architecture, if
+    ``dtype`` is by default that of the published model that the run began with, else fp32. Raise
+    UserError if there is no such checkpoint, if its model is not a published architecture, if
     ``dtype`` cannot hold a weight, and if the directory exists, unless it is an export that may be
     replaced.
     """
     config = read_config(run_directory)
     model = config.megagpt.model
-    architecture = require_architecture(model, run_directory)
+    kept = KeptModel.of(run_directory)
+    if kept is not None:
+        kept.document(model)  # is that of the run, or raises
+    architecture = kept.architecture if kept else require_architecture(model, run_directory)
     tokenizer = open_tokenizer(config.megagpt, run_directory)
     _require_free(output, overwrite)
     found_step, weight = open_weights(run_directory, step)
-    kind = DTYPES[dtype][0]
-    shards = list(plan_shards(architecture, model, kind, shard_bytes))
-    size = stored_bytes(architecture.parts(model), kind)
+    source = TrainedWeights(weight, model, list(architecture.parts(model)), kept)
+    if kept is None:
+        files = plan_files(source.parts, KINDS[dtype or "fp32"], shard_bytes)
+    else:
+        files = plan_kept_files(kept, source, dtype)
+    size = sum(tensor_bytes(kind, shape) for file in files for _, kind, shape in file.entries)
     with whole_directory(
         output, option="--output", room_bytes=size + SPARE_BYTES, replace=overwrite
     ) as staging:
-        _write_json(staging / CONFIG, _model_config(architecture, model, tokenizer, dtype))
-        _write_json(staging / "generation_config.json", _generation_config(model, tokenizer))
+        if kept is None:
+            _write_json(staging / CONFIG, _model_config(architecture, model, tokenizer, dtype))
+            _write_json(staging / GENERATION, _generation_config(model, tokenizer))
+        else:
+            _write_kept(staging, kept, model, dtype, size)
         _write_tokenizer(staging, Path(config.megagpt.data.sources[0].path), model)
-        _write_weights(staging, shards, TrainedWeights(weight, model, dtype))
-    return Exported(architecture.name, found_step, size // tensor_bytes(kind, []), size)
+        for file in files:
+            _write_file(staging, file, source)
+        if kept is None and len(files) > 1:
+            _write_index(staging, files, size)
+    return Exported(architecture.name, found_step, _formats(files), source.parameters, size)
 
 
 def require_architecture(model: ModelConfig, run_directory: Path) -> Architecture:
-    """Return the published architecture of the model; raise UserError with what each needs."""
+    """Return the published architecture of the model.
+
+    Raise UserError with what the nearest ones need.
+    """
     misfits = {architecture.name: architecture.misfits(model) for architecture in ARCHITECTURES}
     for architecture in ARCHITECTURES:
         if not misfits[architecture.name]:
             return architecture
-    listed = "\n".join(f"  {name} needs {', '.join(wanted)}" for name, wanted in misfits.items())
+    nearest = sorted(misfits.items(), key=lambda item: len(item[1]))[:NEAREST]
+    listed = "\n".join(f"  {name} needs {', '.join(wanted)}" for name, wanted in nearest)
     raise UserError(
         f"{run_directory}: megagpt.model is not a published architecture, so transformers cannot "
         f"load it:\n{listed}\n"
@@ -128,42 +153,115 @@ def _require_free(output: Path, overwrite: bool) -> None:
 # ------------------------------------------------------------------------------------------ weights
 
 
-def plan_shards(
-    architecture: Architecture, model: ModelConfig, kind: str, shard_bytes: int
-) -> Iterator[list[Part]]:
-    """Yield the tensors of each file, at most ``shard_bytes`` unless one tensor alone has more."""
-    shard: list[Part] = []
-    held = 0
-    for part in architecture.parts(model):
-        size = stored_bytes([part], kind)
-        if shard and held + size > shard_bytes:
-            yield shard
-            shard = []
-            held = 0
-        shard.append(part)
-        held += size
-    yield shard
-
-
-def stored_bytes(parts: Iterable[Part], kind: str) -> int:
-    """Return the bytes that tensors take in files."""
-    return sum(tensor_bytes(kind, shape) for part in parts for shape in part.theirs.values())
-
-
 @dataclass(frozen=True)
+class PlannedFile:
+    """A file of tensors, one after another: names, formats, shapes."""
+
+    name: str
+    header: bytes
+    entries: Sequence[Entry]
+
+
+def plan_files(parts: Iterable[Part], kind: str, shard_bytes: int) -> list[PlannedFile]:
+    """Return the files, at most ``shard_bytes`` each unless one of our tensors alone has more."""
+    shards: list[list[Entry]] = [[]]
+    held = 0
+    for part in parts:
+        entries = [(name, kind, shape) for name, shape in part.theirs.items()]
+        size = sum(tensor_bytes(*entry[1:]) for entry in entries)
+        if held and held + size > shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1] += entries
+        held += size
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    return [
+        # transformers refuses a file without this format.
+        PlannedFile(name, header(entries, {"format": "pt"}), entries)
+        for name, entries in zip(names if len(shards) > 1 else [WEIGHTS], shards, strict=True)
+    ]
+
+
+def plan_kept_files(
+    kept: KeptModel, source: "TrainedWeights", dtype: str | None
+) -> list[PlannedFile]:
+    """Return the files of the published model, with weights in ``dtype`` if it is given."""
+    kept.require_tensors({name: source.shape(name) for name in source.places})
+    files = []
+    for name, pieces in kept.files.items():
+        entries: list[Entry] = [
+            (p.name, KINDS[dtype] if dtype and p.name in source.places else p.kind, p.shape)
+            for p in pieces
+        ]
+        files.append(PlannedFile(name, kept.header_of(name, entries), entries))
+    return files
+
+
 class TrainedWeights:
-    """The source of the weights, and the type that they are converted to."""
+    """A run's weights by the names that they have in files."""
 
-    weight: Callable[[str], Tensor]
-    model: ModelConfig
-    dtype: str
+    def __init__(
+        self,
+        weight: Callable[[str], Tensor],
+        model: ModelConfig,
+        parts: Sequence[Part],
+        kept: KeptModel | None,
+    ) -> None:
+        self.parts = parts
+        self._weight = weight
+        self._model = model
+        self._kept = kept
+        self._split = lru_cache(maxsize=2)(self._split_part)  # q, k and v are not beside each other
+        theirs = {
+            name: (index, place)
+            for index, part in enumerate(parts)
+            for place, name in enumerate(part.theirs)
+        }
+        self.places = theirs if kept is None else self._in_kept_files(theirs, kept)
 
-    def theirs(self, part: Part) -> Sequence[Tensor]:
-        """Return what a part becomes.
+    def _in_kept_files(
+        self, theirs: dict[str, tuple[int, int]], kept: KeptModel
+    ) -> dict[str, tuple[int, int]]:
+        stored = kept.tensors
+        places = {kept.architecture.stored_name(n, stored): place for n, place in theirs.items()}
+        head, embedding = kept.architecture.head_and_embedding()
+        copy = kept.architecture.stored_name(head, stored)
+        if self._model.tie_embeddings and copy in stored:  # the tied weight, stored a second time
+            places[copy] = theirs[embedding]
+        return places
 
-        Raise UserError if the weight has another shape or does not fit the type.
+    def shape(self, name: str) -> torch.Size:
+        """Return the shape of one of the weights."""
+        index, place = self.places[name]
+        return list(self.parts[index].theirs.values())[place]
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters, without padding."""
+        return sum(shape.numel() for part in self.parts for shape in part.theirs.values())
+
+    def tensor(self, name: str, kind: str) -> Tensor:
+        """Return a tensor of a file in the format ``kind``.
+
+        Raise UserError if the weight has another shape, is not finite or does not fit the format.
         """
-        ours = self.weight(part.name) if part.stored else torch.zeros(part.shape)
+        if name not in self.places and self._kept is not None:
+            return self._kept.buffer(name)
+        index, place = self.places[name]
+        theirs = self._split(index)[place]
+        converted = theirs.to(DTYPE_OF[kind])
+        if not all(extreme.isfinite() for extreme in converted.aminmax()):
+            raise UserError(
+                f"{self.parts[index].name}: {theirs.abs().max():.3g} does not fit into "
+                f"{NAMES.get(kind, kind)}; use "
+                "--dtype bf16 or fp32"
+            )
+        return converted
+
+    def _split_part(self, index: int) -> Sequence[Tensor]:
+        """Return what one of our tensors becomes, in fp32."""
+        part = self.parts[index]
+        ours = self._weight(part.name) if part.stored else torch.zeros(part.shape)
         if ours.shape != part.shape:
             raise UserError(
                 f"{part.name}: wrong shape in the checkpoint (found {tuple(ours.shape)}, "
@@ -175,47 +273,54 @@ class TrainedWeights:
                 f"{part.name}: not finite in the checkpoint; choose the checkpoint of another "
                 f"step with --step"
             )
-        converted = ours.to(DTYPES[self.dtype][1])
-        if not all(extreme.isfinite() for extreme in converted.aminmax()):
-            raise UserError(
-                f"{part.name}: {ours.abs().max():.3g} does not fit into {self.dtype}; use --dtype "
-                f"bf16 or fp32"
-            )
-        return part.relation.split(converted, self.model)
+        return part.relation.split(ours, self._model)
 
 
-def _write_weights(staging: Path, shards: Sequence[Sequence[Part]], source: TrainedWeights) -> None:
-    """Write each file in one pass, flushed to the disk; with several, write their index too."""
-    kind = DTYPES[source.dtype][0]
-    places: dict[str, str] = {}
-    for index, shard in enumerate(shards, start=1):
-        name = (
-            WEIGHTS if len(shards) == 1 else f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-        )
-        entries = [(theirs, kind, shape) for part in shard for theirs, shape in part.theirs.items()]
-        places |= {theirs: name for theirs, _, _ in entries}
-        with flushed(staging / name) as file:
-            # transformers refuses a file without this format.
-            file.write(header(entries, {"format": "pt"}))
-            for part in shard:
-                for tensor in source.theirs(part):
-                    file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-    if len(shards) > 1:
-        size = stored_bytes((part for shard in shards for part in shard), kind)
-        _write_json(staging / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
+def _formats(files: Iterable[PlannedFile]) -> str:
+    kinds = dict.fromkeys(kind for file in files for _, kind, _ in file.entries)
+    return ", ".join(NAMES.get(kind, kind) for kind in kinds)
+
+
+def _write_file(staging: Path, planned: PlannedFile, source: TrainedWeights) -> None:
+    """Write a file in one pass, flushed to the disk."""
+    with flushed(staging / planned.name) as file:
+        file.write(planned.header)
+        for name, kind, _ in planned.entries:
+            file.write(as_bytes(source.tensor(name, kind)))
+
+
+def _write_index(staging: Path, files: Sequence[PlannedFile], size: int) -> None:
+    places = {name: file.name for file in files for name, _, _ in file.entries}
+    _write_json(staging / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
 
 
 # ------------------------------------------------------------------------- configuration, tokenizer
 
 
+def _write_kept(
+    staging: Path, kept: KeptModel, model: ModelConfig, dtype: str | None, total_size: int
+) -> None:
+    """Write what the published model has beside its weights and its tokenizer."""
+    name = str(DTYPE_OF[KINDS[dtype]]).removeprefix("torch.") if dtype else None
+    write_atomically(staging / CONFIG, kept.config_in(model, name))
+    if (index := kept.index_in(total_size)) is not None:
+        write_atomically(staging / INDEX, index)
+    if (kept.directory / GENERATION).is_file():
+        write_atomically(staging / GENERATION, (kept.directory / GENERATION).read_bytes())
+
+
 def _model_config(
-    architecture: Architecture, model: ModelConfig, tokenizer: Tokenizer, dtype: str
+    architecture: Architecture, model: ModelConfig, tokenizer: Tokenizer, dtype: str | None
 ) -> dict[str, Any]:
-    """Return config.json."""
+    """Return config.json.
+
+    No token pads: Phi-3's default would be beyond a small vocabulary.
+    """
     return (
         architecture.config(model)
         | _ends(tokenizer)
-        | {"torch_dtype": str(DTYPES[dtype][1]).removeprefix("torch.")}
+        | {"pad_token_id": None}
+        | {"torch_dtype": str(DTYPE_OF[KINDS[dtype or "fp32"]]).removeprefix("torch.")}
     )
 
 

@@ -4,11 +4,12 @@ runs/NAME/config.json               the run, resolved, as training writes it
 runs/NAME/imported.json             what to train it with: the given configuration with this
                                     model
 runs/NAME/tokenizer.sha256          of the data's tokenizer, if it was compared with the model's
+runs/NAME/published                 what an export needs to give the model back
 runs/NAME/checkpoints/step_00000000 the weights; Adam's moments are zero
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from megagpt.checkpoint.writer import Flats, PlannedFile, files_of, write_files
 from megagpt.config import ConfigError, ModelConfig, ResolvedConfig, RunConfig
 from megagpt.data.manifest import read_dataset_manifest
 from megagpt.huggingface.architectures import Part
+from megagpt.huggingface.kept_model import keep
 from megagpt.huggingface.published_model import PublishedModel
 from megagpt.huggingface.whole_directory import whole_directory
 from megagpt.parallel.compat import MOMENTS, Piece
@@ -43,6 +45,7 @@ from megagpt.utils import MIB, UserError, sync_directory, write_atomically
 
 IMPORTED = "imported.json"
 SPARE_BYTES = 64 * MIB  # manifest and headers, in addition to the tensors
+BATCH = 16 * MIB  # elements of small tensors that are read together
 GROUPS = 2  # of parameters, with and without weight decay (engine.py, parameter_groups)
 
 
@@ -60,13 +63,17 @@ class Imported:
     tokenizer_compared: bool
 
 
-def import_model(source: Path, written: RunConfig, run_directory: Path) -> Imported:
+def import_model(
+    source: Path, written: RunConfig, run_directory: Path, *, ignored: Collection[str] = ()
+) -> Imported:
     """Make a run directory from the model in ``source``; ``written`` configures the rest.
+
+    ``ignored`` are unknown keys of its config.json that change no result.
 
     Raise UserError if the model has something that ours has not, if its tokenizer is not that of
     the data, and if the run directory exists.
     """
-    published = PublishedModel(source)
+    published = PublishedModel(source, ignored)
     config = published.run_config(written)
     data = Path(config.megagpt.data.sources[0].path)
     prepare_vocabulary(config)
@@ -81,6 +88,7 @@ def import_model(source: Path, written: RunConfig, run_directory: Path) -> Impor
         run_directory, option="--run_dir", room_bytes=size + SPARE_BYTES
     ) as staging:
         _write_checkpoint(staging / "checkpoints", published, resolved)
+        keep(published, model, staging)
         write_atomically(
             staging / IMPORTED, json.dumps(_document(config), indent=2, ensure_ascii=False) + "\n"
         )
@@ -158,25 +166,25 @@ def _document(config: RunConfig) -> dict[str, Any]:
 def _given_way(written: RunConfig, config: RunConfig) -> Iterator[str]:
     before = written.identity()
     after = config.identity()
-    for key, value in after.items():
-        if before[key] not in (None, value):
-            yield f"{key} {value} (not {before[key]})"
+    for key, value in before.items():
+        if value is not None and after.get(key) != value:
+            yield f"{key} {after.get(key, 'at its default')} (not {value})"
 
 
 # --------------------------------------------------------------------------------------- checkpoint
 
 
 def _write_checkpoint(checkpoints: Path, published: PublishedModel, config: ResolvedConfig) -> None:
-    """Write the checkpoint of step 0, layer by layer.
+    """Write the checkpoint of step 0, some tensors at a time.
 
     On failure the caller removes the whole directory.
     """
     directory = step_directory(checkpoints, 0)
     directory.mkdir(parents=True)
     parts = list(published.architecture.parts(config.megagpt.model))
-    layers = _by_layer(parts)
-    plan = files_of(0, (_pieces(layer) for layer in layers))
-    state = (_flats(layer, published, config.megagpt.model) for layer in layers)
+    batches = _batches(parts)
+    plan = files_of(0, (_pieces(batch) for batch in batches))
+    state = (_flats(batch, published, config.megagpt.model) for batch in batches)
     files = write_files(directory, plan, state)
     manifest = replace(_manifest(published, config, parts, plan), files=files)
     write_atomically(directory / MANIFEST, manifest.to_json())
@@ -184,29 +192,37 @@ def _write_checkpoint(checkpoints: Path, published: PublishedModel, config: Reso
     name_latest(directory)
 
 
-def _by_layer(parts: list[Part]) -> list[list[Part]]:
-    """Return the parts that are in memory together: a block, the embedding, the head."""
-    layers: dict[str, list[Part]] = {}
+def _batches(parts: list[Part]) -> list[list[Part]]:
+    """Return the parts that are in memory together: a large one alone, small ones until BATCH."""
+    batches: list[list[Part]] = []
+    held = 0
     for part in parts:
-        layers.setdefault(".".join(part.name.split(".")[:2]), []).append(part)
-    return list(layers.values())
+        size = part.shape.numel()
+        if not batches or held + size > BATCH:
+            batches.append([])
+            held = 0
+        batches[-1].append(part)
+        held += size
+    return batches
 
 
-def _pieces(layer: list[Part]) -> list[Piece]:
+def _pieces(batch: list[Part]) -> list[Piece]:
     """Return the pieces that we store, one after the other."""
     pieces = []
     offset = 0
-    for part in layer:
+    for part in batch:
         if part.stored:
             pieces.append(Piece(part.name, 0, part.shape.numel(), offset, owned=True))
             offset += part.shape.numel()
     return pieces
 
 
-def _flats(layer: list[Part], published: PublishedModel, model: ModelConfig) -> Flats:
-    """Return the weights of a layer, and zero moments that take no memory."""
-    ours = [published.ours(part, model) for part in layer]
-    weights = torch.cat([tensor.flatten() for tensor in ours if tensor is not None])
+def _flats(batch: list[Part], published: PublishedModel, model: ModelConfig) -> Flats:
+    """Return the weights of a batch, and zero moments that take no memory."""
+    ours = [published.ours(part, model) for part in batch]
+    flat = [tensor.flatten() for tensor in ours if tensor is not None]
+    # One large tensor is not copied.
+    weights = flat[0] if len(flat) == 1 else torch.cat(flat or [torch.empty(0)])
     return {
         WEIGHT: weights,
         **{moment: torch.zeros(1).expand(weights.numel()) for moment in MOMENTS},

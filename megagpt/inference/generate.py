@@ -29,6 +29,7 @@ def generate(
     prompts: Sequence[str],
     *,
     sequence_length: int,
+    reread_after: int | None = None,
     max_new_tokens: int = 256,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -38,6 +39,7 @@ def generate(
 ) -> list[str]:
     """Return each prompt's continuation, up to ``max_new_tokens`` or the end of the document.
 
+    ``reread_after`` is the model's: see ``continuation``.
     ``on_text(prompt_index, piece)`` receives the text as it grows. If ranks share the model (ZeRO-3
     gathers it in every forward), all of them must call this, and ``forward`` must return the same
     last row on each, for instance rank 0's, broadcast: they then draw the same tokens and run the
@@ -54,6 +56,7 @@ def generate(
             read or [tokenizer.end_of_document],
             sampler,
             sequence_length=sequence_length,
+            reread_after=reread_after,
             end_token=tokenizer.end_of_document,
             limit=max_new_tokens,
         )
@@ -74,19 +77,27 @@ def continuation(
     sequence_length: int,
     end_token: int,
     limit: int,
+    reread_after: int | None = None,
 ) -> Iterator[int]:
     """Yield at most ``limit`` tokens that follow ``tokens``, up to but without the end token.
 
     A model has no position beyond ``sequence_length``. When the text fills it, its newest half is
-    read again from position 0, so one token per half sequence costs more than the others.
+    read again from position 0, so one token per half sequence costs more than the others. So does
+    the one at which the text becomes longer than ``reread_after``: the cached keys were rotated
+    for a short text.
     """
     text = list(tokens)
     unread = list(tokens)
     cache = KeyValueCache(sequence_length)
+    start = 0  # of what the cache holds, in the text
     for _ in range(limit):
-        if cache.length + len(unread) > sequence_length:
+        length = cache.length + len(unread)
+        full = length > sequence_length
+        if full:
+            start = len(text) - (sequence_length + 1) // 2
+        if full or (reread_after is not None and cache.length <= reread_after < length):
             cache = KeyValueCache(sequence_length)
-            unread = text[-((sequence_length + 1) // 2) :]
+            unread = text[start:]
         token = sampler.pick(next_logits(forward, unread, cache))
         if token == end_token:
             return

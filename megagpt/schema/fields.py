@@ -41,15 +41,6 @@ def at_default(section: BaseModel, name: str) -> bool:
     return bool(getattr(section, name) == default_of(section, name))
 
 
-def changed_later_keys(section: BaseModel) -> list[str]:
-    """Return the keys declared with `later_identity` that do not have their defaults."""
-    return [
-        name
-        for name, field in type(section).model_fields.items()
-        if is_later(field) and not at_default(section, name)
-    ]
-
-
 def is_later(field: FieldInfo) -> bool:
     """Return whether a key was declared with `later_identity`."""
     return isinstance(field.json_schema_extra, dict) and "added_after" in field.json_schema_extra

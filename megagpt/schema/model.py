@@ -243,6 +243,12 @@ class ModelSection(Section):
         return int(self.head_size * self.rope_fraction) if self.position == "rotary" else 0
 
     @property
+    def reread_after(self) -> int | None:
+        """The length of a text after which all its keys are rotated otherwise (longrope)."""
+        scaling = self.rope_scaling
+        return scaling.original_length if isinstance(scaling, LongRopeScaling) else None
+
+    @property
     def gated(self) -> bool:
         """Whether the MLP has a gate, and so three matrices."""
         return self.activation in GATED

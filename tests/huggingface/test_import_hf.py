@@ -215,29 +215,37 @@ def test_it_is_the_run_that_would_have_begun_with_these_weights(
 # ----------------------------------------------------------------------------- what is not imported
 
 LLAMA_REFUSALS = [
-    ({"rms_norm_eps": 1e-6}, "rms_norm_eps 1e-06: megagpt needs 1e-05"),
     (
-        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
-        "rope_theta 500000.0: megagpt needs 10000.0",
+        {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}, "rope_parameters": None},
+        'rope_scaling.rope_type "mrope": megagpt has default, linear, dynamic, yarn, llama3, '
+        "longrope",
     ),
     (
-        {"rope_scaling": {"type": "linear", "factor": 2.0}},
-        'rope_scaling.type "linear": megagpt does not support it\n*rope_scaling.factor 2.0: '
-        "megagpt does not",
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        "rope_parameters.partial_rotary_factor 0.5: megagpt needs 1.0",
+    ),
+    (
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta_fast": 8}},
+        "rope_parameters.beta_fast 8: megagpt does not support it with rope_type linear",
+    ),
+    (
+        {"rope_parameters": {"rope_type": "linear", "factor": "two"}},
+        'rope_scaling: megagpt.model.rope_scaling.factor: expected a number, got "two"',
     ),
     ({"hidden_act": "gelu"}, 'hidden_act "gelu": megagpt needs "silu"'),
-    ({"head_dim": 16}, "head_dim 16: megagpt's is 8 at hidden_size 32"),
-    ({"intermediate_size": 96}, "intermediate_size 96: megagpt's is 128 at hidden_size 32"),
-    ({"attention_bias": True}, "mlp_bias false: megagpt has one bias for all layers"),
+    ({"head_dim": 16}, "q_proj.weight: F32 of shape (32, 32), the model's is (64, 32)"),
+    ({"intermediate_size": 96}, "gate_proj.weight: F32 of shape (128, 32), the model's is (96, 32"),
+    ({"attention_bias": True}, "model.layers.1.self_attn.o_proj.bias: missing"),
     ({"sliding_window": 4096}, "sliding_window 4096: megagpt does not support it"),
+    ({"num_local_experts": 8}, "num_local_experts 8: megagpt does not support it"),
     (
         {"quantization_config": {"bits": 4}},
         'quantization_config {"bits": 4}: megagpt does not support it',
     ),
     ({"max_position_embeddings": 8}, "max_position_embeddings 8: shorter than the run's sequences"),
     (
-        {"num_attention_heads": 5},
-        "megagpt.model.num_heads: 5 does not divide hidden_size 32: use 4 or 8",
+        {"num_attention_heads": 5, "head_dim": None, "num_key_value_heads": None},
+        "num_attention_heads: megagpt.model.num_heads: 5 does not divide hidden_size 32: use 4 or",
     ),
     (
         {"num_hidden_layers": "two"},
@@ -270,8 +278,8 @@ LLAMA_REFUSALS = [
         "model.embed_tokens.weight: F32 of shape (257, 32), the model's is (258, 32)",
     ),
     (
-        {"architectures": ["MistralForCausalLM"]},
-        "need one of GPT2LMHeadModel, LlamaForCausalLM, Starcoder2ForCausalLM",
+        {"architectures": ["MixtralForCausalLM"]},
+        "architectures: unknown (found ['MixtralForCausalLM'], need one of GPT2LMHeadModel, Llama",
     ),
 ]
 
@@ -315,9 +323,12 @@ def test_what_computes_otherwise_is_refused(
 
 def test_all_that_differs_is_said_at_once(llama: Path, data: Path, tmp_path: Path) -> None:
     document = json.loads((llama / "config.json").read_text())
-    document |= {"rms_norm_eps": 1e-6, "hidden_act": "gelu", "sliding_window": 7}
+    document |= {"rope_scaling": {"type": "own"}, "hidden_act": "gelu", "sliding_window": 7}
+    document["rope_parameters"] = None
     (llama / "config.json").write_text(json.dumps(document))
-    assert len(refusal(llama, data, tmp_path / "run").splitlines()) == 3
+    lines = refusal(llama, data, tmp_path / "run").splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith(f"{llama / 'config.json'}: ") for line in lines)
 
 
 def test_data_of_another_tokenizer_are_refused(llama: Path, data: Path, tmp_path: Path) -> None:

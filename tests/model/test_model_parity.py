@@ -2,7 +2,6 @@
 every gradient, the text that they write.
 """
 
-import re
 from typing import Any, NamedTuple
 
 import pytest
@@ -99,8 +98,13 @@ def to_ours(
 ) -> dict[str, Tensor]:
     """A whole model's tensors (weights, or their gradients) under our names."""
     parts = [part for part in architecture.parts(model) if part.stored]
+    names = {
+        part.name: [architecture.stored_name(name, theirs) for name in part.theirs]
+        for part in parts
+    }
+    assert {name for of_part in names.values() for name in of_part} == theirs.keys()
     return {
-        part.name: part.relation.join([theirs[name] for name in part.theirs], model)
+        part.name: part.relation.join([theirs[name] for name in names[part.name]], model)
         for part in parts
     }
 
@@ -172,86 +176,19 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float, name: str) -
 
 # ------------------------------------------------------------------------------------ more families
 
-BLOCK = "blocks.*."
-LLAMA_NAMES: dict[str, tuple[list[str], architectures.Relation]] = {
-    "embedding.tokens": (["model.embed_tokens"], architectures.SAME),
-    "head": (["lm_head"], architectures.SAME),
-    "head.norm": (["model.norm"], architectures.SAME),
-    **{
-        BLOCK + ours: ([f"model.layers.*.{name}" for name in theirs], relation)
-        for ours, theirs, relation in (
-            ("attention_norm", ["input_layernorm"], architectures.SAME),
-            (
-                "attention.qkv",
-                [f"self_attn.{which}_proj" for which in "qkv"],
-                architectures.QUERY_KEY_VALUE,
-            ),
-            ("attention.query_norm", ["self_attn.q_norm"], architectures.SAME),
-            ("attention.key_norm", ["self_attn.k_norm"], architectures.SAME),
-            ("attention.output", ["self_attn.o_proj"], architectures.SAME),
-            ("mlp_norm", ["post_attention_layernorm"], architectures.SAME),
-            ("mlp.up", ["mlp.gate_proj", "mlp.up_proj"], architectures.GATE_AND_VALUE),
-            ("mlp.down", ["mlp.down_proj"], architectures.SAME),
-        )
-    },
-}
-
-
-def named(theirs: str, relation: architectures.Relation = architectures.SAME) -> Any:
-    return [f"model.layers.*.{theirs}"], relation
-
-
-POST_NORM_NAMES = {
-    BLOCK + "attention_post_norm": named("post_attention_layernorm"),
-    BLOCK + "mlp_post_norm": named("post_feedforward_layernorm"),
-}
-GEMMA2_NAMES = (
-    LLAMA_NAMES | POST_NORM_NAMES | {BLOCK + "mlp_norm": named("pre_feedforward_layernorm")}
-)
-STARCODER2_NAMES = LLAMA_NAMES | {
-    BLOCK + "mlp.up": named("mlp.c_fc"),
-    BLOCK + "mlp.down": named("mlp.c_proj"),
-}
-FUSED = architectures.Relation(  # one matrix of queries, keys and values
-    lambda theirs, model: architectures.QUERY_KEY_VALUE.join(
-        theirs[0].split([model.query_size, model.key_value_size, model.key_value_size]), model
-    ),
-    lambda ours, model: [torch.cat(tuple(architectures.QUERY_KEY_VALUE.split(ours, model)))],
-)
-HALVES = architectures.Relation(  # gate above value
-    lambda theirs, model: architectures.GATE_AND_VALUE.join(theirs[0].chunk(2), model),
-    lambda ours, model: [torch.cat(tuple(architectures.GATE_AND_VALUE.split(ours, model)))],
-)
-PHI3_NAMES = LLAMA_NAMES | {
-    BLOCK + "attention.qkv": named("self_attn.qkv_proj", FUSED),
-    BLOCK + "mlp.up": named("mlp.gate_up_proj", HALVES),
-}
-# GPT-NeoX stores each head's query, key and value together, as we do a group's.
-NEOX_NAMES = {
-    "embedding.tokens": (["gpt_neox.embed_in"], architectures.SAME),
-    "head": (["lm_head"], architectures.SAME),
-    "head.norm": (["gpt_neox.final_layer_norm"], architectures.SAME),
-    **{
-        BLOCK + ours: ([f"gpt_neox.layers.*.{theirs}"], architectures.SAME)
-        for ours, theirs in {
-            "attention_norm": "input_layernorm",
-            "attention.qkv": "attention.query_key_value",
-            "attention.output": "attention.dense",
-            "mlp_norm": "post_attention_layernorm",
-            "mlp.up": "mlp.dense_h_to_4h",
-            "mlp.down": "mlp.dense_4h_to_h",
-        }.items()
-    },
-}
-
 
 class Family(NamedTuple):
-    """A class of transformers, the keys of its config.json, ours, and which tensor is which."""
+    """A class of transformers, the keys of its config.json, and ours."""
 
     theirs: type[PreTrainedModel]
     their_keys: dict[str, Any]
     our_keys: dict[str, Any]
-    names: dict[str, tuple[list[str], architectures.Relation]] = LLAMA_NAMES
+
+    @property
+    def architecture(self) -> architectures.Architecture:
+        """Which tensor is which."""
+        (found,) = (a for a in architectures.ARCHITECTURES if a.name == self.theirs.__name__)
+        return found
 
 
 SHAPE = {
@@ -355,11 +292,6 @@ FAMILIES = {
         Olmo2ForCausalLM,
         SHAPE | GROUPED,
         LLAMA_KEYS | {"qk_norm": "whole", "post_norm": "instead"},
-        {
-            name: theirs
-            for name, theirs in (LLAMA_NAMES | POST_NORM_NAMES).items()
-            if name not in (BLOCK + "attention_norm", BLOCK + "mlp_norm")
-        },
     ),
     "gemma2": Family(
         Gemma2ForCausalLM,
@@ -387,7 +319,6 @@ FAMILIES = {
             "embedding_scale": 48**0.5,
             "tie_embeddings": True,
         },
-        GEMMA2_NAMES,
     ),
     "phi3": Family(
         Phi3ForCausalLM,
@@ -414,7 +345,6 @@ FAMILIES = {
                 **PHI3_FACTORS,
             },
         },
-        PHI3_NAMES,
     ),
     "starcoder2": Family(
         Starcoder2ForCausalLM,
@@ -427,7 +357,6 @@ FAMILIES = {
             "tie_embeddings": True,
             "sliding_window": 6,
         },
-        STARCODER2_NAMES,
     ),
     **{
         name: Family(
@@ -441,25 +370,10 @@ FAMILIES = {
                 "parallel_residual": parallel,
                 "tie_embeddings": False,
             },
-            NEOX_NAMES,
         )
         for name, parallel in {"neox": True, "neox-serial": False}.items()
     },
 }
-
-
-def under_our_names(theirs: dict[str, Tensor], family: Family, ours: GPT) -> dict[str, Tensor]:
-    """Their tensors (weights, or gradients) as ours; each of theirs has one place."""
-    found, used = {}, set()
-    for name, _ in ours.named_parameters():
-        module, _, kind = name.rpartition(".")
-        layer = re.match(r"blocks\.(\d+)\.", module)
-        their_modules, relation = family.names[re.sub(r"^blocks\.\d+\.", BLOCK, module)]
-        names = [f"{m}.{kind}".replace("*", layer[1] if layer else "") for m in their_modules]
-        used |= set(names)
-        found[name] = relation.join([theirs[name] for name in names], ours.config)
-    assert used == theirs.keys()
-    return found
 
 
 @pytest.fixture(scope="module", params=FAMILIES.values(), ids=FAMILIES)
@@ -475,7 +389,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[Family, PreTrainedModel, GPT]:
     randomise_(theirs)
     ours = GPT(config)
     ours.load_state_dict(
-        under_our_names(dict(theirs.named_parameters()), family, ours), strict=False
+        to_ours(family.architecture, dict(theirs.named_parameters()), config), strict=False
     )
     return family, theirs, ours
 
@@ -492,8 +406,8 @@ def test_every_family_computes_what_transformers_does(
     assert_near(logits, expected, 1e-5, "logits")
     for result in (logits, expected):
         F.cross_entropy(result.flatten(0, 1), targets.flatten()).backward()
-    expected_gradients = under_our_names(
-        {name: p.grad for name, p in theirs.named_parameters()}, family, ours
+    expected_gradients = to_ours(
+        family.architecture, {name: p.grad for name, p in theirs.named_parameters()}, ours.config
     )
     for name, parameter in ours.named_parameters():
         assert_near(parameter.grad, expected_gradients[name], 1e-4, name)

@@ -25,6 +25,7 @@ from megagpt.planning.placement import hosts_of
 from megagpt.planning.plan import Limits, Plan, as_json, assume, make_plan
 from megagpt.planning.report import text
 from megagpt.planning.rules import refusals
+from megagpt.schema.model import PRESETS
 from megagpt.utils import GIB
 from tests import REPOSITORY
 
@@ -380,3 +381,32 @@ def test_a_pipeline_longer_than_the_model_is_refused_in_a_line() -> None:
     assert done.returncode == 2
     assert "8 is refused: a stage would have no block" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_planned_on_64_gpus(preset: str, tmp_path: Path) -> None:
+    """ZeRO 3 on two stages: the ranks hold each parameter's fp32 weight and moments once."""
+    path = tmp_path / "run.json"
+    document = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}},
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3},
+        "megagpt": {
+            "model": {"preset": preset},
+            "parallel": {"pipeline": 2, "world_size": 64},
+            "training": {"total_steps": 10, "recompute": "full"},
+        },
+    }
+    path.write_text(json.dumps(document))
+    plan = make_plan(str(path), [], hosts_of(64, 8), ROOMY, assume(H100, 8))
+    assert plan.refusals == []
+    held = sum(
+        32 * (rank.states.master_weights.device + rank.states.moments.device)
+        for rank in plan.memory
+    )
+    # Tied embeddings have a copy on each stage.
+    model = plan.config.megagpt.model
+    copies = model.vocab_size * model.hidden_size if model.tie_embeddings else 0
+    assert held == pytest.approx(12 * (model.num_parameters + copies), rel=0.001)
+    assert plan.estimate.step_s > 0

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
+from kernels.options import count
 from megagpt.common.arguments import command_parser, non_negative, user_path, whole_number
 from megagpt.data.columns import DEFAULT_COLUMN
 from megagpt.data.corpora import Corpus, open_source
@@ -422,6 +423,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prepare(PreparationRequest(**options | {"dataset": (first, *more) if more else first}))
 
 
+def _tokenizer_name(text: str) -> str:
+    """Parse the name of a tokenizer: `bpe:8k` is `bpe:8000`; a directory may begin with `~`."""
+    kind, _, size = text.partition(":")
+    number = count(size) if kind == "bpe" else None
+    return os.path.expanduser(text) if number is None else f"bpe:{number}"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
         prog="launch/download_data.py",
@@ -442,7 +450,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", required=True, type=user_path, help="directory to make, for example data/NAME")
     add(
         "--tokenizer",
-        type=os.path.expanduser,
+        type=_tokenizer_name,
         default="bpe:8192",
         help="gpt2, cl100k_base, o200k_base, bytes, bpe:SIZE trained on this text, or the "
         "directory of an open model with its tokenizer.json [%(default)s]",

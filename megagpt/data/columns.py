@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Iterable
+from textwrap import shorten
 from typing import Any
 
 from megagpt.utils import UserError, did_you_mean
@@ -15,6 +16,7 @@ from megagpt.utils import UserError, did_you_mean
 DEFAULT_COLUMN = "text"
 ABSENT = object()
 MOST_NAMED = 20
+MOST_CHARACTERS = 60  # of one name
 ESCAPES = {"\\n": "\n", "\\t": "\t"}  # a shell hands "\n" over as two characters
 
 
@@ -91,13 +93,13 @@ def missing(path: str, known: Iterable[str]) -> str:
     names = list(known)
     return (
         f"no column {path!r}{did_you_mean(path, names)}; choose one with --column: "
-        f"{_listed(names) or 'there is none'}"
+        f"{listed(names) or 'there is none'}"
     )
 
 
-def _listed(names: Iterable[Any]) -> str:
-    """Return the first names, as a table may have thousands."""
-    known = [str(name) for name in names]
+def listed(names: Iterable[Any]) -> str:
+    """Return the first names; a table may have thousands, or a text in place of its header."""
+    known = [shorten(str(name), MOST_CHARACTERS, placeholder="...") for name in names]
     more = f" and {len(known) - MOST_NAMED} more" if known[MOST_NAMED:] else ""
     return ", ".join(known[:MOST_NAMED]) + more
 
@@ -150,15 +152,21 @@ def _text(value: Any, path: str, *, in_template: bool = False) -> str | None:
                 f"column {path!r} holds an object with a number for each row; write it row by row "
                 'instead, in pandas with to_json(FILE, orient="records", lines=True)'
             )
+        likely = max(value, key=lambda name: _length(value[name]), default=first)
         raise BadRowError(
-            f"column {path!r} holds an object ({_listed(value)}); choose one with --column, for "
-            f"example {path}.{first}"
+            f"column {path!r} holds an object ({listed(value)}); choose one with --column, for "
+            f"example {path}.{likely}"
         )
     if in_template and isinstance(value, int | float):
         return str(value)
     raise BadRowError(
         f"column {path!r} holds {_kind(value)}, not text; choose another with --column"
     )
+
+
+def _length(value: Any) -> int:
+    """Return the length of a text; -1 of anything else."""
+    return len(value) if isinstance(value, str) else -1
 
 
 def _kind(value: Any) -> str:

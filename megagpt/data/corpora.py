@@ -211,6 +211,8 @@ class LocalFiles:
     def _pieces_of_rows(self, known: Recognized, left_out: LeftOut) -> Iterator[TextPiece]:
         path = known.file.path
         between = ": row " if known.kind in ("parquet", "arrow") else ":"
+        before = left_out.documents
+        left_out.begin_file()
         row = None
         for number, row in rows_of(known, self._column):
             text = text_of(row, f"{path}{between}{number}", self._column, left_out)
@@ -219,6 +221,8 @@ class LocalFiles:
                 yield TextPiece(left_out.documents - 1, text)
         if row is None:
             left_out.empty.append(str(path))
+        elif left_out.documents == before:
+            left_out.file_without_text(str(path), self._column)
 
 
 def text_of(row: Any, place: str, column: Column, left_out: LeftOut) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,7 +83,8 @@ class ForeignFileError(UserError):
     """A file of which nothing can be read; `what` it is."""
 
     def __init__(self, file: SourceFile, what: str, remedy: str) -> None:
-        super().__init__(f"{file.path}: {what}; {remedy.replace('FILE', str(file.path))}")
+        typed = shlex.quote(str(file.path))
+        super().__init__(f"{file.path}: {what}; {remedy.replace('FILE', typed)}")
         self.what = what
 
 

@@ -28,6 +28,7 @@ class LeftOut:
     _first_without: str = ""
     _column_seen: bool = False
     _names: dict[str, None] = field(default_factory=dict)
+    _without_column: list[str] = field(default_factory=list)  # files, with what they have instead
 
     def bad_row(self, place: str, problem: str) -> None:
         """Count a bad row; raise UserError if it is one too many."""
@@ -40,6 +41,16 @@ class LeftOut:
             )
         if len(self._bad) < MOST_NAMED:
             self._bad.append(f"{place}: {problem}")
+
+    def begin_file(self) -> None:
+        """Look for the column again: files of JSON have no header that must have it."""
+        self._column_seen = False
+        self._names = {}
+
+    def file_without_text(self, path: str, column: Column) -> None:
+        """Note that a file had rows, and a text in none of them."""
+        if not self._column_seen and self._names:
+            self._without_column.append(f"{path}: {missing(column.written, self._names)}")
 
     def row_without_text(self, place: str, row: Any, column: Column) -> None:
         """Count a row without text; raise UserError if the column seems to be misspelt."""
@@ -86,6 +97,9 @@ class LeftOut:
                 f"{self.without_text} rows without text left out, the first is "
                 f"{self._first_without}"
             )
+        lines += [f"nothing read from {file}" for file in self._without_column[:MOST_NAMED]]
+        if self._without_column[MOST_NAMED:]:
+            lines.append(f"nor from {len(self._without_column) - MOST_NAMED} more files")
         if self.bad_rows:
             lines += [f"bad row skipped: {bad}" for bad in self._bad]
             lines.append(f"bad rows skipped: {self.bad_rows} of {self.allowed} allowed")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megagpt.data.columns import BadRowError, Column
+from megagpt.data.columns import BadRowError, Column, listed
 from megagpt.data.compression import open_decompressed
 from megagpt.data.kinds import BYTE_ORDER_MARK, Recognized
 from megagpt.data.text_files import decoded_blocks, not_utf8
@@ -239,8 +239,10 @@ def _table_rows(content: BinaryIO, path: Path, column: Column) -> Iterator[Row]:
         if len(fields) == len(header):
             yield line, {name: fields[position] for name, position in positions}
         elif fields:
-            names = ", ".join(header)
-            yield line, BadRow(f"{len(fields)} fields, the header has {len(header)} ({names})")
+            yield (
+                line,
+                BadRow(f"{len(fields)} fields, the header has {len(header)} ({listed(header)})"),
+            )
 
 
 class _Lines:

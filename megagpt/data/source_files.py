@@ -38,10 +38,16 @@ class FoundFiles:
         """Raise UserError for a name without a file, and for a file that cannot be read."""
         self.notes: list[str] = []
         files: dict[Path, Recognized] = {}
+        again: list[Path] = []
         for name in names:
             for found in self._named(name):
                 # The cache of the hub has each file twice: as a blob, and as a link to it.
-                files.setdefault(found.file.path.resolve(), found)
+                first = files.setdefault(found.file.path.resolve(), found)
+                if first is not found and first.file.path == found.file.path:
+                    again.append(found.file.path)
+        if again:
+            more = f" and {len(again) - 1} others" if again[1:] else ""
+            self.notes.append(f"{again[0]}{more}: named more than once, read once")
         self.files = tuple(sorted(files.values(), key=lambda found: found.file.path))
         likely_rows = [str(found.file.path) for found in self.files if found.looks_like_rows]
         if likely_rows:
@@ -139,6 +145,8 @@ def _is_about_rows(found: Recognized) -> bool:
 
 
 def _advice(path: Path) -> str:
+    if "," in str(path) and os.path.exists(str(path).partition(",")[0]):
+        return "write several names with spaces between them, not commas"
     if glob.has_magic(str(path)):
         return "check the pattern; ** goes into directories"
     near = path.parent if path.parent.is_dir() else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -116,10 +117,20 @@ def decoded_blocks(content: BinaryIO, path: Path) -> Iterator[str]:
 def not_utf8(error: UnicodeDecodeError, offset: int, path: Path) -> str:
     """Return what is wrong with bytes that are not UTF-8, and what to type."""
     if error.reason == "unexpected end of data":
-        return f"ends within a character, at byte {offset}: it is cut off; download it again"
+        return (
+            f"ends within a character of UTF-8, at byte {offset}: it is cut off, or in another "
+            f"encoding; download it again, or convert it, for example: "
+            f"{_conversion('LATIN1', path)}"
+        )
     # Windows has printable characters where Latin-1 has control characters.
     name = "CP1252" if 0x80 <= error.object[error.start] <= 0x9F else "LATIN1"
     return (
-        f"not UTF-8 at byte {offset} ({error.reason}); convert it, for example: iconv -f {name} "
-        f"-t UTF-8 {path} > converted{path.suffix or '.txt'}"
+        f"not UTF-8 at byte {offset} ({error.reason}); convert it, for example: "
+        f"{_conversion(name, path)}"
     )
+
+
+def _conversion(name: str, path: Path) -> str:
+    """Return the command that converts a file to UTF-8."""
+    converted = f"converted{path.suffix or '.txt'}"
+    return f"iconv -f {name} -t UTF-8 {shlex.quote(str(path))} > {converted}"

@@ -11,7 +11,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -286,9 +286,17 @@ def _disk_full(directory: Path, need_bytes: int, reason: str) -> UserError:
 def exclusive_staging(directory: Path) -> Iterator[Path]:
     """Lock the staging directory of `directory` against other processes of this host, and yield it.
 
-    Makes it if needed, and waits while another process holds it.
+    Makes it if needed, and waits while another process holds it. Raises UserError if it cannot be
+    made.
     """
-    with _atomic(directory).locked(wait=True) as staging:
+    with ExitStack() as held:
+        try:
+            staging = held.enter_context(_atomic(directory).locked(wait=True))
+        except OSError as error:
+            raise UserError(
+                f"{directory}: cannot be made ({error.strerror}: {error.filename}); choose another "
+                "--output"
+            ) from error
         yield staging
 
 

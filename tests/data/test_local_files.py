@@ -217,10 +217,11 @@ BAD_ROWS = [
     (None, "text", "is null"),
     ({"text": 1.5}, "text", "column 'text' holds float, not text"),
     (
-        {"text": {"content": "a", "lang": "en"}},
+        {"text": {"lang": "en", "content": "long enough"}},
         "text",
-        r"an object \(content, lang\).*text\.content",
+        r"an object \(lang, content\).*text\.content",
     ),
+    ({"m": [{"role": "user", "content": "long enough"}]}, "m", r"for example m\.content"),
     ({"text": b"\xe9"}, "text", "not UTF-8"),
     ({"text": {"0": "a", "1": "b"}}, "text", "row by row instead, in pandas"),
     ({"text": {f"key{n}": n for n in range(99)}}, "text", r"key19 and 79 more\)"),
@@ -351,7 +352,7 @@ FOREIGN = [
     ("a.txt", "naïve café".encode("latin-1"), "not UTF-8 at byte 2 .*iconv -f LATIN1"),
     ("a.txt", "“quoted”".encode("cp1252"), "iconv -f CP1252"),
     ("a.csv", "text\nfine\ncafé\n".encode("latin-1"), r"a\.csv:3: .*iconv -f LATIN1"),
-    ("a.txt", "cut within é".encode()[:-1], "ends within a character, at byte 11: it is cut off"),
+    ("a.txt", "cut within é".encode()[:-1], "UTF-8, at byte 11: it is cut off, or in another"),
     ("a.txt", b"PK\x03\x04abcdefgh", "a zip archive.*unpack it"),
     ("a.txt", b"%PDF-1.7", "a PDF; .*pdftotext"),
     ("a.parquet", b'{"text": "a"}\n', r"not parquet \(it begins with"),
@@ -482,6 +483,25 @@ def test_rows_without_text_do_not_count(tmp_path, missing):
     assert any("10 rows without text left out" in line for line in said)
 
 
+def test_a_file_whose_rows_lack_the_column_is_named(tmp_path):
+    write(tmp_path / "a.jsonl", json_lines())
+    other = write(tmp_path / "b.jsonl", json_lines(column="Text"))
+    write(tmp_path / "c.jsonl", b'{"text": null}\n')
+    source = open_source(str(tmp_path))
+    assert joined(source.pieces()) == TEXTS
+    (line,) = (line for line in source.left_out.lines() if "nothing read" in line)
+    assert line.startswith(f"nothing read from {other}: no column 'text', did you mean \"Text\"?")
+
+
+@pytest.mark.parametrize("place", ["file", "file/x", "file/x/y"])
+def test_an_output_below_a_file_is_refused(tmp_path, place):
+    path = write(tmp_path / "file", b"mine")
+    request = PreparationRequest(str(write(tmp_path / "a.jsonl", json_lines())), tmp_path / place)
+    with pytest.raises(UserError, match=r"; choose another --output$"):
+        prepare(request)
+    assert path.read_bytes() == b"mine"
+
+
 def test_nothing_to_validate_on_is_said(tmp_path):
     path = write(tmp_path / "a.jsonl", json_lines())
     said: list[str] = []
@@ -565,6 +585,15 @@ def test_several_names_in_the_order_of_paths_each_file_once(tmp_path):
         write(tmp_path / f"{name}.jsonl", json_lines([name]))
     names = [tmp_path / "c.jsonl", tmp_path / "[ab].jsonl", tmp_path]
     assert read(*names) == ["a", "b", "c"]
+    notes = open_source([str(name) for name in names]).notes
+    assert f"{tmp_path / 'a.jsonl'} and 2 others: named more than once, read once" in notes
+
+
+def test_names_with_commas_between_them_are_told_from_a_missing_file(tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.jsonl", json_lines([name]))
+    with pytest.raises(UserError, match="with spaces between them"):
+        open_source(f"{tmp_path / 'a.jsonl'},{tmp_path / 'b.jsonl'}")
 
 
 def test_a_path_that_exists_is_taken_as_it_is_written(tmp_path):

@@ -33,6 +33,8 @@ OF_OTHER_TRAINERS = {
         "--deepspeed_config",
     ),
     **dict.fromkeys(("out_dir", "output_dir", "save", "save_dir", "logdir"), "--run_dir"),
+    **dict.fromkeys(("world_size", "num_gpus", "gpus", "nproc_per_node"), "--ranks"),
+    **dict.fromkeys(("num_proc", "num_workers", "preprocessing_num_workers"), "--workers"),
 }
 # Keys that are typed as options, and whose last name alone does not lead there.
 KEYS_AS_OPTIONS = {
@@ -47,7 +49,10 @@ KEYS_AS_OPTIONS = {
     **dict.fromkeys(("zero_stage", "stage"), "zero_optimization.stage"),
     "seed": "megagpt.training.seed",
     "data_dir": "megagpt.data.path",
+    **dict.fromkeys(("model", "model_name", "model_name_or_path"), "megagpt.model.preset"),
 }
+# Switches elsewhere, sections here.
+SWITCHES = {"fp16": "fp16.enabled", "bf16": "bf16.enabled", "wandb": "wandb.enabled"}
 OTHER_UNIT = ("megagpt.training.total_tokens",)  # given in epochs elsewhere
 # Options of launchers, which stand before the script.
 OF_LAUNCHERS = (
@@ -93,8 +98,8 @@ class CommandParser(OptionParser):
 
     def _instead_of(self, word: str, value: str) -> str:
         if not word.startswith("-"):
-            is_config = word.endswith(".json") and self._takes("--deepspeed_config")
-            remedy = f"--deepspeed_config {word}" if is_config else ""
+            option = self._option_of_path(word)
+            remedy = f"{option} {shlex.quote(word)}" if self._takes(option) else ""
             wrong = "belongs to no option"
         else:
             wrong = "no such option"
@@ -102,16 +107,27 @@ class CommandParser(OptionParser):
             remedy = self._remedy(name, value)
         return f"{word}: {wrong}; {f'type {remedy}' if remedy else 'remove it'}"
 
+    def _option_of_path(self, word: str) -> str:
+        """Return the option that a path without one probably belongs to."""
+        if word.endswith(".json"):
+            return "--deepspeed_config"
+        if os.path.isdir(word):
+            return "--run_dir"
+        return "--hostfile" if os.path.isfile(word) else ""
+
     def _remedy(self, name: str, value: str) -> str:
         """Return the option of this command that does what an unknown one does elsewhere."""
         if self._takes(option := OF_OTHER_TRAINERS.get(name, "")):
             return f"{option} {value}".rstrip()
+        if name in SWITCHES and not value and self._takes("--set"):
+            return f"--set {SWITCHES[name]}=true"
         key = name if "." in name else self.keys_of_others.get(name)
         if key and self._takes("--set"):
             return f"--set {key}={'N' if key in OTHER_UNIT else value or 'VALUE'}"
         if name in OF_LAUNCHERS and self._takes("--local_rank"):
             return f"deepspeed --{name} {value} launch/{self.prog} ... (an option of the launcher)"
-        return closest(f"--{name}", self._shown_options()) or ""
+        near = closest(f"--{name}", self._shown_options())
+        return f"{near} {value}".rstrip() if near else ""
 
     def _takes(self, option: str) -> bool:
         return option in self._option_string_actions
@@ -120,7 +136,9 @@ class CommandParser(OptionParser):
         return [
             option
             for option, action in self._option_string_actions.items()
-            if option.startswith("--") and action.help != argparse.SUPPRESS
+            if option.startswith("--")
+            and action.help != argparse.SUPPRESS
+            and option not in ("--help", "--version")
         ]
 
 

@@ -15,8 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megagpt.config import ConfigError, identity_changes, identity_line
-from megagpt.schema.errors import shown
+from megagpt.config import ConfigError, RunConfig, identity_changes, identity_line
+from megagpt.schema.errors import all_keys, shown
+from megagpt.schema.synonyms import SYNONYMS
 from megagpt.utils import UserError, did_you_mean
 
 DATA = "megagpt.data"
@@ -94,11 +95,20 @@ def allowed_prefixes(words: Iterable[str]) -> list[str]:
     for word in prefixes:
         if not _is_below(word, MAY_CHANGE):
             raise UserError(
-                f"--allow_change {word}: cannot change within a run"
-                f"{did_you_mean(word, (*MAY_CHANGE, *SHORT_NAMES))}; these can: "
-                f"{', '.join(MAY_CHANGE)}"
+                f"--allow_change {word}: {_why_not(word)}; it takes: {', '.join(MAY_CHANGE)}"
             )
     return prefixes
+
+
+def _why_not(word: str) -> str:
+    """Return why `--allow_change` does not take a word."""
+    if word in REASONS or _is_below(word, ["megagpt.model"]):
+        return f"cannot change within a run: {REASONS.get(word, OTHERWISE)}"
+    if word in all_keys(RunConfig):
+        return "may change without it; leave it out"
+    synonym = SYNONYMS.get(word, "")
+    meant = f', did you mean "{synonym}"?' if _is_below(synonym, MAY_CHANGE) else ""
+    return f"unknown key{meant or did_you_mean(word, (*MAY_CHANGE, *SHORT_NAMES))}"
 
 
 def allows_data(prefixes: Sequence[str]) -> bool:

@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 
 from kernels.options import OptionParser, count, with_underscores
 from launch import train as train_command
+from megagpt import download_data
+from megagpt.common.arguments import command_parser
 from megagpt.config import ConfigError, load_config
 from megagpt.run.supervise import run_directory_of
 from tests import REPOSITORY
@@ -227,13 +229,17 @@ def test_keys_that_count_read_numbers_as_people_write_them(item: str, value: obj
     [
         ("a.json", "a.json: belongs to no option; type --deepspeed_config a.json"),
         ("--config a.json", "--config: no such option; type --deepspeed_config a.json"),
+        ("--resume /", "/: belongs to no option; type --run_dir /"),
+        ("pyproject.toml", "pyproject.toml: belongs to no option; remove it"),  # no hostfile here
+        ("--bf16", "type --set bf16.enabled=true"),
+        ("--model gpt2", "type --set megagpt.model.preset=gpt2"),
+        ("--run_dri x", "type --run_dir x"),
         ("--max_iters 100", "type --set megagpt.training.total_steps=100"),
         ("--max-iters=100", "type --set megagpt.training.total_steps=100"),
         ("--learning_rate 3e-4", "type --set optimizer.params.lr=3e-4"),
         ("--output_dir runs/a", "type --run_dir runs/a"),
         ("--zero_optimization.stage 2", "type --set zero_optimization.stage=2"),
         ("--data_path 'my data'", "type --set megagpt.data.path='my data'"),
-        ("--run_dri x", "type --run_dir"),
         ("--num_gpus 4", "type deepspeed --num_gpus 4 launch/train.py ..."),
         ("--hostfile=h", "type deepspeed --hostfile h launch/train.py ..."),
         ("--deepspeed a.json --deepspeed_config b.json", "and --deepspeed_config b.json: name one"),
@@ -251,3 +257,15 @@ def test_words_of_other_programs_are_answered_with_what_to_type(
     shown = capsys.readouterr().err
     assert said in shown
     assert shown.count("\n") == 1
+
+
+def test_advice_names_an_option_of_the_same_program() -> None:
+    parser = command_parser(prog="plan.py")
+    for option in ("--ranks", "--hostfile"):
+        parser.add_argument(option)
+    assert parser.advice(["--num_gpus", "8"]) == "--num_gpus: no such option; type --ranks 8"
+    hosts = str(REPOSITORY / "ds_configs" / "hosts.example")
+    assert parser.advice([hosts]) == f"{hosts}: belongs to no option; type --hostfile {hosts}"
+    assert parser.advice(["--hel_p"]) == "--hel_p: no such option; remove it"
+    with patch("sys.argv", ["download_data", "--dataset=a", "--output=b", "--tokenizer=bpe:8k"]):
+        assert download_data._parser().parse_args().tokenizer == "bpe:8000"

@@ -166,11 +166,29 @@ def test_what_may_change_changes_where_it_is_named(
 
 
 @pytest.mark.parametrize(
-    "word", ["megagpt.model", "megagpt.model.num_layers", "lr", "nonsense", ""]
+    ("word", "said"),
+    [
+        ("megagpt.model", "cannot change within a run"),
+        ("megagpt.model.hidden_size", "cannot change within a run: the checkpoint is of another"),
+        ("megagpt.training.seed", "cannot change within a run: the initial weights"),
+        ("megagpt.training.total_steps", "may change without it; leave it out"),
+        ("zero_optimization.stage", "may change without it; leave it out"),
+        ("lr", 'unknown key, did you mean "optimizer.params.lr"'),
+        ("optimiser", 'unknown key, did you mean "optimizer"'),
+        ("", "unknown key"),
+    ],
 )
-def test_what_can_never_change_is_no_word_of_the_switch(word: str) -> None:
-    with pytest.raises(UserError, match=rf"--allow_change {word}: cannot change within a run"):
+def test_other_words_of_the_switch_are_answered_with_what_to_type(word: str, said: str) -> None:
+    with pytest.raises(UserError, match=rf"^--allow_change {word}: {said}.*it takes: optimizer, "):
         allowed_prefixes([word])
+
+
+def test_no_key_of_the_identity_is_said_to_change_without_the_switch() -> None:
+    fixed = [key for key in resolved().identity() if not key.startswith(MAY_CHANGE)]
+    assert "megagpt.training.seed" in fixed
+    for key in fixed:
+        with pytest.raises(UserError, match="cannot change within a run"):
+            allowed_prefixes([key])
 
 
 def test_a_change_that_cannot_be_written_leaves_the_record_whole(

@@ -42,9 +42,12 @@ def adopt(document: Document, model: type[BaseModel]) -> Adopted:
     if isinstance(enabled := document.get("zero_optimization"), bool):
         document["zero_optimization"] = {"stage": int(enabled)}  # as DeepSpeed reads it
     for row in sorted(FOREIGN, key=lambda row: row.otherwise != "acts"):
-        if row.path[0] == "aio" and not _offloads_to_nvme(document):
-            _drop_with_empty_section(document, row.path)  # nothing reads the section
-        if (value := value_at(document, row.path)) is not ABSENT:
+        if (value := value_at(document, row.path)) is ABSENT:
+            continue
+        is_idle = row.path[0] == "aio" and not _offloads_to_nvme(document)
+        if is_idle and not row.changes_nothing(value):
+            remove(document, row.path)  # nothing reads the section, which `idle_keys` says
+        else:
             _adopt_foreign(document, row, value, result)
     _drop_absent(document, model)
     if same_value(value_at(document, WARM_UP), 1):

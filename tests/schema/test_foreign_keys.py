@@ -125,6 +125,7 @@ def test_steps_per_print_yields_to_the_trainers_own_key() -> None:
             'no effect with device "cpu"',
         ),
         ({"aio": {"queue_depth": 4, "thread_count": 2}}, "aio", "no effect without offload"),
+        ({"aio": {"thread_count": 2}}, "aio", "no effect without offload"),
         (
             {
                 "zero_optimization": {"stage": 3, "offload_param": NVME},

@@ -25,7 +25,8 @@ VARIABLES = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CUDA_HOME", "TORCH_C
 
 def load(builder: Any, directory: Path) -> bool:
     """Register an op's library with DeepSpeed if its stamp agrees; return whether it did."""
-    if _read_stamp(directory) != _stamp(builder, directory):
+    stamp = _read_stamp(directory)
+    if stamp is None or stamp != _stamp(builder, directory):
         return False
     first = NEEDED_FIRST.get(builder.name)
     if first is not None:

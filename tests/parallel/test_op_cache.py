@@ -113,6 +113,8 @@ def test_another_torch_compiler_or_processor_compiles_again(
 def test_an_op_without_a_stamp_is_not_trusted(builder: Builder) -> None:
     (builder.place / op_cache.STAMP).unlink()
     assert not op_cache.load(builder, builder.place)
+    (builder.place / "an_op.so").unlink()
+    assert not op_cache.load(builder, builder.place), "an op that was never compiled"
 
 
 @pytest.mark.slow

@@ -32,6 +32,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="of the cases of tests marked rotate(K), run every K-th, from the N-th on [all]",
     )
+    parser.addoption(
+        "--one_case_in",
+        type=int,
+        default=1,
+        metavar="K",
+        help="with --rotation: as if tests were marked rotate(K), except both_stacks [1]",
+    )
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
@@ -45,7 +52,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     first, the longest before others, so that workers end together.
     """
     if (number := config.getoption("rotation")) is not None:
-        others = others_turn(items, number)
+        others = others_turn(items, number, config.getoption("one_case_in"))
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in set(others)]
     waiting = Counter(
@@ -54,19 +61,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: (-waiting[item.path], item.path))
 
 
-def others_turn(items: list[pytest.Item], number: int) -> list[pytest.Item]:
+def others_turn(items: list[pytest.Item], number: int, one_in: int) -> list[pytest.Item]:
     """The cases of tests marked rotate(K) that do not run under this number: K numbers in a row
-    run all.
+    run all. Of other tests one case in ``one_in`` runs, of those marked both_stacks all.
     """
     seen: Counter[str] = Counter()
+    cases = Counter(_test_of(item) for item in items)
     others = []
     for item in items:
-        if (mark := item.get_closest_marker("rotate")) is not None:
-            test, _, _ = item.nodeid.partition("[")
-            if (seen[test] + number) % mark.args[0]:
-                others.append(item)
-            seen[test] += 1
+        test = _test_of(item)
+        mark = item.get_closest_marker("rotate")
+        usual = 1 if item.get_closest_marker("both_stacks") else one_in
+        turns = min(cases[test], max(usual, mark.args[0] if mark else 1))
+        if (seen[test] + number) % turns:
+            others.append(item)
+        seen[test] += 1
     return others
+
+
+def _test_of(item: pytest.Item) -> str:
+    """The id of a test without that of the case."""
+    return item.nodeid.partition("[")[0]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -47,7 +47,7 @@ CHECKS = (
     ),
     *(
         ["bf16", head_dim, variant]
-        for variant in ("documents", "dropout", "grouped")
+        for variant in ("documents", "window", "softcap", "dropout", "grouped")
         for head_dim in (64, 128)
     ),
 )
@@ -209,7 +209,7 @@ def attention(cores: int) -> list[Case]:
             expected_s=expected,
             **(smaller if variant == "dropout" else sizes),
         )
-        for variant in ("documents", "dropout", "grouped", "decode", "full")
+        for variant in ("documents", "window", "softcap", "dropout", "grouped", "decode", "full")
         for dim in (64, 128)
     ]
     others = [

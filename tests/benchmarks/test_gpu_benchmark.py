@@ -142,7 +142,7 @@ def test_a_budget_ends_and_the_next_call_goes_on(
     assert "a part: 3 right, 0 WRONG, 0 not run (1 taken over)" in capsys.readouterr().out
     runs = (tmp_path / "runs").read_text().splitlines()
     assert sorted(runs) == ["cut finding 0", "cut finding 1", "first finding 0", "long finding 0"]
-    assert call(tmp_path, *given, minutes=0.0) == 0
+    assert call(tmp_path, *given, minutes=1e-6) == 0
     assert "(3 taken over)" in capsys.readouterr().out
     assert call(tmp_path, given[0], options=["--again"]) == 0
     assert (tmp_path / "runs").read_text().splitlines() == [*runs, "first finding 0"]

@@ -96,7 +96,8 @@ def difference_of_tokenizers(data: Path, model: Path) -> str | None:
         return ""
     here, there = (open_backend(place / TOKENIZER_FILE, None)[0] for place in (data, model))
     ids = there.get_vocab(with_added_tokens=True)
-    for token, number in here.get_vocab(with_added_tokens=True).items():
+    ours = here.get_vocab(with_added_tokens=True)  # in another order each time
+    for token, number in sorted(ours.items(), key=lambda item: item[1]):
         if ids.get(token) != number:
             return f"{token!r} is {number} here, {ids.get(token, 'unknown')} there"
     if is_of_a_model(data):  # written again by another version of the library, files differ

@@ -118,7 +118,8 @@ def test_text_and_bits_per_byte(run: Path, data: Path) -> None:
     text = tokenizer.decode(whole)  # one document, in windows; the first token is no target
     complete = text.rstrip("\ufffd")  # the last window may end within a character
     assert complete in TEXTS[2]
-    assert 0 <= result.text_bytes - len(complete.encode()) <= (2 if complete != text else 0)
+    cut = len(text) - len(complete)  # each stands for one to three bytes of a cut character
+    assert 0 <= result.text_bytes - len(complete.encode()) <= 3 * cut
     pieces: list[str] = []
     (written,) = generate(
         lambda new, cache: model(new, cache=cache),

@@ -7,7 +7,7 @@ second; a configuration would be validated each time.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 from megagpt.config import ModelConfig, ResolvedConfig
@@ -25,7 +25,7 @@ class Layout:
 
     `micro_batch` counts sequences, `micro_batches` the forward-backward passes of a step on one
     rank. `element_bytes` is the size of a parameter in the model's type, `accumulation_bytes`
-    that of an accumulated gradient.
+    that of an accumulated gradient. `pins`: there are GPUs, for which host memory is page-locked.
     """
 
     model: ModelConfig
@@ -38,10 +38,11 @@ class Layout:
     element_bytes: int
     accumulation_bytes: int
     saves_in_background: bool = False
+    pins: bool = False
 
     @classmethod
-    def of(cls, config: ResolvedConfig) -> Layout:
-        """Return the layout of a run whose number of ranks is known."""
+    def of(cls, config: ResolvedConfig, *, pins: bool = False) -> Layout:
+        """Return the layout of a run whose number of ranks is known, on GPUs if it `pins`."""
         element_type = "fp16" if config.fp16.enabled else "bf16" if config.bf16.enabled else "fp32"
         return cls(
             model=config.megagpt.model,
@@ -54,6 +55,7 @@ class Layout:
             element_bytes=BYTES_OF_TYPE[element_type],
             accumulation_bytes=BYTES_OF_TYPE[config.data_types.grad_accum_dtype or element_type],
             saves_in_background=config.megagpt.checkpoint.asynchronous,
+            pins=pins,
         )
 
     @property
@@ -104,10 +106,10 @@ class Layout:
         """The schedule that runs in effect."""
         return schedule_that_runs(self.parallel.schedule, self.num_stages, self.micro_batches)
 
-    @property
+    @cached_property
     def stages(self) -> list[range]:
         """The layers of every stage; 0 is the embedding and num_layers + 1 the head."""
-        return _cut(self.model, self.num_stages)
+        return cut_stages(self.model, self.num_stages)
 
     def stages_of(self, pipeline_rank: int) -> range:
         """Return the stages that a pipeline rank holds."""
@@ -123,7 +125,8 @@ class Layout:
 
 
 @cache
-def _cut(model: ModelConfig, num_stages: int) -> list[range]:
+def cut_stages(model: ModelConfig, num_stages: int) -> list[range]:
+    """Return `cut`, computed once."""
     return cut(model, num_stages)
 
 

@@ -72,15 +72,30 @@ class RankMemory:
 def rank_memory(layout: Layout, pipeline_rank: int, *, data_ranks: int | None = None) -> RankMemory:
     """Return the memory of the data rank that holds most, among all or the first `data_ranks`.
 
-    Tensor ranks hold the same amount. Data ranks differ at ZeRO 1 and 2, which keep a gradient
-    whole if the rank's partition contains a part of it.
+    Tensor ranks hold the same amount.
     """
     shard = shard_of(layout, pipeline_rank)
-    looked_at = min(data_ranks or layout.data, layout.data if layout.zero.stage in (1, 2) else 1)
-    states = max(
-        (model_states(layout, pipeline_rank, rank) for rank in range(looked_at)), key=_gradients
-    )
+    states = fullest_states(layout, pipeline_rank, data_ranks=data_ranks)
     return RankMemory(layout, pipeline_rank, states, working_memory(layout, pipeline_rank, shard))
+
+
+def fullest_states(
+    layout: Layout, pipeline_rank: int, *, data_ranks: int | None = None
+) -> ModelStates:
+    """Return the states of the data rank that holds most, among all or the first `data_ranks`.
+
+    Data ranks differ at ZeRO 1 and 2, which keep a gradient whole if the rank's partition contains
+    a part of it, with the partition's padding (`accumulating_gradients`, `reduced_gradients`).
+    """
+    looked_at = {0}
+    if layout.zero.stage in (1, 2) and data_ranks != 1:
+        shard = shard_of(layout, pipeline_rank)
+        touched = shard.touched_by_rank[:data_ranks]
+        padded = [size + shard.padding_of(rank) for rank, size in enumerate(touched)]
+        looked_at = {touched.index(max(touched)), padded.index(max(padded))}
+    return max(
+        (model_states(layout, pipeline_rank, rank) for rank in sorted(looked_at)), key=_gradients
+    )
 
 
 def _gradients(states: ModelStates) -> float:

@@ -120,8 +120,8 @@ class Search:
             passes: dict[tuple[Any, ...], float] = {}
             for work in self.space.works(mesh):
                 key = (work.virtual_stages, work.micro_batch, work.recompute)
-                if key not in passes:  # ZeRO 3 waits in addition
-                    layout = self.space.layout(mesh, work, STATES_OF_BOUND, False)
+                if key not in passes:  # ZeRO 3 waits in addition, fewer shards of norms are slower
+                    layout = self.space.layout(mesh, work, STATES_OF_BOUND, mesh.tensor > 1)
                     passes[key] = shortest_passes(layout, self.assumed)
                 for state in states:
                     end = self._end_key(work, state)

@@ -4,6 +4,7 @@
 python launch/plan.py --deepspeed_config F --hostfile hosts
 python launch/plan.py --search --deepspeed_config F --hostfile hosts
 python launch/plan.py --model llama3-70b --tokens 1e12 --hosts 16 --device h100 --cost 2.5
+python launch/plan.py --explain megagpt.training.recompute
 """
 
 import argparse
@@ -29,13 +30,13 @@ from megagpt.schema.synonyms import SYNONYMS
 from megagpt.utils import ExitCode, UserError, abandon, run_command
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from megagpt.cluster.hosts import Host
     from megagpt.config import RunConfig
     from megagpt.planning.cost.accelerators import Accelerator
     from megagpt.planning.cost.performance import Assumptions
-    from megagpt.planning.plan import Limits
+    from megagpt.planning.plan import Limits, Plan
     from megagpt.planning.price import Budget
 
 RATES = {
@@ -59,6 +60,8 @@ def main() -> int:
     assumed = assume(device, max(host.slots for host in hosts), **rates)
     asked = (hosts, limits_of(arguments, device), assumed, device)
     budget = Budget(arguments.tokens, arguments.cost)
+    if arguments.explain:
+        return explain(arguments, *asked)
     if arguments.search or arguments.model:
         return search(arguments, budget, *asked)
     return plan(arguments, budget, *asked)
@@ -128,6 +131,31 @@ def search(
     return ExitCode.DONE if answer.found else ExitCode.BAD_INPUT
 
 
+def explain(
+    arguments: argparse.Namespace,
+    hosts: "list[Host]",
+    limits: "Limits",
+    assumed: "Assumptions",
+    device: "Accelerator",
+) -> int:
+    """Print what a key does, with what it costs the configuration."""
+    from megagpt.planning.explain import explain as explanation
+    from megagpt.planning.plan import make_plan
+
+    def planned(items: "Sequence[str]") -> "Plan":
+        return make_plan(
+            arguments.deepspeed_config,
+            [*arguments.set, *items],
+            hosts,
+            limits,
+            assumed,
+            bf16_native=device.bf16_native,
+        )
+
+    print(explanation(arguments.explain, arguments.deepspeed_config, arguments.set, planned))
+    return ExitCode.DONE
+
+
 def show(
     arguments: argparse.Namespace, as_json: "Callable[[], Any]", text: "Callable[[], str]"
 ) -> None:
@@ -182,6 +210,8 @@ def hosts_of_arguments(arguments: argparse.Namespace) -> "list[Host]":
         raise UserError(
             f"--model {arguments.model}: the number of ranks is unknown; give --hosts 4"
         )
+    if arguments.explain and not arguments.ranks:
+        return hosts_of(arguments.slots, arguments.slots)
     return hosts_of(arguments.ranks or stated_world_size(arguments), arguments.slots)
 
 
@@ -240,6 +270,11 @@ def parse_arguments() -> argparse.Namespace:
         metavar="PRESET",
         choices=sorted(PRESETS),
         help="search for a published shape, without a file: llama3-70b, gpt3-13b, ...",
+    )
+    add(
+        "--explain",
+        metavar="KEY",
+        help="show what a key does, its default, what it costs here, what it excludes",
     )
     add("--write", type=user_path, metavar="FILE", help="write the first layout of a search")
     add("--tokens", type=whole_number(1), metavar="N", help="tokens of the run [the file's]")

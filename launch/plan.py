@@ -9,6 +9,7 @@ python launch/plan.py --explain megagpt.training.recompute
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from megagpt.planning.plan import Limits, Plan
     from megagpt.planning.price import Budget
 
+PINS = "DS_PIN_MEMORY_BACKEND"  # DeepSpeed's variable: who page-locks host memory
 RATES = {
     "peak_tflops": "TFLOP/s of a device in 16 bit",
     "link_gb_per_s": "GB/s per direction between the devices of a host",
@@ -224,6 +226,7 @@ def limits_of(arguments: argparse.Namespace, device: "Accelerator") -> "Limits":
         arguments.host_memory_gib,
         arguments.reserve_gib,
         shared=device.is_host,
+        pins="native" if os.environ.get(PINS, "").strip().lower() == "native" else "torch",
     )
     if limits.device_gib <= limits.reserve_gib and not limits.shared:
         raise UserError(

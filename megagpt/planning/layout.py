@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, Literal
 
 from megagpt.config import ModelConfig, ResolvedConfig
 from megagpt.planning.schedules import schedule_that_runs
@@ -16,6 +16,9 @@ from megagpt.planning.stages import cut
 from megagpt.schema.deepspeed import ZeroConfig
 from megagpt.schema.megagpt import ParallelConfig
 
+# Who page-locks host memory: nobody without a GPU, else torch's allocator, or DeepSpeed's own,
+# which the variable DS_PIN_MEMORY_BACKEND=native selects
+Pins = Literal["nobody", "torch", "native"]
 BYTES_OF_TYPE = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
@@ -25,7 +28,7 @@ class Layout:
 
     `micro_batch` counts sequences, `micro_batches` the forward-backward passes of a step on one
     rank. `element_bytes` is the size of a parameter in the model's type, `accumulation_bytes`
-    that of an accumulated gradient. `pins`: there are GPUs, for which host memory is page-locked.
+    that of an accumulated gradient. `pins` says who page-locks host memory for a GPU.
     """
 
     model: ModelConfig
@@ -38,11 +41,11 @@ class Layout:
     element_bytes: int
     accumulation_bytes: int
     saves_in_background: bool = False
-    pins: bool = False
+    pins: Pins = "nobody"
 
     @classmethod
-    def of(cls, config: ResolvedConfig, *, pins: bool = False) -> Layout:
-        """Return the layout of a run whose number of ranks is known, on GPUs if it `pins`."""
+    def of(cls, config: ResolvedConfig, *, pins: Pins = "nobody") -> Layout:
+        """Return the layout of a run whose number of ranks is known."""
         element_type = "fp16" if config.fp16.enabled else "bf16" if config.bf16.enabled else "fp32"
         return cls(
             model=config.megagpt.model,

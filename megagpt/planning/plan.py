@@ -19,7 +19,7 @@ from megagpt.planning.cost.communication import Communication, communication
 from megagpt.planning.cost.memory import RankMemory, rank_memory
 from megagpt.planning.cost.model_states import shard_of
 from megagpt.planning.cost.performance import Assumptions, Estimate, estimate
-from megagpt.planning.layout import Layout
+from megagpt.planning.layout import Layout, Pins
 from megagpt.planning.legality import World, judge, precision_notes, problems
 from megagpt.planning.placement import Placement, ranks_by_host
 from megagpt.planning.rules import can_be_cut
@@ -42,13 +42,14 @@ class Limits:
 
     `reserve_gib` of the device is not available to us: the CUDA context, NCCL's buffers,
     fragmentation of the allocator. `shared`: the devices are CPUs, whose memory is the host's, and
-    nothing is page-locked.
+    nothing is page-locked. `pins`: who page-locks host memory otherwise.
     """
 
     device_gib: float
     host_gib: float = HOST_MEMORY_GIB
     reserve_gib: float = RESERVE_GIB
     shared: bool = False
+    pins: Pins = "torch"
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ def _vocabulary_here(written: RunConfig) -> int | None:
 
 def layout_of(config: ResolvedConfig, limits: Limits) -> Layout:
     """Return the layout of a run on devices with these limits."""
-    return Layout.of(config, pins=not limits.shared)
+    return Layout.of(config, pins="nobody" if limits.shared else limits.pins)
 
 
 def _plan(

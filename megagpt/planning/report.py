@@ -204,7 +204,9 @@ def _speed(plan: Plan, budget: Budget) -> str:
 def assumptions(assumed: Assumptions, limits_: Limits) -> str:
     """Return all rates and limits that a plan assumes."""
     words = [f"{name} {value:g}" for name, value in vars(assumed).items()]
-    limits = [f"{name} {value:g}" for name, value in vars(limits_).items() if name != "shared"]
+    limits = [f"{name} {value:g}" for name, value in vars(limits_).items() if name.endswith("_gib")]
+    if limits_.pins != "torch" and not limits_.shared:
+        limits.append("page-locked memory by DeepSpeed's own allocator")
     return f"assumed (see --help):\n  {', '.join(words)}\n  {', '.join(limits)}"
 
 

@@ -16,7 +16,7 @@ from megagpt.cluster.hosts import Host
 from megagpt.config import ConfigError, load_config
 from megagpt.planning.cost.accelerators import ACCELERATORS, find
 from megagpt.planning.cost.memory import rank_memory
-from megagpt.planning.cost.model_states import model_states, tile_counts
+from megagpt.planning.cost.model_states import Bytes, model_states, tile_counts
 from megagpt.planning.cost.performance import estimate
 from megagpt.planning.layout import Layout
 from megagpt.planning.legality import World, problems
@@ -126,7 +126,13 @@ def test_what_does_not_fit_is_answered_with_what_does(tmp_path: Path) -> None:
 def test_host_memory_counts_too() -> None:
     plan = planned("gpt3_6.7b_zero3_offload_cpu", 8, limits=Limits(24, host_gib=64))
     assert (plan.fits_device, plan.fits_host) == (True, False)
-    assert plan.host_gib == pytest.approx(18 * 6.66e9 / GIB, rel=0.01)  # docs/configuration.md
+    pageable = planned(
+        "gpt3_6.7b_zero3_offload_cpu", 8, "zero_optimization.offload_optimizer.pin_memory=false"
+    )
+    assert pageable.host_gib == pytest.approx(18 * 6.66e9 / GIB, rel=0.01)  # docs/configuration.md
+    assert plan.host_gib == pytest.approx(123, rel=0.01)  # page-locked in powers of two
+    on_cpu = replace(Limits(24), shared=True)
+    assert planned("gpt3_6.7b_zero3_offload_cpu", 8, limits=on_cpu).memory[0].locking == Bytes()
     assert all(
         sum(m.peak.host for m in memory_of(plan, other)) <= 64 * GIB / 8
         for other in plan.alternatives

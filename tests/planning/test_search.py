@@ -113,7 +113,7 @@ def judged(
         return None
     if verdict.refused or verdict.impossible:
         return None
-    layout = Layout.of(verdict.config, pins=True)  # type: ignore[arg-type]  # nothing is impossible
+    layout = Layout.of(verdict.config, pins="torch")  # type: ignore[arg-type]  # nothing is impossible
     memory = [rank_memory(layout, rank) for rank in range(layout.pipeline)]
     device = max(rank.peak.device for rank in memory) / GIB
     by_host: dict[str, float] = {}

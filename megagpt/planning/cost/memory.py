@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from megagpt.planning.cost.model_states import Bytes, ModelStates, model_states, shard_of
+from megagpt.planning.cost.page_locking import page_locking
 from megagpt.planning.cost.working_memory import WorkingMemory, working_memory
 from megagpt.planning.layout import Layout
 
+NOTHING = Bytes()
 GRADIENT_LINES = ("accumulating_gradients", "reduced_gradients")
 
 
@@ -23,15 +25,19 @@ class RankMemory:
     pipeline_rank: int
     states: ModelStates
     working: WorkingMemory
+    locking: Bytes = NOTHING
 
     @property
     def resident(self) -> Bytes:
-        """Held throughout the run: states without gradients, pipeline buffers, ZeRO 3's bucket."""
+        """Held throughout the run: states without gradients, pipeline buffers, ZeRO 3's bucket.
+
+        Page-locking too.
+        """
         held = [
             getattr(self.states, name) for name in _names(self.states) if name not in GRADIENT_LINES
         ]
         bucket = self.working.reduce_buffers if self.layout.zero.stage == 3 else 0
-        return sum(held, Bytes(device=self.working.pipeline_buffers + bucket))
+        return sum(held, self.locking + Bytes(device=self.working.pipeline_buffers + bucket))
 
     @property
     def phases(self) -> dict[str, Bytes]:
@@ -67,6 +73,7 @@ class RankMemory:
             yield name.replace("_", " "), getattr(self.states, name)
         for name in _names(self.working):
             yield name.replace("_", " "), Bytes(device=getattr(self.working, name))
+        yield "page-locking", self.locking
 
 
 def rank_memory(layout: Layout, pipeline_rank: int, *, data_ranks: int | None = None) -> RankMemory:
@@ -76,7 +83,8 @@ def rank_memory(layout: Layout, pipeline_rank: int, *, data_ranks: int | None = 
     """
     shard = shard_of(layout, pipeline_rank)
     states = fullest_states(layout, pipeline_rank, data_ranks=data_ranks)
-    return RankMemory(layout, pipeline_rank, states, working_memory(layout, pipeline_rank, shard))
+    working = working_memory(layout, pipeline_rank, shard)
+    return RankMemory(layout, pipeline_rank, states, working, page_locking(shard))
 
 
 def fullest_states(

@@ -183,6 +183,20 @@ class Shard:
                 start = end
         return held
 
+    def touched_parameters(self) -> list[int]:
+        """Return the elements of each parameter that `touched` counts."""
+        sizes = []
+        for decayed, size in zip((True, False), self.group_partitions, strict=True):
+            start = 0
+            first, last = self.data_rank * size, (self.data_rank + 1) * size
+            for parameter in self.parameters:
+                if parameter.decayed == decayed:
+                    end = start + parameter.numel
+                    if start < last and end > first:
+                        sizes.append(parameter.numel)
+                    start = end
+        return sizes
+
     @property
     def padding(self) -> int:
         """ZeRO 1 and 2: padding elements in this rank's partitions."""
@@ -431,7 +445,7 @@ def _nvme_optimizer_buffers(shard: Shard) -> Bytes:
     return Bytes(host=FP32_BYTES * count * max(shard.tiles))
 
 
-def snapshot(shard: Shard, *, on_gpu: bool = True) -> Bytes:
+def snapshot(shard: Shard) -> Bytes:
     """Return the host memory of a save in the background (checkpoint/writer.py).
 
     It keeps master weights and two moments, 4 bytes an element each. What is copied from a GPU
@@ -439,7 +453,7 @@ def snapshot(shard: Shard, *, on_gpu: bool = True) -> Bytes:
     """
     if not shard.layout.saves_in_background:
         return Bytes()
-    pinned = on_gpu and shard.layout.zero.optimizer_device == "none"
+    pinned = shard.layout.pins != "nobody" and shard.layout.zero.optimizer_device == "none"
     sizes = [FP32_BYTES * numel for numel in _saved_runs(shard)]
     return Bytes(host=3 * sum(pinned_block(size) if pinned else size for size in sizes))
 
@@ -460,6 +474,7 @@ def _saved_runs(shard: Shard) -> Sequence[int]:
 def pinned_block(size: int) -> int:
     """Return the bytes that torch pins for a tensor of `size` bytes: the next power of two.
 
-    aten/src/ATen/core/CachingHostAllocator.h, `PowerOf2Ceil`; pytorch issues 95823 and 150517.
+    aten/src/ATen/core/CachingHostAllocator.h, `PowerOf2Ceil`; pytorch issues 95823 and 150517. From
+    torch 2.13 on, PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:N leaves larger blocks exact.
     """
     return 1 << (size - 1).bit_length() if size else 0

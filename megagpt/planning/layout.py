@@ -7,8 +7,8 @@ second; a configuration would be validated each time.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
+from functools import cache, cached_property
+from typing import Any, Literal
 
 from megagpt.config import ModelConfig, ResolvedConfig
 from megagpt.planning.schedules import schedule_that_runs
@@ -16,6 +16,9 @@ from megagpt.planning.stages import cut
 from megagpt.schema.deepspeed import ZeroConfig
 from megagpt.schema.megagpt import ParallelConfig
 
+# Who page-locks host memory: nobody without a GPU, else torch's allocator, or DeepSpeed's own,
+# which the variable DS_PIN_MEMORY_BACKEND=native selects
+Pins = Literal["nobody", "torch", "native"]
 BYTES_OF_TYPE = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
@@ -25,7 +28,7 @@ class Layout:
 
     `micro_batch` counts sequences, `micro_batches` the forward-backward passes of a step on one
     rank. `element_bytes` is the size of a parameter in the model's type, `accumulation_bytes`
-    that of an accumulated gradient.
+    that of an accumulated gradient. `pins` says who page-locks host memory for a GPU.
     """
 
     model: ModelConfig
@@ -38,9 +41,10 @@ class Layout:
     element_bytes: int
     accumulation_bytes: int
     saves_in_background: bool = False
+    pins: Pins = "nobody"
 
     @classmethod
-    def of(cls, config: ResolvedConfig) -> Layout:
+    def of(cls, config: ResolvedConfig, *, pins: Pins = "nobody") -> Layout:
         """Return the layout of a run whose number of ranks is known."""
         element_type = "fp16" if config.fp16.enabled else "bf16" if config.bf16.enabled else "fp32"
         return cls(
@@ -54,6 +58,7 @@ class Layout:
             element_bytes=BYTES_OF_TYPE[element_type],
             accumulation_bytes=BYTES_OF_TYPE[config.data_types.grad_accum_dtype or element_type],
             saves_in_background=config.megagpt.checkpoint.asynchronous,
+            pins=pins,
         )
 
     @property
@@ -104,10 +109,10 @@ class Layout:
         """The schedule that runs in effect."""
         return schedule_that_runs(self.parallel.schedule, self.num_stages, self.micro_batches)
 
-    @property
+    @cached_property
     def stages(self) -> list[range]:
         """The layers of every stage; 0 is the embedding and num_layers + 1 the head."""
-        return _cut(self.model, self.num_stages)
+        return cut_stages(self.model, self.num_stages)
 
     def stages_of(self, pipeline_rank: int) -> range:
         """Return the stages that a pipeline rank holds."""
@@ -123,7 +128,8 @@ class Layout:
 
 
 @cache
-def _cut(model: ModelConfig, num_stages: int) -> list[range]:
+def cut_stages(model: ModelConfig, num_stages: int) -> list[range]:
+    """Return `cut`, computed once."""
     return cut(model, num_stages)
 
 

@@ -8,7 +8,7 @@ Other norms, positions and the biases behind an all-reduced output are whole on 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -24,20 +24,31 @@ class Parameter(NamedTuple):
     decayed: bool
 
 
-def parameters_of_rank(layout: Layout, pipeline_rank: int) -> list[Parameter]:
+def parameters_of_rank(layout: Layout, pipeline_rank: int) -> tuple[Parameter, ...]:
     """Return the parameters of one rank of this pipeline rank, over its chunks."""
-    stages = [layout.stages[stage] for stage in layout.stages_of(pipeline_rank)]
-    return [
-        parameter for layers in stages for parameter in _stage(layout.model, layers, layout.tensor)
-    ]
+    return _of_stages(layout.model, _layers(layout, pipeline_rank), layout.tensor)[0]
 
 
-def group_elements(parameters: Iterable[Parameter]) -> tuple[int, int]:
+def groups_of_rank(layout: Layout, pipeline_rank: int) -> tuple[int, int]:
     """Return the elements with and without weight decay: the optimizer's two groups (engine.py)."""
+    return _of_stages(layout.model, _layers(layout, pipeline_rank), layout.tensor)[1]
+
+
+def _layers(layout: Layout, pipeline_rank: int) -> tuple[range, ...]:
+    stages = layout.stages
+    return tuple(stages[stage] for stage in layout.stages_of(pipeline_rank))
+
+
+@cache
+def _of_stages(
+    model: ModelConfig, stages: tuple[range, ...], tensor: int
+) -> tuple[tuple[Parameter, ...], tuple[int, int]]:
+    """Return the parameters of these stages, and the elements of the optimizer's two groups."""
+    found = tuple(parameter for layers in stages for parameter in _stage(model, layers, tensor))
     sizes = [0, 0]
-    for parameter in parameters:
+    for parameter in found:
         sizes[0 if parameter.decayed else 1] += parameter.numel
-    return sizes[0], sizes[1]
+    return found, (sizes[0], sizes[1])
 
 
 @cache

@@ -5,15 +5,18 @@ on the exported model: the same tokens, the same cut to the context, the same em
 take turns with the requests; every rank computes the metrics, so the harness needs no groups.
 """
 
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets.exceptions import DatasetsError
-from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.evaluator import evaluate
 from lm_eval.models.utils import (
     handle_stop_sequences,
     normalize_gen_kwargs,
@@ -179,23 +182,26 @@ def run_tasks(
     include_path: Path | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Return the harness's results, its samples among them, for names of tasks or their YAML files.
 
-    ``include_path`` is a directory of more tasks. Every rank that shares the model must call it;
-    only the first rank of each host gets results. Raise UserError for an unknown task and for data
-    that are not there.
+    ``include_path`` is a directory of more tasks. Every rank that shares the model must call it
+    and gets all results. Raise UserError for an unknown task and for data that are not there.
     """
     known = Tasks(include_path=None if include_path is None else str(include_path))
     names = [name for task in tasks for name in _names(task, known)]
-    return simple_evaluate(
-        model=model,
-        tasks=names,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        task_manager=known,
-        batch_size=model.batch_size,
-    )
+    # As simple_evaluate does, which would also ask pip for every package on this machine.
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
+    loaded = known.load(names)
+    for task in loaded["tasks"].values():
+        of_task = task.get_config("num_fewshot")
+        if of_task != 0:  # a task that says 0 has no examples
+            chosen = of_task if num_fewshot is None else num_fewshot
+            task.set_config(key="num_fewshot", value=chosen or 0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    return evaluate(model, loaded, limit=limit)
 
 
 def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -214,16 +220,13 @@ def _names(task: str, known: TaskManager) -> list[str]:
     )
 
 
-def scores_of(results: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """Return the metrics of each task and group by name; none without results."""
-    if results is None:
-        return {}
-    groups = results.get("groups", {})
+def scores_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the metrics of each task and group by name."""
     return {
         task: {
             key.removesuffix(",none"): value
             for key, value in found.items()
             if isinstance(value, int | float)
         }
-        for task, found in (results["results"] | groups).items()
+        for task, found in (results["results"] | results.get("groups", {})).items()
     }

@@ -76,7 +76,7 @@ def answers(**options: Any) -> dict[str, Any]:
     results = run_tasks(HarnessModel(model, tokenizer, given.batch_size), given.tasks)
     if model.mesh is not None:
         model.mesh.close()
-    return {} if results is None else answers_in(results) | {"scores": scores_of(results)}
+    return answers_in(results) | {"scores": scores_of(results)}
 
 
 def answers_in(results: dict[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from megagpt.model import IGNORED
 from megagpt.utils import UserError, did_you_mean
 
 Tokens = list[int]
+BOOTSTRAP_ITERATIONS = 100_000  # for standard errors, as in the harness
 MOST_NEW_TOKENS = 256  # of a task that does not say, as in the harness
 DATA_ERRORS = (OSError, DatasetsError, ValueError)
 
@@ -47,6 +48,11 @@ class HarnessModel(TemplateLM):
         self.batch_size = batch_size
         self.max_length = model.config.megagpt.model.sequence_length
         self.allowed = allowed_tokens(tokenizer)
+
+    @property
+    def speaks_first(self) -> bool:
+        """Whether this rank's results are shown."""
+        return self.model.mesh is None or self.model.mesh.rank == 0
 
     @property
     def eot_token_id(self) -> int:
@@ -188,7 +194,12 @@ def run_tasks(
     ``include_path`` is a directory of more tasks. Every rank that shares the model must call it
     and gets all results. Raise UserError for an unknown task and for data that are not there.
     """
-    known = Tasks(include_path=None if include_path is None else str(include_path))
+    # To find the harness's own tasks it reads some ten thousand files.
+    own = [task for task in tasks if Path(task).is_file() and not _is_group(Path(task))]
+    known = Tasks(
+        include_path=None if include_path is None else str(include_path),
+        include_defaults=len(own) < len(tasks),
+    )
     names = [name for task in tasks for name in _names(task, known)]
     # As simple_evaluate does, which would also ask pip for every package on this machine.
     random.seed(DEFAULT_RANDOM_SEED)
@@ -201,11 +212,17 @@ def run_tasks(
             chosen = of_task if num_fewshot is None else num_fewshot
             task.set_config(key="num_fewshot", value=chosen or 0)
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-    return evaluate(model, loaded, limit=limit)
+    iterations = BOOTSTRAP_ITERATIONS if model.speaks_first else 0
+    return evaluate(model, loaded, limit=limit, bootstrap_iters=iterations)
 
 
 def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _is_group(task: Path) -> bool:
+    """Return whether a YAML file names other tasks."""
+    return any(line.startswith("group:") for line in task.read_text().splitlines())
 
 
 def _names(task: str, known: TaskManager) -> list[str]:

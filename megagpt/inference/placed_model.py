@@ -96,7 +96,7 @@ class PlacedModel:
         return own.tolist()
 
     def gather(self, results: list[Item]) -> list[Item]:
-        """Return all replicas' results in the order of the items that ``share`` dealt; collective.
+        """Return all replicas' results in the order of the items given to ``share``; collective.
 
         Those of ranks that do not speak are ignored.
         """
@@ -105,9 +105,9 @@ class PlacedModel:
         everyones: list[Any] = [None] * self.mesh.world_size
         mine = (self.replica, results) if self.speaks else None
         dist.all_gather_object(everyones, mine)
-        dealt = dict(filter(None, everyones))
-        whole: list[Any] = [None] * sum(map(len, dealt.values()))
-        for replica, own in dealt.items():
+        by_replica = dict(filter(None, everyones))
+        whole: list[Any] = [None] * sum(map(len, by_replica.values()))
+        for replica, own in by_replica.items():
             whole[replica :: self.replicas] = own
         return whole
 

@@ -99,9 +99,8 @@ def plain_losses(
     config: Config, blend: list[tuple[Path, float]], windows: int, batch: int
 ) -> tuple[dict[str, np.ndarray], list[float]]:
     """The loss of each target by source, and the mean of each batch of windows."""
-    model = RunConfig.from_json(json.dumps(config)).resolved(
-        world_size=1, vocabulary=None, bf16_native=False
-    )
+    alone = json.dumps(config | {"megagpt": config["megagpt"] | {"parallel": {}}})
+    model = RunConfig.from_json(alone).resolved(world_size=1, vocabulary=None, bf16_native=False)
     plain = initialise_(GPT(model.megagpt.model), seed=0).double()
     stream = validation_stream(blend, config)
     read = stream.batch(range(windows))

@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import os
 import sys
+import time
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -23,8 +24,10 @@ from megagpt.common.arguments import (
     whole_number,
 )
 from megagpt.data.columns import DEFAULT_COLUMN
-from megagpt.utils import UserError, end_process, run_command
+from megagpt.utils import RankEnvironment, UserError, end_process, run_command
 
+# The other ranks of a host wait while its first rank reports an error; the launcher ends them.
+TURN_S = 2.0
 HARNESS = "lm_eval==0.4.13"
 IMPORTED_BY_THE_HARNESS = ("lm_eval", "sacrebleu")
 
@@ -47,8 +50,13 @@ def main() -> None:
     from megagpt.inference.evaluation_command import evaluate_run
     from megagpt.parity import local_ranks
 
-    with gathered_ranks():  # raises an error that names missing ranks
-        local_ranks.joined(evaluate_run, arguments)
+    try:
+        with gathered_ranks():  # raises an error that names missing ranks
+            local_ranks.joined(evaluate_run, arguments)
+    except UserError:
+        if not RankEnvironment.read().is_first_of_host:
+            time.sleep(TURN_S)
+        raise
 
 
 def require_harness() -> None:

@@ -6,9 +6,10 @@ take turns with the requests; every rank computes the metrics, so the harness ne
 """
 
 import random
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from megagpt.inference.text_windows import Window, padded
 from megagpt.model import IGNORED
 from megagpt.utils import UserError, did_you_mean
 
+Item = TypeVar("Item")
 Tokens = list[int]
 BOOTSTRAP_ITERATIONS = 100_000  # for standard errors, as in the harness
 MOST_NEW_TOKENS = 256  # of a task that does not say, as in the harness
@@ -61,7 +63,7 @@ class HarnessModel(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """The token before an empty prompt."""
-        return (*self.text.start_of_document, self.text.end_of_document)[0]
+        return self.text.prefix
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
@@ -107,12 +109,22 @@ class HarnessModel(TemplateLM):
         return np.array(tokens[:-1], np.int64), targets
 
     def _scores(self, rows: Sequence[Window]) -> list[Score]:
-        """Return each row's score, in order; the longest rows are read first, with their like."""
-        order = sorted(range(len(rows)), key=lambda row: -len(rows[row][0]))
+        """Return each row's score, in order; the longest rows are read first, with their like.
+
+        Rows of the same tokens are read once: answers of one token to the same question.
+        """
+        alike: dict[bytes, list[int]] = defaultdict(list)
+        for number, (tokens, _) in enumerate(rows):
+            alike[tokens.tobytes()].append(number)
+        groups = sorted(alike.values(), key=lambda group: -len(rows[group[0]][0]))
         own = []
-        for chosen in self.model.share(_chunks(order, self.batch_size)):
-            scores = self.model.scores(padded([rows[row] for row in chosen]))
-            own.append(list(zip(chosen, scores, strict=False)))  # no scores on other stages
+        for chosen in self.model.share(_chunks(groups, self.batch_size)):
+            numbers = [number for group in chosen for number in group]
+            places = [place for place, group in enumerate(chosen) for _ in group]
+            tokens = padded([rows[group[0]] for group in chosen]).tokens
+            targets = padded([rows[number] for number in numbers]).targets
+            scores = self.model.scores(tokens, targets, np.array(places))
+            own.append(list(zip(numbers, scores, strict=False)))  # no scores on other stages
         found: dict[int, Score] = {}
         for batch in self.model.gather(own):
             found |= dict(batch)
@@ -216,7 +228,7 @@ def run_tasks(
     return evaluate(model, loaded, limit=limit, bootstrap_iters=iterations)
 
 
-def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+def _chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 

@@ -13,6 +13,7 @@ from math import gcd
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Score:
-    """The log-probability of a row's targets together, in nats, and whether each was the best."""
+    """The log-probability of some targets together, in nats, and whether each was the best."""
 
     log_probability: float
     greedy: bool
@@ -121,19 +122,24 @@ class PlacedModel:
         return self.head(x, torch.from_numpy(batch.targets).to(self.device))
 
     @torch.no_grad()
-    def scores(self, batch: Batch) -> list[Score]:
-        """Return the score of each row's targets on the last stage, an empty list on others."""
-        x = self._hidden(torch.from_numpy(batch.tokens))
+    def scores(self, tokens: np.ndarray, targets: np.ndarray, rows: np.ndarray) -> list[Score]:
+        """Return the score of each row of targets on the last stage, an empty list on others.
+
+        ``tokens`` (batch, length) are read once; ``targets`` (n, length) stand beside the tokens
+        of ``rows`` (n,), so one row may have several.
+        """
+        x = self._hidden(torch.from_numpy(tokens))
         if self.head is None:
             return []
-        targets = torch.from_numpy(batch.targets).to(self.device)
-        counts = targets != IGNORED
-        log_probabilities, best = self._targets(x[counts], targets[counts])
-        rows = counts.nonzero()[:, 0]
+        wanted = torch.from_numpy(targets).to(self.device)
+        counts = wanted != IGNORED
+        owners, places = counts.nonzero(as_tuple=True)
+        states = x[torch.from_numpy(rows).to(self.device)[owners], places]
+        log_probabilities, best = self._targets(states, wanted[counts])
         nats = torch.zeros(len(targets), dtype=torch.float64, device=self.device)
-        nats.index_add_(0, rows, log_probabilities.double())
+        nats.index_add_(0, owners, log_probabilities.double())
         misses = torch.zeros(len(targets), dtype=torch.int64, device=self.device)
-        misses.index_add_(0, rows, (~best).long())
+        misses.index_add_(0, owners, (~best).long())
         return [
             Score(nat, miss == 0) for nat, miss in zip(nats.tolist(), misses.tolist(), strict=True)
         ]

@@ -7,7 +7,7 @@ than some rows that are not full. What fills those up has no targets.
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import numpy as np
@@ -101,8 +101,8 @@ class ChosenWindows:
         """Return the windows at ``indices``, stacked; a filler has no targets."""
         windows = self.chosen[np.asarray(indices)]
         batch = self.stream.batch([max(int(window), 0) for window in windows])
-        batch.targets[windows == FILLER] = IGNORED
-        return batch
+        targets = np.where(windows[:, None] == FILLER, IGNORED, batch.targets)
+        return replace(batch, targets=targets)
 
 
 def rows_by_source(

@@ -119,6 +119,13 @@ def test_the_loss_of_a_run_equals_one_sum_over_its_validation_split(run_director
     assert result.tokens == stream.samples_per_epoch * SEQUENCE_LENGTH
 
 
+def test_further_validation_sets_are_evaluated_too(run_directory, data):
+    config = read_config(run_directory).megagpt
+    more = config.data.model_copy(update={"validation": {"again": str(data)}})
+    opened = open_validation(config.model_copy(update={"data": more}))
+    assert [directory for directory, _ in opened] == [data, data]
+
+
 @pytest.mark.parametrize(
     ("vocabulary", "ids"),
     [(256, "has not learned id 256"), (250, "has not learned ids 250 to 256")],

@@ -14,10 +14,12 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (m
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
+from megagpt.data.tokenizer import load_tokenizer
 from megagpt.huggingface.export import export
 from megagpt.inference.harness import scores_of
 from tests import REPOSITORY
 from tests.conftest import _Pools
+from tests.data.model_tokenizers import write_tokenizer
 from tests.support.jobs.evaluation import answers, answers_in, evaluate
 from tests.support.trained_run import TEXTS, write_dataset, write_run
 
@@ -29,6 +31,13 @@ TASKS: dict[str, dict[str, Any]] = {
         "doc_to_target": "{{answer}}",
         "doc_to_choice": "{{choices}}",
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    },
+    "letters": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "doc_to_choice": ["A", "B", "C"],  # a token each
+        "metric_list": [{"metric": "acc"}],
     },
     "pages": {
         "output_type": "loglikelihood_rolling",
@@ -80,6 +89,10 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def expected(run: Path, tasks: list[str]) -> dict[str, Any]:
+    return of_its_own_runner(run, tasks)
+
+
+def of_its_own_runner(run: Path, tasks: list[str]) -> dict[str, Any]:
     """What the harness's own runner finds on the exported model."""
     export(run, run.parent / "exported")
     given = {"pretrained": str(run.parent / "exported"), "dtype": "float32"}
@@ -94,7 +107,7 @@ def expected(run: Path, tasks: list[str]) -> dict[str, Any]:
 def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found["words"] == expected["words"]
     assert any(word for (word,) in found["words"])
-    for name in ("choices", "pages"):
+    for name in ("choices", "letters", "pages"):
         for own, theirs in zip(found[name], expected[name], strict=True):
             for answer, other in zip(own, theirs, strict=True):
                 assert answer == pytest.approx(other, rel=1e-6)
@@ -108,6 +121,23 @@ def test_each_document_is_answered_as_by_the_harness_itself(
     run: Path, tasks: list[str], expected: dict[str, Any]
 ) -> None:
     assert_equal(answers(run_dir=run, tasks=tasks), expected)
+
+
+@pytest.mark.rotate(2)
+@pytest.mark.parametrize(("kind", "named"), [("mistral", "<s>"), ("qwen", "<|begin_of_text|>")])
+def test_prompts_begin_as_a_models_tokenizer_begins_them(
+    tasks: list[str], tmp_path: Path, kind: str, named: str
+) -> None:
+    """With a token before each, or with one that is only named: then an empty prompt has it."""
+    source = write_tokenizer(tmp_path / "model", kind)
+    settings = json.loads((source / "tokenizer_config.json").read_text()) | {"bos_token": named}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(source)
+    assert tokenizer.start_of_document == ((tokenizer.prefix,) if kind == "mistral" else ())
+    assert tokenizer.prefix != tokenizer.end_of_document
+    data = write_dataset(tmp_path / "dataset", str(source))
+    run = write_run(tmp_path / "run", data, vocab_size=512, sequence_length=LENGTH)
+    assert_equal(answers(run_dir=run, tasks=tasks), of_its_own_runner(run, tasks))
 
 
 @pytest.mark.rotate(3)
@@ -145,6 +175,11 @@ def test_the_command_prints_a_line_of_json_a_task(
     assert lines == [{"step": 10, "task": "choices", **scores}]
 
 
+def test_answers_of_one_token_to_a_question_are_read_together(run: Path, tasks: list[str]) -> None:
+    found = evaluate(run_dir=run, tasks=tasks[1:2], batch_size=1)
+    assert found["batches"] == len({document["question"] for document in DOCUMENTS})
+
+
 @pytest.mark.parametrize(
     ("task", "reason"),
     [
@@ -154,6 +189,7 @@ def test_the_command_prints_a_line_of_json_a_task(
             "the data cannot be loaded (Unable to find ",
         ),
         ({"generation_kwargs": {"max_gen_toks": LENGTH}}, "a task generates 64 tokens, but "),
+        ({"unsafe_code": True}, "odd runs code that the model writes, which this command does not"),
     ],
     ids=str,
 )

@@ -1,10 +1,13 @@
 """Evaluation by ranks that share the model or the text, beside one process with all of both."""
 
+import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import REPOSITORY
 from tests.conftest import _Pools
 from tests.support.jobs.evaluation import evaluate
 from tests.support.trained_run import TEXTS, write_dataset, write_run
@@ -81,3 +84,24 @@ def test_a_checkpoint_that_is_damaged_is_refused_on_every_rank(
 ) -> None:
     found = pools.get(2).run(EVALUATE, run_dir=runs["gpt2"], step=7, pipeline=2)
     assert all("no checkpoint of step 7; it has steps 10" in r["refused"] for r in found)
+
+
+@pytest.mark.slow
+def test_the_command_runs_under_deepspeeds_launcher(
+    compiled_ops: None, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    """One line for all ranks, of a result as of an error."""
+    (tmp_path / "a.txt").write_text(TEXTS[1])
+    words = ["--run_dir", str(runs["gpt2"]), "--dataset", str(tmp_path / "a.txt")]
+    command = ["deepspeed", "--num_accelerators", "2", str(REPOSITORY / "launch/evaluate.py")]
+    done = subprocess.run(
+        [*command, *words, "--pipeline", "2"], capture_output=True, text=True, check=True
+    )
+    (line,) = (text for text in done.stdout.splitlines() if text.startswith("{"))
+    (expected,) = evaluate(run_dir=runs["gpt2"], dataset=[str(tmp_path / "a.txt")])["lines"]
+    assert json.loads(line)["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    refused = subprocess.run(
+        [*command, *words, "--tensor", "3"], capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 2
+    assert (refused.stdout + refused.stderr).count("2 ranks are no multiple of tensor 3") == 1

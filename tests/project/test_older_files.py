@@ -20,7 +20,7 @@ from tests.support.monitoring import ENVIRONMENT
 VERSION_0_1_0 = REPOSITORY / "tests" / "fixtures" / "version_0.1.0"
 LOSS_OF_EVALUATE = 5.457505702972412
 LOSS_OF_STEP_4 = 5.425329208374023
-# Of windows 2, 0 and 1, the whole validation split once: what `evaluate.py` finds after step 4, too.
+# Of windows 2, 0 and 1, the whole validation split once: `evaluate.py` finds it after step 4, too.
 # Version 0.1.0 validated on windows 0, 1, 2 and 0 again.
 VALIDATION_AT_STEP_4 = 5.383684158325195
 

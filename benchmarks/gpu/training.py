@@ -125,7 +125,11 @@ def trainer(config: ResolvedConfig) -> tuple[Any, Callable[[int], float], Callab
     def step(index: int) -> float:
         return train_step(engine, [batches[index % len(batches)]]).loss
 
-    return engine, step, lambda: evaluate(engine, batches[:1])
+    def loss() -> float:
+        (nats,), (targets,) = evaluate(engine, batches[:1]).tolist()
+        return nats / targets
+
+    return engine, step, loss
 
 
 def measure(context: Context, steps: int, **settings: Any) -> None:

@@ -69,6 +69,7 @@ class ByteLevelTokenizer:
         self.encoding = encoding
         self.vocabulary = encoding.n_vocab
         self.end_of_document = encoding.eot_token
+        self.prefix = self.end_of_document
 
     def encode(self, text: str) -> list[int]:
         return self.encoding.encode_ordinary(text)

@@ -3,8 +3,8 @@
 One process is enough.
 """
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -12,23 +12,31 @@ from megagpt.checkpoint.format import WEIGHT, DamagedCheckpointError
 from megagpt.checkpoint.reader import open_checkpoint
 from megagpt.config import ModelConfig, ResolvedConfig
 from megagpt.model import GPT, replace_parameters
+from megagpt.parallel.rectangles import Box
 from megagpt.rundir.directory import read_config
 from megagpt.utils import UserError
 
 
+class Weights(Protocol):
+    """A function from a parameter's global name to its weight, fp32 on the CPU."""
+
+    def __call__(self, name: str, box: Box | None = None) -> torch.Tensor:
+        """Return the whole weight, or the rectangle ``box`` of it."""
+
+
 def open_weights(
-    run_directory: Path, step: int | None = None
-) -> tuple[int, Callable[[str], torch.Tensor]]:
-    """Return the step of a run's newest sound checkpoint, and a function from name to weight.
+    run_directory: Path, step: int | None = None, *, verified: bool = False
+) -> tuple[int, Weights]:
+    """Return the step of a run's newest sound checkpoint, and its weights.
 
-    The function takes a global name and returns the whole weight, fp32 on the CPU. Both raise
-    UserError if no checkpoint (of ``step``) can be loaded.
+    ``verified``: another rank has verified it. Both raise UserError if no checkpoint (of ``step``)
+    can be loaded.
     """
-    reader = open_checkpoint(run_directory, step)
+    reader = open_checkpoint(run_directory, step, verified=verified)
 
-    def weight(name: str) -> torch.Tensor:
+    def weight(name: str, box: Box | None = None) -> torch.Tensor:
         try:
-            return reader.tensor(WEIGHT, name)
+            return reader.tensor(WEIGHT, name, box)
         except DamagedCheckpointError as error:  # the manifest does not match the files
             raise UserError(
                 f"{run_directory}: {error}; choose the checkpoint of another step with --step"

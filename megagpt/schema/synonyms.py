@@ -146,6 +146,10 @@ SYNONYMS: dict[str, str] = {
     "log_interval": "megagpt.monitor.log_interval_steps",
     "logging_steps": "megagpt.monitor.log_interval_steps",
     "data_path": "megagpt.data.path",
+    **dict.fromkeys(
+        ("valid_data_path", "valid_data_paths", "test_data_path", "validation_file", "eval_data"),
+        "megagpt.data.validation",
+    ),
     "dataset": "megagpt.data.path",
     "wandb_project": "wandb.project",
 }

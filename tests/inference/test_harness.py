@@ -123,7 +123,7 @@ def test_each_document_is_answered_as_by_the_harness_itself(
     assert_equal(answers(run_dir=run, tasks=tasks), expected)
 
 
-@pytest.mark.rotate(2)
+@pytest.mark.slow  # its own runner loads two more models
 @pytest.mark.parametrize(("kind", "named"), [("mistral", "<s>"), ("qwen", "<|begin_of_text|>")])
 def test_prompts_begin_as_a_models_tokenizer_begins_them(
     tasks: list[str], tmp_path: Path, kind: str, named: str

@@ -71,6 +71,11 @@ class HarnessModel(TemplateLM):
         start = () if add_special_tokens is False else self.text.start_of_document
         return [*start, *self.text.encode(string)]
 
+    def loglikelihood(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=not self.speaks_first)
+
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, Tokens, Tokens]], **kwargs: Any
     ) -> list[tuple[float, bool]]:

@@ -65,6 +65,12 @@ DOCUMENTS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the command itself does where the hub cannot be reached."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = write_dataset(tmp_path_factory.mktemp("dataset"))

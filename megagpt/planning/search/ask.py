@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megagpt.cluster.hosts import Host, world_size
-from megagpt.config import ConfigError, ModelConfig, ResolvedConfig, RunConfig, load_config
+from megagpt.config import (
+    ConfigError,
+    ModelConfig,
+    ResolvedConfig,
+    RunConfig,
+    load_config,
+    unexpected_world,
+)
 from megagpt.planning.cost.accelerators import Accelerator
 from megagpt.planning.cost.performance import Assumptions
 from megagpt.planning.layout import Layout
@@ -150,6 +157,8 @@ def _search(
     bf16_native: bool,
 ) -> Answer:
     ranks = world_size([*hosts])
+    if unexpected := unexpected_world(written.megagpt.parallel, ranks):
+        raise ConfigError([unexpected.line(source)])
     world, notes = world_and_notes(written, ranks, bf16_native)
     batch = written.train_batch_size or world.resolve(written).train_batch_size
     runs = {  # "auto" computes in fp32 at ZeRO 0

@@ -240,7 +240,7 @@ def peak_bytes(config: dict[str, Any]) -> int:
     try:
         pipeline.train_step(engine, micro_batches(engine, 0))
         process_bytes("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
         pipeline.train_step(engine, micro_batches(engine, 1))
         return process_bytes("VmHWM") - base
     finally:

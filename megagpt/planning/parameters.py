@@ -8,6 +8,7 @@ Other norms, positions and the biases behind an all-reduced output are whole on 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
@@ -32,6 +33,32 @@ def parameters_of_rank(layout: Layout, pipeline_rank: int) -> tuple[Parameter, .
 def groups_of_rank(layout: Layout, pipeline_rank: int) -> tuple[int, int]:
     """Return the elements with and without weight decay: the optimizer's two groups (engine.py)."""
     return _of_stages(layout.model, _layers(layout, pipeline_rank), layout.tensor)[1]
+
+
+def partitions_of_rank(layout: Layout, pipeline_rank: int) -> tuple[int, ...]:
+    """Return ZeRO 3's part of each parameter on one data rank: ceil(numel / data ranks)."""
+    layers = _layers(layout, pipeline_rank)
+    return _partitions(layout.model, layers, layout.tensor, layout.data)
+
+
+def largest_module(layout: Layout, pipeline_rank: int) -> int:
+    """Return the elements of the module whose own parameters are the most."""
+    return _largest_module(layout.model, _layers(layout, pipeline_rank), layout.tensor)
+
+
+@cache
+def _partitions(
+    model: ModelConfig, stages: tuple[range, ...], tensor: int, data: int
+) -> tuple[int, ...]:
+    return tuple(-(-parameter.numel // data) for parameter in _of_stages(model, stages, tensor)[0])
+
+
+@cache
+def _largest_module(model: ModelConfig, stages: tuple[range, ...], tensor: int) -> int:
+    modules: Counter[str] = Counter()
+    for parameter in _of_stages(model, stages, tensor)[0]:
+        modules[parameter.name.rpartition(".")[0]] += parameter.numel
+    return max(modules.values())
 
 
 def _layers(layout: Layout, pipeline_rank: int) -> tuple[range, ...]:

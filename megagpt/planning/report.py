@@ -44,9 +44,11 @@ def _verdict(plan: Plan) -> str:
     legal = "refused" if plan.refusals else "legal"
     fits = "it fits" if plan.fits_device and plan.fits_host else "IT DOES NOT FIT"
     used = f"{plan.device_gib:.1f} of {room:.1f} GiB a device"
-    used += (
-        f", {plan.host_gib:.1f} of {plan.limits.host_gib:.0f} GiB a host" if plan.host_gib else ""
-    )
+    of_host = f"{plan.host_gib:.1f} of {plan.limits.host_gib:.0f} GiB a host"
+    if plan.limits.shared:
+        used = of_host
+    elif plan.host_gib:
+        used += f", {of_host}"
     mesh = (
         f"pipeline {layout.pipeline} x data {layout.data} x tensor {layout.tensor}; ZeRO "
         f"{layout.zero.stage}"

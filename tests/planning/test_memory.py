@@ -317,3 +317,33 @@ def test_torch_page_locks_what_the_formula_says() -> None:
     after = torch.cuda.host_memory_stats()["allocated_bytes.current"]
     assert after - before == sum(map(pinned_block, sizes))
     assert all(tensor.is_pinned() for tensor in held)
+
+
+OFFLOADS = [  # ZeRO stage, optimizer, parameters, bf16, micro-batches
+    (1, "cpu", "none", False, 1),
+    (1, "cpu", "none", True, 2),
+    (2, "cpu", "none", False, 2),
+    (2, "cpu", "none", True, 1),
+    (3, "cpu", "none", False, 1),
+    (3, "cpu", "none", True, 2),
+    (3, "cpu", "cpu", False, 2),
+    (3, "cpu", "cpu", True, 1),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "optimizer", "parameters", "bf16", "count"), OFFLOADS)
+def test_the_process_has_the_memory_of_the_plan(
+    one_rank: RankPool, stage: int, optimizer: str, parameters: str, bf16: bool, count: int
+) -> None:
+    """Its own, above its base, within 10 %; without a GPU all of it is the host's. No parameter is
+    larger than the bucket, and ZeRO 3 keeps nothing gathered, of which the plan has the most.
+    """
+    shape = {"hidden_size": 768, "num_heads": 12, "num_layers": 8, "vocab_size": 128}
+    config = tiny(batch=count, micro=1, **shape, sequence_length=32)
+    keys = {"reduce_bucket_size": 5_000_000} | (dict.fromkeys(KEPT, 0) if stage == 3 else {})
+    config = with_zero(config, stage, optimizer, parameters, **keys)
+    config |= {"bf16": {"enabled": bf16}}
+    (peak,) = one_rank.run("tests.support.jobs.memory:peak_bytes", config=config)
+    planned = rank_memory(layout_of(config, 1), 0).peak
+    assert peak == pytest.approx(planned.device + planned.host, rel=0.1)

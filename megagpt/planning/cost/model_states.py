@@ -18,7 +18,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megagpt.planning.layout import Layout
-from megagpt.planning.parameters import Parameter, groups_of_rank, parameters_of_rank
+from megagpt.planning.parameters import (
+    Parameter,
+    groups_of_rank,
+    parameters_of_rank,
+    partitions_of_rank,
+)
 from megagpt.schema.arithmetic import round_up
 from megagpt.utils import MIB
 
@@ -149,9 +154,9 @@ class Shard:
         return self.layout.data * sum(self.group_partitions)
 
     @cached_property
-    def partitions(self) -> list[int]:
+    def partitions(self) -> tuple[int, ...]:
         """ZeRO 3: each parameter is cut into D parts of ceil(numel / D) elements."""
-        return [-(-parameter.numel // self.layout.data) for parameter in self.parameters]
+        return partitions_of_rank(self.layout, self.pipeline_rank)
 
     @cached_property
     def partition(self) -> int:

@@ -13,7 +13,6 @@ upper bounds where DeepSpeed decides at run time.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 from kernels.costs import loss_chunk_rows
@@ -25,6 +24,7 @@ from megagpt.planning.cost.model_states import (
     reuse_distance,
 )
 from megagpt.planning.layout import Layout, model_layers
+from megagpt.planning.parameters import largest_module
 from megagpt.planning.schedules import actions_of_rank, micro_batches_to_peak, peak_held
 
 REDUCE_BUCKET_SIZE = 500_000_000  # elements; default of DeepSpeed's zero/config.py
@@ -271,10 +271,8 @@ def gathered_parameters(shard: Shard) -> float:
         else zero.stage3_max_live_parameters
     )
     ahead = 0 if zero.parameter_device == "nvme" else max(live, reuse_distance(shard.layout))
-    modules: Counter[str] = Counter()
-    for parameter in shard.parameters:
-        modules[parameter.name.rpartition(".")[0]] += parameter.numel
-    whole = min(shard.elements, ahead + 2 * max(modules.values()))
+    largest = largest_module(shard.layout, shard.pipeline_rank)
+    whole = min(shard.elements, ahead + 2 * largest)
     return shard.layout.element_bytes * max(0, whole - shard.persistent)
 
 

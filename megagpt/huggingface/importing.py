@@ -36,6 +36,7 @@ from megagpt.huggingface.published_model import PublishedModel
 from megagpt.huggingface.whole_directory import whole_directory
 from megagpt.parallel.compat import MOMENTS, Piece
 from megagpt.parallel.rectangles import whole
+from megagpt.planning.epochs import counted_samples
 from megagpt.planning.legality import World, resolve
 from megagpt.rundir.data import open_stream, prepare_vocabulary, splits_of
 from megagpt.rundir.directory import record
@@ -116,7 +117,7 @@ def _resolved(config: RunConfig) -> ResolvedConfig:
                 "ranks); --set train_batch_size=N"
             ]
         )
-    world = World(_ranks(config), prepare_vocabulary(config))
+    world = World(_ranks(config), prepare_vocabulary(config), samples=counted_samples())
     return resolve(config, world=world).config
 
 

@@ -131,7 +131,8 @@ def _require_data_for_its_context(source: Path, config: ResolvedConfig) -> None:
         manifest = read_dataset_manifest(Path(place.path))
         splits = splits_of(config)
         tokens, split = min((manifest.tokens(split), split) for split in splits)
-        if tokens > length:
+        packed = manifest.has_conversations and config.megagpt.data.packing != "stream"
+        if packed or tokens > length:  # what conversations leave of a sample is filled
             continue
         remedies = ["prepare more text"]
         if split == "val" and manifest.tokens("train") > length:

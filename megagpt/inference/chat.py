@@ -9,6 +9,7 @@ from megagpt.data.chat.answers import ASSISTANT, Conversation, rendered
 from megagpt.data.chat.records import require_plain
 from megagpt.data.chat.template import ChatTemplate, choose_template, default_template
 from megagpt.data.columns import BadRowError
+from megagpt.data.manifest import read_dataset_manifest
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.schema.megagpt import DataConfig
 from megagpt.utils import UserError
@@ -55,6 +56,18 @@ class Chat:
         behind = self._ids(text[text.rfind(PROBE, start, end) + len(PROBE) : end])
         special = behind[:1] and not set(behind[:1]) & set(self._tokenizer.text_ids)
         return tuple(behind[:1]) if special else ()
+
+
+def ends_of_answers(data: DataConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the tokens that end an answer of a run on conversations, beside that of a document.
+
+    Of a run on text, nothing.
+    """
+    manifests = (read_dataset_manifest(Path(source.path)) for source in data.sources)
+    if not any(manifest.has_conversations for manifest in manifests):
+        return ()
+    ends = open_chat(data, tokenizer).end_tokens
+    return tuple(end for end in ends if end != tokenizer.end_of_document)
 
 
 def open_chat(data: DataConfig, tokenizer: Tokenizer, chosen: str | None = None) -> Chat:

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer, GenerationConfig
 
 from launch.generate import converse
 from megagpt.data.chat.template import choose_template
 from megagpt.data.tokenizer import Tokenizer, load_tokenizer
 from megagpt.download_data import PreparationRequest, prepare
+from megagpt.huggingface.export import export
 from megagpt.inference.chat import Chat, open_chat
 from megagpt.inference.generate import generate, open_tokenizer
 from megagpt.inference.stored_model import load_model
@@ -129,6 +131,19 @@ def test_prompts_are_answered_alone_and_lines_as_one_conversation(
     assert all("Be brief." in prompt for prompt in text)
     assert ("one" in text[1]) == (not prompts)
     assert ("> two" in capsys.readouterr().out) == bool(prompts)
+
+
+def test_an_export_ends_and_writes_as_the_chat_did(tmp_path, run_directory):
+    """transformers has the template, and ends an answer where `generate --chat` does."""
+    _, tokenizer, chat = opened(run_directory)
+    export(run_directory, tmp_path / "exported")
+    reference = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    messages = CONVERSATIONS[1][:-1]
+    found = reference.apply_chat_template(messages, add_generation_prompt=True)
+    assert found["input_ids"] == chat.prompt(messages)
+    settings = GenerationConfig.from_pretrained(tmp_path / "exported")
+    assert settings.eos_token_id == [tokenizer.end_of_document, *chat.end_tokens]
+    assert not set(settings.suppress_tokens) & set(settings.eos_token_id)
 
 
 def test_a_run_without_a_template_is_refused(tmp_path, run_directory):

@@ -5,15 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.packing import skewed
 from megagpt.data.chat.packing import one_each, pack
 
 CAPACITY = 4096
-
-
-def skewed(count: int, seed: int = 0) -> np.ndarray:
-    """Lengths as of chat data: most of some hundred tokens, a few as long as a sample."""
-    drawn = np.random.default_rng(seed).lognormal(mean=5.5, sigma=1.0, size=count)
-    return np.clip(drawn.astype(np.int64), 1, CAPACITY)
 
 
 def best_fit_decreasing(lengths: list[int], capacity: int) -> list[int]:
@@ -46,13 +41,13 @@ def test_packs_are_those_of_best_fit_decreasing(lengths, capacity, seed):
 
 @pytest.mark.parametrize("count", [500, 20_000])
 def test_packs_fill_95_percent_of_a_skewed_distribution(count):
-    lengths = skewed(count)
+    lengths = skewed(count, CAPACITY)
     assert np.median(lengths) < lengths.mean() * 0.7
     assert lengths.sum() / (len(pack(lengths, CAPACITY, seed=0)) * CAPACITY) > 0.95
 
 
 def test_the_seed_decides_who_shares_a_pack():
-    lengths = skewed(2000)
+    lengths = skewed(2000, CAPACITY)
     first, again, other = (pack(lengths, CAPACITY, seed=seed) for seed in (1, 1, 2))
     assert first.order.tolist() == again.order.tolist()
     assert first.order.tolist() != other.order.tolist()

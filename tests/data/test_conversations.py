@@ -9,11 +9,17 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from megagpt.config import load_config
 from megagpt.data.chat.packing import pack
 from megagpt.data.chat.template import TEMPLATE_FILE, choose_template
 from megagpt.data.tokenizer import load_tokenizer
 from megagpt.dataset import Dataset, SampleStream, open_dataset, verify
 from megagpt.download_data import PreparationRequest, prepare
+from megagpt.planning.cost.accelerators import ACCELERATORS
+from megagpt.planning.placement import hosts_of
+from megagpt.planning.plan import Limits, as_json, assume, make_plan
+from megagpt.planning.report import text
+from megagpt.rundir.data import resolve_run
 from megagpt.utils import IGNORED, ExitCode, UserError, run_command
 from tests.data.chat_tokenizers import (
     CONVERSATIONS,
@@ -26,6 +32,7 @@ from tests.data.chat_tokenizers import (
     write_chat_tokenizer,
 )
 from tests.data.test_dataset import edit_manifest, write_dataset
+from tests.support.configurations import LLAMA, tiny
 
 MANY = [turns(f"question {n}", "word " * (n % 9 + 1), "more?", f"{n}") for n in range(60)]
 
@@ -149,9 +156,9 @@ def test_tools_of_a_record_reach_its_template(tmp_path, model):
         messages="messages",
     )
     prepare(wanted, report=lambda line: None)
-    text = of_transformers(model).decode(documents(open_dataset(wanted.output))[0][0])
-    assert '"parameters": {"city": "a name"}' in text
-    assert '<tool_call>\n{"name": "weather"' in text
+    written = of_transformers(model).decode(documents(open_dataset(wanted.output))[0][0])
+    assert '"parameters": {"city": "a name"}' in written
+    assert '<tool_call>\n{"name": "weather"' in written
 
 
 def test_what_is_cut_is_said(tmp_path, model, many):
@@ -367,11 +374,11 @@ def test_samples_are_nearly_full(many):
 
 def test_conversations_may_be_read_as_a_stream(many):
     stream = open_samples(many, packing="stream", document_mask=True)
-    text = open_samples(many, packing="stream")
+    unmasked = open_samples(many, packing="stream")
     for index in range(stream.samples_per_epoch):
         sample = stream.sample(index)
         assert sample.positions is None
-        assert text.sample(index).document_ids is None
+        assert unmasked.sample(index).document_ids is None
         start = stream.locate(index)[1]
         tokens = many.split("train").read(start, start + 121)
         assert sample.tokens.tolist() == tokens[:-1].tolist()
@@ -411,6 +418,42 @@ def test_a_conversation_that_does_not_fit_is_refused_when_a_run_opens_it(many):
                        rf"least {longest - 1}, prepare it again with --max_length"):  # fmt: skip
         open_samples(many, sequence_length=longest - 2)
     open_samples(many, sequence_length=longest - 2, packing="stream")
+
+
+def config_of(directory: Path, data: Path, **training: Any) -> Path:
+    document = tiny(batch=4, micro=2, vocab_size=512, **LLAMA)
+    document["megagpt"]["model"]["sequence_length"] = 120
+    document["megagpt"] |= {"data": {"path": str(data)}, "training": training}
+    path = directory / "tuning.json"
+    path.write_text(json.dumps(document))
+    return path
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_plan_knows_the_steps_of_a_length_in_epochs(tmp_path, many, prepared):
+    data = many.directory if prepared else tmp_path / "none"
+    plan = make_plan(
+        str(config_of(tmp_path, data, total_epochs=3)),
+        [],
+        hosts_of(2, 2),
+        Limits(80),
+        assume(ACCELERATORS["H100"], 2),
+    )
+    steps = -(-3 * open_samples(many).samples_per_epoch // 4)
+    assert plan.steps == as_json(plan)["total_steps"] == (steps if prepared else None)
+    assert (f"{steps} steps take" in text(plan)) == prepared
+    unknown = f"total_epochs: the number of steps is not known ({data}: no dataset here)"
+    assert (unknown in text(plan)) != prepared
+
+
+def test_a_run_with_a_length_in_epochs_whose_conversations_do_not_fit_says_so_before_it_starts(
+    tmp_path, many
+):
+    path = config_of(tmp_path, many.directory, total_epochs=3)
+    written = load_config(path, ["megagpt.model.sequence_length=64"])
+    with pytest.raises(UserError, match="its longest conversation has 100 tokens"):
+        resolve_run(written)
+    assert resolve_run(load_config(path)).config.megagpt.training.total_steps > 3
 
 
 def test_packing_of_text_is_refused(tmp_path):

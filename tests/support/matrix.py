@@ -134,9 +134,9 @@ def resolved(config: Config, ranks: int) -> ResolvedConfig:
 @cache
 def is_legal(row: Row) -> bool:
     """Whether the planner lets it start."""
-    plain = row._replace(kind=AXES.kind[0], targets=AXES.targets[0])
-    if row != plain:
-        return is_legal(plain)  # two ranks divide the heads and widths of all kinds
+    if (row.kind, row.targets) != (AXES.kind[0], AXES.targets[0]):
+        # two ranks divide the heads and widths of all kinds
+        return is_legal(row._replace(kind=AXES.kind[0], targets=AXES.targets[0]))
     try:
         return not refusals(resolved(document(row), row.ranks))
     except ConfigError:
@@ -165,12 +165,15 @@ def pairs(row: Row) -> set[Meeting]:
     """Every two levels that meet in a row, and every two beside replicas: without them, ZeRO has
     nothing to cut. The kind of model beside replicas only with the ZeRO stage, which cuts it.
     """
-    beside_replicas = {
-        meeting
-        for meeting in triples(row)
-        if ("data", 2) in meeting and {axis for axis, _ in meeting} & {"kind", "stage"} != {"kind"}
-    }
-    return meetings(row, 2) | beside_replicas
+    found = meetings(row, 2)
+    if row.data == 2:
+        others = [level for level in row._asdict().items() if level[0] != "data"]
+        found |= {
+            (("data", 2), *two)
+            for two in itertools.combinations(others, 2)
+            if {axis for axis, _ in two} & {"kind", "stage"} != {"kind"}
+        }
+    return found
 
 
 def cost(row: Row) -> tuple[int, int, bool]:

@@ -4,8 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import PreTrainedTokenizerFast
 
-from megagpt.data.byte_level_bpe import ByteLevelTokenizer, bytes_only
+from megagpt.data.byte_level_bpe import (
+    ByteLevelTokenizer,
+    bytes_only,
+    save_encoding,
+    train_byte_level_bpe,
+)
 from megagpt.data.chat.answers import Conversation, Rendered, rendered
 from megagpt.data.chat.records import ChatRows
 from megagpt.data.chat.targets import count, cut, target_bounds
@@ -29,6 +35,7 @@ from tests.data.chat_tokenizers import (
     without_tags,
     write_chat_tokenizer,
 )
+from tests.data.model_tokenizers import CORPUS
 
 # Form of template, kind of tokenizer: those that belong together, and awkward ones.
 PAIRS = [
@@ -91,6 +98,24 @@ def test_an_answer_that_is_written_in_another_way_if_others_follow_is_found(tmp_
     assert not plain.text(messages).startswith(plain.text(messages[:2]))
     for conversation in CONVERSATIONS:
         assert_as_transformers(directory, THINKING, conversation)
+
+
+def test_a_tokenizer_of_ours_gives_what_transformers_makes_of_its_file(tmp_path):
+    save_encoding(train_byte_level_bpe(CORPUS, 420), tmp_path)
+    reference = PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token="<|endoftext|>"
+    )
+    rows = ChatRows(choose_template("plain", None), messages="messages")
+    for messages in [*CONVERSATIONS, WITH_SYSTEM]:
+        expected = reference.apply_chat_template(
+            messages,
+            chat_template=TEMPLATES["plain"],
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        found = mask(load_tokenizer(tmp_path), rows.text({"messages": messages}))
+        assert found == (expected["input_ids"], expected["assistant_masks"])
+        assert 420 - 1 in found[0]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from pydantic import JsonValue
 
 from kernels.options import count
 from megagpt.common.arguments import command_parser, non_negative, user_path, whole_number
+from megagpt.data.byte_level_bpe import END_OF_DOCUMENT
 from megagpt.data.chat.records import DEFAULT_MESSAGES, ChatRows
 from megagpt.data.chat.targets import count as count_targets
 from megagpt.data.chat.template import TEMPLATE_FILE, choose_template, default_template
@@ -405,7 +406,8 @@ def _training_texts(source: Corpus, request: PreparationRequest) -> Iterator[str
     characters = 0
     for split, piece in assign_splits(source, request.validation_fraction):
         if split == "train":
-            yield piece.text
+            # A chat template writes the end of a document by name, which is no text.
+            yield piece.text if piece.answers is None else piece.text.replace(END_OF_DOCUMENT, "")
             characters += len(piece.text)
         if characters >= TRAINING_CHARACTERS:
             return

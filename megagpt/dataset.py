@@ -382,8 +382,7 @@ class SampleStream:
     ) -> SampleStream:
         """Open (directory, weight) pairs.
 
-        Raises UserError for a bad dataset, a bad weight, different tokenizers, or a packing
-        without conversations.
+        Raises UserError for a bad dataset, a bad weight, or different tokenizers.
         """
         blend = Blend([weight for _, weight in data])
         datasets = [open_dataset(directory) for directory, _ in data]
@@ -394,13 +393,6 @@ class SampleStream:
                     f"that of {datasets[0].directory} ({datasets[0].manifest.tokenizer.name}); "
                     "prepare both with the same one"
                 )
-        if packing not in (None, "stream") and not any(
-            dataset.manifest.has_conversations for dataset in datasets
-        ):
-            raise UserError(
-                f'megagpt.data.packing: "{packing}", but {datasets[0].directory} holds text; leave '
-                "it out, or prepare conversations (docs/tuning.md)"
-            )
         return cls(
             datasets,
             blend,

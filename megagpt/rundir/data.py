@@ -198,8 +198,17 @@ def _vocabulary(config: RunConfig) -> int:
 
 def open_stream(config: ResolvedConfig, split: Split) -> SampleStream:
     """Return the samples of one split."""
-    sources = config.megagpt.data.sources
-    return _open(config.megagpt, [(Path(place.path), place.weight) for place in sources], split)
+    data = config.megagpt.data
+    places = [(Path(source.path), source.weight) for source in data.sources]
+    stream = _open(config.megagpt, places, split)
+    if data.packing in ("conversations", "one_per_row") and not any(
+        dataset.manifest.has_conversations for dataset in stream.datasets
+    ):
+        raise UserError(
+            f'megagpt.data.packing: "{data.packing}", but {places[0][0]} holds text; leave it out, '
+            "or prepare conversations (docs/tuning.md)"
+        )
+    return stream
 
 
 def _open(config: MegagptConfig, data: list[tuple[Path, float]], split: Split) -> SampleStream:

@@ -19,7 +19,7 @@ from megagpt.planning.cost.accelerators import ACCELERATORS
 from megagpt.planning.placement import hosts_of
 from megagpt.planning.plan import Limits, as_json, assume, make_plan
 from megagpt.planning.report import text
-from megagpt.rundir.data import resolve_run
+from megagpt.rundir.data import open_data, resolve_run
 from megagpt.utils import IGNORED, ExitCode, UserError, run_command
 from tests.data.chat_tokenizers import (
     CONVERSATIONS,
@@ -457,11 +457,18 @@ def test_a_run_with_a_length_in_epochs_whose_conversations_do_not_fit_says_so_be
 
 
 def test_packing_of_text_is_refused(tmp_path):
-    text = open_dataset(write_dataset(tmp_path / "text", [[1] * 200]))
+    """To train on; beside conversations, and to validate on, text is read as windows."""
+    text = write_dataset(tmp_path / "text", [[1] * 200])
+    config = resolve_run(
+        load_config(
+            config_of(tmp_path, text, total_steps=3, eval_interval_steps=0),
+            ["megagpt.data.packing=conversations"],
+        )
+    ).config
     with pytest.raises(
         UserError, match=r'megagpt.data.packing: "conversations", but .* holds text'
     ):
-        open_samples(text, packing="conversations")
+        open_data(config, tmp_path / "run")
 
 
 @pytest.mark.parametrize("spoil", ["flip", "cut", "remove"])

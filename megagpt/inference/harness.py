@@ -166,7 +166,7 @@ class HarnessModel(TemplateLM):
             sampler,
             sequence_length=self.max_length,
             reread_after=self.model.config.megagpt.model.reread_after,
-            end_token=self.eot_token_id,
+            end_tokens=(self.eot_token_id,),
             limit=most,
         ):
             tokens.append(token)

@@ -109,6 +109,7 @@ SYNONYMS: dict[str, str] = {
     "train_steps": _STEPS,
     "max_tokens": "megagpt.training.total_tokens",
     "train_tokens": "megagpt.training.total_tokens",
+    "num_train_epochs": "megagpt.training.total_epochs",
     # optimizer and schedule
     "learning_rate": _RATE,
     "lr": _RATE,
@@ -156,7 +157,6 @@ SYNONYMS: dict[str, str] = {
 
 # Names of what is not a key here, and why.
 WITHOUT_A_KEY: dict[str, str] = {
-    "num_train_epochs": "the length is megagpt.training.total_steps or total_tokens",
     "dtype": "use bf16.enabled or fp16.enabled",
     "precision": "use bf16.enabled or fp16.enabled",
     "torch_dtype": "use bf16.enabled or fp16.enabled",

@@ -23,6 +23,7 @@ from megagpt.planning.legality import World, problems
 from megagpt.planning.parameters import parameters_of_rank
 from megagpt.planning.placement import hosts_of
 from megagpt.planning.plan import Limits, Plan, as_json, assume, make_plan
+from megagpt.planning.price import Budget
 from megagpt.planning.report import text
 from megagpt.planning.rules import refusals
 from megagpt.schema.model import PRESETS
@@ -158,6 +159,7 @@ def test_a_price_without_tokens_is_that_of_the_file_s_own_length() -> None:
     tokens = human_count(steps * batch * config.megagpt.model.sequence_length)
     assert f"{tokens} tokens take " in done.stdout
     assert "at 2 per device and hour on 8 devices" in done.stdout
+    assert "give --tokens" in Budget(None, 2).line(None, 8)
 
 
 def memory_of(plan: Plan, other: Any) -> list[Any]:

@@ -23,7 +23,9 @@ from megagpt.schema.model import ModelConfig, ModelSection
 class DataSource(Section):
     """One dataset of a blend."""
 
-    path: PathText = identity(..., "directory of the dataset", min_length=1)
+    path: PathText = identity(
+        ..., "directory of the dataset, or token files of another trainer", min_length=1
+    )
     weight: float = identity(1.0, "share of the samples, relative to the other weights", gt=0)
 
 
@@ -38,7 +40,9 @@ class DataConfig(Section):
     """Which tokens are read, and in which order."""
 
     path: DataPath = identity(
-        "data/stdlib", "directory of the dataset, or a list of {path, weight} to blend"
+        "data/stdlib",
+        "directory of the dataset, or token files of another trainer; or a list of {path, weight} "
+        "to blend",
     )
     seed: int = identity(0, "seed of the sample order", ge=0)
     document_mask: bool = identity(False, "tokens attend only to tokens of their own document")
@@ -50,6 +54,19 @@ class DataConfig(Section):
         "how conversations become samples: whole ones, as many as fit, each on its own "
         "(conversations); one a sample (one_per_row); windows of their tokens as of text (stream); "
         "default: conversations if the data are prepared ones, else stream",
+    )
+    tokenizer: PathText | None = execution(
+        None,
+        "directory with the tokenizer.json of token files of other trainers; without it they are "
+        "ids without text",
+        min_length=1,
+    )
+    validation_fraction: float | None = execution(
+        None,
+        "share of token files of other trainers to hold out, their end; default: the val.bin "
+        "beside a train.bin, else 0.01",
+        ge=0,
+        lt=1,
     )
 
     @model_validator(mode="after")

@@ -329,10 +329,10 @@ def test_the_operator_is_sound_for_compilers(fused_device: str) -> None:
     )
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(
-        norms._forward, (x, residual, weight, bias, 1e-5, True, 1.0), test_utils=checks
+        norms._forward.overload, (x, residual, weight, bias, 1e-5, True, 1.0), test_utils=checks
     )
     alone = (x, None, weight, None, 1e-5, False, 0.0)
-    torch.library.opcheck(norms._forward, alone, test_utils=checks)
+    torch.library.opcheck(norms._forward.overload, alone, test_utils=checks)
 
 
 def test_compiles_into_one_graph(fused_device: str) -> None:

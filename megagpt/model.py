@@ -299,7 +299,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, recompute: str) -> None:
         super().__init__()
+        self.config = config
         self.recompute = recompute
+        self.compiled: Callable[[Tensor, Context], Tensor] | None = None  # see compile_blocks
         self.parallel = config.parallel_residual
         before = NoNorm if config.post_norm == "instead" else partial(Norm, config)
         after = NoNorm if config.post_norm == "none" else partial(Norm, config)
@@ -313,9 +315,14 @@ class Block(nn.Module):
         self.mlp_dropout = Dropout(config.dropout, dropout_site(layer, 2))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
+        run: Callable[[Tensor, Context], Tensor] = self._forward
+        if self.compiled is not None and torch.is_grad_enabled():
+            if self.config.position == "rotary":  # here, because torch.compile cannot trace it
+                context.angles(self.config, x.shape[1], x.device)
+            run = self.compiled
         if self.recompute == "full" and torch.is_grad_enabled():
-            return recomputed(self._forward, x, context)
-        return self._forward(x, context)
+            return recomputed(run, x, context)
+        return run(x, context)
 
     def _forward(self, x: Tensor, context: Context) -> Tensor:
         y = self.attention_post_norm(self.attention(self.attention_norm(x), context))
@@ -492,6 +499,26 @@ class GPT(nn.Module):
         if self.head is not None:
             plan["head"] = "vocabulary"
         return plan
+
+
+def compile_blocks(model: GPT, backend: str = "inductor") -> None:
+    """Let torch.compile compile each block at its first forward with gradients.
+
+    Evaluation and generation, whose lengths vary, stay as they are. A block is one graph, with our
+    operations as custom operators in it.
+    """
+    import torch._dynamo  # takes a second
+
+    # torch gives up after eight variants of one function, and here each block may be one.
+    limit = 8 * (1 + len(model.blocks))
+    settings: Any = torch._dynamo.config
+    settings.recompile_limit = max(settings.recompile_limit, limit)
+    settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, limit)
+    for block in model.blocks.values():
+        assert isinstance(block, Block)
+        block.compiled = torch.compile(
+            block._forward, backend=backend, fullgraph=True, dynamic=False
+        )
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: object) -> Tensor:

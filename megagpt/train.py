@@ -78,6 +78,8 @@ def train(run: Run) -> StopRequest:
     meter = Meter(run)
     stragglers = StragglerWatch(run.engine.mesh, run.engine.device)
     guard.remember(run.state.guard)
+    first_step_began_s = time.perf_counter()
+    first_step = run.state.step + 1
     while run.state.step < settings.total_steps:
         step = run.state.step + 1
         stragglers.begin_step()
@@ -91,6 +93,9 @@ def train(run: Run) -> StopRequest:
             lambda: [*requested(run), *stragglers.share()],
         )
         stragglers.end_step()
+        if settings.compile != "none" and step == first_step:
+            taken_s = round(time.perf_counter() - first_step_began_s, 1)
+            run.monitor.event("compile", step=step, first_step_s=taken_s)
         run.state = advanced(run.state, run.config, result)
         meter.after_step(result)
         meter.pause(partial(follow_saves, run, result))

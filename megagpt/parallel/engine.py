@@ -22,7 +22,14 @@ from torch import Tensor, nn
 from megagpt.cluster.launchers import adopt_launch
 from megagpt.config import ResolvedConfig
 from megagpt.distributed import COLLECTIVE_TIMEOUT, Mesh
-from megagpt.model import GPT, decayed, global_names, initial_value, replace_parameters
+from megagpt.model import (
+    GPT,
+    compile_blocks,
+    decayed,
+    global_names,
+    initial_value,
+    replace_parameters,
+)
 from megagpt.parallel import compat, internals, ops, tensor_parallel
 from megagpt.parallel.device import set_cuda_defaults
 from megagpt.parallel.rectangles import Box
@@ -358,6 +365,9 @@ def build_model(
         return parameter
 
     allocated = replace_parameters(model, allocate)
+    if config.megagpt.training.compile == "blocks":
+        for part in model.parts:
+            compile_blocks(part)
     names = {allocated[template]: name for template, name in templates.items()}
     return model, names, held, _summed_once(config, model, axis)
 

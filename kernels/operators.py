@@ -15,6 +15,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+# Types that need no closer look: asking whether something else is a tensor costs more.
+_TENSORS = frozenset((Tensor, Parameter))
+_KNOWN = _TENSORS | {type(None), bool, int, float, str, torch.dtype}
+
 
 def ordinary(values: Any) -> bool:
     """Return whether a call on these values is plain eager work that nothing watches."""
@@ -24,9 +28,8 @@ def ordinary(values: Any) -> bool:
         or torch._C._are_functorch_transforms_active()
     ):
         return False
-    for value in values:  # a loop, because a generator costs more than all comparisons
-        kind = type(value)
-        if kind is not Tensor and kind is not Parameter and isinstance(value, Tensor):
+    for value in values:  # noqa: SIM110  # a generator costs more than all comparisons
+        if type(value) not in _KNOWN and isinstance(value, Tensor):
             return False
     return True
 
@@ -93,7 +96,7 @@ class Operator:
         if not torch.is_grad_enabled():
             return self.function(*inputs)
         for value in inputs:
-            if isinstance(value, Tensor) and value.requires_grad:
+            if type(value) in _TENSORS and value.requires_grad:
                 differentiable = self.differentiable
                 return differentiable.apply(*inputs) if differentiable else self.overload(*inputs)
         return self.function(*inputs)

@@ -89,7 +89,7 @@ def fault(op: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> str | Non
     return self_check.verdict(__name__, q.device, q.dtype, variant_of(q, k, v, **options))
 
 
-def empty_heads_last(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def empty_heads_last(like: Tensor) -> Tensor:
     """Return an uninitialised tensor of the shape of ``like``, stored as (b, length, heads, d).
 
     ``like`` is (batch, heads, length, head_dim).
@@ -97,7 +97,7 @@ def empty_heads_last(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     shape = like.shape
     _, heads, length, head_dim = shape
     row = heads * head_dim
-    return like.new_empty_strided(shape, (length * row, head_dim, row, 1), dtype=dtype)
+    return like.new_empty_strided(shape, (length * row, head_dim, row, 1))
 
 
 def _addressable(x: Tensor) -> Tensor:
@@ -236,7 +236,8 @@ def backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v."""
-    dq, dk, dv = empty_heads_last(q), empty_heads_last(k), empty_heads_last(v)
+    dq, dk = empty_heads_last(q), empty_heads_last(k)
+    dv = torch.empty_like(dk)  # which keeps the order of its dimensions
     if not out.numel() or not k.numel():
         return dq.zero_(), dk.zero_(), dv.zero_()
     q, k, v, out_gradient = (
@@ -254,7 +255,7 @@ def backward(
         _launch_keys(inputs, (dq, dk, dv), masks, settings, add_query_gradient=False)
         _launch_queries(inputs, dq, masks, settings)
         return dq, dk, dv
-    total = empty_heads_last(q, torch.float32).zero_()
+    total = torch.empty_like(dq, dtype=torch.float32).zero_()
     _launch_keys(inputs, (total, dk, dv), masks, settings, add_query_gradient=True)
     return torch.mul(total, scale, out=dq), dk, dv
 

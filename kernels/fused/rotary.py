@@ -30,8 +30,8 @@ def rotary_rotate(
     """Rotate ROWS positions of one head for each program.
 
     x and y (batch, heads, length, 2 * half + REST), cosine and sine (length, half), or (batch,
-    length, half) if BATCHED. HALF and REST_BLOCK are ``half`` and REST rounded up to a power of two. The last REST channels are
-    copied.
+    length, half) if BATCHED. HALF and REST_BLOCK are ``half`` and REST rounded up to a power of
+    two. The last REST channels are copied.
     """
     # Blocks and heads share the grid's first axis: the other axes end at 65,535.
     blocks = tl.cdiv(length, ROWS)

@@ -3,7 +3,6 @@
 import threading
 from concurrent.futures import Future
 from contextlib import nullcontext
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -110,17 +109,15 @@ class BatchLoader:
         return value.pin_memory() if self.device.type == "cuda" else value
 
     def _to_device(self, prepared: MicroBatch) -> MicroBatch:
-        def copied(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value.to(self.device, non_blocking=True)
+        def copied(value: Tensor) -> Tensor:
+            return value.to(self.device, non_blocking=True)
 
-        documents = prepared.documents and kernels.DocumentBounds(
-            prepared.documents.positions.to(self.device, non_blocking=True)
-        )
-        return replace(
-            prepared,
-            tokens=copied(prepared.tokens),
-            targets=copied(prepared.targets),
-            documents=documents,
-            dropout_seed=copied(prepared.dropout_seed),
-            positions=copied(prepared.positions),
+        documents, seeds, positions = prepared.documents, prepared.dropout_seed, prepared.positions
+        return MicroBatch(
+            copied(prepared.tokens),
+            copied(prepared.targets),
+            None if documents is None else kernels.DocumentBounds(copied(documents.positions)),
+            None if seeds is None else copied(seeds),
+            None if positions is None else copied(positions),
+            prepared.all_counted,
         )

@@ -46,6 +46,12 @@ def in_fp32(tensors: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
     return tensors | {name: tensors[name].float() * 1.001 for name in names if name in tensors}
 
 
+@pytest.fixture(autouse=True)
+def no_tile_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some tests change the limits that it follows from."""
+    monkeypatch.setattr(norms, "_tile", norms._tile.__wrapped__)
+
+
 @pytest.fixture
 def narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of more than 64 columns count as wide, and of more than 128 as too wide for sums in

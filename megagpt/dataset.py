@@ -423,6 +423,11 @@ class SampleStream:
         return self.datasets[0].vocabulary
 
     @property
+    def ignores_targets(self) -> bool:
+        """Whether a target may have no loss; if not, ranks need not count them in each step."""
+        return any(dataset.manifest.has_conversations for dataset in self.datasets)
+
+    @property
     def samples_per_epoch(self) -> int:
         """Samples of all datasets together; each dataset of a blend has its own epochs."""
         return sum(cuts.count for cuts in self._cuts)

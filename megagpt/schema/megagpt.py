@@ -143,6 +143,11 @@ class TrainingSection(Section):
         "activations to recompute in backward: none, each block's MLP (selective), or whole "
         "blocks (full)",
     )
+    compile: Literal["none", "blocks"] = execution(
+        "none",
+        "what torch.compile compiles for training: none, or each block, at ZeRO 0 to 2 without "
+        "tensor parallelism",
+    )
     eval_interval_steps: int = execution(100, "steps between evaluations", ge=0)
     eval_batches: int = execution(
         8, "global batches per evaluation: a fixed random choice from each validation set", ge=1

@@ -91,6 +91,10 @@ class CopyQueue:
         self.groups.append(self.open)
         self.open = []
 
+    def unfinished(self) -> list[Any]:
+        """Return what was started and not waited for."""
+        return [copy for group in (*self.groups, self.open) for copy in group]
+
     def take(self, allowed: int) -> list[Any]:
         """Return the copies of all groups but the newest few."""
         count = max(0, len(self.groups) - allowed)

@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import CompiledKernel
 from triton.runtime import driver as active
 
@@ -191,28 +193,43 @@ def _driver(gpu: Gpu) -> Any:
     return Driver()
 
 
+@dataclass(frozen=True)
+class _Properties:
+    """What torch.cuda says of the emulated GPU: a small one, so that grids are small."""
+
+    major: int
+    minor: int
+    shared_memory_per_block_optin: int
+    multi_processor_count: int = 2
+
+
 @contextmanager
 def emulated(
     capability: tuple[int, int] = (9, 0), schedule: Schedule | None = None
 ) -> Iterator[Gpu]:
     """Let Triton's launches run on the emulator, within the block.
 
-    Compiled kernels are kept for each device by Triton; with another capability in one process,
-    they are compiled again.
+    torch.cuda then describes the emulated GPU. Nothing is assembled to machine code: kernels keep
+    their PTX alone, under a key of their own in Triton's cache.
     """
     gpu = Gpu(capability, schedule or Schedule())
-    prepare = CompiledKernel._init_handles
+    properties = _Properties(*capability, _SHARED_BYTES[capability[0]])
+    prepare, make_hash, before = CompiledKernel._init_handles, CUDABackend.hash, active._active
 
     def prepare_here(self: CompiledKernel) -> None:
         """Tell the launcher which kernel it launches; Triton passes only a handle."""
         prepare(self)
         self._run.kernel = self
 
-    CompiledKernel._init_handles = prepare_here
-    before = active._active
     active.set_active(_driver(gpu))
-    try:
-        yield gpu
-    finally:
-        CompiledKernel._init_handles = prepare
-        active._active = before
+    with (
+        patch.object(CompiledKernel, "_init_handles", prepare_here),
+        patch.object(CUDABackend, "make_cubin", lambda *arguments: b"not assembled"),
+        patch.object(CUDABackend, "hash", lambda self: f"{make_hash(self)}-emulated"),
+        patch.object(torch.cuda, "get_device_properties", lambda device=None: properties),
+        patch.object(torch.cuda, "get_device_capability", lambda device=None: capability),
+    ):
+        try:
+            yield gpu
+        finally:
+            active._active = before

@@ -116,14 +116,6 @@ class Cta:
             self.blocked[other] = None
         self.meetings[number] = []
 
-    def unordered_registers(self, form: Any, warp: int) -> Array:
-        """Return the registers of a product written since the last wgmma.fence."""
-        marks = self.unordered[warp]
-        if not marks:
-            return np.array([], int)
-        rows = np.concatenate([form.d_rows, form.a_rows])
-        return np.array([row for row in rows if marks >> int(row) & 1], int)
-
     # -------------------------------------------------------------------------------- the scheduler
 
     def run(self) -> None:
@@ -256,7 +248,7 @@ class Cta:
             if queue.open or any(queue.groups):
                 self.findings.add("a matrix product was never waited for", line, "wgmma")
         for queue in self.bulk_copies:
-            for copy in (*sum(queue.groups, []), *queue.open):
+            for copy in queue.unfinished():
                 self.findings.add("a bulk copy was never waited for", copy.line, "TMA")
                 copy.finish()
         for queue in self.copies:

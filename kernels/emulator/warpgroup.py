@@ -29,6 +29,7 @@ from kernels.emulator.parser import Instruction
 
 WARPS = 4
 _ROWS = 64
+_UNDEFINED = 0xFFFFFFFF  # a NaN
 _SPANS = {0: 0, 1: 128, 2: 64, 3: 32}  # bytes of the swizzle, by the last two bits of a descriptor
 
 
@@ -178,27 +179,36 @@ class ProductQueue(CopyQueue):
     def start(self, form: _Form, gang: Any, first: int, use: bool) -> None:
         """Start a product; an early one only where all before it were early."""
         cta = gang.cta
-        waiting = [p for p in (*sum(self.groups, []), *self.open) if p.late]
+        waiting = [p for p in self.unfinished() if p.late]
         product = Product(form, gang, first, use, bool(waiting) or cta.is_late())
         files = cta.files[32]
-        unordered = cta.unordered_registers(form, first)
-        if unordered.size:
-            cta.findings.add(
-                "wgmma reads registers written since the last wgmma.fence",
-                form.line,
-                f"warps {first} to {first + WARPS - 1}",
-            )
-            files[unordered, product.lanes] = 0xFFFFFFFF
-            if product.initial is not None and np.isin(unordered, form.d_rows).any():
-                product.initial = np.full_like(product.initial, np.nan)
+        self._check_order(product, cta.unordered[first : first + WARPS])
         if not product.late:
             files[form.d_rows, product.lanes] = product.result()
         else:
             same = [p for p in waiting if p.form.d_rows[0] == form.d_rows[0]]
             if same and use:
                 same[-1].next = product
-            files[form.d_rows, product.lanes] = 0xFFFFFFFF
+            files[form.d_rows, product.lanes] = _UNDEFINED
         self.open.append(product)
+
+    def _check_order(self, product: Product, marks: list[int]) -> None:
+        """Report registers that were written since the last wgmma.fence.
+
+        Accumulators are then undefined. Fragments of A are used as they are: ptxas orders them, as
+        the machine code shows.
+        """
+        form = product.form
+        for what, rows in (("accumulates onto", form.d_rows), ("multiplies", form.a_rows)):
+            if not any(mark >> int(row) & 1 for mark in marks for row in rows):
+                continue
+            product.cta.findings.add(
+                f"wgmma {what} registers written since the last wgmma.fence",
+                form.line,
+                f"warps {product.first} to {product.first + WARPS - 1}",
+            )
+            if rows is form.d_rows and product.initial is not None:
+                product.initial = np.full_like(product.initial, np.nan)
 
 
 @meaning("wgmma")

@@ -38,6 +38,7 @@ class Done:
     grid: tuple[int, int, int]
     findings: list[Finding]
     ptx: str
+    lines: set[int]  # of the PTX that were executed
 
 
 @dataclass
@@ -70,7 +71,8 @@ class Gpu:
         launch = Launch(
             program, parameters, memory, findings, schedule, kernel.metadata.shared, maps
         )
-        self.launches.append(Done(name, grid, launch.run(grid), text))
+        found = launch.run(grid)
+        self.launches.append(Done(name, grid, found, text, program.lines(launch.executed)))
 
 
 @functools.lru_cache(maxsize=64)

@@ -62,7 +62,7 @@ class Cta:
         self.files = launch.registers(place)
         self.clocks = Clocks(self.warp_count)
         size = program.launch_shared + launch.shared_bytes
-        self.shared = SharedMemory(size, program.unit, self.clocks, self.findings)
+        self.shared = SharedMemory(size, program.unit, self.clocks, self.findings, self.random)
         self.barriers = Barriers(self)
         self.copies = [CopyQueue() for _ in range(self.warp_count)]
         self.bulk_copies = [CopyQueue() for _ in range(self.warp_count)]
@@ -72,7 +72,8 @@ class Cta:
         self.block_of = [0] * self.warp_count  # -1: its threads are at several blocks
         self.block_of_thread = np.zeros(32 * self.warp_count, np.int64)
         self.blocked: list[tuple[Callable[[], bool], str, int] | None] = [None] * self.warp_count
-        self.unordered = [0] * self.warp_count  # registers written since the last wgmma.fence
+        # Registers written since the last wgmma.fence, a bit each. Before the first one: all.
+        self.unordered = [-1] * self.warp_count
         self.gangs = launch.gangs
         self.launch = launch
 
@@ -197,6 +198,7 @@ class Cta:
         if index < 0:
             index = int(self.block_of_thread[lanes].min())
             mask = self.block_of_thread[lanes] == index
+        self.launch.executed.add(index)
         block = self.program.blocks[index]
         following = index + 1 if index + 1 < len(self.program.blocks) else EXIT
         again = None
@@ -283,6 +285,7 @@ class Launch:
         }
         self.fresh = self._fresh()
         self.gangs: dict[tuple[int, int], Gang] = {}
+        self.executed: set[int] = set()  # basic blocks
 
     def _fresh(self) -> dict[int, Array]:
         """Return the registers as a CTA finds them: constants, and all bits set elsewhere."""

@@ -5,6 +5,7 @@ address of the tensor's bytes in this process.
 """
 
 import ctypes
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,10 @@ class SharedMemory:
     proxy fence separates the write from its read.
     """
 
-    def __init__(self, size: int, unit: int, clocks: Clocks, findings: Findings) -> None:
-        self.size = size
+    def __init__(
+        self, size: int, unit: int, clocks: Clocks, findings: Findings, rng: Random
+    ) -> None:
+        self.size, self.random = size, rng
         self.bytes = np.full((size + 15) // 16 * 16, _POISON, np.uint8)
         self.older = self.bytes.copy()
         self.tracker = Tracker(size, unit, clocks, findings)
@@ -64,8 +67,21 @@ class SharedMemory:
         self.bytes[places] = data
         self.tracker.note_write(warp, units, generic)
         lost = (self.bytes[places] != data).any(axis=1)
-        if lost.any():  # another thread of the gang wrote something else
-            self.tracker.findings.add("write races with a write", line, "two threads, one place")
+        if lost.any():
+            self._settle(warp, places, data, self.tracker.writer[units[:, 0]], lost, line)
+
+    def _settle(
+        self, warp: Array, places: Array, data: Array, winner: Array, lost: Array, line: int
+    ) -> None:
+        """Let any of several threads that write one place win. PTX ISA, st: which is undefined."""
+        if (winner != warp)[lost].any():
+            self.tracker.findings.add("write races with a write", line, "two warps, one place")
+        else:
+            self.tracker.findings.add(
+                "threads of a warp write different values to one place", line, "any may win"
+            )
+        for row in self.random.sample(range(len(data)), len(data)):
+            self.bytes[places[row]] = data[row]
 
     def async_load(self, places: Array, stale: Array) -> Array:
         """Return bytes at places, the older ones where stale."""

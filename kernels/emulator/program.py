@@ -140,6 +140,15 @@ class Program:
         rows = (self.operands.rows.get(name) for name in elements(ins.operands[0]))
         return sum(1 << row for width, row in filter(None, rows) if width == 32)
 
+    def lines(self, blocks: set[int]) -> set[int]:
+        """Return the lines of the instructions of some blocks."""
+        ends = [*self.starts[1:], len(self.kernel.instructions)]
+        return {
+            ins.line
+            for index in blocks
+            for ins in self.kernel.instructions[self.starts[index] : ends[index]]
+        }
+
     def action(self, ins: Instruction) -> Action:
         """Return what an instruction does, under its guard."""
         if ins.name not in MEANINGS:

@@ -1,7 +1,7 @@
 """``python -m kernels.emulator FILE.ptx``: what a kernel consists of, and what happens if it runs.
 
-    python -m kernels.emulator kernel.ptx
-    python -m kernels.emulator kernel.ptx --grid 4 --arguments f32[1024] f32[1024] 1024 0.5
+python -m kernels.emulator kernel.ptx
+python -m kernels.emulator kernel.ptx --grid 4 --arguments f32[1024] f32[1024] 1024 0.5
 """
 
 import re
@@ -73,7 +73,9 @@ def _arguments(
     """Return the tensors, and the bits of each parameter."""
     parameters = program.kernel.parameters
     if len(texts) > len(parameters):
-        parser.error(f"--arguments: {len(texts)} given, {program.kernel.name} has {len(parameters)}")
+        parser.error(
+            f"--arguments: {len(texts)} given, {program.kernel.name} has {len(parameters)}"
+        )
     generator = np.random.default_rng(0)
     tensors, values = [], []
     for text, (_, bits) in zip(texts, parameters, strict=False):

@@ -1,7 +1,7 @@
 """Instructions that load and store, each thread for itself.
 
-PTX ISA, "Data Movement and Conversion Instructions": ld, st, prefetch; "Parallel Synchronization and
-Communication Instructions": atom, red.
+PTX ISA, "Data Movement and Conversion Instructions": ld, st, prefetch; "Parallel Synchronization
+and Communication Instructions": atom, red.
 """
 
 from collections.abc import Callable
@@ -134,7 +134,7 @@ def _source(ins: Instruction, operands: Operands, name: str, form: Format) -> in
     return operands.whole(ins, name)[0]
 
 
-# --------------------------------------------------------------------------------------- atomics
+# ------------------------------------------------------------------------------------------ atomics
 
 
 def _float_add(old: Array, new: Array) -> Array:
@@ -198,10 +198,14 @@ def atomic(ins: Instruction, operands: Operands) -> Action:
     return run
 
 
+def _compared(old: Array, expected: Array, new: Array) -> Array:
+    return np.asarray(np.where(old == expected, new, old))
+
+
 def _changed(name: str, form: Format) -> Callable[..., Array]:
     """Return the function from what is there, and the operands, to what is there next."""
     if name == "cas":
-        return lambda old, expected, new: np.where(old == expected, new, old)
+        return _compared
     function = _OPERATIONS[name]
     if form.name == "f32" and name == "add":  # atom.add.f32 on global memory flushes subnormals
         return lambda old, new: flush(old + flush(new))

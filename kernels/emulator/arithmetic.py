@@ -85,7 +85,7 @@ def _in_fp32(function: Function, result: Format, sources: list[Format]) -> Funct
     return rounded
 
 
-# ------------------------------------------------------------------- integers and floating point
+# ---------------------------------------------------------------------- integers and floating point
 
 
 def _divide(a: Array, b: Array) -> Array:
@@ -256,7 +256,7 @@ def of_one(ins: Instruction, operands: Operands) -> Action:
     return compute(ins, operands, function, result, [form])
 
 
-# --------------------------------------------------------------------------------- bits and bytes
+# ----------------------------------------------------------------------------------- bits and bytes
 
 
 def _shift_left(a: Array, count: Array) -> Array:
@@ -330,7 +330,7 @@ def _permute(a: Array, b: Array, selectors: Array) -> Array:
 
 
 def _extract(a: Array, position: Array, length: Array) -> Array:
-    """Return a bit field; its sign is extended for signed types, from the last bit of `a` at most."""
+    """Return a bit field; that of a signed type is extended by its sign."""
     bits = 8 * a.itemsize
     position, wanted = position & np.uint32(255), length & np.uint32(255)
     length = np.minimum(wanted, np.maximum(np.int64(bits) - position, 0)).astype(np.uint32)
@@ -380,7 +380,7 @@ def fields(ins: Instruction, operands: Operands) -> Action:
     return compute(ins, operands, function, form, [form, form, word])
 
 
-# ------------------------------------------------------------------------ comparison and selection
+# ------------------------------------------------------------------------- comparison and selection
 
 _ORDERED = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
@@ -460,7 +460,7 @@ def _as_bits(operands: Operands, slot: int, bits: Format) -> int:
     return operands.slot(operands.slots[slot][0], bits.view)
 
 
-# ------------------------------------------------------------------------------ moves, conversions
+# ------------------------------------------------------------------------------- moves, conversions
 
 
 @meaning("mov")

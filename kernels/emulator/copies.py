@@ -1,7 +1,8 @@
 """Asynchronous copies between global and shared memory.
 
-PTX ISA, "Data Movement and Conversion Instructions: Asynchronous copy": cp.async (non-bulk), which a
-thread waits for itself, and cp.async.bulk.tensor (TMA), which an mbarrier or a bulk group waits for.
+PTX ISA, "Data Movement and Conversion Instructions: Asynchronous copy": cp.async (non-bulk), which
+a thread waits for itself, and cp.async.bulk.tensor (TMA), which an mbarrier or a bulk group waits
+for.
 
 A copy happens at any time between its start and the end of the wait for it. Early ones happen at
 once; of late ones the destination is undefined until then.
@@ -27,7 +28,7 @@ from kernels.emulator.instructions import (
 from kernels.emulator.memory import GlobalMemory, lanes
 from kernels.emulator.parser import Instruction
 
-# ------------------------------------------------------------------------------- cp.async, by threads
+# ----------------------------------------------------------------------------- cp.async, by threads
 
 
 class _Copy:
@@ -173,7 +174,7 @@ def _wait(allowed: int, commits: bool = False) -> Action:
     return run
 
 
-# ------------------------------------------------------------------------- cp.async.bulk.tensor: TMA
+# ------------------------------------------------------------------------ cp.async.bulk.tensor: TMA
 
 
 def swizzled(addresses: Array, span: int) -> Array:

@@ -39,6 +39,7 @@ class Done:
     findings: list[Finding]
     ptx: str
     lines: set[int]  # of the PTX that were executed
+    compiled: CompiledKernel
 
 
 @dataclass
@@ -72,7 +73,8 @@ class Gpu:
             program, parameters, memory, findings, schedule, kernel.metadata.shared, maps
         )
         found = launch.run(grid)
-        self.launches.append(Done(name, grid, found, text, program.lines(launch.executed)))
+        lines = program.lines(launch.executed)
+        self.launches.append(Done(name, grid, found, text, lines, kernel))
 
 
 @functools.lru_cache(maxsize=64)

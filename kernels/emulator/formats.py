@@ -65,7 +65,7 @@ class Format:
 
     name: str
     bits: int  # of the register
-    view: type[np.generic]
+    view: Any  # numpy's type
     widen: Callable[[Array], Array] | None = None
     narrow: Callable[[Array], Array] | None = None
     packed: int = 1
@@ -84,7 +84,7 @@ def _from_half(x: Array) -> Array:
     return x.astype(np.float32)
 
 
-_INTEGERS = {
+_INTEGERS: dict[str, Any] = {
     "u8": np.uint8, "s8": np.int8, "b8": np.uint8, "u16": np.uint16, "s16": np.int16,
     "b16": np.uint16, "u32": np.uint32, "s32": np.int32, "b32": np.uint32, "u64": np.uint64,
     "s64": np.int64, "b64": np.uint64,
@@ -100,5 +100,9 @@ FORMATS = {
     "f32": Format("f32", 32, np.float32),
     "f64": Format("f64", 64, np.float64),
 }
-UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
-STORAGE = {1: np.bool_, 8: np.uint16, **{bits: UNSIGNED[bits] for bits in (16, 32, 64)}}
+UNSIGNED: dict[int, Any] = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+STORAGE: dict[int, Any] = {
+    1: np.bool_,
+    8: np.uint16,
+    **{bits: UNSIGNED[bits] for bits in (16, 32, 64)},
+}

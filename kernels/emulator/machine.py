@@ -72,12 +72,14 @@ class Cta:
         self.block_of = [0] * self.warp_count  # -1: its threads are at several blocks
         self.block_of_thread = np.zeros(32 * self.warp_count, np.int64)
         self.blocked: list[tuple[Callable[[], bool], str, int] | None] = [None] * self.warp_count
-        # Registers written since the last wgmma.fence, a bit each. Before the first one: all.
-        self.unordered = [-1] * self.warp_count
+        # Registers written, or used at all, since the last wgmma.fence, a bit each. Before the
+        # first one: all.
+        self.written = [-1] * self.warp_count
+        self.accessed = [-1] * self.warp_count
         self.gangs = launch.gangs
         self.launch = launch
 
-    # ------------------------------------------------------------ what instructions ask of their CTA
+    # ----------------------------------------------------------- what instructions ask of their CTA
 
     def is_late(self) -> bool:
         """Return whether asynchronous work that starts now happens late."""
@@ -246,16 +248,14 @@ class Cta:
     def _end(self) -> None:
         """Report asynchronous work that nobody waited for."""
         line = self.program.kernel.instructions[-1].line
-        for queue in self.products:
-            if queue.open or any(queue.groups):
-                self.findings.add("a matrix product was never waited for", line, "wgmma")
+        if any(queue.unfinished() for queue in self.products):
+            self.findings.add("a matrix product was never waited for", line, "wgmma")
         for queue in self.bulk_copies:
             for copy in queue.unfinished():
                 self.findings.add("a bulk copy was never waited for", copy.line, "TMA")
                 copy.finish()
-        for queue in self.copies:
-            if queue.open or any(queue.groups):
-                self.findings.add("a copy was never waited for", line, "cp.async")
+        if any(queue.unfinished() for queue in self.copies):
+            self.findings.add("a copy was never waited for", line, "cp.async")
         if self.loads:
             self.findings.add("a copy was never waited for", self.loads[0].line, "TMA")
 

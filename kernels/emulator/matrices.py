@@ -1,7 +1,7 @@
 """Matrices spread over the threads of a warp: ldmatrix, stmatrix, mma.
 
-PTX ISA, "Warp Level Matrix Multiply-Accumulate Instructions". Thread 4 g + t of a warp has row g and
-columns 2 t and 2 t + 1 of each 8 x 8 matrix of 16-bit elements.
+PTX ISA, "Warp Level Matrix Multiply-Accumulate Instructions". Thread 4 g + t of a warp has row g
+and columns 2 t and 2 t + 1 of each 8 x 8 matrix of 16-bit elements.
 """
 
 import re
@@ -97,11 +97,11 @@ def store_matrices(ins: Instruction, operands: Operands) -> Action:
     return run
 
 
-# ------------------------------------------------------------------- the fragments of a warp's product
+# ---------------------------------------------------------------- the fragments of a warp's product
 
 
 def left(registers: Array, kind: str) -> Array:
-    """Return A, (warps, 16, k), from (registers, threads): rows g and g + 8, then the next columns."""
+    """Return A, (warps, 16, k), from (registers, threads): rows g, g + 8, then further columns."""
     words = _elements(registers, kind)  # (columns, rows, warps, g, t, elements)
     words = words.transpose(2, 1, 3, 0, 4, 5)
     return as_numbers(words.reshape(words.shape[0], 16, -1), kind)
@@ -118,8 +118,8 @@ def _elements(registers: Array, kind: str) -> Array:
     """Return the elements of registers as (pairs, 2 or 1, warps, 8, 4, elements)."""
     view = np.uint32 if kind == "tf32" else np.uint16
     rows = 2 if len(registers) % 2 == 0 else 1
-    return np.ascontiguousarray(registers).view(view).reshape(-1, rows, registers.shape[1] // 32, 8, 4,
-        1 if kind == "tf32" else 2)  # fmt: skip
+    shape = (-1, rows, registers.shape[1] // 32, 8, 4, 1 if kind == "tf32" else 2)
+    return np.ascontiguousarray(registers).view(view).reshape(shape)
 
 
 def accumulators(registers: Array) -> Array:

@@ -9,6 +9,8 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 
 import pytest
 
@@ -45,7 +47,11 @@ def pytest_configure(config: pytest.Config) -> None:
     context = emulated(_CAPABILITIES[config.getoption("--emulate")])
     config.emulated_gpu = context.__enter__()  # type: ignore[attr-defined]
     config.emulated_launches = Counter()  # type: ignore[attr-defined]
-    config.add_cleanup(lambda: context.__exit__(None, None, None) and None)
+    config.add_cleanup(partial(_leave, context))
+
+
+def _leave(context: AbstractContextManager[object]) -> None:
+    context.__exit__(None, None, None)
 
 
 @pytest.fixture(autouse=True)

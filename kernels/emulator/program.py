@@ -112,7 +112,7 @@ class Program:
     def _block(self, index: int, instructions: list[Instruction]) -> Block:
         block = Block(instructions[0].line)
         block.whole_groups = any(ins.name == "wgmma" for ins in instructions)
-        written = 0  # registers since the last mark, one bit each
+        written = accessed = 0  # registers since the last mark, one bit each
         for ins in instructions:
             if ins.name in _ENDS:
                 block.end = self._end(ins, index)
@@ -124,21 +124,21 @@ class Program:
             if self.has_products:
                 if ins.name == "wgmma" and ins.modifiers[0] in ("mma_async", "fence"):
                     fences = ins.modifiers[0] == "fence"
-                    if written or fences:
-                        block.actions.append(_mark(0 if fences else written, fences))
-                    written = 0
-                written |= self._written(ins)
+                    block.actions.append(_mark(written, accessed, fences))
+                    written = accessed = 0
+                if ins.name != "wgmma":
+                    written |= 0 if ins.name in _NO_RESULT else self._bits(ins.operands[:1])
+                    accessed |= self._bits(ins.operands)
             block.actions.append(action)
-        if written:
-            block.actions.append(_mark(written, False))
+        if accessed:
+            block.actions.append(_mark(written, accessed, False))
         return block
 
-    def _written(self, ins: Instruction) -> int:
-        """Return the 32-bit registers that an instruction writes, one bit each."""
-        if ins.name in _NO_RESULT or not ins.operands:
-            return 0
-        rows = (self.operands.rows.get(name) for name in elements(ins.operands[0]))
-        return sum(1 << row for width, row in filter(None, rows) if width == 32)
+    def _bits(self, operands: tuple[str, ...]) -> int:
+        """Return the 32-bit registers among operands, one bit each."""
+        names = (name for operand in operands for name in elements(operand.strip("[] ")))
+        rows = (self.operands.rows.get(name) for name in names)
+        return sum({1 << row for width, row in filter(None, rows) if width == 32})
 
     def lines(self, blocks: set[int]) -> set[int]:
         """Return the lines of the instructions of some blocks."""
@@ -199,13 +199,14 @@ class Program:
         return branch
 
 
-def _mark(written: int, fences: bool) -> Action:
-    """Return the action that notes registers as written since the last wgmma.fence, or forgets."""
+def _mark(written: int, accessed: int, fences: bool) -> Action:
+    """Return the action that notes registers as used since the last wgmma.fence, or forgets."""
 
     def run(gang: Any, mask: Mask) -> None:
-        unordered = gang.cta.unordered
+        cta = gang.cta
         for warp in range(gang.first, gang.last):
-            unordered[warp] = 0 if fences else unordered[warp] | written
+            cta.written[warp] = 0 if fences else cta.written[warp] | written
+            cta.accessed[warp] = 0 if fences else cta.accessed[warp] | accessed
 
     return run
 

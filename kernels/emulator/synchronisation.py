@@ -28,7 +28,7 @@ from kernels.emulator.memory import lanes
 from kernels.emulator.ordering import MOST_BARRIERS
 from kernels.emulator.parser import Instruction
 
-# ------------------------------------------------------------------------------------ barriers of a CTA
+# -------------------------------------------------------------------------------- barriers of a CTA
 
 
 @meaning("bar", "barrier")
@@ -64,8 +64,8 @@ def fence(ins: Instruction, operands: Operands) -> Action:
     """
     allow(
         ins,
-        {"proxy", "async", "async::generic", "async.shared::cta", "shared::cta", "global", "acq_rel",
-         "sc", "cta", "gpu", "sys", "gl", "mbarrier_init", "release", "acquire", "cluster"},
+        {"proxy", "async", "async::generic", "shared::cta", "global", "acq_rel", "sc",
+         "cta", "gpu", "sys", "gl", "mbarrier_init", "release", "acquire", "cluster"},
         0,
     )  # fmt: skip
     if "proxy" not in ins.modifiers and "mbarrier_init" not in ins.modifiers:
@@ -78,7 +78,7 @@ def fence(ins: Instruction, operands: Operands) -> Action:
     return run
 
 
-# -------------------------------------------------------------------------------------------- mbarriers
+# ---------------------------------------------------------------------------------------- mbarriers
 
 
 class Barrier:
@@ -261,9 +261,9 @@ def _wait(ins: Instruction, operands: Operands) -> Action:
             if found.phase & 1 != phase:
                 if found.known is not None:
                     cta.clocks.learn(int(warp), found.known)
-                put(gang.views[target][part], np.True_, part_mask)
+                put(gang.views[target][part], np.array(True), part_mask)
             elif cta.random.random() < 0.1:
-                put(gang.views[target][part], np.False_, part_mask)
+                put(gang.views[target][part], np.array(False), part_mask)
             else:
                 again[warp - gang.first] = True
                 cta.block(
@@ -277,7 +277,7 @@ def _wait(ins: Instruction, operands: Operands) -> Action:
     return run
 
 
-# ------------------------------------------------------------------------- registers of other threads
+# ----------------------------------------------------------------------- registers of other threads
 
 
 @meaning("shfl")
@@ -316,8 +316,14 @@ def shuffle(ins: Instruction, operands: Operands) -> Action:
     return run
 
 
-_REDUCTIONS = {"add": np.sum, "min": np.min, "max": np.max, "and": np.bitwise_and.reduce,
-               "or": np.bitwise_or.reduce, "xor": np.bitwise_xor.reduce}  # fmt: skip
+_REDUCTIONS: dict[str, Any] = {
+    "add": np.sum,
+    "min": np.min,
+    "max": np.max,
+    "and": np.bitwise_and.reduce,
+    "or": np.bitwise_or.reduce,
+    "xor": np.bitwise_xor.reduce,
+}
 
 
 @meaning("redux")

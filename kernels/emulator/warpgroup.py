@@ -1,8 +1,9 @@
 """Matrix products of a warp group, which run beside what follows them.
 
-PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions". A product reads shared memory through the
-asynchronous proxy, and its registers, at any time between its start and the end of the wait for it:
-early ones at once, late ones in the wait. Until then its result is undefined (NaN).
+PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions". A product reads shared memory through
+the asynchronous proxy, and its registers, at any time between its start and the end of the wait for
+it: early ones at once, late ones in the wait. Until then its result is undefined (NaN). It is
+finished for all four warps at once.
 """
 
 import re
@@ -182,7 +183,7 @@ class ProductQueue(CopyQueue):
         waiting = [p for p in self.unfinished() if p.late]
         product = Product(form, gang, first, use, bool(waiting) or cta.is_late())
         files = cta.files[32]
-        self._check_order(product, cta.unordered[first : first + WARPS])
+        self._check_order(product)
         if not product.late:
             files[form.d_rows, product.lanes] = product.result()
         else:
@@ -192,18 +193,22 @@ class ProductQueue(CopyQueue):
             files[form.d_rows, product.lanes] = _UNDEFINED
         self.open.append(product)
 
-    def _check_order(self, product: Product, marks: list[int]) -> None:
-        """Report registers that were written since the last wgmma.fence.
+    def _check_order(self, product: Product) -> None:
+        """Report registers that were used since the last wgmma.fence.
 
         Accumulators are then undefined. Fragments of A are used as they are: ptxas orders them, as
         the machine code shows.
         """
-        form = product.form
-        for what, rows in (("accumulates onto", form.d_rows), ("multiplies", form.a_rows)):
+        form, cta = product.form, product.cta
+        warps = slice(product.first, product.first + WARPS)
+        for what, rows, marks in (
+            ("accumulates onto registers used", form.d_rows, cta.accessed[warps]),
+            ("multiplies registers written", form.a_rows, cta.written[warps]),
+        ):
             if not any(mark >> int(row) & 1 for mark in marks for row in rows):
                 continue
             product.cta.findings.add(
-                f"wgmma {what} registers written since the last wgmma.fence",
+                f"wgmma {what} since the last wgmma.fence",
                 form.line,
                 f"warps {product.first} to {product.first + WARPS - 1}",
             )
@@ -221,7 +226,7 @@ def warpgroup(ins: Instruction, operands: Operands) -> Action:
     if kind == "fence":
         return lambda gang, mask: None  # the program orders registers by where it stands
     if kind == "commit_group":
-        return lambda gang, mask: [queue.commit() for queue in _queues(gang)]
+        return _commit
     if kind != "wait_group":
         raise unknown(ins)
     allowed = int(ins.operands[0], 0)
@@ -232,6 +237,11 @@ def warpgroup(ins: Instruction, operands: Operands) -> Action:
                 product.finish()
 
     return wait
+
+
+def _commit(gang: Any, mask: Mask) -> None:
+    for queue in _queues(gang):
+        queue.commit()
 
 
 def _queues(gang: Any) -> list[ProductQueue]:

@@ -463,7 +463,7 @@ def test_pairs() -> None:
 
         def added(a: int, b: int, kind: str = kind) -> int | None:
             sums = [
-                exact(lambda x, y: x + y, kind)(a >> s & 0xFFFF, b >> s & 0xFFFF) for s in (0, 16)
+                exact(Fraction.__add__, kind)(a >> s & 0xFFFF, b >> s & 0xFFFF) for s in (0, 16)
             ]
             return None if None in sums else sums[0] | sums[1] << 16
 

@@ -28,6 +28,8 @@ _REMOVED = {
     "store wait": r"cp\.async\.bulk\.wait_group\b",
 }
 
+KINDS = (*_REMOVED, "weaker wait", "phase wait")
+
 
 @dataclass(frozen=True)
 class Mutation:

@@ -94,10 +94,10 @@ class Barrier:
         """Return the agent and the clock of copies that complete in this phase."""
         return self.agent, self.phase + 1
 
-    def arrive(self, known: Array, line: int) -> None:
-        """Count an arrival, with what its warp knew."""
+    def arrive(self, known: Array, line: int, count: int = 1) -> None:
+        """Count arrivals of a thread, with what its warp knew."""
         self.arrived = known if self.arrived is None else np.maximum(self.arrived, known)
-        self.pending -= 1
+        self.pending -= count
         if self.pending < 0:
             raise EmulatorError(f"line {line}: more arrivals than the mbarrier counts")
         self._complete()
@@ -235,8 +235,8 @@ def _arrival(ins: Instruction, operands: Operands) -> Action:
         cta.barriers.check_seen(warp, key, ins.line)
         if expects:
             found.bytes += value
-        for _ in range(1 if expects or number is None else value):
-            found.arrive(cta.clocks.snapshot(warp), ins.line)
+        count = 1 if expects or number is None else value
+        found.arrive(cta.clocks.snapshot(warp), ins.line, count)
 
     return _each(ins, operands, where, number, arrive)
 

@@ -98,13 +98,18 @@ KERNELS: dict[str, Callable[[], float]] = {
 }
 
 
-@cache
-def clean(kernel: str, gpu: Any) -> tuple[str, frozenset[int], float]:
+_CLEAN: dict[str, tuple[str, set[int], float]] = {}
+
+
+def clean(kernel: str, gpu: Any) -> tuple[str, set[int], float]:
     """The kernel's text, the lines that run, and the error of the whole kernel."""
-    error = KERNELS[kernel]()
-    done = next(done for done in gpu.launches if done.kernel == kernel)
-    assert error < 0.02
-    return done.ptx, frozenset(done.lines), error
+    if kernel not in _CLEAN:
+        error = KERNELS[kernel]()
+        done = next(done for done in gpu.launches if done.kernel == kernel)
+        assert error < 0.02
+        _CLEAN[kernel] = done.ptx, done.lines, error
+        gpu.launches.clear()
+    return _CLEAN[kernel]
 
 
 def noticed(mutation: Mutation, kernel: str, gpu: Any) -> bool:

@@ -89,6 +89,7 @@ def assert_right(tensors: dict[str, Tensor], causal: bool) -> None:
 
 
 @pytest.mark.emulated
+@pytest.mark.rotate(5)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
     ("length", "key_length"),
@@ -111,6 +112,7 @@ def test_any_length(length: int, key_length: int, causal: bool) -> None:
 
 
 @pytest.mark.emulated
+@pytest.mark.rotate(4)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group", [1, 4])
 def test_head_dimension_128_and_grouped_heads(group: int, dtype: torch.dtype) -> None:
@@ -118,7 +120,7 @@ def test_head_dimension_128_and_grouped_heads(group: int, dtype: torch.dtype) ->
 
 
 @settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     length=st.integers(1, 400),
@@ -132,6 +134,7 @@ def test_any_shape(length: int, extra: int, group: int, causal: bool) -> None:
 
 
 @pytest.mark.emulated
+@pytest.mark.rotate(2)
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_portable_backward_takes_its_log_sum_exp(causal: bool) -> None:
     tensors = case(40, 70, key_heads=1)

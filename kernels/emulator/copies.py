@@ -106,7 +106,7 @@ class CopyQueue:
 
 @meaning("cp")
 def copy(ins: Instruction, operands: Operands) -> Action:
-    """Tell apart the instructions that begin with cp.async."""
+    """Distinguish the instructions that begin with cp.async."""
     kind = ins.modifiers[1] if len(ins.modifiers) > 1 else ""
     if ins.modifiers[0] != "async":
         raise unknown(ins)

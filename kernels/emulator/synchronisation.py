@@ -180,7 +180,7 @@ class Barriers:
 
 @meaning("mbarrier")
 def mbarrier(ins: Instruction, operands: Operands) -> Action:
-    """Tell apart what is done with mbarriers."""
+    """Distinguish what is done with mbarriers."""
     allow(
         ins,
         {"init", "inval", "arrive", "expect_tx", "try_wait", "test_wait", "parity", "shared",

@@ -218,7 +218,7 @@ class ProductQueue(CopyQueue):
 
 @meaning("wgmma")
 def warpgroup(ins: Instruction, operands: Operands) -> Action:
-    """Tell apart fence, product, commit and wait."""
+    """Distinguish fence, product, commit and wait."""
     kind = ins.modifiers[0]
     if kind == "mma_async":
         return _multiply(ins, operands)

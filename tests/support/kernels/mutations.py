@@ -1,7 +1,7 @@
 """What is left out, one at a time, to see whether the emulator notices.
 
-Each mutation removes or weakens one instruction that synchronises. A kernel that has none of them
-in vain, and an emulator that sees, notice all.
+Each mutation removes or weakens one instruction that synchronises. If no instruction is redundant,
+an emulator that sees notices all.
 """
 
 import re

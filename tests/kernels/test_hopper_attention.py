@@ -268,6 +268,7 @@ def test_mistakes_are_found(
         emulated_gpu.schedule = Schedule(timing)
         try:
             assert_right(case(128, 900, heads=1), True)
+            assert_right(case(130, heads=1), True)  # one tile: each of its values weighs more
         except (AssertionError, EmulatorError):
             found += 1
         found += len(emulated_gpu.findings)

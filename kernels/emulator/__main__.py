@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kernels.emulator.faults import EmulatorError, Findings
+from kernels.emulator import EmulatorError, Findings
 from kernels.emulator.formats import FORMATS, UNSIGNED, float_to_bf16
 from kernels.emulator.machine import TIMINGS, Launch, Schedule
 from kernels.emulator.memory import GlobalMemory

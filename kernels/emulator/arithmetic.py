@@ -1,7 +1,7 @@
 """Instructions that compute a register from registers, each thread for itself.
 
 PTX ISA: "Integer Arithmetic", "Floating Point", "Half Precision Floating-Point", "Comparison and
-Selection", "Logic and Shift", "Data Movement and Conversion Instructions".
+Selection", "Logic and Shift Instructions".
 """
 
 from collections.abc import Callable
@@ -14,8 +14,6 @@ from kernels.emulator.formats import (
     UNSIGNED,
     Array,
     Format,
-    float_to_bf16,
-    float_to_tf32,
     flush,
     fused_multiply_add,
 )
@@ -24,7 +22,6 @@ from kernels.emulator.instructions import (
     Mask,
     Operands,
     allow,
-    elements,
     meaning,
     put,
     unknown,
@@ -127,7 +124,7 @@ _ROUNDING = {"rn", "approx", "full", "noftz"}  # approximations are computed as 
 @meaning(*_TWO)
 def arithmetic(ins: Instruction, operands: Operands) -> Action:
     """Compute d = a op b. Overflow of integers wraps; floating point rounds to nearest even."""
-    form = _format(ins)
+    form = format_of(ins)
     if ins.name == "mul" and not form.is_float:
         return _product(ins, operands, form)
     allow(ins, {form.name, "ftz", "sat", "NaN", "relu"} | (_ROUNDING if form.is_float else set()))
@@ -136,18 +133,18 @@ def arithmetic(ins: Instruction, operands: Operands) -> Action:
         function = np.minimum if ins.name == "min" else np.maximum
     if ("sat" in ins.modifiers or "ftz" in ins.modifiers) and not form.is_float:
         raise unknown(ins, "integers do not saturate here")
-    function = _modified(ins, function)
+    function = modified(ins, function)
     return compute(ins, operands, function, form, [form, form])
 
 
-def _format(ins: Instruction) -> Format:
+def format_of(ins: Instruction) -> Format:
     """Return the type that an instruction ends with."""
     if not ins.modifiers or ins.modifiers[-1] not in FORMATS:
         raise unknown(ins, "it does not end with a type")
     return FORMATS[ins.modifiers[-1]]
 
 
-def _modified(ins: Instruction, function: Function) -> Function:
+def modified(ins: Instruction, function: Function) -> Function:
     """Return the function with ``.ftz``, ``.sat`` and ``.relu``."""
     is_ftz, saturates = "ftz" in ins.modifiers, "sat" in ins.modifiers
     if is_ftz and ins.modifiers[-1] == "f32":
@@ -200,7 +197,7 @@ def _high_product(form: Format) -> Function:
 @meaning("fma", "mad")
 def multiply_add(ins: Instruction, operands: Operands) -> Action:
     """Compute d = a * b + c, in floating point with one rounding."""
-    form = _format(ins)
+    form = format_of(ins)
     if ins.name == "mad" and not form.is_float:
         allow(ins, {form.name, "lo", "hi", "wide"}, 4)
         if "wide" in ins.modifiers:
@@ -215,7 +212,7 @@ def multiply_add(ins: Instruction, operands: Operands) -> Action:
     if form.name == "f64":
         raise unknown(ins, "fp64 has no fused product here")
     function = fused_multiply_add if form.name == "f32" else _half_multiply_add
-    return compute(ins, operands, _modified(ins, function), form, [form] * 3)
+    return compute(ins, operands, modified(ins, function), form, [form] * 3)
 
 
 def _half_multiply_add(a: Array, b: Array, c: Array) -> Array:
@@ -244,14 +241,14 @@ _ONE: dict[str, Function] = {
 @meaning(*_ONE)
 def of_one(ins: Instruction, operands: Operands) -> Action:
     """Compute d = op a. Approximations are computed in fp64 and rounded: no worse than promised."""
-    form = _format(ins)
+    form = format_of(ins)
     allow(ins, {form.name, "approx", "ftz", "rn"}, 2)
     function = _ONE[ins.name]
     if form.name == "pred":
         function = np.logical_not
     if form.name == "f32":
         exact = function
-        function = _modified(ins, lambda x: exact(x).astype(np.float32))
+        function = modified(ins, lambda x: exact(x).astype(np.float32))
     result = FORMATS["u32"] if ins.name in ("popc", "clz") else form
     return compute(ins, operands, function, result, [form])
 
@@ -274,7 +271,7 @@ def _shift_right(a: Array, count: Array) -> Array:
 @meaning("shl", "shr")
 def shift(ins: Instruction, operands: Operands) -> Action:
     """Shift by a number of bits that may exceed the width."""
-    form = _format(ins)
+    form = format_of(ins)
     allow(ins, {form.name}, 3)
     function = _shift_left if ins.name == "shl" else _shift_right
     return compute(ins, operands, function, form, [form, FORMATS["u32"]])
@@ -286,7 +283,7 @@ _LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 @meaning(*_LOGIC)
 def logic(ins: Instruction, operands: Operands) -> Action:
     """Combine bits, or predicates."""
-    form = _format(ins)
+    form = format_of(ins)
     allow(ins, {form.name}, 3)
     return compute(ins, operands, _LOGIC[ins.name], form, [form, form])
 
@@ -368,7 +365,7 @@ def _funnel(left: bool, wraps: bool) -> Function:
 @meaning("prmt", "bfe", "bfi", "shf")
 def fields(ins: Instruction, operands: Operands) -> Action:
     """Move bytes and bit fields."""
-    form, word = _format(ins), FORMATS["u32"]
+    form, word = format_of(ins), FORMATS["u32"]
     allow(ins, {form.name, "l", "r", "wrap", "clamp"} if ins.name == "shf" else {form.name})
     if ins.name == "prmt":
         return compute(ins, operands, _permute, form, [form, form, word])
@@ -412,7 +409,7 @@ def _comparison(ins: Instruction, form: Format) -> Function:
 @meaning("setp")
 def set_predicate(ins: Instruction, operands: Operands) -> Action:
     """Compute p = a cmp b, combined with another predicate if there is one."""
-    form, predicate = _format(ins), FORMATS["pred"]
+    form, predicate = format_of(ins), FORMATS["pred"]
     middle = ins.modifiers[1:-1]
     if strange := set(middle) - {"ftz", *_COMBINED}:
         raise unknown(ins, f"modifier .{strange.pop()}")
@@ -438,13 +435,13 @@ def set_predicate(ins: Instruction, operands: Operands) -> Action:
 @meaning("selp")
 def select(ins: Instruction, operands: Operands) -> Action:
     """Compute d = p ? a : b."""
-    form = _format(ins)
+    form = format_of(ins)
     allow(ins, {form.name}, 4)
     bits = FORMATS[f"b{form.bits}"]
     if form.bits == 1:
         raise unknown(ins)
     slots = [operands.source(ins, text, form).__int__() for text in ins.operands[1:3]]
-    plain = [_as_bits(operands, slot, bits) for slot in slots]
+    plain = [as_bits(operands, slot, bits) for slot in slots]
     chooser = operands.source(ins, ins.operands[3], "pred")
     target = operands.target(ins, ins.operands[0], bits)
 
@@ -455,188 +452,6 @@ def select(ins: Instruction, operands: Operands) -> Action:
     return run
 
 
-def _as_bits(operands: Operands, slot: int, bits: Format) -> int:
+def as_bits(operands: Operands, slot: int, bits: Format) -> int:
     """Return the slot of the same register, seen as bits."""
     return operands.slot(operands.slots[slot][0], bits.view)
-
-
-# ------------------------------------------------------------------------------- moves, conversions
-
-
-@meaning("mov")
-def move(ins: Instruction, operands: Operands) -> Action:
-    """Copy a register, pack several into one, or unpack one into several."""
-    form = _format(ins)
-    allow(ins, {form.name}, 2)
-    to, origin = ins.operands
-    if to.startswith("{") or origin.startswith("{"):
-        return _pack(ins, operands, form)
-    bits = FORMATS["pred" if form.bits == 1 else f"b{form.bits}"]
-    literal = _as_bits(operands, operands.source(ins, origin, form), bits)
-    target = operands.target(ins, to, bits)
-
-    def run(gang: Any, mask: Mask) -> None:
-        put(gang.views[target], gang.views[literal], mask)
-
-    return run
-
-
-def _pack(ins: Instruction, operands: Operands, form: Format) -> Action:
-    """Pack or unpack; the first register has the low bits."""
-    packs = ins.operands[1].startswith("{")
-    whole, parts = ins.operands if packs else ins.operands[::-1]
-    names = elements(parts)
-    if form.bits % len(names) or form.bits // len(names) not in (16, 32):
-        raise unknown(ins, "parts of another width")
-    part = FORMATS[f"b{form.bits // len(names)}"]
-    count = len(names)
-    if packs:
-        target = operands.slot(operands.slots[operands.target(ins, whole, form)][0], part.view)
-        sources = [operands.source(ins, name, part) for name in names]
-
-        def pack(gang: Any, mask: Mask) -> None:
-            for index, source in enumerate(sources):
-                put(gang.views[target][index::count], gang.views[source], mask)
-
-        return pack
-    source = operands.slot(operands.slots[operands.source(ins, whole, form)][0], part.view)
-    targets = [(i, operands.target(ins, name, part)) for i, name in enumerate(names) if name != "_"]
-
-    def unpack(gang: Any, mask: Mask) -> None:
-        for index, target in targets:
-            put(gang.views[target], gang.views[source][index::count], mask)
-
-    return unpack
-
-
-@meaning("cvta")
-def convert_address(ins: Instruction, operands: Operands) -> Action:
-    """Copy an address: global and parameter addresses are generic ones here."""
-    allow(ins, {"to", "global", "param", "u64"}, 2)
-    return compute(ins, operands, lambda x: x, FORMATS["u64"], [FORMATS["u64"]])
-
-
-_WHOLE = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
-
-
-def _to_integer(form: Format, rounding: str, source: Format) -> Function:
-    """Round a float to an integer of the type's range. A NaN becomes 0, or the top bit alone."""
-    limits = np.iinfo(form.view)
-    wide = form.bits == 64 or source.name == "f64"
-    not_a_number = (1 << (form.bits - 1)) if wide else 0
-
-    def convert(x: Array) -> Array:
-        whole = _WHOLE[rounding](x.astype(np.float64))
-        inside = (whole > float(limits.min)) & (whole < float(limits.max))
-        number = np.where(inside, whole, 0).astype(form.view)
-        number = np.where(whole >= float(limits.max), limits.max, number)
-        number = np.where(whole <= float(limits.min), limits.min, number)
-        special = np.array(not_a_number, np.uint64).astype(UNSIGNED[form.bits]).view(form.view)
-        return np.where(np.isnan(x), special, number).astype(form.view)
-
-    return convert
-
-
-@meaning("cvt")
-def convert(ins: Instruction, operands: Operands) -> Action:
-    """Convert between types; a register wider than its type gives its low bits."""
-    *rest, to, origin = ins.modifiers
-    if to == "tf32":
-        allow(ins, {"rna", "tf32", "f32"}, 2)
-        return compute(ins, operands, float_to_tf32, FORMATS["f32"], [FORMATS["f32"]])
-    if to not in FORMATS or origin not in FORMATS:
-        raise unknown(ins, "a type that is not known")
-    result, source = FORMATS[to], FORMATS[origin]
-    if result.packed == 2:
-        return _convert_pair(ins, operands, result, source, rest)
-    if source.is_float and not result.is_float:
-        return _resized(ins, operands, _float_to_integer(ins, rest, result, source), result, source)
-    if result.is_float:
-        function = _to_float(ins, rest, result, source)
-        return _resized(ins, operands, function, result, source)
-    if rest not in ([], ["sat"]):
-        raise unknown(ins, f"modifier .{rest[0]}")
-    if rest == ["sat"]:
-        limits = np.iinfo(result.view)
-
-        def saturate(x: Array) -> Array:
-            wide = x.astype(object) if source.bits == 64 else x.astype(np.int64)
-            return np.minimum(np.maximum(wide, limits.min), limits.max).astype(result.view)
-
-        return _resized(ins, operands, saturate, result, source)
-    return _resized(ins, operands, lambda x: x.astype(result.view), result, source)
-
-
-def _float_to_integer(
-    ins: Instruction, rest: list[str], result: Format, source: Format
-) -> Function:
-    rounding = [name for name in rest if name in _WHOLE]
-    if len(rounding) != 1 or set(rest) - {*rounding, "ftz", "sat"}:
-        raise unknown(ins, "rounding")
-    return _to_integer(result, rounding[0], source)
-
-
-def _to_float(ins: Instruction, rest: list[str], result: Format, source: Format) -> Function:
-    """Return the conversion to a float, from integers too: to nearest even unless it is exact."""
-    if strange := set(rest) - {"rn", "ftz", "sat", "relu", "rz", *_WHOLE}:
-        raise unknown(ins, f"modifier .{strange.pop()}")
-    if "rz" in rest:
-        if (result.name, source.name) != ("bf16", "f32"):
-            raise unknown(ins, "rounding towards zero")
-        return lambda x: (x.view(np.uint32) >> np.uint32(16) << np.uint32(16)).view(np.float32)
-    whole = next((_WHOLE[name] for name in rest if name in _WHOLE), None)
-
-    def function(x: Array) -> Array:
-        number = whole(x) if whole else x
-        if not result.narrow:
-            return number.astype(result.view)
-        return number if source.is_float else number.astype(np.float64)
-
-    return _modified(ins, function)
-
-
-def _resized(
-    ins: Instruction, operands: Operands, function: Function, result: Format, source: Format
-) -> Action:
-    """Return a conversion between registers that may be wider than the types."""
-    origin, origin_bits = operands.whole(ins, ins.operands[1])
-    if operands.kernel.width(ins.operands[1]) is None:
-        origin, origin_bits = operands.source(ins, ins.operands[1], source), source.bits
-    to, to_bits = operands.whole(ins, ins.operands[0])
-    unsigned = UNSIGNED[max(8, source.bits)]
-
-    def run(gang: Any, mask: Mask) -> None:
-        x = gang.views[origin]
-        if origin_bits != source.bits:
-            x = x.astype(unsigned)
-        x = x.view(source.view)
-        value = np.asarray(function(source.widen(x) if source.widen else x))
-        value = result.narrow(value) if result.narrow else value
-        if to_bits != result.bits:  # extended by the sign of the type, or zeros
-            signed = {16: np.int16, 32: np.int32, 64: np.int64}[to_bits]
-            value = (
-                value.astype(signed) if value.dtype.kind == "i" else value.astype(UNSIGNED[to_bits])
-            )
-        put(gang.views[to], value.view(UNSIGNED[max(16, to_bits)]), mask)
-
-    return run
-
-
-def _convert_pair(
-    ins: Instruction, operands: Operands, result: Format, source: Format, rest: list[str]
-) -> Action:
-    """Round two fp32 numbers into one register; the first operand becomes the high half."""
-    if source.name != "f32" or len(ins.operands) != 3 or set(rest) - {"rn", "relu"}:
-        raise unknown(ins, "this pair")
-    narrow = float_to_bf16 if result.name == "bf16x2" else FORMATS["f16"].narrow
-    target = operands.target(ins, ins.operands[0], result)
-    high, low = (operands.source(ins, text, source) for text in ins.operands[1:])
-    assert narrow is not None
-    rectifies = "relu" in rest
-
-    def run(gang: Any, mask: Mask) -> None:
-        for index, slot in enumerate((low, high)):
-            x = gang.views[slot]
-            put(gang.views[target][index::2], narrow(np.maximum(x, 0) if rectifies else x), mask)
-
-    return run

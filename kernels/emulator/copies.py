@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from kernels.emulator.faults import EmulatorError
+from kernels.emulator import EmulatorError
 from kernels.emulator.formats import Array
 from kernels.emulator.instructions import (
     Action,

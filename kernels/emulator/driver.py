@@ -20,8 +20,8 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import CompiledKernel
 from triton.runtime import driver as active
 
+from kernels.emulator import Finding, Findings
 from kernels.emulator.copies import TensorMap
-from kernels.emulator.faults import Finding, Findings
 from kernels.emulator.machine import Launch, Schedule
 from kernels.emulator.memory import GlobalMemory
 from kernels.emulator.program import Program

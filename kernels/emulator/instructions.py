@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from kernels.emulator.faults import UnknownInstructionError
+from kernels.emulator import UnknownInstructionError
 from kernels.emulator.formats import FORMATS, STORAGE, Array, Format
 from kernels.emulator.parser import Instruction, Kernel
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from kernels.emulator import EmulatorError, Finding, Findings
 from kernels.emulator.copies import CopyQueue, TensorLoad, TensorMap
-from kernels.emulator.faults import EmulatorError, Finding, Findings
 from kernels.emulator.formats import STORAGE, Array
 from kernels.emulator.instructions import SHARED_BASE
 from kernels.emulator.memory import GlobalMemory, SharedMemory

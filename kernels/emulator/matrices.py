@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kernels.emulator.faults import EmulatorError
+from kernels.emulator import EmulatorError
 from kernels.emulator.formats import Array, bf16_to_float
 from kernels.emulator.instructions import (
     Action,

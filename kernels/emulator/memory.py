@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kernels.emulator.faults import EmulatorError, Findings
+from kernels.emulator import EmulatorError, Findings
 from kernels.emulator.formats import UNSIGNED, Array
 from kernels.emulator.instructions import SHARED_BASE, Mask
 from kernels.emulator.ordering import Clocks, Tracker

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kernels.emulator.faults import Findings
+from kernels.emulator import Findings
 from kernels.emulator.formats import Array
 
 MOST_BARRIERS = 64

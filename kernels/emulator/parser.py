@@ -7,7 +7,7 @@ import re
 from bisect import bisect_right
 from dataclasses import dataclass, field
 
-from kernels.emulator.faults import EmulatorError
+from kernels.emulator import EmulatorError
 
 TARGETS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_90a")
 WIDTHS = {

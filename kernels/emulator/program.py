@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 
 from kernels.emulator import (  # noqa: F401  # they fill the table of meanings
+    EmulatorError,
     access,
     arithmetic,
+    conversion,
     copies,
     matrices,
     synchronisation,
     warpgroup,
 )
-from kernels.emulator.faults import EmulatorError
 from kernels.emulator.instructions import (
     MEANINGS,
     SHARED_BASE,

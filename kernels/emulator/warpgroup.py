@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from kernels.emulator import EmulatorError
 from kernels.emulator.copies import CopyQueue, swizzled
-from kernels.emulator.faults import EmulatorError
 from kernels.emulator.formats import Array
 from kernels.emulator.instructions import (
     SHARED_BASE,

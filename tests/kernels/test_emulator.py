@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kernels.emulator import EmulatorError
 from kernels.emulator.__main__ import main
 from kernels.emulator.copies import TensorMap
-from kernels.emulator.faults import EmulatorError
 from kernels.emulator.formats import float_to_bf16
 from kernels.emulator.machine import TIMINGS, Schedule
 from tests.support.kernels.handwritten import run, source

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kernels.emulator.faults import UnknownInstructionError
+from kernels.emulator import UnknownInstructionError
 from kernels.emulator.formats import FORMATS
 from tests.support.kernels.handwritten import evaluate
 

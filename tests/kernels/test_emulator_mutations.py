@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.emulator.faults import EmulatorError
+from kernels.emulator import EmulatorError
 from kernels.emulator.machine import Schedule
 from kernels.fused import attention as fused_attention
 from kernels.fused import norms

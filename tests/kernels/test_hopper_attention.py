@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from kernels import costs, reference
-from kernels.emulator.faults import EmulatorError
+from kernels.emulator import EmulatorError
 from kernels.emulator.machine import Schedule
 from kernels.fused import attention as fused_attention
 from kernels.hopper import attention as hopper_attention

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from kernels.emulator import Finding, Findings
 from kernels.emulator.copies import TensorMap
-from kernels.emulator.faults import Finding, Findings
 from kernels.emulator.formats import FORMATS, UNSIGNED
 from kernels.emulator.machine import Launch, Schedule
 from kernels.emulator.memory import GlobalMemory

@@ -399,6 +399,7 @@ def test_flops_are_counted_as_declared() -> None:
     )
 
 
+@pytest.mark.emulated
 def test_the_operator_declares_shapes_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (*(x.requires_grad_() for x in case(20, key_heads=1).values()), 0.125, True, False)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")

@@ -108,7 +108,7 @@ def attention_tensors(head_dim: int, dtype: torch.dtype, flags: set[str]) -> dic
 
 
 @pytest.mark.emulated
-@pytest.mark.rotate(15)
+@pytest.mark.rotate(28)
 @pytest.mark.parametrize("call", ATTENTION)
 def test_attention(call: str, emulated_gpu: Any) -> None:
     """Forward and both backwards."""

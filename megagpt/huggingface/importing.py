@@ -61,6 +61,7 @@ class Imported:
     configuration: Path
     given_way: list[str]
     tokenizer_compared: bool
+    trains_adapters: bool
 
 
 def import_model(
@@ -79,7 +80,10 @@ def import_model(
     prepare_vocabulary(config)
     published.require_rows(data, config)
     tokenizer_compared = published.require_tokenizer(data)
-    resolved = _resolved(config)
+    trains_adapters = config.megagpt.training.lora is not None
+    # They are trained in a run of their own, whose base this one becomes.
+    without = config.changed(["megagpt.training.lora=null"]) if trains_adapters else config
+    resolved = _resolved(without)
     model = resolved.megagpt.model
     _require_data_for_its_context(source, resolved)
     published.require_tensors(model)
@@ -90,7 +94,8 @@ def import_model(
         _write_checkpoint(staging / "checkpoints", published, resolved)
         keep(published, model, staging)
         write_atomically(
-            staging / IMPORTED, json.dumps(_document(config), indent=2, ensure_ascii=False) + "\n"
+            staging / IMPORTED,
+            json.dumps(_document(config, run_directory), indent=2, ensure_ascii=False) + "\n",
         )
         record(staging, resolved)
         if tokenizer_compared:
@@ -101,6 +106,7 @@ def import_model(
         configuration=run_directory / IMPORTED,
         given_way=list(_given_way(written, config)),
         tokenizer_compared=tokenizer_compared,
+        trains_adapters=trains_adapters,
     )
 
 
@@ -158,9 +164,15 @@ def _ranks(config: RunConfig) -> int | None:
     )
 
 
-def _document(config: RunConfig) -> dict[str, Any]:
-    """Return the configuration without the schema's path, which was relative to the old file."""
-    return {key: value for key, value in config.as_written().items() if key != "$schema"}
+def _document(config: RunConfig, run_directory: Path) -> dict[str, Any]:
+    """Return the configuration without the schema's path, which was relative to the old file.
+
+    Adapters get this run as their base, unless they have one.
+    """
+    document = {key: value for key, value in config.as_written().items() if key != "$schema"}
+    if "lora" in document["megagpt"]["training"]:
+        document["megagpt"]["training"]["lora"].setdefault("base", str(run_directory))
+    return document
 
 
 def _given_way(written: RunConfig, config: RunConfig) -> Iterator[str]:

@@ -8,24 +8,52 @@ from pathlib import Path
 
 import torch
 
+from megagpt.checkpoint.base_weights import open_proven
 from megagpt.checkpoint.format import WEIGHT, DamagedCheckpointError
-from megagpt.checkpoint.reader import open_checkpoint
+from megagpt.checkpoint.reader import Reader, open_checkpoint
 from megagpt.config import ModelConfig, ResolvedConfig
+from megagpt.lora import merged
 from megagpt.model import GPT, replace_parameters
+from megagpt.rundir.base import find_base
 from megagpt.rundir.directory import read_config
 from megagpt.utils import UserError
 
+Weight = Callable[[str], torch.Tensor]
 
-def open_weights(
-    run_directory: Path, step: int | None = None
-) -> tuple[int, Callable[[str], torch.Tensor]]:
+
+def open_weights(run_directory: Path, step: int | None = None) -> tuple[int, Weight]:
     """Return the step of a run's newest sound checkpoint, and a function from name to weight.
 
-    The function takes a global name and returns the whole weight, fp32 on the CPU. Both raise
-    UserError if no checkpoint (of ``step``) can be loaded.
+    The function takes a global name of the model and returns the whole weight, fp32 on the CPU; of
+    a run with adapters, the base's weight with its update. Both raise UserError if no checkpoint
+    (of ``step``) can be loaded.
+    """
+    config = read_config(run_directory)
+    found_step, stored, sha256 = open_trained(run_directory, step)
+    place = find_base(config, run_directory)
+    if place is None:
+        return found_step, stored
+    if sha256 is None:
+        raise UserError(
+            f"{run_directory}: step {found_step} names no base; choose the checkpoint of another "
+            "step with --step"
+        )
+    base = _weights_of(open_proven(place.checkpoint, sha256), place.run_directory)
+    return found_step, lambda name: merged(name, base(name), stored, config.megagpt)
+
+
+def open_trained(run_directory: Path, step: int | None = None) -> tuple[int, Weight, str | None]:
+    """Return the step, the weights and the base's hash of a run's newest sound checkpoint.
+
+    The weights are those that the run trains: the model's or the adapters'. The hash is None unless
+    they are adapters'. Raise UserError as ``open_weights``.
     """
     reader = open_checkpoint(run_directory, step)
+    manifest = reader.manifest
+    return manifest.state.step, _weights_of(reader, run_directory), manifest.base
 
+
+def _weights_of(reader: Reader, run_directory: Path) -> Weight:
     def weight(name: str) -> torch.Tensor:
         try:
             return reader.tensor(WEIGHT, name)
@@ -34,7 +62,7 @@ def open_weights(
                 f"{run_directory}: {error}; choose the checkpoint of another step with --step"
             ) from error
 
-    return reader.manifest.state.step, weight
+    return weight
 
 
 def require_known_ids(directory: Path, vocabulary: int, model: ModelConfig) -> None:

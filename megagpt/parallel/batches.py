@@ -28,7 +28,7 @@ class BatchLoader:
         self.batch_size = config.train_batch_size
         self.micro_batch_size = config.train_micro_batch_size_per_gpu
         self.micro_batches = config.gradient_accumulation_steps
-        self.seed = config.megagpt.training.seed if config.megagpt.model.dropout else None
+        self.seed = config.megagpt.training.seed if config.megagpt.drops else None
 
     def load(self, first: int, step: int | None = None) -> list[MicroBatch]:
         """Return this replica's micro-batches of the global batch that begins at sample ``first``.

@@ -126,7 +126,7 @@ def micro_batches(engine: Engine, step: int) -> list[MicroBatch]:
     length = model.sequence_length
     tokens, targets = global_batch(step, samples, length, model.vocabulary)
     documents = document_ids(step, samples, length) if config.megagpt.data.document_mask else None
-    seeds = dropout_seeds(step, samples) if model.dropout else None
+    seeds = dropout_seeds(step, samples) if config.megagpt.drops else None
     starts = [
         (index * mesh.data_size + mesh.data_rank) * size
         for index in range(config.gradient_accumulation_steps)

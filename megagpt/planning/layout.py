@@ -14,6 +14,7 @@ from megagpt.config import ModelConfig, ResolvedConfig
 from megagpt.planning.schedules import schedule_that_runs
 from megagpt.planning.stages import cut
 from megagpt.schema.deepspeed import ZeroConfig
+from megagpt.schema.lora import LoraConfig
 from megagpt.schema.megagpt import ParallelConfig
 
 BYTES_OF_TYPE = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -38,6 +39,7 @@ class Layout:
     element_bytes: int
     accumulation_bytes: int
     saves_in_background: bool = False
+    lora: LoraConfig | None = None
 
     @classmethod
     def of(cls, config: ResolvedConfig) -> Layout:
@@ -54,6 +56,7 @@ class Layout:
             element_bytes=BYTES_OF_TYPE[element_type],
             accumulation_bytes=BYTES_OF_TYPE[config.data_types.grad_accum_dtype or element_type],
             saves_in_background=config.megagpt.checkpoint.asynchronous,
+            lora=config.megagpt.training.lora,
         )
 
     @property

@@ -10,34 +10,60 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import cache
+from itertools import groupby
 from typing import NamedTuple
 
 from megagpt.config import ModelConfig
 from megagpt.planning.layout import Layout
+from megagpt.schema.lora import projection
 
 
 class Parameter(NamedTuple):
-    """One parameter of a stage: global name, elements on one tensor shard, weight decay."""
+    """One parameter of a stage: global name, elements on one tensor shard, weight decay.
+
+    ``trained`` is false for a weight that adapters change.
+    """
 
     name: str
     numel: int
     decayed: bool
+    trained: bool = True
 
 
 def parameters_of_rank(layout: Layout, pipeline_rank: int) -> list[Parameter]:
     """Return the parameters of one rank of this pipeline rank, over its chunks."""
     stages = [layout.stages[stage] for stage in layout.stages_of(pipeline_rank)]
-    return [
+    found = [
         parameter for layers in stages for parameter in _stage(layout.model, layers, layout.tensor)
     ]
+    return found if layout.lora is None else list(_adapted(found, layout))
 
 
 def group_elements(parameters: Iterable[Parameter]) -> tuple[int, int]:
-    """Return the elements with and without weight decay: the optimizer's two groups (engine.py)."""
+    """Return the elements with and without weight decay: the optimizer's two groups (engine.py).
+
+    Frozen parameters are in neither.
+    """
     sizes = [0, 0]
     for parameter in parameters:
-        sizes[0 if parameter.decayed else 1] += parameter.numel
+        if parameter.trained:
+            sizes[0 if parameter.decayed else 1] += parameter.numel
     return sizes[0], sizes[1]
+
+
+def _adapted(parameters: Iterable[Parameter], layout: Layout) -> Iterator[Parameter]:
+    """Yield frozen parameters, and after each layer's the adapters of its projections."""
+    assert layout.lora is not None
+    targets = [projection(name, layout.model) for name in layout.lora.projections(layout.model)]
+    for layer, members in groupby(parameters, lambda p: p.name.rpartition(".")[0]):
+        yield from (parameter._replace(trained=False) for parameter in members)
+        for target in targets:
+            if layer.startswith("blocks.") and layer.endswith(f".{target.layer}"):
+                name = f"{layer}.lora.{target.name}"
+                of_a, of_b = (layout.tensor, 1) if target.is_row else (1, layout.tensor)
+                rank = layout.lora.rank
+                yield Parameter(f"{name}.a", rank * target.inputs // of_a, True)
+                yield Parameter(f"{name}.b", target.outputs // of_b * rank, True)
 
 
 @cache

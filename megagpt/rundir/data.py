@@ -18,6 +18,7 @@ from megagpt.data.manifest import Split, read_dataset_manifest
 from megagpt.dataset import SampleStream
 from megagpt.planning.legality import ANY_VOCABULARY, LegalRun, World, require_legal, resolve
 from megagpt.rundir import directory as directories
+from megagpt.rundir.base import find_base
 from megagpt.rundir.changes import DATA, DATA_FINGERPRINT, Changes, allows_data
 from megagpt.utils import RankEnvironment, UserError
 
@@ -51,6 +52,7 @@ def open_data(
     (of `--allow_change`) do not cover.
     """
     changes = directories.changes_of(directory, config, prefixes)
+    find_base(config, directory)
     opened = {"train": open_stream, "val": _open_validation}
     streams = {split: opened[split](config, split) for split in splits_of(config)}
     stream = streams["train"]

@@ -38,6 +38,7 @@ class Row(NamedTuple):
     tied: bool
     micro_batches: int
     precision: str
+    trained: str = "all"  # or adapters alone: "lora"
 
     @property
     def ranks(self) -> int:
@@ -58,6 +59,7 @@ class Row(NamedTuple):
             f"ZeRO {self.stage} {self.optimizer}/{self.parameters}, {self.pipeline} x "
             f"{self.tensor} x {self.data}, {self.reduction}, {self.kind} "
             f"{'tied' if self.tied else 'untied'}, {self.micro_batches}, {self.precision}"
+            + (", lora" if self.trained == "lora" else "")
         )
 
 
@@ -78,7 +80,28 @@ AXES = Row(
     tied=(True, False),
     micro_batches=(1, 2, 6),  # of a rank and step: fewer than stages, as many, more
     precision=("fp32", "bf16"),
+    trained=("all", "lora"),
 )
+# Fused projections, some of the parts of one, all by themselves.
+TARGETS = {"gpt2": ["qkv", "output", "up", "down"], "qwen3": ["query", "value", "gate", "down"]}
+
+
+def in_words(row: Row) -> str:
+    """A row on a line, which ``rows_in`` reads."""
+    return " ".join(map(_word, row))
+
+
+def rows_in(text: str) -> tuple[Row, ...]:
+    """The rows of a text, one a line: a level of each axis."""
+    levels = [{_word(level): level for level in axis} for axis in AXES]
+    lines = (line.split() for line in text.strip().splitlines())
+    return tuple(
+        Row(*(known[word] for known, word in zip(levels, line, strict=True))) for line in lines
+    )
+
+
+def _word(level: Any) -> str:
+    return {True: "tied", False: "untied"}[level] if isinstance(level, bool) else str(level)
 
 
 def document(row: Row, swap_directory: Path = Path("swap")) -> Config:
@@ -98,6 +121,12 @@ def document(row: Row, swap_directory: Path = Path("swap")) -> Config:
     config["optimizer"]["params"]["eps"] = 1e-6
     config = with_zero(config, row.stage, row.optimizer, row.parameters)
     config["bf16"] = {"enabled": row.precision == "bf16"}
+    if row.trained == "lora":
+        config["megagpt"]["training"]["lora"] = {
+            "rank": 6,
+            "dropout": shape.get("dropout", 0.0),
+            "targets": TARGETS.get(row.kind, ["all"]),
+        }
     parallel: dict[str, Any] = {
         "pipeline": row.stages,
         "tensor": row.shards,
@@ -205,4 +234,4 @@ if __name__ == "__main__":
     total, few = len(list(all_rows())), len(selection(legal, triples))
     print(f"    # {len(legal):,} of {total:,} are legal; in {few} of them meet every three levels")
     for row in sorted(smallest_selection(legal_rows(MOST_RANKS), pairs)):
-        print(f"    Row{tuple(row)},")
+        print(in_words(row))

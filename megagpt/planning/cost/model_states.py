@@ -4,10 +4,11 @@ The ZeRO paper counts 16 bytes a parameter (Rajbhandari et al. 2020, arXiv 1910.
 2 weights, 2 gradients, 12 optimizer). This module counts what DeepSpeed 0.19.8 allocates, with its
 padding and copies.
 
-In the formulas, n is the number of elements of a rank's stages on its tensor shard, D the number of
-ranks on the data axis, e the bytes of an element (2 in 16 bit, 4 in fp32), a those of an
-accumulated gradient. `tests/planning/test_memory.py` counts the live tensors. Line numbers refer to
-DeepSpeed's `runtime/`.
+In the formulas, n is the number of trained elements of a rank's stages on its tensor shard, f that
+of frozen ones (the base of adapters; else 0), D the number of ranks on the data axis, e the bytes
+of an element (2 in 16 bit, 4 in fp32), a those of an accumulated gradient.
+`tests/planning/test_memory.py` counts the live tensors. Line numbers refer to DeepSpeed's
+`runtime/`.
 """
 
 from __future__ import annotations
@@ -126,8 +127,24 @@ class Shard:
 
     @cached_property
     def elements(self) -> int:
-        """n: the elements of the rank's stages on its tensor shard."""
+        """The elements of the rank's stages on its tensor shard, n + f."""
         return sum(parameter.numel for parameter in self.parameters)
+
+    @cached_property
+    def trained(self) -> list[Parameter]:
+        """The parameters that have gradients, master weights and moments."""
+        return [parameter for parameter in self.parameters if parameter.trained]
+
+    @cached_property
+    def trained_elements(self) -> int:
+        """The elements of the trained parameters, n."""
+        return sum(parameter.numel for parameter in self.trained)
+
+    @cached_property
+    def frozen_partitions(self) -> list[int]:
+        """ZeRO 3: the partitions of the frozen parameters, cut like the others."""
+        frozen = (parameter for parameter in self.parameters if not parameter.trained)
+        return [-(-parameter.numel // self.layout.data) for parameter in frozen]
 
     @cached_property
     def group_partitions(self) -> list[int]:
@@ -147,14 +164,14 @@ class Shard:
 
     @cached_property
     def partitions(self) -> list[int]:
-        """ZeRO 3: each parameter is cut into D parts of ceil(numel / D) elements."""
-        return [-(-parameter.numel // self.layout.data) for parameter in self.parameters]
+        """ZeRO 3: each trained parameter is cut into D parts of ceil(numel / D) elements."""
+        return [-(-parameter.numel // self.layout.data) for parameter in self.trained]
 
     @cached_property
     def partition(self) -> int:
         """Elements whose master weights and moments this rank keeps."""
         if self.stage == 0:
-            return self.elements
+            return self.trained_elements
         return sum(self.partitions) if self.stage == 3 else self.padded // self.layout.data
 
     @cached_property
@@ -179,7 +196,7 @@ class Shard:
         limit = _given(self.layout.zero.sub_group_size, SUB_GROUP_SIZE)
         tiles: list[int] = []
         for decayed in (True, False):
-            members = zip(self.parameters, self.partitions, strict=True)
+            members = zip(self.trained, self.partitions, strict=True)
             tiles += _tiles(
                 [numel for parameter, numel in members if parameter.decayed == decayed], limit
             )
@@ -197,10 +214,10 @@ class Shard:
         threshold = _given(zero.stage3_param_persistence_threshold, PERSISTENCE_THRESHOLD)
         bound = _given(zero.stage3_model_persistence_threshold, sys.maxsize)
         gathered = 0
-        for parameter, partition in zip(self.parameters, self.partitions, strict=True):
+        for parameter in self.parameters:
             if parameter.numel <= threshold and parameter.numel + total <= bound:
                 total += parameter.numel
-                gathered += self.layout.data * partition
+                gathered += round_up(parameter.numel, self.layout.data)
         return gathered
 
     @property
@@ -212,7 +229,7 @@ class Shard:
         return self.layout.accumulation_bytes != self.layout.element_bytes
 
     def _touched(self, decayed: bool) -> int:
-        group = [parameter.numel for parameter in self.parameters if parameter.decayed == decayed]
+        group = [parameter.numel for parameter in self.trained if parameter.decayed == decayed]
         size = self.group_partitions[0 if decayed else 1]
         first = self.data_rank * size
         last = first + size
@@ -255,22 +272,25 @@ def _given(value: int | None, default: int) -> int:
 def parameters(shard: Shard) -> Bytes:
     """Return the bytes of the parameters.
 
-    ZeRO 0: e n. ZeRO 1, 2: e round_up(n, 2 D) for each group. ZeRO 3: e sum(ceil(numel / D)),
-    on the device, in host memory, or on NVMe. With NVMe, `max_in_cpu` elements and pieces below
-    1 MiB stay in host memory.
+    ZeRO 0: e (n + f). ZeRO 1, 2: e f, and e round_up(n, 2 D) for each group. ZeRO 3: e sum(ceil(
+    numel / D)), on the device, in host memory, or on NVMe. With NVMe, pieces below 1 MiB stay in
+    host memory, and `max_in_cpu` trained elements.
     """
     size = shard.layout.element_bytes
     if shard.stage < 3:
-        return Bytes(device=size * (shard.elements if shard.stage == 0 else shard.padded))
+        trained = shard.trained_elements if shard.stage == 0 else shard.padded
+        return Bytes(device=size * (shard.elements - shard.trained_elements + trained))
     place = shard.layout.zero.parameter_device
     if place != "nvme":
-        return placed(size * shard.partition, place)
+        return placed(size * (shard.partition + sum(shard.frozen_partitions)), place)
     small = sum(numel for numel in shard.partitions if size * numel < LEAST_SWAPPED_BYTES)
     assert shard.layout.zero.offload_param is not None
     kept = max(
         small, min(shard.partition, _given(shard.layout.zero.offload_param.max_in_cpu, MAX_IN_CPU))
     )
-    return Bytes(host=size * kept, nvme=size * (shard.partition - kept))
+    kept += sum(n for n in shard.frozen_partitions if size * n < LEAST_SWAPPED_BYTES)
+    held = shard.partition + sum(shard.frozen_partitions)
+    return Bytes(host=size * kept, nvme=size * (held - kept))
 
 
 def persistent_parameters(shard: Shard) -> Bytes:
@@ -300,7 +320,8 @@ def accumulating_gradients(shard: Shard) -> Bytes:
     share = _gradient_partition(shard)
     if shard.stage <= 1 or layout.reduces_per_step:
         local = layout.accumulation_bytes if shard.stage == 1 else layout.element_bytes
-        return Bytes(device=local * shard.elements) + (share if shard.stage == 3 else Bytes())
+        whole = Bytes(device=local * shard.trained_elements)
+        return whole + (share if shard.stage == 3 else Bytes())
     if shard.stage == 2 and not shard.accumulates_compactly:
         more = layout.micro_batches > 1 or layout.zero.optimizer_device == "none"
         return placed(
@@ -318,7 +339,7 @@ def reduced_gradients(shard: Shard) -> Bytes:
     """
     layout = shard.layout
     if shard.stage == 0:
-        return Bytes(device=layout.element_bytes * shard.elements)
+        return Bytes(device=layout.element_bytes * shard.trained_elements)
     if shard.stage == 3 or shard.accumulates_compactly:
         return _gradient_partition(shard)
     if layout.zero.optimizer_device != "none":
@@ -408,7 +429,7 @@ def _zero12_buffers(shard: Shard) -> Bytes:
     if shard.stage == 3:
         return Bytes()
     size = shard.layout.element_bytes
-    largest = size * max(parameter.numel for parameter in shard.parameters)
+    largest = size * max(parameter.numel for parameter in shard.trained)
     return Bytes(device=largest, host=largest + size * shard.partition)
 
 
@@ -444,7 +465,7 @@ def _saved_runs(shard: Shard) -> Sequence[int]:
         return shard.tiles
     if shard.stage > 0:
         return shard.group_partitions
-    in_groups = sorted(shard.parameters, key=lambda parameter: not parameter.decayed)
+    in_groups = sorted(shard.trained, key=lambda parameter: not parameter.decayed)
     return [parameter.numel for parameter in in_groups[shard.data_rank :: shard.layout.data]]
 
 

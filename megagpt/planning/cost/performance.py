@@ -75,7 +75,8 @@ def estimate(layout: Layout, assumed: Assumptions, *, simulated: bool = True) ->
     update_s = max(rank.update_s for rank in ranks)
     step_s = passes_s + reduction_s + update_s
     peak = 1e12 * assumed.peak_tflops * layout.world_size
-    mfu = layout.tokens_per_step * model_flops_per_token(layout.model) / (step_s * peak)
+    needed = model_flops_per_token(layout.model, lora=layout.lora)
+    mfu = layout.tokens_per_step * needed / (step_s * peak)
     return Estimate(
         step_s, passes_s, reduction_s, update_s, idle, layout.tokens_per_step / step_s, mfu
     )
@@ -116,12 +117,15 @@ def _durations(layout: Layout, assumed: Assumptions) -> tuple[list[float], list[
     forward, backward = [], []
     tensor_forward = 2 / 5 if layout.recompute == "full" else 2 / 4
     again = {"none": 0.0, "selective": _mlp_share(layout), "full": 1.0}[layout.recompute]
+    whole = FORWARD_AND_BACKWARD * sum(layer_flops(layout.model, causal=True))
+    needed = model_flops_per_token(layout.model, causal=True, lora=layout.lora)
+    passes = FORWARD_AND_BACKWARD * needed / whole  # less if the weights are frozen
     for stage in range(layout.num_stages):
         compute_s = forward_flops(layout, stage) / (1e12 * assumed.peak_tflops * assumed.efficiency)
         tensor_s = tensor(layout, stage) / (1e9 * _tensor_rate(layout, assumed))
         gather_s, gathers = _gather(layout, assumed, stage)
         forward.append(max(compute_s + tensor_forward * tensor_s, gather_s * gathers / 2))
-        work_s = (FORWARD_AND_BACKWARD - 1 + again) * compute_s + (1 - tensor_forward) * tensor_s
+        work_s = (passes - 1 + again) * compute_s + (1 - tensor_forward) * tensor_s
         backward.append(max(work_s, gather_s * gathers / 2))
     return forward, backward
 

@@ -245,7 +245,7 @@ def recomputation(layout: Layout) -> float:
 
 
 def gathered_parameters(shard: Shard) -> float:
-    """Return the bytes that ZeRO 3 gathers, at most e min(n, L + 2 x the largest module).
+    """Return the bytes that ZeRO 3 gathers, at most e min(n + f, L + 2 x the largest module).
 
     L is the larger of `stage3_max_live_parameters` and `stage3_max_reuse_distance`, 0 with
     parameters on NVMe. Two modules, because full recomputation gathers the next one before
@@ -282,9 +282,9 @@ def reduce_buffers(shard: Shard) -> float:
 
 def reduce_copies(shard: Shard) -> float:
     """Return the bytes of the flat copy of a bucket to be sent: e min(n, `reduce_bucket_size`)."""
-    return (
-        _gradient_bytes(shard) * min(shard.elements, _bucket(shard)) if shard.layout.data > 1 else 0
-    )
+    if shard.layout.data == 1:
+        return 0
+    return _gradient_bytes(shard) * min(shard.trained_elements, _bucket(shard))
 
 
 def _bucket(shard: Shard) -> int:

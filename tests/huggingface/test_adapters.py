@@ -159,6 +159,7 @@ def test_adapters_that_peft_would_cut_otherwise_are_exported_exactly(
         tmp_path / "base", published.directory, run_config(data, 2, (1, "none", "none"))
     )
     trained = adapted(imported, tmp_path / "base", targets=targets)
+    del trained["scheduler"]  # whose first steps move nothing
     pools.get(2).run(TRAIN, config=trained, directory=tmp_path / "run")
     assert_both_exports_compute_the_same(tmp_path / "run", published.directory, data, tmp_path)
     written = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())

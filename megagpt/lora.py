@@ -10,6 +10,7 @@ of the projection. The adapter of the queries of block 3 has the parameters
 import hashlib
 import math
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,8 @@ class Adapters(nn.ModuleDict):
         self.widths = widths
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        updates = {adapter.part: adapter(x, context) for adapter in self.values()}
+        adapters = (cast(Adapter, module) for module in self.values())
+        updates = {adapter.part: adapter(x, context) for adapter in adapters}
         return joined(updates, self.widths)
 
 
@@ -188,9 +190,11 @@ def merged(
     ``adapter`` gives the value of an adapter's parameter by its global name, in fp32.
     """
     lora = config.training.lora
+    if lora is None:
+        return base
     updates: dict[int | None, Tensor] = {}
     widths: tuple[int, ...] = ()
-    for target in _targets(lora, config.model) if lora is not None else ():
+    for target in _targets(lora, config.model):
         if name.startswith("blocks.") and name.endswith(f".{target.layer}.weight"):
             prefix = f"{name.removesuffix('.weight')}{ADAPTERS}{target.name}"
             product = adapter(f"{prefix}.b") @ adapter(f"{prefix}.a")  # (outputs, inputs)

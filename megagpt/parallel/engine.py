@@ -391,7 +391,10 @@ def parameter_groups(model: nn.Module, names: compat.Names) -> list[dict[str, An
     for parameter in model.parameters():
         if parameter.requires_grad:
             groups[0 if decayed(names[parameter]) else 1].append(parameter)
-    described = [{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}]
+    described: list[dict[str, Any]] = [
+        {"params": groups[0]},
+        {"params": groups[1], "weight_decay": 0.0},
+    ]
     return [group for group in described if group["params"]]
 
 

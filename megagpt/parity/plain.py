@@ -3,7 +3,7 @@
 Also the batches that such comparisons train on: learnable, the same on every machine.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,5 +139,5 @@ def _loss(
     return model(tokens.to(device), targets.to(device), document_ids=documents, dropout_seed=seeds)
 
 
-def _flat(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _flat(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone().flatten().cpu() for name, tensor in tensors.items()}

@@ -48,9 +48,9 @@ def gathers(shard: Shard) -> float:
     """
     if shard.stage == 0:
         return 0
-    gathered = shard.trained_elements
-    if shard.stage == 3:
-        gathered = shard.elements * gathers_of_step(shard)
+    gathered = (
+        shard.elements * gathers_of_step(shard) if shard.stage == 3 else shard.trained_elements
+    )
     return shard.layout.element_bytes * gathered * ring(shard.layout.data)
 
 

@@ -164,11 +164,16 @@ def starting_value(name: str, shape: torch.Size, config: ModelConfig, seed: int)
     if not is_of_an_adapter(name):
         return initial_value(name, shape, config, seed)
     if name.endswith(".b"):
-        return torch.zeros(shape)
+        return first_b(shape)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
     bound = 1 / math.sqrt(shape[1])
     return torch.empty(shape).uniform_(-bound, bound, generator=generator).bfloat16().float()
+
+
+def first_b(shape: torch.Size) -> Tensor:
+    """Return the initial B, so that the first update is 0; tests replace it, to see A move too."""
+    return torch.zeros(shape)
 
 
 @torch.no_grad()

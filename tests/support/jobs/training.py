@@ -25,6 +25,7 @@ from megagpt.parallel.rectangles import Box
 from megagpt.parity.compare import micro_batches
 from megagpt.planning.flops import adapter_elements
 from tests.support.collectives import counted
+from tests.support.plain import adapters_that_act
 
 
 def build(config: dict[str, Any]) -> Engine:
@@ -303,6 +304,7 @@ def train_swapping_small_tensors(config: dict[str, Any], steps: int) -> dict[str
     from deepspeed.runtime.swap_tensor import optimizer_utils, partitioned_param_swapper
 
     with (
+        adapters_that_act(),
         patch.object(optimizer_utils, "MIN_AIO_BYTES", 0),
         patch.object(partitioned_param_swapper, "MIN_AIO_BYTES", 0),
     ):

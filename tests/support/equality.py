@@ -59,17 +59,13 @@ def assert_equal_training(
 
 
 def assert_strays_no_further_than_bf16(
-    ranks: Ranks,
-    exact: PlainRun,
-    rounded: PlainRun,
-    tokens_per_step: int,
-    most: float = 0.1,
+    ranks: Ranks, exact: PlainRun, rounded: PlainRun, tokens_per_step: int
 ) -> None:
     """Than ``megagpt/parity/tolerance.py`` lets a mesh, given the plain process in fp32 and in
-    bf16, of which bf16 itself changes at ``most`` this share of the weights' changes.
+    bf16.
     """
     rounding = straying(rounded.losses, rounded.norms, rounded.state["weight"], exact)
-    assert 0 < rounding.weights < most
+    assert 0 < rounding.weights < 0.1
     limit = limit_in_bf16(rounding, exact, tokens_per_step, BF16_TOLERANCE)
     state = whole_tensors(rank["state"] for rank in ranks)
     weights = {name: values for (kind, name), values in state.items() if kind == "weight"}

@@ -157,6 +157,8 @@ def resolved(config: Config, ranks: int) -> ResolvedConfig:
 @cache
 def is_legal(row: Row) -> bool:
     """Whether the planner lets it start."""
+    if row.trained == "lora":  # frozen, the tied weight's copies have no gradients to be summed
+        return is_legal(row._replace(trained="all", tied=False))
     if row.kind != AXES.kind[0]:
         return is_legal(
             row._replace(kind=AXES.kind[0])
@@ -189,12 +191,22 @@ def pairs(row: Row) -> set[Meeting]:
     """Every two levels that meet in a row, and every two beside replicas: without them, ZeRO has
     nothing to cut. The kind of model beside replicas only with the ZeRO stage, which cuts it.
     """
+    met = meetings(row, 2)
+    if row.data == 1:
+        return met
+    levels = row._asdict()
     beside_replicas = {
-        meeting
-        for meeting in triples(row)
-        if ("data", 2) in meeting and {axis for axis, _ in meeting} & {"kind", "stage"} != {"kind"}
+        (("data", 2), (first, levels[first]), (second, levels[second]))
+        for first, second in _BESIDE_REPLICAS
     }
-    return meetings(row, 2) | beside_replicas
+    return met | beside_replicas
+
+
+_BESIDE_REPLICAS = [
+    axes
+    for axes in itertools.combinations([axis for axis in Row._fields if axis != "data"], 2)
+    if {*axes} & {"kind", "stage"} != {"kind"}
+]
 
 
 def cost(row: Row) -> tuple[int, int, bool]:

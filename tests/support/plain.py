@@ -35,7 +35,7 @@ def adapters_that_act() -> Iterator[None]:
 
     def drawn(shape: torch.Size) -> torch.Tensor:
         generator = torch.Generator().manual_seed(shape.numel())
-        return torch.empty(shape).normal_(0.0, 0.1, generator=generator).bfloat16().float()
+        return torch.empty(shape).normal_(0.0, 0.02, generator=generator).bfloat16().float()
 
     with patch.object(lora, "first_b", drawn):
         yield

@@ -25,12 +25,14 @@ PYTEST := OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile --
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-root test-all setup-torch-2.11 test-torch-2.11 check bench clean
+.PHONY: help setup setup-eval train test test-root test-all setup-torch-2.11 test-torch-2.11 check bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(INSTALLED) $(OPS_BUILT) ## .venv with everything in it, and DeepSpeed's ops compiled
+
+setup-eval: .venv/.eval_installed ## what the tests of evaluate --tasks need: lm-evaluation-harness, without what it does not import
 
 train: setup ## train as CONFIG says [ds_configs/default.json], continue if begun; ARGUMENTS="--set KEY=VALUE ..."
 	deepspeed launch/train.py --deepspeed_config $(CONFIG) --run_dir $(RUN_DIR) $(ARGUMENTS)
@@ -76,6 +78,13 @@ $(INSTALLED): requirements.txt
 	@$(PYTHON) -m venv .venv || \
 	{ echo '$(PYTHON) cannot make a virtual environment (Debian, Ubuntu: apt install python3-venv)'; exit 2; }
 	.venv/bin/python -m pip install --disable-pip-version-check --requirement requirements.txt
+	@touch $@
+
+# The harness, what it imports at once, and what its runner of transformers models imports, which is the reference.
+# `pip install lm_eval` alone brings scikit-learn, scipy and nltk for metrics of some tasks.
+.venv/.eval_installed: $(INSTALLED)
+	.venv/bin/python -m pip install --disable-pip-version-check --no-deps lm_eval==0.4.13 sacrebleu==2.6.0 \
+	portalocker==4.4.2 colorama==0.4.6 tabulate==0.10.0 lxml==6.1.3 accelerate==1.15.0
 	@touch $@
 
 # Needs a C++ compiler; without one the command says what is lost and succeeds, and runs use torch's own Adam.

@@ -265,6 +265,10 @@ class SampleStream:
         number, window = self._window(index)
         return self.datasets[number], window * self.sequence_length
 
+    def source_of(self, index: int) -> int:
+        """Return the number of the dataset that sample `index` is from."""
+        return self._blend.locate(index)[0]
+
     def sample(self, index: int) -> Sample:
         """Return sample `index`, counted over all epochs."""
         number, window = self._window(index)

@@ -184,19 +184,14 @@ def initialise_(model: GPT, seed: int) -> GPT:
     return model
 
 
-def merged(
-    name: str,
-    base: Tensor,
-    adapter: Callable[[str], Tensor],
-    config: MegagptConfig,
-) -> Tensor:
-    """Return a weight of the base with its update, (alpha / rank) B A, where it has adapters.
+def update_of(name: str, adapter: Callable[[str], Tensor], config: MegagptConfig) -> Tensor | None:
+    """Return what adapters add to a weight of the base, (alpha / rank) B A; None if they do not.
 
     ``adapter`` gives the value of an adapter's parameter by its global name, in fp32.
     """
     lora = config.training.lora
     if lora is None:
-        return base
+        return None
     updates: dict[int | None, Tensor] = {}
     widths: tuple[int, ...] = ()
     for target in _targets(lora, config.model):
@@ -205,7 +200,7 @@ def merged(
             product = adapter(f"{prefix}.b") @ adapter(f"{prefix}.a")  # (outputs, inputs)
             updates[target.part] = product.T * (lora.alpha / lora.rank)
             widths = target.widths
-    return base + joined(updates, widths).T if updates else base
+    return joined(updates, widths).T if updates else None
 
 
 def _targets(lora: LoraConfig, model: ModelConfig) -> list[Projection]:

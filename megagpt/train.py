@@ -1,7 +1,6 @@
 """The training loop: fetch, forward-backward, guard, step, report, save."""
 
 import logging
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -23,11 +22,13 @@ from megagpt.health.replicas import find_drift
 from megagpt.health.stragglers import StragglerWatch
 from megagpt.health.watch import Pulse
 from megagpt.inference.generate import generate
+from megagpt.monitoring.metrics import LOSS_OF_SOURCE, LOSS_OF_VALIDATION_SET
 from megagpt.monitoring.monitor import Monitor, StepRecord
 from megagpt.parallel import pipeline
 from megagpt.parallel.batches import BatchLoader
 from megagpt.parallel.device import CPU_REMEASURING_S, peak_memory, remeasured_peak_flops
 from megagpt.parallel.engine import Engine
+from megagpt.parallel.validation import ValidationSet
 from megagpt.planning.flops import model_flops_utilisation
 from megagpt.rundir.changes import UNCHANGED, Changes
 from megagpt.rundir.signals import StopRequest, StopRequests
@@ -51,7 +52,7 @@ class Run:
     config: ResolvedConfig
     engine: Engine
     training: BatchLoader
-    validation: BatchLoader | None  # None if evaluation is off
+    validation: list[ValidationSet]  # empty if evaluation is off
     tokenizer: Tokenizer
     directory: Path
     peak_flops: float | None
@@ -243,36 +244,16 @@ def require_equal_replicas(run: Run) -> None:
 
 
 def report_validation(run: Run) -> None:
-    """Validate and record the loss; every rank must call it."""
-    assert run.validation is not None
-    samples = validation_batches(run) * run.config.train_batch_size
-    share = run.validation.stream.share(samples)
-    run.monitor.event("eval", step=run.state.step, val_loss=validate(run), split_share=share)
-
-
-@torch.no_grad()
-def validate(run: Run) -> float:
-    """Return the mean loss over ``eval_batches`` global batches of the validation split.
-
-    They are a pseudo-random choice, the same at every step and on every mesh (see SampleStream).
-    Every rank must call it.
-    """
-    assert run.validation is not None
-    batches = validation_batches(run)
-    total = 0.0
-    for index in range(batches):
-        run.pulse.beat("validating")
-        total += pipeline.evaluate(
-            run.engine, run.validation.load(index * run.config.train_batch_size)
-        )
-    return total / batches
-
-
-def validation_batches(run: Run) -> int:
-    """Return the configured number of global batches, at most one pass over the split."""
-    assert run.validation is not None
-    whole_split = math.ceil(run.validation.stream.samples_per_epoch / run.config.train_batch_size)
-    return min(run.config.megagpt.training.eval_batches, whole_split)
+    """Validate and record the losses; every rank must call it."""
+    losses: dict[str, float] = {}
+    for validation in run.validation:
+        found = validation.losses(run.engine, partial(run.pulse.beat, "validating"))
+        if validation.name is None:
+            losses |= {"val_loss": found.mean, "split_share": validation.share}
+            losses |= {f"{LOSS_OF_SOURCE}{name}": loss for name, loss in found.by_source.items()}
+        else:
+            losses[f"{LOSS_OF_VALIDATION_SET}{validation.name}"] = found.mean
+    run.monitor.event("eval", step=run.state.step, **losses)
 
 
 @torch.no_grad()

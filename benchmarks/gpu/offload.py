@@ -14,7 +14,6 @@ from megagpt.planning.cost.memory import rank_memory
 from megagpt.planning.layout import Layout
 from megagpt.planning.plan import RESERVE_GIB
 
-PINNED_ROUNDING = 2.0  # torch rounds page-locked memory up to powers of two: at most twice as much
 LEFT_TO_HOST_GIB = 6.0  # Python, libraries, one parameter in transfer, page cache
 
 
@@ -71,7 +70,7 @@ def largest(
     whole = _configuration(model, pin_memory, **settings)
     for layers in range(whole.megagpt.model.num_layers, 0, -1):
         config = _configuration(model | {"num_layers": layers}, pin_memory, **settings)
-        if fits(config, pin_memory, host_gib, device_gib):
+        if fits(config, host_gib, device_gib):
             return config
     raise NotRun(
         f"too little memory even for one layer: {host_gib:.0f} GiB free on the host, "
@@ -84,10 +83,10 @@ def _configuration(model: dict[str, Any], pin_memory: bool, **settings: Any) -> 
     return training.configuration(model, stage=3, offload_optimizer=offload, **settings)
 
 
-def fits(config: ResolvedConfig, pin_memory: bool, host_gib: float, device_gib: float) -> bool:
-    """Return whether the plan's peaks fit, with rounded page-locked memory and a reserve."""
-    peak = rank_memory(Layout.of(config), 0).peak
-    in_host = peak.host / GIB * (PINNED_ROUNDING if pin_memory else 1.0)
+def fits(config: ResolvedConfig, host_gib: float, device_gib: float) -> bool:
+    """Return whether the plan's peaks fit, with a reserve."""
+    peak = rank_memory(Layout.of(config, pins="torch"), 0).peak
+    in_host = peak.host / GIB
     return in_host + LEFT_TO_HOST_GIB <= host_gib and peak.device / GIB + RESERVE_GIB <= device_gib
 
 

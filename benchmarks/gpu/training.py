@@ -22,7 +22,7 @@ from megagpt.config import ResolvedConfig, RunConfig
 from megagpt.parallel.device import announce_to_deepspeed, peak_flops, set_cuda_defaults
 from megagpt.planning.cost.memory import rank_memory
 from megagpt.planning.flops import model_flops_utilisation
-from megagpt.planning.layout import Layout
+from megagpt.planning.layout import Layout, Pins
 from megagpt.planning.plan import RESERVE_GIB
 
 announce_to_deepspeed()  # before anything imports it
@@ -125,7 +125,11 @@ def trainer(config: ResolvedConfig) -> tuple[Any, Callable[[int], float], Callab
     def step(index: int) -> float:
         return train_step(engine, [batches[index % len(batches)]]).loss
 
-    return engine, step, lambda: evaluate(engine, batches[:1])
+    def loss() -> float:
+        (nats,), (targets,) = evaluate(engine, batches[:1]).tolist()
+        return nats / targets
+
+    return engine, step, loss
 
 
 def measure(context: Context, steps: int, **settings: Any) -> None:
@@ -243,7 +247,8 @@ def trace(context: Context, steps: int, **settings: Any) -> None:
 
 def planned(config: ResolvedConfig, device: str) -> dict[str, Any]:
     """Return the plan's peaks in GiB. Raises NotRun if the device has less free memory."""
-    peak = rank_memory(Layout.of(config), 0).peak
+    pins: Pins = "torch" if device == "cuda" else "nobody"
+    peak = rank_memory(Layout.of(config, pins=pins), 0).peak
     needed, host = peak.device / GIB, peak.host / GIB
     if device == "cuda":
         free = torch.cuda.mem_get_info()[0] / GIB

@@ -57,12 +57,13 @@ class Reader:
                 f"{start} to {start + result.numel()} of {box})"
             )
 
-    def tensor(self, kind: str, name: str) -> Tensor:
-        """Return a whole parameter in its logical shape, fp32 on the CPU."""
+    def tensor(self, kind: str, name: str, box: Box | None = None) -> Tensor:
+        """Return a whole parameter in its logical shape, or a box of it; fp32 on the CPU."""
         self._pieces(name)
-        shape = self.manifest.tensors[name].shape
+        box = whole(self.manifest.tensors[name].shape) if box is None else box
+        shape = [end - start for start, end in box]
         result = torch.empty(math.prod(shape))
-        self.read_into(result, kind, name, whole(shape), 0)
+        self.read_into(result, kind, name, box, 0)
         return result.view(shape)
 
     def _pieces(self, name: str) -> tuple[Slice, ...]:
@@ -124,11 +125,13 @@ def _view(run: Tensor, part: Rectangle) -> Tensor:
     return run[part.offset :].as_strided(part.shape, (part.stride, 1))
 
 
-def open_checkpoint(run_directory: Path, step: int | None = None) -> Reader:
+def open_checkpoint(
+    run_directory: Path, step: int | None = None, *, verified: bool = False
+) -> Reader:
     """Return a reader of the newest checkpoint that verifies, or of ``step``; single process.
 
-    Raise UserError if there is none, naming the damage of those skipped, and if the newest has
-    another format.
+    ``verified``: another rank has verified it, so its files are not read here. Raise UserError if
+    there is none, naming the damage of those skipped, and if the newest has another format.
     """
     checkpoints = run_directory / "checkpoints"
     known = complete_steps(checkpoints)
@@ -139,7 +142,8 @@ def open_checkpoint(run_directory: Path, step: int | None = None) -> Reader:
             manifest = read_manifest(directory)
             require_no_other_files(directory, manifest)
             for name, expected in manifest.files.items():
-                verify_file(directory, name, expected)
+                if not verified:
+                    verify_file(directory, name, expected)
             return Reader(directory, manifest)
         except DamagedCheckpointError as error:
             faults.append(f"\n  {error}")

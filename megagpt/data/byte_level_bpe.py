@@ -16,13 +16,15 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megagpt.data.manifest import TOKENIZER_FILE
+from megagpt.data.marked_text import END, MARK, MARKED_GPT2_PATTERN, can_be_marked, encode_marked
 from megagpt.utils import MIB, UserError, human_count, write_atomically
 
 if TYPE_CHECKING:
@@ -67,15 +69,36 @@ class ByteLevelTokenizer:
         self.encoding = encoding
         self.vocabulary = encoding.n_vocab
         self.end_of_document = encoding.eot_token
+        self.prefix = self.end_of_document
 
     def encode(self, text: str) -> list[int]:
         return self.encoding.encode_ordinary(text)
 
     def encode_texts(self, texts: Sequence[str], continues: Sequence[bool]) -> list[np.ndarray]:
+        clean = [replace_surrogates(text) for text in texts]
+        if self._marked is None:
+            return [_ids(self.encoding, text) for text in clean]
+        markable = [can_be_marked(text) for text in clean]
+        encoded = encode_marked(
+            list(compress(clean, markable)),
+            partial(_ids, self._marked),
+            *map(self._marked.encode_single_token, (MARK, END)),
+        )
+        rest = iter(encoded)
         return [
-            self.encoding.encode_to_numpy(replace_surrogates(text), disallowed_special=())
-            for text in texts
+            next(rest) if marked else _ids(self.encoding, text)
+            for text, marked in zip(clean, markable, strict=True)
         ]
+
+    @cached_property
+    def _marked(self) -> tiktoken.Encoding | None:
+        """The encoding for marked text, where the split is GPT-2's."""
+        encoding = self.encoding
+        if encoding._pat_str != FASTEST_GPT2_PATTERN:
+            return None
+        return _encoding(
+            encoding.name, MARKED_GPT2_PATTERN, encoding._mergeable_ranks, encoding._special_tokens
+        )
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self.encoding.decode(tokens)
@@ -103,6 +126,10 @@ class ByteLevelTokenizer:
         for value in self.encoding.token_byte_values():
             lengths[self.encoding.encode_single_token(value)] = len(value)
         return lengths
+
+
+def _ids(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
+    return encoding.encode_to_numpy(text, disallowed_special=())
 
 
 def bytes_only() -> tiktoken.Encoding:

@@ -41,12 +41,15 @@ class Tokenizer(Protocol):
     A special token that occurs in a text by name is text, never the token: no document can end
     another. `vocabulary` is the largest id + 1. `start_of_document` are the ids before every
     document and prompt, `unknown` that of text without an id; most tokenizers have neither.
+    `prefix` is the id before a text that has to be predicted from its first token on: the token
+    that is named for the beginning, also where no document has it, or the end of a document.
     `text_ids` are the ids that stand for text, so without special tokens.
     """
 
     vocabulary: int
     end_of_document: int
     start_of_document: tuple[int, ...]
+    prefix: int
     unknown: int | None
 
     def encode(self, text: str) -> list[int]:

@@ -22,7 +22,7 @@ HOST = "host"
 
 
 def require_agreement(
-    config: RunConfig, stream: SampleStream | None = None, changes: str = ""
+    config: RunConfig, streams: Sequence[SampleStream] = (), changes: str = ""
 ) -> None:
     """Raise UserError on all ranks if their configuration, data, code or libraries differ.
 
@@ -31,7 +31,7 @@ def require_agreement(
     """
     mine = {
         "configuration": config.to_json(),
-        "data": stream.fingerprint if stream is not None else "",
+        "data": " ".join(stream.fingerprint for stream in streams),
         "--allow_change": changes,
         "code": code_fingerprint(SOURCES),
         **{f"version of {library}": _version(library) for library in LIBRARIES},

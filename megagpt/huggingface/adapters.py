@@ -28,7 +28,7 @@ from megagpt.huggingface.export import (
 from megagpt.huggingface.kept_model import KeptModel
 from megagpt.huggingface.tensors import TURNED, TURNED_QUERY_KEY_VALUE
 from megagpt.huggingface.whole_directory import flushed, whole_directory
-from megagpt.inference.stored_model import Weight, open_trained
+from megagpt.inference.stored_model import Weights, open_trained
 from megagpt.lora import ADAPTERS, joined
 from megagpt.rundir.base import find_base
 from megagpt.rundir.directory import read_config
@@ -97,7 +97,7 @@ def export_adapters(
 
 
 def published_adapters(
-    architecture: Architecture, config: ResolvedConfig, weight: Weight
+    architecture: Architecture, config: ResolvedConfig, weight: Weights
 ) -> Iterator[PublishedAdapter]:
     """Yield the adapter of each module of the published model that has one."""
     model = config.megagpt.model

@@ -1,21 +1,36 @@
 """How well a model predicts held-out text: loss, perplexity and bits per byte."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
+from megagpt.data.manifest import read_dataset_manifest
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.dataset import Batch, SampleStream
 from megagpt.inference.stored_model import require_known_ids
-from megagpt.model import GPT, IGNORED
+from megagpt.model import IGNORED
+from megagpt.rundir.data import open_validation_sets
 from megagpt.schema.megagpt import MegagptConfig
 
-Loss = Callable[[Batch], Tensor]  # the mean loss over the batch's targets, in nats per token
+Item = TypeVar("Item")
+
+
+class Evaluated(Protocol):
+    """A model whose loss can be computed: see megagpt/inference/placed_model.py."""
+
+    def loss(self, batch: Batch) -> Tensor | None:
+        """Return the mean loss of the batch's targets in nats; None on ranks without it."""
+
+    def share(self, items: Iterator[Item]) -> Iterator[Item]:
+        """Yield the items that this replica evaluates."""
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Return the sums of the values over the replicas."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +66,8 @@ class Evaluation:
         )
 
 
-@torch.no_grad()
 def evaluate(
-    loss: Loss,
+    model: Evaluated,
     stream: SampleStream,
     tokenizer: Tokenizer,
     *,
@@ -63,28 +77,52 @@ def evaluate(
     """Return the evaluation of one epoch of ``stream``, or of its first ``batches``.
 
     It is the same samples in the same order every time. Every token has the same weight, also in a
-    last batch that is not full.
+    last batch that is not full. Every rank that shares the model must call it.
+    """
+    starts = islice(range(0, stream.samples_per_epoch, batch_size), batches)
+    return evaluate_batches(
+        model,
+        (
+            stream.batch(range(start, min(start + batch_size, stream.samples_per_epoch)))
+            for start in model.share(starts)
+        ),
+        tokenizer,
+    )
+
+
+def evaluate_batches(
+    model: Evaluated, batches: Iterable[Batch], tokenizer: Tokenizer
+) -> Evaluation:
+    """Return the evaluation of this replica's batches together with the other replicas'.
+
+    The loss is NaN without targets. Every rank that shares the model must call it.
     """
     nats = 0.0
     tokens = 0
     text_bytes = 0
-    for batch in islice(epoch(stream, batch_size), batches):
+    for batch in batches:
+        loss = model.loss(batch)
         counts = batch.targets != IGNORED
         targets = batch.targets[counts]
-        nats += loss(batch).item() * targets.size
+        nats += loss.item() * targets.size if loss is not None else 0.0
         tokens += targets.size
         text_bytes += tokenizer.text_bytes(batch.tokens[counts], targets)
-    return Evaluation(nats / tokens, tokens, text_bytes)
+    nats, *counted = model.sums([nats, tokens, text_bytes])
+    tokens, text_bytes = map(int, counted)
+    return Evaluation(nats / tokens if tokens else math.nan, tokens, text_bytes)
 
 
 def open_validation(config: MegagptConfig) -> list[tuple[Path, SampleStream]]:
-    """Return the validation split of each dataset of a run, in order.
+    """Return the validation split of each dataset of a run, then its further validation sets.
 
-    Raise UserError if it may hold ids that the model has not learned.
+    Raise UserError if one may hold ids that the model has not learned.
     """
-    streams = []
+    streams: list[tuple[Path, SampleStream]] = []
+    training = read_dataset_manifest(Path(config.data.sources[0].path))
     for source in config.data.sources:
         directory = Path(source.path)
+        if config.data.validation and not read_dataset_manifest(directory).tokens("val"):
+            continue
         stream = SampleStream.open(
             [(directory, 1.0)],
             split="val",
@@ -94,24 +132,5 @@ def open_validation(config: MegagptConfig) -> list[tuple[Path, SampleStream]]:
         )
         require_known_ids(directory, stream.vocabulary, config.model)
         streams.append((directory, stream))
-    return streams
-
-
-def epoch(stream: SampleStream, batch_size: int) -> Iterator[Batch]:
-    """Yield every sample of a stream once, in order; the last batch has what is left."""
-    for start in range(0, stream.samples_per_epoch, batch_size):
-        yield stream.batch(range(start, min(start + batch_size, stream.samples_per_epoch)))
-
-
-def model_loss(model: GPT, device: torch.device) -> Loss:
-    """Return the loss function of a whole model on ``device``."""
-
-    def loss(batch: Batch) -> Tensor:
-        tokens, targets = (
-            torch.from_numpy(array).to(device) for array in (batch.tokens, batch.targets)
-        )
-        if batch.document_ids is None:
-            return model(tokens, targets)
-        return model(tokens, targets, document_ids=torch.from_numpy(batch.document_ids).to(device))
-
-    return loss
+    further = open_validation_sets(config, training).values()
+    return streams + [(stream.datasets[0].directory, stream) for stream in further]

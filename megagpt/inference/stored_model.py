@@ -3,8 +3,8 @@
 One process is enough.
 """
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -12,24 +12,32 @@ from megagpt.checkpoint.base_weights import open_proven
 from megagpt.checkpoint.format import WEIGHT, DamagedCheckpointError
 from megagpt.checkpoint.reader import Reader, open_checkpoint
 from megagpt.config import ModelConfig, ResolvedConfig
-from megagpt.lora import merged
+from megagpt.lora import update_of
 from megagpt.model import GPT, replace_parameters
+from megagpt.parallel.rectangles import Box
 from megagpt.rundir.base import find_base
 from megagpt.rundir.directory import read_config
 from megagpt.utils import UserError
 
-Weight = Callable[[str], torch.Tensor]
+
+class Weights(Protocol):
+    """A function from a parameter's global name to its weight, fp32 on the CPU."""
+
+    def __call__(self, name: str, box: Box | None = None) -> torch.Tensor:
+        """Return the whole weight, or the rectangle ``box`` of it."""
 
 
-def open_weights(run_directory: Path, step: int | None = None) -> tuple[int, Weight]:
-    """Return the step of a run's newest sound checkpoint, and a function from name to weight.
+def open_weights(
+    run_directory: Path, step: int | None = None, *, verified: bool = False
+) -> tuple[int, Weights]:
+    """Return the step of a run's newest sound checkpoint, and the model's weights.
 
-    The function takes a global name of the model and returns the whole weight, fp32 on the CPU; of
-    a run with adapters, the base's weight with its update. Both raise UserError if no checkpoint
-    (of ``step``) can be loaded.
+    Those of a run with adapters are the base's with their updates. ``verified``: another rank has
+    verified the checkpoint and the base. Both raise UserError if no checkpoint (of ``step``) can be
+    loaded.
     """
     config = read_config(run_directory)
-    found_step, stored, sha256 = open_trained(run_directory, step)
+    found_step, stored, sha256 = open_trained(run_directory, step, verified=verified)
     place = find_base(config, run_directory)
     if place is None:
         return found_step, stored
@@ -38,25 +46,35 @@ def open_weights(run_directory: Path, step: int | None = None) -> tuple[int, Wei
             f"{run_directory}: step {found_step} names no base; choose the checkpoint of another "
             "step with --step"
         )
-    base = _weights_of(open_proven(place.checkpoint, sha256), place.run_directory)
-    return found_step, lambda name: merged(name, base(name), stored, config.megagpt)
+    reader = open_proven(place.checkpoint, None if verified else sha256)
+    base = _weights_of(reader, place.run_directory)
+
+    def weight(name: str, box: Box | None = None) -> torch.Tensor:
+        update = update_of(name, stored, config.megagpt)
+        if update is None:
+            return base(name, box)
+        return base(name, box) + (update if box is None else update[tuple(slice(*s) for s in box)])
+
+    return found_step, weight
 
 
-def open_trained(run_directory: Path, step: int | None = None) -> tuple[int, Weight, str | None]:
+def open_trained(
+    run_directory: Path, step: int | None = None, *, verified: bool = False
+) -> tuple[int, Weights, str | None]:
     """Return the step, the weights and the base's hash of a run's newest sound checkpoint.
 
     The weights are those that the run trains: the model's or the adapters'. The hash is None unless
-    they are adapters'. Raise UserError as ``open_weights``.
+    they are adapters'. ``verified`` and errors as of ``open_weights``.
     """
-    reader = open_checkpoint(run_directory, step)
+    reader = open_checkpoint(run_directory, step, verified=verified)
     manifest = reader.manifest
     return manifest.state.step, _weights_of(reader, run_directory), manifest.base
 
 
-def _weights_of(reader: Reader, run_directory: Path) -> Weight:
-    def weight(name: str) -> torch.Tensor:
+def _weights_of(reader: Reader, run_directory: Path) -> Weights:
+    def weight(name: str, box: Box | None = None) -> torch.Tensor:
         try:
-            return reader.tensor(WEIGHT, name)
+            return reader.tensor(WEIGHT, name, box)
         except DamagedCheckpointError as error:  # the manifest does not match the files
             raise UserError(
                 f"{run_directory}: {error}; choose the checkpoint of another step with --step"

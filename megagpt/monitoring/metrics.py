@@ -64,6 +64,17 @@ class StepRecord:
         return cls(**values)
 
 
+# Of the event `eval`, before the name of a further validation set and of a source of a blend.
+LOSS_OF_VALIDATION_SET = "validation/"
+LOSS_OF_SOURCE = "source/"
+
+
+def named_losses(event: Line) -> dict[str, float | None]:
+    """Return the losses of further validation sets and of sources in an event `eval`, by key."""
+    named = (LOSS_OF_VALIDATION_SET, LOSS_OF_SOURCE)
+    return {key: value for key, value in event.items() if key.startswith(named)}
+
+
 _STEP_KEYS = {field.name for field in fields(StepRecord)}
 
 

@@ -116,8 +116,10 @@ class Monitor:
         self._send(record.as_line())
 
     def event(self, name: str, *, step: int, **fields: Any) -> None:
-        """Record an event out of `EVENTS`; an `eval` carries `val_loss` and `split_share`.
+        """Record an event out of `EVENTS`.
 
+        An `eval` carries `val_loss` and `split_share`, `source/NAME` for each source of a blend and
+        `validation/NAME` for each further validation set.
         Fields are numbers, texts, paths or lists.
         """
         if name not in EVENTS:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from megagpt.monitoring.metrics import History, StepRecord
+from megagpt.monitoring.metrics import History, StepRecord, named_losses
 from megagpt.utils import human_count
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class Plot:
     tick: Callable[[float], str] = "{:g}".format
 
 
+NAMED_LOSSES = "loss by validation set and source"
 LOSS = Plot("loss", lambda record: record.loss, scale="free")
 SMALL_PLOTS = (
     Plot("gradient norm", lambda record: record.grad_norm, scale="logarithmic"),
@@ -109,6 +110,24 @@ def loss_picture(history: History) -> bytes:
         axes.legend(loc="upper right")
 
     return _svg(draw, LOSS.title, width_inches=11.2, height_inches=3.6)
+
+
+def named_losses_picture(history: History) -> bytes | None:
+    """Return the losses of further validation sets and of sources as SVG, None without."""
+    points: dict[str, list[tuple[int, float | None]]] = {}
+    for event in history.events_named("eval"):
+        for key, loss in named_losses(event).items():
+            points.setdefault(key, []).append((event["step"], loss))
+    if not points:
+        return None
+
+    def draw(axes: Axes) -> None:
+        for key, own in points.items():
+            curve = thinned(own)
+            axes.plot(curve.steps, curve.mean, marker="o", markersize=3, label=key)
+        axes.legend(loc="upper right")
+
+    return _svg(draw, NAMED_LOSSES, width_inches=11.2, height_inches=3.6)
 
 
 def small_pictures(history: History) -> list[tuple[str, bytes]]:

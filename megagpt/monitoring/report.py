@@ -15,7 +15,12 @@ from typing import Any
 
 from megagpt.common.text import without_control_characters
 from megagpt.monitoring.metrics import History, Line, read_metrics
-from megagpt.monitoring.plots import loss_picture, small_pictures
+from megagpt.monitoring.plots import (
+    NAMED_LOSSES,
+    loss_picture,
+    named_losses_picture,
+    small_pictures,
+)
 from megagpt.utils import UserError, human_count, human_duration, write_atomically
 
 REPORT_FILE = "report.html"
@@ -174,6 +179,8 @@ def _tiles(history: History) -> str:
 
 def _plots(history: History) -> str:
     pictures = [_picture("loss", loss_picture(history), "wide")]
+    if (named := named_losses_picture(history)) is not None:
+        pictures.append(_picture(NAMED_LOSSES, named, "wide"))
     pictures += [_picture(title, svg, "") for title, svg in small_pictures(history)]
     return f'<h2>Curves</h2>\n<div class="plots">{"".join(pictures)}</div>'
 

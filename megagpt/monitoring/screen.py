@@ -11,7 +11,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 from megagpt.common.text import without_control_characters
-from megagpt.monitoring.metrics import Line, StepRecord
+from megagpt.monitoring.metrics import Line, StepRecord, named_losses
 from megagpt.utils import abandoned_on_failure, human_count, human_duration
 
 if TYPE_CHECKING:  # rich takes 0.1 s to import and only a terminal needs it
@@ -33,7 +33,9 @@ class Progress:
         self.total_steps = total_steps
         self.step = start_step
         self.record: StepRecord | None = None
+        # The step and the loss of the newest evaluation; by key those of named sets and sources.
         self.validation: tuple[int, float] | None = None
+        self.named: dict[str, tuple[int, float]] = {}
         self.sample = ""
         self._step_times_s: deque[float] = deque(maxlen=ETA_WINDOW_RECORDS)
 
@@ -47,8 +49,10 @@ class Progress:
         elif event == "rewind":
             self.step = line["step"]
         elif event == "eval":
-            val_loss = line.get("val_loss")
-            self.validation = (line["step"], math.nan if val_loss is None else val_loss)
+            if "val_loss" in line:
+                self.validation = _at_step(line, line["val_loss"])
+            for key, loss in named_losses(line).items():
+                self.named[key] = _at_step(line, loss)
         elif event == "sample":
             self.sample = line["prompt"] + line["text"]
 
@@ -60,6 +64,10 @@ class Progress:
         return human_duration(
             statistics.median(self._step_times_s) * max(self.total_steps - self.step, 0)
         )
+
+
+def _at_step(line: Line, loss: float | None) -> tuple[int, float]:
+    return line["step"], math.nan if loss is None else loss
 
 
 class Screen(Protocol):
@@ -233,11 +241,7 @@ def _rows(progress: Progress) -> list[tuple[str, str, str, str]]:
     record = progress.record
     if record is None:
         return [("loss", UNKNOWN, "tokens/s", UNKNOWN)]
-    validation = (
-        UNKNOWN
-        if progress.validation is None
-        else "{1:.4f} at step {0}".format(*progress.validation)
-    )
+    validation = UNKNOWN if progress.validation is None else _loss_text(progress.validation)
     rate = (
         f"{human_count(record.tokens_per_s)} ({human_count(record.tokens_per_s_per_device)} per "
         f"device)"
@@ -247,7 +251,18 @@ def _rows(progress: Progress) -> list[tuple[str, str, str, str]]:
         ("val loss", validation, "MFU", format_mfu(record.mfu)),
         ("learning rate", f"{record.learning_rate:.2e}", "memory", f"{record.memory_gib:.2f} GiB"),
         ("grad norm", f"{record.grad_norm:.3f}", "skipped steps", str(record.skipped_steps)),
+        *_pairs([(key, _loss_text(found)) for key, found in progress.named.items()]),
     ]
+
+
+def _loss_text(found: tuple[int, float]) -> str:
+    return "{1:.4f} at step {0}".format(*found)
+
+
+def _pairs(items: list[tuple[str, str]]) -> list[tuple[str, str, str, str]]:
+    """Return rows of two items each."""
+    padded = [*items, ("", "")]
+    return [(*padded[place], *padded[place + 1]) for place in range(0, len(items), 2)]
 
 
 def format_mfu(mfu: float | None) -> str:

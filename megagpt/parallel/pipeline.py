@@ -110,11 +110,16 @@ def loss_shares(engine: Engine, micro_batches: Sequence[MicroBatch]) -> Tensor:
     counts for more: with n of the N targets in k micro-batches of all replicas, for n k / N. That
     is exactly 1 if no target is ignored. Ranks of a data group must call it together.
     """
-    counts = torch.stack([(m.targets != IGNORED).sum() for m in micro_batches]).double()
+    counts = target_counts(micro_batches)
     total = counts.sum()
     dist.all_reduce(total, group=engine.mesh.data_group)
     everywhere = len(micro_batches) * engine.mesh.data_size
     return (counts * everywhere / total.clamp(min=1)).float()
+
+
+def target_counts(micro_batches: Sequence[MicroBatch]) -> Tensor:
+    """Return the number of targets of each micro-batch: double, (micro-batches,)."""
+    return torch.stack([(m.targets != IGNORED).sum() for m in micro_batches]).double()
 
 
 def _one_after_another(
@@ -136,19 +141,27 @@ def _one_after_another(
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, micro_batches: Sequence[MicroBatch]) -> float:
-    """Return the mean loss over a global batch without training; every rank must call it."""
+def evaluate(engine: Engine, micro_batches: Sequence[MicroBatch]) -> Tensor:
+    """Return the loss in nats and the number of targets, without training; collective.
+
+    Each is the sum over all replicas' micro-batches of one number: double, (2, micro-batches).
+    Every rank must call it and gets the same.
+    """
     engine.deepspeed.eval()
-    shares = loss_shares(engine, micro_batches)
+    counts = target_counts(micro_batches)
     if engine.num_stages > 1:
-        losses = _pipeline(engine, len(micro_batches)).evaluate(micro_batches, shares)
+        losses = _pipeline(engine, len(micro_batches)).evaluate(micro_batches, counts)
     else:
         losses = [
-            share * engine.deepspeed(m.tokens, targets=m.targets, **m.context)
-            for share, m in zip(shares, micro_batches, strict=True)
+            count * engine.deepspeed(m.tokens, targets=m.targets, **m.context)
+            for count, m in zip(counts, micro_batches, strict=True)
         ]
     engine.deepspeed.train()
-    return mean_loss(engine, losses)
+    nats = torch.stack(losses).double() if losses else torch.zeros_like(counts)
+    dist.all_reduce(nats, group=engine.mesh.pipeline_group)
+    sums = torch.stack([nats, counts])
+    dist.all_reduce(sums, group=engine.mesh.data_group)
+    return sums
 
 
 def mean_loss(engine: Engine, losses: Sequence[Tensor]) -> float:
@@ -208,7 +221,7 @@ class Pipeline:
             self.micro_batches,
         )
         # The model's last stage returns the loss itself, which the schedule hands on with the
-        # micro-batch's share (1,); the engine scales gradients.
+        # micro-batch's share or count of targets (1,); the engine scales gradients.
         options: dict[str, Any] = {
             "loss_fn": lambda loss, share: loss * share[0],
             "scale_grads": False,
@@ -244,9 +257,9 @@ class Pipeline:
         _add_tied_gradients(self.engine)
         return losses
 
-    def evaluate(self, micro_batches: Sequence[MicroBatch], shares: Tensor) -> list[Tensor]:
-        """Run forward of every micro-batch; return the losses if the head is here."""
-        return self._run(self.schedule.eval, micro_batches, shares)
+    def evaluate(self, micro_batches: Sequence[MicroBatch], counts: Tensor) -> list[Tensor]:
+        """Run forward of every micro-batch; return losses times counts if the head is here."""
+        return self._run(self.schedule.eval, micro_batches, counts)
 
     def _run(self, run: Any, micro_batches: Sequence[MicroBatch], shares: Tensor) -> list[Tensor]:
         """Pass this rank's stages their inputs; the schedule splits them into micro-batches."""

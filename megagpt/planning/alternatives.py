@@ -15,16 +15,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
-from megagpt.config import ResolvedConfig, RunConfig
+from megagpt.config import RunConfig
 from megagpt.planning.cost.memory import RankMemory, rank_memory
 from megagpt.planning.cost.performance import Assumptions, estimate
 from megagpt.planning.layout import Layout
 from megagpt.schema.deepspeed import ZERO_KEY_STAGES, OffloadOptimizerConfig, OffloadParamConfig
+from megagpt.schema.idle import NOT_FROM_NVME
 
 Change = Callable[[Layout], Layout | None]
 Fits = Callable[[RankMemory], bool]
 ENOUGH = 3
-Device = Literal["none", "cpu"]
+Device = Literal["none", "cpu", "nvme"]
 DEVICES: tuple[Device, ...] = ("none", "cpu")
 
 
@@ -78,7 +79,7 @@ def _meshes(layout: Layout, assumed: Assumptions) -> list[Change]:
 
     A longer data axis means fewer accumulation steps.
     """
-    sizes = itertools.product(_divisors(layout.world_size), repeat=2)
+    sizes = itertools.product(divisors(layout.world_size), repeat=2)
     return [
         partial(_to_mesh, tensor, pipeline)
         for tensor, pipeline in sizes
@@ -127,13 +128,31 @@ def _states() -> list[Change]:
 
 
 def _to_states(stage: int, optimizer: Device, parameters: Device, layout: Layout) -> Layout:
+    return with_states(layout, stage, optimizer, parameters)
+
+
+def with_states(
+    layout: Layout,
+    stage: int,
+    optimizer: Device,
+    parameters: Device,
+    nvme_path: str | None = None,
+) -> Layout:
+    """Return the layout at another ZeRO stage, with optimizer state and parameters elsewhere.
+
+    Keys without effect there are dropped. What stays in its place keeps its other keys.
+    """
     changes: dict[str, Any] = {
         key: None for key, stages in ZERO_KEY_STAGES.items() if stage not in stages
     }
+    if parameters == "nvme":
+        changes |= dict.fromkeys(NOT_FROM_NVME)
     if optimizer != layout.zero.optimizer_device:
-        changes["offload_optimizer"] = OffloadOptimizerConfig(device=optimizer)
+        path = nvme_path if optimizer == "nvme" else None
+        changes["offload_optimizer"] = OffloadOptimizerConfig(device=optimizer, nvme_path=path)
     if parameters != layout.zero.parameter_device:
-        changes["offload_param"] = OffloadParamConfig(device=parameters)
+        path = nvme_path if parameters == "nvme" else None
+        changes["offload_param"] = OffloadParamConfig(device=parameters, nvme_path=path)
     return layout.with_zero(stage=stage, **changes)
 
 
@@ -149,7 +168,7 @@ def _micro_batches(layout: Layout) -> list[Change]:
     """Return changes to smaller micro-batches, and more of them."""
     return [
         partial(_to_micro_batch, layout.micro_batch // size)
-        for size in _divisors(layout.micro_batch)[:-1]
+        for size in divisors(layout.micro_batch)[:-1]
     ]
 
 
@@ -159,17 +178,17 @@ def _to_micro_batch(parts: int, layout: Layout) -> Layout:
     )
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """Return the divisors of a number, smallest first."""
     return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
 
 
-def set_items(written: RunConfig, resolved: ResolvedConfig, layout: Layout) -> list[str]:
+def set_items(written: RunConfig, layout: Layout) -> list[str]:
     """Return the `--set` items that turn a configuration into one with this layout."""
-    now = Layout.of(resolved)
-    parallel = layout.parallel
-    zero = layout.zero
+    before = written.megagpt.parallel
+    zero = written.zero_optimization
     items = {
-        f"megagpt.parallel.{key}": getattr(parallel, key)
+        f"megagpt.parallel.{key}": getattr(layout.parallel, key)
         for key in (
             "tensor",
             "pipeline",
@@ -178,26 +197,29 @@ def set_items(written: RunConfig, resolved: ResolvedConfig, layout: Layout) -> l
             "sequence",
             "gradient_reduction",
         )
-        if getattr(parallel, key) != getattr(now.parallel, key)
+        if getattr(layout.parallel, key) != getattr(before, key)
     }
-    if "gradient_reduction" not in written.megagpt.parallel.model_fields_set:
+    if "gradient_reduction" not in before.model_fields_set:
         items.pop(
             "megagpt.parallel.gradient_reduction", None
         )  # its default depends on the pipeline
-    if layout.recompute != now.recompute:
+    if layout.recompute != written.megagpt.training.recompute:
         items["megagpt.training.recompute"] = layout.recompute
-    if layout.micro_batch != now.micro_batch or written.train_micro_batch_size_per_gpu is None:
+    if layout.micro_batch != written.train_micro_batch_size_per_gpu:
         items["train_micro_batch_size_per_gpu"] = layout.micro_batch
     if written.train_batch_size is None:
-        items["train_batch_size"] = resolved.train_batch_size
+        items["train_batch_size"] = layout.micro_batch * layout.micro_batches * layout.data
     if written.gradient_accumulation_steps not in (None, layout.micro_batches):
         items["gradient_accumulation_steps"] = layout.micro_batches
     for key in type(zero).model_fields:
-        if getattr(zero, key) != getattr(now.zero, key):
-            items[f"zero_optimization.{key}"] = (
-                _offload(getattr(zero, key)) if "offload" in key else getattr(zero, key)
-            )
-    if written.aio is not None and "nvme" not in (zero.optimizer_device, zero.parameter_device):
+        value = getattr(layout.zero, key)
+        acts = layout.zero.stage in ZERO_KEY_STAGES.get(key, (layout.zero.stage,))
+        if value != getattr(zero, key) and acts:  # the others are dropped where they do not act
+            items[f"zero_optimization.{key}"] = _offload(value) if "offload" in key else value
+    if written.aio is not None and "nvme" not in (
+        layout.zero.optimizer_device,
+        layout.zero.parameter_device,
+    ):
         items["aio"] = None
     return [
         f"{key}={value if isinstance(value, str) else json.dumps(value)}"
@@ -205,5 +227,9 @@ def set_items(written: RunConfig, resolved: ResolvedConfig, layout: Layout) -> l
     ]
 
 
-def _offload(section: OffloadOptimizerConfig | OffloadParamConfig | None) -> dict[str, str]:
-    return {"device": section.device if section is not None else "none"}
+def _offload(section: OffloadOptimizerConfig | OffloadParamConfig | None) -> dict[str, Any]:
+    if section is None:
+        return {"device": "none"}
+    return section.model_dump(mode="json", exclude_none=True, exclude_defaults=True) | {
+        "device": section.device
+    }

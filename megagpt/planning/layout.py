@@ -7,8 +7,8 @@ second; a configuration would be validated each time.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
+from functools import cache, cached_property
+from typing import Any, Literal
 
 from megagpt.config import ModelConfig, ResolvedConfig
 from megagpt.planning.schedules import schedule_that_runs
@@ -17,6 +17,9 @@ from megagpt.schema.deepspeed import ZeroConfig
 from megagpt.schema.lora import LoraConfig
 from megagpt.schema.megagpt import ParallelConfig
 
+# Who page-locks host memory: nobody without a GPU, else torch's allocator, or DeepSpeed's own,
+# which the variable DS_PIN_MEMORY_BACKEND=native selects
+Pins = Literal["nobody", "torch", "native"]
 BYTES_OF_TYPE = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
@@ -26,7 +29,7 @@ class Layout:
 
     `micro_batch` counts sequences, `micro_batches` the forward-backward passes of a step on one
     rank. `element_bytes` is the size of a parameter in the model's type, `accumulation_bytes`
-    that of an accumulated gradient.
+    that of an accumulated gradient. `pins` says who page-locks host memory for a GPU.
     """
 
     model: ModelConfig
@@ -39,10 +42,11 @@ class Layout:
     element_bytes: int
     accumulation_bytes: int
     saves_in_background: bool = False
+    pins: Pins = "nobody"
     lora: LoraConfig | None = None
 
     @classmethod
-    def of(cls, config: ResolvedConfig) -> Layout:
+    def of(cls, config: ResolvedConfig, *, pins: Pins = "nobody") -> Layout:
         """Return the layout of a run whose number of ranks is known."""
         element_type = "fp16" if config.fp16.enabled else "bf16" if config.bf16.enabled else "fp32"
         return cls(
@@ -57,6 +61,7 @@ class Layout:
             accumulation_bytes=BYTES_OF_TYPE[config.data_types.grad_accum_dtype or element_type],
             saves_in_background=config.megagpt.checkpoint.asynchronous,
             lora=config.megagpt.training.lora,
+            pins=pins,
         )
 
     @property
@@ -107,10 +112,10 @@ class Layout:
         """The schedule that runs in effect."""
         return schedule_that_runs(self.parallel.schedule, self.num_stages, self.micro_batches)
 
-    @property
+    @cached_property
     def stages(self) -> list[range]:
         """The layers of every stage; 0 is the embedding and num_layers + 1 the head."""
-        return _cut(self.model, self.num_stages)
+        return cut_stages(self.model, self.num_stages)
 
     def stages_of(self, pipeline_rank: int) -> range:
         """Return the stages that a pipeline rank holds."""
@@ -126,7 +131,8 @@ class Layout:
 
 
 @cache
-def _cut(model: ModelConfig, num_stages: int) -> list[range]:
+def cut_stages(model: ModelConfig, num_stages: int) -> list[range]:
+    """Return `cut`, computed once."""
     return cut(model, num_stages)
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from megagpt.config import ModelConfig
 from megagpt.planning.layout import Layout
-from megagpt.schema.lora import projection
+from megagpt.schema.lora import LoraConfig, projection
 
 
 class Parameter(NamedTuple):
@@ -30,40 +30,62 @@ class Parameter(NamedTuple):
     trained: bool = True
 
 
-def parameters_of_rank(layout: Layout, pipeline_rank: int) -> list[Parameter]:
+def parameters_of_rank(layout: Layout, pipeline_rank: int) -> tuple[Parameter, ...]:
     """Return the parameters of one rank of this pipeline rank, over its chunks."""
-    stages = [layout.stages[stage] for stage in layout.stages_of(pipeline_rank)]
-    found = [
-        parameter for layers in stages for parameter in _stage(layout.model, layers, layout.tensor)
-    ]
-    return found if layout.lora is None else list(_adapted(found, layout))
+    return _of_rank(layout, pipeline_rank)[0]
 
 
-def group_elements(parameters: Iterable[Parameter]) -> tuple[int, int]:
+def groups_of_rank(layout: Layout, pipeline_rank: int) -> tuple[int, int]:
     """Return the elements with and without weight decay: the optimizer's two groups (engine.py).
 
     Frozen parameters are in neither.
     """
-    sizes = [0, 0]
-    for parameter in parameters:
-        if parameter.trained:
-            sizes[0 if parameter.decayed else 1] += parameter.numel
-    return sizes[0], sizes[1]
+    return _of_rank(layout, pipeline_rank)[1]
 
 
-def _adapted(parameters: Iterable[Parameter], layout: Layout) -> Iterator[Parameter]:
-    """Yield frozen parameters, and after each layer's the adapters of its projections."""
-    assert layout.lora is not None
-    targets = [projection(name, layout.model) for name in layout.lora.projections(layout.model)]
+def frozen_of_rank(layout: Layout, pipeline_rank: int) -> int:
+    """Return the elements of the frozen parameters."""
+    return _of_rank(layout, pipeline_rank)[2]
+
+
+def _of_rank(
+    layout: Layout, pipeline_rank: int
+) -> tuple[tuple[Parameter, ...], tuple[int, int], int]:
+    return _of_stages(layout.model, _layers(layout, pipeline_rank), layout.tensor, layout.lora)
+
+
+def _layers(layout: Layout, pipeline_rank: int) -> tuple[range, ...]:
+    stages = layout.stages
+    return tuple(stages[stage] for stage in layout.stages_of(pipeline_rank))
+
+
+@cache
+def _of_stages(
+    model: ModelConfig, stages: tuple[range, ...], tensor: int, lora: LoraConfig | None
+) -> tuple[tuple[Parameter, ...], tuple[int, int], int]:
+    """Return the parameters, the elements of the optimizer's two groups, and those frozen."""
+    found = tuple(parameter for layers in stages for parameter in _stage(model, layers, tensor))
+    if lora is not None:
+        found = tuple(_adapted(found, model, tensor, lora))
+    sizes = [0, 0, 0]
+    for parameter in found:
+        sizes[2 if not parameter.trained else 0 if parameter.decayed else 1] += parameter.numel
+    return found, (sizes[0], sizes[1]), sizes[2]
+
+
+def _adapted(
+    parameters: Iterable[Parameter], model: ModelConfig, tensor: int, lora: LoraConfig
+) -> Iterator[Parameter]:
+    """Yield the parameters, frozen, and after those of each layer its adapters'."""
+    targets = [projection(name, model) for name in lora.projections(model)]
     for layer, members in groupby(parameters, lambda p: p.name.rpartition(".")[0]):
         yield from (parameter._replace(trained=False) for parameter in members)
         for target in targets:
             if layer.startswith("blocks.") and layer.endswith(f".{target.layer}"):
                 name = f"{layer}.lora.{target.name}"
-                of_a, of_b = (layout.tensor, 1) if target.is_row else (1, layout.tensor)
-                rank = layout.lora.rank
-                yield Parameter(f"{name}.a", rank * target.inputs // of_a, True)
-                yield Parameter(f"{name}.b", target.outputs // of_b * rank, True)
+                of_a, of_b = (tensor, 1) if target.is_row else (1, tensor)
+                yield Parameter(f"{name}.a", lora.rank * target.inputs // of_a, True)
+                yield Parameter(f"{name}.b", target.outputs // of_b * lora.rank, True)
 
 
 @cache

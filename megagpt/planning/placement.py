@@ -56,6 +56,23 @@ class Placement:
         return [group for group in groups.values() if len({place.host for place in group}) > 1]
 
 
+def ranks_by_host(layout: Layout, hosts: Sequence[Host]) -> list[dict[int, int]]:
+    """Return for each host how many of its ranks each pipeline rank has."""
+    width = layout.data * layout.tensor
+    found = []
+    first = 0
+    for host in hosts:
+        last = first + host.slots
+        found.append(
+            {
+                rank: min(last, (rank + 1) * width) - max(first, rank * width)
+                for rank in range(first // width, -(-last // width))
+            }
+        )
+        first = last
+    return found
+
+
 def hosts_of(ranks: int, ranks_per_host: int) -> list[Host]:
     """Return hosts with made-up names for this many ranks; the last may have fewer slots."""
     whole, rest = divmod(ranks, ranks_per_host)

@@ -19,15 +19,16 @@ from megagpt.planning.cost.communication import Communication, communication
 from megagpt.planning.cost.memory import RankMemory, rank_memory
 from megagpt.planning.cost.model_states import shard_of
 from megagpt.planning.cost.performance import Assumptions, Estimate, estimate
-from megagpt.planning.layout import Layout
+from megagpt.planning.layout import Layout, Pins
 from megagpt.planning.legality import World, judge, precision_notes, problems
-from megagpt.planning.placement import Placement
+from megagpt.planning.placement import Placement, ranks_by_host
 from megagpt.planning.rules import can_be_cut
 from megagpt.schema.model import GPT2_VOCABULARY
 from megagpt.utils import GIB, UserError
 
 LINK_SHARE = 0.7  # share of a link's data-sheet speed that collectives reach
-EFFICIENCY = 0.5  # share of a device's peak that large 16-bit products and attention reach
+# share of a device's peak that large 16-bit products and attention reach, if none was fitted
+EFFICIENCY = 0.5
 NETWORK_GB_PER_S = 40.0  # one 400 Gbit/s adapter a device
 HOST_MEMORY_GB_PER_S = 200.0
 NVME_GB_PER_S = 10.0
@@ -40,12 +41,15 @@ class Limits:
     """Available memory of a device and of a host in GiB.
 
     `reserve_gib` of the device is not available to us: the CUDA context, NCCL's buffers,
-    fragmentation of the allocator.
+    fragmentation of the allocator. `shared`: the devices are CPUs, whose memory is the host's, and
+    nothing is page-locked. `pins`: who page-locks host memory otherwise.
     """
 
     device_gib: float
     host_gib: float = HOST_MEMORY_GIB
     reserve_gib: float = RESERVE_GIB
+    shared: bool = False
+    pins: Pins = "torch"
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Plan:
     notes: list[str]
     refusals: list[str]
     layout: Layout
+    hosts: Sequence[Host]
     placement: Placement
     memory: list[RankMemory]
     sent: list[Communication]
@@ -89,14 +94,14 @@ class Plan:
         return self.host_gib <= self.limits.host_gib
 
     @property
+    def device_gib(self) -> float:
+        """The most device memory that a rank uses, in GiB."""
+        return max(rank.peak.device for rank in self.memory) / GIB
+
+    @property
     def host_gib(self) -> float:
         """The most host memory that the ranks of one host use, in GiB."""
-        by_host: dict[str, float] = {}
-        for place in self.placement.places:
-            by_host[place.host] = (
-                by_host.get(place.host, 0) + self.memory[place.pipeline].peak.host / GIB
-            )
-        return max(by_host.values())
+        return host_gib(self.layout, self.memory, self.hosts, shared=self.limits.shared)
 
     @property
     def good(self) -> bool:
@@ -104,8 +109,28 @@ class Plan:
         return not self.refusals and self.fits_device and self.fits_host
 
 
+def host_gib(
+    layout: Layout, memory: Sequence[RankMemory], hosts: Sequence[Host], *, shared: bool = False
+) -> float:
+    """Return the most host memory that the ranks of one host use, in GiB.
+
+    `memory` has an entry a pipeline rank. `shared`: what is on the devices is in it too.
+    """
+    peaks = [rank.peak for rank in memory]
+    used = [peak.host + (peak.device if shared else 0) for peak in peaks]
+    if not any(used):
+        return 0.0
+    by_host = (
+        sum(count * used[rank] for rank, count in ranks.items())
+        for ranks in ranks_by_host(layout, hosts)
+    )
+    return max(by_host) / GIB
+
+
 def fits_device(memory: RankMemory, limits: Limits) -> bool:
-    """Return whether a rank's peak leaves the reserve free."""
+    """Return whether a rank's peak leaves the reserve free; memory of a host is its own matter."""
+    if limits.shared:
+        return True
     return memory.peak.device / GIB <= limits.device_gib - limits.reserve_gib
 
 
@@ -116,7 +141,7 @@ def assume(device: Accelerator, ranks_per_host: int, **given: Any) -> Assumption
     """
     assumed = Assumptions(
         peak_tflops=device.peak_tflops,
-        efficiency=EFFICIENCY,
+        efficiency=device.efficiency or EFFICIENCY,
         link_gb_per_s=LINK_SHARE * device.link_gb_per_s,
         network_gb_per_s=NETWORK_GB_PER_S,
         host_gb_per_s=LINK_SHARE * device.host_gb_per_s,
@@ -143,15 +168,8 @@ def make_plan(
     configuration is impossible on this number of ranks.
     """
     written = load_config(path, overrides, for_plan=True)
-    world = replace(world_of(written, world_size(list(hosts))), bf16_native=bf16_native)
-    model = written.megagpt.model
-    notes = list(written.notes)
-    if not (world.vocabulary or model.vocab_size or model.vocabulary or model.published_vocabulary):
-        world = replace(world, vocabulary=GPT2_VOCABULARY)
-        notes.append(
-            f"megagpt.model.vocab_size: not given, and the data are not prepared; planned with "
-            f"GPT-2's {GPT2_VOCABULARY}"
-        )
+    world, more = world_and_notes(written, world_size(list(hosts)), bf16_native)
+    notes = [*written.notes, *more]
     verdict = judge(written, world)
     refused = problems(written, world)
     config = verdict.config
@@ -164,6 +182,19 @@ def make_plan(
         if plan.good
         else replace(plan, alternatives=_alternatives(plan, path, overrides, written, world))
     )
+
+
+def world_and_notes(written: RunConfig, ranks: int, bf16_native: bool) -> tuple[World, list[str]]:
+    """Return a world of such devices, and lines on what it assumes."""
+    world = replace(world_of(written, ranks), bf16_native=bf16_native)
+    model = written.megagpt.model
+    if world.vocabulary or model.vocab_size or model.vocabulary or model.published_vocabulary:
+        return world, []
+    note = (
+        f"megagpt.model.vocab_size: not given, and the data are not prepared; planned with "
+        f"GPT-2's {GPT2_VOCABULARY}"
+    )
+    return replace(world, vocabulary=GPT2_VOCABULARY), [note]
 
 
 def world_of(written: RunConfig, ranks: int) -> World:
@@ -193,6 +224,11 @@ def _vocabulary_here(written: RunConfig) -> int | None:
         return None
 
 
+def layout_of(config: ResolvedConfig, limits: Limits) -> Layout:
+    """Return the layout of a run on devices with these limits."""
+    return Layout.of(config, pins="nobody" if limits.shared else limits.pins)
+
+
 def _plan(
     path: str,
     config: ResolvedConfig,
@@ -202,7 +238,7 @@ def _plan(
     limits: Limits,
     assumed: Assumptions,
 ) -> Plan:
-    layout = Layout.of(config)
+    layout = layout_of(config, limits)
     ranks = range(layout.pipeline)
     return Plan(
         source=path,
@@ -210,6 +246,7 @@ def _plan(
         notes=notes,
         refusals=refused,
         layout=layout,
+        hosts=hosts,
         placement=Placement.of(layout, hosts),
         memory=[rank_memory(layout, rank) for rank in ranks],
         sent=[communication(layout, rank, shard_of(layout, rank)) for rank in ranks],
@@ -229,7 +266,7 @@ def _alternatives(
     limits = plan.limits
 
     def items_of(layout: Layout) -> list[str]:
-        return set_items(written, plan.config, layout)
+        return set_items(written, layout)
 
     def legal(layout: Layout) -> bool:
         try:
@@ -241,7 +278,7 @@ def _alternatives(
         if verdict.refused or verdict.impossible:
             return False
         assert isinstance(verdict.config, ResolvedConfig)  # nothing was impossible
-        return Layout.of(verdict.config) == layout
+        return layout_of(verdict.config, limits) == layout
 
     def fits(memory: RankMemory) -> bool:
         in_host = memory.peak.host / GIB * plan.assumed.ranks_per_host

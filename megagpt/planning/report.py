@@ -8,10 +8,12 @@ from collections.abc import Iterator, Sequence
 from megagpt.common.text import text_table
 from megagpt.planning.cost.memory import RankMemory
 from megagpt.planning.cost.model_states import Bytes
+from megagpt.planning.cost.performance import Assumptions
 from megagpt.planning.flops import adapter_elements
 from megagpt.planning.layout import Layout
 from megagpt.planning.placement import Place
-from megagpt.planning.plan import Alternative, Plan
+from megagpt.planning.plan import Alternative, Limits, Plan
+from megagpt.planning.price import Budget
 from megagpt.planning.schedules import bubble_formula
 from megagpt.planning.stages import describe_stage
 from megagpt.utils import GIB, human_count
@@ -20,7 +22,7 @@ FEW_RANKS = 16  # up to this many ranks, show each
 SHOWN_STAGES = 8  # columns of memory; with more stages, show the first, the last and the fullest
 
 
-def text(plan: Plan) -> str:
+def text(plan: Plan, budget: Budget = Budget()) -> str:  # noqa: B008  # frozen
     """Return the whole plan as text: the verdict first, alternatives last if it is negative."""
     parts = [
         _verdict(plan),
@@ -29,10 +31,11 @@ def text(plan: Plan) -> str:
         _mesh(plan),
         _stages(plan),
         _memory(plan),
-        _speed(plan),
+        _speed(plan, budget),
     ]
     return "\n\n".join(
-        [*parts, _assumptions(plan)] + ([] if plan.good else [_alternatives(plan.alternatives)])
+        [*parts, assumptions(plan.assumed, plan.limits)]
+        + ([] if plan.good else [_alternatives(plan.alternatives)])
     )
 
 
@@ -41,7 +44,7 @@ def _verdict(plan: Plan) -> str:
     room = plan.limits.device_gib - plan.limits.reserve_gib
     legal = "refused" if plan.refusals else "legal"
     fits = "it fits" if plan.fits_device and plan.fits_host else "IT DOES NOT FIT"
-    used = f"{_fullest(plan.memory).peak.device / GIB:.1f} of {room:.1f} GiB a device"
+    used = f"{plan.device_gib:.1f} of {room:.1f} GiB a device"
     used += (
         f", {plan.host_gib:.1f} of {plan.limits.host_gib:.0f} GiB a host" if plan.host_gib else ""
     )
@@ -64,6 +67,27 @@ def _adapters(layout: Layout) -> str:
         return ""
     elements = layout.model.num_layers * adapter_elements(layout.lora, layout.model)
     return f", frozen, and {human_count(elements)} of adapters"
+
+
+def mesh_line(layout: Layout) -> str:
+    """Return a layout in a line, without what is absent."""
+    zero = layout.zero
+    words = [f"pipeline {layout.pipeline} x data {layout.data} x tensor {layout.tensor}"]
+    if layout.parallel.sequence:
+        words.append("sequence-parallel")
+    if layout.pipeline > 1:
+        chunks = f" of {layout.virtual_stages} stages a rank" if layout.virtual_stages > 1 else ""
+        words.append(f"{layout.schedule}{chunks}")
+    words.append(f"ZeRO {zero.stage}")
+    for what, place in (
+        ("optimizer", zero.optimizer_device),
+        ("parameters", zero.parameter_device),
+    ):
+        if place != "none":
+            words.append(f"{what} on {place}")
+    words.append(f"{layout.micro_batches} micro-batches of {layout.micro_batch}")
+    words.append(f"recomputation {layout.recompute}")
+    return ", ".join(words)
 
 
 def _refusals(plan: Plan) -> Iterator[str]:
@@ -153,7 +177,7 @@ def _gib(size: Bytes) -> str:
     return " + ".join(parts)
 
 
-def _speed(plan: Plan) -> str:
+def _speed(plan: Plan, budget: Budget) -> str:
     layout = plan.layout
     result = plan.estimate
     sent = max(plan.sent, key=lambda of_rank: sum(vars(of_rank).values()))
@@ -165,32 +189,41 @@ def _speed(plan: Plan) -> str:
     }
     volume = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in axes.items())
     idle = bubble_formula(layout.pipeline, layout.virtual_stages, layout.micro_batches)
+    length = budget.line(result, layout.world_size)
     device_rate = human_count(result.tokens_per_s / layout.world_size)
     parts = (
         f"passes {result.passes_s:.2f} + reduction {result.reduction_s:.2f} + update "
         f"{result.update_s:.2f}"
     )
+    work = ", ".join(
+        f"{name} {seconds / result.step_s:.0%}"
+        for name, seconds in result.parts.items()
+        if seconds >= result.step_s / 200
+    )
     return (
         "speed (an estimate, not a measurement):\n"
-        f"  step {result.step_s:.2f} s = {parts}\n"
+        f"  step {result.step_s:.2f} s = {parts}\n  of the slowest rank: {work}\n"
         f"  {human_count(result.tokens_per_s)} tokens/s, {device_rate} a device, MFU "
         f"{result.mfu:.0%}\n"
         f"  bubble {result.bubble:.1%} of the passes ({idle:.1%} with equal stages)\n"
-        f"  GB sent by a rank in a step: {volume}"
+        f"  GB sent by a rank in a step: {volume}" + (f"\n  {length}" if length else "")
     )
 
 
-def _assumptions(plan: Plan) -> str:
-    words = [f"{name} {value:g}" for name, value in vars(plan.assumed).items()]
-    limits = [f"{name} {value:g}" for name, value in vars(plan.limits).items()]
+def assumptions(assumed: Assumptions, limits_: Limits) -> str:
+    """Return all rates and limits that a plan assumes."""
+    words = [f"{name} {value:g}" for name, value in vars(assumed).items()]
+    limits = [f"{name} {value:g}" for name, value in vars(limits_).items() if name.endswith("_gib")]
+    if limits_.pins != "torch" and not limits_.shared:
+        limits.append("page-locked memory by DeepSpeed's own allocator")
     return f"assumed (see --help):\n  {', '.join(words)}\n  {', '.join(limits)}"
 
 
 def _alternatives(found: Sequence[Alternative]) -> str:
     if not found:
         return (
-            "found no legal run that fits within two changes; use more ranks, a smaller model or "
-            "a smaller batch"
+            "found no legal run that fits within two changes; search all of them with --search, or "
+            "use more ranks, a smaller model or a smaller batch"
         )
     lines = [
         f"  --set {shlex.join(other.items)}\n"

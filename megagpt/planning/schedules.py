@@ -161,6 +161,70 @@ def timeline(
     return spans
 
 
+@cache
+def last_end(
+    schedule: str,
+    pipeline: int,
+    virtual_stages: int,
+    micro_batches: int,
+    forward: tuple[float, ...],
+    backward: tuple[float, ...],
+    transfer: float,
+) -> float:
+    """Return when the last action of `timeline` ends, without the spans, which takes far longer."""
+    stages = pipeline * virtual_stages
+    ends = [-1.0] * (2 * stages * micro_batches)  # forwards, then backwards, of each stage
+    orders = _indexed(schedule, pipeline, virtual_stages, micro_batches)
+    seconds = [
+        *(time for time in forward for _ in range(micro_batches)),
+        *(time for time in backward for _ in range(micro_batches)),
+    ]
+    done = [0] * pipeline
+    free = [0.0] * pipeline
+    left = sum(map(len, orders))
+    while left:
+        for rank, order in enumerate(orders):
+            position, now = done[rank], free[rank]
+            for index, needed, sent in order[position:]:
+                if needed >= 0:
+                    arrival = ends[needed]
+                    if arrival < 0:
+                        break
+                    if sent:
+                        arrival += transfer
+                    if arrival > now:
+                        now = arrival
+                now += seconds[index]
+                ends[index] = now
+                position += 1
+            left -= position - done[rank]
+            done[rank], free[rank] = position, now
+    return max(free)
+
+
+@cache
+def _indexed(
+    schedule: str, pipeline: int, virtual_stages: int, micro_batches: int
+) -> list[list[tuple[int, int, bool]]]:
+    """Return each rank's actions as (index, index of the action it waits for or -1, is it sent)."""
+    last = pipeline * virtual_stages - 1
+
+    def index(forward: bool, stage: int, micro_batch: int) -> int:
+        return ((0 if forward else last + 1) + stage) * micro_batches + micro_batch
+
+    def indexed(action: Action) -> tuple[int, int, bool]:
+        forward, stage, micro_batch = action
+        own = index(forward, stage, micro_batch)
+        if forward and stage == 0:
+            return own, -1, False
+        if not forward and stage == last:
+            return own, index(True, stage, micro_batch), False
+        return own, index(forward, stage - 1 if forward else stage + 1, micro_batch), True
+
+    orders = actions(schedule, pipeline, virtual_stages, micro_batches)
+    return [[indexed(action) for action in order] for order in orders]
+
+
 def bubble(spans: Sequence[Sequence[Span]]) -> float:
     """Return the idle share of the ranks' time, from the first start to the last end, 0 to 1."""
     length = max(span.end for rank in spans for span in rank)

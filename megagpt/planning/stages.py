@@ -88,12 +88,16 @@ def _best(
         """Return the best split of blocks from ``first`` on: the last block of each stage."""
         if stages == 1:
             return of(stage(first, blocks)), (blocks,)
-        options = []
+        found: tuple[Worst, tuple[int, ...]] | None = None
         for last in range(first, blocks - stages + 2):
-            (rest_a, rest_b), cuts = best(last + 1, stages - 1)
-            own_a, own_b = of(stage(first, last))
-            options.append(((max(own_a, rest_a), max(own_b, rest_b)), (last, *cuts)))
-        return min(options)
+            own = of(stage(first, last))
+            if found is not None and own > found[0]:
+                break  # more blocks only add to a burden
+            rest, cuts = best(last + 1, stages - 1)
+            option = ((max(own[0], rest[0]), max(own[1], rest[1])), (last, *cuts))
+            found = option if found is None else min(found, option)
+        assert found is not None  # a stage has a block
+        return found
 
     worst, lasts = best(1, num_stages)
     firsts = [1, *(last + 1 for last in lasts[:-1])]

@@ -20,7 +20,7 @@ from megagpt.common.text import text_table
 from megagpt.config import RunConfig
 from megagpt.parallel.ops import needed_ops
 from megagpt.planning.legality import ANY_VOCABULARY, World, require_legal
-from megagpt.preflight import forwarded, host_probe, ssh
+from megagpt.preflight import forwarded, host_memory, host_probe, ssh
 from megagpt.utils import GIB, human_bytes
 
 ASK_TIMEOUT_S = 120.0  # torch from a cold network disk; ssh reports a dead host after 5 s
@@ -70,7 +70,7 @@ def examine(hosts: Sequence[Host], config: RunConfig, run_directory: Path) -> li
     _in_parallel(reports, lambda report: _ask_facts(report, question))
     for report in reports:
         if report.answered:
-            report.problems += _problems_alone(report)
+            report.problems += [*_problems_alone(report), *_memory(report, hosts, config)]
             report.notes += _notes(report)
     sound = [report for report in reports if report.answered]
     if len(hosts) == 1:
@@ -165,6 +165,21 @@ def _problems_alone(report: Report) -> Iterator[str]:
             f"{name}: /dev/shm has {human_bytes(shared)}, NCCL needs 1 GiB: docker run "
             f"--shm-size=16g, or --ipc=host"
         )
+
+
+def _memory(report: Report, hosts: Sequence[Host], config: RunConfig) -> Iterator[str]:
+    """Yield the host memory that the run takes and that is not there.
+
+    Without a hostfile, this machine has a rank for each device.
+    """
+    values = report.values
+    memory = values["memory_bytes"]
+    if "devices" not in values or (memory is not None and memory < LEAST_MEMORY):
+        return  # another problem says so
+    slots = report.host.slots if report.host else max(1, len(values["devices"]))
+    ranks = config.megagpt.parallel.world_size or world_size([*hosts]) or slots
+    if needed := host_memory.need(config, ranks, values):
+        yield from host_memory.problems(report.name, needed, slots, values)
 
 
 def _places(values: Values, name: str) -> Iterator[str]:

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import shutil
 import socket
 import sys
@@ -57,6 +58,8 @@ def facts(
             **{name: _version(name) for name in LIBRARIES},
         },
         "memory_bytes": _available_memory(),
+        "memlock_bytes": _lockable_memory(),
+        "pins": os.environ.get("DS_PIN_MEMORY_BACKEND", "torch").strip().lower(),
         "shared_memory_bytes": _free("/dev/shm"),
         "place": _place(run_directory),
         "disks": {path: _place(path) for path in disks},
@@ -131,6 +134,12 @@ def _available_memory() -> int | None:
     return next(
         (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None
     )
+
+
+def _lockable_memory() -> int | None:
+    """Return the bytes that a process may lock; None: any number, or not known."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return None if soft == resource.RLIM_INFINITY else soft
 
 
 def _free(path: str) -> int | None:

@@ -12,7 +12,6 @@ from megagpt.checkpoint.resume import Resumed, resume
 from megagpt.checkpoint.resume_proof import NEXT_STEP, NextStep
 from megagpt.cluster.launchers import adopt_launch
 from megagpt.config import ResolvedConfig
-from megagpt.data.manifest import Split
 from megagpt.dataset import SampleStream
 from megagpt.health.agreement import require_agreement
 from megagpt.health.watch import Pulse
@@ -28,13 +27,14 @@ from megagpt.parallel.engine import (
     join_ranks,
     training_device,
 )
+from megagpt.parallel.validation import ValidationSet
 from megagpt.planning.flops import adapter_elements
 from megagpt.planning.legality import LegalRun, precision_notes
 from megagpt.planning.stages import cut, describe_stage
 from megagpt.rundir import directory as directories
 from megagpt.rundir.base import BasePlace, find_base, record_base
 from megagpt.rundir.changes import UNCHANGED, Changes
-from megagpt.rundir.data import require_same_data
+from megagpt.rundir.data import require_same_data, validation_name
 from megagpt.train import Run
 from megagpt.utils import human_count
 
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 def assemble(
     legal: LegalRun,
-    streams: dict[Split, SampleStream],
+    streams: dict[str, SampleStream],
     directory: Path,
     pulse: Pulse,
     changes: Changes = UNCHANGED,
@@ -59,7 +59,7 @@ def assemble(
         fp16_native=device.multiplies_fp16_natively(training_device()),
     )
     join_ranks(resolved)
-    require_agreement(resolved, streams["train"], changes.as_text())
+    require_agreement(resolved, [*streams.values()], changes.as_text())
     pulse.beat("building the engine")
     mesh = build_mesh(resolved)
     place = find_base(resolved, directory)
@@ -73,9 +73,11 @@ def assemble(
         config=resolved,
         engine=engine,
         training=BatchLoader(streams["train"], resolved, mesh, training_device()),
-        validation=BatchLoader(streams["val"], resolved, mesh, training_device())
-        if "val" in streams
-        else None,
+        validation=[
+            ValidationSet(validation_name(key), stream, resolved, mesh, training_device())
+            for key, stream in streams.items()
+            if key != "train"
+        ],
         tokenizer=open_tokenizer(resolved.megagpt, directory),
         directory=directory,
         peak_flops=device.peak_flops(training_device(), compute_dtype(resolved)),

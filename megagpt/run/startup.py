@@ -21,7 +21,6 @@ from megagpt.cluster.launch_command import hostfile_of_launcher
 from megagpt.cluster.launchers import Launch, adopt_launch, take_free_port
 from megagpt.cluster.orphans import end_with_launcher
 from megagpt.config import RunConfig, load_config
-from megagpt.data.manifest import Split
 from megagpt.dataset import SampleStream
 from megagpt.health.watch import Pulse, Watch
 from megagpt.parallel import internals, ops
@@ -174,7 +173,7 @@ def _require_stated_world_size(config: RunConfig, launch: Launch) -> None:
 
 def _run_to_its_end(
     legal: LegalRun,
-    streams: dict[Split, SampleStream],
+    streams: dict[str, SampleStream],
     changes: Changes,
     directory: Path,
     requests: StopRequests,

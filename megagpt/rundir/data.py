@@ -14,15 +14,17 @@ from megagpt.checkpoint.format import (
     step_directory,
 )
 from megagpt.config import ResolvedConfig, RunConfig
-from megagpt.data.manifest import Split, read_dataset_manifest
+from megagpt.data.manifest import DatasetManifest, Split, read_dataset_manifest
 from megagpt.dataset import SampleStream
 from megagpt.planning.legality import ANY_VOCABULARY, LegalRun, World, require_legal, resolve
 from megagpt.rundir import directory as directories
 from megagpt.rundir.base import find_base
 from megagpt.rundir.changes import DATA, DATA_FINGERPRINT, Changes, allows_data
+from megagpt.schema.megagpt import MegagptConfig
 from megagpt.utils import RankEnvironment, UserError
 
 EMBEDDED_CORPUS = Path("data/stdlib")
+VALIDATION = "megagpt.data.validation."  # before the name of a further validation set
 
 log = logging.getLogger(__name__)
 
@@ -45,17 +47,22 @@ def resolve_run(written: RunConfig, source: str = "") -> LegalRun:
 
 def open_data(
     config: ResolvedConfig, directory: Path, prefixes: Sequence[str] = ()
-) -> tuple[dict[Split, SampleStream], Changes]:
+) -> tuple[dict[str, SampleStream], Changes]:
     """Return the samples of each split, and what this start changes in the run.
 
-    Every check that needs no torch is made. Raise UserError, also for a change that ``prefixes``
-    (of `--allow_change`) do not cover.
+    Those of a further validation set have its whole key, `megagpt.data.validation.NAME`. Every
+    check that needs no torch is made. Raise UserError, also for a change that ``prefixes`` (of
+    `--allow_change`) do not cover.
     """
     changes = directories.changes_of(directory, config, prefixes)
     find_base(config, directory)
     opened = {"train": open_stream, "val": _open_validation}
-    streams = {split: opened[split](config, split) for split in splits_of(config)}
+    streams: dict[str, SampleStream] = {
+        split: opened[split](config, split) for split in splits_of(config)
+    }
     stream = streams["train"]
+    if config.megagpt.training.eval_interval_steps:
+        streams |= open_validation_sets(config.megagpt, stream.datasets[0].manifest)
     stored = _fingerprint_of_the_newest(directory)
     if stored is not None:
         step, fingerprint = stored
@@ -68,8 +75,49 @@ def open_data(
 
 
 def splits_of(config: ResolvedConfig) -> tuple[Split, ...]:
-    """Return the splits that a run reads: without evaluation no validation split."""
-    return ("train", "val") if config.megagpt.training.eval_interval_steps else ("train",)
+    """Return the splits that a run reads: without evaluation no validation split.
+
+    With further validation sets, the training data need none.
+    """
+    data = config.megagpt.data
+    if not config.megagpt.training.eval_interval_steps or (
+        data.validation
+        and not any(read_dataset_manifest(Path(s.path)).tokens("val") for s in data.sources)
+    ):
+        return ("train",)
+    return ("train", "val")
+
+
+def open_validation_sets(
+    config: MegagptConfig, training: DatasetManifest
+) -> dict[str, SampleStream]:
+    """Return the samples of each further validation set by its whole key.
+
+    They are those of its validation split, or all if it has none. Raise UserError for a set with
+    another tokenizer than the ``training`` data.
+    """
+    streams = {}
+    for name, path in config.data.validation.items():
+        key = f"{VALIDATION}{name}"
+        try:
+            manifest = read_dataset_manifest(Path(path))
+            split: Split = "val" if manifest.tokens("val") else "train"
+            streams[key] = _open(config, [(Path(path), 1.0)], split)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from error
+        if manifest.ids != training.ids:
+            raise UserError(
+                f"{key}: the tokenizer of {path} is not that of the training data (found "
+                f"{manifest.tokenizer.name}, need {training.tokenizer.name}); prepare it with that "
+                f"one: python launch/download_data.py --dataset ... --tokenizer "
+                f"{training.tokenizer.name} --output {path} --force"
+            )
+    return streams
+
+
+def validation_name(key: str) -> str | None:
+    """Return the name of the validation set of a key of ``open_data``; None of `val`."""
+    return key.removeprefix(VALIDATION) if key.startswith(VALIDATION) else None
 
 
 def _open_validation(config: ResolvedConfig, split: Split) -> SampleStream:
@@ -151,11 +199,15 @@ def _vocabulary(config: RunConfig) -> int:
 
 def open_stream(config: ResolvedConfig, split: Split) -> SampleStream:
     """Return the samples of one split."""
-    data = config.megagpt.data
+    sources = config.megagpt.data.sources
+    return _open(config.megagpt, [(Path(place.path), place.weight) for place in sources], split)
+
+
+def _open(config: MegagptConfig, data: list[tuple[Path, float]], split: Split) -> SampleStream:
     return SampleStream.open(
-        [(Path(source.path), source.weight) for source in data.sources],
+        data,
         split=split,
-        sequence_length=config.megagpt.model.sequence_length,
-        seed=data.seed,
-        document_mask=data.document_mask,
+        sequence_length=config.model.sequence_length,
+        seed=config.data.seed,
+        document_mask=config.data.document_mask,
     )

@@ -43,6 +43,7 @@ EXPECTED_KIND = {
     "bool_type": "true or false",
     "tuple_type": "a list",
     "model_type": "an object",
+    "dict_type": "an object",
 }
 _NUMBER = re.compile(r"-?\d{1,15}(\.\d{1,15})?([eE][+-]?\d{1,2})?")  # as JSON has them
 BOUND_WORDS = {

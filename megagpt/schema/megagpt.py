@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from megagpt.schema.errors import shown
 from megagpt.schema.fields import PathText, Section, execution, identity, refuse, section
 from megagpt.schema.lora import LoraConfig
 from megagpt.schema.model import ModelConfig, ModelSection
@@ -33,10 +35,20 @@ class DataConfig(Section):
     )
     seed: int = identity(0, "seed of the sample order", ge=0)
     document_mask: bool = identity(False, "tokens attend only to tokens of their own document")
+    validation: dict[str, PathText] = execution(
+        {}, "further datasets to validate on: {name: directory}"
+    )
 
     @model_validator(mode="after")
-    def _check_blend(self) -> DataConfig:
-        refuse([("path", "the list is empty; name at least one dataset")] if not self.path else [])
+    def _check_names(self) -> DataConfig:
+        problems = [] if self.path else [("path", "the list is empty; name at least one dataset")]
+        for name, path in self.validation.items():
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                need = "use letters, digits, _ and - in the name of a validation set"
+                problems.append(("validation", f"{shown(name)}: {need}"))
+            elif not path:
+                problems.append((f"validation.{name}", "empty; name the directory of a dataset"))
+        refuse(problems)
         return self
 
     @property
@@ -94,7 +106,7 @@ class TrainingSection(Section):
     )
     eval_interval_steps: int = execution(100, "steps between evaluations", ge=0)
     eval_batches: int = execution(
-        8, "global batches per evaluation: a fixed random choice from the validation split", ge=1
+        8, "global batches per evaluation: a fixed random choice from each validation set", ge=1
     )
     sample_interval_steps: int = execution(0, "steps between text samples", ge=0)
     sample_prompts: tuple[str, ...] = execution((), "prompts of the text samples", strict=False)

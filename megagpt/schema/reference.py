@@ -115,13 +115,14 @@ def _schema_of(row: ForeignKey) -> dict[str, Any]:
 def _foreign_table() -> str:
     """Return the Markdown table of DeepSpeed's keys that have no field here."""
     rows = [
-        f"| `{row.key}` | {_harmless(row)} | {_verdict(row)} |"
+        f"| `{row.key}` | {harmless(row)} | {verdict(row)} |"
         for row in sorted(FOREIGN, key=lambda row: row.key)
     ]
     return "\n".join([f"### DeepSpeed's other keys\n\n{FOREIGN_HEAD}", *rows])
 
 
-def _harmless(row: ForeignKey) -> str:
+def harmless(row: ForeignKey) -> str:
+    """Return the values of a foreign key that change nothing."""
     words = {OFF: "not enabled", ALL_FALSE: "all false"}
     return ", ".join(
         words[value] if value in (OFF, ALL_FALSE) else f"`{json.dumps(value)}`"
@@ -129,7 +130,8 @@ def _harmless(row: ForeignKey) -> str:
     )
 
 
-def _verdict(row: ForeignKey) -> str:
+def verdict(row: ForeignKey) -> str:
+    """Return what another value of a foreign key does."""
     if row.otherwise == "acts":
         value = f" {shown(row.value)}" if row.value else ""
         return f"**acts** as `{row.becomes}{value}`"
@@ -142,9 +144,9 @@ def _tables(model: type[BaseModel], prefix: str, title: str, variant: str = "") 
     for name, field in model.model_fields.items():
         key = field.alias or name
         members = models_in(field.annotation)
-        if _role(field) or not members:
+        if role_of(field) or not members:
             rows.append(
-                f"| `{key}` | {field.description} | {_default(name, field)} | {_role(field)} |"
+                f"| `{key}` | {field.description} | {default_of(name, field)} | {role_of(field)} |"
             )
         for member in members:
             kind = f" ({member.__name__})" if len(members) > 1 else variant
@@ -152,12 +154,14 @@ def _tables(model: type[BaseModel], prefix: str, title: str, variant: str = "") 
     return ([f"### {title}\n\n{TABLE_HEAD}\n" + "\n".join(rows)] if rows else []) + below
 
 
-def _role(field: FieldInfo) -> str:
+def role_of(field: FieldInfo) -> str:
+    """Return identity or execution; empty for a section."""
     extra = field.json_schema_extra
     return str(extra["role"]) if isinstance(extra, dict) else ""
 
 
-def _default(name: str, field: FieldInfo) -> str:
+def default_of(name: str, field: FieldInfo) -> str:
+    """Return a field's default as Markdown; empty if the key is then absent."""
     if field.default_factory is not None:
         return SHORT_DEFAULTS.get(name, "see meaning")
     if field.is_required():

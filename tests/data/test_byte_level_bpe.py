@@ -4,6 +4,7 @@ tokenizers.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagpt.data import byte_level_bpe, tokenizer
+from megagpt.data import byte_level_bpe, marked_text, tokenizer
 from megagpt.utils import UserError
 
 CORPUS = [
@@ -203,6 +204,32 @@ def test_the_fastest_pattern_splits_as_gpt2_s(both, text):
             special_tokens=loaded._special_tokens,
         )
         assert other.encode_ordinary(text) == loaded.encode_ordinary(text)
+
+
+SPACES = [" ", "\t", "\n", "\r", "\v", "\f", "\x1c", "\x85", "\xa0", "\u2003", "\u3000"]
+MARKS = [marked_text.MARK, marked_text.END]
+AWKWARD = st.sampled_from([*SPACES[:4] * 3, *SPACES, *MARKS, *"a9_'é", "'s", "word", "🙂"])
+
+
+@settings(deadline=None)
+@given(texts=st.lists(st.lists(AWKWARD, max_size=12).map("".join), max_size=5))
+def test_marked_texts_split_as_gpt2_s(both, texts):
+    """Many texts at once give the ids that tiktoken gives each of them."""
+    loaded, _ = both
+    tokenizer = byte_level_bpe.ByteLevelTokenizer(loaded)
+    assert tokenizer._marked is not None
+    found = [ids.tolist() for ids in tokenizer.encode_texts(texts, [False] * len(texts))]
+    assert found == [loaded.encode_ordinary(text) for text in texts]
+
+
+def test_which_texts_can_be_marked():
+    """White space of one byte is what the marks know; the rest is encoded without them."""
+    for code in range(sys.maxunicode + 1):
+        character = chr(code)
+        known = character in "\t\n\v\f\r " or not re.match(r"\s", character)
+        python_only = character in "\x1c\x1d\x1e\x1f"  # white space to Python, not to Unicode
+        expected = (known or python_only) and character not in MARKS
+        assert marked_text.can_be_marked(character) == expected, hex(code)
 
 
 def test_the_pattern_of_gpt2_is_tiktoken_s():

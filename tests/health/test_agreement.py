@@ -54,7 +54,7 @@ def test_a_rank_with_other_software_is_named(what: str, monkeypatch: pytest.Monk
         UserError,
         match=rf"^rank 1 \(host b\) differs from rank 0 \(host a\) in {what}; give every host",
     ):
-        agreement.require_agreement(config, stream)  # type: ignore[arg-type]
+        agreement.require_agreement(config, [stream])  # type: ignore[arg-type]
 
 
 def test_of_many_ranks_the_first_are_named_and_the_hosts_of_the_others() -> None:

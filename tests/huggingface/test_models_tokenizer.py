@@ -16,8 +16,9 @@ from megagpt.dataset import open_dataset, verify
 from megagpt.download_data import PreparationRequest, prepare
 from megagpt.huggingface.export import export
 from megagpt.huggingface.importing import Imported, import_model
-from megagpt.inference.evaluate import evaluate, model_loss, open_validation
+from megagpt.inference.evaluate import evaluate, open_validation
 from megagpt.inference.generate import generate, open_tokenizer
+from megagpt.inference.placed_model import place_model
 from megagpt.inference.stored_model import load_model
 from megagpt.model import KeyValueCache
 from megagpt.utils import UserError
@@ -112,13 +113,15 @@ def test_text_and_bits_per_byte(run: Path, data: Path) -> None:
     model, config, _ = load_model(run)
     tokenizer = open_tokenizer(config.megagpt, run)
     ((_, stream),) = open_validation(config.megagpt)
-    result = evaluate(model_loss(model, torch.device("cpu")), stream, tokenizer, batch_size=2)
+    placed = place_model(run, step=None, device=torch.device("cpu"))
+    result = evaluate(placed, stream, tokenizer, batch_size=2)
     val = open_dataset(data).split("val")
     whole = val.read(0, result.tokens + 1).tolist()
     text = tokenizer.decode(whole)  # one document, in windows; the first token is no target
     complete = text.rstrip("\ufffd")  # the last window may end within a character
     assert complete in TEXTS[2]
-    assert 0 <= result.text_bytes - len(complete.encode()) <= (2 if complete != text else 0)
+    cut = len(text) - len(complete)  # each stands for one to three bytes of a cut character
+    assert 0 <= result.text_bytes - len(complete.encode()) <= 3 * cut
     pieces: list[str] = []
     (written,) = generate(
         lambda new, cache: model(new, cache=cache),

@@ -16,19 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megagpt.config import ResolvedConfig
 from megagpt.data.byte_level_bpe import (
     ByteLevelTokenizer,
     bytes_only,
     train_byte_level_bpe,
 )
 from megagpt.dataset import Batch
-from megagpt.inference.evaluate import (
-    Evaluation,
-    evaluate,
-    model_loss,
-    open_validation,
-)
+from megagpt.inference.evaluate import Evaluation, evaluate, open_validation
 from megagpt.inference.generate import generate, open_tokenizer
+from megagpt.inference.placed_model import PlacedModel
 from megagpt.rundir.directory import read_config
 from megagpt.utils import UserError
 from tests import REPOSITORY
@@ -60,21 +57,30 @@ class SevenSamples:
         return Batch(tokens[:, :-1], tokens[:, 1:], None, np.array(list(indices)))
 
 
-def loss_of_ids(batch: Batch) -> Tensor:
+class LargerForLargerIds(PlacedModel):
     """A loss that is larger for larger ids, so that a sample counted twice or never shows."""
-    return torch.from_numpy(batch.targets).double().mean()
+
+    def __init__(self) -> None:
+        self.mesh = None
+
+    def loss(self, batch: Batch) -> Tensor:
+        return torch.from_numpy(batch.targets).double().mean()
+
+
+def placed(config: ResolvedConfig, step: int) -> PlacedModel:
+    return PlacedModel(trained_model(config, step), config, step, torch.device("cpu"), None)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
 def test_every_token_counts_once_whatever_the_batch_size(batch_size):
-    result = evaluate(loss_of_ids, SevenSamples(), BYTES, batch_size=batch_size)
+    result = evaluate(LargerForLargerIds(), SevenSamples(), BYTES, batch_size=batch_size)
     targets = SevenSamples().batch(range(7)).targets
     assert result.loss == pytest.approx(targets.mean())
     assert (result.tokens, result.text_bytes) == (35, 28)
 
 
 def test_a_number_of_batches_takes_the_first_ones():
-    result = evaluate(loss_of_ids, SevenSamples(), BYTES, batch_size=2, batches=2)
+    result = evaluate(LargerForLargerIds(), SevenSamples(), BYTES, batch_size=2, batches=2)
     assert result.loss == pytest.approx(SevenSamples().batch(range(4)).targets.mean())
     assert result.tokens == 20
 
@@ -108,9 +114,16 @@ def test_the_loss_of_a_run_equals_one_sum_over_its_validation_split(run_director
         logits = model(torch.from_numpy(batch.tokens)).double().flatten(0, 1)
     logits = logits[:, : config.megagpt.model.vocabulary]  # what pads it is no class
     expected = F.cross_entropy(logits, torch.from_numpy(batch.targets).flatten())
-    result = evaluate(model_loss(model, torch.device("cpu")), stream, BYTES, batch_size=3)
+    result = evaluate(placed(config, 10), stream, BYTES, batch_size=3)
     assert result.loss == pytest.approx(expected.item(), rel=1e-6)
     assert result.tokens == stream.samples_per_epoch * SEQUENCE_LENGTH
+
+
+def test_further_validation_sets_are_evaluated_too(run_directory, data):
+    config = read_config(run_directory).megagpt
+    more = config.data.model_copy(update={"validation": {"again": str(data)}})
+    opened = open_validation(config.model_copy(update={"data": more}))
+    assert [directory for directory, _ in opened] == [data, data]
 
 
 @pytest.mark.parametrize(
@@ -177,8 +190,7 @@ def test_evaluate_prints_a_sentence_and_a_line_of_json(run_directory, data):
     assert result.returncode == 0, result.stderr
     config = read_config(run_directory)
     ((_, stream),) = open_validation(config.megagpt)
-    loss = model_loss(trained_model(config, 10), torch.device("cpu"))
-    expected = evaluate(loss, stream, BYTES, batch_size=2, batches=3)
+    expected = evaluate(placed(config, 10), stream, BYTES, batch_size=2, batches=3)
     line = json.loads(result.stdout.splitlines()[-1])
     assert line == {
         "step": 10,

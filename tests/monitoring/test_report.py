@@ -5,6 +5,7 @@ stays text.
 from __future__ import annotations
 
 import base64
+import json
 import math
 import re
 import shutil
@@ -124,6 +125,19 @@ def test_every_quantity_has_a_picture(tmp_path: Path) -> None:
         assert ElementTree.fromstring(svg).tag.endswith("svg")  # noqa: S314, our own output
     for legend in (b"training", b"validation", b"resume", b"skipped step"):
         assert legend in pictures["loss over the steps"]
+
+
+def test_validation_sets_and_sources_have_a_picture_of_their_own(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    with (tmp_path / METRICS_FILE).open("a") as file:
+        for step, loss in [(400, 2.5), (500, None)]:
+            event = {"event": "eval", "step": step, "source/code": loss, "validation/web": 3.0}
+            file.write(json.dumps(event) + "\n")
+    picture = Page(write_report(tmp_path)).pictures[
+        "loss by validation set and source over the steps"
+    ]
+    for legend in (b"source/code", b"validation/web"):
+        assert legend in picture
 
 
 def test_a_quantity_that_is_unknown_has_none(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ open_rank_log(Path({str(run_directory)!r}), 0)
 with open_monitor(Path({str(run_directory)!r})) as monitor:
     for step in range(1, {steps} + 1):
         monitor.step(record(step))
-    monitor.event("eval", step=step, val_loss=2.4134, split_share=0.30476)
+    web = {{"validation/web": 3.5}}
+    monitor.event("eval", step=step, val_loss=2.4134, split_share=0.30476, **web)
     monitor.sample(step, "def ", "f():\\x1b[31m\\x9b2J\\n  pass")
     logging.getLogger("megagpt.train").warning("a thing to know")
     monitor.event("eval", step=step, val_loss=float("nan"))
@@ -46,7 +47,7 @@ def test_a_pipe_gets_plain_lines(tmp_path: Path) -> None:
         "step 2/100  loss 2.5000  8.19k tokens/s  MFU 41.2 %  ETA 49 s",
     ]
     assert lines[12:] == [
-        "step 12  eval  val_loss 2.4134  on 30.5 % of the split",
+        "step 12  eval  val_loss 2.4134  on 30.5 % of the split  validation/web 3.5",
         "step 12  sample  'def '",
         r"    def f():\x1b[31m\x9b2J",
         "      pass",
@@ -73,6 +74,8 @@ def test_a_terminal_gets_a_live_table(tmp_path: Path) -> None:
         "41.2 %",
         "6.00e-04",
         "0.700",
+        "validation/web",
+        "3.5000 at step 12",
     ):
         assert text in last_table
     assert r"sample  def f():\x1b[31m" in last_table

@@ -33,7 +33,7 @@ from tests.support.monitoring import open_monitor
             ("NVIDIA H100 PCIe", "H100 PCIe"),
             ("NVIDIA A100-SXM4-80GB", "A100"),
         ],
-        *[(f"NVIDIA {name}", None) for name in ("GH200 480GB", "GB200", "RTX A1000", "A2")],
+        *[(f"NVIDIA {name}", None) for name in ("GH200 480GB", "RTX A1000", "A2")],
         *[(f"NVIDIA GeForce RTX {name}", None) for name in ("4090 Laptop GPU", "4090 D")],
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
     ],

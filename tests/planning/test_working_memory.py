@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megagpt.model import GPT, Block, Context, decayed, global_names
 from megagpt.planning.cost.working_memory import kept_by_block, kept_by_head, rotary_angles
-from megagpt.planning.parameters import group_elements, parameters_of_rank
+from megagpt.planning.parameters import groups_of_rank, parameters_of_rank
 from tests.planning.test_memory import layout_of
 from tests.support.configurations import KINDS, tiny
 
@@ -46,7 +46,7 @@ def test_a_stage_has_the_parameters_of_the_model_in_its_order(
         assert [p.numel for p in ours if p.decayed] == sizes[0], (
             "the order decides which rank keeps what"
         )
-        assert group_elements(ours) == (sum(sizes[0]), sum(sizes[1]))
+        assert groups_of_rank(layout, rank) == (sum(sizes[0]), sum(sizes[1]))
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

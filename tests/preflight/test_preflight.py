@@ -40,6 +40,8 @@ def sound(name: str, *, clock_ahead_s: float = 0.0, **changes: Any) -> dict[str,
         "directory": True,
         "software": {"Python": "3.12.1", "torch": "2.13.0", "deepspeed": "0.19.8"},
         "memory_bytes": 64 * GIB,
+        "memlock_bytes": None,
+        "pins": "torch",
         "shared_memory_bytes": 32 * GIB,
         "place": place,
         "disks": {},
@@ -83,6 +85,32 @@ def examined(
     assert not marks, "a mark stayed behind"
     problems = [problem for report in reports for problem in report.problems]
     return problems, [note for report in reports for note in report.notes], preflight.table(reports)
+
+
+def test_host_memory_is_that_of_the_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """6.7B offloaded on four ranks: 112 GiB, page-locked in powers of two on a GPU only."""
+    large = [
+        STATED,
+        "megagpt.model.preset=gpt3-6.7b",
+        *(f"megagpt.model.{key}=null" for key in ("num_layers", "hidden_size", "num_heads")),
+        "zero_optimization.offload_param.device=none",
+    ]
+    on_gpu = sound("a", memory_bytes=80 * GIB, memlock_bytes=MIB, pins="native")
+    on_cpu = sound("b", memory_bytes=80 * GIB, devices=[], memlock_bytes=MIB, pins="native")
+    problems, _, _ = examined(monkeypatch, tmp_path, {"host-a": on_gpu, "host-b": on_cpu}, *large)
+    (locked,) = (line for line in problems if "ulimit -l" in line)
+    assert locked.startswith("host-a: a rank locks ")
+    (short,) = (line for line in problems if "of host memory" in line)
+    assert short.startswith("host-b: 2 ranks take ")
+    assert short.endswith("python launch/plan.py --search --host_memory_gib 80")
+    rounded = sound("a", memory_bytes=60 * GIB)
+    problems, _, _ = examined(
+        monkeypatch,
+        tmp_path,
+        {"host-a": rounded, "host-b": sound("b", memory_bytes=90 * GIB)},
+        *large,
+    )
+    assert [line.partition(":")[0] for line in problems] == ["host-a"]
 
 
 def test_sound_hosts_have_no_problems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,10 +15,12 @@ import pytest
 from kernels.dispatch import TABLE as OPERATIONS
 from megagpt.config import ConfigError, RunConfig, load_config
 from megagpt.download_data import EMBEDDED_TOKENIZER
+from megagpt.planning.explain import full_key
 from megagpt.utils import ExitCode, human_count
 from tests import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
+SYMPTOMS = (REPOSITORY / "docs" / "troubleshooting.md").read_text()
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 SCRIPTS = sorted(
@@ -39,25 +41,26 @@ def section(title: str, document: str = README) -> str:
     return document.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
 
 
-def commands() -> list[list[str]]:
-    """Every command of ours that the README shows, in blocks and in backquotes."""
+def commands(document: str = README) -> list[list[str]]:
+    """Every command of ours that a document shows, in blocks and in backquotes."""
     in_blocks = [
         line.strip().removeprefix("$ ")
-        for _, block in BLOCK.findall(README)
+        for _, block in BLOCK.findall(document)
         for line in block.replace("\\\n", " ").splitlines()
     ]
-    in_text = re.findall(r"`([^`\n]+)`", BLOCK.sub("", README))
+    in_text = re.findall(r"`([^`\n]+)`", BLOCK.sub("", document))
     ours = ("python launch/", "python -m ", "deepspeed ", "make ")
     return [
         shlex.split(text, comments=True) for text in [*in_blocks, *in_text] if text.startswith(ours)
     ]
 
 
-def launches() -> list[list[str]]:
+def launches(document: str = README) -> list[list[str]]:
     """The commands that start a script: the script and its own arguments, without the
     launcher's.
     """
-    starts = [(command, [word.startswith("launch/") for word in command]) for command in commands()]
+    shown = commands(document)
+    starts = [(command, [word.startswith("launch/") for word in command]) for command in shown]
     return [command[found.index(True) :] for command, found in starts if True in found]
 
 
@@ -108,13 +111,29 @@ def test_help_needs_no_torch(script: str) -> None:
     assert help_of(script).startswith("usage: ")
 
 
-@pytest.mark.parametrize("launch", launches(), ids=shlex.join)
+@pytest.mark.parametrize("launch", [*launches(), *launches(SYMPTOMS)], ids=shlex.join)
 def test_options_exist(launch: list[str]) -> None:
     known = set(re.findall(r"--[a-z][\w-]*", help_of(launch[0])))
     own = (
         launch[: launch.index("--")] if "--" in launch else launch
     )  # behind it stands another command
     assert {word for word in own if word.startswith("--")} <= known
+
+
+@pytest.mark.parametrize("launch", launches(SYMPTOMS), ids=shlex.join)
+def test_what_is_typed_for_a_symptom_is_accepted(launch: list[str]) -> None:
+    """Its keys and values are, on a file of a small GPT; what is explained exists."""
+    items = values_of("--set", launch)
+    if items:
+        load_config(REPOSITORY / "ds_configs" / "gpt2_124m.json", items)
+    for key in values_of("--explain", launch):
+        assert key == "KEY" or full_key(key)
+
+
+def test_every_module_for_a_symptom_exists() -> None:
+    modules = [words[2] for words in commands(SYMPTOMS) if words[:2] == ["python", "-m"]]
+    assert modules
+    assert all(importlib.util.find_spec(module) for module in modules)
 
 
 @pytest.mark.parametrize("launch", trainings(), ids=shlex.join)

@@ -151,6 +151,7 @@ KEYS = [
     "scheduler",
     "optimizer.params.betas",
     "megagpt.data.path",
+    "megagpt.data.validation",
     "megagpt.model.preset",
     "$schema",
     "optimizer",
@@ -190,6 +191,14 @@ def test_whatever_stands_at_a_key_only_config_errors_come_out(key: str, value: o
             "600 is not a multiple of interval_steps 500: use 1000 or 0",
         ),
         ("megagpt.data.path", [], "the list is empty; name at least one dataset"),
+        (
+            "megagpt.data.validation",
+            {"a b": "data/a"},
+            '"a b": use letters, digits, _ and - in the name of a validation set',
+        ),
+        ("megagpt.data.validation.web", "", "empty; name the directory of a dataset"),
+        ("megagpt.data.validation.web", 5, "expected a string, got 5"),
+        ("megagpt.data.validation", "data/web", 'expected an object, got "data/web"'),
         ("fp16.enabled", True, 'true, and bf16.enabled is "auto"; enable only one'),
         (
             "optimizer.params.adam_w_mode",
@@ -223,6 +232,19 @@ def test_a_schedule_may_not_replace_the_learning_rate() -> None:
     params = resolve(put(MINIMAL, "scheduler", scheduler)).deepspeed_dict()["scheduler"]["params"]
     assert params["warmup_max_lr"] == 3e-4  # DeepSpeed's own default would be 0.001
     assert params["total_num_steps"] == 100
+
+
+def test_validation_sets_are_named_and_no_part_of_the_identity() -> None:
+    plain = resolve(MINIMAL)
+    config = plain.changed(
+        ["megagpt.data.validation.web=data/web", "megagpt.data.validation.code=~/code"]
+    )
+    home = str(Path.home() / "code")
+    assert config.megagpt.data.validation == {"web": "data/web", "code": home}
+    assert resolve(config.as_written()).identity() == plain.identity()
+    assert config.changed(["megagpt.data.validation.web=null"]).megagpt.data.validation == {
+        "code": home
+    }
 
 
 def test_data_may_be_a_blend() -> None:

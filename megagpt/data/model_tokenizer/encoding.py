@@ -53,6 +53,8 @@ class ModelTokenizer:
         self.vocabulary = max(ids.values()) + 1
         self.end_of_document = end_of_document(directory, settings, ids)
         self.start_of_document = self._start_of_document(settings, ids)
+        named = text_of(settings.get("bos_token")) or ""
+        self.prefix = ids.get(named, self.end_of_document)
         self._special = {
             number
             for number, token in self._backend.get_added_tokens_decoder().items()

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from megagpt.planning.cost.model_states import Bytes, ModelStates, model_states, shard_of
+from megagpt.planning.cost.page_locking import page_locking
 from megagpt.planning.cost.working_memory import WorkingMemory, working_memory
 from megagpt.planning.layout import Layout
 
+NOTHING = Bytes()
 GRADIENT_LINES = ("accumulating_gradients", "reduced_gradients")
 
 
@@ -23,15 +25,19 @@ class RankMemory:
     pipeline_rank: int
     states: ModelStates
     working: WorkingMemory
+    locking: Bytes = NOTHING
 
     @property
     def resident(self) -> Bytes:
-        """Held throughout the run: states without gradients, pipeline buffers, ZeRO 3's bucket."""
+        """Held throughout the run: states without gradients, pipeline buffers, ZeRO 3's bucket.
+
+        Page-locking too.
+        """
         held = [
             getattr(self.states, name) for name in _names(self.states) if name not in GRADIENT_LINES
         ]
         bucket = self.working.reduce_buffers if self.layout.zero.stage == 3 else 0
-        return sum(held, Bytes(device=self.working.pipeline_buffers + bucket))
+        return sum(held, self.locking + Bytes(device=self.working.pipeline_buffers + bucket))
 
     @property
     def phases(self) -> dict[str, Bytes]:
@@ -67,20 +73,37 @@ class RankMemory:
             yield name.replace("_", " "), getattr(self.states, name)
         for name in _names(self.working):
             yield name.replace("_", " "), Bytes(device=getattr(self.working, name))
+        yield "page-locking", self.locking
 
 
 def rank_memory(layout: Layout, pipeline_rank: int, *, data_ranks: int | None = None) -> RankMemory:
     """Return the memory of the data rank that holds most, among all or the first `data_ranks`.
 
-    Tensor ranks hold the same amount. Data ranks differ at ZeRO 1 and 2, which keep a gradient
-    whole if the rank's partition contains a part of it.
+    Tensor ranks hold the same amount.
     """
     shard = shard_of(layout, pipeline_rank)
-    looked_at = min(data_ranks or layout.data, layout.data if layout.zero.stage in (1, 2) else 1)
-    states = max(
-        (model_states(layout, pipeline_rank, rank) for rank in range(looked_at)), key=_gradients
+    states = fullest_states(layout, pipeline_rank, data_ranks=data_ranks)
+    working = working_memory(layout, pipeline_rank, shard)
+    return RankMemory(layout, pipeline_rank, states, working, page_locking(shard))
+
+
+def fullest_states(
+    layout: Layout, pipeline_rank: int, *, data_ranks: int | None = None
+) -> ModelStates:
+    """Return the states of the data rank that holds most, among all or the first `data_ranks`.
+
+    Data ranks differ at ZeRO 1 and 2, which keep a gradient whole if the rank's partition contains
+    a part of it, with the partition's padding (`accumulating_gradients`, `reduced_gradients`).
+    """
+    looked_at = {0}
+    if layout.zero.stage in (1, 2) and data_ranks != 1:
+        shard = shard_of(layout, pipeline_rank)
+        touched = shard.touched_by_rank[:data_ranks]
+        padded = [size + shard.padding_of(rank) for rank, size in enumerate(touched)]
+        looked_at = {touched.index(max(touched)), padded.index(max(padded))}
+    return max(
+        (model_states(layout, pipeline_rank, rank) for rank in sorted(looked_at)), key=_gradients
     )
-    return RankMemory(layout, pipeline_rank, states, working_memory(layout, pipeline_rank, shard))
 
 
 def _gradients(states: ModelStates) -> float:

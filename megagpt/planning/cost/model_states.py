@@ -19,7 +19,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megagpt.planning.layout import Layout
-from megagpt.planning.parameters import Parameter, group_elements, parameters_of_rank
+from megagpt.planning.parameters import (
+    Parameter,
+    frozen_of_rank,
+    groups_of_rank,
+    parameters_of_rank,
+)
 from megagpt.schema.arithmetic import round_up
 from megagpt.utils import MIB
 
@@ -108,7 +113,7 @@ def model_states(layout: Layout, pipeline_rank: int, data_rank: int = 0) -> Mode
 
 def shard_of(layout: Layout, pipeline_rank: int, data_rank: int = 0) -> Shard:
     """Return the elements of a rank's stages."""
-    return Shard(layout, pipeline_rank, tuple(parameters_of_rank(layout, pipeline_rank)), data_rank)
+    return Shard(layout, pipeline_rank, parameters_of_rank(layout, pipeline_rank), data_rank)
 
 
 @dataclass(frozen=True)
@@ -128,17 +133,19 @@ class Shard:
     @cached_property
     def elements(self) -> int:
         """The elements of the rank's stages on its tensor shard, n + f."""
-        return sum(parameter.numel for parameter in self.parameters)
+        return self.trained_elements + frozen_of_rank(self.layout, self.pipeline_rank)
 
-    @cached_property
-    def trained(self) -> list[Parameter]:
-        """The parameters that have gradients, master weights and moments."""
-        return [parameter for parameter in self.parameters if parameter.trained]
-
-    @cached_property
+    @property
     def trained_elements(self) -> int:
         """The elements of the trained parameters, n."""
-        return sum(parameter.numel for parameter in self.trained)
+        return sum(self.groups)
+
+    @cached_property
+    def trained(self) -> tuple[Parameter, ...]:
+        """The parameters that have gradients, master weights and moments."""
+        if self.layout.lora is None:
+            return self.parameters
+        return tuple(parameter for parameter in self.parameters if parameter.trained)
 
     @cached_property
     def frozen_partitions(self) -> list[int]:
@@ -147,15 +154,18 @@ class Shard:
         return [-(-parameter.numel // self.layout.data) for parameter in frozen]
 
     @cached_property
+    def groups(self) -> tuple[int, int]:
+        """The elements of each optimizer group."""
+        return groups_of_rank(self.layout, self.pipeline_rank)
+
+    @cached_property
     def group_partitions(self) -> list[int]:
         """ZeRO 1 and 2: elements of a rank's partition of each optimizer group.
 
         A group is one flat buffer, padded to a multiple of 2 D and cut into D parts.
         """
         unit = ALIGNMENT * self.layout.data
-        return [
-            round_up(numel, unit) // self.layout.data for numel in group_elements(self.parameters)
-        ]
+        return [round_up(numel, unit) // self.layout.data for numel in self.groups]
 
     @property
     def padded(self) -> int:
@@ -174,20 +184,53 @@ class Shard:
             return self.trained_elements
         return sum(self.partitions) if self.stage == 3 else self.padded // self.layout.data
 
-    @cached_property
+    @property
     def touched(self) -> int:
         """ZeRO 1 and 2: elements of all parameters that overlap this rank's partitions.
 
         The rank keeps the gradients of these parameters whole.
         """
-        return sum(self._touched(decayed) for decayed in (True, False))
+        return self.touched_by_rank[self.data_rank]
 
     @cached_property
+    def touched_by_rank(self) -> list[int]:
+        """ZeRO 1 and 2: `touched` of every data rank."""
+        held = [0] * self.layout.data
+        for decayed, size in zip((True, False), self.group_partitions, strict=True):
+            start = 0
+            for parameter in self.trained:
+                if parameter.decayed != decayed or not size:
+                    continue
+                end = start + parameter.numel
+                for rank in range(start // size, -(-end // size)):
+                    held[rank] += parameter.numel
+                start = end
+        return held
+
+    def touched_parameters(self) -> list[int]:
+        """Return the elements of each parameter that `touched` counts."""
+        sizes = []
+        for decayed, size in zip((True, False), self.group_partitions, strict=True):
+            start = 0
+            first, last = self.data_rank * size, (self.data_rank + 1) * size
+            for parameter in self.trained:
+                if parameter.decayed == decayed:
+                    end = start + parameter.numel
+                    if start < last and end > first:
+                        sizes.append(parameter.numel)
+                    start = end
+        return sizes
+
+    @property
     def padding(self) -> int:
         """ZeRO 1 and 2: padding elements in this rank's partitions."""
+        return self.padding_of(self.data_rank)
+
+    def padding_of(self, data_rank: int) -> int:
+        """Return the padding elements in a data rank's partitions at ZeRO 1 and 2."""
         empty = 0
-        for numel, size in zip(group_elements(self.parameters), self.group_partitions, strict=True):
-            empty += min(size, max(0, (self.data_rank + 1) * size - numel))
+        for numel, size in zip(self.groups, self.group_partitions, strict=True):
+            empty += min(size, max(0, (data_rank + 1) * size - numel))
         return empty
 
     @cached_property
@@ -227,19 +270,6 @@ class Shard:
         This is so if a 16-bit model accumulates in fp32.
         """
         return self.layout.accumulation_bytes != self.layout.element_bytes
-
-    def _touched(self, decayed: bool) -> int:
-        group = [parameter.numel for parameter in self.trained if parameter.decayed == decayed]
-        size = self.group_partitions[0 if decayed else 1]
-        first = self.data_rank * size
-        last = first + size
-        start = 0
-        total = 0
-        for numel in group:
-            if start < last and start + numel > first:
-                total += numel
-            start += numel
-        return total
 
 
 def tile_counts(layout: Layout) -> list[int]:
@@ -281,15 +311,15 @@ def parameters(shard: Shard) -> Bytes:
         trained = shard.trained_elements if shard.stage == 0 else shard.padded
         return Bytes(device=size * (shard.elements - shard.trained_elements + trained))
     place = shard.layout.zero.parameter_device
+    held = shard.partition + sum(shard.frozen_partitions)
     if place != "nvme":
-        return placed(size * (shard.partition + sum(shard.frozen_partitions)), place)
+        return placed(size * held, place)
     small = sum(numel for numel in shard.partitions if size * numel < LEAST_SWAPPED_BYTES)
     assert shard.layout.zero.offload_param is not None
     kept = max(
         small, min(shard.partition, _given(shard.layout.zero.offload_param.max_in_cpu, MAX_IN_CPU))
     )
     kept += sum(n for n in shard.frozen_partitions if size * n < LEAST_SWAPPED_BYTES)
-    held = shard.partition + sum(shard.frozen_partitions)
     return Bytes(host=size * kept, nvme=size * (held - kept))
 
 
@@ -443,7 +473,7 @@ def _nvme_optimizer_buffers(shard: Shard) -> Bytes:
     return Bytes(host=FP32_BYTES * count * max(shard.tiles))
 
 
-def snapshot(shard: Shard, *, on_gpu: bool = True) -> Bytes:
+def snapshot(shard: Shard) -> Bytes:
     """Return the host memory of a save in the background (checkpoint/writer.py).
 
     It keeps master weights and two moments, 4 bytes an element each. What is copied from a GPU
@@ -451,7 +481,7 @@ def snapshot(shard: Shard, *, on_gpu: bool = True) -> Bytes:
     """
     if not shard.layout.saves_in_background:
         return Bytes()
-    pinned = on_gpu and shard.layout.zero.optimizer_device == "none"
+    pinned = shard.layout.pins != "nobody" and shard.layout.zero.optimizer_device == "none"
     sizes = [FP32_BYTES * numel for numel in _saved_runs(shard)]
     return Bytes(host=3 * sum(pinned_block(size) if pinned else size for size in sizes))
 
@@ -472,6 +502,7 @@ def _saved_runs(shard: Shard) -> Sequence[int]:
 def pinned_block(size: int) -> int:
     """Return the bytes that torch pins for a tensor of `size` bytes: the next power of two.
 
-    aten/src/ATen/core/CachingHostAllocator.h, `PowerOf2Ceil`; pytorch issues 95823 and 150517.
+    aten/src/ATen/core/CachingHostAllocator.h, `PowerOf2Ceil`; pytorch issues 95823 and 150517. From
+    torch 2.13 on, PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:N leaves larger blocks exact.
     """
     return 1 << (size - 1).bit_length() if size else 0

@@ -44,13 +44,18 @@ class WorkingMemory:
     update: float
 
 
-def working_memory(layout: Layout, pipeline_rank: int, shard: Shard) -> WorkingMemory:
-    """Return the memory of one rank of a pipeline rank; `shard` holds its parameters."""
+def working_memory(
+    layout: Layout, pipeline_rank: int, shard: Shard, *, work: bool = True
+) -> WorkingMemory:
+    """Return the memory of one rank of a pipeline rank; `shard` holds its parameters.
+
+    Without `work`, only what ZeRO needs: what the passes keep is 0.
+    """
     return WorkingMemory(
-        activations=activations(layout, pipeline_rank),
-        pipeline_buffers=pipeline_buffers(layout, pipeline_rank),
-        head=head(layout, pipeline_rank),
-        recomputation=recomputation(layout),
+        activations=activations(layout, pipeline_rank) if work else 0,
+        pipeline_buffers=pipeline_buffers(layout, pipeline_rank) if work else 0,
+        head=head(layout, pipeline_rank) if work else 0,
+        recomputation=recomputation(layout) if work else 0,
         gathered_parameters=gathered_parameters(shard),
         reduce_buffers=reduce_buffers(shard),
         reduce_copies=reduce_copies(shard),
@@ -65,13 +70,16 @@ def activations(layout: Layout, pipeline_rank: int) -> float:
     1f1b keeps min(p - rank, micro-batches) of them, gpipe all, interleaved warm_up + 1 of 1 / v
     the size.
     """
-    if layout.num_stages == 1:
-        return kept_by_stage(layout, 0)
-    count = micro_batches_to_peak(layout.schedule, layout.pipeline, layout.micro_batches)
-    order = actions_of_rank(
-        layout.schedule, pipeline_rank, layout.pipeline, layout.virtual_stages, count
-    )
     sizes = {stage: kept_by_stage(layout, stage) for stage in layout.stages_of(pipeline_rank)}
+    schedule = layout.schedule
+    if layout.num_stages == 1:
+        return sizes[0]
+    if schedule == "gpipe":
+        return layout.micro_batches * sum(sizes.values())
+    if schedule == "1f1b":
+        return min(layout.pipeline - pipeline_rank, layout.micro_batches) * sizes[pipeline_rank]
+    count = micro_batches_to_peak(schedule, layout.pipeline, layout.micro_batches)
+    order = actions_of_rank(schedule, pipeline_rank, layout.pipeline, layout.virtual_stages, count)
     return peak_held(order, sizes.__getitem__)
 
 
@@ -89,8 +97,10 @@ def kept_by_stage(layout: Layout, stage: int) -> float:
     return kept + (kept_by_head(layout) if has_head else 0)
 
 
-def kept_by_block(layout: Layout) -> float:
+def kept_by_block(layout: Layout, recompute: str | None = None) -> float:
     """Return the bytes that one micro-batch keeps in a block, without the rotary angles.
+
+    `recompute` replaces the layout's.
 
     Without recomputation: T e (n h + (attention + MLP) / t) and fp32 statistics. n h are the inputs
     and outputs of norms (`_norm_widths`), also divided by t with sequence parallelism. See
@@ -98,11 +108,12 @@ def kept_by_block(layout: Layout) -> float:
     the block's input, T e h.
     """
     model, element = layout.model, layout.element_bytes
-    if layout.recompute == "full":
+    recompute = recompute or layout.recompute
+    if recompute == "full":
         return _hidden_bytes(layout)
     attention = _attention_width(model) * element + FP32_BYTES * model.num_heads
     attention += _qk_norm_bytes(layout)
-    mlp = 0 if layout.recompute == "selective" else _mlp_width(model) * element
+    mlp = 0 if recompute == "selective" else _mlp_width(model) * element
     statistics = (4 if model.post_norm == "both" else 2) * _norm_statistics(model)
     norms = _norm_widths(model) * model.hidden_size * element + statistics
     return layout.tokens * (norms / _norm_shards(layout) + (attention + mlp) / layout.tensor)

@@ -138,7 +138,8 @@ def validation_and_samples(config: Config, directory: Path) -> dict[str, Any]:
         texts: list[str] = []
         run.monitor.sample = lambda step, prompt, text: texts.append(text)  # type: ignore[method-assign]
         loop.write_samples(run)
-        return {"val_loss": loop.validate(run), "texts": texts}
+        (validation,) = run.validation
+        return {"val_loss": validation.losses(run.engine).mean, "texts": texts}
 
 
 def refusal(

@@ -113,7 +113,8 @@ def losses_and_logits(config: dict[str, Any], prompt: list[int]) -> tuple[float,
     """
     engine = build(config)
     try:
-        loss = pipeline.evaluate(engine, micro_batches(engine, 0))
+        nats, targets = pipeline.evaluate(engine, micro_batches(engine, 0)).sum(1).tolist()
+        loss = nats / targets
         cache = KeyValueCache(len(prompt))
         half = len(prompt) // 2
         pieces = [prompt[:half], *([token] for token in prompt[half:])]

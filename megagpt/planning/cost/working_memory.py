@@ -260,7 +260,8 @@ def gathered_parameters(shard: Shard) -> float:
 
     L is the larger of `stage3_max_live_parameters` and `stage3_max_reuse_distance`, 0 with
     parameters on NVMe. Two modules, because full recomputation gathers the next one before
-    backward has released the last.
+    backward has released the last. DeepSpeed keeps the frozen parameters of a block that is
+    recomputed until its backward has ended (zero/partitioned_param_coordinator.py:393).
     """
     zero = shard.layout.zero
     if shard.stage < 3 or (shard.layout.data == 1 and zero.parameter_device == "none"):
@@ -274,7 +275,13 @@ def gathered_parameters(shard: Shard) -> float:
     modules: Counter[str] = Counter()
     for parameter in shard.parameters:
         modules[parameter.name.rpartition(".")[0]] += parameter.numel
-    whole = min(shard.elements, ahead + 2 * max(modules.values()))
+    needed = 2 * max(modules.values())
+    if shard.layout.lora is not None and shard.layout.recompute == "full":
+        of_block: Counter[str] = Counter()
+        for parameter in shard.parameters:
+            of_block[".".join(parameter.name.split(".")[:2])] += parameter.numel
+        needed = max(needed, *of_block.values())
+    whole = min(shard.elements, ahead + needed)
     return shard.layout.element_bytes * max(0, whole - shard.persistent)
 
 

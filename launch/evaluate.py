@@ -43,6 +43,8 @@ def main() -> None:
 
         evaluate_run(arguments)
         return
+    if RankEnvironment.read().rank:
+        os.environ["TQDM_DISABLE"] = "1"  # one progress bar is enough; read when tqdm is imported
     from megagpt.parallel.device import announce_to_deepspeed
 
     announce_to_deepspeed()

@@ -129,7 +129,7 @@ def search(
     show(arguments, lambda: as_json(answer, budget), lambda: text(answer, budget))
     if arguments.write:
         write_winner(answer, arguments.write)
-        print(f"wrote {arguments.write}")
+        print(f"wrote {arguments.write}", file=sys.stderr if arguments.json else sys.stdout)
     return ExitCode.DONE if answer.found else ExitCode.BAD_INPUT
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from math import ceil
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -186,12 +188,14 @@ class RunConfig(Section):
         vocabulary: int | None,
         bf16_native: bool,
         fp16_native: bool = False,
+        samples_per_epoch: int | None = None,
     ) -> ResolvedConfig:
         """Return the run with every value known, on `world_size` ranks with `vocabulary` tokens.
 
         `vocabulary` is None if the data are not available (planning). `bf16_native`,
-        `fp16_native`: the device multiplies such matrices in hardware. Raises ConfigError with
-        every impossible value and the closest possible ones.
+        `fp16_native`: the device multiplies such matrices in hardware. `samples_per_epoch` of the
+        training split is needed for a length in epochs. Raises ConfigError with every impossible
+        value and the closest possible ones.
         """
         ranks = _data_parallel_size(self.megagpt.parallel, world_size)
         rows_and_tokens = _vocabulary(self, vocabulary)
@@ -199,7 +203,9 @@ class RunConfig(Section):
         problems = [found for found in (batch, rows_and_tokens) if isinstance(found, Problem)]
         if isinstance(batch, Problem) or isinstance(rows_and_tokens, Problem):
             raise ConfigError(problem.line("") for problem in problems)
-        return _resolve(self, batch, rows_and_tokens, _precision(self, bf16_native, fp16_native))
+        precision = _precision(self, bf16_native, fp16_native)
+        steps = _total_steps(self, batch, samples_per_epoch)
+        return _resolve(self, batch, rows_and_tokens, precision, steps)
 
     def _document(self) -> dict[str, Any]:
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -439,6 +445,7 @@ def _resolve(
     batch: BatchSizes,
     vocabulary: tuple[int, int],
     precision: Mapping[str, bool],
+    total_steps: int,
 ) -> ResolvedConfig:
     document = config._document()
     document.pop("$schema", None)  # it is relative to the original file
@@ -446,7 +453,6 @@ def _resolve(
     document["train_micro_batch_size_per_gpu"] = batch.micro_batch
     document["gradient_accumulation_steps"] = batch.accumulation_steps
     document["megagpt"]["model"] |= dict(zip(("vocab_size", "vocabulary"), vocabulary, strict=True))
-    total_steps = _total_steps(config, batch)
     document["megagpt"]["training"]["total_steps"] = total_steps
     for name, enabled in precision.items():
         document[name]["enabled"] = enabled
@@ -470,12 +476,19 @@ def _precision(config: RunConfig, bf16_native: bool, fp16_native: bool) -> dict[
     return {"bf16": bf16, "fp16": fp16}
 
 
-def _total_steps(config: RunConfig, batch: BatchSizes) -> int:
-    """Return the number of steps; a length in tokens is rounded up to whole steps."""
+def _total_steps(config: RunConfig, batch: BatchSizes, samples_per_epoch: int | None) -> int:
+    """Return the number of steps; a length in tokens or epochs is rounded up to whole steps."""
     training = config.megagpt.training
+    if training.total_epochs is not None:
+        if samples_per_epoch is None:
+            raise ConfigError(
+                ["megagpt.training.total_epochs: the data that are counted in epochs are not known"]
+            )
+        samples = Fraction(str(training.total_epochs)) * samples_per_epoch
+        return ceil(samples / batch.train_batch)
     if training.total_steps is not None:
         return training.total_steps
-    assert training.total_tokens is not None  # the section has exactly one of the two keys
+    assert training.total_tokens is not None  # the section has exactly one of the three keys
     tokens_per_step = batch.train_batch * config.megagpt.model.sequence_length
     return -(-training.total_tokens // tokens_per_step)
 

@@ -1,8 +1,9 @@
 """Read prepared tokens: memory-mapped streams, cut into samples in a reproducible order.
 
 A run reads a `SampleStream`. Sample `index` is a pure function of (data, seed, index), the same on
-every rank and mesh, so the position in the data is one integer and resuming costs nothing. numpy
-only.
+every rank and mesh, so the position in the data is one integer and resuming costs nothing. A
+dataset is read as windows of its tokens (`Windows`), or one of conversations as whole ones
+(`PackedConversations`). numpy only.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
 
+from megagpt.data.chat.packing import one_each, pack
 from megagpt.data.integrity import check_file, verify
 from megagpt.data.manifest import (
     OFFSET_DTYPE,
@@ -27,18 +30,21 @@ from megagpt.data.manifest import (
     remedy,
 )
 from megagpt.data.sample_order import Blend, permute
-from megagpt.utils import UserError
+from megagpt.utils import IGNORED, UserError
 
 __all__ = [
     "Batch",
     "Dataset",
     "DatasetManifest",
+    "Packing",
     "Sample",
     "SampleStream",
     "TokenStream",
     "open_dataset",
     "verify",
 ]
+
+Packing = Literal["stream", "conversations", "one_per_row"]
 
 
 class TokenStream:
@@ -50,7 +56,10 @@ class TokenStream:
         self._files = [directory / shard.file for shard in shards]
         self._vocabulary = vocabulary
         self._tokens = [np.memmap(file, dtype, mode="r") for file in self._files]
-        self._offsets = [_open_offsets(directory / shard.offsets.file) for shard in shards]
+        self._offsets = [_open_places(directory / shard.offsets.file) for shard in shards]
+        self._bounds = [
+            _open_places(directory / shard.targets.file) for shard in shards if shard.targets
+        ]
         self._starts = np.cumsum([0, *(shard.tokens for shard in shards)])
         self._first_documents = np.cumsum([0, *(shard.documents for shard in shards)])
 
@@ -84,14 +93,28 @@ class TokenStream:
         )
 
     def _shard_document_ids(self, shard: int, low: int, high: int) -> np.ndarray:
-        offsets = self._offsets[shard]
-        # Scalars of the file's type: with another type, searchsorted would convert the whole file.
-        first, last = np.searchsorted(
-            offsets, [OFFSET_DTYPE.type(low), OFFSET_DTYPE.type(high - 1)], side="right"
-        )
-        begins = np.zeros(high - low, np.int64)
-        begins[(offsets[first:last] - OFFSET_DTYPE.type(low)).astype(np.int64)] = 1
-        return self._first_documents[shard] + first - 1 + np.cumsum(begins)
+        begun = _places_up_to(self._offsets[shard], low, high)
+        return self._first_documents[shard] - 1 + begun
+
+    def targets(self, start: int, tokens: np.ndarray) -> np.ndarray:
+        """Return `tokens` of the stream from `start` on; IGNORED in place of those without loss."""
+        if not self._bounds:
+            return tokens
+        passed = [
+            _places_up_to(self._bounds[shard], low, high)
+            for shard, low, high in self._pieces(start, start + len(tokens))
+        ]
+        # Bounds begin and end runs in turn, so within a run their number is odd.
+        return np.where(np.concatenate(passed) % 2, tokens, IGNORED)
+
+    @cached_property
+    def document_starts(self) -> np.ndarray:
+        """The first token of each document, and at the end the number of tokens: int64."""
+        starts = [
+            np.asarray(offsets, np.int64) + start
+            for offsets, start in zip(self._offsets, self._starts[:-1], strict=True)
+        ]
+        return np.concatenate([*starts, self._starts[-1:]])
 
     def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """Return (shard, low, high) of the shards that [start, stop) touches."""
@@ -108,10 +131,21 @@ class TokenStream:
         ]
 
 
-def _open_offsets(path: Path) -> np.ndarray:
+def _open_places(path: Path) -> np.ndarray:
     if path.stat().st_size == 0:  # no document begins in this shard; an empty file cannot be mapped
         return np.empty(0, OFFSET_DTYPE)
     return np.memmap(path, OFFSET_DTYPE, mode="r")
+
+
+def _places_up_to(places: np.ndarray, low: int, high: int) -> np.ndarray:
+    """Return for each token in [low, high) how many of the increasing places are not after it."""
+    # Scalars of the file's type: with another type, searchsorted would convert the whole file.
+    first, last = np.searchsorted(
+        places, [OFFSET_DTYPE.type(low), OFFSET_DTYPE.type(high - 1)], side="right"
+    )
+    passed = np.zeros(high - low, np.int64)
+    passed[(places[first:last] - OFFSET_DTYPE.type(low)).astype(np.int64)] = 1
+    return first + np.cumsum(passed)
 
 
 @dataclass(frozen=True)
@@ -157,33 +191,149 @@ def open_dataset(directory: Path) -> Dataset:
 class Sample:
     """One sample: `tokens` and the token after each, `targets`, both int64 [L].
 
-    `document_ids`: int32 [L], equal within a document.
+    A target of IGNORED has no loss. `document_ids`: int32 [L], equal within a document.
+    `positions`: int32 [L], the place of each token in its conversation, where those begin at 0.
     """
 
     tokens: np.ndarray
     targets: np.ndarray
     document_ids: np.ndarray | None
     sample_id: int
+    positions: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Stacked samples: int64 [n, L], int64 [n, L], int32 [n, L] or None, int64 [n]."""
+    """Stacked samples: int64 [n, L], int64 [n, L], int32 [n, L] or None, int64 [n].
+
+    `positions` int32 [n, L], or None.
+    """
 
     tokens: np.ndarray
     targets: np.ndarray
     document_ids: np.ndarray | None
     sample_ids: np.ndarray
+    positions: np.ndarray | None = None
+
+
+class Cuts(Protocol):
+    """One split cut into samples; `count` is their number in an epoch."""
+
+    count: int
+
+    def start(self, place: int) -> int:
+        """Return the first token of a sample."""
+
+    def sample(self, place: int, sample_id: int) -> Sample:
+        """Return the sample at a place, 0 to count - 1."""
+
+
+class Windows:
+    """Windows of L + 1 tokens that overlap by one, so each token is a target once an epoch.
+
+    The rest of a split that fills no window is not used.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: Split,
+        length: int,
+        *,
+        document_mask: bool,
+        restart_positions: bool,
+    ) -> None:
+        self._stream = dataset.split(split)
+        self.count = _count_windows(dataset, split, length)
+        self._length = length
+        self._document_mask = document_mask
+        self._restart_positions = restart_positions
+
+    def start(self, place: int) -> int:
+        """Return the first token of a sample."""
+        return place * self._length
+
+    def sample(self, place: int, sample_id: int) -> Sample:
+        """Return the sample at a place."""
+        start = self.start(place)
+        stop = start + self._length
+        tokens = self._stream.read(start, stop + 1)
+        targets = self._stream.targets(start + 1, tokens[1:])
+        if not self._document_mask:
+            return Sample(tokens[:-1], targets, None, sample_id)
+        ids = self._stream.document_ids(start, stop)
+        documents = (ids - ids[0]).astype(np.int32)
+        positions = _positions(documents) if self._restart_positions else None
+        return Sample(tokens[:-1], targets, documents, sample_id, positions)
+
+
+def _positions(documents: np.ndarray) -> np.ndarray:
+    """Return the place of each token in its document, int32, from document ids in order."""
+    index = np.arange(len(documents))
+    begins = np.diff(documents, prepend=documents[:1] - 1) != 0
+    return (index - np.maximum.accumulate(np.where(begins, index, 0))).astype(np.int32)
+
+
+class PackedConversations:
+    """Samples of whole conversations, each of which sees only itself, at positions from 0 on.
+
+    A conversation of n tokens takes n - 1 places: its last token is only a target. What is left of
+    a sample is filled with the end of a document, without targets.
+    """
+
+    def __init__(
+        self, dataset: Dataset, split: Split, length: int, *, seed: int, packing: Packing
+    ) -> None:
+        self._stream = dataset.split(split)
+        self._starts = self._stream.document_starts
+        self._length = length
+        self._filler = dataset.manifest.end_of_document
+        places = np.diff(self._starts) - 1
+        longest = int(places.max(initial=0))
+        if longest > length:
+            tokens = longest + 1
+            raise UserError(
+                f"{dataset.directory}: its longest conversation has {tokens} tokens, but a sample "
+                f"holds {length + 1}; set megagpt.model.sequence_length to at least {longest}, "
+                f"prepare it again with --max_length {length + 1}, or set megagpt.data.packing to "
+                '"stream"'
+            )
+        self._packs = (
+            one_each(places) if packing == "one_per_row" else pack(places, length, seed=seed)
+        )
+        self.count = len(self._packs)
+        self.filled = float(places.sum() / max(self.count * length, 1))
+
+    def start(self, place: int) -> int:
+        """Return the first token of a sample."""
+        return int(self._starts[self._packs.members(place)[0]])
+
+    def sample(self, place: int, sample_id: int) -> Sample:
+        """Return the sample at a place."""
+        tokens = np.full(self._length, self._filler, np.int64)
+        targets = np.full(self._length, IGNORED, np.int64)
+        members = self._packs.members(place)
+        documents = np.full(self._length, len(members), np.int32)
+        at = 0
+        for number, member in enumerate(members):
+            start, stop = int(self._starts[member]), int(self._starts[member + 1])
+            own = slice(at, at + stop - start - 1)
+            conversation = self._stream.read(start, stop)
+            tokens[own] = conversation[:-1]
+            targets[own] = self._stream.targets(start + 1, conversation[1:])
+            documents[own] = number
+            at = own.stop
+        return Sample(tokens, targets, documents, sample_id, _positions(documents))
 
 
 class SampleStream:
     """Endless samples of `sequence_length` tokens from one dataset or a weighted blend.
 
-    Samples are windows of L + 1 tokens that overlap by one, so each token is a target once an
-    epoch. The rest of a split that fills no window is not used. Every split is read in a new
-    pseudo-random order each epoch, so the first samples of a split are a random choice from all of
-    it, and always the same one. In a blend each dataset counts its own epochs. A sample's id is its
-    index.
+    `packing` says how conversations are read; without it, whole ones are packed if there are any.
+    Text is always read as windows, beside packed conversations with document masks and positions
+    as they have them. Every split is read in a new pseudo-random order each epoch, so the first
+    samples of a split are a random choice from all of it, and always the same one. In a blend each
+    dataset counts its own epochs. A sample's id is its index.
     """
 
     def __init__(
@@ -195,14 +345,29 @@ class SampleStream:
         sequence_length: int,
         seed: int,
         document_mask: bool,
+        packing: Packing | None = None,
     ) -> None:
         self.datasets = tuple(datasets)
         self.sequence_length = sequence_length
+        self.packing: Packing = packing or (
+            "conversations" if any(d.manifest.has_conversations for d in datasets) else "stream"
+        )
         self._blend = blend
         self._seed = seed
-        self._document_mask = document_mask
-        self._streams = [dataset.split(split) for dataset in datasets]
-        self._windows = [_count_windows(dataset, split, sequence_length) for dataset in datasets]
+        packed = self.packing != "stream"
+        self._document_mask = document_mask or packed
+        self._cuts: list[Cuts] = [
+            PackedConversations(dataset, split, sequence_length, seed=seed, packing=self.packing)
+            if packed and dataset.manifest.has_conversations
+            else Windows(
+                dataset,
+                split,
+                sequence_length,
+                document_mask=self._document_mask,
+                restart_positions=packed,
+            )
+            for dataset in datasets
+        ]
 
     @classmethod
     def open(
@@ -213,6 +378,7 @@ class SampleStream:
         sequence_length: int,
         seed: int,
         document_mask: bool,
+        packing: Packing | None = None,
     ) -> SampleStream:
         """Open (directory, weight) pairs.
 
@@ -234,6 +400,7 @@ class SampleStream:
             sequence_length=sequence_length,
             seed=seed,
             document_mask=document_mask,
+            packing=packing,
         )
 
     @property
@@ -242,13 +409,13 @@ class SampleStream:
 
     @property
     def samples_per_epoch(self) -> int:
-        """Windows of all datasets together; each dataset of a blend has its own epochs."""
-        return sum(self._windows)
+        """Samples of all datasets together; each dataset of a blend has its own epochs."""
+        return sum(cuts.count for cuts in self._cuts)
 
     def share(self, samples: int) -> float:
-        """Return the share of all windows, 0 to 1, that the first ``samples`` samples visit."""
+        """Return the share of all samples, 0 to 1, that the first ``samples`` samples visit."""
         visits = Counter(self._blend.locate(index)[0] for index in range(samples))
-        visited = sum(min(visits[number], count) for number, count in enumerate(self._windows))
+        visited = sum(min(visits[number], cuts.count) for number, cuts in enumerate(self._cuts))
         return visited / self.samples_per_epoch
 
     @cached_property
@@ -262,8 +429,8 @@ class SampleStream:
 
     def locate(self, index: int) -> tuple[Dataset, int]:
         """Return the dataset of sample `index` and its first token there, to look a sample up."""
-        number, window = self._window(index)
-        return self.datasets[number], window * self.sequence_length
+        number, place = self._place(index)
+        return self.datasets[number], self._cuts[number].start(place)
 
     def source_of(self, index: int) -> int:
         """Return the number of the dataset that sample `index` is from."""
@@ -271,16 +438,8 @@ class SampleStream:
 
     def sample(self, index: int) -> Sample:
         """Return sample `index`, counted over all epochs."""
-        number, window = self._window(index)
-        stream = self._streams[number]
-        start = window * self.sequence_length
-        stop = start + self.sequence_length
-        tokens = stream.read(start, stop + 1)
-        document_ids = None
-        if self._document_mask:
-            ids = stream.document_ids(start, stop)
-            document_ids = (ids - ids[0]).astype(np.int32)
-        return Sample(tokens[:-1], tokens[1:], document_ids, index)
+        number, place = self._place(index)
+        return self._cuts[number].sample(place, index)
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Return the samples at `indices`, stacked in that order."""
@@ -288,17 +447,23 @@ class SampleStream:
         return Batch(
             tokens=np.stack([sample.tokens for sample in samples]),
             targets=np.stack([sample.targets for sample in samples]),
-            document_ids=np.stack([s.document_ids for s in samples if s.document_ids is not None])
-            if self._document_mask
-            else None,
+            document_ids=_stacked([sample.document_ids for sample in samples]),
             sample_ids=np.array([sample.sample_id for sample in samples], np.int64),
+            positions=_stacked([sample.positions for sample in samples]),
         )
 
-    def _window(self, index: int) -> tuple[int, int]:
-        """Return (number of the dataset, window in it) of sample `index`."""
+    def _place(self, index: int) -> tuple[int, int]:
+        """Return (number of the dataset, place in its epoch's order) of sample `index`."""
         number, visit = self._blend.locate(index)
-        epoch, place = divmod(visit, self._windows[number])
-        return number, permute(place, self._windows[number], seed=self._seed, epoch=epoch)
+        count = self._cuts[number].count
+        epoch, place = divmod(visit, count)
+        return number, permute(place, count, seed=self._seed, epoch=epoch)
+
+
+def _stacked(arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """Return what all samples have, stacked; None if they have none."""
+    present = [array for array in arrays if array is not None]
+    return np.stack(present) if present else None
 
 
 def _count_windows(dataset: Dataset, split: Split, sequence_length: int) -> int:

@@ -19,9 +19,13 @@ from pydantic import JsonValue
 
 from kernels.options import count
 from megagpt.common.arguments import command_parser, non_negative, user_path, whole_number
+from megagpt.data.byte_level_bpe import END_OF_DOCUMENT
+from megagpt.data.chat.records import DEFAULT_MESSAGES, ChatRows
+from megagpt.data.chat.targets import count as count_targets
+from megagpt.data.chat.template import TEMPLATE_FILE, choose_template, default_template
 from megagpt.data.columns import DEFAULT_COLUMN
 from megagpt.data.corpora import Corpus, open_source
-from megagpt.data.encoding_pool import batches, encoder
+from megagpt.data.encoding_pool import EncodedPiece, batches, encoder
 from megagpt.data.integrity import check_file, record_tokenizer
 from megagpt.data.manifest import (
     MANIFEST_FILE,
@@ -42,6 +46,7 @@ from megagpt.data.validation_split import FRACTION_OF_MANY, assign_splits
 from megagpt.data.writer import (
     PROGRESS_FILE,
     SPLITS,
+    ConversationCounts,
     DatasetWriter,
     PreparationProgress,
     exclusive_staging,
@@ -49,7 +54,7 @@ from megagpt.data.writer import (
     read_progress,
     require_space,
 )
-from megagpt.utils import MIB, UserError, human_count
+from megagpt.utils import MIB, UserError, human_count, write_atomically
 
 COMMIT_TOKENS = 16 * MIB  # between commit points: the most that a kill can lose
 TRAINING_CHARACTERS = 64 * MIB  # from the beginning of the corpus, to train a BPE on
@@ -73,6 +78,11 @@ class PreparationRequest:
     split: str = "train"
     column: str = DEFAULT_COLUMN
     separator: str | None = None
+    messages: str | None = None  # the column of a conversation; or these two:
+    prompt: str | None = None
+    answer: str | None = None
+    chat_template: str | None = None
+    max_length: int | None = None
     skip_bad_rows: int = 0
     validation_fraction: float | None = None
     max_tokens: int | None = None
@@ -99,8 +109,42 @@ class PreparationRequest:
             value = getattr(self, option)
             if value is not None and value < 1:
                 raise UserError(f"--{option} {value}: use a whole number above 0")
+        self._check_conversations()
 
-    def description(self, source: Corpus) -> dict[str, JsonValue]:
+    def _check_conversations(self) -> None:
+        pair = (self.prompt is not None) + (self.answer is not None)
+        if pair == 1:
+            given, other = ("prompt", "answer") if self.prompt is not None else ("answer", "prompt")
+            raise UserError(f"--{given}: give --{other}, too: the other column of the pair")
+        if pair and self.messages is not None:
+            raise UserError("--messages: given with --prompt and --answer; keep one of the two")
+        for option in () if self.has_conversations else ("chat_template", "max_length"):
+            if getattr(self, option) is not None:
+                raise UserError(
+                    f"--{option}: for conversations only; add --messages, or --prompt and --answer"
+                )
+        if self.max_length is not None and self.max_length < 2:
+            raise UserError(f"--max_length {self.max_length}: use a whole number above 1")
+        for option in ("separator", "column") if self.has_conversations else ():
+            if getattr(self, option) != getattr(PreparationRequest, option):
+                raise UserError(f"--{option}: for text only; leave it out")
+
+    @property
+    def has_conversations(self) -> bool:
+        """Whether rows hold conversations, not text."""
+        return self.messages is not None or self.prompt is not None
+
+    def reader(self) -> str | ChatRows:
+        """Return what reads a row: the column of its text, or of its conversation."""
+        if not self.has_conversations:
+            return self.column
+        parsed = parse_tokenizer_name(self.tokenizer)
+        directory = parsed if isinstance(parsed, Path) else None
+        columns = {"messages": self.messages, "prompt": self.prompt, "answer": self.answer}
+        template = choose_template(self.chat_template, directory)
+        return ChatRows(template, **{k: v for k, v in columns.items() if v is not None})
+
+    def description(self, source: Corpus, reader: str | ChatRows) -> dict[str, JsonValue]:
         """Return what decides the contents, for the manifest.
 
         The number of workers does not. That of bad rows to skip does not change what comes before
@@ -113,6 +157,16 @@ class PreparationRequest:
             "validation_fraction": self.validation_fraction,
             "max_tokens": self.max_tokens,
             "shard_tokens": self.shard_tokens,
+            **self._of_conversations(reader),
+        }
+
+    def _of_conversations(self, reader: str | ChatRows) -> dict[str, JsonValue]:
+        if isinstance(reader, str):
+            return {}
+        return {
+            "conversations": "messages" if self.messages is not None else "pairs",
+            "chat_template": reader.template.sha256,
+            "max_length": self.max_length,
         }
 
 
@@ -141,15 +195,16 @@ def prepare(request: PreparationRequest, report: Report = print) -> DatasetManif
     overwritten without `force`.
     """
     request.check()
+    reader = request.reader()
     source = open_source(
         request.dataset,
         config=request.config,
         split=request.split,
-        column=request.column,
+        column=reader,
         separator=request.separator,
         skip_bad_rows=request.skip_bad_rows,
     )
-    description = request.description(source)
+    description = request.description(source, reader)
     began = time.monotonic()
     with exclusive_staging(request.output) as staging:
         present = _present(request, description)
@@ -159,7 +214,7 @@ def prepare(request: PreparationRequest, report: Report = print) -> DatasetManif
         for note in source.notes:
             report(note)
         try:
-            manifest = _prepare_staged(request, source, description, staging, report)
+            manifest = _prepare_staged(request, source, reader, description, staging, report)
         except UserError:
             _discard_unless_committed(staging)
             raise
@@ -198,6 +253,7 @@ def _present(
 def _prepare_staged(
     request: PreparationRequest,
     source: Corpus,
+    reader: str | ChatRows,
     description: dict[str, JsonValue],
     staging: Path,
     report: Report,
@@ -211,6 +267,10 @@ def _prepare_staged(
         store_tokenizer(
             request.tokenizer, staging, lambda: _training_texts(source, request), report
         )
+    if isinstance(reader, ChatRows):
+        _store_template(reader, staging)
+        progress.conversations = progress.conversations or ConversationCounts()
+        source.skipped_before = progress.conversations.unusable
     tokenizer = load_tokenizer(staging)
     _require_space_for(source, request, tokenizer, staging)
     writer = DatasetWriter(
@@ -221,15 +281,43 @@ def _prepare_staged(
     finally:
         writer.close()
     source.require_unchanged()
-    for line in source.left_out.lines():
+    for line in (*source.left_out.lines(), *_lines_of(progress.conversations, request)):
         report(line)
     _require_text(request, progress, report)
     unknown = _report_unknown(tokenizer, writer, report)
     return writer.finish(
         tokenizer=record_tokenizer(staging, str(description["tokenizer"])),
         end_of_document=tokenizer.end_of_document,
-        source=description | source.left_out.record() | unknown,
+        source=description | source.left_out.record() | unknown | _record_of(progress),
     )
+
+
+def _store_template(reader: ChatRows, staging: Path) -> None:
+    """Store the chat template with the tokenizer, unless it is the one that this has."""
+    if default_template(staging) != reader.template.source:
+        write_atomically(staging / TEMPLATE_FILE, reader.template.source)
+
+
+def _lines_of(counts: ConversationCounts | None, request: PreparationRequest) -> Iterator[str]:
+    """Yield what the user must know of conversations: how long they are, and what was cut."""
+    if counts is None:
+        return
+    yield (
+        f"{counts.conversations} conversations with {human_count(counts.targets)} tokens to learn "
+        f"from; the longest has {counts.longest}, which needs a megagpt.model.sequence_length of "
+        f"at least {counts.longest - 1}"
+    )
+    if counts.cut:
+        yield (
+            f"{counts.cut} conversations cut to --max_length {request.max_length}: left out "
+            f"{human_count(counts.tokens_cut)} tokens, {human_count(counts.targets_cut)} of them "
+            "to learn from"
+        )
+
+
+def _record_of(progress: PreparationProgress) -> dict[str, JsonValue]:
+    counts = progress.conversations
+    return {} if counts is None else {"counts": counts.model_dump(mode="json")}
 
 
 def _report_unknown(
@@ -301,7 +389,7 @@ def _discard_unless_committed(staging: Path) -> None:
 
 def _clear(staging: Path) -> None:
     """Empty a staging directory; raise UserError if it has files of another origin."""
-    shards = r"(train|val)-\d{5}\.(bin|offsets)"
+    shards = r"(train|val)-\d{5}\.(bin|offsets|targets)"
     names = rf"{shards}|{'|'.join(TOKENIZER_FILES)}|{PROGRESS_FILE}|{MANIFEST_FILE}|\..*\.partial"
     paths = list(staging.iterdir())
     foreign = [path.name for path in paths if not re.fullmatch(names, path.name)]
@@ -318,7 +406,8 @@ def _training_texts(source: Corpus, request: PreparationRequest) -> Iterator[str
     characters = 0
     for split, piece in assign_splits(source, request.validation_fraction):
         if split == "train":
-            yield piece.text
+            # A chat template writes the end of a document by name, which is no text.
+            yield piece.text if piece.answers is None else piece.text.replace(END_OF_DOCUMENT, "")
             characters += len(piece.text)
         if characters >= TRAINING_CHARACTERS:
             return
@@ -352,16 +441,21 @@ def _write_all(
         split: limit - writer.progress.tokens(split) for split, limit in _limits(request).items()
     }
     with (
-        encoder(request.workers, staging) as encode,
+        encoder(
+            request.workers,
+            staging,
+            conversations=request.has_conversations,
+            max_length=request.max_length,
+        ) as encode,
         _progress_bar(request.max_tokens, writer, report) as refresh,
     ):
         for encoded in encode(upcoming):
-            for split, starts_document, tokens in encoded:
-                kept = tokens[: max(room[split], 0)]
-                if len(kept):
-                    writer.write(split, kept, starts_document=starts_document)
-                room[split] -= len(kept)
-                uncommitted_tokens += len(kept)
+            for piece in encoded:
+                if piece.conversation is not None:
+                    kept = _write_conversation(piece, source, writer, room)
+                else:
+                    kept = _write_text(piece, writer, room)
+                uncommitted_tokens += kept
             pieces += len(encoded)
             refresh()
             if uncommitted_tokens >= COMMIT_TOKENS:
@@ -370,6 +464,48 @@ def _write_all(
             if not any(room.values()):
                 break
     writer.commit(pieces)
+
+
+def _write_text(piece: EncodedPiece, writer: DatasetWriter, room: dict[Split, int]) -> int:
+    """Append what fits into `--max_tokens` of a piece of text; return its number of tokens."""
+    kept = piece.tokens[: max(room[piece.split], 0)]
+    if len(kept):
+        writer.write(piece.split, kept, starts_document=piece.starts_document)
+    room[piece.split] -= len(kept)
+    return len(kept)
+
+
+def _write_conversation(
+    piece: EncodedPiece, source: Corpus, writer: DatasetWriter, room: dict[Split, int]
+) -> int:
+    """Append a whole conversation, or the last one that fits; return its number of tokens.
+
+    Raises UserError for one too many that --max_length leaves without a target.
+    """
+    counts, found = writer.progress.conversations, piece.conversation
+    assert counts is not None
+    assert found is not None
+    if not len(found.bounds):
+        whole = len(found.ids) + found.tokens_left_out
+        source.left_out.bad_row(
+            piece.place,
+            f"a conversation of {whole} tokens has no token to learn from within its first "
+            f"{len(found.ids)} (--max_length)",
+        )
+        counts.unusable += 1
+        return 0
+    if len(found.ids) > room[piece.split]:
+        room[piece.split] = 0
+        return 0
+    writer.write(piece.split, found.ids, starts_document=True, bounds=found.bounds)
+    room[piece.split] -= len(found.ids)
+    counts.conversations += 1
+    counts.longest = max(counts.longest, len(found.ids))
+    counts.targets += count_targets(found.bounds)
+    counts.cut += found.tokens_left_out > 0
+    counts.tokens_cut += found.tokens_left_out
+    counts.targets_cut += found.targets_left_out
+    return len(found.ids)
 
 
 def _limits(request: PreparationRequest) -> dict[Split, int]:
@@ -468,6 +604,28 @@ def _parser() -> argparse.ArgumentParser:
         '"{title}\\n\\n{text}" [%(default)s]',
     )
     add("--separator", help="text between two documents of one text file, such as '<|endoftext|>'")
+    add(
+        "--messages",
+        nargs="?",
+        const=DEFAULT_MESSAGES,
+        metavar="COLUMN",
+        help="rows are conversations: a list of {role, content} in this column [messages] "
+        "(docs/tuning.md)",
+    )
+    add("--prompt", metavar="COLUMN", help="rows are pairs: the column of what is asked")
+    add("--answer", metavar="COLUMN", help="and that of what the model has to answer")
+    add(
+        "--chat_template",
+        metavar="NAME",
+        help="how a conversation becomes text: chatml, llama3, plain, one of the tokenizer's "
+        "named ones, or a file of jinja2 [the tokenizer's own]",
+    )
+    add(
+        "--max_length",
+        type=whole_number(2),
+        metavar="TOKENS",
+        help="cut longer conversations, and say how many [whole conversations]",
+    )
     add(
         "--skip_bad_rows",
         type=whole_number(0),

@@ -23,8 +23,8 @@ import kernels
 from kernels.philox import fold_seed
 from megagpt.config import ModelConfig
 from megagpt.rotary import rotary_angles, rotate
+from megagpt.utils import IGNORED
 
-IGNORED = -100  # a target that has no loss
 TIED_WEIGHT = "embedding.tokens.weight"  # also the head's weight if embeddings are tied
 gelu_tanh = partial(F.gelu, approximate="tanh")  # Hendrycks and Gimpel 2016, as in GPT-2
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -40,7 +40,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Context:
     """What every block needs in addition to the hidden states.
 
-    ``documents`` restricts attention to one document. ``dropout_seed`` (batch,) determines the
+    ``documents`` restricts attention to one document. ``positions`` (batch, length) are those of
+    the tokens; None: they count from the first one. ``dropout_seed`` (batch,) determines the
     dropout masks of each sample; None in evaluation. ``cache`` holds the keys and values of earlier
     positions during generation.
     """
@@ -48,6 +49,7 @@ class Context:
     documents: kernels.DocumentBounds | None = None
     dropout_seed: Tensor | None = None
     cache: "KeyValueCache | None" = None
+    positions: Tensor | None = None
     _angles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
@@ -60,8 +62,18 @@ class Context:
     ) -> tuple[Tensor, Tensor]:
         """Return the rotary angles of ``length`` positions, computed once for all layers."""
         if length not in self._angles:
-            self._angles[length] = rotary_angles(config, self.offset, length, device)
+            angles = rotary_angles(config, self.offset, length, device)
+            if self.positions is not None:
+                # (batch, 1, length, rotated_size / 2), the same for all heads
+                angles = (angles[0][self.positions][:, None], angles[1][self.positions][:, None])
+            self._angles[length] = angles
         return self._angles[length]
+
+    def token_positions(self, length: int, device: torch.device) -> Tensor:
+        """Return the positions of the tokens: (length,), or (batch, length) if they were given."""
+        if self.positions is not None:
+            return self.positions
+        return torch.arange(self.offset, self.offset + length, device=device)
 
 
 class KeyValueCache:
@@ -327,9 +339,7 @@ class Embedding(nn.Module):
         if self.scale != 1:
             x = x * self.scale
         if self.positions is not None:
-            x = x + self.positions(
-                torch.arange(context.offset, context.offset + tokens.shape[1], device=tokens.device)
-            )
+            x = x + self.positions(context.token_positions(tokens.shape[1], tokens.device))
         return self.dropout(x, context)
 
 
@@ -420,6 +430,7 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         *,
         document_ids: Tensor | kernels.DocumentBounds | None = None,
+        positions: Tensor | None = None,
         dropout_seed: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
@@ -429,10 +440,11 @@ class GPT(nn.Module):
         hidden states from the layers before these; without the head, hidden states are returned.
         ``document_ids`` (batch, key_length) restrict attention to equal ids. Their
         ``kernels.document_bounds`` are computed here, once for all layers, unless they are passed
-        in their place.
+        in their place. ``positions`` (batch, length) replace 0, 1, 2 and so on; each must be below
+        ``length``.
         """
         documents = None if document_ids is None else kernels.document_bounds(document_ids)
-        context = Context(documents, dropout_seed, cache)
+        context = Context(documents, dropout_seed, cache, positions)
         x = inputs if self.embedding is None else self.embedding(inputs, context)
         for block in self.blocks.values():
             x = block(x, context)

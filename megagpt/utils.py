@@ -17,6 +17,7 @@ from typing import NoReturn, Self, TextIO
 KIB = 1024
 MIB = 1024**2
 GIB = 1024**3
+IGNORED = -100  # a target without loss, as in torch.nn.functional.cross_entropy
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULT_FILE_MODE = 0o644
 LOCAL_SIZE_VARIABLES = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE")  # DeepSpeed's and ours, torchrun's

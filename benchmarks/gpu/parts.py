@@ -20,6 +20,7 @@ KERNEL_TESTS = (
 MODEL_TESTS = (
     "model/test_fused_model", "planning/test_working_memory", "parallel/test_offload_devices",
     "health/test_flight_recorder", "health/test_watch", "health/test_guard",
+    "planning/test_page_locking",
 )  # fmt: skip
 LARGE_TESTS = "kernels/test_large_tensors"  # 60 GB: alone, and last
 OPS = (

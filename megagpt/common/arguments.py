@@ -39,8 +39,7 @@ OF_OTHER_TRAINERS = {
 # Keys that are typed as options, and whose last name alone does not lead there.
 KEYS_AS_OPTIONS = {
     **dict.fromkeys(("num_steps", "total_steps", "steps"), "megagpt.training.total_steps"),
-    **dict.fromkeys(("epoch", "epochs", "num_epochs"), "megagpt.training.total_tokens"),
-    "num_train_epochs": "megagpt.training.total_tokens",
+    **dict.fromkeys(("epoch", "epochs", "num_epochs"), "megagpt.training.total_epochs"),
     "weight_decay": "optimizer.params.weight_decay",
     "train_batch_size": "train_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
@@ -53,7 +52,6 @@ KEYS_AS_OPTIONS = {
 }
 # Switches elsewhere, sections here.
 SWITCHES = {"fp16": "fp16.enabled", "bf16": "bf16.enabled", "wandb": "wandb.enabled"}
-OTHER_UNIT = ("megagpt.training.total_tokens",)  # given in epochs elsewhere
 # Options of launchers, which stand before the script.
 OF_LAUNCHERS = (
     *("hostfile", "num_gpus", "num_nodes", "num_accelerators", "include", "exclude"),
@@ -123,7 +121,7 @@ class CommandParser(OptionParser):
             return f"--set {SWITCHES[name]}=true"
         key = name if "." in name else self.keys_of_others.get(name)
         if key and self._takes("--set"):
-            return f"--set {key}={'N' if key in OTHER_UNIT else value or 'VALUE'}"
+            return f"--set {key}={value or 'VALUE'}"
         if name in OF_LAUNCHERS and self._takes("--local_rank"):
             return f"deepspeed --{name} {value} launch/{self.prog} ... (an option of the launcher)"
         near = closest(f"--{name}", self._shown_options())

@@ -100,6 +100,20 @@ class ByteLevelTokenizer:
             encoding.name, MARKED_GPT2_PATTERN, encoding._mergeable_ranks, encoding._special_tokens
         )
 
+    def encode_with_places(
+        self, texts: Sequence[str]
+    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        return [self._with_places(replace_surrogates(text)) for text in texts]
+
+    def _with_places(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        ids = self.encoding.encode_to_numpy(text, allowed_special="all")
+        content = np.frombuffer(text.encode(), np.uint8)
+        # Of each byte its character: bytes 10xxxxxx go on with one.
+        character = np.cumsum((content & 0xC0) != 0x80) - 1
+        ends = np.cumsum(self._length_of_token[ids])
+        starts = ends - self._length_of_token[ids]
+        return ids, character[starts], character[ends - 1] + 1
+
     def decode(self, tokens: Sequence[int]) -> str:
         return self.encoding.decode(tokens)
 
@@ -122,9 +136,18 @@ class ByteLevelTokenizer:
 
     @cached_property
     def _bytes_of_token(self) -> np.ndarray:
+        """Of a special token, which stands for no text, 0."""
         lengths = np.zeros(self.vocabulary, np.int64)
         for value in self.encoding.token_byte_values():
             lengths[self.encoding.encode_single_token(value)] = len(value)
+        return lengths
+
+    @cached_property
+    def _length_of_token(self) -> np.ndarray:
+        """The bytes that a token stands for, of a special one those of its name."""
+        lengths = self._bytes_of_token.copy()
+        for name in self.encoding.special_tokens_set:
+            lengths[self.encoding.encode_single_token(name)] = len(name.encode())
         return lengths
 
 

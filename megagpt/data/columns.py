@@ -9,7 +9,7 @@ from __future__ import annotations
 import string
 from collections.abc import Iterable
 from textwrap import shorten
-from typing import Any
+from typing import Any, Protocol
 
 from megagpt.utils import UserError, did_you_mean
 
@@ -24,20 +24,34 @@ class BadRowError(ValueError):
     """What is wrong with one row; it has no place in it yet."""
 
 
+class Columns(Protocol):
+    """What of a row is read: its text (`Column`), or its conversation (chat/records.py)."""
+
+    written: str
+    option: str  # of the command, which names it
+
+    def sources(self, names: Iterable[str]) -> list[str]:
+        """Return the columns of a table that are read; raise BadRowError if one is absent."""
+
+    def is_absent_from(self, row: Any) -> bool:
+        """Return whether a row has not even the name of one of the columns."""
+
+
 class Column:
     """The text of a row, as `--column` names it."""
 
-    def __init__(self, written: str = DEFAULT_COLUMN) -> None:
+    def __init__(self, written: str = DEFAULT_COLUMN, option: str = "--column") -> None:
         """Raise UserError if a template cannot be read."""
         self.written = written
+        self.option = option
         self._template: list[tuple[str, str | None]] | None = None
         self.paths: tuple[str, ...] = (written,)
         if "{" in written or "}" in written:
-            self._template = _parsed(written)
+            self._template = _parsed(written, option)
             self.paths = tuple(path for _, path in self._template if path is not None)
         if not all(self.paths) or not self.paths:
             raise UserError(
-                f'--column {written!r}: name a column, for example text or "{{title}}: {{text}}"'
+                f'{option} {written!r}: name a column, for example text or "{{title}}: {{text}}"'
             )
 
     def text(self, row: Any) -> str | None:
@@ -49,7 +63,7 @@ class Column:
             return row
         if not isinstance(row, dict):
             raise BadRowError(
-                f"holds {_kind(row)}, need an object with column {self.written!r}"
+                f"holds {kind_of(row)}, need an object with column {self.written!r}"
                 if row is not None
                 else "is null"
             )
@@ -57,12 +71,12 @@ class Column:
             found = row.get(self.written, ABSENT)
             if type(found) is str:
                 return found
-            return _text(_value(row, self.written), self.written)
+            return _text(value_at(row, self.written), self.written)
         return self._filled(row, self._template)
 
     def is_absent_from(self, row: Any) -> bool:
         """Return whether a row has not even the name of one of the columns."""
-        return isinstance(row, dict) and any(_value(row, path) is ABSENT for path in self.paths)
+        return isinstance(row, dict) and any(value_at(row, path) is ABSENT for path in self.paths)
 
     def sources(self, names: Iterable[str]) -> list[str]:
         """Return the columns of a table that the text is in; raise BadRowError if one is absent."""
@@ -73,13 +87,13 @@ class Column:
             prefixes = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
             name = next((prefix for prefix in prefixes if prefix in known), None)
             if name is None:
-                raise BadRowError(missing(path, known))
+                raise BadRowError(missing(path, known, self.option))
             found.append(name)
         return list(dict.fromkeys(found))
 
     def _filled(self, row: dict[str, Any], template: list[tuple[str, str | None]]) -> str | None:
         """Return the template with the row's texts, None if it has none of them."""
-        texts = {path: _text(_value(row, path), path, in_template=True) for path in self.paths}
+        texts = {path: _text(value_at(row, path), path, in_template=True) for path in self.paths}
         if not any(texts.values()):
             return None
         return "".join(
@@ -88,11 +102,11 @@ class Column:
         )
 
 
-def missing(path: str, known: Iterable[str]) -> str:
+def missing(path: str, known: Iterable[str], option: str = "--column") -> str:
     """Return what to say where a column is absent."""
     names = list(known)
     return (
-        f"no column {path!r}{did_you_mean(path, names)}; choose one with --column: "
+        f"no column {path!r}{did_you_mean(path, names)}; choose one with {option}: "
         f"{listed(names) or 'there is none'}"
     )
 
@@ -104,7 +118,7 @@ def listed(names: Iterable[Any]) -> str:
     return ", ".join(known[:MOST_NAMED]) + more
 
 
-def _parsed(written: str) -> list[tuple[str, str | None]]:
+def _parsed(written: str, option: str) -> list[tuple[str, str | None]]:
     """Return (literal, path of the column that follows it) of a template."""
     text = written
     for escape, character in ESCAPES.items():
@@ -112,24 +126,24 @@ def _parsed(written: str) -> list[tuple[str, str | None]]:
     try:
         parts = list(string.Formatter().parse(text))
     except ValueError as error:
-        raise UserError(f"--column {written!r}: {error}; write a brace as {{{{ or }}}}") from None
+        raise UserError(f"{option} {written!r}: {error}; write a brace as {{{{ or }}}}") from None
     for _, path, form, conversion in parts:
         if path is not None and (not path or form or conversion):
-            raise UserError(f"--column {written!r}: put only a column's name between braces")
+            raise UserError(f"{option} {written!r}: put only a column's name between braces")
     return [(literal, path) for literal, path, _, _ in parts]
 
 
-def _value(row: Any, path: str) -> Any:
+def value_at(row: Any, path: str) -> Any:
     """Return what lies at a dotted path, ABSENT if nothing does; a list gives a list."""
     if isinstance(row, list):
-        values = [_value(item, path) for item in row]
+        values = [value_at(item, path) for item in row]
         return [value for value in values if value is not ABSENT] or ABSENT
     if not isinstance(row, dict):
         return ABSENT
     if path in row:
         return row[path]
     name, dot, rest = path.partition(".")
-    return _value(row[name], rest) if dot and name in row else ABSENT
+    return value_at(row[name], rest) if dot and name in row else ABSENT
 
 
 def _text(value: Any, path: str, *, in_template: bool = False) -> str | None:
@@ -160,7 +174,7 @@ def _text(value: Any, path: str, *, in_template: bool = False) -> str | None:
     if in_template and isinstance(value, int | float):
         return str(value)
     raise BadRowError(
-        f"column {path!r} holds {_kind(value)}, not text; choose another with --column"
+        f"column {path!r} holds {kind_of(value)}, not text; choose another with --column"
     )
 
 
@@ -169,5 +183,6 @@ def _length(value: Any) -> int:
     return len(value) if isinstance(value, str) else -1
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """Return what a value of JSON is called in a message."""
     return "an array" if isinstance(value, list) else type(value).__name__

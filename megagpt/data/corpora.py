@@ -18,6 +18,9 @@ from typing import Any, Protocol
 from pydantic import JsonValue
 
 from megagpt.data.byte_level_bpe import END_OF_DOCUMENT
+from megagpt.data.chat.answers import Rendered, Span
+from megagpt.data.chat.records import ChatRows
+from megagpt.data.chat.template import TemplateUnusableError
 from megagpt.data.columns import DEFAULT_COLUMN, BadRowError, Column
 from megagpt.data.compression import open_decompressed
 from megagpt.data.kinds import ROWS, Recognized
@@ -46,22 +49,27 @@ class TextPiece:
     """Part of a document.
 
     `document` counts from 0. `starts` and `ends` say whether this is its first and its last
-    part.
+    part. A conversation has the spans of its text that are `answers`, and its place in a file.
     """
 
     document: int
     text: str
     starts: bool = True
     ends: bool = True
+    answers: tuple[Span, ...] | None = None
+    place: str = ""
 
 
 class Corpus(Protocol):
     """A corpus.
 
     `description` goes into the manifest. A preparation continues only if `version` is
-    unchanged. `left_out` counts what the latest pass has left out.
+    unchanged. `left_out` counts what the latest pass has left out, from `skipped_before` on: bad
+    rows that an interrupted preparation met after reading.
     """
 
+    has_conversations: bool
+    skipped_before: int
     description: dict[str, JsonValue]
     version: JsonValue
     size_bytes: int | None  # size of the text, if it is known in advance
@@ -82,17 +90,20 @@ def open_source(
     *,
     config: str | None = None,
     split: str = "train",
-    column: str = DEFAULT_COLUMN,
+    column: str | ChatRows = DEFAULT_COLUMN,
     separator: str | None = None,
     skip_bad_rows: int = 0,
 ) -> Corpus:
     """Return the source that `--dataset` names; raise UserError if there is none.
 
     `dataset` is stdlib, a name on the Hugging Face hub, or paths, directories and patterns.
+    `column` names the text of a row, or reads its conversation.
     """
     names = [dataset] if isinstance(dataset, str) else list(dataset)
-    chosen = Column(column)
+    chosen = Column(column) if isinstance(column, str) else column
     if names == ["stdlib"]:
+        if isinstance(chosen, ChatRows):
+            raise UserError("--dataset stdlib: text without conversations; name files of rows")
         return StandardLibrary(Path(sysconfig.get_path("stdlib")))
     if len(names) == 1 and not is_local(names[0]):
         return HubDataset(names[0], config, split, chosen, skip_bad_rows)
@@ -107,6 +118,9 @@ def open_source(
 
 class StandardLibrary:
     """The sources of the running Python, one document a module: a corpus without a download."""
+
+    has_conversations = False
+    skipped_before = 0
 
     def __init__(self, root: Path) -> None:
         self._paths = sorted(
@@ -149,10 +163,12 @@ class LocalFiles:
     A file of any size fits in memory, as text comes in pieces and rows come one by one.
     """
 
+    skipped_before = 0
+
     def __init__(
         self,
         names: Sequence[str],
-        column: Column,
+        column: Column | ChatRows,
         separator: str | None = None,
         skip_bad_rows: int = 0,
     ) -> None:
@@ -164,6 +180,13 @@ class LocalFiles:
         self._skip_bad_rows = skip_bad_rows
         self._dataset = " ".join(names)
         self.left_out = LeftOut(self._dataset)
+        self.has_conversations = isinstance(column, ChatRows)
+        text = next((known for known in found.files if known.kind == "text"), None)
+        if self.has_conversations and text is not None:
+            raise UserError(
+                f"{text.file.path}: a file of text, need rows with conversations (.jsonl, .parquet "
+                "...); name other files"
+            )
         files = [known.file for known in found.files]
         if all(known.kind == "empty" for known in found.files):
             raise UserError(
@@ -188,7 +211,9 @@ class LocalFiles:
             known.file.require_unchanged()
 
     def _all_pieces(self) -> Iterator[TextPiece]:
-        self.left_out = left_out = LeftOut(self._dataset, self._skip_bad_rows)
+        self.left_out = left_out = LeftOut(
+            self._dataset, self._skip_bad_rows, bad_rows=self.skipped_before
+        )
         for known in self._files:
             if known.kind == "empty":
                 left_out.empty.append(str(known.file.path))
@@ -215,18 +240,19 @@ class LocalFiles:
         left_out.begin_file()
         row = None
         for number, row in rows_of(known, self._column):
-            text = text_of(row, f"{path}{between}{number}", self._column, left_out)
-            if text:
-                left_out.documents += 1
-                yield TextPiece(left_out.documents - 1, text)
+            piece = piece_of(row, f"{path}{between}{number}", self._column, left_out)
+            if piece is not None:
+                yield piece
         if row is None:
             left_out.empty.append(str(path))
         elif left_out.documents == before:
             left_out.file_without_text(str(path), self._column)
 
 
-def text_of(row: Any, place: str, column: Column, left_out: LeftOut) -> str | None:
-    """Return the text of a row; None, counted, if it has none or is bad."""
+def piece_of(
+    row: Any, place: str, column: Column | ChatRows, left_out: LeftOut
+) -> TextPiece | None:
+    """Return the document of a row; None, counted, if it has none or is bad."""
     try:
         if isinstance(row, BadRow):
             raise BadRowError(row.problem)
@@ -234,23 +260,32 @@ def text_of(row: Any, place: str, column: Column, left_out: LeftOut) -> str | No
     except BadRowError as error:
         left_out.bad_row(place, str(error))
         return None
+    except TemplateUnusableError as error:
+        raise UserError(f"{place}: {error}") from None
     if not text:
         left_out.row_without_text(place, row, column)
-    return text
+        return None
+    left_out.documents += 1
+    number = left_out.documents - 1
+    if isinstance(text, Rendered):
+        return TextPiece(number, text.text, answers=text.answers, place=place)
+    return TextPiece(number, text)
 
 
 class HubDataset:
-    """One text column of a Hugging Face dataset, one document a row.
+    """One column of a Hugging Face dataset, of text or of messages, one document a row.
 
     `datasets` streams it. Code that comes with a dataset is never run.
     """
+
+    skipped_before = 0
 
     def __init__(
         self,
         name: str,
         config: str | None,
         split: str,
-        column: Column,
+        column: Column | ChatRows,
         skip_bad_rows: int = 0,
     ) -> None:
         self.description: dict[str, JsonValue] = {
@@ -263,6 +298,7 @@ class HubDataset:
         self.size_bytes: int | None = None
         self.notes: Sequence[str] = ()
         self.left_out = LeftOut(name)
+        self.has_conversations = isinstance(column, ChatRows)
         self._arguments = {"path": name, "name": config, "split": split}
         self._column = column
         self._skip_bad_rows = skip_bad_rows
@@ -274,16 +310,17 @@ class HubDataset:
         """Do nothing: the hub answers for what it sends."""
 
     def _all_pieces(self) -> Iterator[TextPiece]:
-        self.left_out = left_out = LeftOut(self._arguments["path"] or "", self._skip_bad_rows)
+        self.left_out = left_out = LeftOut(
+            self._arguments["path"] or "", self._skip_bad_rows, bad_rows=self.skipped_before
+        )
         rows, expected = self._rows()
         count = 0
         while (row := self._guarded(next, rows, None)) is not None:
             count += 1
             place = f"--dataset {self.description['dataset']}: row {count}"
-            text = text_of(row, place, self._column, left_out)
-            if text:
-                left_out.documents += 1
-                yield TextPiece(left_out.documents - 1, text)
+            piece = piece_of(row, place, self._column, left_out)
+            if piece is not None:
+                yield piece
         if expected is not None and count < expected:
             raise UserError(
                 f"--dataset {self.description['dataset']}: the stream ended after {count} rows, "

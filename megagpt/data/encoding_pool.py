@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megagpt.data.chat.targets import CutConversation, cut, target_bounds
 from megagpt.data.corpora import TextPiece
 from megagpt.data.manifest import Split
 from megagpt.data.tokenizer import Tokenizer, load_tokenizer
@@ -25,6 +26,8 @@ class EncodedPiece(NamedTuple):
     split: Split
     starts_document: bool
     tokens: np.ndarray  # uint32; with the tokens that start and end a document where it does
+    conversation: CutConversation | None = None  # what else there is to a conversation
+    place: str = ""
 
 
 Batch = list[tuple[Split, TextPiece]]
@@ -44,6 +47,18 @@ def batches(pieces: Iterable[tuple[Split, TextPiece]]) -> Iterator[Batch]:
             characters = 0
     if batch:
         yield batch
+
+
+def encode_conversations(
+    tokenizer: Tokenizer, max_length: int | None, batch: Batch
+) -> list[EncodedPiece]:
+    """Return the token ids of each conversation, which its template has written as a whole."""
+    encoded = tokenizer.encode_with_places([piece.text for _, piece in batch])
+    pieces = []
+    for (split, piece), (ids, starts, ends) in zip(batch, encoded, strict=True):
+        kept = cut(ids, target_bounds(starts, ends, piece.answers or ()), max_length)
+        pieces.append(EncodedPiece(split, True, kept.ids, kept, piece.place))
+    return pieces
 
 
 def encode_batch(tokenizer: Tokenizer, batch: Batch) -> list[EncodedPiece]:
@@ -67,12 +82,21 @@ def encode_batch(tokenizer: Tokenizer, batch: Batch) -> list[EncodedPiece]:
 
 
 @contextmanager
-def encoder(workers: int, tokenizer_directory: Path) -> Iterator[Encode]:
+def encoder(
+    workers: int,
+    tokenizer_directory: Path,
+    *,
+    conversations: bool = False,
+    max_length: int | None = None,
+) -> Iterator[Encode]:
     """Yield a function from batches to tokens, in order; one worker is this thread.
 
     Threads are enough: both tokenizer libraries compute without Python's lock.
     """
-    encode = partial(encode_batch, load_tokenizer(tokenizer_directory))
+    tokenizer = load_tokenizer(tokenizer_directory)
+    encode = partial(encode_batch, tokenizer)
+    if conversations:
+        encode = partial(encode_conversations, tokenizer, max_length)
     if workers == 1:
         yield partial(map, encode)
         return

@@ -66,7 +66,7 @@ def check_file(directory: Path, manifest: DatasetManifest) -> None:
     for shard in _all_shards(manifest):
         problems += _shard_problems(directory, shard, manifest) or (
             _file_problems(directory, shard, partial(_id_problem, manifest))
-            + _file_problems(directory, shard.offsets)
+            + [problem for file in shard.beside for problem in _file_problems(directory, file)]
         )
     _raise(directory, problems)
 
@@ -82,11 +82,12 @@ def verify(directory: Path, *, full: bool = False) -> DatasetManifest:
             for problem in _hash_problems(Path(directory), record)
         ]
         for shard in _all_shards(manifest):
-            problems += _hash_problems(Path(directory), shard) + _hash_problems(
-                Path(directory), shard.offsets
-            )
+            for file in (shard, *shard.beside):
+                problems += _hash_problems(Path(directory), file)
             problems += _token_problems(Path(directory), shard, manifest)
-            problems += _offset_problems(Path(directory), shard)
+            problems += _place_problems(Path(directory), shard.offsets, below=shard.tokens)
+            if shard.targets is not None:
+                problems += _place_problems(Path(directory), shard.targets, below=shard.tokens + 1)
         _raise(Path(directory), problems)
     return manifest
 
@@ -156,6 +157,11 @@ def _shard_problems(directory: Path, shard: TokenShard, manifest: DatasetManifes
         return [
             f"{path.with_suffix('.offsets')}: {shard.offsets.bytes} bytes found, {expected} "
             f"expected (uint64 offsets)"
+        ]
+    if shard.targets is not None and shard.targets.bytes % (2 * OFFSET_DTYPE.itemsize):
+        return [
+            f"{path.with_suffix('.targets')}: {shard.targets.bytes} bytes found, a multiple of "
+            f"{2 * OFFSET_DTYPE.itemsize} expected (uint64, two for each run of targets)"
         ]
     if shard.max_token >= manifest.vocabulary:
         return [
@@ -244,16 +250,17 @@ def _token_problems(directory: Path, shard: TokenShard, manifest: DatasetManifes
     return []
 
 
-def _offset_problems(directory: Path, shard: TokenShard) -> list[str]:
-    path = directory / shard.offsets.file
+def _place_problems(directory: Path, record: FileRecord, *, below: int) -> list[str]:
+    """Return what is wrong with places of tokens, of documents or of runs of targets."""
+    path = directory / record.file
     offsets = np.fromfile(path, OFFSET_DTYPE).astype(np.int64)
-    wrong = np.flatnonzero((np.diff(offsets, prepend=-1) <= 0) | (offsets >= shard.tokens))
+    wrong = np.flatnonzero((np.diff(offsets, prepend=-1) <= 0) | (offsets >= below))
     if not len(wrong):
         return []
     place = int(wrong[0])
     return [
         f"{path}: offset {offsets[place]} at byte {place * OFFSET_DTYPE.itemsize}, "
-        f"increasing offsets below {shard.tokens} expected"
+        f"increasing offsets below {below} expected"
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from megagpt.data.columns import Column, missing
+from megagpt.data.columns import Columns, missing
 from megagpt.utils import UserError
 
 MOST_NAMED = 10
@@ -47,12 +47,14 @@ class LeftOut:
         self._column_seen = False
         self._names = {}
 
-    def file_without_text(self, path: str, column: Column) -> None:
+    def file_without_text(self, path: str, column: Columns) -> None:
         """Note that a file had rows, and a text in none of them."""
         if not self._column_seen and self._names:
-            self._without_column.append(f"{path}: {missing(column.written, self._names)}")
+            self._without_column.append(
+                f"{path}: {missing(column.written, self._names, column.option)}"
+            )
 
-    def row_without_text(self, place: str, row: Any, column: Column) -> None:
+    def row_without_text(self, place: str, row: Any, column: Columns) -> None:
         """Count a row without text; raise UserError if the column seems to be misspelt."""
         self.without_text += 1
         self._first_without = self._first_without or place
@@ -62,7 +64,7 @@ class LeftOut:
         if self.documents == 0 and self.without_text == ROWS_TO_FIND_THE_COLUMN:
             self._require_column(column)
 
-    def require_documents(self, column: Column | None = None) -> None:
+    def require_documents(self, column: Columns | None = None) -> None:
         """Raise UserError if a whole pass has found nothing."""
         if self.documents:
             return
@@ -75,14 +77,14 @@ class LeftOut:
         ]
         raise UserError(
             f"--dataset {self.dataset}: no text found ({', '.join(found) or 'no rows'}); choose "
-            "another dataset or --column"
+            f"another dataset or {'--column' if column is None else column.option}"
         )
 
-    def _require_column(self, column: Column) -> None:
+    def _require_column(self, column: Columns) -> None:
         if not self._column_seen:
             raise UserError(
                 f"--dataset {self.dataset}: none of its {self.without_text} rows up to here has a "
-                f"text: {missing(column.written, self._names)}"
+                f"text: {missing(column.written, self._names, column.option)}"
             )
 
     def lines(self) -> list[str]:

@@ -46,7 +46,7 @@ MODEL_TOKENIZER_FILES = (
 Split = Literal["train", "val"]
 _TOKENIZER_NAMES = "|".join(map(re.escape, (TOKENIZER_FILE, *MODEL_TOKENIZER_FILES)))
 FileName = Annotated[
-    str, Field(pattern=rf"^((train|val)-\d{{5}}\.(bin|offsets)|{_TOKENIZER_NAMES})$")
+    str, Field(pattern=rf"^((train|val)-\d{{5}}\.(bin|offsets|targets)|{_TOKENIZER_NAMES})$")
 ]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
@@ -66,12 +66,26 @@ class FileRecord(_Record):
 
 
 class TokenShard(FileRecord):
-    """One `.bin` of tokens, and its `.offsets`: the position in it of each document's start."""
+    """One `.bin` of tokens, and its `.offsets`: the position in it of each document's start.
+
+    Of conversations also its `.targets`: the bounds of the runs of tokens to learn from.
+    """
 
     tokens: Annotated[int, Field(ge=1)]
     documents: Count  # documents that begin in this shard
     max_token: Count
     offsets: FileRecord
+    targets: FileRecord | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, serialize: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
+        """Leave `targets` out of text, as before there were any: fingerprints stay."""
+        return _without(serialize(self), "targets", present=self.targets is not None)
+
+    @property
+    def beside(self) -> tuple[FileRecord, ...]:
+        """The files that belong to this one."""
+        return (self.offsets, *(() if self.targets is None else (self.targets,)))
 
 
 class TokenizerRecord(FileRecord):
@@ -83,12 +97,16 @@ class TokenizerRecord(FileRecord):
     @model_serializer(mode="wrap")
     def _without_none(self, serialize: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
         """Leave `beside` out where there is none, as before there were any: fingerprints stay."""
-        content = serialize(self)
-        return content if self.beside else {k: v for k, v in content.items() if k != "beside"}
+        return _without(serialize(self), "beside", present=bool(self.beside))
 
     @property
     def files(self) -> tuple[FileRecord, ...]:
         return (self, *self.beside)
+
+
+def _without(content: dict[str, JsonValue], key: str, *, present: bool) -> dict[str, JsonValue]:
+    """Return what a record is stored as, without a key that says nothing."""
+    return content if present else {name: v for name, v in content.items() if name != key}
 
 
 class DatasetManifest(_Record):
@@ -132,6 +150,11 @@ class DatasetManifest(_Record):
 
     def tokens(self, split: Split) -> int:
         return sum(shard.tokens for shard in self.shards(split))
+
+    @property
+    def has_conversations(self) -> bool:
+        """Whether only some tokens are targets: those of the assistant."""
+        return any(s.targets is not None for shards in self.splits.values() for s in shards)
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"

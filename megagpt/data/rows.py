@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megagpt.data.columns import BadRowError, Column, listed
+from megagpt.data.columns import BadRowError, Columns, listed
 from megagpt.data.compression import open_decompressed
 from megagpt.data.kinds import BYTE_ORDER_MARK, Recognized
 from megagpt.data.text_files import decoded_blocks, not_utf8
@@ -39,7 +39,7 @@ class BadRow:
     problem: str
 
 
-def rows_of(found: Recognized, column: Column) -> Iterator[Row]:
+def rows_of(found: Recognized, column: Columns) -> Iterator[Row]:
     """Yield the rows of a file, from the first to the last."""
     path = found.file.path
     if found.kind in ("parquet", "arrow"):
@@ -220,7 +220,7 @@ class JsonValues:
 # ----------------------------------------------------------------------------------- tables of text
 
 
-def _table_rows(content: BinaryIO, path: Path, column: Column) -> Iterator[Row]:
+def _table_rows(content: BinaryIO, path: Path, column: Columns) -> Iterator[Row]:
     """Yield the rows of a table with a header: commas, tabs, semicolons or bars between fields."""
     csv.field_size_limit(LONGEST_FIELD)
     lines = _Lines(content, path)
@@ -265,7 +265,7 @@ class _Lines:
             raise BadRowError(not_utf8(error, error.start, self.path)) from None
 
 
-def _header(lines: _Lines, column: Column) -> tuple[str, list[str]]:
+def _header(lines: _Lines, column: Columns) -> tuple[str, list[str]]:
     """Return the delimiter under which the header has the column, and the header.
 
     An empty header if there are no lines.
@@ -304,7 +304,7 @@ def _damage_named(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _parquet_rows(path: Path, column: Column) -> Iterator[Row]:
+def _parquet_rows(path: Path, column: Columns) -> Iterator[Row]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path, buffer_size=BATCH_BYTES, pre_buffer=False) as file:
@@ -326,7 +326,7 @@ def _rows_at_once(metadata: Any, names: list[str]) -> int:
     return max(1, min(4096, metadata.num_rows * BATCH_BYTES // max(size, 1)))
 
 
-def _arrow_rows(path: Path, column: Column) -> Iterator[Row]:
+def _arrow_rows(path: Path, column: Columns) -> Iterator[Row]:
     """Yield the rows of a file or a stream of Arrow, as Feather and `datasets` write them."""
     import pyarrow
 
@@ -354,7 +354,7 @@ def _arrow_rows(path: Path, column: Column) -> Iterator[Row]:
         yield from _counted(pieces, None, path)
 
 
-def _sources(names: list[str], path: Path, column: Column) -> list[str]:
+def _sources(names: list[str], path: Path, column: Columns) -> list[str]:
     try:
         return column.sources(names)
     except BadRowError as error:

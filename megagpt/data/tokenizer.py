@@ -62,6 +62,14 @@ class Tokenizer(Protocol):
         those that they have in the whole document.
         """
 
+    def encode_with_places(
+        self, texts: Sequence[str]
+    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Return ids, uint32 [n], and the characters [starts, ends) of each, int64 [n].
+
+        Here the name of a special token is that token: a chat template has written it.
+        """
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of ids; bytes that are not UTF-8 become U+FFFD."""
 

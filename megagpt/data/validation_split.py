@@ -22,12 +22,14 @@ def assign_splits(
 
     From twenty documents on, whole documents are held out at equal distances, beginning with
     the first: `fraction` of them (default 0.01). With fewer, the end of the text is held out:
-    `fraction` of its characters (default 0.1).
+    `fraction` of its characters (default 0.1). Conversations are held out whole, also of few.
     """
     characters = characters_of_few(source)
     if characters is None:
         return _every_nth(source, FRACTION_OF_MANY if fraction is None else fraction, skip)
     held_out = FRACTION_OF_FEW if fraction is None else fraction
+    if source.has_conversations:
+        return _every_nth(source, held_out, skip)
     cut = round(characters * (1 - held_out))
     return itertools.islice(_head_and_tail(source, cut, characters), skip, None)
 

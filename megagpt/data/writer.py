@@ -43,6 +43,19 @@ class ShardProgress(BaseModel):
 
     tokens: int = 0
     documents: int = 0
+    target_bounds: int = 0
+
+
+class ConversationCounts(BaseModel):
+    """What became of the conversations so far, for the report at the end."""
+
+    conversations: int = 0
+    longest: int = 0  # in tokens, as kept
+    targets: int = 0
+    cut: int = 0  # conversations
+    tokens_cut: int = 0
+    targets_cut: int = 0
+    unusable: int = 0  # left out: without a target within --max_length
 
 
 class PreparationProgress(BaseModel):
@@ -56,6 +69,7 @@ class PreparationProgress(BaseModel):
     request: dict[str, JsonValue]
     pieces: int = 0  # pieces of the source that are in the files
     splits: dict[Split, list[ShardProgress]] = {"train": [], "val": []}
+    conversations: ConversationCounts | None = None  # None: the corpus is text
 
     def tokens(self, split: Split) -> int:
         return sum(shard.tokens for shard in self.splits[split])
@@ -79,7 +93,10 @@ def read_progress(staging: Path) -> PreparationProgress | None:
 
 
 class SplitWriter:
-    """Append one split's tokens and document offsets, continuing after `shards`."""
+    """Append one split's tokens and document offsets, continuing after `shards`.
+
+    With `targets`, also the bounds of the runs of tokens that are targets.
+    """
 
     def __init__(
         self,
@@ -88,19 +105,27 @@ class SplitWriter:
         dtype: np.dtype,
         shard_tokens: int,
         shards: list[ShardProgress],
+        *,
+        targets: bool = False,
     ) -> None:
         self._staging = staging
         self._split = split
         self._dtype = dtype
         self._shard_tokens = shard_tokens
         self.shards = shards
-        self._files: tuple[BinaryIO, BinaryIO] | None = None
+        self._targets = targets
+        self._files: tuple[BinaryIO, ...] | None = None
         _remove_shards_from(staging, split, len(shards))
         if shards:
             self._open_last()
 
-    def write(self, tokens: np.ndarray, *, starts_document: bool) -> None:
-        """Append `tokens`; a full shard is closed, so documents and pieces stay whole in it."""
+    def write(
+        self, tokens: np.ndarray, *, starts_document: bool, bounds: np.ndarray | None = None
+    ) -> None:
+        """Append `tokens`; a full shard is closed, so documents and pieces stay whole in it.
+
+        `bounds` of the runs of targets among them (megagpt/data/chat/targets.py).
+        """
         if not self.shards or self.shards[-1].tokens >= self._shard_tokens:
             self.sync()
             self.close()
@@ -108,7 +133,10 @@ class SplitWriter:
             self._open_last()
         assert self._files is not None
         shard = self.shards[-1]
-        tokens_file, offsets_file = self._files
+        tokens_file, offsets_file, *targets_file = self._files
+        if bounds is not None:
+            _write_all(targets_file[0], (bounds + shard.tokens).astype(OFFSET_DTYPE).tobytes())
+            shard.target_bounds += len(bounds)
         if starts_document:
             _write_all(offsets_file, np.array(shard.tokens, OFFSET_DTYPE).tobytes())
             shard.documents += 1
@@ -135,6 +163,9 @@ class SplitWriter:
             _open_at(self._staging / f"{stem}.bin", shard.tokens * self._dtype.itemsize),
             _open_at(self._staging / f"{stem}.offsets", shard.documents * OFFSET_DTYPE.itemsize),
         )
+        if self._targets:
+            size = shard.target_bounds * OFFSET_DTYPE.itemsize
+            self._files += (_open_at(self._staging / f"{stem}.targets", size),)
 
 
 def _open_at(path: Path, size: int) -> BinaryIO:
@@ -172,12 +203,26 @@ class DatasetWriter:
         self.progress = progress
         self._dtype = np.dtype(dtype_for(vocabulary)).newbyteorder("<")
         self._splits = {
-            s: SplitWriter(staging, s, self._dtype, shard_tokens, progress.splits[s])
+            s: SplitWriter(
+                staging,
+                s,
+                self._dtype,
+                shard_tokens,
+                progress.splits[s],
+                targets=progress.conversations is not None,
+            )
             for s in SPLITS
         }
 
-    def write(self, split: Split, tokens: np.ndarray, *, starts_document: bool) -> None:
-        """Append a part of a document.
+    def write(
+        self,
+        split: Split,
+        tokens: np.ndarray,
+        *,
+        starts_document: bool,
+        bounds: np.ndarray | None = None,
+    ) -> None:
+        """Append a part of a document; of conversations also the bounds of its targets.
 
         Raises UserError with needed and free space if the disk is full.
         """
@@ -185,7 +230,7 @@ class DatasetWriter:
         if tokens.max(initial=0) >= self._vocabulary:
             raise ValueError(f"token id {tokens.max()} in a vocabulary of {self._vocabulary}")
         with explain_full_disk(self._staging, tokens.nbytes):
-            self._splits[split].write(tokens, starts_document=starts_document)
+            self._splits[split].write(tokens, starts_document=starts_document, bounds=bounds)
 
     def commit(self, pieces: int) -> None:
         """Make everything durable that was written from the source's first `pieces`.
@@ -245,6 +290,9 @@ def _sealed_shard(path: Path, shard: ShardProgress, dtype: np.dtype) -> TokenSha
         documents=shard.documents,
         max_token=largest_token(path, dtype),
         offsets=record_file(path.with_suffix(".offsets")),
+        targets=record_file(targets)
+        if (targets := path.with_suffix(".targets")).exists()
+        else None,
     )
 
 
@@ -316,7 +364,7 @@ def publish(directory: Path) -> None:
         MANIFEST_FILE,
         *(record.file for record in manifest.tokenizer.files),
         *(s.file for s in shards),
-        *(s.offsets.file for s in shards),
+        *(file.file for s in shards for file in s.beside),
     }
     for path in staging.iterdir():
         if path.name not in known:

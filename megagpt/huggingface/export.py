@@ -28,6 +28,7 @@ from megagpt.checkpoint.safetensors_file import (
 )
 from megagpt.config import ModelConfig
 from megagpt.data.byte_level_bpe import END_OF_DOCUMENT
+from megagpt.data.chat.template import TEMPLATE_FILE
 from megagpt.data.model_tokenizer.files import files_of_tokenizer, is_of_a_model
 from megagpt.data.tokenizer import TOKENIZER_FILE, TOKENIZER_FILES, Tokenizer
 from megagpt.huggingface.architectures import (
@@ -40,6 +41,7 @@ from megagpt.huggingface.architectures import (
 )
 from megagpt.huggingface.kept_model import GENERATION, KeptModel
 from megagpt.huggingface.whole_directory import flushed, whole_directory
+from megagpt.inference.chat import ends_of_answers
 from megagpt.inference.generate import allowed_tokens, open_tokenizer
 from megagpt.inference.stored_model import open_weights
 from megagpt.rundir.base import find_base
@@ -92,6 +94,7 @@ def export(
         kept.document(model)  # is that of the run, or raises
     architecture = kept.architecture if kept else require_architecture(model, run_directory)
     tokenizer = open_tokenizer(config.megagpt, run_directory)
+    ends = ends_of_answers(config.megagpt.data, tokenizer)
     require_free(output, overwrite, OF_AN_EXPORT)
     found_step, weight = open_weights(run_directory, step)
     source = TrainedWeights(weight, model, list(architecture.parts(model)), kept)
@@ -105,9 +108,10 @@ def export(
     ) as staging:
         if kept is None:
             _write_json(staging / CONFIG, _model_config(architecture, model, tokenizer, dtype))
-            _write_json(staging / GENERATION, _generation_config(model, tokenizer))
+            _write_json(staging / GENERATION, _generation_config(model, tokenizer, ends))
         else:
             _write_kept(staging, kept, model, dtype, size)
+            _add_ends(staging / GENERATION, ends)
         _write_tokenizer(staging, Path(config.megagpt.data.sources[0].path), model)
         for file in files:
             _write_file(staging, file, source)
@@ -326,10 +330,27 @@ def _model_config(
     )
 
 
-def _generation_config(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return generation_config.json; as in launch/generate.py, ids without text are suppressed."""
-    silent = sorted(set(range(model.vocabulary)) - set(allowed_tokens(tokenizer).tolist()))
-    return _ends(tokenizer) | ({"suppress_tokens": silent} if silent else {})
+def _generation_config(
+    model: ModelConfig, tokenizer: Tokenizer, ends: Sequence[int]
+) -> dict[str, Any]:
+    """Return generation_config.json; as in launch/generate.py, ids without text are suppressed.
+
+    ``ends`` are those of a chat's answers.
+    """
+    silent = sorted(set(range(model.vocabulary)) - set(allowed_tokens(tokenizer, ends).tolist()))
+    every = {"eos_token_id": [tokenizer.end_of_document, *ends]} if ends else {}
+    return _ends(tokenizer) | every | ({"suppress_tokens": silent} if silent else {})
+
+
+def _add_ends(path: Path, ends: Sequence[int]) -> None:
+    """Add the ends of a chat's answers to a published model's own, or leave its file as it is."""
+    if not path.is_file():
+        return
+    document = json.loads(path.read_bytes())
+    known = document.get("eos_token_id") or []
+    known = [known] if isinstance(known, int) else known
+    if more := [end for end in ends if end not in known]:
+        _write_json(path, document | {"eos_token_id": [*known, *more]})
 
 
 def _ends(tokenizer: Tokenizer) -> dict[str, int]:
@@ -356,6 +377,8 @@ def _write_tokenizer(staging: Path, data: Path, model: ModelConfig) -> None:
     }
     write_atomically(staging / TOKENIZER_FILE, (data / TOKENIZER_FILE).read_bytes())
     _write_json(staging / "tokenizer_config.json", settings)
+    if (data / TEMPLATE_FILE).is_file():
+        write_atomically(staging / TEMPLATE_FILE, (data / TEMPLATE_FILE).read_bytes())
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

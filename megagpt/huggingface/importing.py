@@ -36,6 +36,7 @@ from megagpt.huggingface.published_model import PublishedModel
 from megagpt.huggingface.whole_directory import whole_directory
 from megagpt.parallel.compat import MOMENTS, Piece
 from megagpt.parallel.rectangles import whole
+from megagpt.planning.epochs import counted_samples
 from megagpt.planning.legality import World, resolve
 from megagpt.rundir.data import open_stream, prepare_vocabulary, splits_of
 from megagpt.rundir.directory import record
@@ -122,7 +123,7 @@ def _resolved(config: RunConfig) -> ResolvedConfig:
                 "ranks); --set train_batch_size=N"
             ]
         )
-    world = World(_ranks(config), prepare_vocabulary(config))
+    world = World(_ranks(config), prepare_vocabulary(config), samples=counted_samples())
     return resolve(config, world=world).config
 
 
@@ -136,7 +137,8 @@ def _require_data_for_its_context(source: Path, config: ResolvedConfig) -> None:
         manifest = read_dataset_manifest(Path(place.path))
         splits = splits_of(config)
         tokens, split = min((manifest.tokens(split), split) for split in splits)
-        if tokens > length:
+        packed = manifest.has_conversations and config.megagpt.data.packing != "stream"
+        if packed or tokens > length:  # what conversations leave of a sample is filled
             continue
         remedies = ["prepare more text"]
         if split == "val" and manifest.tokens("train") > length:

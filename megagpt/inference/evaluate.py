@@ -129,6 +129,7 @@ def open_validation(config: MegagptConfig) -> list[tuple[Path, SampleStream]]:
             sequence_length=config.model.sequence_length,
             seed=config.data.seed,
             document_mask=config.data.document_mask,
+            packing=config.data.packing,
         )
         require_known_ids(directory, stream.vocabulary, config.model)
         streams.append((directory, stream))

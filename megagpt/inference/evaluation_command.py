@@ -1,12 +1,14 @@
 """The command `launch/evaluate.py`: what its options ask for, on one rank or on all of a mesh."""
 
 import json
+import logging
 import os
 import sys
 from argparse import Namespace
 
 import torch
 
+from megagpt.common.network import reachable
 from megagpt.data.corpora import open_source
 from megagpt.data.tokenizer import load_tokenizer
 from megagpt.distributed import Mesh
@@ -17,6 +19,8 @@ from megagpt.inference.text_windows import evaluate_text
 from megagpt.rundir.directory import read_config
 from megagpt.rundir.tokenizer_hash import require_tokenizer
 from megagpt.utils import RankEnvironment, UserError
+
+HUB = ("huggingface.co", 443)
 
 
 def evaluate_run(options: Namespace) -> None:
@@ -96,8 +100,10 @@ def evaluate_texts(model: PlacedModel, options: Namespace) -> None:
 
 def evaluate_tasks(model: PlacedModel, options: Namespace) -> None:
     """Run tasks of lm-evaluation-harness."""
+    if not reachable(*HUB):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the library would try for half a minute
     if RankEnvironment.read().rank:
-        os.environ["TQDM_DISABLE"] = "1"  # one progress bar is enough
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # once is enough
     from megagpt.inference.harness import HarnessModel, run_tasks, scores_of
 
     tokenizer = open_tokenizer(model.config.megagpt, options.run_dir)

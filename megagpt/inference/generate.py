@@ -26,7 +26,7 @@ Forward = Callable[[Tensor, KeyValueCache], Tensor]
 def generate(
     forward: Forward,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     *,
     sequence_length: int,
     reread_after: int | None = None,
@@ -35,10 +35,12 @@ def generate(
     top_k: int | None = None,
     top_p: float = 1.0,
     seed: int = 0,
+    end_tokens: Sequence[int] = (),
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[str]:
     """Return each prompt's continuation, up to ``max_new_tokens`` or the end of the document.
 
+    A prompt of ids is read as it is. ``end_tokens`` end a text, too (those of a chat's turn).
     ``reread_after`` is the model's: see ``continuation``.
     ``on_text(prompt_index, piece)`` receives the text as it grows. If ranks share the model (ZeRO-3
     gathers it in every forward), all of them must call this, and ``forward`` must return the same
@@ -47,17 +49,21 @@ def generate(
     are not finite.
     """
     texts = []
-    allowed = allowed_tokens(tokenizer)
+    allowed = allowed_tokens(tokenizer, end_tokens)
     for index, prompt in enumerate(prompts):
         sampler = Sampler(allowed, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        read = [*tokenizer.start_of_document, *tokenizer.encode(prompt)]
+        read = (
+            [*tokenizer.start_of_document, *tokenizer.encode(prompt)]
+            if isinstance(prompt, str)
+            else [*prompt]
+        )
         new_tokens = continuation(
             forward,
             read or [tokenizer.end_of_document],
             sampler,
             sequence_length=sequence_length,
             reread_after=reread_after,
-            end_token=tokenizer.end_of_document,
+            end_tokens=(tokenizer.end_of_document, *end_tokens),
             limit=max_new_tokens,
         )
         pieces = []
@@ -75,11 +81,11 @@ def continuation(
     sampler: "Sampler",
     *,
     sequence_length: int,
-    end_token: int,
+    end_tokens: Sequence[int],
     limit: int,
     reread_after: int | None = None,
 ) -> Iterator[int]:
-    """Yield at most ``limit`` tokens that follow ``tokens``, up to but without the end token.
+    """Yield at most ``limit`` tokens that follow ``tokens``, up to but without an end token.
 
     A model has no position beyond ``sequence_length``. When the text fills it, its newest half is
     read again from position 0, so one token per half sequence costs more than the others. So does
@@ -99,7 +105,7 @@ def continuation(
             cache = KeyValueCache(sequence_length)
             unread = text[start:]
         token = sampler.pick(next_logits(forward, unread, cache))
-        if token == end_token:
+        if token in end_tokens:
             return
         yield token
         text.append(token)
@@ -172,9 +178,10 @@ def open_tokenizer(config: MegagptConfig, run_directory: Path) -> Tokenizer:
     return tokenizer
 
 
-def allowed_tokens(tokenizer: Tokenizer) -> Tensor:
-    """Return the ids that a model may write: those of text, and the end of a document.
+def allowed_tokens(tokenizer: Tokenizer, end_tokens: Sequence[int] = ()) -> Tensor:
+    """Return the ids that a model may write: those of text, the end of a document, other ends.
 
     Rows that pad the vocabulary and ids that a tokenizer skips are not allowed.
     """
-    return torch.tensor([*tokenizer.text_ids, tokenizer.end_of_document])
+    known = (*tokenizer.text_ids, tokenizer.end_of_document)
+    return torch.tensor([*known, *(end for end in end_tokens if end not in known)])

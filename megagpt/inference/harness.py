@@ -71,6 +71,11 @@ class HarnessModel(TemplateLM):
         start = () if add_special_tokens is False else self.text.start_of_document
         return [*start, *self.text.encode(string)]
 
+    def loglikelihood(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=not self.speaks_first)
+
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, Tokens, Tokens]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
@@ -98,8 +103,19 @@ class HarnessModel(TemplateLM):
         return sums
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        for _, settings in (request.args for request in requests):  # before anything is generated
+            self._require_room(normalize_gen_kwargs(settings, MOST_NEW_TOKENS)["max_gen_toks"])
         own = [self._generated(*request.args) for request in self.model.share(iter(requests))]
         return self.model.gather(own)
+
+    def _require_room(self, most: int) -> None:
+        """Raise UserError if the model's context has no room for a prompt and ``most`` tokens."""
+        if most >= self.max_length:
+            raise UserError(
+                f"--tasks: a task generates {most} tokens, but megagpt.model.sequence_length is "
+                f"{self.max_length} and the prompt needs room; set max_gen_toks in its "
+                f"generation_kwargs below that"
+            )
 
     def _row(self, context: Tokens, wanted: Tokens) -> Window:
         """Return what the model reads, cut on the left to its context, and what it has to say."""
@@ -136,12 +152,6 @@ class HarnessModel(TemplateLM):
         end = self.text.decode([self.eot_token_id])
         stops = [s for s in handle_stop_sequences(list(wanted["until"]), eos=end) if s]
         most = wanted["max_gen_toks"]
-        if most >= self.max_length:
-            raise UserError(
-                f"--tasks: a task generates {most} tokens, but megagpt.model.sequence_length is "
-                f"{self.max_length} and the prompt needs room; set max_gen_toks in its "
-                f"generation_kwargs below that"
-            )
         sampler = Sampler(
             self.allowed,
             temperature=wanted["temperature"] if wanted["do_sample"] else 0.0,
@@ -156,7 +166,7 @@ class HarnessModel(TemplateLM):
             sampler,
             sequence_length=self.max_length,
             reread_after=self.model.config.megagpt.model.reread_after,
-            end_token=self.eot_token_id,
+            end_tokens=(self.eot_token_id,),
             limit=most,
         ):
             tokens.append(token)

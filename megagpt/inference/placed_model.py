@@ -115,8 +115,12 @@ class PlacedModel:
     @torch.no_grad()
     def loss(self, batch: Batch) -> Tensor | None:
         """Return the mean loss of the targets in nats on the last stage, None on others."""
-        documents = None if batch.document_ids is None else torch.from_numpy(batch.document_ids)
-        x = self._hidden(torch.from_numpy(batch.tokens), document_ids=documents)
+        context = {
+            name: torch.from_numpy(array)
+            for name in ("document_ids", "positions")
+            if (array := getattr(batch, name)) is not None
+        }
+        x = self._hidden(torch.from_numpy(batch.tokens), **context)
         if self.head is None:
             return None
         return self.head(x, torch.from_numpy(batch.targets).to(self.device))
@@ -181,8 +185,10 @@ class PlacedModel:
 
     def _hidden(self, tokens: Tensor, **context: Any) -> Tensor:
         """Return the hidden states after this rank's layers, and send them to the next stage."""
-        if context.get("document_ids") is not None:
-            context["document_ids"] = context["document_ids"].to(self.device)
+        context = {
+            name: value.to(self.device) if isinstance(value, Tensor) else value
+            for name, value in context.items()
+        }
         mesh = self.mesh
         if mesh is None or mesh.pipeline_rank == 0:
             x = tokens.to(self.device)

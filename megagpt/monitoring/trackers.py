@@ -11,11 +11,11 @@ import logging
 import netrc
 import os
 import secrets
-import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from megagpt.common.network import reachable
 from megagpt.monitoring.metrics import Line
 from megagpt.utils import write_atomically
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WANDB_DEFAULT_URL = "https://api.wandb.ai"
-CONNECT_TIMEOUT_S = 3.0
 # To open a run and to upload its last lines; wandb itself waits 90 s, and without a limit.
 WANDB_TIMEOUT_S = 30
 
@@ -129,7 +128,7 @@ def why_offline() -> str | None:
     url = urlsplit(os.environ.get("WANDB_BASE_URL", WANDB_DEFAULT_URL))
     if not _has_wandb_login(url.hostname or ""):
         return "no API key (WANDB_API_KEY, or wandb login)"
-    if not _reachable(url.hostname or "", url.port or (80 if url.scheme == "http" else 443)):
+    if not reachable(url.hostname or "", url.port or (80 if url.scheme == "http" else 443)):
         return f"{url.hostname} cannot be reached"
     return None
 
@@ -142,19 +141,6 @@ def _has_wandb_login(host: str) -> bool:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
-
-
-def _reachable(host: str, port: int) -> bool:
-    """Return whether `host` accepts a connection; behind a proxy only wandb can find out."""
-    if any(
-        os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")
-    ):
-        return True
-    try:
-        socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
-    except OSError:
-        return False
-    return True
 
 
 def _run_id(run_directory: Path) -> str:

@@ -48,11 +48,15 @@ class BatchLoader:
             documents = kernels.document_bounds(
                 self._to_device(torch.from_numpy(batch.document_ids))
             )
+        positions = None
+        if batch.positions is not None:
+            positions = self._to_device(torch.from_numpy(batch.positions))
         return MicroBatch(
             self._to_device(torch.from_numpy(batch.tokens)),
             self._to_device(torch.from_numpy(batch.targets)),
             documents,
             seeds,
+            positions,
         )
 
     def _to_device(self, value: Tensor) -> Tensor:

@@ -29,17 +29,23 @@ class MicroBatch:
     ``tokens`` and ``targets`` are (batch, length); targets of ``IGNORED`` have no loss.
     ``documents`` holds the bounds of packed documents or None; it is computed once for every layer,
     stage and recomputation. ``dropout_seed`` (batch,) has one seed per sample, or is None.
+    ``positions`` (batch, length) are those of the tokens, where they begin again in each document.
     """
 
     tokens: Tensor
     targets: Tensor
     documents: DocumentBounds | None = None
     dropout_seed: Tensor | None = None
+    positions: Tensor | None = None
 
     @property
     def context(self) -> dict[str, Any]:
         """The arguments that every block needs in addition to the hidden states."""
-        optional = {"document_ids": self.documents, "dropout_seed": self.dropout_seed}
+        optional = {
+            "document_ids": self.documents,
+            "dropout_seed": self.dropout_seed,
+            "positions": self.positions,
+        }
         return {name: value for name, value in optional.items() if value is not None}
 
 
@@ -304,10 +310,9 @@ def _joined_context(micro_batches: Sequence[MicroBatch]) -> dict[str, Any]:
     if micro_batches[0].documents is not None:
         bounds = [m.documents.positions for m in micro_batches if m.documents is not None]
         context["document_ids"] = DocumentBounds(torch.cat(bounds))
-    if micro_batches[0].dropout_seed is not None:
-        context["dropout_seed"] = torch.cat(
-            [m.dropout_seed for m in micro_batches if m.dropout_seed is not None]
-        )
+    for name in ("dropout_seed", "positions"):
+        if getattr(micro_batches[0], name) is not None:
+            context[name] = torch.cat([getattr(m, name) for m in micro_batches])
     return context
 
 

@@ -323,7 +323,8 @@ class PartTable(nn.Module):
         self.axis = axis
 
     def forward(self, index: Tensor) -> Tensor:
-        own = index.chunk(self.axis.size)[self.axis.rank] if self.axis.sequence else index
+        # (length,) or (batch, length)
+        own = index.chunk(self.axis.size, -1)[self.axis.rank] if self.axis.sequence else index
         return F.embedding(own, self.weight)
 
 

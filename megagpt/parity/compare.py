@@ -24,7 +24,7 @@ from megagpt.parallel.pipeline import MicroBatch
 from megagpt.parity import plain
 from megagpt.parity import tolerance as yardstick
 from megagpt.parity.cases import ParityPlan, ParityRequest, plan, remarks_on_own
-from megagpt.parity.plain import WEIGHT, PlainRun, document_ids, dropout_seeds, global_batch
+from megagpt.parity.plain import WEIGHT, PlainRun, samples_of
 from megagpt.parity.tolerance import Straying
 
 
@@ -120,28 +120,22 @@ def micro_batches(engine: Engine, step: int) -> list[MicroBatch]:
     """Return this replica's part of a step's global batch, cut as BatchLoader cuts it."""
     config = engine.config
     mesh = engine.mesh
-    model = config.megagpt.model
     size = config.train_micro_batch_size_per_gpu
-    samples = config.train_batch_size
-    length = model.sequence_length
-    tokens, targets = global_batch(step, samples, length, model.vocabulary)
-    documents = document_ids(step, samples, length) if config.megagpt.data.document_mask else None
-    seeds = dropout_seeds(step, samples) if config.megagpt.drops else None
+    samples = samples_of(config, step)
     starts = [
         (index * mesh.data_size + mesh.data_rank) * size
         for index in range(config.gradient_accumulation_steps)
     ]
-    cuts = [slice(start, start + size) for start in starts]
+    parts = [samples.part(slice(start, start + size), engine.device) for start in starts]
     return [
         MicroBatch(
-            tokens[cut].to(engine.device),
-            targets[cut].to(engine.device),
-            documents=None
-            if documents is None
-            else document_bounds(documents[cut].to(engine.device)),
-            dropout_seed=None if seeds is None else seeds[cut].to(engine.device),
+            part.tokens,
+            part.targets,
+            documents=None if part.document_ids is None else document_bounds(part.document_ids),
+            dropout_seed=part.dropout_seed,
+            positions=part.positions,
         )
-        for cut in cuts
+        for part in parts
     ]
 
 

@@ -58,6 +58,53 @@ def document_ids(step: int, samples: int, length: int) -> Tensor:
     return (torch.rand(samples, length, generator=generator) < 0.2).cumsum(dim=1).int()
 
 
+@dataclass(frozen=True)
+class Samples:
+    """A step's global batch: tokens and targets (samples, length), and what blocks need beside."""
+
+    tokens: Tensor
+    targets: Tensor
+    document_ids: Tensor | None = None
+    dropout_seed: Tensor | None = None
+    positions: Tensor | None = None
+
+    def part(self, cut: slice, device: torch.device | None) -> "Samples":
+        """Return some of the samples, on a device."""
+        parts = {k: v[cut].to(device) for k, v in vars(self).items() if v is not None}
+        return Samples(**parts)
+
+
+def samples_of(config: ResolvedConfig, step: int) -> Samples:
+    """Return a step's global batch as the configuration has its data.
+
+    Packed conversations are the documents: the first two tokens of each are no targets.
+    """
+    shape = config.megagpt.model
+    count = config.train_batch_size
+    tokens, targets = global_batch(step, count, shape.sequence_length, shape.vocabulary)
+    seeds = dropout_seeds(step, count) if config.megagpt.drops else None
+    packed = packs_conversations(config)
+    if not (packed or config.megagpt.data.document_mask):
+        return Samples(tokens, targets, dropout_seed=seeds)
+    documents = document_ids(step, count, shape.sequence_length)
+    if not packed:
+        return Samples(tokens, targets, documents, seeds)
+    positions = positions_in(documents)
+    return Samples(tokens, targets.masked_fill(positions < 2, IGNORED), documents, seeds, positions)
+
+
+def packs_conversations(config: ResolvedConfig) -> bool:
+    """Return whether samples are of whole conversations."""
+    return config.megagpt.data.packing in ("conversations", "one_per_row")
+
+
+def positions_in(documents: Tensor) -> Tensor:
+    """Return the place of each token in its document, from ids (samples, length) in order."""
+    index = torch.arange(documents.shape[1]).expand_as(documents)
+    begins = documents != documents.roll(1, dims=1)
+    return index - torch.where(begins, index, 0).cummax(dim=1).values
+
+
 def train(
     config: ResolvedConfig,
     steps: int,
@@ -129,14 +176,25 @@ def adam(config: ResolvedConfig, model: GPT, fused: bool | None = None) -> torch
 def _loss(
     config: ResolvedConfig, model: Callable[..., Tensor], step: int, device: torch.device | None
 ) -> Tensor:
-    shape = config.megagpt.model
-    samples = config.train_batch_size
-    tokens, targets = global_batch(step, samples, shape.sequence_length, shape.vocabulary)
-    seeds = dropout_seeds(step, samples).to(device) if config.megagpt.drops else None
-    documents = None
-    if config.megagpt.data.document_mask:
-        documents = document_ids(step, samples, shape.sequence_length).to(device)
-    return model(tokens.to(device), targets.to(device), document_ids=documents, dropout_seed=seeds)
+    samples = samples_of(config, step).part(slice(None), device)
+    if samples.positions is not None and samples.dropout_seed is None:
+        return _loss_of_conversations(model, samples)
+    context = dict(vars(samples))
+    return model(context.pop("tokens"), context.pop("targets"), **context)
+
+
+def _loss_of_conversations(model: Callable[..., Tensor], samples: Samples) -> Tensor:
+    """Return the mean loss of the targets, each conversation read alone, without any packing."""
+    assert samples.document_ids is not None
+    total = samples.targets.new_zeros((), dtype=torch.float32)
+    for tokens, targets, documents in zip(
+        samples.tokens, samples.targets, samples.document_ids, strict=True
+    ):
+        for document in documents.unique():
+            own = documents == document
+            if count := int((targets[own] != IGNORED).sum()):
+                total = total + count * model(tokens[own][None], targets[own][None])
+    return total / (samples.targets != IGNORED).sum()
 
 
 def _flat(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

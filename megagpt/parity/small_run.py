@@ -90,7 +90,10 @@ def small_document(
         "bf16": {"enabled": precision == "bf16"},
         "megagpt": {
             "model": _small_model(file.megagpt.model, tried, world_size, precision),
-            "data": {"document_mask": file.megagpt.data.document_mask},
+            "data": {
+                "document_mask": file.megagpt.data.document_mask,
+                "packing": file.megagpt.data.packing,
+            },
             "training": {"total_steps": steps, "seed": file.megagpt.training.seed},
         },
     }

@@ -22,7 +22,7 @@ from megagpt.schema.deepspeed import (
     OffloadOptimizerConfig,
     OffloadParamConfig,
 )
-from megagpt.schema.errors import models_in, shown, unknown_key
+from megagpt.schema.errors import all_keys, models_in, shown, unknown_key
 from megagpt.schema.foreign import FOREIGN
 from megagpt.schema.idle import NOT_FROM_NVME
 from megagpt.schema.reference import default_of, harmless, role_of, verdict
@@ -72,20 +72,12 @@ def full_key(word: str) -> str:
         return word
     if word in SYNONYMS:
         return SYNONYMS[word]
-    ending = [key for key in dict.fromkeys(_all_keys(RunConfig)) if key.endswith(f".{word}")]
+    ending = [key for key in dict.fromkeys(all_keys(RunConfig)) if key.endswith(f".{word}")]
     if len(ending) == 1:
         return ending[0]
     if ending:
         raise UserError(f"--explain {word}: several keys end so; give one of {', '.join(ending)}")
     raise UserError(f"--explain {word}: {unknown_key(tuple(word.split('.')), RunConfig)}")
-
-
-def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        key = f"{prefix}{field.alias or name}"
-        yield key
-        for member in models_in(field.annotation):
-            yield from _all_keys(member, f"{key}.")
 
 
 def _section(key: str, fields: Sequence[FieldInfo]) -> Iterator[str]:

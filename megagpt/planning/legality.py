@@ -8,7 +8,7 @@ check in the same world.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
 
 from megagpt.config import ConfigError, ResolvedConfig, RunConfig, unexpected_world
@@ -17,9 +17,15 @@ from megagpt.schema.arithmetic import nearest_first
 
 # the vocabulary of data that are not prepared; all other rules can be checked
 ANY_VOCABULARY = 0
+ANY_SAMPLES = 10**12  # longer than any warm-up
 MOST_TRIED = 500  # configurations to search for a legal one; each takes about 1 ms
 
 Items = tuple[str, ...]  # `--set` items
+
+
+def any_samples(written: RunConfig) -> int:
+    """Return a stand-in for the samples of an epoch, where the data are not known."""
+    return ANY_SAMPLES
 
 
 @dataclass(frozen=True)
@@ -28,13 +34,15 @@ class World:
 
     `ranks`: the number of ranks (None: those of one replica). `vocabulary`: the number of
     tokens of the data (None: that of the model; ANY_VOCABULARY: not known). `bf16_native`:
-    whether the device multiplies bf16 matrices in hardware (None: not known).
+    whether the device multiplies bf16 matrices in hardware (None: not known). `samples`: the
+    samples of an epoch of a run, asked only of one with a length in epochs.
     """
 
     ranks: int | None
     vocabulary: int | None
     bf16_native: bool | None = None
     fp16_native: bool = True
+    samples: Callable[[RunConfig], int] = any_samples
 
     def resolve(self, written: RunConfig) -> ResolvedConfig:
         """Return the resolved run in this world; raise ConfigError if there is none.
@@ -55,6 +63,9 @@ class World:
             else self._stand_in(written),
             bf16_native=self.bf16_native,
             fp16_native=self.fp16_native,
+            samples_per_epoch=None
+            if written.megagpt.training.total_epochs is None
+            else self.samples(written),
         )
 
     def refusals(self, config: RunConfig, written: RunConfig) -> list[Rule]:

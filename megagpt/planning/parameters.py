@@ -8,6 +8,7 @@ Other norms, positions and the biases behind an all-reduced output are whole on 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import groupby
@@ -52,6 +53,36 @@ def _of_rank(
     layout: Layout, pipeline_rank: int
 ) -> tuple[tuple[Parameter, ...], tuple[int, int], int]:
     return _of_stages(layout.model, _layers(layout, pipeline_rank), layout.tensor, layout.lora)
+
+
+def partitions_of_rank(layout: Layout, pipeline_rank: int) -> tuple[int, ...]:
+    """Return ZeRO 3's part of each trained parameter on a data rank: ceil(numel / data ranks)."""
+    layers = _layers(layout, pipeline_rank)
+    return _partitions(layout.model, layers, layout.tensor, layout.lora, layout.data)
+
+
+def largest_module(layout: Layout, pipeline_rank: int) -> int:
+    """Return the elements of the module whose own parameters are the most."""
+    layers = _layers(layout, pipeline_rank)
+    return _largest_module(layout.model, layers, layout.tensor, layout.lora)
+
+
+@cache
+def _partitions(
+    model: ModelConfig, stages: tuple[range, ...], tensor: int, lora: LoraConfig | None, data: int
+) -> tuple[int, ...]:
+    found, *_ = _of_stages(model, stages, tensor, lora)
+    return tuple(-(-parameter.numel // data) for parameter in found if parameter.trained)
+
+
+@cache
+def _largest_module(
+    model: ModelConfig, stages: tuple[range, ...], tensor: int, lora: LoraConfig | None
+) -> int:
+    modules: Counter[str] = Counter()
+    for parameter in _of_stages(model, stages, tensor, lora)[0]:
+        modules[parameter.name.rpartition(".")[0]] += parameter.numel
+    return max(modules.values())
 
 
 def _layers(layout: Layout, pipeline_rank: int) -> tuple[range, ...]:

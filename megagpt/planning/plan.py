@@ -20,7 +20,7 @@ from megagpt.planning.cost.memory import RankMemory, rank_memory
 from megagpt.planning.cost.model_states import shard_of
 from megagpt.planning.cost.performance import Assumptions, Estimate, estimate
 from megagpt.planning.layout import Layout, Pins
-from megagpt.planning.legality import World, judge, precision_notes, problems
+from megagpt.planning.legality import World, any_samples, judge, precision_notes, problems
 from megagpt.planning.placement import Placement, ranks_by_host
 from megagpt.planning.rules import can_be_cut
 from megagpt.schema.model import GPT2_VOCABULARY
@@ -66,7 +66,8 @@ class Plan:
     """The result of planning.
 
     `notes` are lines on what the file says without effect or leaves open, `refusals` those of
-    planning/rules.py; `memory` and `sent` have one entry a pipeline rank.
+    planning/rules.py; `memory` and `sent` have one entry a pipeline rank. `steps` of the run are
+    None if they follow from data that are not prepared.
     """
 
     source: str
@@ -81,6 +82,7 @@ class Plan:
     estimate: Estimate
     limits: Limits
     assumed: Assumptions
+    steps: int | None = None
     alternatives: list[Alternative] = field(default_factory=list)
 
     @property
@@ -177,6 +179,8 @@ def make_plan(
         raise ConfigError(f"{path}: {line}" for line in refused)
     notes += precision_notes(written, config)
     plan = _plan(path, config, notes, refused, hosts, limits, assumed)
+    if world.samples is not any_samples or written.megagpt.training.total_epochs is None:
+        plan = replace(plan, steps=config.megagpt.training.total_steps)
     return (
         plan
         if plan.good
@@ -187,14 +191,15 @@ def make_plan(
 def world_and_notes(written: RunConfig, ranks: int, bf16_native: bool) -> tuple[World, list[str]]:
     """Return a world of such devices, and lines on what it assumes."""
     world = replace(world_of(written, ranks), bf16_native=bf16_native)
+    world, notes = _with_epochs(written, world)
     model = written.megagpt.model
     if world.vocabulary or model.vocab_size or model.vocabulary or model.published_vocabulary:
-        return world, []
+        return world, notes
     note = (
         f"megagpt.model.vocab_size: not given, and the data are not prepared; planned with "
         f"GPT-2's {GPT2_VOCABULARY}"
     )
-    return replace(world, vocabulary=GPT2_VOCABULARY), [note]
+    return replace(world, vocabulary=GPT2_VOCABULARY), [*notes, note]
 
 
 def world_of(written: RunConfig, ranks: int) -> World:
@@ -203,6 +208,23 @@ def world_of(written: RunConfig, ranks: int) -> World:
     The vocabulary is that of the configuration or of its preset, else that of the data.
     """
     return World(ranks, _vocabulary_here(written), bf16_native=True)
+
+
+def _with_epochs(written: RunConfig, world: World) -> tuple[World, list[str]]:
+    """Return the world with the samples of an epoch if asked, and a note if they are unknown."""
+    if written.megagpt.training.total_epochs is None:
+        return world, []
+    from megagpt.planning.epochs import counted_samples  # numpy
+
+    samples = counted_samples()
+    try:
+        samples(written)
+    except UserError as error:
+        reason = str(error).partition("; ")[0]
+        return world, [
+            f"megagpt.training.total_epochs: the number of steps is not known ({reason})"
+        ]
+    return replace(world, samples=samples), []
 
 
 def _vocabulary_here(written: RunConfig) -> int | None:
@@ -300,6 +322,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "fits": plan.fits_device and plan.fits_host,
         "notes": plan.notes,
         "refusals": plan.refusals,
+        "total_steps": plan.steps,
         "mesh": {
             "pipeline": plan.layout.pipeline,
             "data": plan.layout.data,

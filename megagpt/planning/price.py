@@ -20,7 +20,9 @@ class Budget:
     per_device_hour: float | None = None
 
     def line(self, speed: Estimate | None, devices: int) -> str:
-        """Return the days and the money at a speed as a line; empty if not asked or unknown."""
+        """Return the days and the money at a speed as a line; empty if not asked."""
+        if self.tokens is None and self.per_device_hour is not None:
+            return "--cost: the length of the run in tokens is not known; give --tokens 1e9"
         if self.tokens is None or speed is None:
             return ""
         answer = f"{human_count(self.tokens)} tokens take {self._days(speed):.3g} days"

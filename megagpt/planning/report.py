@@ -16,7 +16,7 @@ from megagpt.planning.plan import Alternative, Limits, Plan
 from megagpt.planning.price import Budget
 from megagpt.planning.schedules import bubble_formula
 from megagpt.planning.stages import describe_stage
-from megagpt.utils import GIB, human_count
+from megagpt.utils import GIB, human_count, human_duration
 
 FEW_RANKS = 16  # up to this many ranks, show each
 SHOWN_STAGES = 8  # columns of memory; with more stages, show the first, the last and the fullest
@@ -45,9 +45,11 @@ def _verdict(plan: Plan) -> str:
     legal = "refused" if plan.refusals else "legal"
     fits = "it fits" if plan.fits_device and plan.fits_host else "IT DOES NOT FIT"
     used = f"{plan.device_gib:.1f} of {room:.1f} GiB a device"
-    used += (
-        f", {plan.host_gib:.1f} of {plan.limits.host_gib:.0f} GiB a host" if plan.host_gib else ""
-    )
+    of_host = f"{plan.host_gib:.1f} of {plan.limits.host_gib:.0f} GiB a host"
+    if plan.limits.shared:
+        used = of_host
+    elif plan.host_gib:
+        used += f", {of_host}"
     mesh = (
         f"pipeline {layout.pipeline} x data {layout.data} x tensor {layout.tensor}; ZeRO "
         f"{layout.zero.stage}"
@@ -203,11 +205,18 @@ def _speed(plan: Plan, budget: Budget) -> str:
     return (
         "speed (an estimate, not a measurement):\n"
         f"  step {result.step_s:.2f} s = {parts}\n  of the slowest rank: {work}\n"
-        f"  {human_count(result.tokens_per_s)} tokens/s, {device_rate} a device, MFU "
-        f"{result.mfu:.0%}\n"
+        f"  {_length(plan)}{human_count(result.tokens_per_s)} tokens/s, {device_rate} a device, "
+        f"MFU {result.mfu:.0%}\n"
         f"  bubble {result.bubble:.1%} of the passes ({idle:.1%} with equal stages)\n"
         f"  GB sent by a rank in a step: {volume}" + (f"\n  {length}" if length else "")
     )
+
+
+def _length(plan: Plan) -> str:
+    """Return how long the whole run is, and takes, for the beginning of a line."""
+    if plan.steps is None:
+        return ""
+    return f"{plan.steps:,} steps take {human_duration(plan.steps * plan.estimate.step_s)}; "
 
 
 def assumptions(assumed: Assumptions, limits_: Limits) -> str:

@@ -88,20 +88,33 @@ def _outcome(run: "Run", first_step: int) -> str:
     """Return what was done, and what the user can type next."""
     total_steps = run.config.megagpt.training.total_steps
     if first_step >= total_steps:
-        more = f"--set megagpt.training.total_steps={2 * first_step}"
         done = (
             f"already done: {run.directory} is at step {first_step} of {total_steps}; to train "
-            f"longer: {more}"
+            f"longer: --set {_twice_as_long(run, first_step)}"
         )
     else:
         done = f"done: step {run.state.step}, {human_count(run.state.tokens)} tokens{_samples(run)}"
     directory = shlex.quote(str(run.directory))
+    return f"{done}\nnext: python launch/generate.py --run_dir {directory} {_what_to_say(run)}"
+
+
+def _twice_as_long(run: "Run", steps: int) -> str:
+    """Return the item of `--set` for twice the steps, with the key that the run's length has."""
+    training = run.config.megagpt.training
+    times = 2 * steps / training.total_steps
+    if training.total_epochs is not None:
+        return f"megagpt.training.total_epochs={training.total_epochs * times:g}"
+    if training.total_tokens is not None:
+        return f"megagpt.training.total_tokens={round(training.total_tokens * times)}"
+    return f"megagpt.training.total_steps={2 * steps}"
+
+
+def _what_to_say(run: "Run") -> str:
+    """Return the option of `generate` that suits what the run was trained on."""
+    if any(dataset.manifest.has_conversations for dataset in run.training.stream.datasets):
+        return "--chat"
     prompt = _prompt(run)
-    option = "--prompt=" if prompt.startswith("-") else "--prompt "
-    return (
-        f"{done}\nnext: python launch/generate.py --run_dir {directory} "
-        f"{option}{shlex.quote(prompt)}"
-    )
+    return f"{'--prompt=' if prompt.startswith('-') else '--prompt '}{shlex.quote(prompt)}"
 
 
 def _samples(run: "Run") -> str:

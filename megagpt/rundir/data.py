@@ -16,6 +16,7 @@ from megagpt.checkpoint.format import (
 from megagpt.config import ResolvedConfig, RunConfig
 from megagpt.data.manifest import DatasetManifest, Split, read_dataset_manifest
 from megagpt.dataset import SampleStream
+from megagpt.planning.epochs import counted_samples
 from megagpt.planning.legality import ANY_VOCABULARY, LegalRun, World, require_legal, resolve
 from megagpt.rundir import directory as directories
 from megagpt.rundir.base import find_base
@@ -42,7 +43,7 @@ def resolve_run(written: RunConfig, source: str = "") -> LegalRun:
     except UserError:
         require_legal(written, source, World(ranks, ANY_VOCABULARY))
         vocabulary = prepare_vocabulary(written)
-    return resolve(written, source, world=World(ranks, vocabulary))
+    return resolve(written, source, world=World(ranks, vocabulary, samples=counted_samples()))
 
 
 def open_data(
@@ -199,8 +200,17 @@ def _vocabulary(config: RunConfig) -> int:
 
 def open_stream(config: ResolvedConfig, split: Split) -> SampleStream:
     """Return the samples of one split."""
-    sources = config.megagpt.data.sources
-    return _open(config.megagpt, [(Path(place.path), place.weight) for place in sources], split)
+    data = config.megagpt.data
+    places = [(Path(source.path), source.weight) for source in data.sources]
+    stream = _open(config.megagpt, places, split)
+    if data.packing in ("conversations", "one_per_row") and not any(
+        dataset.manifest.has_conversations for dataset in stream.datasets
+    ):
+        raise UserError(
+            f'megagpt.data.packing: "{data.packing}", but {places[0][0]} holds text; leave it out, '
+            "or prepare conversations (docs/tuning.md)"
+        )
+    return stream
 
 
 def _open(config: MegagptConfig, data: list[tuple[Path, float]], split: Split) -> SampleStream:
@@ -210,4 +220,5 @@ def _open(config: MegagptConfig, data: list[tuple[Path, float]], split: Split) -
         sequence_length=config.model.sequence_length,
         seed=config.data.seed,
         document_mask=config.data.document_mask,
+        packing=config.data.packing,
     )

@@ -8,7 +8,15 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from megagpt.schema.errors import shown
-from megagpt.schema.fields import PathText, Section, execution, identity, refuse, section
+from megagpt.schema.fields import (
+    PathText,
+    Section,
+    execution,
+    identity,
+    later_identity,
+    refuse,
+    section,
+)
 from megagpt.schema.lora import LoraConfig
 from megagpt.schema.model import ModelConfig, ModelSection
 
@@ -37,6 +45,12 @@ class DataConfig(Section):
     document_mask: bool = identity(False, "tokens attend only to tokens of their own document")
     validation: dict[str, PathText] = execution(
         {}, "further datasets to validate on: {name: directory}"
+    )
+    packing: Literal["stream", "conversations", "one_per_row"] | None = later_identity(
+        None,
+        "how conversations become samples: whole ones, as many as fit, each on its own "
+        "(conversations); one a sample (one_per_row); windows of their tokens as of text (stream); "
+        "default: conversations if the data are prepared ones, else stream",
     )
 
     @model_validator(mode="after")
@@ -86,6 +100,9 @@ class ParallelConfig(Section):
         return self.tensor * self.pipeline
 
 
+LENGTHS = ("total_steps", "total_tokens", "total_epochs")  # of which a run has one
+
+
 class TrainingSection(Section):
     """How long to train, and what happens on the way, as written in the file.
 
@@ -93,10 +110,16 @@ class TrainingSection(Section):
     """
 
     total_steps: int | None = execution(
-        None, "optimizer steps of the run (or give total_tokens)", ge=1
+        None, "optimizer steps of the run (or give total_tokens or total_epochs)", ge=1
     )
     total_tokens: int | None = execution(
         None, "tokens of the run, rounded up to whole steps (or give total_steps)", ge=1
+    )
+    total_epochs: float | None = execution(
+        None,
+        "passes over the training split, rounded up to whole steps (or give total_steps); of a "
+        "blend: as many samples as all its datasets have",
+        gt=0,
     )
     seed: int = identity(0, "seed of the initial weights and of dropout", ge=0)
     recompute: Literal["none", "selective", "full"] = execution(
@@ -142,15 +165,14 @@ class TrainingSection(Section):
         return self
 
     def _length_problems(self) -> list[tuple[str, str]]:
-        if self.total_steps is None and self.total_tokens is None:
+        given = [key for key in LENGTHS if getattr(self, key) is not None]
+        if not given:
             return [("total_steps", "required key is missing (or give total_tokens)")]
-        if self.total_steps is not None and self.total_tokens is not None:
-            return [("total_tokens", "given together with total_steps; keep only one")]
-        return []
+        return [(key, f"given together with {given[0]}; keep only one") for key in given[1:]]
 
 
 class TrainingConfig(TrainingSection):
-    """Training with its length known in steps; they follow from `total_tokens` if that is given."""
+    """Training with its length known in steps; they follow from tokens or epochs if given."""
 
     total_steps: int = execution(..., "optimizer steps of the run", ge=1)
 

@@ -15,12 +15,12 @@ from pydantic import BaseModel, ValidationError
 from megagpt.schema.errors import KeyPath, Problem, dotted, problems_in, to_paste
 from megagpt.schema.foreign import REFUSED
 from megagpt.schema.json_reader import ABSENT, Document, has, put, remove, value_at
+from megagpt.schema.megagpt import LENGTHS
 from megagpt.schema.written import Note, fields_at
 
 _MOST_ROUNDS = 4
 _ASKED_FOR = ("train_batch_size", "megagpt.training.total_steps")  # unless another key has it
 _RATE = 3e-4  # of no consequence: nothing is trained with it
-_LENGTHS = ("total_steps", "total_tokens")  # no other key of their section is checked with them
 
 
 def stand_in_for_plan(document: Document) -> list[Note]:
@@ -64,7 +64,7 @@ def all_problems(
     for _ in range(_MOST_ROUNDS):
         for problem in found:
             _mend(mended, problem.path, model)
-            if problem.path[-1:] and problem.path[-1] not in _LENGTHS:
+            if problem.path[-1:] and problem.path[-1] not in LENGTHS:  # checked with no other key
                 unsure.add(problem.path[:-1])
         try:
             model.model_validate(mended)

@@ -109,6 +109,7 @@ SYNONYMS: dict[str, str] = {
     "train_steps": _STEPS,
     "max_tokens": "megagpt.training.total_tokens",
     "train_tokens": "megagpt.training.total_tokens",
+    "num_train_epochs": "megagpt.training.total_epochs",
     # optimizer and schedule
     "learning_rate": _RATE,
     "lr": _RATE,
@@ -152,13 +153,16 @@ SYNONYMS: dict[str, str] = {
     "log_interval": "megagpt.monitor.log_interval_steps",
     "logging_steps": "megagpt.monitor.log_interval_steps",
     "data_path": "megagpt.data.path",
+    **dict.fromkeys(
+        ("valid_data_path", "valid_data_paths", "test_data_path", "validation_file", "eval_data"),
+        "megagpt.data.validation",
+    ),
     "dataset": "megagpt.data.path",
     "wandb_project": "wandb.project",
 }
 
 # Names of what is not a key here, and why.
 WITHOUT_A_KEY: dict[str, str] = {
-    "num_train_epochs": "the length is megagpt.training.total_steps or total_tokens",
     "dtype": "use bf16.enabled or fp16.enabled",
     "precision": "use bf16.enabled or fp16.enabled",
     "torch_dtype": "use bf16.enabled or fp16.enabled",

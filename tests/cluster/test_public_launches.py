@@ -26,13 +26,13 @@ OF_DEEPSPEED = [
      "--deepspeed_config a.json", TAKEN),
     ("--exclude worker-2:0 --hostfile hosts launch/train.py --deepspeed-config a.json", TAKEN),
     ("launch/train.py --epoch 1 --deepspeed --deepspeed_config a.json",
-     [f"--epoch: {SET} megagpt.training.total_tokens=N"]),
+     [f"--epoch: {SET} megagpt.training.total_epochs=1"]),
     ("--bind_cores_to_rank --bind_core_list 0-9,12-21 launch/train.py --log-interval 250 "
      "--deepspeed --deepspeed_config a.json",
      [f"--log_interval: {SET} megagpt.monitor.log_interval_steps=250"]),
     ("--num_gpus=4 --bind_cores_to_rank launch/train.py --deepspeed_config=a.json "
      "--num_train_epochs 3 --lr 1e-5 --batch_size 4",
-     [f"--num_train_epochs: {SET} megagpt.training.total_tokens=N",
+     [f"--num_train_epochs: {SET} megagpt.training.total_epochs=3",
       f"--lr: {SET} optimizer.params.lr=1e-5",
       f"--batch_size: {SET} train_micro_batch_size_per_gpu=4"]),
     ("--master_addr localhost --master_port 1234 --no_ssh_check --launcher OpenMPI "

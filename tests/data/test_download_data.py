@@ -448,8 +448,8 @@ KILL_AFTER_COMMITS = """
     def counting_commit(writer, pieces):
         commit(writer, pieces)
         commits.append(pieces)
-    def killing_write(writer, tokens, *, starts_document):
-        write(writer, tokens, starts_document=starts_document)
+    def killing_write(writer, tokens, **options):
+        write(writer, tokens, **options)
         if len(commits) == {commits}:
             os.kill(os.getpid(), signal.SIGKILL)
     dataset_writer.DatasetWriter.commit = counting_commit
@@ -474,21 +474,28 @@ CASES = [
     ("txt", "_sealed_shard"),
     ("txt", "publish"),
     ("jsonl", 2),
+    ("chat.jsonl", 2),
 ]
 
 
 @pytest.mark.parametrize(("suffix", "when"), CASES)
 def test_a_killed_preparation_continues_to_the_same_dataset(tmp_path, monkeypatch, suffix, when):
     path = tmp_path / f"data.{suffix}"
-    write_jsonl(path) if suffix == "jsonl" else write_text(path, lines=400)
-    arguments = ("--dataset", path, "--tokenizer", "bpe:300", "--shard-tokens", 900, "--workers", 1)
+    write_text(path, lines=400) if suffix == "txt" else write_jsonl(path)
+    options = {"tokenizer": "bpe:300", "shard_tokens": 900}
+    if suffix == "chat.jsonl":  # of which --max_length leaves some nothing to learn from
+        options |= {"prompt": "text", "answer": "{number}", "chat_template": "plain"}
+        options |= {"max_length": 200, "skip_bad_rows": 60}
+    arguments = ("--dataset", path, "--workers", 1)
+    for name, value in options.items():
+        arguments += (f"--{name}", value)
     dead = run_with_trouble(tmp_path, killed(when), *arguments, "--output", tmp_path / "out")
     assert dead.returncode == -signal.SIGKILL, dead.stderr
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="has not finished"):
         open_dataset(tmp_path / "out")
     said = []
-    wanted = request(path, tmp_path / "out", tokenizer="bpe:300", shard_tokens=900)
+    wanted = request(path, tmp_path / "out", **options)
     monkeypatch.setattr(encoding_pool, "BATCH_CHARACTERS", 200)
     monkeypatch.setattr(text_files, "TEXT_BLOCK_BYTES", 200)
     prepare(wanted, report=said.append)
@@ -497,6 +504,7 @@ def test_a_killed_preparation_continues_to_the_same_dataset(tmp_path, monkeypatc
     undisturbed = quietly(replace(wanted, output=tmp_path / "undisturbed"))
     assert open_dataset(wanted.output).fingerprint == undisturbed.fingerprint
     assert names(wanted.output) == names(undisturbed.directory)
+    assert open_dataset(wanted.output).manifest.source == undisturbed.manifest.source
 
 
 def test_unfinished_work_for_another_request_is_kept(tmp_path):

@@ -215,6 +215,8 @@ def check(pool: RankPool, row: Row, swap: Path) -> None:
         )
     assert_padding_is_zero(ranks, config)
     for index, rank in enumerate(ranks):
+        masked = row.micro_batches if row.targets == "masked" else 0
+        assert rank["document_bounds"] == masked, "bounds are computed once a micro-batch"
         pipeline_rank = index * row.stages // row.ranks
         assert_rank_holds_its_part(rank["evidence"], row)
         assert_rank_ran_its_passes(rank, layout, pipeline_rank)

@@ -92,7 +92,7 @@ def test_cached_generation_equals_the_plain_loop_past_the_window_too(keys, promp
     model, prompt = random_model(**keys), list(range(60, 60 + prompt_length))
     sampler = Sampler(torch.arange(END + 1), temperature=0, top_k=None, top_p=1.0, seed=0)
     tokens = continuation(
-        cached(model), prompt, sampler, sequence_length=LENGTH, end_token=-1, limit=3 * LENGTH
+        cached(model), prompt, sampler, sequence_length=LENGTH, end_tokens=(), limit=3 * LENGTH
     )
     written = list(tokens)
     assert written == list(plain_loop(model, prompt, limit=3 * LENGTH))
@@ -108,7 +108,7 @@ def test_a_prompt_is_read_once_and_then_one_token_at_a_time():
         return model(tokens, cache=cache)
 
     sampler = Sampler(torch.arange(END), temperature=0, top_k=None, top_p=1.0, seed=0)
-    list(continuation(forward, range(12), sampler, sequence_length=LENGTH, end_token=-1, limit=8))
+    list(continuation(forward, range(12), sampler, sequence_length=LENGTH, end_tokens=(), limit=8))
     assert reads == [(0, 12), (12, 1), (13, 1), (14, 1), (15, 1), (0, 8), (8, 1), (9, 1)]
 
 

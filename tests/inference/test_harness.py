@@ -65,6 +65,12 @@ DOCUMENTS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the command itself does where the hub cannot be reached."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = write_dataset(tmp_path_factory.mktemp("dataset"))
@@ -123,7 +129,7 @@ def test_each_document_is_answered_as_by_the_harness_itself(
     assert_equal(answers(run_dir=run, tasks=tasks), expected)
 
 
-@pytest.mark.rotate(2)
+@pytest.mark.slow  # its own runner loads two more models
 @pytest.mark.parametrize(("kind", "named"), [("mistral", "<s>"), ("qwen", "<|begin_of_text|>")])
 def test_prompts_begin_as_a_models_tokenizer_begins_them(
     tasks: list[str], tmp_path: Path, kind: str, named: str

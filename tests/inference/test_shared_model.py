@@ -39,6 +39,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
+@pytest.mark.rotate(2)
 @pytest.mark.parametrize("kind", ["validation", "text"])
 @pytest.mark.parametrize("shared", SHARED)
 def test_ranks_find_what_one_process_finds(

@@ -23,10 +23,11 @@ from megagpt.planning.legality import World, problems
 from megagpt.planning.parameters import parameters_of_rank
 from megagpt.planning.placement import hosts_of
 from megagpt.planning.plan import Limits, Plan, as_json, assume, make_plan
+from megagpt.planning.price import Budget
 from megagpt.planning.report import text
 from megagpt.planning.rules import refusals
 from megagpt.schema.model import PRESETS
-from megagpt.utils import GIB
+from megagpt.utils import GIB, human_count
 from tests import REPOSITORY
 
 CONFIGS = REPOSITORY / "ds_configs"
@@ -137,6 +138,28 @@ def test_host_memory_counts_too() -> None:
         sum(m.peak.host for m in memory_of(plan, other)) <= 64 * GIB / 8
         for other in plan.alternatives
     )
+
+
+def test_on_a_cpu_all_memory_is_the_host_s() -> None:
+    name = "gpt2_1.5b_zero3"
+    shared = Limits(64, 1024, shared=True)
+    plan = planned(name, 8, limits=shared)
+    total = sum(8 * (rank.peak.device + rank.peak.host) for rank in plan.memory) / GIB
+    assert plan.host_gib == pytest.approx(total)
+    assert text(plan).partition("\n")[0].endswith(f"it fits: {total:.1f} of 1024 GiB a host")
+    assert not planned(name, 8, limits=replace(shared, host_gib=total - 1)).good
+
+
+def test_a_price_without_tokens_is_that_of_the_file_s_own_length() -> None:
+    done = command("--deepspeed_config", "ds_configs/gpt2_124m.json", "--ranks", "8", "--cost", "2")
+    config = load_config(CONFIGS / "gpt2_124m.json")
+    steps, batch = config.megagpt.training.total_steps, config.train_batch_size
+    assert steps
+    assert batch
+    tokens = human_count(steps * batch * config.megagpt.model.sequence_length)
+    assert f"{tokens} tokens take " in done.stdout
+    assert "at 2 per device and hour on 8 devices" in done.stdout
+    assert "give --tokens" in Budget(None, 2).line(None, 8)
 
 
 def memory_of(plan: Plan, other: Any) -> list[Any]:

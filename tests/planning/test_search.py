@@ -170,7 +170,7 @@ def test_the_ten_best_are_those_of_trying_everything_on_16_ranks(tmp_path: Path,
     [
         ("gpt3_13b_3d_zero3", 16),
         pytest.param("gpt3_175b_3d", 1024, marks=pytest.mark.slow),
-        pytest.param("gpt3_13b_zero3_offload_nvme", 8, marks=pytest.mark.slow),
+        pytest.param("gpt3_13b_zero3_offload_nvme", 16, marks=pytest.mark.slow),
     ],
 )
 def test_every_line_is_legal_and_fits_when_it_is_asked_again(name: str, ranks: int) -> None:
@@ -263,6 +263,10 @@ def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         ("--model gpt2", "give --hosts 4"),
         ("--model gpt5 --hosts 1", "invalid choice: 'gpt5'"),
         ("--ranks 8 --write out.json", "--write needs --search or --model"),
+        (
+            "--search --hosts 1 --set megagpt.parallel.world_size=16",
+            "expects 16 ranks and 8 started",
+        ),
         ("--search --hostfile {empty}", "no hosts; write one line a host"),
         ("--search --ranks 8 --devices {empty}", "not a table of devices"),
     ],

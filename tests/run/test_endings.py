@@ -24,6 +24,7 @@ from megagpt.planning.legality import World
 from megagpt.run import assembly, endings, startup
 from megagpt.rundir.changes import UNCHANGED
 from megagpt.rundir.signals import StopRequests
+from megagpt.schema.megagpt import TrainingConfig
 from megagpt.utils import ExitCode, UserError, abandon
 from tests.support.monitoring import CANARY, config
 
@@ -186,3 +187,26 @@ def test_the_next_command_can_be_pasted(
     with patch("sys.argv", [script, *words]):
         arguments = generate_command.parse_arguments()
     assert (arguments.run_dir, arguments.prompt) == (tmp_path / name, [prompt])
+
+
+@pytest.mark.parametrize(
+    ("length", "item"),
+    [
+        ({"total_epochs": 1.5}, "megagpt.training.total_epochs=3"),
+        ({"total_tokens": 5000}, "megagpt.training.total_tokens=10000"),
+        ({}, "megagpt.training.total_steps=80"),
+    ],
+)
+def test_a_run_that_is_done_is_made_longer_by_its_own_key(
+    length: dict[str, float], item: str
+) -> None:
+    training = TrainingConfig(total_steps=40, **length)
+    run = SimpleNamespace(config=SimpleNamespace(megagpt=SimpleNamespace(training=training)))
+    assert endings._twice_as_long(run, steps=40) == item  # type: ignore[arg-type]
+
+
+def test_after_conversations_comes_a_chat() -> None:
+    manifest = SimpleNamespace(has_conversations=True)
+    stream = SimpleNamespace(datasets=[SimpleNamespace(manifest=manifest)])
+    run = SimpleNamespace(training=SimpleNamespace(stream=stream))
+    assert endings._what_to_say(run) == "--chat"  # type: ignore[arg-type]

@@ -14,7 +14,14 @@ from megagpt.schema.arithmetic import BatchSizes, solve_batch
 from megagpt.schema.model import PRESETS
 from megagpt.schema.presets import OPEN_MODELS
 from tests import REPOSITORY
-from tests.support.config_documents import MINIMAL, parse, put, resolve, resolve_errors
+from tests.support.config_documents import (
+    MINIMAL,
+    errors_of,
+    parse,
+    put,
+    resolve,
+    resolve_errors,
+)
 
 CONFIG_FILES = sorted(
     path for path in (REPOSITORY / "ds_configs").glob("*.json") if path.name != "schema.json"
@@ -49,6 +56,33 @@ def test_deepspeed_gets_its_own_sections_only() -> None:
     }
     assert given_to_deepspeed["gradient_clipping"] == 1.0
     assert "auto" not in json.dumps(given_to_deepspeed)
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 63), (3, 188), (0.1, 7), (2.5, 157), (0.03, 2)])
+def test_a_length_in_epochs_becomes_whole_steps(epochs: float, steps: int) -> None:
+    """Of 1,000 samples in batches of 16; 0.1 is a tenth, not the nearest binary fraction."""
+    document = put(MINIMAL, "megagpt.training", {"total_epochs": epochs})
+    written = parse(put(document, "scheduler.params.warmup_num_steps", 2))
+    resolved = written.resolved(
+        world_size=2, vocabulary=1000, bf16_native=False, samples_per_epoch=1000
+    )
+    assert resolved.megagpt.training.total_steps == steps
+    assert resolved.deepspeed_dict()["scheduler"]["params"]["total_num_steps"] == steps
+    again = ResolvedConfig.from_json(resolved.to_json())
+    assert again.megagpt.training.total_steps == steps
+
+
+def test_two_lengths_are_refused_and_neither_is_identity() -> None:
+    document = put(MINIMAL, "megagpt.training", {"total_epochs": 1, "total_steps": 5})
+    assert errors_of(document) == [
+        "x.json: megagpt.training.total_epochs: given together with total_steps; keep only one"
+    ]
+    assert "megagpt.training.total_epochs" not in resolve(MINIMAL).identity()
+
+
+def test_packing_is_identity_where_it_is_given() -> None:
+    packed = resolve(put(MINIMAL, "megagpt.data.packing", "one_per_row")).identity()
+    assert set(packed) - set(resolve(MINIMAL).identity()) == {"megagpt.data.packing"}
 
 
 def test_a_length_in_tokens_becomes_whole_steps() -> None:

@@ -38,6 +38,7 @@ class Row(NamedTuple):
     tied: bool
     micro_batches: int
     precision: str
+    targets: str = "all"
     trained: str = "all"  # or adapters alone: "lora"
 
     @property
@@ -59,6 +60,7 @@ class Row(NamedTuple):
             f"ZeRO {self.stage} {self.optimizer}/{self.parameters}, {self.pipeline} x "
             f"{self.tensor} x {self.data}, {self.reduction}, {self.kind} "
             f"{'tied' if self.tied else 'untied'}, {self.micro_batches}, {self.precision}"
+            f"{', masked' if self.targets == 'masked' else ''}"
             + (", lora" if self.trained == "lora" else "")
         )
 
@@ -80,6 +82,7 @@ AXES = Row(
     tied=(True, False),
     micro_batches=(1, 2, 6),  # of a rank and step: fewer than stages, as many, more
     precision=("fp32", "bf16"),
+    targets=("all", "masked"),  # masked: of packed conversations
     trained=("all", "lora"),
 )
 # Fused projections, some of the parts of one, all by themselves.
@@ -114,13 +117,16 @@ def document(row: Row, swap_directory: Path = Path("swap")) -> Config:
     batch = SAMPLES * row.micro_batches * row.data
     if row.parameters == "nvme":
         shape["hidden_size"] = 2 * WIDTH  # so that a quarter of a matrix in bf16 is swapped
-    shape |= {"dropout": 0.1} if row.kind == "gpt2" else {}
+    # The plain process reads conversations alone, where dropout has other masks.
+    shape |= {"dropout": 0.1} if row.kind == "gpt2" and row.targets == "all" else {}
     config = tiny(batch=batch, micro=SAMPLES, steps=STEPS, **KINDS[row.kind], **shape)
     # Above the rounding of a gradient, which Adam's usual 1e-8 is not: of thousands of elements one
     # would be so small that its update follows the rounding.
     config["optimizer"]["params"]["eps"] = 1e-6
     config = with_zero(config, row.stage, row.optimizer, row.parameters)
     config["bf16"] = {"enabled": row.precision == "bf16"}
+    if row.targets == "masked":
+        config["megagpt"]["data"] = {"packing": "conversations"}
     if row.trained == "lora":
         config["megagpt"]["training"]["lora"] = {
             "rank": 6,
@@ -159,10 +165,9 @@ def is_legal(row: Row) -> bool:
     """Whether the planner lets it start."""
     if row.trained == "lora":  # frozen, the tied weight's copies have no gradients to be summed
         return is_legal(row._replace(trained="all", tied=False))
-    if row.kind != AXES.kind[0]:
-        return is_legal(
-            row._replace(kind=AXES.kind[0])
-        )  # two ranks divide the heads and widths of all kinds
+    if (row.kind, row.targets) != (AXES.kind[0], AXES.targets[0]):
+        # two ranks divide the heads and widths of all kinds
+        return is_legal(row._replace(kind=AXES.kind[0], targets=AXES.targets[0]))
     try:
         return not refusals(resolved(document(row), row.ranks))
     except ConfigError:
@@ -191,22 +196,15 @@ def pairs(row: Row) -> set[Meeting]:
     """Every two levels that meet in a row, and every two beside replicas: without them, ZeRO has
     nothing to cut. The kind of model beside replicas only with the ZeRO stage, which cuts it.
     """
-    met = meetings(row, 2)
-    if row.data == 1:
-        return met
-    levels = row._asdict()
-    beside_replicas = {
-        (("data", 2), (first, levels[first]), (second, levels[second]))
-        for first, second in _BESIDE_REPLICAS
-    }
-    return met | beside_replicas
-
-
-_BESIDE_REPLICAS = [
-    axes
-    for axes in itertools.combinations([axis for axis in Row._fields if axis != "data"], 2)
-    if {*axes} & {"kind", "stage"} != {"kind"}
-]
+    found = meetings(row, 2)
+    if row.data == 2:
+        others = [level for level in row._asdict().items() if level[0] != "data"]
+        found |= {
+            (("data", 2), *two)
+            for two in itertools.combinations(others, 2)
+            if {axis for axis, _ in two} & {"kind", "stage"} != {"kind"}
+        }
+    return found
 
 
 def cost(row: Row) -> tuple[int, int, bool]:

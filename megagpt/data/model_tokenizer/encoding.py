@@ -94,6 +94,27 @@ class ModelTokenizer:
             found.append(self._without_special_tokens(tokens))
         return found
 
+    def encode_with_places(
+        self, texts: Sequence[str]
+    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        found = self._with_special_tokens.encode_batch(
+            [replace_surrogates(text) for text in texts], add_special_tokens=False
+        )
+        places = []
+        for encoding in found:
+            offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+            # A token may stand for nothing of the text, such as a space that is put before it.
+            starts, ends = np.maximum.accumulate(offsets, axis=0).T
+            places.append((np.array(encoding.ids, np.uint32), starts, ends))
+        return places
+
+    @cached_property
+    def _with_special_tokens(self) -> Any:
+        """The same tokenizer, to which the name of a special token in a text is that token."""
+        backend = type(self._backend).from_str(self._backend.to_str())
+        backend.encode_special_tokens = False
+        return backend
+
     def _plain(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
 

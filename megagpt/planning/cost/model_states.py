@@ -24,6 +24,7 @@ from megagpt.planning.parameters import (
     frozen_of_rank,
     groups_of_rank,
     parameters_of_rank,
+    partitions_of_rank,
 )
 from megagpt.schema.arithmetic import round_up
 from megagpt.utils import MIB
@@ -173,9 +174,9 @@ class Shard:
         return self.layout.data * sum(self.group_partitions)
 
     @cached_property
-    def partitions(self) -> list[int]:
+    def partitions(self) -> tuple[int, ...]:
         """ZeRO 3: each trained parameter is cut into D parts of ceil(numel / D) elements."""
-        return [-(-parameter.numel // self.layout.data) for parameter in self.trained]
+        return partitions_of_rank(self.layout, self.pipeline_rank)
 
     @cached_property
     def partition(self) -> int:

@@ -25,6 +25,7 @@ from megagpt.planning.cost.model_states import (
     reuse_distance,
 )
 from megagpt.planning.layout import Layout, model_layers
+from megagpt.planning.parameters import largest_module
 from megagpt.planning.schedules import actions_of_rank, micro_batches_to_peak, peak_held
 
 REDUCE_BUCKET_SIZE = 500_000_000  # elements; default of DeepSpeed's zero/config.py
@@ -272,10 +273,7 @@ def gathered_parameters(shard: Shard) -> float:
         else zero.stage3_max_live_parameters
     )
     ahead = 0 if zero.parameter_device == "nvme" else max(live, reuse_distance(shard.layout))
-    modules: Counter[str] = Counter()
-    for parameter in shard.parameters:
-        modules[parameter.name.rpartition(".")[0]] += parameter.numel
-    needed = 2 * max(modules.values())
+    needed = 2 * largest_module(shard.layout, shard.pipeline_rank)
     if shard.layout.lora is not None and shard.layout.recompute == "full":
         of_block: Counter[str] = Counter()
         for parameter in shard.parameters:

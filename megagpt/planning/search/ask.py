@@ -8,10 +8,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megagpt.cluster.hosts import Host, world_size
-from megagpt.config import ConfigError, ModelConfig, ResolvedConfig, RunConfig, load_config
+from megagpt.config import (
+    ConfigError,
+    ModelConfig,
+    ResolvedConfig,
+    RunConfig,
+    load_config,
+    unexpected_world,
+)
 from megagpt.planning.cost.accelerators import Accelerator
 from megagpt.planning.cost.performance import Assumptions
 from megagpt.planning.layout import Layout
+from megagpt.planning.legality import World
 from megagpt.planning.plan import Limits, Plan, layout_of, make_plan, world_and_notes
 from megagpt.planning.search.best import Found, Search
 from megagpt.planning.search.space import Space
@@ -150,35 +158,21 @@ def _search(
     bf16_native: bool,
 ) -> Answer:
     ranks = world_size([*hosts])
+    if unexpected := unexpected_world(written.megagpt.parallel, ranks):
+        raise ConfigError([unexpected.line(source)])
     world, notes = world_and_notes(written, ranks, bf16_native)
     batch = written.train_batch_size or world.resolve(written).train_batch_size
-    runs = {  # "auto" computes in fp32 at ZeRO 0
-        is_partitioned: replace(world, ranks=1).resolve(
-            written.changed(
-                [*NEUTRAL, f"train_batch_size={batch}", f"zero_optimization.stage={stage}", *PLAIN]
-            )
-        )
-        for is_partitioned, stage in ((True, 1), (False, 0))
-    }
-    bases = {key: _base(written, run, limits) for key, run in runs.items()}
-    parallel = written.megagpt.parallel
-    given = "gradient_reduction" in parallel.model_fields_set
-    search = Search(
-        Space(
-            bases,
-            ranks,
-            max(host.slots for host in hosts),
-            batch,
-            parallel.gradient_reduction if given else None,
-            _nvme_path(written),
-        ),
-        assumed,
-        limits,
-        hosts,
-        written,
-        runs,
-        world,
+    runs = _runs(written, world, batch)
+    given = "gradient_reduction" in written.megagpt.parallel.model_fields_set
+    space = Space(
+        {key: _base(written, run, limits) for key, run in runs.items()},
+        ranks,
+        max(host.slots for host in hosts),
+        batch,
+        written.megagpt.parallel.gradient_reduction if given else None,
+        _nvme_path(written),
     )
+    search = Search(space, assumed, limits, hosts, written, runs, world)
     return Answer(
         source=source,
         written=written,
@@ -190,6 +184,20 @@ def _search(
         batch=batch,
         found=search.run(),
     )
+
+
+def _runs(written: RunConfig, world: World, batch: int) -> dict[bool, ResolvedConfig]:
+    """Return the run on one rank from ZeRO 1 on and at ZeRO 0, where "auto" computes in fp32."""
+    one = replace(world, ranks=1)
+    stages = {True: 1, False: 0}
+    return {
+        is_partitioned: one.resolve(
+            written.changed(
+                [*NEUTRAL, f"train_batch_size={batch}", f"zero_optimization.stage={stage}", *PLAIN]
+            )
+        )
+        for is_partitioned, stage in stages.items()
+    }
 
 
 PLAIN = ("zero_optimization.offload_optimizer=null", "zero_optimization.offload_param=null")

@@ -42,7 +42,7 @@ def request_while_loading(run: Run, requests: dict[int, StopRequest], during: st
     """As a signal would: between the loading of a step's samples, or of a validation's, and its
     end.
     """
-    loader = getattr(run, during)
+    loader = run.training if during == "training" else run.validation[0].loader
     load = loader.load
 
     def load_and_wish(first: int, step: int | None = None) -> Any:

@@ -233,6 +233,19 @@ def legal_rows(most_ranks: int) -> list[Row]:
     return [row for row in all_rows() if row.ranks <= most_ranks and is_legal(row)]
 
 
+def representatives(rows: Iterable[Row]) -> list[Row]:
+    """Rows in which all pairs of these are met: of each kind with each targets, one of the two that
+    train all weights or adapters, where both are legal. Legality depends on neither.
+    """
+    return [
+        row
+        for row in rows
+        if not is_legal(row._replace(trained="all"))
+        or (AXES.kind.index(row.kind) + AXES.targets.index(row.targets)) % 2
+        == AXES.trained.index(row.trained)
+    ]
+
+
 def smallest_selection(rows: list[Row], met: Callable[[Row], set[Meeting]]) -> list[Row]:
     """The smallest of some greedy choices, which differ in the order of equals."""
     shuffled = [random.Random(seed).sample(rows, len(rows)) for seed in range(8)]

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from kernels.documents import document_bounds as document_bounds
     from kernels.launcher import launches as launches
     from kernels.reference import attention as attention
-    from kernels.reference import bias_gelu as bias_gelu
     from kernels.reference import dropout as dropout
     from kernels.reference import layer_norm as layer_norm
     from kernels.reference import linear_cross_entropy as linear_cross_entropy
@@ -31,7 +30,6 @@ if os.environ.get("MEGAGPT_KERNELS") == "interpret":
 
 _OPERATIONS = (
     "attention",
-    "bias_gelu",
     "dropout",
     "layer_norm",
     "linear_cross_entropy",

@@ -196,15 +196,6 @@ def _require_rows_for(vocabulary: int, start: int, rows: int, alone: bool) -> No
         )
 
 
-def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """Check that bias is as wide as x's rows."""
-    if x.dim() == 0:
-        raise ValueError("bias_gelu: x has shape (), expected (..., channels)")
-    _require_floating_point("bias_gelu", "x", x)
-    _require("bias_gelu", "bias", bias, x, (x.shape[-1],))
-    return x
-
-
 def swiglu(x: Tensor) -> Tensor:
     """Check that x has an even number of channels."""
     if x.dim() == 0 or x.shape[-1] % 2:
@@ -217,15 +208,22 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Check for an even head dimension and fp32 tables of half as many columns."""
-    if x.dim() != 4 or x.shape[-1] % 2:
+    """Check for fp32 tables with a row for each position and at most half of x's channels."""
+    if x.dim() != 4:
         raise ValueError(
-            f"rotary: x has shape {tuple(x.shape)}, expected (batch, heads, length, head_dim) "
-            f"with an even head_dim"
+            f"rotary: x has shape {tuple(x.shape)}, expected (batch, heads, length, head_dim)"
         )
     _require_floating_point("rotary", "x", x)
+    length, head_dim = x.shape[2:]
+    pairs = cosine.shape[-1] if cosine.dim() in (2, 4) else 0
+    if not 1 <= pairs <= head_dim // 2:
+        raise ValueError(
+            f"rotary: cosine has shape {tuple(cosine.shape)}, expected ({length}, pairs) with at "
+            f"most half of x's {head_dim} channels, or (batch, 1, {length}, pairs)"
+        )
+    shape = (length, pairs) if cosine.dim() == 2 else (x.shape[0], 1, length, pairs)
     for name, table in (("cosine", cosine), ("sine", sine)):
-        _require("rotary", name, table, x, (x.shape[2], x.shape[3] // 2), torch.float32)
+        _require("rotary", name, table, x, shape, torch.float32)
     return x
 
 

@@ -35,7 +35,7 @@ from torch.distributed import ProcessGroup
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import costs
-from kernels.derivatives import refuse_second_order, register_gradient
+from kernels.operators import operator
 
 
 @dataclass(frozen=True)
@@ -115,21 +115,21 @@ _GROUPS: dict[str, ProcessGroup] = {}  # by name, since an operator cannot take 
 # ---------------------------------------------------------------------------------------- operators
 
 
-def _in_its_own_dtype(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """Run the operator without autocast.
+def _in_its_own_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run the operator's function without autocast.
 
     Autocast would convert the operands of some of its products and not of others.
     """
 
-    @functools.wraps(operator)
+    @functools.wraps(function)
     def run(first: Tensor, *others: Any) -> Any:
         with torch.autocast(first.device.type, enabled=False):
-            return operator(first, *others)
+            return function(first, *others)
 
     return run
 
 
-@torch.library.custom_op("megagpt::linear_cross_entropy", mutates_args=())
+@operator("linear_cross_entropy")
 @_in_its_own_dtype
 def _forward(
     hidden: Tensor,
@@ -213,7 +213,7 @@ def _forward_outputs(
     )
 
 
-@torch.library.custom_op("megagpt::linear_cross_entropy_backward", mutates_args=())
+@operator("linear_cross_entropy_backward")
 @_in_its_own_dtype
 def _backward(
     row_gradients: Tensor,
@@ -348,7 +348,7 @@ def _gradients(
     return None, None, *nothing
 
 
-@torch.library.custom_op("megagpt::linear_cross_entropy_scale", mutates_args=())
+@operator("linear_cross_entropy_scale")
 def _scaled(gradient: Tensor, dloss: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return gradient * dloss * factor in ``dtype``, without a second copy in the wider dtype."""
     return torch.mul(gradient, dloss * factor, out=torch.empty_like(gradient, dtype=dtype))
@@ -359,9 +359,9 @@ def _scaled_output(gradient: Tensor, dloss: Tensor, factor: Tensor, dtype: torch
     return torch.empty_like(gradient, dtype=dtype)
 
 
-register_gradient(_forward, "linear_cross_entropy", _gradients, _save)
-refuse_second_order(_backward, "linear_cross_entropy")
-refuse_second_order(_scaled, "linear_cross_entropy")
+_forward.register_gradient("linear_cross_entropy", _gradients, _save)
+_backward.refuse_second_order("linear_cross_entropy")
+_scaled.refuse_second_order("linear_cross_entropy")
 
 
 @register_flop_formula(torch.ops.megagpt.linear_cross_entropy)

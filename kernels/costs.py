@@ -13,7 +13,6 @@ OPERATIONS = (
     "layer_norm",
     "rms_norm",
     "linear_cross_entropy",
-    "bias_gelu",
     "swiglu",
     "rotary",
     "dropout",
@@ -177,11 +176,6 @@ def loss_chunk_rows(row_bytes: float, *, grouped: bool) -> int:
     if grouped:
         return GROUP_CHUNK_ROWS
     return max(LEAST_CHUNK_ROWS, int(LOGITS_CHUNK_BYTES // max(1, row_bytes)))
-
-
-def bias_gelu(rows: int, columns: int, *, itemsize: int, backward: bool = False) -> Cost:
-    """Return the cost of reading x and writing y; backward reads dy and x, and writes dx."""
-    return Cost(0, itemsize * columns * ((3 if backward else 2) * rows + (2 if backward else 1)))
 
 
 def swiglu(rows: int, columns: int, *, itemsize: int, backward: bool = False) -> Cost:

@@ -20,11 +20,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.distributed import ProcessGroup
+from torch.nn import Parameter
 
 from kernels import checks, reference
-from kernels.derivatives import refuse_tangents
+from kernels.documents import DocumentBounds
 from kernels.launcher import INTERPRETED
+from kernels.operators import refuse_tangents
 from kernels.verification.assembler import assembler
+from kernels.verification.self_check import ForNow
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +66,6 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("triton", "kernels.fused.cross_entropy"),
         Row("torch", "kernels.chunked_cross_entropy", fused=False),
     ),
-    "bias_gelu": (Row("triton", "kernels.fused.activations"), _TORCH),
     "swiglu": (Row("triton", "kernels.fused.activations"), _TORCH),
     "rotary": (Row("triton", "kernels.fused.rotary"), _TORCH),
     "dropout": (Row("triton", "kernels.fused.dropout"), _TORCH),
@@ -160,9 +164,11 @@ def operation(op: str) -> Callable[..., Any]:
 
     @functools.wraps(getattr(reference, op))
     def run(*args: Any, **kwargs: Any) -> Any:
-        choice = choose(op, *args, **kwargs)
-        _announce(choice)
-        if choice.row is not _TORCH:
+        if torch.compiler.is_compiling():
+            choice = choose(op, *args, **kwargs)
+        else:
+            choice = _chosen(op, args, kwargs)
+        if choice.row is not _TORCH and forward_ad._current_level >= 0:
             refuse_tangents(op, *args, *kwargs.values())
         return getattr(_module(choice.row.module), op)(*args, **kwargs)
 
@@ -171,9 +177,68 @@ def operation(op: str) -> Callable[..., Any]:
     return run
 
 
+# The choices of earlier calls, by what they depend on. Lengths differ from token to token in
+# generation, so they are thrown away when there are many.
+_CHOICES: dict[tuple[Any, ...], Choice] = {}
+_MOST_CHOICES = 4096
+_PLAIN = frozenset((type(None), bool, int, float, str))
+_SWITCHES = tuple({row.switch for rows in TABLE.values() for row in rows if row.switch})
+
+
+def _chosen(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choice:
+    """Return ``choose`` of an eager call, from memory if an earlier one was alike.
+
+    Checking and choosing again would take longer than a small kernel.
+    """
+    key = _what_the_choice_depends_on(op, args, kwargs)
+    if key is not None and (known := _CHOICES.get(key)) is not None:
+        return known
+    choice = choose(op, *args, **kwargs)
+    _announce(choice)
+    if key is not None and not any(isinstance(reason, ForNow) for _, reason in choice.refusals):
+        if len(_CHOICES) >= _MOST_CHOICES:
+            _CHOICES.clear()
+        _CHOICES[key] = choice
+    return choice
+
+
+def _what_the_choice_depends_on(
+    op: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...] | None:
+    """Return a key that equal choices share; None where a call is not to be remembered.
+
+    It holds the layout of every tensor and every other argument. The environment and torch's modes
+    are read by ``mode``, the rows' switches and attention's self-check.
+    """
+    key: list[Any] = [
+        op,
+        os.environ.get(VARIABLE),
+        *[os.environ.get(switch) for switch in _SWITCHES],
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        *kwargs,
+    ]
+    for value in (*args, *kwargs.values()):
+        kind = type(value)
+        if kind is DocumentBounds:
+            value = value.positions
+            kind = type(value)
+            key.append(DocumentBounds)
+        if kind is Tensor or kind is Parameter:
+            key += (value.shape, value.stride(), value.dtype, value.device)
+        elif kind in _PLAIN:
+            key.append(value)
+        elif isinstance(value, ProcessGroup):
+            key.append(ProcessGroup)  # any group: a choice must not keep one alive
+        else:
+            return None
+    return tuple(key)
+
+
 def _announce(choice: Choice) -> None:
     """Log each choice the first time, so that a run's log says which kernels it used."""
-    if not torch.compiler.is_compiling() and choice not in _ANNOUNCED:
+    if choice not in _ANNOUNCED:
         _ANNOUNCED.add(choice)
         log.info("%s", choice)
 
@@ -208,7 +273,8 @@ def row_refusal(
         and hasattr(module, "fault")
     ):
         reason = module.fault(op, *args, **kwargs)
-    return None if reason is None else str(reason)
+    found: str | None = reason
+    return found
 
 
 def _environment_refusal(row: Row, forced: str | None) -> str | None:

@@ -244,14 +244,6 @@ def linear_cross_entropy(
     return losses.sum() if reduction == "sum" else losses.sum() / counted.sum().clamp(min=1)
 
 
-def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """Return GELU(x + bias) in GPT-2's tanh approximation (Hendrycks and Gimpel 2016).
-
-    x (..., channels), bias (channels,).
-    """
-    return F.gelu(x + bias, approximate="tanh")
-
-
 def swiglu(x: Tensor) -> Tensor:
     """Return silu(gate) * value (Shazeer 2020) of x (..., 2 * channels).
 
@@ -262,13 +254,16 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotate each pair of channels (i, i + head_dim / 2) by its angle (Su et al. 2021).
+    """Rotate each pair of channels (i, i + pairs) by its angle (Su et al. 2021).
 
-    x (batch, heads, length, head_dim); cosine and sine (length, head_dim / 2) in fp32, row t for
-    position t.
+    x (batch, heads, length, head_dim); cosine and sine in fp32, (length, pairs), or (batch, 1,
+    length, pairs) where samples have positions of their own. Channels from 2 * pairs on stay as
+    they are.
     """
-    # Each (batch, heads, length, head_dim / 2).
-    first, second = x.to(torch.promote_types(x.dtype, cosine.dtype)).chunk(2, dim=-1)
-    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(
+    wide = x.to(torch.promote_types(x.dtype, cosine.dtype))
+    pairs = cosine.shape[-1]
+    # (batch, heads, length, pairs) each
+    first, second, rest = wide.split([pairs, pairs, x.shape[-1] - 2 * pairs], dim=-1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine, rest), -1).to(
         x.dtype
     )

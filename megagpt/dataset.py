@@ -26,10 +26,12 @@ from megagpt.data.manifest import (
     DatasetManifest,
     Split,
     TokenShard,
-    read_dataset_manifest,
     remedy,
 )
 from megagpt.data.sample_order import Blend, permute
+from megagpt.data.token_files.declared import NOTHING, Declared
+from megagpt.data.token_files.opening import TokenFiles, manifest_of
+from megagpt.data.token_files.segments import DocumentStarts, Segment, StoredStarts
 from megagpt.utils import IGNORED, UserError
 
 __all__ = [
@@ -50,18 +52,14 @@ Packing = Literal["stream", "conversations", "one_per_row"]
 class TokenStream:
     """The tokens of one split as one long sequence, with the starts of its documents."""
 
-    def __init__(
-        self, directory: Path, shards: Sequence[TokenShard], dtype: np.dtype, vocabulary: int
-    ) -> None:
-        self._files = [directory / shard.file for shard in shards]
+    def __init__(self, segments: Sequence[Segment], vocabulary: int, remedy: str) -> None:
+        self._segments = segments
         self._vocabulary = vocabulary
-        self._tokens = [np.memmap(file, dtype, mode="r") for file in self._files]
-        self._offsets = [_open_places(directory / shard.offsets.file) for shard in shards]
-        self._bounds = [
-            _open_places(directory / shard.targets.file) for shard in shards if shard.targets
-        ]
-        self._starts = np.cumsum([0, *(shard.tokens for shard in shards)])
-        self._first_documents = np.cumsum([0, *(shard.documents for shard in shards)])
+        self._remedy = remedy
+        self._tokens = [segment.open() for segment in segments]
+        self._bounds = [segment.bounds for segment in segments if segment.bounds is not None]
+        self._starts = np.cumsum([0, *(segment.tokens for segment in segments)])
+        self._first_documents = np.cumsum([0, *(len(segment.starts) for segment in segments)])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -77,13 +75,12 @@ class TokenStream:
 
     def _id_problem(self, place: int) -> str:
         """Return the error message for the token at a position in the stream."""
-        ((shard, low, _),) = self._pieces(place, place + 1)
-        file = self._files[shard]
-        tokens = self._tokens[shard]
+        ((number, low, _),) = self._pieces(place, place + 1)
+        segment = self._segments[number]
+        byte = segment.first_byte + low * segment.dtype.itemsize
         return (
-            f"{file}: token id {tokens[low]} found at byte {low * tokens.itemsize}, ids below "
-            f"{self._vocabulary} expected: changed since preparation\n"
-            f"{remedy(file.parent)}"
+            f"{segment.file}: token id {self._tokens[number][low]} found at byte {byte}, ids below "
+            f"{self._vocabulary} expected{self._remedy}"
         )
 
     def document_ids(self, start: int, stop: int) -> np.ndarray:
@@ -93,7 +90,7 @@ class TokenStream:
         )
 
     def _shard_document_ids(self, shard: int, low: int, high: int) -> np.ndarray:
-        begun = _places_up_to(self._offsets[shard], low, high)
+        begun = _places_up_to(self._segments[shard].starts, low, high)
         return self._first_documents[shard] - 1 + begun
 
     def targets(self, start: int, tokens: np.ndarray) -> np.ndarray:
@@ -111,8 +108,8 @@ class TokenStream:
     def document_starts(self) -> np.ndarray:
         """The first token of each document, and at the end the number of tokens: int64."""
         starts = [
-            np.asarray(offsets, np.int64) + start
-            for offsets, start in zip(self._offsets, self._starts[:-1], strict=True)
+            segment.starts.between(0, len(segment.starts)) + start
+            for segment, start in zip(self._segments, self._starts[:-1], strict=True)
         ]
         return np.concatenate([*starts, self._starts[-1:]])
 
@@ -137,23 +134,20 @@ def _open_places(path: Path) -> np.ndarray:
     return np.memmap(path, OFFSET_DTYPE, mode="r")
 
 
-def _places_up_to(places: np.ndarray, low: int, high: int) -> np.ndarray:
+def _places_up_to(places: DocumentStarts, low: int, high: int) -> np.ndarray:
     """Return for each token in [low, high) how many of the increasing places are not after it."""
-    # Scalars of the file's type: with another type, searchsorted would convert the whole file.
-    first, last = np.searchsorted(
-        places, [OFFSET_DTYPE.type(low), OFFSET_DTYPE.type(high - 1)], side="right"
-    )
-    passed = np.zeros(high - low, np.int64)
-    passed[(places[first:last] - OFFSET_DTYPE.type(low)).astype(np.int64)] = 1
-    return first + np.cumsum(passed)
+    first = places.count(low)
+    passed = places.between(first, places.count(high - 1)) - low
+    # Several may be at one token, where documents are empty.
+    return first + np.cumsum(np.bincount(passed, minlength=high - low))
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A directory of prepared tokens that agrees with its manifest."""
+    """A directory of prepared tokens that agrees with its manifest, or another's token files."""
 
     directory: Path
-    manifest: DatasetManifest
+    manifest: DatasetManifest | TokenFiles
 
     @property
     def vocabulary(self) -> int:
@@ -166,24 +160,37 @@ class Dataset:
 
     def split(self, name: Split) -> TokenStream:
         if not self.manifest.tokens(name):
-            advice = "a --validation_fraction above 0" if name == "val" else "more text"
-            raise UserError(
-                f"{self.directory}: no tokens in its {name} split; prepare it again with {advice}"
-            )
-        manifest = self.manifest
-        return TokenStream(
-            self.directory, manifest.shards(name), manifest.token_dtype, manifest.vocabulary
-        )
+            raise UserError(f"{self.directory}: no tokens in its {name} split; {self._more(name)}")
+        if isinstance(self.manifest, TokenFiles):
+            problem = "; give the tokenizer that made the file: megagpt.data.tokenizer"
+            return TokenStream(self.manifest.segments(name), self.vocabulary, problem)
+        segments = [_segment(self.directory, self.manifest, s) for s in self.manifest.shards(name)]
+        changed = f": changed since preparation\n{remedy(self.directory)}"
+        return TokenStream(segments, self.vocabulary, changed)
+
+    def _more(self, name: Split) -> str:
+        if isinstance(self.manifest, TokenFiles):
+            return "set megagpt.data.validation_fraction between 0 and 1"
+        advice = "a --validation_fraction above 0" if name == "val" else "more text"
+        return f"prepare it again with {advice}"
 
 
-def open_dataset(directory: Path) -> Dataset:
+def _segment(directory: Path, manifest: DatasetManifest, shard: TokenShard) -> Segment:
+    starts = StoredStarts(_open_places(directory / shard.offsets.file))
+    bounds = StoredStarts(_open_places(directory / shard.targets.file)) if shard.targets else None
+    file = directory / shard.file
+    return Segment(file, manifest.token_dtype, shard.tokens, starts, bounds=bounds)
+
+
+def open_dataset(directory: Path, declared: Declared = NOTHING) -> Dataset:
     """Open a prepared dataset after checking its files: size, dtype, largest token and probes.
 
     Takes well under two seconds. Raises UserError with file, offset, found and expected value
-    if the files do not agree with the manifest.
+    if the files do not agree with the manifest. Of token files ``declared`` says what they do not.
     """
-    manifest = read_dataset_manifest(Path(directory))
-    check_file(Path(directory), manifest)
+    manifest = manifest_of(Path(directory), declared)
+    if isinstance(manifest, DatasetManifest):
+        check_file(Path(directory), manifest)
     return Dataset(Path(directory), manifest)
 
 
@@ -379,13 +386,21 @@ class SampleStream:
         seed: int,
         document_mask: bool,
         packing: Packing | None = None,
+        declared: Declared = NOTHING,
     ) -> SampleStream:
         """Open (directory, weight) pairs.
 
-        Raises UserError for a bad dataset, a bad weight, or different tokenizers.
+        Raises UserError for a bad dataset, a bad weight, different tokenizers, and for token files
+        without the documents that a mask needs.
         """
         blend = Blend([weight for _, weight in data])
-        datasets = [open_dataset(directory) for directory, _ in data]
+        datasets = [open_dataset(directory, declared) for directory, _ in data]
+        for dataset in datasets:
+            if document_mask and not dataset.manifest.has_documents:
+                raise UserError(
+                    f"{dataset.directory}: does not say where documents begin, which "
+                    "megagpt.data.document_mask needs; set it to false"
+                )
         for other in datasets[1:]:
             if other.manifest.ids != datasets[0].manifest.ids:
                 raise UserError(
@@ -406,6 +421,11 @@ class SampleStream:
     @property
     def vocabulary(self) -> int:
         return self.datasets[0].vocabulary
+
+    @property
+    def ignores_targets(self) -> bool:
+        """Whether a target may have no loss; if not, ranks need not count them in each step."""
+        return any(dataset.manifest.has_conversations for dataset in self.datasets)
 
     @property
     def samples_per_epoch(self) -> int:

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 from kernels.philox import fold_seed
 from megagpt.config import ModelConfig
-from megagpt.rotary import rotary_angles, rotate
+from megagpt.rotary import rotary_angles
 from megagpt.utils import IGNORED
 
 TIED_WEIGHT = "embedding.tokens.weight"  # also the head's weight if embeddings are tied
@@ -31,8 +31,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": gelu_tanh,
     "gelu_exact": F.gelu,
     "squared_relu": lambda x: F.relu(x).square(),  # So et al. 2021, arXiv 2109.08668
-    "swiglu": F.silu,  # of the gate, as the next (Shazeer 2020, arXiv 2002.05202)
-    "geglu": gelu_tanh,
+    "geglu": gelu_tanh,  # of the gate (Shazeer 2020, arXiv 2002.05202)
 }
 
 
@@ -42,8 +41,8 @@ class Context:
 
     ``documents`` restricts attention to one document. ``positions`` (batch, length) are those of
     the tokens; None: they count from the first one. ``dropout_seed`` (batch,) determines the
-    dropout masks of each sample; None in evaluation. ``cache`` holds the keys and values of earlier
-    positions during generation.
+    dropout masks of each sample, or (batch, places) of each place in it (``place_seeds``); None in
+    evaluation. ``cache`` holds the keys and values of earlier positions during generation.
     """
 
     documents: kernels.DocumentBounds | None = None
@@ -56,6 +55,19 @@ class Context:
     def offset(self) -> int:
         """The position of the first token passed to the model."""
         return self.cache.length if self.cache is not None else 0
+
+    def seed(self, place: int) -> Tensor | None:
+        """Return the seed (batch,) of one place that applies dropout, or None."""
+        if self.dropout_seed is None:
+            return None
+        if self.dropout_seed.dim() == 1:
+            return fold_seed(self.dropout_seed, place)
+        return self._seeds_by_place[place]
+
+    @cached_property
+    def _seeds_by_place(self) -> Tensor:
+        assert self.dropout_seed is not None
+        return self.dropout_seed.T.contiguous()  # (places, batch)
 
     def angles(
         self, config: ModelConfig, length: int, device: torch.device
@@ -186,9 +198,9 @@ class Dropout(nn.Module):
         self.sequence_part = 0  # the index of x among equal parts of the sequence
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        if not self.probability or context.dropout_seed is None:
+        seed = context.seed(self.site) if self.probability else None
+        if seed is None:
             return x
-        seed = fold_seed(context.dropout_seed, self.site)
         return kernels.dropout(
             x, self.probability, seed=seed, position_offset=self.sequence_part * x.shape[1]
         )
@@ -206,6 +218,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.layer = layer
+        self.window = config.window(layer)
         self.queries_per_group = config.num_heads // config.num_kv_heads
         self.site = dropout_site(layer, 0)
         self.head_offset = 0  # the first query head here, if the projections hold only some groups
@@ -230,8 +243,8 @@ class Attention(nn.Module):
         v = groups[:, :, -1]  # (batch, kv_heads, length, head_size)
         if self.config.position == "rotary":
             angles = context.angles(self.config, q.shape[2], x.device)
-            q = rotate(q, *angles)
-            k = rotate(k, *angles)
+            q = kernels.rotary(q, *angles)
+            k = kernels.rotary(k, *angles)
         if context.cache is not None:
             k, v = context.cache.extend(self.layer, k, v)  # length now covers earlier positions
         dropout, seed = self._dropout(context)
@@ -241,7 +254,7 @@ class Attention(nn.Module):
             v,
             scale=self.config.score_scale,
             softcap=self.config.score_softcap,
-            window=self.config.window(self.layer),
+            window=self.window,
             document_ids=context.documents,
             dropout=dropout,
             dropout_seed=seed,
@@ -250,9 +263,8 @@ class Attention(nn.Module):
         return self.output(y.transpose(1, 2).flatten(2), context)  # (batch, length, hidden_size)
 
     def _dropout(self, context: Context) -> tuple[float, Tensor | None]:
-        if not self.config.dropout or context.dropout_seed is None:
-            return 0.0, None
-        return self.config.dropout, fold_seed(context.dropout_seed, self.site)
+        seed = context.seed(self.site) if self.config.dropout else None
+        return (0.0, None) if seed is None else (self.config.dropout, seed)
 
 
 class MLP(nn.Module):
@@ -263,7 +275,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = ACTIVATIONS.get(config.activation)  # None: swiglu, which is fused
         self.gated = config.gated
         self.up = Linear(
             config.hidden_size, config.mlp_size * (2 if self.gated else 1), config.mlp_bias
@@ -272,6 +284,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         x = self.up(x, context)  # (batch, length, mlp_size, or twice that if gated)
+        if self.activation is None:
+            return self.down(kernels.swiglu(x), context)
         if not self.gated:
             return self.down(self.activation(x), context)
         gate, value = x.unflatten(-1, (-1, 2)).unbind(-1)  # (batch, length, mlp_size) each
@@ -287,7 +301,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, recompute: str) -> None:
         super().__init__()
+        self.config = config
         self.recompute = recompute
+        self.compiled: Callable[[Tensor, Context], Tensor] | None = None  # see compile_blocks
         self.parallel = config.parallel_residual
         before = NoNorm if config.post_norm == "instead" else partial(Norm, config)
         after = NoNorm if config.post_norm == "none" else partial(Norm, config)
@@ -301,9 +317,14 @@ class Block(nn.Module):
         self.mlp_dropout = Dropout(config.dropout, dropout_site(layer, 2))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
+        run: Callable[[Tensor, Context], Tensor] = self._forward
+        if self.compiled is not None and torch.is_grad_enabled():
+            if self.config.position == "rotary":  # here, because torch.compile cannot trace it
+                context.angles(self.config, x.shape[1], x.device)
+            run = self.compiled
         if self.recompute == "full" and torch.is_grad_enabled():
-            return recomputed(self._forward, x, context)
-        return self._forward(x, context)
+            return recomputed(run, x, context)
+        return run(x, context)
 
     def _forward(self, x: Tensor, context: Context) -> Tensor:
         y = self.attention_post_norm(self.attention(self.attention_norm(x), context))
@@ -438,6 +459,7 @@ class GPT(nn.Module):
 
         Logits are (batch, length, padded vocabulary). ``inputs`` are tokens (batch, length), or the
         hidden states from the layers before these; without the head, hidden states are returned.
+        ``dropout_seed`` is described at ``Context``.
         ``document_ids`` (batch, key_length) restrict attention to equal ids. Their
         ``kernels.document_bounds`` are computed here, once for all layers, unless they are passed
         in their place. ``positions`` (batch, length) replace 0, 1, 2 and so on; each must be below
@@ -481,6 +503,26 @@ class GPT(nn.Module):
         return plan
 
 
+def compile_blocks(model: GPT, backend: str = "inductor") -> None:
+    """Let torch.compile compile each block at its first forward with gradients.
+
+    Evaluation and generation, whose lengths vary, stay as they are. A block is one graph, with our
+    operations as custom operators in it.
+    """
+    import torch._dynamo  # takes a second
+
+    # torch gives up after eight variants of one function, and here each block may be one.
+    limit = 8 * (1 + len(model.blocks))
+    settings: Any = torch._dynamo.config
+    settings.recompile_limit = max(settings.recompile_limit, limit)
+    settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, limit)
+    for block in model.blocks.values():
+        assert isinstance(block, Block)
+        block.compiled = torch.compile(
+            block._forward, backend=backend, fullgraph=True, dynamic=False
+        )
+
+
 def recomputed(function: Callable[..., Tensor], *inputs: object) -> Tensor:
     """Run ``function`` without keeping activations; backward runs it again.
 
@@ -492,6 +534,15 @@ def recomputed(function: Callable[..., Tensor], *inputs: object) -> Tensor:
 def dropout_site(layer: int, which: int) -> int:
     """Return the number of a place that applies dropout; the embedding's is 0."""
     return 1 + 3 * layer + which
+
+
+def place_seeds(config: ModelConfig, seeds: Tensor) -> Tensor:
+    """Return the seed (batch, places) of each place that applies dropout, from those of samples.
+
+    Computed before the step, on the host, they cost no launches. A place is a ``dropout_site``.
+    """
+    places = torch.arange(dropout_site(config.num_layers, 0), device=seeds.device)
+    return fold_seed(seeds[:, None], places)
 
 
 def norm_options(config: ModelConfig) -> dict[str, Any]:

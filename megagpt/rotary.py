@@ -30,18 +30,6 @@ def rotary_angles(
     return angles.cos() * factor, angles.sin() * factor
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + rotated_size / 2) of x (..., length, head_size) by their angles.
-
-    Channels from ``rotated_size`` on stay as they are.
-    """
-    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
-    pairs = cos.shape[-1]
-    # (..., length, rotated_size / 2) each
-    left, right, rest = wide.split([pairs, pairs, x.shape[-1] - 2 * pairs], dim=-1)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin, rest), dim=-1).to(x.dtype)
-
-
 def frequencies(config: ModelConfig, length: int, device: torch.device) -> Tensor:
     """Return the fp32 frequencies (rotated_size / 2,) of a text that is ``length`` tokens long.
 

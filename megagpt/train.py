@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -78,26 +78,38 @@ def train(run: Run) -> StopRequest:
     meter = Meter(run)
     stragglers = StragglerWatch(run.engine.mesh, run.engine.device)
     guard.remember(run.state.guard)
+    first_step_began_s = time.perf_counter()
+    first_step = run.state.step + 1
     while run.state.step < settings.total_steps:
         step = run.state.step + 1
         stragglers.begin_step()
         run.pulse.beat("loading samples", step)
         micro_batches = run.training.load(run.state.cursor, step)
         run.pulse.beat("training")
-        result = pipeline.train_step(run.engine, micro_batches, guard.refuses)
-        slow_ranks = stragglers.end_step()
+        result = pipeline.train_step(
+            run.engine,
+            micro_batches,
+            guard.refuses if guard.may_refuse else None,
+            lambda: [*requested(run), *stragglers.share()],
+        )
+        stragglers.end_step()
+        if settings.compile != "none" and step == first_step:
+            taken_s = round(time.perf_counter() - first_step_began_s, 1)
+            run.monitor.event("compile", step=step, first_step_s=taken_s)
         run.state = advanced(run.state, run.config, result)
         meter.after_step(result)
         meter.pause(partial(follow_saves, run, result))
-        report_stragglers(run, slow_ranks)
+        report_stragglers(run, stragglers.named(result.sums[len(StopRequest) :]))
+        request = greatest_request(run, result.sums[: len(StopRequest)])
         verdict = guard.judge(step, result)
         run.state = replace(run.state, guard=guard.memory)
         if verdict is not None:
             report(run, verdict, applied=result.applied)
             if verdict.rewind and rewind(run):
                 guard.remember(run.state.guard)
+                if request is StopRequest.SAVE:
+                    run.requests.add(request)  # save after the next step
                 continue
-        request = agreed_request(run)
         if not request.ends_the_run and (work := due_between_steps(run, request)):
             for task in work:
                 meter.pause(partial(task, run))
@@ -140,15 +152,26 @@ def due(interval_steps: int, step: int, last_step: int) -> bool:
     return interval_steps > 0 and (step % interval_steps == 0 or step == last_step)
 
 
+def requested(run: Run) -> list[float]:
+    """Take the requests to this rank: a 1 in the place of the greatest, to be summed over ranks."""
+    request = run.requests.take()
+    return [float(request is kind) for kind in StopRequest]
+
+
 def agreed_request(run: Run) -> StopRequest:
-    """Return the greatest request of any rank; every rank must call it.
+    """Return the greatest request of any rank, between steps; every rank must call it."""
+    sums = pipeline.to_device(requested(run), run.engine.device)
+    dist.all_reduce(sums)
+    return greatest_request(run, sums.tolist())
+
+
+def greatest_request(run: Run, sums: Sequence[float]) -> StopRequest:
+    """Return the greatest request of any rank, given the sums of what they ``requested``.
 
     A signal can reach the ranks up to 30 s apart; this makes all ranks act at the same step. A
     request to end is ignored after the last step.
     """
-    greatest = torch.tensor(run.requests.take(), device=run.engine.device)
-    dist.all_reduce(greatest, op=dist.ReduceOp.MAX)
-    request = StopRequest(int(greatest))
+    request = max(kind for kind, count in zip(StopRequest, sums, strict=True) if count)
     last_step = run.config.megagpt.training.total_steps
     return StopRequest.NOTHING if request.ends_the_run and run.state.step >= last_step else request
 

@@ -48,9 +48,14 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 @pytest.hookimpl(trylast=True)  # after -m and -k have left out theirs
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the cases that are another day's turn. Files that start ranks or commands come
-    first, the longest before others, so that workers end together.
+    """Leave out what only the emulator runs, and the cases that are another day's turn. Files
+    that start ranks or commands come first, the longest before others, so that workers end
+    together.
     """
+    if not config.pluginmanager.hasplugin("kernels.emulator.plugin"):
+        elsewhere = [item for item in items if item.get_closest_marker("emulated")]
+        config.hook.pytest_deselected(items=elsewhere)
+        items[:] = [item for item in items if item not in set(elsewhere)]
     if (number := config.getoption("rotation")) is not None:
         others = others_turn(items, number, config.getoption("one_case_in"))
         config.hook.pytest_deselected(items=others)

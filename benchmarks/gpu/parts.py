@@ -24,8 +24,7 @@ MODEL_TESTS = (
 )  # fmt: skip
 LARGE_TESTS = "kernels/test_large_tensors"  # 60 GB: alone, and last
 OPS = (
-    "attention", "layer_norm", "linear_cross_entropy", "rms_norm", "bias_gelu", "swiglu", "rotary",
-    "dropout",
+    "attention", "layer_norm", "linear_cross_entropy", "rms_norm", "swiglu", "rotary", "dropout",
 )  # fmt: skip
 RIVALS = ("megagpt", "torch", "sdpa cudnn", "sdpa flash", "flex_attention", "flash-attn")
 FUSED: dict[str, Any] = {"capability": TRITON_LEAST}

@@ -193,24 +193,16 @@ def _linear_cross_entropy(op: str, sizes: Sizes, dtype: torch.dtype, device: str
         )
 
 
-def _activation(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Case]:
-    cost = getattr(costs, op)
+def _swiglu(op: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterator[Case]:
     for width in sizes.widths:
         channels = 4 * width  # of the feed-forward layer
-        tensors = {
-            "x": _random(
-                sizes.tokens, channels * (2 if op == "swiglu" else 1), dtype=dtype, device=device
-            )
-        }
-        if op == "bias_gelu":
-            tensors["bias"] = _random(channels, dtype=dtype, device=device)
         yield Case(
             op,
             f"rows {sizes.tokens}, channels {channels}",
             channels,
-            tensors,
-            cost(sizes.tokens, channels, itemsize=dtype.itemsize),
-            cost(sizes.tokens, channels, itemsize=dtype.itemsize, backward=True),
+            {"x": _random(sizes.tokens, 2 * channels, dtype=dtype, device=device)},
+            costs.swiglu(sizes.tokens, channels, itemsize=dtype.itemsize),
+            costs.swiglu(sizes.tokens, channels, itemsize=dtype.itemsize, backward=True),
         )
 
 
@@ -252,8 +244,7 @@ _MAKERS = {
     "layer_norm": _norm,
     "rms_norm": _norm,
     "linear_cross_entropy": _linear_cross_entropy,
-    "bias_gelu": _activation,
-    "swiglu": _activation,
+    "swiglu": _swiglu,
     "rotary": _rotary,
     "dropout": _dropout,
 }

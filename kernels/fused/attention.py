@@ -5,16 +5,15 @@ attention_tiles.py. As custom operators with shape functions they work under tor
 torch's FLOP counter counts them.
 """
 
+import functools
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import costs, reference
-from kernels.derivatives import refuse_second_order, register_gradient
 from kernels.documents import DocumentBounds, document_bounds
 from kernels.fused.attention_ahead import AHEAD_OF_TIME as AHEAD_OF_TIME
 from kernels.fused.attention_backward import (
@@ -25,10 +24,12 @@ from kernels.fused.attention_backward import (
 from kernels.fused.attention_forward import attention_forward
 from kernels.fused.attention_tiles import MAXIMUM_HEAD_DIM, Tiles, padded, tiles_for
 from kernels.launcher import launch
+from kernels.operators import operator
 from kernels.verification import self_check
 from kernels.verification.exact_attention import variant_of
 
 _ROWS_PER_DELTA_BLOCK = 64
+_NO_GRADIENTS = (None,) * 9  # of the arguments after q, k and v
 
 
 def attention(
@@ -88,26 +89,26 @@ def fault(op: str, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> str | Non
     return self_check.verdict(__name__, q.device, q.dtype, variant_of(q, k, v, **options))
 
 
-def empty_heads_last(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def empty_heads_last(like: Tensor) -> Tensor:
     """Return an uninitialised tensor of the shape of ``like``, stored as (b, length, heads, d).
 
     ``like`` is (batch, heads, length, head_dim).
     """
-    batch, heads, length, head_dim = like.shape
-    return like.new_empty(batch, length, heads, head_dim, dtype=dtype).transpose(1, 2)
+    shape = like.shape
+    _, heads, length, head_dim = shape
+    row = heads * head_dim
+    return like.new_empty_strided(shape, (length * row, head_dim, row, 1))
 
 
 def _addressable(x: Tensor) -> Tensor:
     """Return x, copied if an offset within one block of it would need more than 31 bits."""
-    return x.contiguous() if 256 * max(x.stride(2), x.stride(3)) >= 2**31 else x
+    _, _, row, channel = x.stride()
+    return x.contiguous() if row >= 2**23 or channel >= 2**23 else x  # of 256 rows or channels
 
 
-@dataclass(frozen=True)
-class _Call:
-    """The arguments of one call that its kernels share, beside its tensors."""
+class _Settings(NamedTuple):
+    """The numbers of one call that its kernels share."""
 
-    documents: Tensor | None
-    seed: Tensor | None
     scale: float
     causal: bool
     window: int | None
@@ -115,46 +116,61 @@ class _Call:
     dropout: float
     head_offset: int
 
-    def tiles(self, phase: str, q: Tensor) -> Tiles:
-        """Return the block sizes of one pass."""
-        return tiles_for(
-            phase,
-            q,
-            dropout=self.dropout > 0,
-            documents=self.documents is not None,
-            window=self.window is not None,
-            softcap=self.softcap is not None,
-        )
 
-    def scalars(self, q: Tensor, k: Tensor) -> tuple[float | None, ...]:
-        """Return the run-time arguments that are no tensors, in the kernels' order.
+class _Plan(NamedTuple):
+    """What a launch is told beside its tensors: block sizes, run-time and compile-time arguments.
 
-        Triton compiles a None away.
-        """
-        scale_log2 = math.log2(math.e) * (self.softcap or self.scale)
-        return (
-            q.shape[1],  # heads
-            q.shape[1] // k.shape[1],  # group
-            q.shape[2],  # length
-            k.shape[2],  # key_length
-            self.window,
-            self.scale,
-            scale_log2,
-            self.scale / self.softcap if self.softcap else None,  # cap_scale
-            1.0 / (1.0 - self.dropout),  # keep_scale
-            self.head_offset,
-        )
+    Triton compiles a run-time argument of None away.
+    """
 
-    def constants(self, q: Tensor, tiles: Tiles) -> dict[str, Any]:
-        """Return the compile-time arguments and launch options."""
-        return {
-            "HEAD_DIM": q.shape[3],
-            "BLOCK_DIM": padded(q.shape[3]),
-            "CAUSAL": self.causal,
-            "DOCUMENTS": self.documents is not None,
-            "DROP_BELOW": int(self.dropout * 2**32),
-            **tiles.options(),
-        }
+    tiles: Tiles
+    scalars: tuple[float | None, ...]
+    constants: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=1024)  # computing it again would take longer than a short kernel
+def _plan(
+    phase: str,
+    settings: _Settings,
+    documents: bool,
+    q: torch.Size,
+    k: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> _Plan:
+    """Return the plan of one pass for queries and keys of these shapes."""
+    scale, causal, window, softcap, dropout, head_offset = settings
+    tiles = tiles_for(
+        phase,
+        q[3],
+        dtype,
+        device,
+        dropout=dropout > 0,
+        documents=documents,
+        window=window is not None,
+        softcap=softcap is not None,
+    )
+    scalars = (
+        q[1],  # heads
+        q[1] // k[1],  # group
+        q[2],  # length
+        k[2],  # key_length
+        window,
+        scale,
+        math.log2(math.e) * (softcap or scale),  # scale_log2
+        scale / softcap if softcap else None,  # cap_scale
+        1.0 / (1.0 - dropout),  # keep_scale
+        head_offset,
+    )
+    constants = {
+        "HEAD_DIM": q[3],
+        "BLOCK_DIM": padded(q[3]),
+        "CAUSAL": causal,
+        "DOCUMENTS": documents,
+        "DROP_BELOW": int(dropout * 2**32),
+        **tiles.options(),
+    }
+    return _Plan(tiles, scalars, constants)
 
 
 def _blocks(length: int, block: int, x: Tensor) -> tuple[int]:
@@ -162,7 +178,7 @@ def _blocks(length: int, block: int, x: Tensor) -> tuple[int]:
     return (-(-length // block) * x.shape[0] * x.shape[1],)
 
 
-@torch.library.custom_op("megagpt::attention_forward", mutates_args=())
+@operator("attention_forward")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -182,16 +198,16 @@ def _forward(
     The second is fp32 (batch, heads, length).
     """
     out = empty_heads_last(q)
-    log_sum_exp = q.new_full(q.shape[:3], math.inf, dtype=torch.float32)
+    log_sum_exp = q.new_empty(q.shape[:3], dtype=torch.float32)
     if not out.numel() or not k.numel():
-        return out.zero_(), log_sum_exp
+        return out.zero_(), log_sum_exp.fill_(math.inf)
     q, k, v = _addressable(q), _addressable(k), _addressable(v)
-    call = _Call(documents, seed, scale, causal, window, softcap, dropout, head_offset)
-    tiles = call.tiles("forward", q)
+    settings = _Settings(scale, causal, window, softcap, dropout, head_offset)
+    plan = _plan("forward", settings, documents is not None, q.shape, k.shape, q.dtype, q.device)
     launch(
-        attention_forward, _blocks(q.shape[2], tiles.BLOCK_M, q), q,
-        q, k, v, out, log_sum_exp, documents, seed, *(x.stride() for x in (q, k, v, out)),
-        *call.scalars(q, k), **call.constants(q, tiles),
+        attention_forward, _blocks(q.shape[2], plan.tiles.BLOCK_M, q), q,
+        q, k, v, out, log_sum_exp, documents, seed,
+        q.stride(), k.stride(), v.stride(), out.stride(), *plan.scalars, **plan.constants,
     )  # fmt: skip
     return out, log_sum_exp
 
@@ -201,7 +217,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
     return empty_heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("megagpt::attention_backward", mutates_args=())
+@operator("attention_backward")
 def backward(
     out_gradient: Tensor,
     q: Tensor,
@@ -220,7 +236,8 @@ def backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v."""
-    dq, dk, dv = empty_heads_last(q), empty_heads_last(k), empty_heads_last(v)
+    dq, dk = empty_heads_last(q), empty_heads_last(k)
+    dv = torch.empty_like(dk)  # which keeps the order of its dimensions
     if not out.numel() or not k.numel():
         return dq.zero_(), dk.zero_(), dv.zero_()
     q, k, v, out_gradient = (
@@ -229,14 +246,17 @@ def backward(
         _addressable(v),
         _addressable(out_gradient),
     )
-    inputs = (q, k, v, out_gradient, log_sum_exp, _delta(out, out_gradient))
-    call = _Call(documents, seed, scale, causal, window, softcap, dropout, head_offset)
+    delta = torch.empty_like(log_sum_exp)  # (batch, heads, length), fp32
+    _launch_delta(out, out_gradient, delta)
+    inputs = (q, k, v, out_gradient, log_sum_exp, delta)
+    masks = (documents, seed)
+    settings = _Settings(scale, causal, window, softcap, dropout, head_offset)
     if deterministic:
-        _launch_keys(inputs, (dq, dk, dv), call, add_query_gradient=False)
-        _launch_queries(inputs, dq, call)
+        _launch_keys(inputs, (dq, dk, dv), masks, settings, add_query_gradient=False)
+        _launch_queries(inputs, dq, masks, settings)
         return dq, dk, dv
-    total = empty_heads_last(q, torch.float32).zero_()
-    _launch_keys(inputs, (total, dk, dv), call, add_query_gradient=True)
+    total = torch.empty_like(dq, dtype=torch.float32).zero_()
+    _launch_keys(inputs, (total, dk, dv), masks, settings, add_query_gradient=True)
     return torch.mul(total, scale, out=dq), dk, dv
 
 
@@ -247,46 +267,59 @@ def _(
     return empty_heads_last(q), empty_heads_last(k), empty_heads_last(v)
 
 
-def _delta(out: Tensor, out_gradient: Tensor) -> Tensor:
-    delta = out.new_empty(out.shape[:3], dtype=torch.float32)  # (batch, heads, length)
-    heads, length, head_dim = out.shape[1:]
+def _launch_delta(out: Tensor, out_gradient: Tensor, delta: Tensor) -> None:
+    """Fill delta, the sum of out * out_gradient over the channels of each row."""
+    _, heads, length, head_dim = out.shape
     launch(
         attention_backward_delta, _blocks(length, _ROWS_PER_DELTA_BLOCK, out), out,
         out, out_gradient, delta, out.stride(), out_gradient.stride(), heads, length,
         HEAD_DIM=head_dim, BLOCK_DIM=padded(head_dim), BLOCK_M=_ROWS_PER_DELTA_BLOCK,
     )  # fmt: skip
-    return delta
 
 
 def _launch_keys(
     inputs: tuple[Tensor, ...],
     gradients: tuple[Tensor, Tensor, Tensor],
-    call: _Call,
+    masks: tuple[Tensor | None, Tensor | None],
+    settings: _Settings,
     *,
     add_query_gradient: bool,
 ) -> None:
     """Fill dk and dv, one program for each block of keys.
 
-    With ``add_query_gradient`` also add dq / scale to an fp32 buffer.
+    With ``add_query_gradient`` also add dq / scale to an fp32 buffer. ``masks`` are the documents
+    and dropout's seeds.
     """
     q, k, v, out_gradient, _, _ = inputs
-    tiles = call.tiles("backward_keys", q)
+    dq, dk, dv = gradients
+    plan = _plan(
+        "backward_keys", settings, masks[0] is not None, q.shape, k.shape, q.dtype, q.device
+    )
     launch(
-        attention_backward_keys, _blocks(k.shape[2], tiles.BLOCK_N, k), q,
-        *inputs, *gradients, call.documents, call.seed,
-        *(x.stride() for x in (q, k, v, out_gradient, *gradients)),
-        *call.scalars(q, k), **call.constants(q, tiles), ADD_QUERY_GRADIENT=add_query_gradient,
+        attention_backward_keys, _blocks(k.shape[2], plan.tiles.BLOCK_N, k), q,
+        *inputs, dq, dk, dv, *masks,
+        q.stride(), k.stride(), v.stride(), out_gradient.stride(),
+        dq.stride(), dk.stride(), dv.stride(),
+        *plan.scalars, **plan.constants, ADD_QUERY_GRADIENT=add_query_gradient,
     )  # fmt: skip
 
 
-def _launch_queries(inputs: tuple[Tensor, ...], dq: Tensor, call: _Call) -> None:
+def _launch_queries(
+    inputs: tuple[Tensor, ...],
+    dq: Tensor,
+    masks: tuple[Tensor | None, Tensor | None],
+    settings: _Settings,
+) -> None:
     """Fill dq, one program for each block of queries."""
     q, k, v, out_gradient, _, _ = inputs
-    tiles = call.tiles("backward_queries", q)
+    plan = _plan(
+        "backward_queries", settings, masks[0] is not None, q.shape, k.shape, q.dtype, q.device
+    )
     launch(
-        attention_backward_queries, _blocks(q.shape[2], tiles.BLOCK_M, q), q,
-        *inputs, dq, call.documents, call.seed, *(x.stride() for x in (q, k, v, out_gradient, dq)),
-        *call.scalars(q, k), **call.constants(q, tiles),
+        attention_backward_queries, _blocks(q.shape[2], plan.tiles.BLOCK_M, q), q,
+        *inputs, dq, *masks,
+        q.stride(), k.stride(), v.stride(), out_gradient.stride(), dq.stride(),
+        *plan.scalars, **plan.constants,
     )  # fmt: skip
 
 
@@ -302,12 +335,12 @@ def _differentiate(
 ) -> tuple[Tensor | None, ...]:
     if out_gradient is None:
         return (None,) * 12
-    gradients = backward(out_gradient, *ctx.saved_tensors, *ctx.settings)
-    return (*gradients, *(None for _ in range(9)))
+    gradients: tuple[Tensor, ...] = backward(out_gradient, *ctx.saved_tensors, *ctx.settings)
+    return gradients + _NO_GRADIENTS
 
 
-register_gradient(_forward, "attention", _differentiate, _save)
-refuse_second_order(backward, "attention")
+_forward.register_gradient("attention", _differentiate, _save)
+backward.refuse_second_order("attention")
 
 
 def flops(

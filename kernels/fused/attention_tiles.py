@@ -5,7 +5,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kernels.launcher import INTERPRETED
 
@@ -127,21 +126,29 @@ def padded(head_dim: int) -> int:
 
 
 def tiles_for(
-    phase: str, q: Tensor, *, dropout: bool, documents: bool, window: bool, softcap: bool
+    phase: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    dropout: bool,
+    documents: bool,
+    window: bool,
+    softcap: bool,
 ) -> Tiles:
-    """Return the block sizes of one pass for queries like ``q`` on their device.
+    """Return the block sizes of one pass on a device.
 
     ``phase`` is forward, backward_keys or backward_queries.
     """
     if INTERPRETED:
         return _INTERPRETED[phase]
-    generation, shared_memory_bytes = _gpu(q.device)
+    generation, shared_memory_bytes = _gpu(device)
     small = dropout or shared_memory_bytes < _SMALL_SHARED_MEMORY_BYTES
     return choose_tiles(
         phase,
-        q.shape[-1],
+        head_dim,
         generation=generation,
-        fp32=q.dtype == torch.float32,
+        fp32=dtype == torch.float32,
         small=small,
         documents=documents,
         window=window,

@@ -19,7 +19,7 @@ from kernels.chunked_cross_entropy import SoftCap
 from kernels.fused.rounding import narrow
 from kernels.fused.soft_cap import tanh
 from kernels.fused.tiles import IN_INTERPRETER
-from kernels.launcher import launch
+from kernels.launcher import cdiv, launch, power_of_2
 
 _BLOCK = 4096  # columns at a time: 16 elements for each thread of 8 warps
 
@@ -93,7 +93,7 @@ def cross_entropy_gradient(
 
 
 def _block(vocabulary: int) -> int:
-    return min(_BLOCK, max(16, triton.next_power_of_2(vocabulary)))
+    return min(_BLOCK, max(16, power_of_2(vocabulary)))
 
 
 def _run_time(cap: SoftCap) -> tuple[float | None, int | None]:
@@ -127,7 +127,7 @@ def _gradient(
     block = _block(vocabulary)
     launch(
         cross_entropy_gradient,
-        (rows, triton.cdiv(vocabulary, block)),
+        (rows, cdiv(vocabulary, block)),
         logits,
         *(logits, targets, normaliser, scales, z_loss, vocabulary, *_run_time(cap)),
         BLOCK=block,

@@ -13,10 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.ahead.compiler import AheadOfTime
-from kernels.derivatives import register_gradient
 from kernels.fused.rounding import narrow
 from kernels.fused.tiles import IN_INTERPRETER
-from kernels.launcher import launch
+from kernels.launcher import cdiv, launch
+from kernels.operators import operator
 
 _BLOCK = 1024  # channels for each program
 
@@ -47,7 +47,7 @@ def dropout_apply(
     tl.store(y + offset, narrow(value, y.dtype.element_ty, IN_INTERPRETER), mask=mask)
 
 
-@torch.library.custom_op("megagpt::dropout", mutates_args=())
+@operator("dropout")
 def _dropout(x: Tensor, probability: float, seed: Tensor, position_offset: int) -> Tensor:
     y = _output(x, probability, seed, position_offset)
     batch, length, channels = x.shape
@@ -55,7 +55,7 @@ def _dropout(x: Tensor, probability: float, seed: Tensor, position_offset: int) 
         return y
     launch(
         dropout_apply,
-        (batch * length, triton.cdiv(channels, _BLOCK)),
+        (batch * length, cdiv(channels, _BLOCK)),
         x,
         *(x.contiguous(), seed.contiguous(), y, length, channels, position_offset),
         *(int(probability * 2**32), 1.0 / (1.0 - probability)),
@@ -79,7 +79,7 @@ def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
     return _dropout(dy, ctx.probability, seed, ctx.position_offset), None, None, None
 
 
-register_gradient(_dropout, "dropout", _gradient, _save)
+_dropout.register_gradient("dropout", _gradient, _save)
 
 
 def dropout(x: Tensor, probability: float, *, seed: Tensor, position_offset: int = 0) -> Tensor:

@@ -21,14 +21,13 @@ autocast). y has the dtype of x, the sum that of the residual, and every gradien
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from kernels.ahead.compiler import AheadOfTime
-from kernels.derivatives import refuse_second_order, register_gradient
 from kernels.fused.norm_kernels import (
     norm_backward,
     norm_backward_wide,
@@ -36,7 +35,8 @@ from kernels.fused.norm_kernels import (
     norm_forward_wide,
     norm_row_averages,
 )
-from kernels.launcher import launch
+from kernels.launcher import cdiv, launch, power_of_2
+from kernels.operators import operator
 
 _BOTH = "layer_norm or rms_norm"  # whose operators these are
 _WIDEST_TILE = 8192
@@ -68,10 +68,11 @@ class _Tile:
     stages: int = 3  # of the backward's pipeline of loads
 
 
+@cache
 def _tile(columns: int) -> _Tile:
     if columns > _WIDEST_TILE:
         return _Tile(rows=1, block=_CHUNK, warps=8, wide=True)
-    block = max(16, triton.next_power_of_2(columns))
+    block = max(16, power_of_2(columns))
     rows = min(64, max(1, 4096 // block))
     # 16 elements for each thread: backward keeps seven such tiles in registers, just without
     # spilling. At 8192 columns a third stage would spill on sm_100.
@@ -81,6 +82,7 @@ def _tile(columns: int) -> _Tile:
     )
 
 
+@cache
 def _programs(device: torch.device) -> int:
     """Return the number of programs in backward: two for each multiprocessor, to hide latency."""
     if device.type != "cuda":
@@ -88,7 +90,7 @@ def _programs(device: torch.device) -> int:
     return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-@torch.library.custom_op("megagpt::norm_forward", mutates_args=())
+@operator("norm_forward")
 def _forward(
     x: Tensor,
     residual: Tensor | None,
@@ -137,7 +139,7 @@ def _forward(
             **constants,
         )
     else:
-        grid = (triton.cdiv(rows, tile.rows),)
+        grid = (cdiv(rows, tile.rows),)
         launch(
             norm_forward,
             grid,
@@ -166,18 +168,18 @@ def _forward_outputs(
     centred: bool,
     weight_offset: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    statistics = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    rows = x.shape[:-1]
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         x.new_empty(0)
         if residual is None
         else torch.empty_like(residual, memory_format=torch.contiguous_format),
-        torch.empty_like(statistics) if centred else statistics.new_empty(0),
-        statistics,
+        x.new_empty(rows if centred else 0, dtype=torch.float32),
+        x.new_empty(rows, dtype=torch.float32),
     )
 
 
-@torch.library.custom_op("megagpt::norm_backward", mutates_args=())
+@operator("norm_backward")
 def _backward(
     dy: Tensor,
     dtotal: Tensor | None,
@@ -188,17 +190,15 @@ def _backward(
     bias: bool,
     dtype: torch.dtype,
     weight_offset: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return gradients (dx, dresidual, dweight, dbias); x is what the forward normalised.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gradients (dx, dresidual, dparameters); x is what the forward normalised.
 
-    dx has ``dtype``, dresidual the dtype of x. dresidual is empty if the dtypes are the same, dbias
-    if there is no bias.
+    dx has ``dtype``, dresidual the dtype of x; it is empty if the dtypes are the same. dparameters
+    (1 + bias, columns) are those of the weight and of the bias.
     """
-    dx, dresidual, dweight, dbias = _backward_outputs(
-        dy, dtotal, x, weight, mean, rstd, bias, dtype, weight_offset
-    )
+    dx, dresidual = _input_gradients(x, dtype)
     if x.numel() == 0:
-        return dx, dresidual, dweight.zero_(), dbias.zero_()
+        return dx, dresidual, weight.new_zeros(1 + bias, x.shape[-1])
     x, dy, weight = x.contiguous(), dy.contiguous(), weight.contiguous()
     dtotal = None if dtotal is None else dtotal.contiguous()
     run = (
@@ -208,10 +208,7 @@ def _backward(
     )
     partial_sums = run(dy, dtotal, x, weight, mean, rstd, dx, dresidual, bias, weight_offset)
     sums = partial_sums.sum(dim=1)
-    dweight.copy_(sums[0])
-    if bias:
-        dbias.copy_(sums[1])
-    return dx, dresidual, dweight, dbias
+    return dx, dresidual, sums if sums.dtype == weight.dtype else sums.to(weight.dtype)
 
 
 @_backward.register_fake
@@ -225,17 +222,16 @@ def _backward_outputs(
     bias: bool,
     dtype: torch.dtype,
     weight_offset: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    return *_input_gradients(x, dtype), weight.new_empty(1 + bias, x.shape[-1])
+
+
+def _input_gradients(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return empty (dx, dresidual)."""
     own = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dx, dresidual = (
-        (own, x.new_empty(0)) if dtype == x.dtype else (torch.empty_like(own, dtype=dtype), own)
-    )
-    return (
-        dx,
-        dresidual,
-        torch.empty_like(weight),
-        torch.empty_like(weight) if bias else weight.new_empty(0),
-    )
+    if dtype == x.dtype:
+        return own, x.new_empty(0)
+    return torch.empty_like(own, dtype=dtype), own
 
 
 def _backward_narrow(
@@ -256,15 +252,15 @@ def _backward_narrow(
     """
     rows, columns = rstd.numel(), x.shape[-1]
     tile = _tile(columns)
-    programs = min(_programs(x.device), triton.cdiv(rows, tile.rows))
+    programs = min(_programs(x.device), cdiv(rows, tile.rows))
     partial_sums = x.new_empty(1 + bias, programs, columns, dtype=torch.float32)
-    rows_per_program = triton.cdiv(triton.cdiv(rows, tile.rows), programs) * tile.rows
+    rows_per_program = cdiv(cdiv(rows, tile.rows), programs) * tile.rows
     launch(
         norm_backward,
         (programs,),
         x,
         *(dy, dy if dtotal is None else dtotal, x, weight, mean, rstd),
-        *(dx, dresidual, partial_sums[0], partial_sums[-1], rows, columns, rows_per_program),
+        *(dx, dresidual, partial_sums, partial_sums[-1], rows, columns, rows_per_program),
         CENTRED=mean.numel() > 0,
         RESIDUAL=dtotal is not None,
         WIDER=dresidual.numel() > 0,
@@ -320,7 +316,7 @@ def _backward_wide(
             **flags,
         )
     # Half as many programs as in the narrow backward: one fills a multiprocessor.
-    programs = min(rows, triton.cdiv(_programs(x.device), 2 * parts))
+    programs = min(rows, cdiv(_programs(x.device), 2 * parts))
     partial_sums = x.new_empty(1 + bias, programs, columns, dtype=torch.float32)
     launch(
         norm_backward_wide,
@@ -334,7 +330,7 @@ def _backward_wide(
             partial_sums[-1],
             rows,
             columns,
-            triton.cdiv(rows, programs),
+            cdiv(rows, programs),
         ),
         RESIDUAL=dtotal is not None,
         WIDER=dresidual.numel() > 0,
@@ -353,9 +349,9 @@ def _is_wide(columns: int, mixed: bool) -> bool:
 
 def _parts(columns: int, wider: bool) -> tuple[int, int]:
     """Return how many parts backward makes of a wide row's columns, and the chunks of a part."""
-    chunks = triton.cdiv(columns, _SUM_CHUNK)
-    parts = triton.cdiv(columns, _WIDEST_SUMS_WIDER if wider else _WIDEST_SUMS)
-    return parts, triton.cdiv(chunks, parts)
+    chunks = cdiv(columns, _SUM_CHUNK)
+    parts = cdiv(columns, _WIDEST_SUMS_WIDER if wider else _WIDEST_SUMS)
+    return parts, cdiv(chunks, parts)
 
 
 # ----------------------------------------------------------------------------------------- autograd
@@ -379,24 +375,25 @@ def _gradients(
     if dy is None:
         dy = torch.zeros_like(x, dtype=ctx.dtype)
     dtotal = dtotal if ctx.has_residual else None
-    dx, dresidual, dweight, dbias = _backward(
+    dx, dresidual, dparameters = _backward(
         dy, dtotal, x, weight, mean, rstd, ctx.has_bias, ctx.dtype, ctx.weight_offset
     )
     if ctx.dtype == x.dtype:
         dresidual = dx
+    dweight, *dbias = dparameters.unbind()
     return (
         dx,
         dresidual if ctx.has_residual else None,
         dweight,
-        dbias if ctx.has_bias else None,
+        dbias[0] if dbias else None,
         None,
         None,
         None,
     )
 
 
-register_gradient(_forward, _BOTH, _gradients, _save)
-refuse_second_order(_backward, _BOTH)
+_forward.register_gradient(_BOTH, _gradients, _save)
+_backward.refuse_second_order(_BOTH)
 
 
 # --------------------------------------------------------------------------------- public functions

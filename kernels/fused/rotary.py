@@ -13,10 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.ahead.compiler import AheadOfTime
-from kernels.derivatives import register_gradient
 from kernels.fused.rounding import narrow
 from kernels.fused.tiles import IN_INTERPRETER, head_start
-from kernels.launcher import launch
+from kernels.launcher import cdiv, launch, power_of_2
+from kernels.operators import operator
 
 _ROWS = 32  # positions for each program
 
@@ -24,12 +24,14 @@ _ROWS = 32  # positions for each program
 @triton.jit
 def rotary_rotate(
     x, cosine, sine, y, x_strides, y_strides, heads, length, half,
-    ROWS: tl.constexpr, HALF: tl.constexpr, BACKWARD: tl.constexpr,
+    ROWS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, REST_BLOCK: tl.constexpr,
+    BATCHED: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """Rotate ROWS positions of one head for each program.
 
-    x and y (batch, heads, length, 2 * half), cosine and sine (length, half). HALF is ``half``
-    rounded up to a power of two.
+    x and y (batch, heads, length, 2 * half + REST), cosine and sine (length, half), or (batch,
+    length, half) if BATCHED. HALF and REST_BLOCK are ``half`` and REST rounded up to a power of
+    two. The last REST channels are copied.
     """
     # Blocks and heads share the grid's first axis: the other axes end at 65,535.
     blocks = tl.cdiv(length, ROWS)
@@ -39,6 +41,8 @@ def rotary_rotate(
     column = tl.arange(0, HALF).to(tl.int64)
     mask = (row < length)[:, None] & (column < half)[None, :]
     angle = row[:, None] * half + column[None, :]
+    if BATCHED:
+        angle += batch.to(tl.int64) * length * half
     cos = tl.load(cosine + angle, mask=mask, other=0.0)  # (ROWS, HALF), like all loaded
     sin = tl.load(sine + angle, mask=mask, other=0.0)
     if BACKWARD:
@@ -57,17 +61,28 @@ def rotary_rotate(
         narrow(second * cos + first * sin, dtype, IN_INTERPRETER),
         mask=mask,
     )
+    if REST > 0:
+        local = tl.arange(0, REST_BLOCK).to(tl.int64)
+        kept = 2 * far + local
+        mask = (row < length)[:, None] & (local < REST)[None, :]
+        source = head_start(x, x_strides, batch, head, 0)
+        source += row[:, None] * x_strides[2] + kept[None, :] * x_strides[3]
+        target = head_start(y, y_strides, batch, head, 0)
+        target += row[:, None] * y_strides[2] + kept[None, :] * y_strides[3]
+        tl.store(target, tl.load(source, mask=mask, other=0.0), mask=mask)
 
 
-@torch.library.custom_op("megagpt::rotary", mutates_args=())
+@operator("rotary")
 def _rotary(x: Tensor, cosine: Tensor, sine: Tensor, backward: bool) -> Tensor:
     y = _output(x, cosine, sine, backward)
     batch, heads, length, head_dim = x.shape
     if y.numel() == 0:
         return y
+    half = cosine.shape[-1]
+    rest = head_dim - 2 * half
     launch(
         rotary_rotate,
-        (triton.cdiv(length, _ROWS) * batch * heads,),
+        (cdiv(length, _ROWS) * batch * heads,),
         x,
         *(
             x,
@@ -78,10 +93,13 @@ def _rotary(x: Tensor, cosine: Tensor, sine: Tensor, backward: bool) -> Tensor:
             y.stride(),
             heads,
             length,
-            head_dim // 2,
+            half,
         ),
         ROWS=_ROWS,
-        HALF=triton.next_power_of_2(head_dim // 2),
+        HALF=power_of_2(half),
+        REST=rest,
+        REST_BLOCK=power_of_2(max(rest, 1)),
+        BATCHED=cosine.dim() > 2,
         BACKWARD=backward,
     )
     return y
@@ -101,20 +119,16 @@ def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
     return _rotary(dy, *ctx.saved_tensors, not ctx.backward), None, None, None
 
 
-register_gradient(_rotary, "rotary", _gradient, _save)
+_rotary.register_gradient("rotary", _gradient, _save)
 
 
 def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotate each pair of channels (i, i + head_dim / 2) of x by its angle.
-
-    x (batch, heads, length, head_dim); cosine and sine (length, head_dim / 2) in fp32, row t for
-    position t. The tables get no gradient.
-    """
+    """Compute ``kernels.reference.rotary``; the tables get no gradient."""
     return _rotary(x, cosine, sine, False)
 
 
 def refusal(op: str, *args: Any, **kwargs: Any) -> str | None:
-    """Refuse nothing: any length, any even head dimension."""
+    """Refuse nothing: any length, any head dimension."""
     return None
 
 
@@ -126,7 +140,14 @@ def _shipped(head_dim: int) -> AheadOfTime:
         f"rotary_{head_dim}",
         rotary_rotate,
         {**pointers, "x_strides": strides, "y_strides": strides, **sizes},
-        {"ROWS": _ROWS, "HALF": head_dim // 2, "BACKWARD": False},
+        {
+            "ROWS": _ROWS,
+            "HALF": head_dim // 2,
+            "REST": 0,
+            "REST_BLOCK": 1,
+            "BATCHED": False,
+            "BACKWARD": False,
+        },
     )
 
 

@@ -17,11 +17,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels import reference
 from kernels.ahead.compiler import AheadOfTime
-from kernels.derivatives import register_gradient
 from kernels.documents import DocumentBounds
 from kernels.fused import attention as fused_attention
 from kernels.hopper.forward import CONSUMERS, ROWS, attention_forward_hopper
 from kernels.launcher import launch
+from kernels.operators import operator
 from kernels.verification import self_check
 from kernels.verification.exact_attention import variant_of
 
@@ -138,23 +138,37 @@ def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     """
     if x.data_ptr() % 16:  # a view whose start TMA cannot address
         x = x.clone()
-    head_dim = x.shape[3]
+    descriptor = object.__new__(TensorDescriptor)
+    vars(descriptor).update(_description(x.shape, x.stride(), x.dtype, rows), base=x)
+    return descriptor
+
+
+@functools.lru_cache(maxsize=1024)  # four tensors a call, most of whose shapes return
+def _description(
+    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, rows: int
+) -> dict[str, Any]:
+    """Return the checked fields of a descriptor without its tensor, which must not stay alive."""
+    head_dim = shape[3]
     # The stride of a dimension of size 1 may be any number; it is not used.
-    strides = [
+    used = [
         stride if size > 1 else head_dim
-        for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
+        for size, stride in zip(shape[:3], strides[:3], strict=True)
     ]
-    return TensorDescriptor(
-        x, list(x.shape), [*strides, 1], [1, 1, rows, head_dim], _layout(rows, head_dim, x.dtype)
+    like = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    fields = vars(
+        TensorDescriptor(
+            like, list(shape), [*used, 1], [1, 1, rows, head_dim], _layout(rows, head_dim, dtype)
+        )
     )
+    return {name: value for name, value in fields.items() if name != "base"}
 
 
-@functools.cache  # saves 6 microseconds for each of four tensors in every call
+@functools.cache
 def _layout(rows: int, head_dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([1, 1, rows, head_dim], _DTYPES[dtype])
 
 
-@torch.library.custom_op("megagpt::attention_forward_hopper", mutates_args=())
+@operator("attention_forward_hopper")
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
@@ -200,7 +214,7 @@ def _differentiate(
     )
 
 
-register_gradient(_forward, "attention", _differentiate, _save)
+_forward.register_gradient("attention", _differentiate, _save)
 
 
 @register_flop_formula(torch.ops.megagpt.attention_forward_hopper)

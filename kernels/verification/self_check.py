@@ -29,6 +29,12 @@ Attention = Callable[..., Tensor]
 _VERDICTS: dict[tuple[str, torch.device, torch.dtype, Variant], str | None] = {}
 
 
+class ForNow(str):
+    """A reason that holds for one call only: the next one asks again."""
+
+    __slots__ = ()
+
+
 @torch.compiler.assume_constant_result
 def verdict(
     module: str, device: torch.device, dtype: torch.dtype, variant: tuple[Any, ...]
@@ -50,9 +56,11 @@ def verdict(
     ):
         return None  # the check with gradients has passed, and includes the forward
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return "self-check: impossible while a CUDA graph is captured; call attention once before"
+        return ForNow(
+            "self-check: impossible while a CUDA graph is captured; call attention once before"
+        )
     if torch._C._current_graph_task_id() != -1:  # a nested backward would wait for this thread
-        return "self-check: impossible inside backward; call attention once before"
+        return ForNow("self-check: impossible inside backward; call attention once before")
     try:
         # A new thread has none of the caller's modes (autocast, inference mode, a default device,
         # a FLOP counter, hooks of activation checkpointing).
@@ -61,7 +69,7 @@ def verdict(
                 _ask, importlib.import_module(module).attention, *key[1:]
             ).result()
     except torch.OutOfMemoryError:
-        return "self-check: no memory for it now"
+        return ForNow("self-check: no memory for it now")
     except Exception as error:
         found = (
             f"self-check: {type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"

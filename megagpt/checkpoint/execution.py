@@ -33,6 +33,7 @@ def conditions(engine: Engine) -> dict[str, Any]:
     """
     config = engine.config
     parallel = config.megagpt.parallel
+    compiled = config.megagpt.training.compile
     return {
         **topology(engine),
         "schedule": parallel.schedule,
@@ -46,4 +47,5 @@ def conditions(engine: Engine) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "kernels": os.environ.get("MEGAGPT_KERNELS", ""),
         "versions": VERSIONS,
+        **({} if compiled == "none" else {"compile": compiled}),  # a key of later versions
     }

@@ -40,6 +40,7 @@ MARKS: tuple[tuple[bytes, Kind], ...] = (
 )
 UNPACK = "unpack it and name what is in it"
 EXPORT = "export it as JSON lines, parquet or text"
+TOKENS = "if it has ids of tokens, train on it as it is: --set megagpt.data.path=FILE"
 # What people have beside text: how it begins -> what it is, what to do.
 FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs.github.com/spec/", "a Git LFS pointer", "git lfs pull"),
@@ -124,8 +125,10 @@ def _kind(file: SourceFile, head: bytes) -> Kind:
         return marked
     if head[257:262] == b"ustar":
         raise ForeignFileError(file, "a tar archive", UNPACK)
-    _refuse_wide_characters(file, head)
     suffix = suffix_of(file)
+    if suffix in (".bin", ".idx") and b"\0" in head:
+        raise ForeignFileError(file, "a binary file", TOKENS)
+    _refuse_wide_characters(file, head)
     named = KIND_OF_SUFFIX.get(suffix)
     if named is not None:
         _refuse_pages(file, head)

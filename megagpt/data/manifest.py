@@ -135,6 +135,11 @@ class DatasetManifest(_Record):
         return np.dtype(self.dtype).newbyteorder("<")
 
     @property
+    def has_documents(self) -> bool:
+        """Whether the starts of documents are known; of token files they may not be."""
+        return True
+
+    @property
     def ids(self) -> tuple[str, int]:
         """What decides the meaning of a token: the tokenizer's hash, and the end of a document."""
         return self.tokenizer.sha256, self.end_of_document

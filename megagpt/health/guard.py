@@ -86,9 +86,14 @@ class Guard:
         """The state that the next verdict depends on."""
         return GuardMemory(tuple(self.recent), self.skips_in_a_row)
 
+    @property
+    def may_refuse(self) -> bool:
+        """Whether a finite loss may forbid its update, which must then wait for the loss."""
+        return self.on_spike in ("skip", "rewind")
+
     def refuses(self, loss: float) -> bool:
         """Return whether the update for this loss must not be made."""
-        return self.on_spike in ("skip", "rewind") and self._is_spike(loss)
+        return self.may_refuse and self._is_spike(loss)
 
     def judge(self, step: int, result: StepResult) -> Verdict | None:
         """Return what to report about a step, or None.

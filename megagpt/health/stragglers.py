@@ -29,7 +29,6 @@ class StragglerWatch:
     """
 
     def __init__(self, mesh: Mesh, device: torch.device, clock: waits.Clock | None = None) -> None:
-        self.device = device
         self.peers = peers(mesh.device_mesh.mesh)
         self.clock: waits.Clock = clock or (
             waits.DeviceClock() if device.type == "cuda" else waits.HostClock()
@@ -38,6 +37,7 @@ class StragglerWatch:
         self.worked_s = 0.0
         self.lasted_s = 0.0
         self.rows: Counter[int] = Counter()
+        self.of_window: tuple[float, float] | None = None  # (worked, lasted) of a window to share
         waits.hook(device)
 
     def begin_step(self) -> None:
@@ -51,12 +51,8 @@ class StragglerWatch:
         """Whether the next or current step is measured."""
         return (self.steps + 1) % self.clock.every == 0
 
-    def end_step(self) -> list[tuple[int, float]]:
-        """Return the new stragglers, each with its working time relative to its peers'.
-
-        Every rank must call it; all get the same answer. A straggler is named again only after it
-        has caught up.
-        """
+    def end_step(self) -> None:
+        """End a step; at the end of a window, its times are there to be shared."""
         if self._measures:
             stalls = waits.end()
             ended = self.clock.mark()
@@ -64,15 +60,33 @@ class StragglerWatch:
             self.lasted_s += lasted_s
             self.worked_s += lasted_s - sum(self.clock.between_s(*stall) for stall in stalls)
         self.steps += 1
-        if self.steps % WINDOW_STEPS:
+        if self.steps % WINDOW_STEPS == 0:
+            self.of_window = (self.worked_s, self.lasted_s)
+            self.worked_s = 0.0
+            self.lasted_s = 0.0
+
+    def share(self) -> list[float]:
+        """Return numbers whose sums over all ranks ``named`` takes; none until a window has ended.
+
+        All ranks return equally many. They travel with the next step's loss, so that nothing waits
+        for them.
+        """
+        if self.of_window is None:
             return []
-        mine = torch.tensor([self.worked_s, self.lasted_s], dtype=torch.float64, device=self.device)
-        of_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(of_ranks, mine)
-        self.worked_s = 0.0
-        self.lasted_s = 0.0
-        worked_s, lasted_s = torch.stack(of_ranks).T.tolist()
-        return self._named(slower_ranks(worked_s, max(lasted_s), self.peers))
+        numbers = [0.0] * (2 * dist.get_world_size())
+        place = 2 * dist.get_rank()
+        numbers[place : place + 2] = self.of_window
+        self.of_window = None
+        return numbers
+
+    def named(self, sums: Sequence[float]) -> list[tuple[int, float]]:
+        """Return the new stragglers, each with its working time relative to its peers'.
+
+        All ranks get the same answer. A straggler is named again only after it has caught up.
+        """
+        if not sums:
+            return []
+        return self._named(slower_ranks(sums[::2], max(sums[1::2]), self.peers))
 
     def _named(self, slower: dict[int, float]) -> list[tuple[int, float]]:
         self.rows = Counter({rank: self.rows[rank] + 1 for rank in slower})

@@ -30,6 +30,8 @@ from megagpt.config import ModelConfig
 from megagpt.data.byte_level_bpe import END_OF_DOCUMENT
 from megagpt.data.chat.template import TEMPLATE_FILE
 from megagpt.data.model_tokenizer.files import files_of_tokenizer, is_of_a_model
+from megagpt.data.token_files.declared import Declared
+from megagpt.data.token_files.opening import tokenizer_directory
 from megagpt.data.tokenizer import TOKENIZER_FILE, TOKENIZER_FILES, Tokenizer
 from megagpt.huggingface.architectures import (
     ARCHITECTURES,
@@ -112,7 +114,9 @@ def export(
         else:
             _write_kept(staging, kept, model, dtype, size)
             _add_ends(staging / GENERATION, ends)
-        _write_tokenizer(staging, Path(config.megagpt.data.sources[0].path), model)
+        data = Path(config.megagpt.data.sources[0].path)
+        if directory := tokenizer_directory(data, Declared.by(config.megagpt)):
+            _write_tokenizer(staging, directory, model)
         for file in files:
             _write_file(staging, file, source)
         if kept is None and len(files) > 1:
@@ -358,6 +362,8 @@ def _ends(tokenizer: Tokenizer) -> dict[str, int]:
 
     Where none begins it, that of the end stands for an empty prompt.
     """
+    if tokenizer.end_of_document < 0:  # ids without a tokenizer
+        return {}
     first = (*tokenizer.start_of_document, tokenizer.end_of_document)[0]
     return {"bos_token_id": first, "eos_token_id": tokenizer.end_of_document}
 

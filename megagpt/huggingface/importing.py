@@ -12,7 +12,7 @@ import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -29,8 +29,9 @@ from megagpt.checkpoint.format import (
 )
 from megagpt.checkpoint.writer import Flats, PlannedFile, files_of, write_files
 from megagpt.config import ConfigError, ModelConfig, ResolvedConfig, RunConfig
-from megagpt.data.manifest import read_dataset_manifest
-from megagpt.huggingface.architectures import Part
+from megagpt.data.token_files.declared import Declared
+from megagpt.data.token_files.opening import manifest_of, tokenizer_directory
+from megagpt.huggingface.architectures import Architecture, Part
 from megagpt.huggingface.kept_model import keep
 from megagpt.huggingface.published_model import PublishedModel
 from megagpt.huggingface.whole_directory import whole_directory
@@ -80,27 +81,27 @@ def import_model(
     data = Path(config.megagpt.data.sources[0].path)
     prepare_vocabulary(config)
     published.require_rows(data, config)
-    tokenizer_compared = published.require_tokenizer(data)
+    declared = Declared.by(config.megagpt)
+    tokenizer_compared = published.require_tokenizer(data, declared)
     trains_adapters = config.megagpt.training.lora is not None
     # They are trained in a run of their own, whose base this one becomes.
     without = config.changed(["megagpt.training.lora=null"]) if trains_adapters else config
-    resolved = _resolved(without)
+    resolved = resolved_for_import(without)
     model = resolved.megagpt.model
     _require_data_for_its_context(source, resolved)
     published.require_tensors(model)
-    size = len((WEIGHT, *MOMENTS)) * 4 * model.num_parameters
     with whole_directory(
-        run_directory, option="--run_dir", room_bytes=size + SPARE_BYTES
+        run_directory, option="--run_dir", room_bytes=bytes_of_checkpoint(model)
     ) as staging:
-        _write_checkpoint(staging / "checkpoints", published, resolved)
+        write_checkpoint(staging / "checkpoints", published, resolved, "import_hf")
         keep(published, model, staging)
         write_atomically(
             staging / IMPORTED,
-            json.dumps(_document(config, run_directory), indent=2, ensure_ascii=False) + "\n",
+            json.dumps(_with_base(config, run_directory), indent=2, ensure_ascii=False) + "\n",
         )
         record(staging, resolved)
         if tokenizer_compared:
-            record_tokenizer(staging, data)
+            record_tokenizer(staging, tokenizer_directory(data, declared) or data)
     return Imported(
         architecture=published.architecture.name,
         parameters=model.num_parameters,
@@ -111,7 +112,7 @@ def import_model(
     )
 
 
-def _resolved(config: RunConfig) -> ResolvedConfig:
+def resolved_for_import(config: RunConfig) -> ResolvedConfig:
     """Return the run on as many ranks as it states, or on the fewest that can hold it.
 
     Its identity is the same on any number.
@@ -134,7 +135,7 @@ def _require_data_for_its_context(source: Path, config: ResolvedConfig) -> None:
     """
     length = config.megagpt.model.sequence_length
     for place in config.megagpt.data.sources:
-        manifest = read_dataset_manifest(Path(place.path))
+        manifest = manifest_of(Path(place.path), Declared.by(config.megagpt))
         splits = splits_of(config)
         tokens, split = min((manifest.tokens(split), split) for split in splits)
         packed = manifest.has_conversations and config.megagpt.data.packing != "stream"
@@ -166,12 +167,14 @@ def _ranks(config: RunConfig) -> int | None:
     )
 
 
-def _document(config: RunConfig, run_directory: Path) -> dict[str, Any]:
-    """Return the configuration without the schema's path, which was relative to the old file.
+def document_of(config: RunConfig) -> dict[str, Any]:
+    """Return the configuration without the schema's path, which was relative to the old file."""
+    return {key: value for key, value in config.as_written().items() if key != "$schema"}
 
-    Adapters get this run as their base, unless they have one.
-    """
-    document = {key: value for key, value in config.as_written().items() if key != "$schema"}
+
+def _with_base(config: RunConfig, run_directory: Path) -> dict[str, Any]:
+    """Return the configuration; adapters get this run as their base, unless they have one."""
+    document = document_of(config)
     if "lora" in document["megagpt"]["training"]:
         document["megagpt"]["training"]["lora"].setdefault("base", str(run_directory))
     return document
@@ -188,19 +191,44 @@ def _given_way(written: RunConfig, config: RunConfig) -> Iterator[str]:
 # --------------------------------------------------------------------------------------- checkpoint
 
 
-def _write_checkpoint(checkpoints: Path, published: PublishedModel, config: ResolvedConfig) -> None:
-    """Write the checkpoint of step 0, some tensors at a time.
+class Weights(Protocol):
+    """Where the weights come from: our tensors, part by part of an architecture."""
+
+    architecture: Architecture
+
+    @property
+    def steps(self) -> int:
+        """Updates that Adam's moments have seen; 0: there are none, and they begin at zero."""
+
+    def moment(self, part: Part, model: ModelConfig, moment: str) -> torch.Tensor:
+        """Return one of Adam's moments of a tensor of ours in fp32."""
+
+    def ours(self, part: Part, model: ModelConfig) -> torch.Tensor | None:
+        """Return a tensor of ours in fp32; None for a bias that our model does not have."""
+
+
+def bytes_of_checkpoint(model: ModelConfig) -> int:
+    """Return the room that the checkpoint of step 0 needs."""
+    return len((WEIGHT, *MOMENTS)) * 4 * model.num_parameters + SPARE_BYTES
+
+
+def write_checkpoint(
+    checkpoints: Path, published: Weights, config: ResolvedConfig, command: str
+) -> None:
+    """Write the checkpoint of the first step, some tensors at a time; it records ``command``.
+
+    That step is 0, or where there are moments the number of updates that they have seen.
 
     On failure the caller removes the whole directory.
     """
-    directory = step_directory(checkpoints, 0)
+    directory = step_directory(checkpoints, published.steps)
     directory.mkdir(parents=True)
     parts = list(published.architecture.parts(config.megagpt.model))
     batches = _batches(parts)
     plan = files_of(0, (_pieces(batch) for batch in batches))
     state = (_flats(batch, published, config.megagpt.model) for batch in batches)
     files = write_files(directory, plan, state)
-    manifest = replace(_manifest(published, config, parts, plan), files=files)
+    manifest = replace(_manifest(published, config, parts, plan, command), files=files)
     write_atomically(directory / MANIFEST, manifest.to_json())
     sync_directory(checkpoints)
     name_latest(directory)
@@ -231,37 +259,44 @@ def _pieces(batch: list[Part]) -> list[Piece]:
     return pieces
 
 
-def _flats(batch: list[Part], published: PublishedModel, model: ModelConfig) -> Flats:
-    """Return the weights of a batch, and zero moments that take no memory."""
+def _flats(batch: list[Part], published: Weights, model: ModelConfig) -> Flats:
+    """Return the weights of a batch and their moments; zero ones take no memory."""
     ours = [published.ours(part, model) for part in batch]
     flat = [tensor.flatten() for tensor in ours if tensor is not None]
     # One large tensor is not copied.
     weights = flat[0] if len(flat) == 1 else torch.cat(flat or [torch.empty(0)])
-    return {
-        WEIGHT: weights,
-        **{moment: torch.zeros(1).expand(weights.numel()) for moment in MOMENTS},
+    if not published.steps:
+        zeros = torch.zeros(1).expand(weights.numel())
+        return {WEIGHT: weights, **dict.fromkeys(MOMENTS, zeros)}
+    stored = [part for part in batch if part.stored]
+    moments = {
+        moment: torch.cat([published.moment(part, model, moment).flatten() for part in stored])
+        for moment in MOMENTS
     }
+    return {WEIGHT: weights, **moments}
 
 
 def _manifest(
-    published: PublishedModel,
+    published: Weights,
     config: ResolvedConfig,
     parts: list[Part],
     plan: list[list[PlannedFile]],
+    command: str,
 ) -> Manifest:
-    """Return the manifest that a run would have written before its first step."""
+    """Return the manifest that a run would have written at that step, before its first sample."""
+    steps = published.steps
     boxes = {part.name: whole(part.shape) for part in parts}
     slices: dict[str, list[Slice]] = {part.name: [] for part in parts if part.stored}
     for file in (file for files in plan for file in files):
         for name, piece in file.slices(boxes):
             slices[name].append(piece)
     return Manifest(
-        state=TrainState(),
+        state=TrainState(step=steps, applied_steps=steps, tokens=steps * config.tokens_per_step),
         identity=config.identity(),
         data_fingerprint=open_stream(config, "train").fingerprint,
-        topology={"import_hf": published.architecture.name},
-        scheduler={"last_batch_iteration": -1} if config.scheduler else {},
-        learning_rates=[_first_learning_rate(config)] * GROUPS,
+        topology={command: published.architecture.name},
+        scheduler={"last_batch_iteration": steps - 1} if config.scheduler else {},
+        learning_rates=[_learning_rate(config, steps)] * GROUPS,
         loss_scaler={},
         tensors={
             p.name: StoredTensor(tuple(p.shape), tuple(slices[p.name])) for p in parts if p.stored
@@ -269,6 +304,19 @@ def _manifest(
         files={},
         versions=VERSIONS,
     )
+
+
+def _learning_rate(config: ResolvedConfig, updates: int) -> float:
+    """Return the learning rate of the step after so many updates, by DeepSpeed's own schedule."""
+    if not updates or config.scheduler is None:
+        return _first_learning_rate(config)
+    from deepspeed.runtime import lr_schedules
+
+    nothing = torch.optim.SGD([torch.zeros(1)], lr=config.optimizer.params.lr)
+    numbers = config.scheduler.params.model_dump(exclude_none=True)
+    kind = getattr(lr_schedules, config.scheduler.type)
+    schedule = kind(nothing, last_batch_iteration=updates - 1, **numbers)  # it counts from -1
+    return float(schedule.get_lr()[0])
 
 
 def _first_learning_rate(config: ResolvedConfig) -> float:

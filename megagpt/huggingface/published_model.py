@@ -17,9 +17,17 @@ from megagpt.checkpoint.format import DamagedCheckpointError
 from megagpt.checkpoint.reader import require_small_header
 from megagpt.checkpoint.safetensors_file import StoredFile, StoredSlice
 from megagpt.config import ConfigError, ModelConfig, RunConfig
-from megagpt.data.manifest import read_dataset_manifest
 from megagpt.data.model_tokenizer.storing import difference_of_tokenizers
-from megagpt.huggingface.architectures import BIASES, CONFIG, INDEX, WEIGHTS, Part
+from megagpt.data.token_files.declared import Declared
+from megagpt.data.token_files.opening import manifest_of, tokenizer_directory
+from megagpt.huggingface.architectures import (
+    BIASES,
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    Architecture,
+    Part,
+)
 from megagpt.huggingface.published_config import PublishedConfig, read_json
 from megagpt.utils import UserError
 
@@ -39,6 +47,15 @@ class PublishedModel:
         self.directory = directory
         self.config = PublishedConfig(directory / CONFIG, ignored)
         self.architecture = self.config.architecture
+
+    @property
+    def steps(self) -> int:
+        """Updates that Adam's moments have seen: 0, a published model has no moments."""
+        return 0
+
+    def moment(self, part: Part, model: ModelConfig, moment: str) -> Tensor:
+        """Return a moment of a tensor of ours: zeros."""
+        return torch.zeros(part.shape)
 
     def run_config(self, written: RunConfig) -> RunConfig:
         """Return the configuration with this model in it.
@@ -120,21 +137,7 @@ class PublishedModel:
         Raise UserError if it is corrupt.
         """
         theirs = [self._tensor(self._name(name)) for name in part.theirs]
-        if not all(extreme.isfinite() for tensor in theirs for extreme in tensor.aminmax()):
-            raise UserError(
-                f"{self.directory}: {', '.join(part.theirs)}: not finite; download the model again"
-            )
-        if part.stored:
-            return part.relation.join(theirs, model).to(torch.float32).contiguous()
-        if any(tensor.any() for tensor in theirs):
-            named = ", ".join(part.theirs)
-            place = next(place for place, ends in BIASES.items() if part.name.endswith(ends))
-            key = place if self.architecture.free_biases != tuple(BIASES) else "bias"
-            raise UserError(
-                f"{self.directory}: {named}: not zero, so biases are needed; --set "
-                f"megagpt.model.{key}=true"
-            )
-        return None
+        return as_ours(part, theirs, model, self.architecture, str(self.directory))
 
     def _name(self, name: str) -> str:
         """Return a tensor's name in these files."""
@@ -211,12 +214,15 @@ class PublishedModel:
     def _opened(self) -> dict[str, StoredFile]:
         return {}
 
-    def require_tokenizer(self, data: Path) -> bool:
+    def require_tokenizer(self, data: Path, declared: Declared) -> bool:
         """Raise UserError if the data's tokenizer gives other ids than the model's.
 
-        Return False if the model has no tokenizer to compare.
+        Return False if the model, or the data, have no tokenizer to compare.
         """
-        difference = difference_of_tokenizers(data, self.directory)
+        directory = tokenizer_directory(data, declared)
+        if directory is None:
+            return False
+        difference = difference_of_tokenizers(directory, self.directory)
         if difference:
             raise UserError(
                 f"{data}: its tokenizer is not that of {self.directory}: {difference}; prepare the "
@@ -226,7 +232,7 @@ class PublishedModel:
 
     def require_rows(self, data: Path, config: RunConfig) -> None:
         """Raise UserError if the data have ids beyond the model's embedding."""
-        vocabulary = read_dataset_manifest(data).vocabulary
+        vocabulary = manifest_of(data, Declared.by(config.megagpt)).vocabulary
         rows = config.megagpt.model.vocab_size
         if rows is not None and vocabulary > rows:
             raise UserError(
@@ -234,6 +240,27 @@ class PublishedModel:
                 f"{vocabulary} tokens, need at most {rows}); prepare the data with the model's "
                 f"tokenizer: {preparation(self.directory, data)}"
             )
+
+
+def as_ours(
+    part: Part, theirs: list[Tensor], model: ModelConfig, architecture: Architecture, where: str
+) -> Tensor | None:
+    """Return a tensor of ours in fp32, made of theirs; None for a bias that our model has not.
+
+    Raise UserError if a value is not finite, or that bias is not zero.
+    """
+    if not all(extreme.isfinite() for tensor in theirs for extreme in tensor.aminmax()):
+        raise UserError(f"{where}: {', '.join(part.theirs)}: not finite; download the model again")
+    if part.stored:
+        return part.relation.join(theirs, model).to(torch.float32).contiguous()
+    if any(tensor.any() for tensor in theirs):
+        named = ", ".join(part.theirs)
+        place = next(place for place, ends in BIASES.items() if part.name.endswith(ends))
+        key = place if architecture.free_biases != tuple(BIASES) else "bias"
+        raise UserError(
+            f"{where}: {named}: not zero, so biases are needed; --set megagpt.model.{key}=true"
+        )
+    return None
 
 
 def preparation(model: Path, data: Path) -> str:

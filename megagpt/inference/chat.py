@@ -10,6 +10,7 @@ from megagpt.data.chat.records import require_plain
 from megagpt.data.chat.template import ChatTemplate, choose_template, default_template
 from megagpt.data.columns import BadRowError
 from megagpt.data.manifest import read_dataset_manifest
+from megagpt.data.token_files.opening import is_token_files
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.schema.megagpt import DataConfig
 from megagpt.utils import UserError
@@ -63,7 +64,8 @@ def ends_of_answers(data: DataConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
 
     Of a run on text, nothing.
     """
-    manifests = (read_dataset_manifest(Path(source.path)) for source in data.sources)
+    paths = (Path(source.path) for source in data.sources)
+    manifests = (read_dataset_manifest(path) for path in paths if not is_token_files(path))
     if not any(manifest.has_conversations for manifest in manifests):
         return ()
     ends = open_chat(data, tokenizer).end_tokens
@@ -75,6 +77,6 @@ def open_chat(data: DataConfig, tokenizer: Tokenizer, chosen: str | None = None)
 
     Raise UserError if there is none.
     """
-    directories = [Path(source.path) for source in data.sources]
+    directories = [Path(data.tokenizer or source.path) for source in data.sources]
     own = (path for path in directories if default_template(path) is not None)
     return Chat(choose_template(chosen, next(own, directories[0])), tokenizer)

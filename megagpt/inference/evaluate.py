@@ -9,7 +9,8 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from megagpt.data.manifest import read_dataset_manifest
+from megagpt.data.token_files.declared import Declared
+from megagpt.data.token_files.opening import manifest_of
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.dataset import Batch, SampleStream
 from megagpt.inference.stored_model import require_known_ids
@@ -47,11 +48,14 @@ class Evaluation:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property
-    def bits_per_byte(self) -> float:
+    def bits_per_byte(self) -> float | None:
         """The bits that code a byte of the text with this model; comparable between tokenizers.
 
-        Loss and perplexity are not. The end of a document costs bits and counts no bytes.
+        Loss and perplexity are not. The end of a document costs bits and counts no bytes. None for
+        ids without a tokenizer, of which no text is known.
         """
+        if not self.text_bytes:
+            return None
         return self.loss * self.tokens / (math.log(2) * self.text_bytes)
 
     def as_json(self) -> dict[str, float | int | None]:
@@ -60,9 +64,12 @@ class Evaluation:
         return {**asdict(self), "perplexity": perplexity, "bits_per_byte": self.bits_per_byte}
 
     def __str__(self) -> str:
+        text = f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}"
+        if self.bits_per_byte is None:
+            return f"{text} ({self.tokens:,} tokens)"
         return (
-            f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}, {self.bits_per_byte:.4f} "
-            f"bits per byte ({self.tokens:,} tokens, {self.text_bytes:,} bytes)"
+            f"{text}, {self.bits_per_byte:.4f} bits per byte ({self.tokens:,} tokens, "
+            f"{self.text_bytes:,} bytes)"
         )
 
 
@@ -118,10 +125,11 @@ def open_validation(config: MegagptConfig) -> list[tuple[Path, SampleStream]]:
     Raise UserError if one may hold ids that the model has not learned.
     """
     streams: list[tuple[Path, SampleStream]] = []
-    training = read_dataset_manifest(Path(config.data.sources[0].path))
+    declared = Declared.by(config)
+    training = manifest_of(Path(config.data.sources[0].path), declared)
     for source in config.data.sources:
         directory = Path(source.path)
-        if config.data.validation and not read_dataset_manifest(directory).tokens("val"):
+        if config.data.validation and not manifest_of(directory, declared).tokens("val"):
             continue
         stream = SampleStream.open(
             [(directory, 1.0)],
@@ -130,6 +138,7 @@ def open_validation(config: MegagptConfig) -> list[tuple[Path, SampleStream]]:
             seed=config.data.seed,
             document_mask=config.data.document_mask,
             packing=config.data.packing,
+            declared=Declared.by(config),
         )
         require_known_ids(directory, stream.vocabulary, config.model)
         streams.append((directory, stream))

@@ -10,7 +10,8 @@ import torch
 
 from megagpt.common.network import reachable
 from megagpt.data.corpora import open_source
-from megagpt.data.tokenizer import load_tokenizer
+from megagpt.data.token_files.declared import Declared
+from megagpt.data.token_files.opening import tokenizer_of
 from megagpt.distributed import Mesh
 from megagpt.inference.evaluate import evaluate, open_validation
 from megagpt.inference.generate import open_tokenizer
@@ -48,11 +49,12 @@ def place(options: Namespace) -> PlacedModel:
 def evaluate_validation(model: PlacedModel, options: Namespace) -> None:
     """Evaluate on each validation set of the run."""
     for directory, stream in open_validation(model.config.megagpt):
-        require_tokenizer(options.run_dir, directory)
+        declared = Declared.by(model.config.megagpt)
+        require_tokenizer(options.run_dir, directory, declared)
         result = evaluate(
             model,
             stream,
-            load_tokenizer(directory),
+            tokenizer_of(directory, declared),
             batch_size=options.batch_size,
             batches=options.batches,
         )

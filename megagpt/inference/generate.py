@@ -11,7 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megagpt.data.tokenizer import Tokenizer, load_tokenizer
+from megagpt.data.token_files.declared import Declared
+from megagpt.data.token_files.ids_only import IdsOnly
+from megagpt.data.token_files.opening import tokenizer_of
+from megagpt.data.tokenizer import Tokenizer
 from megagpt.inference.stored_model import require_known_ids
 from megagpt.model import KeyValueCache
 from megagpt.rundir.tokenizer_hash import require_tokenizer
@@ -172,9 +175,12 @@ def open_tokenizer(config: MegagptConfig, run_directory: Path) -> Tokenizer:
     the published model that the run began with.
     """
     directory = Path(config.data.sources[0].path)
-    tokenizer = load_tokenizer(directory)
-    require_tokenizer(run_directory, directory)
+    declared = Declared.by(config)
+    tokenizer = tokenizer_of(directory, declared)
+    require_tokenizer(run_directory, directory, declared)
     require_known_ids(directory, tokenizer.vocabulary, config.model)
+    for prompt in config.training.sample_prompts if isinstance(tokenizer, IdsOnly) else ():
+        tokenizer.encode(prompt)  # raises now, not at the first sample
     return tokenizer
 
 
@@ -183,5 +189,6 @@ def allowed_tokens(tokenizer: Tokenizer, end_tokens: Sequence[int] = ()) -> Tens
 
     Rows that pad the vocabulary and ids that a tokenizer skips are not allowed.
     """
-    known = (*tokenizer.text_ids, tokenizer.end_of_document)
-    return torch.tensor([*known, *(end for end in end_tokens if end not in known)])
+    known = [*tokenizer.text_ids]
+    ends = (tokenizer.end_of_document, *end_tokens)
+    return torch.tensor([*known, *(end for end in ends if end not in known and end >= 0)])

@@ -32,6 +32,7 @@ EVENTS = (
     "save",
     "resume",
     "change",
+    "compile",
     "proof",
     "rewind",
     "skip",

@@ -443,6 +443,17 @@ def ends_by_chunk(engine: DeepSpeedEngine) -> bool:
     return stage == 3 or (stage == 2 and engine.optimizer.cpu_offload)
 
 
+def local_gradient(engine: DeepSpeedEngine, parameter: nn.Parameter) -> Tensor | None:
+    """Return the gradient that DeepSpeed has not reduced yet, or None.
+
+    ZeRO 1 and 2 may accumulate it in fp32 beside the parameter (zero/stage_1_and_2.py).
+    """
+    if engine.zero_optimization_stage() in (1, 2):
+        gradient: Tensor | None = engine.optimizer.get_gradient_for_reduction(parameter)
+        return gradient
+    return parameter.grad
+
+
 def sum_reduced_gradients(engine: DeepSpeedEngine, weight: Any, group: dist.ProcessGroup) -> None:
     """Sum ZeRO-3's accumulated gradient of a weight over the ranks of ``group`` that hold copies.
 
@@ -620,12 +631,14 @@ def base_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
 def set_adam_step(engine: DeepSpeedEngine, state: dict[str, Any], step: int) -> None:
     """Set the number of updates that Adam has made.
 
-    torch's Adam keeps a tensor, DeepSpeed's CPU Adam an integer, both by parameter
-    (ops/adam/cpu_adam.py:141); its fused Adam keeps one integer per group (ops/adam/fused_adam.py).
+    torch's Adam keeps a tensor, beside the moments if it is fused; DeepSpeed's CPU Adam an integer,
+    both by parameter (ops/adam/cpu_adam.py:141). DeepSpeed's fused Adam keeps one integer per group
+    (ops/adam/fused_adam.py).
     """
     adam = base_optimizer(engine)
     if isinstance(adam, torch.optim.Adam):
-        state["step"] = torch.tensor(float(step))
+        place = state[MOMENTS[0]].device if adam.defaults["fused"] else None
+        state["step"] = torch.tensor(float(step), device=place)
     else:
         state["step"] = step
     if type(adam).__name__ == "FusedAdam":

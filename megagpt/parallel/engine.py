@@ -23,7 +23,7 @@ from megagpt.cluster.launchers import adopt_launch
 from megagpt.config import ResolvedConfig
 from megagpt.distributed import COLLECTIVE_TIMEOUT, Mesh
 from megagpt.lora import build, is_of_an_adapter, starting_value
-from megagpt.model import GPT, decayed, global_names, replace_parameters
+from megagpt.model import GPT, compile_blocks, decayed, global_names, replace_parameters
 from megagpt.parallel import compat, internals, ops, tensor_parallel
 from megagpt.parallel.device import set_cuda_defaults
 from megagpt.parallel.rectangles import Box
@@ -65,6 +65,8 @@ class Engine:
     tied_group: dist.ProcessGroup | None
     # Begins ZeRO-3's trace of a pipeline step; does nothing if no trace is needed.
     begin_trace: Callable[[], None]
+    # Parameters whose gradients the ranks of the tensor axis sum once a step.
+    partial: list[nn.Parameter]
     # Groups of this rank and one other, by the other's global rank.
     neighbour_groups: dict[int, dist.ProcessGroup]
     # Pipeline schedules, by number of micro-batches.
@@ -292,7 +294,7 @@ def build_engine(config: ResolvedConfig, mesh: Mesh, base: FrozenBase | None = N
         if mesh.tensor_size > 1
         else None
     )
-    model, names, held = build_model(config, mesh, axis, ds_config, base)
+    model, names, held, partial = build_model(config, mesh, axis, ds_config, base)
     with compat.vendor_without_processes():
         engine, *_ = deepspeed.initialize(
             model=model,
@@ -319,6 +321,7 @@ def build_engine(config: ResolvedConfig, mesh: Mesh, base: FrozenBase | None = N
         tensor_axis=axis,
         tied_group=tied_group(config, mesh),
         begin_trace=begin_trace,
+        partial=partial,
         neighbour_groups=neighbour_groups(config, mesh),
         base_sha256=base.sha256 if base is not None else None,
     )
@@ -334,8 +337,11 @@ def build_model(
     axis: TensorAxis | None,
     ds_config: dict[str, Any],
     base: FrozenBase | None = None,
-) -> tuple["Chunks", compat.Names, dict[str, Box]]:
-    """Return this rank's initialised chunks, the global names, and its rectangles by name."""
+) -> tuple["Chunks", compat.Names, dict[str, Box], list[nn.Parameter]]:
+    """Return this rank's initialised chunks, the global names, and its rectangles by name.
+
+    The last are the parameters whose gradients the tensor axis must sum once a step.
+    """
     spans = stage_layers(config)
     own = [spans[stage] for stage in mesh.stages(config.megagpt.parallel.virtual_stages)]
     with torch.device("meta"):
@@ -376,10 +382,29 @@ def build_model(
         return parameter
 
     allocated = replace_parameters(model, allocate)
-    if axis is not None:
+    if config.megagpt.training.compile == "blocks":
         for part in model.parts:
-            tensor_parallel.sum_partial_gradients(part, axis)
-    return model, {allocated[template]: name for template, name in templates.items()}, held
+            compile_blocks(part)
+    names = {allocated[template]: name for template, name in templates.items()}
+    return model, names, held, _summed_once(config, model, axis)
+
+
+def _summed_once(
+    config: ResolvedConfig, model: "Chunks", axis: TensorAxis | None
+) -> list[nn.Parameter]:
+    """Return the partial parameters whose whole gradients wait for the end of a step.
+
+    Elsewhere ZeRO takes each gradient in backward, so a hook must sum it before.
+    """
+    if axis is None:
+        return []
+    partial = [p for part in model.parts for p in tensor_parallel.partial_parameters(part, axis)]
+    zero = config.zero_optimization
+    if zero.stage == 0 or config.megagpt.parallel.gradient_reduction == "per_step":
+        return partial
+    for parameter in partial:
+        parameter.register_hook(axis.sum_gradient)
+    return []
 
 
 def parameter_groups(model: nn.Module, names: compat.Names) -> list[dict[str, Any]]:
@@ -402,10 +427,13 @@ def deepspeed_config(config: ResolvedConfig, device_type: str) -> dict[str, Any]
     """Return DeepSpeed's sections, with the Adam implementation that works on this machine."""
     result = config.deepspeed_dict()
     result["steps_per_print"] = None
+    params = result["optimizer"]["params"]
     if not config.optimizer.params.torch_adam and (reason := _why_torch_adam(config, device_type)):
         log.warning("optimizer: using torch's Adam instead of DeepSpeed's: %s", reason)
-        result["optimizer"]["params"]["torch_adam"] = True
+        params["torch_adam"] = True
         result["zero_force_ds_cpu_optimizer"] = False
+    if params.get("torch_adam"):
+        params["fused"] = True  # one pass over memory; DeepSpeed hands it on to torch.optim
     return result
 
 

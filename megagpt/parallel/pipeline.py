@@ -28,8 +28,10 @@ class MicroBatch:
 
     ``tokens`` and ``targets`` are (batch, length); targets of ``IGNORED`` have no loss.
     ``documents`` holds the bounds of packed documents or None; it is computed once for every layer,
-    stage and recomputation. ``dropout_seed`` (batch,) has one seed per sample, or is None.
-    ``positions`` (batch, length) are those of the tokens, where they begin again in each document.
+    stage and recomputation. ``dropout_seed`` has one seed per sample (batch,), or one per sample
+    and place (batch, places), or is None. ``positions`` (batch, length) are those of the tokens,
+    where they begin again in each document. ``all_counted`` says that no target of any rank's
+    micro-batch in this step is ``IGNORED``.
     """
 
     tokens: Tensor
@@ -37,6 +39,7 @@ class MicroBatch:
     documents: DocumentBounds | None = None
     dropout_seed: Tensor | None = None
     positions: Tensor | None = None
+    all_counted: bool = False
 
     @property
     def context(self) -> dict[str, Any]:
@@ -55,35 +58,54 @@ class StepResult:
 
     ``loss`` is the mean over the global batch's targets, ``grad_norm`` the norm before clipping.
     ``applied`` is false if the loss or a gradient was not finite or the loss was refused; weights
-    and moments are then unchanged.
+    and moments are then unchanged. ``sums`` are the sums over all ranks of the numbers that each
+    gave.
     """
 
     loss: float
     grad_norm: float
     learning_rate: float
     applied: bool
+    sums: tuple[float, ...] = ()
+
+
+Numbers = Callable[[], Sequence[float]]
+
+
+def no_numbers() -> tuple[float, ...]:
+    """Give nothing to be summed."""
+    return ()
 
 
 def train_step(
     engine: Engine,
     micro_batches: Sequence[MicroBatch],
-    refuses: Callable[[float], bool] = lambda loss: False,
+    refuses: Callable[[float], bool] | None = None,
+    numbers: Numbers = no_numbers,
 ) -> StepResult:
     """Train on one global batch; every rank must call it.
 
     ``micro_batches`` is this data replica's part. Skip the update if the loss is not finite or
     ``refuses(loss)`` is true. ``refuses`` is called on every rank and must give the same answer on
-    each.
+    each. ``numbers`` is called once; all ranks must give equally many.
+
+    The host waits for the device once, to read the loss, the norm and the sums of the numbers
+    together. Under ZeRO 1 to 3 that is after the update, which DeepSpeed itself skips if a gradient
+    is not finite, as those of a loss that is not finite are. Only fp16, whose loss scale must not
+    fall because of such a loss, and ``refuses`` need the loss before it and read twice.
     """
     learning_rate = compat.base_optimizer(engine.deepspeed).param_groups[0]["lr"]
-    loss = mean_loss(engine, accumulate(engine, micro_batches))
-    if not math.isfinite(loss) or refuses(loss):
-        compat.refuse_step(engine.deepspeed)
-        return StepResult(loss, math.nan, learning_rate, applied=False)
-    norm, applied = (
-        _update_replicated(engine) if engine.zero_stage == 0 else _update_partitioned(engine)
-    )
-    return StepResult(loss, norm, learning_rate, applied)
+    losses = accumulate(engine, micro_batches)
+    if engine.zero_stage == 0:
+        update = _update_replicated
+    elif refuses is None and not engine.config.fp16.enabled:
+        update = _update_and_read
+    else:
+        update = _read_and_update
+    loss, norm, applied, sums = update(engine, losses, refuses, numbers)
+    if not math.isfinite(loss):
+        norm = math.nan
+    return StepResult(loss, norm, learning_rate, applied, tuple(sums))
 
 
 def accumulate(engine: Engine, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
@@ -103,6 +125,9 @@ def accumulate(engine: Engine, micro_batches: Sequence[MicroBatch]) -> list[Tens
             losses = _one_after_another(
                 engine, micro_batches, shares, count_micro_steps=not per_step
             )
+        if engine.tensor_axis is not None:  # before ZeRO reduces them over the data axis
+            gradients = [compat.local_gradient(engine.deepspeed, p) for p in engine.partial]
+            engine.tensor_axis.sum_gradients([g for g in gradients if g is not None])
     if per_step or engine.num_stages > 1:
         engine.deepspeed.set_gradient_accumulation_boundary(True)
     return losses
@@ -114,8 +139,11 @@ def loss_shares(engine: Engine, micro_batches: Sequence[MicroBatch]) -> Tensor:
     The step's loss is the mean over all targets of the global batch, wherever they are. The engine
     averages over micro-batches and replicas, so a micro-batch with more targets than the average
     counts for more: with n of the N targets in k micro-batches of all replicas, for n k / N. That
-    is exactly 1 if no target is ignored. Ranks of a data group must call it together.
+    is exactly 1 if no target is ignored; nothing is counted then. Ranks of a data group must call
+    it together.
     """
+    if all(micro_batch.all_counted for micro_batch in micro_batches):
+        return torch.ones(len(micro_batches), device=engine.device)
     counts = target_counts(micro_batches)
     total = counts.sum()
     dist.all_reduce(total, group=engine.mesh.data_group)
@@ -136,14 +164,29 @@ def _one_after_another(
 ) -> list[Tensor]:
     losses = []
     for index, micro_batch in enumerate(micro_batches):
-        loss = shares[index] * engine.deepspeed(
-            micro_batch.tokens, targets=micro_batch.targets, **micro_batch.context
+        loss = _with_its_gradients(
+            shares[index]
+            * engine.deepspeed(
+                micro_batch.tokens, targets=micro_batch.targets, **micro_batch.context
+            )
         )
         engine.deepspeed.backward(loss)
         losses.append(loss.detach())
         if count_micro_steps and index + 1 < len(micro_batches):
             engine.deepspeed.step()  # before the boundary it only counts micro-batches
     return losses
+
+
+def _with_its_gradients(loss: Tensor) -> Tensor:
+    """Return the loss; if it is not finite, its gradients will not be either.
+
+    An infinite loss may have finite gradients. DeepSpeed skips an update if a gradient is not
+    finite, so the host need not wait for the loss before the update.
+    """
+    if loss.requires_grad:
+        value = loss.detach()
+        loss.register_hook(lambda gradient: gradient + (value - value))  # + 0, or NaN
+    return loss
 
 
 @torch.no_grad()
@@ -170,21 +213,36 @@ def evaluate(engine: Engine, micro_batches: Sequence[MicroBatch]) -> Tensor:
     return sums
 
 
-def mean_loss(engine: Engine, losses: Sequence[Tensor]) -> float:
-    """Return the mean over micro-batches and replicas, equal on all ranks.
+def _read(
+    engine: Engine,
+    losses: Sequence[Tensor],
+    numbers: Sequence[float] = (),
+    norm: Tensor | None = None,
+) -> list[float]:
+    """Return the mean loss, the sums of the numbers and, if given, the norm: one read.
 
-    ``losses`` are those of this rank's micro-batches, times their ``loss_shares``. Every rank must
-    call it; ranks without the head pass no losses.
+    ``losses`` are those of this rank's micro-batches, times their ``loss_shares``; ranks without
+    the head have none. One all-reduce in fp64 sums over all ranks. The norm is equal on all ranks.
     """
-    total = (
-        torch.stack(list(losses)).double().mean()
-        if losses
-        else torch.zeros((), dtype=torch.float64)
-    )
-    total = total.to(engine.device)
-    dist.all_reduce(total, group=engine.mesh.pipeline_group)
-    dist.all_reduce(total, group=engine.mesh.data_group)
-    return float(total) / engine.mesh.data_size
+    mesh = engine.mesh
+    if losses and mesh.tensor_rank == 0:  # tensor ranks have the same loss
+        loss = torch.stack(list(losses)).double().mean(0, keepdim=True) / mesh.data_size
+    else:
+        loss = torch.zeros(1, dtype=torch.float64, device=engine.device)
+    values = [loss, to_device(numbers, engine.device)] if numbers else [loss]
+    together = torch.cat(values) if numbers else loss
+    if mesh.world_size > 1:
+        dist.all_reduce(together)
+    if norm is not None:
+        together = torch.cat((together, norm.detach().double().view(1)))
+    read: list[float] = together.tolist()
+    return read
+
+
+def to_device(numbers: Sequence[float], device: torch.device) -> Tensor:
+    """Return numbers of the host in fp64 on the device, without waiting for it."""
+    pinned = torch.tensor(numbers, dtype=torch.float64, pin_memory=device.type == "cuda")
+    return pinned.to(device, non_blocking=True)
 
 
 def _pipeline(engine: Engine, micro_batches: int) -> "Pipeline":
@@ -229,7 +287,7 @@ class Pipeline:
         # The model's last stage returns the loss itself, which the schedule hands on with the
         # micro-batch's share or count of targets (1,); the engine scales gradients.
         options: dict[str, Any] = {
-            "loss_fn": lambda loss, share: loss * share[0],
+            "loss_fn": lambda loss, share: _with_its_gradients(loss * share[0]),
             "scale_grads": False,
         }
         if kind == "interleaved":
@@ -374,20 +432,51 @@ def _last_logits(engine: Engine, tokens: Tensor, cache: KeyValueCache) -> Tensor
     return x
 
 
-def _update_partitioned(engine: Engine) -> tuple[float, bool]:
+# Loss, norm before clipping, whether the update was made, sums of the numbers.
+Outcome = tuple[float, float, bool, Sequence[float]]
+Refuses = Callable[[float], bool] | None
+
+
+def _update_and_read(
+    engine: Engine, losses: Sequence[Tensor], refuses: Refuses, numbers: Numbers
+) -> Outcome:
     """Update under ZeRO 1 to 3, which skip by themselves if any rank has a non-finite gradient."""
     engine.deepspeed.step()
-    return float(engine.deepspeed.get_global_grad_norm()), engine.deepspeed.was_step_applied()
+    norm = engine.deepspeed.get_global_grad_norm()
+    if isinstance(norm, Tensor) and norm.device == engine.device:
+        loss, *sums, norm = _read(engine, losses, numbers(), norm)
+    else:  # in host memory: the optimizer is offloaded, or the step was skipped
+        loss, *sums = _read(engine, losses, numbers())
+    return loss, float(norm), engine.deepspeed.was_step_applied(), sums
 
 
-def _update_replicated(engine: Engine) -> tuple[float, bool]:
+def _read_and_update(
+    engine: Engine, losses: Sequence[Tensor], refuses: Refuses, numbers: Numbers
+) -> Outcome:
+    """Update under ZeRO 1 to 3 unless the loss is not finite or refused."""
+    loss, *sums = _read(engine, losses, numbers())
+    if not math.isfinite(loss) or (refuses is not None and refuses(loss)):
+        compat.refuse_step(engine.deepspeed)
+        return loss, math.nan, False, sums
+    engine.deepspeed.step()
+    norm = float(engine.deepspeed.get_global_grad_norm())
+    return loss, norm, engine.deepspeed.was_step_applied(), sums
+
+
+def _update_replicated(
+    engine: Engine, losses: Sequence[Tensor], refuses: Refuses, numbers: Numbers
+) -> Outcome:
     """Update under ZeRO 0, which neither reports the gradient norm nor checks that it is finite."""
     gradients = [p.grad for p in engine.names if p.grad is not None and compat.is_counted(p)]
-    norm = torch.nn.utils.get_total_norm(gradients).square()
-    dist.all_reduce(norm, group=engine.mesh.tensor_group)
-    norm = norm.sqrt()
-    if not torch.isfinite(norm):
+    squared = torch.nn.utils.get_total_norm(gradients).square()
+    if engine.mesh.tensor_size > 1:
+        dist.all_reduce(squared, group=engine.mesh.tensor_group)
+    loss, *sums, norm = _read(engine, losses, numbers(), squared.sqrt())
+    if not math.isfinite(loss) or (refuses is not None and refuses(loss)):
+        compat.refuse_step(engine.deepspeed)
+        return loss, math.nan, False, sums
+    if not math.isfinite(norm):
         compat.abandon_step(engine.deepspeed)
-        return float(norm), False
+        return loss, norm, False, sums
     engine.deepspeed.step()
-    return float(norm), True
+    return loss, norm, True, sums

@@ -100,6 +100,16 @@ class TensorAxis:
         dist.all_reduce(gradient, group=self.group)
         return gradient
 
+    def sum_gradients(self, gradients: list[Tensor]) -> None:
+        """Sum the gradients over the ranks in place, in one all-reduce; all have one dtype."""
+        if not gradients:
+            return
+        together = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(together, group=self.group)
+        sizes = [gradient.numel() for gradient in gradients]
+        for gradient, total in zip(gradients, together.split(sizes), strict=True):
+            gradient.copy_(total.view_as(gradient))
+
     def part(self, x: Tensor) -> Tensor:
         """Return this rank's positions of x (batch, length, ...)."""
         return x.chunk(self.size, dim=1)[self.rank].contiguous()
@@ -410,23 +420,18 @@ def _share_adapter(adapter: Adapter, axis: TensorAxis) -> None:
         adapter.sequence_part = axis.rank if axis.sequence else 0
 
 
-def sum_partial_gradients(model: GPT, axis: TensorAxis) -> None:
-    """Sum the gradients of replicated parameters that each rank applies to its own share.
+def partial_parameters(model: GPT, axis: TensorAxis) -> list[nn.Parameter]:
+    """Return the replicated parameters that each rank applies to its own share.
 
-    That is a norm of single heads, and what follows a row layer or precedes a column layer if it is
-    split along the sequence. Hooks sum them before ZeRO sees the gradients.
+    Their gradients must be summed. That is a norm of single heads, and what follows a row layer or
+    precedes a column layer if it is split along the sequence.
     """
+    partial: list[nn.Parameter] = []
     for module in model.modules():
-        partial: list[nn.Parameter] = []
         if isinstance(module, HeadNorm) or (axis.sequence and isinstance(module, Norm | PartTable)):
             partial += module.parameters(recurse=False)
         elif axis.sequence and isinstance(module, RowLinear) and module.bias is not None:
             partial.append(module.bias)
         elif axis.sequence and isinstance(module, Adapter):
             partial.append(module.b if module.is_row else module.a)
-        for parameter in filter(_is_trained, partial):
-            parameter.register_hook(axis.sum_gradient)
-
-
-def _is_trained(parameter: nn.Parameter) -> bool:
-    return parameter.requires_grad
+    return [parameter for parameter in partial if parameter.requires_grad]

@@ -96,6 +96,7 @@ class ChosenWindows:
 
     stream: SampleStream
     chosen: np.ndarray
+    ignores_targets = True  # a filler's
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Return the windows at ``indices``, stacked; a filler has no targets."""

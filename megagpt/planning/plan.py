@@ -235,11 +235,12 @@ def _vocabulary_here(written: RunConfig) -> int | None:
     model = written.megagpt.model
     if model.vocab_size or model.vocabulary or model.published_vocabulary:
         return None
-    from megagpt.data.manifest import read_dataset_manifest
+    from megagpt.data.token_files.declared import Declared
+    from megagpt.data.token_files.opening import manifest_of
 
     try:
         return max(
-            read_dataset_manifest(Path(source.path)).vocabulary
+            manifest_of(Path(source.path), Declared.by(written.megagpt)).vocabulary
             for source in written.megagpt.data.sources
         )
     except UserError:

@@ -74,6 +74,10 @@ def _value_at(config: RunConfig, key: str) -> Any:
     return value
 
 
+def _compiles(config: RunConfig) -> bool:
+    return config.megagpt.training.compile != "none"
+
+
 def _optimizer_device(config: RunConfig) -> str:
     return config.zero_optimization.optimizer_device
 
@@ -257,6 +261,19 @@ def _other_accumulation(config: RunConfig) -> list[str]:
 
 
 RULES: tuple[Rule, ...] = (
+    Rule(
+        "megagpt.training.compile",
+        lambda config: _compiles(config) and _stage(config) == 3,
+        "ZeRO 3 gathers the parameters of a block in hooks of its layers, which compiled code does "
+        "not call",
+        lambda config: ("megagpt.training.compile=none", *_at_stage(2)(config)),
+    ),
+    Rule(
+        "megagpt.training.compile",
+        lambda config: _compiles(config) and config.megagpt.parallel.tensor > 1,
+        "the ranks of the tensor axis communicate inside a block, which torch.compile cannot trace",
+        ("megagpt.training.compile=none", "megagpt.parallel.tensor=1"),
+    ),
     Rule(
         "megagpt.parallel.tensor",
         lambda config: _shareable(config) % config.megagpt.parallel.tensor != 0,

@@ -5,6 +5,7 @@ Nothing in here imports torch.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megagpt.checkpoint.format import (
@@ -14,7 +15,9 @@ from megagpt.checkpoint.format import (
     step_directory,
 )
 from megagpt.config import ResolvedConfig, RunConfig
-from megagpt.data.manifest import DatasetManifest, Split, read_dataset_manifest
+from megagpt.data.manifest import Split
+from megagpt.data.token_files.declared import Declared
+from megagpt.data.token_files.opening import Manifest, manifest_of, require_use
 from megagpt.dataset import SampleStream
 from megagpt.planning.epochs import counted_samples
 from megagpt.planning.legality import ANY_VOCABULARY, LegalRun, World, require_legal, resolve
@@ -83,27 +86,29 @@ def splits_of(config: ResolvedConfig) -> tuple[Split, ...]:
     data = config.megagpt.data
     if not config.megagpt.training.eval_interval_steps or (
         data.validation
-        and not any(read_dataset_manifest(Path(s.path)).tokens("val") for s in data.sources)
+        and not any(
+            manifest_of(Path(source.path), Declared.by(config.megagpt)).tokens("val")
+            for source in data.sources
+        )
     ):
         return ("train",)
     return ("train", "val")
 
 
-def open_validation_sets(
-    config: MegagptConfig, training: DatasetManifest
-) -> dict[str, SampleStream]:
+def open_validation_sets(config: MegagptConfig, training: Manifest) -> dict[str, SampleStream]:
     """Return the samples of each further validation set by its whole key.
 
     They are those of its validation split, or all if it has none. Raise UserError for a set with
     another tokenizer than the ``training`` data.
     """
     streams = {}
+    declared = replace(Declared.by(config), validation_fraction=0.0)  # token files are read whole
     for name, path in config.data.validation.items():
         key = f"{VALIDATION}{name}"
         try:
-            manifest = read_dataset_manifest(Path(path))
+            manifest = manifest_of(Path(path), declared)
             split: Split = "val" if manifest.tokens("val") else "train"
-            streams[key] = _open(config, [(Path(path), 1.0)], split)
+            streams[key] = _open(config, [(Path(path), 1.0)], split, declared)
         except UserError as error:
             raise UserError(f"{key}: {error}") from error
         if manifest.ids != training.ids:
@@ -135,7 +140,8 @@ def _require_same_tokenizer(recorded: ResolvedConfig, stream: SampleStream) -> N
     ours = stream.datasets[0].manifest.tokenizer
     for source in recorded.megagpt.data.sources:
         try:
-            theirs = read_dataset_manifest(Path(source.path)).tokenizer
+            declared = Declared.by(recorded.megagpt)
+            theirs = manifest_of(Path(source.path), declared).tokenizer
         except UserError:
             log.warning("%s: gone, so its tokenizer cannot be compared", source.path)
             continue
@@ -194,8 +200,10 @@ def prepare_vocabulary(config: RunConfig) -> int:
 
 def _vocabulary(config: RunConfig) -> int:
     """Return the number of tokens of the data as their manifests have it."""
-    sources = config.megagpt.data.sources
-    return max(read_dataset_manifest(Path(source.path)).vocabulary for source in sources)
+    paths = [Path(source.path) for source in config.megagpt.data.sources]
+    declared = Declared.by(config.megagpt)
+    require_use(paths, declared)
+    return max(manifest_of(path, declared).vocabulary for path in paths)
 
 
 def open_stream(config: ResolvedConfig, split: Split) -> SampleStream:
@@ -213,7 +221,12 @@ def open_stream(config: ResolvedConfig, split: Split) -> SampleStream:
     return stream
 
 
-def _open(config: MegagptConfig, data: list[tuple[Path, float]], split: Split) -> SampleStream:
+def _open(
+    config: MegagptConfig,
+    data: list[tuple[Path, float]],
+    split: Split,
+    declared: Declared | None = None,
+) -> SampleStream:
     return SampleStream.open(
         data,
         split=split,
@@ -221,4 +234,5 @@ def _open(config: MegagptConfig, data: list[tuple[Path, float]], split: Split) -
         seed=config.data.seed,
         document_mask=config.data.document_mask,
         packing=config.data.packing,
+        declared=declared or Declared.by(config),
     )

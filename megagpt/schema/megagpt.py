@@ -24,7 +24,9 @@ from megagpt.schema.model import ModelConfig, ModelSection
 class DataSource(Section):
     """One dataset of a blend."""
 
-    path: PathText = identity(..., "directory of the dataset", min_length=1)
+    path: PathText = identity(
+        ..., "directory of the dataset, or token files of another trainer", min_length=1
+    )
     weight: float = identity(1.0, "share of the samples, relative to the other weights", gt=0)
 
 
@@ -39,7 +41,9 @@ class DataConfig(Section):
     """Which tokens are read, and in which order."""
 
     path: DataPath = identity(
-        "data/stdlib", "directory of the dataset, or a list of {path, weight} to blend"
+        "data/stdlib",
+        "directory of the dataset, or token files of another trainer; or a list of {path, weight} "
+        "to blend",
     )
     seed: int = identity(0, "seed of the sample order", ge=0)
     document_mask: bool = identity(False, "tokens attend only to tokens of their own document")
@@ -51,6 +55,19 @@ class DataConfig(Section):
         "how conversations become samples: whole ones, as many as fit, each on its own "
         "(conversations); one a sample (one_per_row); windows of their tokens as of text (stream); "
         "default: conversations if the data are prepared ones, else stream",
+    )
+    tokenizer: PathText | None = execution(
+        None,
+        "directory with the tokenizer.json of token files of other trainers; without it they are "
+        "ids without text",
+        min_length=1,
+    )
+    validation_fraction: float | None = execution(
+        None,
+        "share of token files of other trainers to hold out, their end; default: the val.bin "
+        "beside a train.bin, else 0.01",
+        ge=0,
+        lt=1,
     )
 
     @model_validator(mode="after")
@@ -126,6 +143,11 @@ class TrainingSection(Section):
         "none",
         "activations to recompute in backward: none, each block's MLP (selective), or whole "
         "blocks (full)",
+    )
+    compile: Literal["none", "blocks"] = execution(
+        "none",
+        "what torch.compile compiles for training: none, or each block, at ZeRO 0 to 2 without "
+        "tensor parallelism",
     )
     eval_interval_steps: int = execution(100, "steps between evaluations", ge=0)
     eval_batches: int = execution(

@@ -130,7 +130,7 @@ def _drop_absent(document: Document, model: type[BaseModel]) -> None:
         is_section = any(models_in(found.annotation) for found in fields)
         if value is None and is_section:
             remove(document, path)
-        if value == "auto" and not is_section and not any(map(_takes_auto, fields)):
+        if value == "auto" and not is_section and not any(map(takes_auto, fields)):
             remove(document, path)
 
 
@@ -152,7 +152,8 @@ def fields_at(model: type[BaseModel], path: KeyPath) -> list[FieldInfo]:
     ]
 
 
-def _takes_auto(found: FieldInfo) -> bool:
+def takes_auto(found: FieldInfo) -> bool:
+    """Return whether a key has "auto" among its values."""
     return any(kind is str or kind == Literal["auto"] for kind in _kinds(found.annotation))
 
 

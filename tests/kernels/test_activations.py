@@ -1,4 +1,4 @@
-"""Bias with GELU, and SwiGLU: accuracy, odd shapes and strides, exact and repeatable."""
+"""SwiGLU: accuracy, odd shapes and strides, exact and repeatable."""
 
 import pytest
 import torch
@@ -17,60 +17,38 @@ from tests.support.kernels.accuracy import (
 )
 from tests.support.kernels.refusals import refused
 
-OPS = ("bias_gelu", "swiglu")
 
-
-def case(op: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+def case(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     """Random arguments; ``shape`` is the result's."""
     generator = torch.Generator().manual_seed(0)
-    if op == "swiglu":
-        return {"x": torch.randn(*shape[:-1], 2 * shape[-1], generator=generator).to(device, dtype)}
-    x, bias = torch.randn(shape, generator=generator), torch.randn(shape[-1], generator=generator)
-    return {"x": x.to(device, dtype), "bias": bias.to(device, dtype)}
+    return {"x": torch.randn(*shape[:-1], 2 * shape[-1], generator=generator).to(device, dtype)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 8), (2, 3, 127), (9, 1100)])
-@pytest.mark.parametrize("op", OPS)
-def test_accuracy(fused_device: str, op: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    assert_as_accurate_as_torch(op, case(op, shape, dtype, fused_device))
-    assert kernels.launches() == {f"{op}_forward": 1, f"{op}_backward": 1}
+def test_accuracy(fused_device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert_as_accurate_as_torch("swiglu", case(shape, dtype, fused_device))
+    assert kernels.launches() == {"swiglu_forward": 1, "swiglu_backward": 1}
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
-@pytest.mark.parametrize("op", OPS)
-def test_the_tails_are_exact(fused_device: str, op: str) -> None:
-    """Far from zero both activations are the identity or nothing, with slope 1 or 0."""
+def test_the_tails_are_exact(fused_device: str) -> None:
+    """Far from zero the gate is the identity or nothing, with slope 1 or 0."""
     values = torch.tensor([[-4096.0, -200.0, 200.0, 4096.0]], device=fused_device)
-    if op == "bias_gelu":
-        result = outputs_and_gradients(
-            kernels.bias_gelu, {"x": values, "bias": 0 * values[0]}, torch.float32
-        )
-    else:
-        pairs = torch.stack((values, torch.ones_like(values)), dim=-1).flatten(-2)
-        result = outputs_and_gradients(kernels.swiglu, {"x": pairs}, torch.float32)
+    pairs = torch.stack((values, torch.ones_like(values)), dim=-1).flatten(-2)
+    result = outputs_and_gradients(kernels.swiglu, {"x": pairs}, torch.float32)
     assert torch.equal(result["output 0"], values.clamp(min=0))
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_strides(fused_device: str, op: str) -> None:
+def test_strides(fused_device: str) -> None:
     """A transposed input, and the stride-0 gradient that sum() sends back."""
-    tensors = case(op, (6, 5, 40), torch.float32, fused_device)
-    x = tensors.pop("x")
+    (x,) = case((6, 5, 40), torch.float32, fused_device).values()
     gradients = []
-    for function in (getattr(kernels, op), getattr(reference, op)):
+    for function in (kernels.swiglu, reference.swiglu):
         leaf = x.detach().requires_grad_()
-        function(leaf.transpose(0, 1), **tensors).sum().backward()
+        function(leaf.transpose(0, 1)).sum().backward()
         gradients.append(leaf.grad)
     torch.testing.assert_close(*gradients)
-
-
-def test_a_bias_of_any_stride(fused_device: str) -> None:
-    """One column of a matrix, and one number repeated."""
-    x, dense = case("bias_gelu", (6, 40), torch.float32, fused_device).values()
-    for bias in (torch.stack((dense, -dense), dim=1)[:, 0], dense[:1].expand(40)):
-        assert_as_accurate_as_torch("bias_gelu", {"x": x, "bias": bias.detach()})
-        assert torch.equal(kernels.bias_gelu(x, bias), kernels.bias_gelu(x, bias.contiguous()))
 
 
 def test_twice_as_many_channels_as_fit_into_31_bits(fused_device: str) -> None:
@@ -89,68 +67,39 @@ def test_twice_as_many_channels_as_fit_into_31_bits(fused_device: str) -> None:
     assert torch.equal(dx, torch.autograd.grad(expected, leaf, y)[0])
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_repeated_runs_are_equal_and_nothing_is_nothing(fused_device: str, op: str) -> None:
-    tensors = case(op, (50, 20), torch.bfloat16, fused_device)
+def test_repeated_runs_are_equal_and_nothing_is_nothing(fused_device: str) -> None:
+    tensors = case((50, 20), torch.bfloat16, fused_device)
     first, second = (
-        outputs_and_gradients(getattr(kernels, op), tensors, torch.bfloat16) for _ in range(2)
+        outputs_and_gradients(kernels.swiglu, tensors, torch.bfloat16) for _ in range(2)
     )
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
     empty = outputs_and_gradients(
-        getattr(kernels, op), case(op, (0, 4), torch.float32, fused_device), torch.float32
+        kernels.swiglu, case((0, 4), torch.float32, fused_device), torch.float32
     )
     assert empty["output 0"].shape == (0, 4)
 
 
-def test_a_bias_freed_between_forward_and_backward(fused_device: str) -> None:
-    """ZeRO-3 empties a gathered parameter after forward and fills it again, elsewhere, before
-    backward.
-    """
-    tensors = case("bias_gelu", (3, 12), torch.float32, fused_device)
-    expected = outputs_and_gradients(kernels.bias_gelu, tensors, torch.float32)["gradient of x"]
-    bias, x = torch.nn.Parameter(tensors["bias"]), tensors["x"].requires_grad_()
-    y = kernels.bias_gelu(x, bias)
-    gathered_again = bias.data.clone()
-    bias.data.fill_(float("nan"))
-    bias.data = gathered_again
-    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(fused_device))
-    assert torch.equal(x.grad, expected)
-
-
-def test_operators_are_sound_for_compilers(fused_device: str) -> None:
+def test_the_operator_is_sound_for_compilers(fused_device: str) -> None:
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    for op, operator in (("bias_gelu", activations._bias_gelu), ("swiglu", activations._swiglu)):
-        tensors = case(op, (3, 8), torch.float32, fused_device)
-        torch.library.opcheck(
-            operator, tuple(x.requires_grad_() for x in tensors.values()), test_utils=checks
-        )
+    (x,) = case((3, 8), torch.float32, fused_device).values()
+    torch.library.opcheck(activations._swiglu.overload, (x.requires_grad_(),), test_utils=checks)
 
 
 @settings(
     max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    op=st.sampled_from(OPS),
     rows=st.integers(2, 20),
     channels=st.integers(4, 90),
     dtype=st.sampled_from(DTYPES),
 )
-def test_any_shape(
-    fused_device: str, op: str, rows: int, channels: int, dtype: torch.dtype
-) -> None:
-    assert_as_accurate_as_torch(op, case(op, (rows, channels), dtype, fused_device))
+def test_any_shape(fused_device: str, rows: int, channels: int, dtype: torch.dtype) -> None:
+    assert_as_accurate_as_torch("swiglu", case((rows, channels), dtype, fused_device))
 
 
 def test_bad_arguments_are_named(fused_device: str, mode_of_bad_input: None) -> None:
     x = torch.ones(2, 7, device=fused_device)
-    refused("bias_gelu", r"bias has shape \(2,\), expected \(7,\)", {"x": x, "bias": x[:, 0]})
-    refused(
-        "bias_gelu",
-        "bias has dtype torch.float16, expected torch.float32",
-        {"x": x, "bias": x[0].half()},
-    )
-    refused("bias_gelu", "bias is on meta, expected", {"x": x, "bias": x[0].to("meta")})
     refused("swiglu", r"x has shape \(2, 7\), expected an even number of channels", {"x": x})
     refused(
         "swiglu", "x has dtype torch.int32, expected floating-point numbers", {"x": x[:, 1:].int()}

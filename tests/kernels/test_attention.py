@@ -267,8 +267,10 @@ def test_a_window_as_long_as_the_keys_is_none(fused_device: str) -> None:
     """It compiles nothing of its own: in generation, until the cache is as long as the window."""
     tensors = case(fused_device, 5, 20)
     assert torch.equal(kernels.attention(**tensors, window=20), kernels.attention(**tensors))
-    scalars = fused_attention._Call(None, None, 1.0, True, None, None, 0.0, 0).scalars
-    assert scalars(tensors["q"], tensors["k"])[4:] == (None, 1.0, math.log2(math.e), None, 1.0, 0)
+    settings = fused_attention._Settings(1.0, True, None, None, 0.0, 0)
+    q, k = tensors["q"], tensors["k"]
+    plan = fused_attention._plan("forward", settings, False, q.shape, k.shape, q.dtype, q.device)
+    assert plan.scalars[4:] == (None, 1.0, math.log2(math.e), None, 1.0, 0)
 
 
 def test_a_soft_cap_far_above_all_scores_changes_nothing(fused_device: str) -> None:

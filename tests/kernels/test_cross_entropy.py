@@ -338,7 +338,7 @@ def test_operators_are_sound_for_compilers(fused_device: str, reduction: str) ->
     leaves = (hidden.requires_grad_(), weight.requires_grad_())
     arguments = (*leaves, targets, -100, 0.0, 3.0, 0, 20, "", "triton", ready, ready, ready)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(chunked_cross_entropy._forward, arguments, test_utils=checks)
+    torch.library.opcheck(chunked_cross_entropy._forward.overload, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize(("reduction", "products"), [("mean", 3), ("none", 4)])

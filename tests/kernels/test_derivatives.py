@@ -31,7 +31,6 @@ CALLS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "linear_cross_entropy, soft cap": lambda ops, x: ops.linear_cross_entropy(
         x, WEIGHT, TARGETS, softcap=2.0
     ),
-    "bias_gelu": lambda ops, x: ops.bias_gelu(x, WEIGHT[0]),
     "swiglu": lambda ops, x: ops.swiglu(x),
     "rotary": lambda ops, x: ops.rotary(x[:, None], *ANGLES),
     "dropout": lambda ops, x: ops.dropout(x, 0.5, seed=SEED),

@@ -70,7 +70,7 @@ def test_the_operator_is_sound_for_compilers(fused_device: str) -> None:
     x = torch.ones(3, 2, 8, device=fused_device, requires_grad=True)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(
-        fused_dropout._dropout, (x, 0.5, SEEDS.to(fused_device), 0), test_utils=checks
+        fused_dropout._dropout.overload, (x, 0.5, SEEDS.to(fused_device), 0), test_utils=checks
     )
 
 

@@ -1,10 +1,12 @@
 """Attention in Gluon: what its source computes, what the compiler makes of it, and, on a Hopper
 GPU, that it runs.
 
-Triton's interpreter knows no Gluon, so without a GPU the source runs under
-tests/support/kernels/gluon_interpreter.py, and kernels.ahead.compiler compiles it.
+Triton's interpreter knows no Gluon. Without a GPU the compiled kernel runs on the emulator: the
+tests marked ``emulated`` (python -m pytest -p kernels.emulator.plugin), which
+test_on_the_emulator.py starts.
 """
 
+import importlib.util
 import math
 import re
 from collections.abc import Iterator
@@ -22,15 +24,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from kernels import costs, reference
+from kernels.emulator import EmulatorError
+from kernels.emulator.machine import Schedule
 from kernels.fused import attention as fused_attention
 from kernels.hopper import attention as hopper_attention
 from kernels.hopper import forward as attention_forward_hopper
-from kernels.launcher import INTERPRETED, reset_launches
+from kernels.launcher import reset_launches
 from kernels.verification import exact_attention, self_check
 from kernels.verification.exact_attention import Variant
 from tests.conftest import HAS_GPU
 from tests.kernels.test_compile_ahead import compiled
-from tests.support.kernels import gluon_interpreter
 from tests.support.kernels.accuracy import assert_as_accurate_as_torch, largest_error
 from tests.support.kernels.attention_rounding import attention_rounding
 
@@ -39,9 +42,6 @@ HOPPER = HAS_GPU and torch.cuda.get_device_capability() == (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
 SHIPPED = [entry.name for entry in hopper_attention.AHEAD_OF_TIME]
 CAUSAL_BF16 = [name for name in SHIPPED if name.endswith("bf16")]
-needs_the_interpreters = pytest.mark.skipif(
-    not INTERPRETED, reason="the backward needs TRITON_INTERPRET=1"
-)
 
 
 def case(
@@ -66,27 +66,6 @@ def case(
     return {"q": random(length, heads), "k": random(*keys), "v": random(*keys)}
 
 
-def interpret(monkeypatch: pytest.MonkeyPatch, source: Path, early: bool) -> None:
-    """Let the operator run this source under the interpreter instead of launching its kernel."""
-    kernel = gluon_interpreter.load(source).attention_forward_hopper
-
-    def launch(
-        _: Any, grid: tuple[int], like: Tensor, *arguments: Any, num_warps: int, **constants: Any
-    ) -> None:
-        *descriptors, statistics = arguments[:5]
-        pointers = (*descriptors, gluon_interpreter.Pointer(statistics))
-        gluon_interpreter.run(kernel, grid[0], *pointers, *arguments[5:], early=early, **constants)
-
-    monkeypatch.setattr(hopper_attention, "launch", launch)
-    monkeypatch.setattr(hopper_attention, "_descriptor", gluon_interpreter.Descriptor)
-
-
-@pytest.fixture(params=["copies arrive early", "copies arrive late"])
-def interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    interpret(monkeypatch, SOURCE, request.param == "copies arrive early")
-    return
-
-
 def assert_right(tensors: dict[str, Tensor], causal: bool) -> None:
     """Output and log-sum-exp against fp64.
 
@@ -109,7 +88,8 @@ def assert_right(tensors: dict[str, Tensor], causal: bool) -> None:
     assert largest_error(log_sum_exp, scores.logsumexp(-1) * math.log2(math.e)) <= 1e-5
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.emulated
+@pytest.mark.rotate(5)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
     ("length", "key_length"),
@@ -131,7 +111,8 @@ def test_any_length(length: int, key_length: int, causal: bool) -> None:
     assert_right(case(length, key_length), causal)
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.emulated
+@pytest.mark.rotate(4)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group", [1, 4])
 def test_head_dimension_128_and_grouped_heads(group: int, dtype: torch.dtype) -> None:
@@ -139,7 +120,7 @@ def test_head_dimension_128_and_grouped_heads(group: int, dtype: torch.dtype) ->
 
 
 @settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     length=st.integers(1, 400),
@@ -147,13 +128,13 @@ def test_head_dimension_128_and_grouped_heads(group: int, dtype: torch.dtype) ->
     group=st.sampled_from([1, 2]),
     causal=st.booleans(),
 )
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.emulated
 def test_any_shape(length: int, extra: int, group: int, causal: bool) -> None:
     assert_right(case(length, length + extra, key_heads=2 // group), causal)
 
 
-@needs_the_interpreters
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.emulated
+@pytest.mark.rotate(2)
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_portable_backward_takes_its_log_sum_exp(causal: bool) -> None:
     tensors = case(40, 70, key_heads=1)
@@ -166,8 +147,7 @@ def test_the_portable_backward_takes_its_log_sum_exp(causal: bool) -> None:
 
 
 @pytest.mark.rotate(4)
-@needs_the_interpreters
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.emulated
 @pytest.mark.parametrize(
     "variant", [Variant(64), Variant(64, length=0, key_length=0, group=0, causal=False)], ids=str
 )
@@ -181,7 +161,7 @@ def test_the_self_check_passes(variant: Variant, monkeypatch: pytest.MonkeyPatch
     )
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.emulated
 def test_rows_of_16_bytes_that_are_not_16_elements_are_no_fault(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -201,12 +181,11 @@ def test_rows_of_16_bytes_that_are_not_16_elements_are_no_fault(
     ]
 
 
-@needs_the_interpreters
+@pytest.mark.emulated
 def test_the_self_check_finds_a_faulty_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     """The portable one, which this kernel's forward relies on: no check of the portable forward
     is needed for that.
     """
-    interpret(monkeypatch, SOURCE, True)
     monkeypatch.setattr(exact_attention, "LENGTH", 64)
     monkeypatch.setattr(self_check, "_VERDICTS", {})
     right = fused_attention.backward
@@ -225,7 +204,7 @@ def test_the_self_check_finds_a_faulty_backward(monkeypatch: pytest.MonkeyPatch)
     assert [module for module, *_ in self_check._VERDICTS] == ["kernels.hopper.attention"]
 
 
-@pytest.mark.usefixtures("interpreted")
+@pytest.mark.emulated
 def test_huge_logits() -> None:
     tensors = {name: x.abs() for name, x in case(150).items()}
     for size in (100.0, -100.0):
@@ -267,26 +246,33 @@ MISTAKES = {
 }
 
 
+@pytest.mark.emulated
+@pytest.mark.rotate(10)
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_the_interpreter_finds_mistakes(
-    mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_mistakes_are_found(
+    mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, emulated_gpu: Any
 ) -> None:
+    """Planted in the source, they are compiled, and run with copies that arrive early and late."""
     right, wrong = MISTAKES[mistake]
     text = SOURCE.read_text()
     assert right in text
-    changed = tmp_path / SOURCE.name
+    changed = tmp_path / "changed_forward.py"
     changed.write_text(text.replace(right, wrong))
-    monkeypatch.setattr(gluon_interpreter, "_NEVER_S", 0.5)
+    spec = importlib.util.spec_from_file_location("changed_forward", changed)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    kernel = module.attention_forward_hopper
+    monkeypatch.setattr(hopper_attention, "attention_forward_hopper", kernel)
     found = 0
-    for early in (True, False):
-        interpret(monkeypatch, changed, early)
+    for timing in ("early", "late"):
+        emulated_gpu.schedule = Schedule(timing)
         try:
-            assert_right(case(900), True)
-        except (
-            AssertionError,
-            TypeError,
-        ):  # TypeError: arithmetic on a product that nobody waited for
+            assert_right(case(128, 900, heads=1), True)
+            assert_right(case(130, heads=1), True)  # one tile: each of its values weighs more
+        except (AssertionError, EmulatorError):
             found += 1
+        found += len(emulated_gpu.findings)
+        emulated_gpu.launches.clear()
     assert found
 
 
@@ -413,8 +399,8 @@ def test_flops_are_counted_as_declared() -> None:
     )
 
 
+@pytest.mark.emulated
 def test_the_operator_declares_shapes_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    interpret(monkeypatch, SOURCE, True)
     arguments = (*(x.requires_grad_() for x in case(20, key_heads=1).values()), 0.125, True, False)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(

@@ -57,11 +57,6 @@ def test_norms(columns: int) -> None:
     )
 
 
-def test_bias_gelu() -> None:
-    bias = random(4096)
-    assert_last_as_if_alone(lambda x: kernels.bias_gelu(x, bias), [random(BEYOND // 4096, 4096)])
-
-
 def test_swiglu() -> None:
     assert_last_as_if_alone(kernels.swiglu, [random(BEYOND // 4096, 4096)])
 

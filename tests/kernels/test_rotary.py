@@ -100,7 +100,7 @@ def test_the_operator_is_sound_for_compilers(fused_device: str) -> None:
     x = random((1, 2, 3, 8), torch.float32, fused_device).requires_grad_()
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(
-        rotary_embedding._rotary,
+        rotary_embedding._rotary.overload,
         (x, *angles(3, 8, fused_device).values(), False),
         test_utils=checks,
     )
@@ -109,20 +109,43 @@ def test_the_operator_is_sound_for_compilers(fused_device: str) -> None:
 @settings(
     max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(heads=st.integers(1, 4), length=st.integers(0, 70), half=st.integers(1, 40))
-def test_any_shape(fused_device: str, heads: int, length: int, half: int) -> None:
+@given(
+    heads=st.integers(1, 4),
+    length=st.integers(0, 70),
+    half=st.integers(1, 40),
+    rest=st.integers(0, 30),
+    batched=st.booleans(),
+)
+def test_any_shape(
+    fused_device: str, heads: int, length: int, half: int, rest: int, batched: bool
+) -> None:
+    """Some of the channels are rotated, or all of them; samples have the same positions, or not."""
     x, table = (
-        random((2, heads, length, 2 * half), torch.float32, fused_device),
+        random((2, heads, length, 2 * half + rest), torch.float32, fused_device),
         angles(length, 2 * half, fused_device),
     )
-    torch.testing.assert_close(kernels.rotary(x, **table), reference.rotary(x, **table))
+    if batched:
+        table = {name: torch.stack((of, of.flip(0)))[:, None] for name, of in table.items()}
+    gradients = []
+    for function in (kernels.rotary, reference.rotary):
+        leaf = x.detach().requires_grad_()
+        function(leaf, **table).square().sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
+    turned = kernels.rotary(x, **table)
+    torch.testing.assert_close(turned, reference.rotary(x, **table))
+    assert torch.equal(turned[..., 2 * half :], x[..., 2 * half :])
 
 
 @pytest.mark.parametrize(
     ("shape", "change", "message"),
     [
         ((3, 4, 8), {}, r"x has shape \(3, 4, 8\), expected \(batch, heads, length, head_dim\)"),
-        ((1, 3, 4, 7), {}, ".* expected .* with an even head_dim"),
+        (
+            (1, 3, 4, 7),
+            {},
+            r"cosine has shape \(4, 4\), expected \(4, pairs\) with at most half of x's 7 channels",
+        ),
         ((1, 3, 4, 8), {"sine": torch.ones(4, 3)}, r"sine has shape \(4, 3\), expected \(4, 4\)"),
         (
             (1, 3, 4, 8),

@@ -7,8 +7,9 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+import kernels
 from megagpt.config import ModelConfig
-from megagpt.rotary import frequencies, rotary_angles, rotate
+from megagpt.rotary import frequencies, rotary_angles
 
 HEAD_SIZE, ORIGINAL, LENGTH = 32, 64, 256
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -61,7 +62,7 @@ def test_frequencies_are_those_of_transformers(kind: str, length: int) -> None:
 def test_only_a_fraction_of_the_channels_is_rotated() -> None:
     config = ours(None, rope_fraction=0.25)
     x = torch.randn(1, 1, 5, HEAD_SIZE, generator=torch.Generator().manual_seed(0))
-    rotated = rotate(x, *rotary_angles(config, 0, 5, x.device))
+    rotated = kernels.rotary(x, *rotary_angles(config, 0, 5, x.device))
     assert torch.equal(rotated[..., 8:], x[..., 8:])
     assert torch.equal(rotated[:, :, 0], x[:, :, 0])
     assert (rotated[:, :, 1:, :8] != x[:, :, 1:, :8]).all()

@@ -3,6 +3,7 @@ them up.
 """
 
 import json
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pytest
 import torch
 
 import kernels
+from kernels.philox import fold_seed
 from megagpt.config import ResolvedConfig, RunConfig
 from megagpt.dataset import SampleStream
+from megagpt.model import Context, place_seeds
 from megagpt.parallel.batches import BatchLoader
 from megagpt.parallel.pipeline import MicroBatch
 from tests.support.configurations import tiny
@@ -78,7 +81,8 @@ def test_a_samples_dropout_seed_depends_on_the_step_and_not_on_its_rank(data: Pa
         )
 
     assert torch.equal(seeds(1, 12, step=7), seeds(3, 2, step=7))
-    assert seeds(1, 12, step=7).unique().numel() == BATCH
+    of_step = seeds(1, 12, step=7)  # (samples, places)
+    assert of_step.unique().numel() == of_step.numel() == BATCH * (1 + 3 * 2)
     assert not torch.isin(seeds(1, 12, step=7), seeds(1, 12, step=8)).any()
 
 
@@ -93,3 +97,43 @@ def test_packed_documents_are_told_apart_where_that_is_asked_for(data: Path) -> 
     bounds = torch.cat([m.documents.positions for m in load(stream, 1, 4)[0]])
     ids = torch.from_numpy(stream.batch(range(24, 24 + BATCH)).document_ids)
     assert torch.equal(bounds, kernels.document_bounds(ids).positions)
+
+
+def test_the_next_batch_is_prepared_in_a_thread(data: Path) -> None:
+    """The batches are those of a loader that prepares none ahead, in whatever order they are asked
+    for; what goes wrong in the thread is raised when that batch is asked for.
+    """
+    stream = stream_of(data, document_mask=True)
+    loader, plain = (
+        BatchLoader(stream, resolved(1, 4, dropout=0.1), Replica(0, 1), torch.device("cpu"))
+        for _ in range(2)
+    )
+    threads = []
+    prepare = loader._prepare
+    loader._prepare = lambda *batch: threads.append(threading.current_thread()) or prepare(*batch)
+    for first, step in ((0, 1), (12, 2), (24, 3), (60, 4), (72, 5), (12, 2)):
+        for found, expected in zip(
+            loader.load(first, step), plain._prepare(first, step), strict=True
+        ):
+            assert torch.equal(found.tokens, expected.tokens)
+            assert torch.equal(found.targets, expected.targets)
+            assert torch.equal(found.documents.positions, expected.documents.positions)
+            assert torch.equal(found.dropout_seed, expected.dropout_seed)
+    here = [thread is threading.main_thread() for thread in threads]
+    # in this thread: the first batch, and those after a jump
+    assert sum(here) == 3
+    loader._prepare = lambda *batch: 1 // 0
+    loader.load(24, 3)
+    with pytest.raises(ZeroDivisionError):
+        loader.load(36, 4)
+
+
+def test_seeds_of_places_are_those_that_the_model_folds_itself(data: Path) -> None:
+    model = resolved(1, 12, dropout=0.1).megagpt.model
+    of_samples = torch.tensor([3, 2**62, -5])
+    by_place = place_seeds(model, of_samples)
+    for place in range(1 + 3 * model.num_layers):
+        folded = fold_seed(of_samples, place)
+        assert torch.equal(by_place[:, place], folded)
+        assert torch.equal(Context(dropout_seed=by_place).seed(place), folded)
+        assert torch.equal(Context(dropout_seed=of_samples).seed(place), folded)

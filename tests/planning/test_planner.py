@@ -38,6 +38,18 @@ CASES: list[
     ),
     ({"megagpt.parallel.pipeline": 4}, "a stage would have no block"),
     (
+        {"megagpt.training.compile": "blocks", "zero_optimization": {"stage": 3}},
+        "in hooks of its layers",
+    ),
+    (
+        {
+            "megagpt.training.compile": "blocks",
+            "megagpt.parallel.tensor": 2,
+            "zero_optimization": {"stage": 2},
+        },
+        "which torch.compile cannot trace",
+    ),
+    (
         {"megagpt.model.num_layers": 8, "megagpt.parallel": {"pipeline": 2, "virtual_stages": 2}},
         "only the interleaved schedule",
     ),

@@ -237,11 +237,11 @@ from megagpt.utils import run_command
 
 train_step = pipeline.train_step
 
-def failing(engine, micro_batches, refuses, calls=[]):
+def failing(engine, micro_batches, *others, calls=[]):
     calls.append(None)
     if len(calls) == 4 and os.environ["RANK"] == "1":
         raise RuntimeError("the fourth step went wrong")
-    return train_step(engine, micro_batches)
+    return train_step(engine, micro_batches, *others)
 
 pipeline.train_step = failing
 sys.exit(run_command(lambda: startup.main(parse_arguments())))

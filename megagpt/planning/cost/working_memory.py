@@ -184,10 +184,12 @@ def _reorders_queries(model: ModelConfig) -> bool:
 def _mlp_width(model: ModelConfig) -> int:
     """Return the elements that the MLP keeps for a token.
 
-    Before and after the activation, 2 m. With a gate: gate, value, the gate's activation and the
-    product, 4 m.
+    Before and after the activation, 2 m. With a gate: gate, value and the product, 3 m; geglu,
+    which is not fused, also keeps the gate's activation.
     """
-    return model.mlp_size * (4 if model.gated else 2)
+    if not model.gated:
+        return 2 * model.mlp_size
+    return model.mlp_size * (3 if model.activation == "swiglu" else 4)
 
 
 def _norm_statistics(model: ModelConfig) -> int:
@@ -239,7 +241,8 @@ def recomputation(layout: Layout) -> float:
     The recomputed activations, and gradients of two tensors as wide as the block's widest.
     """
     model, element = layout.model, layout.element_bytes
-    widest = max(_mlp_width(model) // 2, model.query_size + 2 * model.key_value_size)
+    up = model.mlp_size * (2 if model.gated else 1)
+    widest = max(up, model.query_size + 2 * model.key_value_size)
     gradients = 2 * layout.tokens * widest * element / layout.tensor
     again = (
         layout.tokens * _mlp_width(model) * element / layout.tensor

@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import signal
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
@@ -301,21 +302,31 @@ FAULTS: dict[str, Callable[[], Any]] = {
 
 
 def recorded_samples(run: Run) -> dict[int, list[int]]:
-    """Fills, step by step, with the ids of the samples that this rank reads."""
-    samples: dict[int, list[int]] = defaultdict(list)
-    stream, load = run.training.stream, run.training.load
-    step_now = 0
+    """Fills, step by step, with the ids of the samples that this rank trains on.
 
-    def batch(indices: Sequence[int], read: Callable[[Sequence[int]], Any] = stream.batch) -> Any:
-        samples[step_now] += indices
-        return read(indices)
+    They may have been read in a thread, during the step before.
+    """
+    samples: dict[int, list[int]] = defaultdict(list)
+    read: dict[tuple[int, int | None], list[int]] = {}  # by what was prepared
+    loader, here = run.training, threading.local()
+    batch, prepare, load = loader.stream.batch, loader._prepare, loader.load
+
+    def note_batch(indices: Sequence[int]) -> Any:
+        here.ids += indices
+        return batch(indices)
+
+    def note_read(first: int, step: int | None) -> Any:
+        here.ids = read[first, step] = []
+        return prepare(first, step)
 
     def note_step(first: int, step: int | None = None) -> Any:
-        nonlocal step_now
-        step_now = step or 0
-        return load(first, step)
+        loaded = load(first, step)
+        samples[step or 0] += read[first, step]
+        return loaded
 
-    stream.batch, run.training.load = batch, note_step  # type: ignore[method-assign]
+    loader.stream.batch = note_batch  # type: ignore[method-assign]
+    loader._prepare = note_read  # type: ignore[method-assign]
+    loader.load = note_step  # type: ignore[method-assign]
     return samples
 
 

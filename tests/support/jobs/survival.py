@@ -88,7 +88,11 @@ def named_by_a_device(
         watch.begin_step()
         clock.advance(work_s[rank])
         wait_on_device(max(work_s) - work_s[rank])
-        named.append(watch.end_step())
+        watch.end_step()
+        sums = torch.tensor(watch.share(), dtype=torch.float64)
+        if sums.numel():
+            dist.all_reduce(sums)
+        named.append(watch.named(sums.tolist()))
     return named
 
 

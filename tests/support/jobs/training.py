@@ -121,6 +121,26 @@ def recorded_passes() -> Iterator[list[tuple[bool, int]]]:
         yield passes
 
 
+def train_compiled(config: dict[str, Any], steps: int, backend: str) -> dict[str, Any]:
+    """As ``train``, with blocks compiled by a backend of torch; how many graphs that made, too.
+
+    A validation between the steps must make none.
+    """
+    import torch._dynamo
+
+    from megagpt.model import compile_blocks
+    from megagpt.parallel import engine
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    try:
+        with patch.object(engine, "compile_blocks", lambda part: compile_blocks(part, backend)):
+            done = train(config, steps, evaluate=True)
+        return done | {"graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
+    finally:
+        torch._dynamo.reset()
+
+
 def allowing_fp16(of: str, **arguments: Any) -> Any:
     """Do another job where DeepSpeed may say that this CPU cannot compute in fp16; torch can,
     slowly.

@@ -1,0 +1,1 @@
+"""The way over from other trainers: their configurations and their checkpoints become ours."""

@@ -38,9 +38,10 @@ def main() -> None:
             f"{arguments.model}: no tokenizer.json; make sure that the data were prepared with "
             f"the tokenizer of this model"
         )
+    trained_in = f"{arguments.run_dir}{'-lora' if made.trains_adapters else ''}"
     print(
         f"next: deepspeed launch/train.py --deepspeed_config "
-        f"{shlex.quote(str(made.configuration))} --run_dir {shlex.quote(str(arguments.run_dir))}"
+        f"{shlex.quote(str(made.configuration))} --run_dir {shlex.quote(trained_in)}"
     )
 
 

@@ -124,15 +124,17 @@ class KeyValueCache:
 
 
 class Linear(nn.Module):
-    """A linear layer: x W^T + b, with W (outputs, inputs)."""
+    """A linear layer: x W^T + b, with W (outputs, inputs), and the update of its adapters."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        self.lora: nn.Module | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.lora is None else y + self.lora(x, context)
 
 
 class Norm(nn.Module):
@@ -232,7 +234,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         groups = (
-            self.qkv(x)
+            self.qkv(x, context)
             .unflatten(-1, (-1, self.queries_per_group + 2, self.config.head_size))
             .permute(0, 2, 3, 1, 4)
         )  # (batch, kv_heads, queries_per_group + 2, length, head_size)
@@ -258,7 +260,7 @@ class Attention(nn.Module):
             dropout_seed=seed,
             head_offset=self.head_offset,
         )  # (batch, heads, length, head_size)
-        return self.output(y.transpose(1, 2).flatten(2))  # (batch, length, hidden_size)
+        return self.output(y.transpose(1, 2).flatten(2), context)  # (batch, length, hidden_size)
 
     def _dropout(self, context: Context) -> tuple[float, Tensor | None]:
         seed = context.seed(self.site) if self.config.dropout else None
@@ -280,14 +282,14 @@ class MLP(nn.Module):
         )
         self.down = Linear(config.mlp_size, config.hidden_size, config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.up(x)  # (batch, length, mlp_size, or twice that if gated)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = self.up(x, context)  # (batch, length, mlp_size, or twice that if gated)
         if self.activation is None:
-            return self.down(kernels.swiglu(x))
+            return self.down(kernels.swiglu(x), context)
         if not self.gated:
-            return self.down(self.activation(x))
+            return self.down(self.activation(x), context)
         gate, value = x.unflatten(-1, (-1, 2)).unbind(-1)  # (batch, length, mlp_size) each
-        return self.down(self.activation(gate) * value)
+        return self.down(self.activation(gate) * value, context)
 
 
 class Block(nn.Module):
@@ -336,7 +338,7 @@ class Block(nn.Module):
         # The MLP keeps two tensors of 4 x hidden_size per token, most of a block's activations, and
         # is cheap to recompute.
         selective = self.recompute == "selective" and torch.is_grad_enabled()
-        y = recomputed(self.mlp, x) if selective else self.mlp(x)
+        y = recomputed(self.mlp, x, context) if selective else self.mlp(x, context)
         return self.mlp_dropout(self.mlp_post_norm(y), context)
 
 

@@ -448,6 +448,7 @@ class Meter:
             self.run.config.megagpt.model,
             tokens_per_s_per_device=tokens_per_s_per_device,
             peak_flops_per_s=self.run.peak_flops,
+            lora=self.run.config.megagpt.training.lora,
         )
         too_low = mfu > 1 and self.run.engine.device.type == "cpu"
         return None if too_low else mfu

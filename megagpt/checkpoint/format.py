@@ -116,10 +116,15 @@ class Manifest:
     files: dict[FileName, StoredFile]
     versions: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    # SHA-256 of the frozen weights (base.py), if the tensors are those of adapters.
+    base: Sha256 | None = None
 
     def to_json(self) -> str:
-        """Return the manifest as sealed text."""
-        return sealed(asdict(self))
+        """Return the manifest as sealed text; one of a whole model has no ``base``."""
+        fields = asdict(self)
+        if self.base is None:
+            del fields["base"]
+        return sealed(fields)
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":

@@ -266,6 +266,12 @@ def _require_same_run(engine: Engine, reader: Reader, known: Mapping[str, Sequen
             f"{reader.directory}: another run saved it:\n  {listed}\nremove it, or choose another "
             f"--run_dir"
         )
+    if reader.manifest.base != engine.base_sha256:
+        raise UserError(
+            f"{reader.directory}: its adapters are of another base (found weights of sha256 "
+            f"{engine.base_sha256}, need {reader.manifest.base}); name theirs: --set "
+            "megagpt.training.lora.base=runs/NAME"
+        )
 
 
 def _fill_buckets(engine: Engine, reader: Reader) -> Reader:

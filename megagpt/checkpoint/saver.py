@@ -216,6 +216,7 @@ class Saver:
             tensors={name: StoredTensor(shape, ()) for name, shape in self._shapes.items()},
             files={},
             versions=VERSIONS,
+            base=self.engine.base_sha256,
         )
 
     def _prepare(self, save: _Save) -> None:

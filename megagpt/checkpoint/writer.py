@@ -16,7 +16,7 @@ from torch import Tensor
 from megagpt.checkpoint import safetensors_file
 from megagpt.checkpoint.format import WEIGHT, Slice, StoredFile
 from megagpt.common.background import in_threads
-from megagpt.model import GPT
+from megagpt.lora import build
 from megagpt.parallel.compat import MOMENTS, Bucket, Piece
 from megagpt.parallel.engine import Engine
 from megagpt.parallel.rectangles import Box
@@ -108,10 +108,14 @@ def kinds(master: Tensor, optimizer_state: dict[str, Any]) -> Flats:
 
 
 def parameter_shapes(engine: Engine) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every parameter of the whole model."""
+    """Return the shape of every trained parameter of the whole model."""
     with torch.device("meta"):
-        whole = GPT(engine.config.megagpt.model)
-    return {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
+        whole = build(engine.config.megagpt)
+    return {
+        name: tuple(parameter.shape)
+        for name, parameter in whole.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def owned_buckets(engine: Engine) -> list[Bucket]:

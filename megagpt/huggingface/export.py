@@ -46,6 +46,7 @@ from megagpt.huggingface.whole_directory import flushed, whole_directory
 from megagpt.inference.chat import ends_of_answers
 from megagpt.inference.generate import allowed_tokens, open_tokenizer
 from megagpt.inference.stored_model import open_weights
+from megagpt.rundir.base import find_base
 from megagpt.rundir.directory import read_config
 from megagpt.utils import MIB, UserError, write_atomically
 
@@ -89,13 +90,14 @@ def export(
     """
     config = read_config(run_directory)
     model = config.megagpt.model
-    kept = KeptModel.of(run_directory)
+    base = find_base(config, run_directory)
+    kept = KeptModel.of(run_directory if base is None else base.run_directory)
     if kept is not None:
         kept.document(model)  # is that of the run, or raises
     architecture = kept.architecture if kept else require_architecture(model, run_directory)
     tokenizer = open_tokenizer(config.megagpt, run_directory)
     ends = ends_of_answers(config.megagpt.data, tokenizer)
-    _require_free(output, overwrite)
+    require_free(output, overwrite, OF_AN_EXPORT)
     found_step, weight = open_weights(run_directory, step)
     source = TrainedWeights(weight, model, list(architecture.parts(model)), kept)
     if kept is None:
@@ -140,17 +142,17 @@ def require_architecture(model: ModelConfig, run_directory: Path) -> Architectur
     )
 
 
-def _require_free(output: Path, overwrite: bool) -> None:
+def require_free(output: Path, overwrite: bool, ours: re.Pattern[str]) -> None:
     """Raise UserError if the directory exists and may not be replaced.
 
-    Only an export may be replaced, and only if asked for; anything else in the directory is
-    somebody's work.
+    Only an export, of files whose names match ``ours``, may be replaced, and only if asked for;
+    anything else in the directory is somebody's work.
     """
     if not output.is_dir() or not any(output.iterdir()):
         return
     if not overwrite:
         raise UserError(f"{output}: exists already; add --overwrite, or choose another --output")
-    kept = sorted(file.name for file in output.iterdir() if not OF_AN_EXPORT.fullmatch(file.name))
+    kept = sorted(file.name for file in output.iterdir() if not ours.fullmatch(file.name))
     if kept:
         raise UserError(
             f"{output}: holds {kept[0]}, which no export wrote; choose another --output, or move "

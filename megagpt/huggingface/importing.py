@@ -63,6 +63,7 @@ class Imported:
     configuration: Path
     given_way: list[str]
     tokenizer_compared: bool
+    trains_adapters: bool
 
 
 def import_model(
@@ -82,7 +83,10 @@ def import_model(
     published.require_rows(data, config)
     declared = Declared.by(config.megagpt)
     tokenizer_compared = published.require_tokenizer(data, declared)
-    resolved = resolved_for_import(config)
+    trains_adapters = config.megagpt.training.lora is not None
+    # They are trained in a run of their own, whose base this one becomes.
+    without = config.changed(["megagpt.training.lora=null"]) if trains_adapters else config
+    resolved = resolved_for_import(without)
     model = resolved.megagpt.model
     _require_data_for_its_context(source, resolved)
     published.require_tensors(model)
@@ -92,7 +96,8 @@ def import_model(
         write_checkpoint(staging / "checkpoints", published, resolved, "import_hf")
         keep(published, model, staging)
         write_atomically(
-            staging / IMPORTED, json.dumps(document_of(config), indent=2, ensure_ascii=False) + "\n"
+            staging / IMPORTED,
+            json.dumps(_with_base(config, run_directory), indent=2, ensure_ascii=False) + "\n",
         )
         record(staging, resolved)
         if tokenizer_compared:
@@ -103,6 +108,7 @@ def import_model(
         configuration=run_directory / IMPORTED,
         given_way=list(_given_way(written, config)),
         tokenizer_compared=tokenizer_compared,
+        trains_adapters=trains_adapters,
     )
 
 
@@ -164,6 +170,14 @@ def _ranks(config: RunConfig) -> int | None:
 def document_of(config: RunConfig) -> dict[str, Any]:
     """Return the configuration without the schema's path, which was relative to the old file."""
     return {key: value for key, value in config.as_written().items() if key != "$schema"}
+
+
+def _with_base(config: RunConfig, run_directory: Path) -> dict[str, Any]:
+    """Return the configuration; adapters get this run as their base, unless they have one."""
+    document = document_of(config)
+    if "lora" in document["megagpt"]["training"]:
+        document["megagpt"]["training"]["lora"].setdefault("base", str(run_directory))
+    return document
 
 
 def _given_way(written: RunConfig, config: RunConfig) -> Iterator[str]:

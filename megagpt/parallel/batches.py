@@ -37,7 +37,7 @@ class BatchLoader:
         self.micro_batch_size = config.train_micro_batch_size_per_gpu
         self.micro_batches = config.gradient_accumulation_steps
         self.model = config.megagpt.model
-        self.seed = config.megagpt.training.seed if self.model.dropout else None
+        self.seed = config.megagpt.training.seed if config.megagpt.drops else None
         self._ahead: tuple[int, int, Future[list[MicroBatch]]] | None = None
 
     def load(self, first: int, step: int | None = None) -> list[MicroBatch]:

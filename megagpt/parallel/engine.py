@@ -22,14 +22,8 @@ from torch import Tensor, nn
 from megagpt.cluster.launchers import adopt_launch
 from megagpt.config import ResolvedConfig
 from megagpt.distributed import COLLECTIVE_TIMEOUT, Mesh
-from megagpt.model import (
-    GPT,
-    compile_blocks,
-    decayed,
-    global_names,
-    initial_value,
-    replace_parameters,
-)
+from megagpt.lora import build, is_of_an_adapter, starting_value
+from megagpt.model import GPT, compile_blocks, decayed, global_names, replace_parameters
 from megagpt.parallel import compat, internals, ops, tensor_parallel
 from megagpt.parallel.device import set_cuda_defaults
 from megagpt.parallel.rectangles import Box
@@ -41,6 +35,18 @@ log = logging.getLogger(__name__)
 
 # The time that the watch may take, after it noticed a hang, to diagnose it and end the run.
 WATCH_SPEAKS_S = 120.0
+
+
+@dataclass(frozen=True)
+class FrozenBase:
+    """The weights that adapters change.
+
+    ``weight`` gives a rectangle of a weight by its global name, fp32 on the CPU. ``sha256`` is of
+    all weights.
+    """
+
+    weight: Callable[[str, Box], Tensor]
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,8 @@ class Engine:
     neighbour_groups: dict[int, dist.ProcessGroup]
     # Pipeline schedules, by number of micro-batches.
     schedules: dict[int, Any] = field(default_factory=dict)
+    # SHA-256 of the weights that adapters change; None if the whole model is trained.
+    base_sha256: str | None = None
 
     @property
     def chunks(self) -> list[GPT]:
@@ -106,7 +114,7 @@ class Engine:
     def logical_shape(self, name: str) -> torch.Size:
         """Return a parameter's shape in the whole model."""
         with torch.device("meta"):
-            return GPT(self.config.megagpt.model).get_parameter(name).shape
+            return build(self.config.megagpt).get_parameter(name).shape
 
     def buckets(self) -> list[compat.Bucket]:
         """Return the optimizer state that this rank holds."""
@@ -222,10 +230,11 @@ def tied_copies(model: Chunks) -> set[nn.Parameter]:
 def tied_group(config: ResolvedConfig, mesh: Mesh) -> dist.ProcessGroup | None:
     """Return the group of the two ranks that hold the copies of a tied weight; collective.
 
-    None if embeddings are not tied, if there is one pipeline rank, and on ranks that hold no copy.
-    Every rank must call it.
+    None if embeddings are not tied, if they are frozen, if there is one pipeline rank, and on ranks
+    that hold no copy. Every rank must call it.
     """
-    if not config.megagpt.model.tie_embeddings or mesh.pipeline_size == 1:
+    frozen = config.megagpt.training.lora is not None
+    if not config.megagpt.model.tie_embeddings or frozen or mesh.pipeline_size == 1:
         return None
     ends = mesh.device_mesh.mesh[[0, -1]].flatten(1).T.tolist()
     timeout = collective_timeout(config)
@@ -267,11 +276,12 @@ def supported_formats() -> set[str]:
     return {name for name, supported in answers.items() if supported}
 
 
-def build_engine(config: ResolvedConfig, mesh: Mesh) -> Engine:
+def build_engine(config: ResolvedConfig, mesh: Mesh, base: FrozenBase | None = None) -> Engine:
     """Initialise the model directly into its ZeRO shards and wrap it; every rank must call it.
 
-    Peak memory is this rank's shard plus one parameter. Raise UserError if an op that the
-    configuration needs cannot be built.
+    ``base`` has the weights that adapters change; None: they are initialised too. Peak memory is
+    this rank's shard plus one parameter. Raise UserError if an op that the configuration needs
+    cannot be built.
     """
     _require_known_internals(config)
     needed = ops.needed_ops(config, get_accelerator().device_name())
@@ -284,7 +294,7 @@ def build_engine(config: ResolvedConfig, mesh: Mesh) -> Engine:
         if mesh.tensor_size > 1
         else None
     )
-    model, names, held, partial = build_model(config, mesh, axis, ds_config)
+    model, names, held, partial = build_model(config, mesh, axis, ds_config, base)
     with compat.vendor_without_processes():
         engine, *_ = deepspeed.initialize(
             model=model,
@@ -313,6 +323,7 @@ def build_engine(config: ResolvedConfig, mesh: Mesh) -> Engine:
         begin_trace=begin_trace,
         partial=partial,
         neighbour_groups=neighbour_groups(config, mesh),
+        base_sha256=base.sha256 if base is not None else None,
     )
 
 
@@ -321,7 +332,11 @@ def nothing() -> None:
 
 
 def build_model(
-    config: ResolvedConfig, mesh: Mesh, axis: TensorAxis | None, ds_config: dict[str, Any]
+    config: ResolvedConfig,
+    mesh: Mesh,
+    axis: TensorAxis | None,
+    ds_config: dict[str, Any],
+    base: FrozenBase | None = None,
 ) -> tuple["Chunks", compat.Names, dict[str, Box], list[nn.Parameter]]:
     """Return this rank's initialised chunks, the global names, and its rectangles by name.
 
@@ -330,9 +345,7 @@ def build_model(
     spans = stage_layers(config)
     own = [spans[stage] for stage in mesh.stages(config.megagpt.parallel.virtual_stages)]
     with torch.device("meta"):
-        model = Chunks(
-            GPT(config.megagpt.model, config.megagpt.training.recompute, layers) for layers in own
-        )
+        model = Chunks(build(config.megagpt, layers) for layers in own)
     templates = {
         parameter: name for part in model.parts for parameter, name in global_names(part).items()
     }
@@ -352,10 +365,14 @@ def build_model(
 
     def allocate(template: nn.Parameter) -> nn.Parameter:
         name = templates[template]
-        value = initial_value(name, template.shape, config.megagpt.model, seed)
-        share = value[tuple(slice(*span) for span in held[name])]
+        if base is not None and not is_of_an_adapter(name):
+            share = base.weight(name, held[name])
+        else:
+            value = starting_value(name, template.shape, config.megagpt.model, seed)
+            share = value[tuple(slice(*span) for span in held[name])]
         parameter = nn.Parameter(
-            share.to(device=device, dtype=dtype, memory_format=torch.contiguous_format, copy=True)
+            share.to(device=device, dtype=dtype, memory_format=torch.contiguous_format, copy=True),
+            requires_grad=template.requires_grad,
         )
         compat.count(
             parameter, (template in split or mesh.tensor_rank == 0) and template not in copies
@@ -391,11 +408,19 @@ def _summed_once(
 
 
 def parameter_groups(model: nn.Module, names: compat.Names) -> list[dict[str, Any]]:
-    """Return two groups: matrices with weight decay; biases and norm weights without."""
+    """Return two groups: matrices with weight decay; biases and norm weights without.
+
+    Frozen parameters are in none; a group without parameters is left out.
+    """
     groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for parameter in model.parameters():
-        groups[0 if decayed(names[parameter]) else 1].append(parameter)
-    return [{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}]
+        if parameter.requires_grad:
+            groups[0 if decayed(names[parameter]) else 1].append(parameter)
+    described: list[dict[str, Any]] = [
+        {"params": groups[0]},
+        {"params": groups[1], "weight_decay": 0.0},
+    ]
+    return [group for group in described if group["params"]]
 
 
 def deepspeed_config(config: ResolvedConfig, device_type: str) -> dict[str, Any]:

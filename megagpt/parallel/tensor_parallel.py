@@ -10,6 +10,9 @@ layers here:
     vocabulary  a rank holds the rows of some tokens of the embedding or of the head; no rank has
                 all logits
 
+An adapter has the role of its layer. Of a column layer, a rank computes all low-rank states of its
+positions and some outputs; of a row layer, a part of each low-rank state, and the parts are summed.
+
 A norm of all query or key heads together is a column layer, too: a rank holds the weights of its
 heads, and the ranks sum the squares of each row.
 
@@ -28,7 +31,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megagpt.model import GPT, Attention, Dropout, Embedding, Head, HeadNorm, Linear, Norm, Table
+from megagpt.lora import Adapter
+from megagpt.model import (
+    GPT,
+    Attention,
+    Context,
+    Dropout,
+    Embedding,
+    Head,
+    HeadNorm,
+    Linear,
+    Norm,
+    Table,
+)
 from megagpt.parallel import rectangles as boxes
 from megagpt.parallel.rectangles import Box
 
@@ -64,6 +79,10 @@ class TensorAxis:
     def sum(self, partial: Tensor) -> Tensor:
         """Return the sum over the ranks; with ``sequence``, this rank's part of the length."""
         return _ScatterSum.apply(partial, self) if self.sequence else _Sum.apply(partial, self)
+
+    def to_shares(self, x: Tensor) -> Tensor:
+        """Return x along the whole length, for layers of which each rank computes some outputs."""
+        return _ToShares.apply(x, self)
 
     def all_positions(self, x: Tensor) -> Tensor:
         """Return x along the whole length.
@@ -183,11 +202,33 @@ class _AllPositions(torch.autograd.Function):
         return ctx.axis.part(gradient), None
 
 
+class _ToShares(torch.autograd.Function):
+    """x on all positions, for layers of which each rank computes some outputs.
+
+    The gradient of x is the sum of the ranks' gradients; with ``sequence``, of this rank's
+    positions.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: TensorAxis) -> Tensor:
+        ctx.axis = axis
+        ctx.sequence = axis.sequence
+        return axis.gather(x) if axis.sequence else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        axis = ctx.axis
+        if ctx.sequence:
+            return axis.scatter_sum(gradient)[0], None
+        return axis.sum_gradient(gradient.clone()), None
+
+
 class _ColumnProduct(torch.autograd.Function):
     """x W^T + b for this rank's rows of W; x's gradient is summed while W's is computed.
 
     Backward gathers x's positions again instead of keeping them. The weight is saved as the
-    parameter itself, because ZeRO-3 frees a gathered parameter by its identity.
+    parameter itself, because ZeRO-3 frees a gathered parameter by its identity. A frozen weight
+    needs no x.
     """
 
     @staticmethod
@@ -196,23 +237,23 @@ class _ColumnProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.axis = axis
         ctx.sequence = axis.sequence
-        ctx.has_bias = bias is not None
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return F.linear(axis.gather(x) if axis.sequence else x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
+        _, of_weight, of_bias, _ = ctx.needs_input_grad
         axis = ctx.axis
         x_gradient = gradient @ weight
         if ctx.sequence:
-            x = axis.gather(x)
+            x = axis.gather(x) if of_weight else None
             x_gradient, sum_done = axis.scatter_sum(x_gradient, async_op=True)
         else:
             sum_done = dist.all_reduce(x_gradient, group=axis.group, async_op=True)
         rows = gradient.flatten(0, -2)
-        weight_gradient = rows.T @ x.flatten(0, -2)
-        bias_gradient = rows.sum(0) if ctx.has_bias else None
+        weight_gradient = rows.T @ x.flatten(0, -2) if of_weight else None
+        bias_gradient = rows.sum(0) if of_bias else None
         sum_done.wait()
         return x_gradient, weight_gradient, bias_gradient, None
 
@@ -224,10 +265,12 @@ class ColumnLinear(nn.Module):
         super().__init__()
         self.weight = linear.weight
         self.bias = linear.bias
+        self.lora = linear.lora
         self.axis = axis
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _ColumnProduct.apply(x, self.weight, self.bias, self.axis)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        y = _ColumnProduct.apply(x, self.weight, self.bias, self.axis)
+        return y if self.lora is None else y + self.lora(x, context)
 
 
 class RowLinear(nn.Module):
@@ -237,11 +280,13 @@ class RowLinear(nn.Module):
         super().__init__()
         self.weight = linear.weight
         self.bias = linear.bias
+        self.lora = linear.lora
         self.axis = axis
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         y = self.axis.sum(F.linear(x, self.weight))
-        return y if self.bias is None else y + self.bias
+        y = y if self.bias is None else y + self.bias
+        return y if self.lora is None else y + self.lora(x, context)
 
 
 class SharedHeadNorm(nn.Module):
@@ -329,7 +374,13 @@ def split_dimensions(model: GPT) -> dict[nn.Parameter, int]:
         split[layer.weight] = SPLIT_DIMENSION[role]
         if role == "column" and getattr(layer, "bias", None) is not None:
             split[layer.bias] = 0
+        for adapter in _adapters(layer):
+            split[adapter.a if adapter.is_row else adapter.b] = SPLIT_DIMENSION[role]
     return split
+
+
+def _adapters(layer: nn.Module) -> list[Adapter]:
+    return [module for module in layer.modules() if isinstance(module, Adapter)]
 
 
 def box(shape: torch.Size, dimension: int | None, axis: TensorAxis | None) -> Box:
@@ -351,17 +402,29 @@ def share(model: GPT, axis: TensorAxis) -> None:
     for module in model.modules():
         if isinstance(module, Attention):
             module.head_offset = axis.rank * (model.config.num_heads // axis.size)
+        elif isinstance(module, Adapter):
+            _share_adapter(module, axis)
         elif isinstance(module, Dropout) and axis.sequence:
             module.sequence_part = axis.rank
         elif isinstance(module, Embedding) and isinstance(module.positions, Table):
             module.positions = PartTable(module.positions, axis)
 
 
+def _share_adapter(adapter: Adapter, axis: TensorAxis) -> None:
+    if adapter.is_row:
+        adapter.between = axis.sum
+        units = adapter.a.shape[1] // adapter.unit  # of all ranks: A is not cut yet
+        adapter.first_unit = axis.rank * (units // axis.size)
+    else:
+        adapter.between = axis.to_shares
+        adapter.sequence_part = axis.rank if axis.sequence else 0
+
+
 def partial_parameters(model: GPT, axis: TensorAxis) -> list[nn.Parameter]:
     """Return the replicated parameters that each rank applies to its own share.
 
-    Their gradients must be summed. That is a norm of single heads, and what follows a row layer if
-    it is split along the sequence.
+    Their gradients must be summed. That is a norm of single heads, and what follows a row layer or
+    precedes a column layer if it is split along the sequence.
     """
     partial: list[nn.Parameter] = []
     for module in model.modules():
@@ -369,4 +432,6 @@ def partial_parameters(model: GPT, axis: TensorAxis) -> list[nn.Parameter]:
             partial += module.parameters(recurse=False)
         elif axis.sequence and isinstance(module, RowLinear) and module.bias is not None:
             partial.append(module.bias)
-    return partial
+        elif axis.sequence and isinstance(module, Adapter):
+            partial.append(module.b if module.is_row else module.a)
+    return [parameter for parameter in partial if parameter.requires_grad]

@@ -3,7 +3,7 @@
 Also the batches that such comparisons train on: learnable, the same on every machine.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from megagpt.config import ResolvedConfig
-from megagpt.model import GPT, IGNORED, decayed, initialise_
+from megagpt.lora import build, initialise_
+from megagpt.model import GPT, IGNORED, decayed
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -23,7 +24,7 @@ class PlainRun:
     """Losses and gradient norms (before clipping) of each step, and flat weights at the start.
 
     ``start`` is by name. ``state`` holds the flat weights and both moments of Adam at the end, by
-    kind and name, on the CPU.
+    kind and name, on the CPU. Frozen weights are in neither.
     """
 
     losses: list[float]
@@ -81,7 +82,7 @@ def samples_of(config: ResolvedConfig, step: int) -> Samples:
     shape = config.megagpt.model
     count = config.train_batch_size
     tokens, targets = global_batch(step, count, shape.sequence_length, shape.vocabulary)
-    seeds = dropout_seeds(step, count) if shape.dropout else None
+    seeds = dropout_seeds(step, count) if config.megagpt.drops else None
     packed = packs_conversations(config)
     if not (packed or config.megagpt.data.document_mask):
         return Samples(tokens, targets, dropout_seed=seeds)
@@ -115,8 +116,9 @@ def train(
     Its mesh, ZeRO, offload and precision do not matter, and its scheduler is left out. Forward and
     backward compute in ``dtype``, everything else in fp32.
     """
-    model = initialise_(GPT(config.megagpt.model), config.megagpt.training.seed).to(device)
-    start = _flat(dict(model.named_parameters()))
+    model = initialise_(build(config.megagpt), config.megagpt.training.seed).to(device)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    start = _flat(trained)
     optimizer = adam(config, model)
     computed = model if dtype == torch.float32 else computing_in(dtype, model)
     losses = []
@@ -130,10 +132,10 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    state = {WEIGHT: _flat(dict(model.named_parameters()))}
+    state = {WEIGHT: _flat(trained)}
     for moment in MOMENTS:
         state[moment] = _flat(
-            {name: optimizer.state[p][moment] for name, p in model.named_parameters() if steps}
+            {name: optimizer.state[p][moment] for name, p in trained.items() if steps}
         )
     return PlainRun(losses, norms, start, state)
 
@@ -160,7 +162,8 @@ def adam(config: ResolvedConfig, model: GPT, fused: bool | None = None) -> torch
     beta1, beta2 = given.betas
     groups: dict[float, list[Tensor]] = {given.weight_decay: [], 0.0: []}
     for name, parameter in model.named_parameters():
-        groups[given.weight_decay if decayed(name) else 0.0].append(parameter)
+        if parameter.requires_grad:
+            groups[given.weight_decay if decayed(name) else 0.0].append(parameter)
     return torch.optim.AdamW(
         [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()],
         lr=given.lr,
@@ -194,5 +197,5 @@ def _loss_of_conversations(model: Callable[..., Tensor], samples: Samples) -> Te
     return total / (samples.targets != IGNORED).sum()
 
 
-def _flat(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _flat(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone().flatten().cpu() for name, tensor in tensors.items()}

@@ -14,6 +14,7 @@ from __future__ import annotations
 from functools import cache
 
 from megagpt.config import ModelConfig
+from megagpt.schema.lora import LoraConfig, projection
 
 FORWARD_AND_BACKWARD = 3  # backward computes two products for each one of the forward pass
 FLOPS_PER_MULTIPLY_ADD = 2
@@ -57,12 +58,27 @@ def keys_seen(length: int, window: int | None, *, causal: bool) -> float:
     return (most * (most + 1) / 2 + (length - most) * most) / length
 
 
-def model_flops_per_token(model: ModelConfig, *, causal: bool = False) -> float:
+def model_flops_per_token(
+    model: ModelConfig, *, causal: bool = False, lora: LoraConfig | None = None
+) -> float:
     """Return the forward and backward FLOPs of one trained token.
 
-    Attention counts in full, or its causal half with `causal`.
+    Attention counts in full, or its causal half with `causal`. With adapters, backward computes no
+    product for the gradient of a frozen weight; the adapters' own products count.
     """
-    return FORWARD_AND_BACKWARD * sum(layer_flops(model, causal=causal))
+    forward = sum(layer_flops(model, causal=causal))
+    if lora is None:
+        return FORWARD_AND_BACKWARD * forward
+    attention = attention_flops_per_token(model, causal=causal)
+    own = FLOPS_PER_MULTIPLY_ADD * model.num_layers * adapter_elements(lora, model)
+    frozen = forward - attention
+    return FORWARD_AND_BACKWARD * (attention + own) + (FORWARD_AND_BACKWARD - 1) * frozen
+
+
+def adapter_elements(lora: LoraConfig, model: ModelConfig) -> int:
+    """Return the elements of the adapters of one block."""
+    targets = (projection(name, model) for name in lora.projections(model))
+    return sum(lora.rank * (target.inputs + target.outputs) for target in targets)
 
 
 def model_flops_utilisation(
@@ -71,6 +87,8 @@ def model_flops_utilisation(
     tokens_per_s_per_device: float,
     peak_flops_per_s: float,
     causal: bool = False,
+    lora: LoraConfig | None = None,
 ) -> float:
     """Return the MFU: the share of a device's peak that the model's mathematics uses, 0 to 1."""
-    return tokens_per_s_per_device * model_flops_per_token(model, causal=causal) / peak_flops_per_s
+    needed = model_flops_per_token(model, causal=causal, lora=lora)
+    return tokens_per_s_per_device * needed / peak_flops_per_s

@@ -14,6 +14,7 @@ from megagpt.config import ModelConfig, ResolvedConfig
 from megagpt.planning.schedules import schedule_that_runs
 from megagpt.planning.stages import cut
 from megagpt.schema.deepspeed import ZeroConfig
+from megagpt.schema.lora import LoraConfig
 from megagpt.schema.megagpt import ParallelConfig
 
 # Who page-locks host memory: nobody without a GPU, else torch's allocator, or DeepSpeed's own,
@@ -42,6 +43,7 @@ class Layout:
     accumulation_bytes: int
     saves_in_background: bool = False
     pins: Pins = "nobody"
+    lora: LoraConfig | None = None
 
     @classmethod
     def of(cls, config: ResolvedConfig, *, pins: Pins = "nobody") -> Layout:
@@ -58,6 +60,7 @@ class Layout:
             element_bytes=BYTES_OF_TYPE[element_type],
             accumulation_bytes=BYTES_OF_TYPE[config.data_types.grad_accum_dtype or element_type],
             saves_in_background=config.megagpt.checkpoint.asynchronous,
+            lora=config.megagpt.training.lora,
             pins=pins,
         )
 

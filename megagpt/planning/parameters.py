@@ -9,54 +9,78 @@ Other norms, positions and the biases behind an all-reduced output are whole on 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
+from itertools import groupby
 from typing import NamedTuple
 
 from megagpt.config import ModelConfig
 from megagpt.planning.layout import Layout
+from megagpt.schema.lora import LoraConfig, projection
 
 
 class Parameter(NamedTuple):
-    """One parameter of a stage: global name, elements on one tensor shard, weight decay."""
+    """One parameter of a stage: global name, elements on one tensor shard, weight decay.
+
+    ``trained`` is false for a weight that adapters change.
+    """
 
     name: str
     numel: int
     decayed: bool
+    trained: bool = True
 
 
 def parameters_of_rank(layout: Layout, pipeline_rank: int) -> tuple[Parameter, ...]:
     """Return the parameters of one rank of this pipeline rank, over its chunks."""
-    return _of_stages(layout.model, _layers(layout, pipeline_rank), layout.tensor)[0]
+    return _of_rank(layout, pipeline_rank)[0]
 
 
 def groups_of_rank(layout: Layout, pipeline_rank: int) -> tuple[int, int]:
-    """Return the elements with and without weight decay: the optimizer's two groups (engine.py)."""
-    return _of_stages(layout.model, _layers(layout, pipeline_rank), layout.tensor)[1]
+    """Return the elements with and without weight decay: the optimizer's two groups (engine.py).
+
+    Frozen parameters are in neither.
+    """
+    return _of_rank(layout, pipeline_rank)[1]
+
+
+def frozen_of_rank(layout: Layout, pipeline_rank: int) -> int:
+    """Return the elements of the frozen parameters."""
+    return _of_rank(layout, pipeline_rank)[2]
+
+
+def _of_rank(
+    layout: Layout, pipeline_rank: int
+) -> tuple[tuple[Parameter, ...], tuple[int, int], int]:
+    return _of_stages(layout.model, _layers(layout, pipeline_rank), layout.tensor, layout.lora)
 
 
 def partitions_of_rank(layout: Layout, pipeline_rank: int) -> tuple[int, ...]:
-    """Return ZeRO 3's part of each parameter on one data rank: ceil(numel / data ranks)."""
+    """Return ZeRO 3's part of each trained parameter on a data rank: ceil(numel / data ranks)."""
     layers = _layers(layout, pipeline_rank)
-    return _partitions(layout.model, layers, layout.tensor, layout.data)
+    return _partitions(layout.model, layers, layout.tensor, layout.lora, layout.data)
 
 
 def largest_module(layout: Layout, pipeline_rank: int) -> int:
     """Return the elements of the module whose own parameters are the most."""
-    return _largest_module(layout.model, _layers(layout, pipeline_rank), layout.tensor)
+    layers = _layers(layout, pipeline_rank)
+    return _largest_module(layout.model, layers, layout.tensor, layout.lora)
 
 
 @cache
 def _partitions(
-    model: ModelConfig, stages: tuple[range, ...], tensor: int, data: int
+    model: ModelConfig, stages: tuple[range, ...], tensor: int, lora: LoraConfig | None, data: int
 ) -> tuple[int, ...]:
-    return tuple(-(-parameter.numel // data) for parameter in _of_stages(model, stages, tensor)[0])
+    found, *_ = _of_stages(model, stages, tensor, lora)
+    return tuple(-(-parameter.numel // data) for parameter in found if parameter.trained)
 
 
 @cache
-def _largest_module(model: ModelConfig, stages: tuple[range, ...], tensor: int) -> int:
+def _largest_module(
+    model: ModelConfig, stages: tuple[range, ...], tensor: int, lora: LoraConfig | None
+) -> int:
     modules: Counter[str] = Counter()
-    for parameter in _of_stages(model, stages, tensor)[0]:
+    for parameter in _of_stages(model, stages, tensor, lora)[0]:
         modules[parameter.name.rpartition(".")[0]] += parameter.numel
     return max(modules.values())
 
@@ -68,14 +92,31 @@ def _layers(layout: Layout, pipeline_rank: int) -> tuple[range, ...]:
 
 @cache
 def _of_stages(
-    model: ModelConfig, stages: tuple[range, ...], tensor: int
-) -> tuple[tuple[Parameter, ...], tuple[int, int]]:
-    """Return the parameters of these stages, and the elements of the optimizer's two groups."""
+    model: ModelConfig, stages: tuple[range, ...], tensor: int, lora: LoraConfig | None
+) -> tuple[tuple[Parameter, ...], tuple[int, int], int]:
+    """Return the parameters, the elements of the optimizer's two groups, and those frozen."""
     found = tuple(parameter for layers in stages for parameter in _stage(model, layers, tensor))
-    sizes = [0, 0]
+    if lora is not None:
+        found = tuple(_adapted(found, model, tensor, lora))
+    sizes = [0, 0, 0]
     for parameter in found:
-        sizes[0 if parameter.decayed else 1] += parameter.numel
-    return found, (sizes[0], sizes[1])
+        sizes[2 if not parameter.trained else 0 if parameter.decayed else 1] += parameter.numel
+    return found, (sizes[0], sizes[1]), sizes[2]
+
+
+def _adapted(
+    parameters: Iterable[Parameter], model: ModelConfig, tensor: int, lora: LoraConfig
+) -> Iterator[Parameter]:
+    """Yield the parameters, frozen, and after those of each layer its adapters'."""
+    targets = [projection(name, model) for name in lora.projections(model)]
+    for layer, members in groupby(parameters, lambda p: p.name.rpartition(".")[0]):
+        yield from (parameter._replace(trained=False) for parameter in members)
+        for target in targets:
+            if layer.startswith("blocks.") and layer.endswith(f".{target.layer}"):
+                name = f"{layer}.lora.{target.name}"
+                of_a, of_b = (tensor, 1) if target.is_row else (1, tensor)
+                yield Parameter(f"{name}.a", lora.rank * target.inputs // of_a, True)
+                yield Parameter(f"{name}.b", target.outputs // of_b * lora.rank, True)
 
 
 @cache

@@ -9,6 +9,7 @@ from megagpt.common.text import text_table
 from megagpt.planning.cost.memory import RankMemory
 from megagpt.planning.cost.model_states import Bytes
 from megagpt.planning.cost.performance import Assumptions
+from megagpt.planning.flops import adapter_elements
 from megagpt.planning.layout import Layout
 from megagpt.planning.placement import Place
 from megagpt.planning.plan import Alternative, Limits, Plan
@@ -56,10 +57,18 @@ def _verdict(plan: Plan) -> str:
     batch = f"{layout.micro_batch} x {layout.micro_batches} micro-batches x {layout.data} replicas"
     return (
         f"{plan.source}: {legal}; {fits}: {used}\n"
-        f"{human_count(layout.model.num_parameters)} parameters on {layout.world_size} ranks: "
-        f"{mesh}\n"
+        f"{human_count(layout.model.num_parameters)} parameters{_adapters(layout)} on "
+        f"{layout.world_size} ranks: {mesh}\n"
         f"batch {plan.config.train_batch_size} = {batch}; recomputation {layout.recompute}"
     )
+
+
+def _adapters(layout: Layout) -> str:
+    """Return what is trained of a model that adapters change."""
+    if layout.lora is None:
+        return ""
+    elements = layout.model.num_layers * adapter_elements(layout.lora, layout.model)
+    return f", frozen, and {human_count(elements)} of adapters"
 
 
 def mesh_line(layout: Layout) -> str:

@@ -95,7 +95,9 @@ def _has_pipeline(config: RunConfig) -> bool:
 
 
 def _ties_embeddings(config: RunConfig) -> bool:
-    return isinstance(config, ResolvedConfig) and config.megagpt.model.tie_embeddings
+    """Return whether embedding and head are one trained weight; under adapters they are frozen."""
+    trained = config.megagpt.training.lora is None
+    return isinstance(config, ResolvedConfig) and config.megagpt.model.tie_embeddings and trained
 
 
 def _shareable(config: RunConfig) -> int:

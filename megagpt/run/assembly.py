@@ -1,8 +1,10 @@
 """A run put together on its ranks: engine, data, newest checkpoint, monitor."""
 
 import logging
+from functools import partial
 from pathlib import Path
 
+from megagpt.checkpoint.base import open_base
 from megagpt.checkpoint.collective import everyones, together
 from megagpt.checkpoint.directory import collect_leftovers
 from megagpt.checkpoint.format import DamagedCheckpointError, OtherFormatError
@@ -26,9 +28,11 @@ from megagpt.parallel.engine import (
     training_device,
 )
 from megagpt.parallel.validation import ValidationSet
+from megagpt.planning.flops import adapter_elements
 from megagpt.planning.legality import LegalRun, precision_notes
 from megagpt.planning.stages import cut, describe_stage
 from megagpt.rundir import directory as directories
+from megagpt.rundir.base import BasePlace, find_base, record_base
 from megagpt.rundir.changes import UNCHANGED, Changes
 from megagpt.rundir.data import require_same_data, validation_name
 from megagpt.train import Run
@@ -58,7 +62,9 @@ def assemble(
     require_agreement(resolved, [*streams.values()], changes.as_text())
     pulse.beat("building the engine")
     mesh = build_mesh(resolved)
-    engine = build_engine(resolved, mesh)
+    place = find_base(resolved, directory)
+    base = open_base(place.checkpoint, mesh, place.sha256) if place is not None else None
+    engine = build_engine(resolved, mesh, base)
     _announce(engine, directory, device.describe_device(training_device()))
     if mesh.rank == 0:
         for line in (*legal.written.notes, *precision_notes(legal.written, resolved)):
@@ -80,13 +86,7 @@ def assemble(
     )
     pulse.beat("loading the checkpoint")
     found = _resume(run)
-    together(
-        lambda: (
-            directories.record(directory, resolved, changes, run.state.step)
-            if mesh.rank == 0
-            else None
-        )
-    )
+    together(partial(_record, run, place))
     run.monitor = Monitor.open(
         resolved,
         directory,
@@ -109,6 +109,15 @@ def assemble(
     for message in _unknown_internals(resolved):
         run.monitor.event("warning", step=run.state.step, message=message)
     return run
+
+
+def _record(run: Run, place: BasePlace | None) -> None:
+    """Write on rank 0 what the run is."""
+    if run.engine.mesh.rank != 0:
+        return
+    directories.record(run.directory, run.config, run.changes, run.state.step)
+    if place is not None and run.engine.base_sha256 is not None:
+        record_base(run.directory, place, run.engine.base_sha256)
 
 
 def _unknown_internals(config: ResolvedConfig) -> list[str]:
@@ -171,8 +180,14 @@ def _announce(engine: Engine, directory: Path, hardware: str) -> None:
         "the device" if place == "none" else place
         for place in (zero.optimizer_device, zero.parameter_device)
     )
+    lora = config.megagpt.training.lora
+    adapters = ""
+    if lora is not None:
+        elements = model.num_layers * adapter_elements(lora, model)
+        adapters = f"{human_count(elements)} parameters of adapters of rank {lora.rank} on "
     print(
-        f"{directory}: {human_count(model.num_parameters)} parameters ({model.num_layers} layers, "
+        f"{directory}: {adapters}{human_count(model.num_parameters)} parameters "
+        f"({model.num_layers} layers, "
         f"width {model.hidden_size}, {model.num_heads} heads, {model.vocab_size} tokens, length "
         f"{model.sequence_length})\n"
         f"{engine.mesh.world_size} x {hardware}; ZeRO {zero.stage}, optimizer on {optimizer_on}, "

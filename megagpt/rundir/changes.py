@@ -39,6 +39,7 @@ SHORT_NAMES = {
     "dropout": "megagpt.model.dropout",
     "data": DATA,
 }
+LORA = "megagpt.training.lora"
 SEQUENCE_LENGTH = "megagpt.model.sequence_length"
 DATA_FINGERPRINT = "data_fingerprint"  # not a key: the tokens themselves, as a checkpoint has them
 REASONS = {
@@ -102,7 +103,8 @@ def allowed_prefixes(words: Iterable[str]) -> list[str]:
 
 def _why_not(word: str) -> str:
     """Return why `--allow_change` does not take a word."""
-    if word in REASONS or _is_below(word, ["megagpt.model"]):
+    adapters = _is_below(word, [LORA]) and word != f"{LORA}.base"
+    if word in REASONS or adapters or _is_below(word, ["megagpt.model"]):
         return f"cannot change within a run: {REASONS.get(word, OTHERWISE)}"
     if word in all_keys(RunConfig):
         return "may change without it; leave it out"

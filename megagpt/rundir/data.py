@@ -22,6 +22,7 @@ from megagpt.dataset import SampleStream
 from megagpt.planning.epochs import counted_samples
 from megagpt.planning.legality import ANY_VOCABULARY, LegalRun, World, require_legal, resolve
 from megagpt.rundir import directory as directories
+from megagpt.rundir.base import find_base
 from megagpt.rundir.changes import DATA, DATA_FINGERPRINT, Changes, allows_data
 from megagpt.schema.megagpt import MegagptConfig
 from megagpt.utils import RankEnvironment, UserError
@@ -58,6 +59,7 @@ def open_data(
     `--allow_change`) do not cover.
     """
     changes = directories.changes_of(directory, config, prefixes)
+    find_base(config, directory)
     opened = {"train": open_stream, "val": _open_validation}
     streams: dict[str, SampleStream] = {
         split: opened[split](config, split) for split in splits_of(config)

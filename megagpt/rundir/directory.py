@@ -71,8 +71,27 @@ def changes_of(
             )
         return Changes()
     recorded, entries = _read(run_directory)
+    _require_same_kind(run_directory, recorded, config)
     now = permitted(str(run_directory), recorded.identity(), config.identity(), prefixes)
     return Changes(entries, now)
+
+
+def _require_same_kind(
+    run_directory: Path, recorded: ResolvedConfig, config: ResolvedConfig
+) -> None:
+    """Raise UserError if one trains adapters and the other the whole model."""
+    kinds = [bool(run.megagpt.training.lora) for run in (recorded, config)]
+    if kinds == [False, True]:
+        raise UserError(
+            f"{run_directory}: holds a run that trains the whole model, so megagpt.training.lora "
+            "cannot continue it; train the adapters in another --run_dir with --set "
+            f"megagpt.training.lora.base={run_directory}"
+        )
+    if kinds == [True, False]:
+        raise UserError(
+            f"{run_directory}: holds a run that trains adapters, and megagpt.training.lora is "
+            "missing; give it as in its config.json, or choose another --run_dir"
+        )
 
 
 def _exists(path: Path) -> bool:

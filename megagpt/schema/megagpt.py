@@ -17,6 +17,7 @@ from megagpt.schema.fields import (
     refuse,
     section,
 )
+from megagpt.schema.lora import LoraConfig
 from megagpt.schema.model import ModelConfig, ModelSection
 
 
@@ -165,6 +166,7 @@ class TrainingSection(Section):
     drift_check_interval_steps: int = execution(
         100, "steps between checks that replicated values are equal on all ranks", ge=0
     )
+    lora: LoraConfig | None = section(None, "train low-rank adapters; the base stays as it is")
 
     @model_validator(mode="after")
     def _check(self) -> TrainingSection:
@@ -246,6 +248,18 @@ class MegagptSection(Section):
     training: TrainingSection = section(..., "length, evaluation, samples, guards")
     checkpoint: CheckpointConfig = section(CheckpointConfig(), "saving")
     monitor: MonitorConfig = section(MonitorConfig(), "reporting")
+
+    @model_validator(mode="after")
+    def _check_adapters(self) -> MegagptSection:
+        if self.training.lora is not None:
+            self.training.lora.check(self.model)
+        return self
+
+    @property
+    def drops(self) -> bool:
+        """Whether training drops anything at random: activations, or inputs of adapters."""
+        lora = self.training.lora
+        return self.model.dropout > 0 or (lora is not None and lora.dropout > 0)
 
 
 class MegagptConfig(MegagptSection):

@@ -26,6 +26,7 @@ TABLE_HEAD = "| key | meaning | default | role |\n| --- | --- | --- | --- |"
 SHORT_DEFAULTS = {  # of keys that follow from others; a longer one is in the key's meaning
     "num_kv_heads": "num_heads",
     "head_size": "hidden_size / num_heads",
+    "alpha": "2 x rank",
     **{f"{place}_bias": "bias" for place in ("qkv", "output", "mlp", "norm")},
 }
 

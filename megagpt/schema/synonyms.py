@@ -131,6 +131,12 @@ SYNONYMS: dict[str, str] = {
     "warmup_iters": _WARMUP,
     "warmup_steps": _WARMUP,
     "min_lr": "scheduler.params.cos_min_ratio",
+    "lora_r": "megagpt.training.lora.rank",
+    "lora_rank": "megagpt.training.lora.rank",
+    "lora_alpha": "megagpt.training.lora.alpha",
+    "lora_dropout": "megagpt.training.lora.dropout",
+    "target_modules": "megagpt.training.lora.targets",
+    "lora_target_modules": "megagpt.training.lora.targets",
     # evaluation, saving, logging
     "eval_interval": _EVALUATION,
     "eval_steps": _EVALUATION,

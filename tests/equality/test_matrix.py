@@ -39,7 +39,9 @@ from tests.support.matrix import (
     is_legal,
     legal_rows,
     pairs,
+    representatives,
     resolved,
+    rows_in,
     selection,
     triples,
 )
@@ -48,125 +50,43 @@ from tests.support.shards import KINDS, whole_tensors
 
 # As `python -m tests.support.matrix` printed them without masked targets, which then were spread
 # over them so that every pair meets.
-SELECTED = (
-    Row(0, "none", "none", "none", "layers", 2, "per_micro_batch", "neox", True, 1, "fp32"),
-    Row(0, "none", "none", "none", "none", 1, "per_micro_batch", "gpt2", False, 2, "fp32"),
-    Row(
-        0, "none", "none", "none", "none", 2, "per_micro_batch", "gemma2", True, 2, "fp32", "masked"
-    ),
-    Row(
-        0, "none", "none", "none", "none", 2, "per_micro_batch", "gpt2", False, 1, "fp32", "masked"
-    ),
-    Row(0, "none", "none", "none", "none", 2, "per_micro_batch", "qwen3", True, 1, "fp32"),
-    Row(
-        0,
-        "none",
-        "none",
-        "none",
-        "sequence",
-        2,
-        "per_micro_batch",
-        "llama3",
-        False,
-        6,
-        "fp32",
-        "masked",
-    ),
-    Row(1, "cpu", "none", "1f1b", "none", 2, "per_step", "gemma2", False, 1, "fp32"),
-    Row(
-        1,
-        "cpu",
-        "none",
-        "interleaved",
-        "none",
-        2,
-        "per_micro_batch",
-        "gpt2",
-        False,
-        1,
-        "fp32",
-        "masked",
-    ),
-    Row(1, "cpu", "none", "none", "layers", 2, "per_step", "llama3", True, 6, "fp32", "masked"),
-    Row(1, "cpu", "none", "none", "sequence", 2, "per_micro_batch", "neox", True, 2, "fp32"),
-    Row(
-        1,
-        "none",
-        "none",
-        "gpipe",
-        "none",
-        2,
-        "per_micro_batch",
-        "qwen3",
-        False,
-        2,
-        "bf16",
-        "masked",
-    ),
-    Row(1, "none", "none", "interleaved", "layers", 1, "per_step", "gpt2", True, 1, "fp32"),
-    Row(2, "cpu", "none", "gpipe", "none", 2, "per_step", "gpt2", True, 6, "fp32"),
-    Row(2, "cpu", "none", "interleaved", "none", 2, "per_step", "qwen3", True, 2, "fp32", "masked"),
-    Row(
-        2,
-        "cpu",
-        "none",
-        "interleaved",
-        "sequence",
-        1,
-        "per_micro_batch",
-        "llama3",
-        False,
-        1,
-        "fp32",
-    ),
-    Row(2, "cpu", "none", "none", "layers", 2, "per_micro_batch", "gemma2", False, 1, "bf16"),
-    Row(2, "cpu", "none", "none", "sequence", 2, "per_step", "llama3", True, 1, "fp32"),
-    Row(2, "none", "none", "1f1b", "none", 2, "per_step", "neox", True, 6, "fp32"),
-    Row(3, "cpu", "cpu", "gpipe", "sequence", 1, "per_step", "gemma2", True, 2, "fp32", "masked"),
-    Row(3, "cpu", "cpu", "interleaved", "none", 2, "per_micro_batch", "gpt2", False, 6, "fp32"),
-    Row(3, "cpu", "nvme", "none", "layers", 2, "per_step", "llama3", True, 2, "bf16"),
-    Row(3, "none", "cpu", "1f1b", "layers", 1, "per_micro_batch", "qwen3", True, 6, "fp32"),
-    Row(3, "none", "cpu", "1f1b", "none", 2, "per_step", "llama3", True, 2, "fp32"),
-    Row(3, "none", "nvme", "gpipe", "none", 2, "per_step", "gpt2", False, 1, "bf16"),
-    Row(
-        3,
-        "none",
-        "nvme",
-        "interleaved",
-        "none",
-        2,
-        "per_step",
-        "gemma2",
-        False,
-        1,
-        "bf16",
-        "masked",
-    ),
-    Row(3, "nvme", "cpu", "gpipe", "none", 2, "per_step", "llama3", True, 1, "fp32"),
-    Row(3, "nvme", "cpu", "interleaved", "none", 2, "per_step", "neox", True, 2, "fp32"),
-    Row(3, "nvme", "cpu", "none", "layers", 2, "per_step", "gemma2", True, 6, "fp32"),
-    Row(3, "nvme", "cpu", "none", "sequence", 2, "per_step", "qwen3", True, 1, "bf16", "masked"),
-    Row(
-        3,
-        "nvme",
-        "none",
-        "none",
-        "none",
-        2,
-        "per_micro_batch",
-        "gemma2",
-        False,
-        1,
-        "fp32",
-        "masked",
-    ),
-    Row(
-        3, "nvme", "nvme", "1f1b", "none", 2, "per_micro_batch", "neox", False, 6, "bf16", "masked"
-    ),
-    Row(3, "nvme", "nvme", "1f1b", "sequence", 1, "per_micro_batch", "gpt2", False, 2, "bf16"),
-    Row(3, "nvme", "nvme", "gpipe", "layers", 1, "per_step", "neox", False, 1, "bf16"),
-    Row(3, "nvme", "nvme", "none", "sequence", 2, "per_step", "qwen3", True, 1, "bf16"),
-)
+SELECTED = rows_in("""
+0 none none none layers 2 per_micro_batch llama3 untied 2 fp32 masked lora
+0 none none none none 1 per_micro_batch neox untied 1 fp32 masked lora
+0 none none none none 2 per_micro_batch gemma2 untied 1 fp32 all lora
+0 none none none none 2 per_micro_batch gpt2 untied 1 fp32 masked lora
+0 none none none none 2 per_micro_batch neox untied 1 fp32 masked lora
+0 none none none sequence 2 per_micro_batch qwen3 tied 6 fp32 masked all
+1 cpu none 1f1b sequence 1 per_step llama3 untied 2 bf16 masked lora
+1 cpu none gpipe none 2 per_micro_batch qwen3 untied 1 fp32 masked all
+1 cpu none gpipe sequence 1 per_micro_batch gemma2 untied 1 fp32 masked lora
+1 cpu none interleaved none 2 per_micro_batch gpt2 untied 1 bf16 all all
+1 cpu none none sequence 2 per_micro_batch llama3 tied 1 fp32 all all
+1 none none 1f1b none 2 per_step gemma2 tied 2 fp32 masked lora
+1 none none interleaved none 2 per_micro_batch qwen3 untied 1 fp32 all all
+1 none none interleaved sequence 1 per_step llama3 tied 1 fp32 all lora
+1 none none none layers 2 per_step neox tied 6 bf16 masked lora
+2 cpu none 1f1b none 2 per_step gpt2 untied 1 fp32 all all
+2 cpu none gpipe none 2 per_step qwen3 untied 2 bf16 masked lora
+2 cpu none none layers 2 per_step gemma2 tied 1 fp32 all lora
+2 none none 1f1b none 2 per_micro_batch neox untied 1 fp32 all all
+2 none none interleaved layers 1 per_micro_batch gpt2 tied 6 fp32 masked lora
+2 none none interleaved none 2 per_step gemma2 untied 6 fp32 masked lora
+2 none none none sequence 2 per_micro_batch llama3 tied 1 fp32 all all
+3 cpu cpu 1f1b none 2 per_micro_batch llama3 tied 6 fp32 masked all
+3 cpu cpu none layers 2 per_micro_batch gemma2 untied 2 fp32 masked all
+3 cpu cpu none sequence 2 per_micro_batch neox untied 2 bf16 masked lora
+3 cpu nvme interleaved none 2 per_micro_batch llama3 tied 2 bf16 all lora
+3 none cpu gpipe layers 1 per_micro_batch qwen3 tied 2 fp32 masked all
+3 none cpu gpipe none 2 per_micro_batch gpt2 untied 1 fp32 masked all
+3 none nvme gpipe none 2 per_micro_batch neox untied 1 bf16 masked all
+3 nvme cpu interleaved none 2 per_step neox untied 1 fp32 all lora
+3 nvme none gpipe none 2 per_step llama3 tied 6 fp32 all all
+3 nvme nvme 1f1b layers 1 per_micro_batch qwen3 untied 1 bf16 all lora
+3 nvme nvme 1f1b none 2 per_micro_batch gemma2 untied 6 bf16 masked lora
+3 nvme nvme none layers 2 per_step qwen3 tied 1 bf16 all all
+3 nvme nvme none sequence 2 per_step gpt2 tied 2 bf16 masked all
+""")
 ALL_AXES = Row(
     3, "cpu", "cpu", "1f1b", "sequence", 2, "per_step", "gpt2", True, 2, "fp32"
 )  # on eight ranks
@@ -183,10 +103,12 @@ ONE_PROCESS = tuple(
 # schedule
 BOTH_STACKS = {
     *ONE_PROCESS,
-    Row(2, "cpu", "none", "none", "sequence", 2, "per_step", "llama3", True, 1, "fp32"),
-    Row(1, "none", "none", "interleaved", "layers", 1, "per_step", "gpt2", True, 1, "fp32"),
-    Row(2, "none", "none", "1f1b", "none", 2, "per_step", "neox", True, 6, "fp32"),
-    Row(3, "none", "nvme", "gpipe", "none", 2, "per_step", "gpt2", False, 1, "bf16"),
+    *rows_in("""
+1 none none interleaved sequence 1 per_step llama3 tied 1 fp32 all lora
+2 cpu none 1f1b none 2 per_step gpt2 untied 1 fp32 all all
+2 none none none sequence 2 per_micro_batch llama3 tied 1 fp32 all all
+3 none nvme gpipe none 2 per_micro_batch neox untied 1 bf16 masked all
+"""),
 }
 Cell = tuple[int, str, str, str]  # ZeRO stage, where optimizer and parameters lie, schedule
 
@@ -225,7 +147,8 @@ def test_in_the_selection_every_two_levels_meet_that_legally_can() -> None:
     assert set(SELECTED) | set(ONE_PROCESS) >= BOTH_STACKS, "the others would not be trained"
     assert {row[:4] for row in legal} == set(CELLS)
     assert sum(len(rows_of(cell)) for cell in CELLS) == 1746, "docs/parallelism.md has this number"
-    assert set().union(*map(pairs, legal)) == set().union(*map(pairs, SELECTED))
+    met = set().union(*map(pairs, representatives(legal)))
+    assert met == set().union(*map(pairs, SELECTED))
 
 
 def marked(row: Row) -> Any:
@@ -346,8 +269,12 @@ def assert_rank_holds_its_part(seen: dict[str, Any], row: Row) -> None:
     assert seen["parameters_offloaded"] == (row.parameters != "none")
     parts = row.stages * row.shards
     assert seen["stage_elements"] <= (1 if parts == 1 else 1.5 / parts) * seen["whole_elements"]
-    share = seen["stage_elements"] / (row.data if row.stage else 1)
+    replicas = row.data if row.stage else 1
+    share = seen["trained_elements"] / replicas
+    held = seen["stage_elements"] / replicas
     assert seen["master_elements"] == pytest.approx(share, rel=0.02)
+    assert (seen["trained_elements"] < seen["stage_elements"] / 2) == (row.trained == "lora")
+    assert seen["frozen_with_gradient"] == 0
     on_disk = {"optimizer": 0, "param": 0}
     for name, size in seen["swap_files"]:
         on_disk["param" if "param" in name else "optimizer"] += size
@@ -358,10 +285,10 @@ def assert_rank_holds_its_part(seen: dict[str, Any], row: Row) -> None:
     )
     if row.stage == 3:
         assert seen["parameter_elements"] == 0
-        assert seen["shard_elements"] == pytest.approx(share, rel=0.02)
+        assert seen["shard_elements"] == pytest.approx(held, rel=0.02)
     if row.parameters == "nvme":
-        assert seen["elements_on_nvme"] > 0.8 * share
-        assert seen["shard_elements_in_memory"] < 0.2 * share
+        assert seen["elements_on_nvme"] > 0.8 * held
+        assert seen["shard_elements_in_memory"] < 0.2 * held
         assert on_disk["param"] >= 2 * seen["elements_on_nvme"]
     else:
         assert seen["elements_on_nvme"] == on_disk["param"] == 0
@@ -384,7 +311,7 @@ def assert_rank_sent_its_part(
         times = (
             row.micro_batches if row.reduction == "per_micro_batch" and row.stage > 1 else 1
         )  # ZeRO 1 waits
-        elements = times * rank["evidence"]["stage_elements"]
+        elements = times * rank["evidence"]["trained_elements"]
         assert traffic["data", operation][1] == pytest.approx(elements, rel=0.01, abs=numbers)
         if row.stage == 3:
             assert traffic["data", "all_gather"][1] >= 0.95 * rank["evidence"]["stage_elements"]
@@ -403,7 +330,10 @@ def assert_rank_sent_its_part(
             # The loss's gradient; all partial gradients together; the norm, which ZeRO 0 lacks.
             calls = row.micro_batches * (last in stages) + 1 + (row.stage == 0)
             assert traffic["tensor", "all_reduce"][0] == calls
-        if row.kind == "qwen3" and row.tensor == "layers":  # two weights that all heads share
-            blocks = sum(blocks for blocks, *_ in held)
+        blocks = sum(blocks for blocks, *_ in held)
+        if layout.lora is not None:  # the low-rank states of each adapter
+            adapters = blocks * len(layout.lora.projections(layout.model))
+            sent += row.micro_batches * adapters * layout.lora.rank * layout.tokens
+        elif row.kind == "qwen3" and row.tensor == "layers":  # two weights that all heads share
             sent += (1 if once else row.micro_batches) * blocks * 2 * layout.model.head_size
         assert traffic["tensor", operation][1] == pytest.approx(sent, abs=numbers)

@@ -244,6 +244,36 @@ def test_nvme_holds_the_optimizer(two_ranks: RankPool, tmp_path: Path) -> None:
     assert on_disk == pytest.approx(swapped, rel=0.01)  # files are rounded up to whole blocks
 
 
+ADAPTED = [
+    ((1, 2, 1), 0),
+    ((1, 2, 1), 1),
+    ((1, 2, 2), 2),
+    ((2, 1, 2), 3),
+    pytest.param((1, 2, 2), 3, marks=pytest.mark.slow),
+    pytest.param((2, 2, 1), 3, marks=pytest.mark.slow),
+    pytest.param((2, 2, 2), 1, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("optimizer", ["none", pytest.param("cpu", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("mesh", "stage"), ADAPTED, ids=str)
+def test_frozen_weights_have_no_gradient_no_master_and_no_moments(
+    ranks: Any, mesh: tuple[int, int, int], stage: int, optimizer: str
+) -> None:
+    if stage == 0 and optimizer != "none":
+        pytest.skip("ZeRO 0 has nothing to offload")
+    pipeline, data, tensor = mesh
+    config = run_on(mesh, stage, bf16=stage > 0, optimizer=optimizer)
+    whole = model_states(layout_of(config, pipeline * data * tensor), 0)
+    config["megagpt"]["training"]["lora"] = {"rank": 3, "targets": ["query", "value", "down"]}
+    layout = layout_of(config, pipeline * data * tensor)
+    states = model_states(layout, 0)
+    for line in ("accumulating_gradients", "reduced_gradients", "master_weights", "moments"):
+        held, of_all = (getattr(s, line) for s in (states, whole))
+        assert held.device + held.host <= (of_all.device + of_all.host) / 10
+    check(ranks(pipeline * data * tensor), config)
+
+
 OFFLOADS = [  # ZeRO stage, optimizer, parameters, bf16, micro-batches
     (1, "cpu", "none", False, 1),
     (1, "cpu", "none", True, 2),

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from megagpt.lora import attach
 from megagpt.model import GPT, Block, Context, decayed, global_names
 from megagpt.planning.cost.working_memory import kept_by_block, kept_by_head, rotary_angles
-from megagpt.planning.parameters import groups_of_rank, parameters_of_rank
+from megagpt.planning.parameters import frozen_of_rank, groups_of_rank, parameters_of_rank
+from megagpt.schema.lora import LoraConfig
 from tests.planning.test_memory import layout_of
 from tests.support.configurations import KINDS, tiny
 
@@ -29,23 +31,38 @@ def layout_with(recompute: str = "none", **shape: Any) -> Any:
     return layout_of(config, 1)
 
 
+ADAPTERS = {"rank": 3, "targets": ["qkv", "output", "up"]}
+
+
+@pytest.mark.parametrize("lora", [None, ADAPTERS], ids=["whole", "lora"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("pipeline", [1, 2, 3])
 def test_a_stage_has_the_parameters_of_the_model_in_its_order(
-    shape: dict[str, Any], pipeline: int
+    shape: dict[str, Any], pipeline: int, lora: dict[str, Any] | None
 ) -> None:
     layout = layout_with(**shape).with_parallel(pipeline=pipeline)
+    adapters = LoraConfig.model_validate(lora) if lora else None
+    layout = replace(layout, lora=adapters)
     for rank in range(pipeline):
         with torch.device("meta"):
             part = GPT(layout.model, "none", layout.stages[rank])
+            if adapters is not None:
+                attach(part, adapters)
         names = global_names(part)
-        expected = [(names[p], p.numel(), decayed(names[p])) for p in part.parameters()]
+        expected = [
+            (names[p], p.numel(), decayed(names[p]), p.requires_grad) for p in part.parameters()
+        ]
         assert sorted(parameters_of_rank(layout, rank)) == sorted(expected)
-        sizes = [[numel for _, numel, of in expected if of is wanted] for wanted in (True, False)]
+        sizes = [
+            [numel for _, numel, of, trained in expected if trained and of is wanted]
+            for wanted in (True, False)
+        ]
         ours = parameters_of_rank(layout, rank)
-        assert [p.numel for p in ours if p.decayed] == sizes[0], (
+        assert [p.numel for p in ours if p.trained and p.decayed] == sizes[0], (
             "the order decides which rank keeps what"
         )
+        frozen = sum(numel for _, numel, _, trained in expected if not trained)
+        assert frozen_of_rank(layout, rank) == frozen
         assert groups_of_rank(layout, rank) == (sum(sizes[0]), sum(sizes[1]))
 
 

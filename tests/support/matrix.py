@@ -39,6 +39,7 @@ class Row(NamedTuple):
     micro_batches: int
     precision: str
     targets: str = "all"
+    trained: str = "all"  # or adapters alone: "lora"
 
     @property
     def ranks(self) -> int:
@@ -60,6 +61,7 @@ class Row(NamedTuple):
             f"{self.tensor} x {self.data}, {self.reduction}, {self.kind} "
             f"{'tied' if self.tied else 'untied'}, {self.micro_batches}, {self.precision}"
             f"{', masked' if self.targets == 'masked' else ''}"
+            + (", lora" if self.trained == "lora" else "")
         )
 
 
@@ -81,7 +83,28 @@ AXES = Row(
     micro_batches=(1, 2, 6),  # of a rank and step: fewer than stages, as many, more
     precision=("fp32", "bf16"),
     targets=("all", "masked"),  # masked: of packed conversations
+    trained=("all", "lora"),
 )
+# Fused projections, some of the parts of one, all by themselves.
+TARGETS = {"gpt2": ["qkv", "output", "up", "down"], "qwen3": ["query", "value", "gate", "down"]}
+
+
+def in_words(row: Row) -> str:
+    """A row on a line, which ``rows_in`` reads."""
+    return " ".join(map(_word, row))
+
+
+def rows_in(text: str) -> tuple[Row, ...]:
+    """The rows of a text, one a line: a level of each axis."""
+    levels = [{_word(level): level for level in axis} for axis in AXES]
+    lines = (line.split() for line in text.strip().splitlines())
+    return tuple(
+        Row(*(known[word] for known, word in zip(levels, line, strict=True))) for line in lines
+    )
+
+
+def _word(level: Any) -> str:
+    return {True: "tied", False: "untied"}[level] if isinstance(level, bool) else str(level)
 
 
 def document(row: Row, swap_directory: Path = Path("swap")) -> Config:
@@ -104,6 +127,12 @@ def document(row: Row, swap_directory: Path = Path("swap")) -> Config:
     config["bf16"] = {"enabled": row.precision == "bf16"}
     if row.targets == "masked":
         config["megagpt"]["data"] = {"packing": "conversations"}
+    if row.trained == "lora":
+        config["megagpt"]["training"]["lora"] = {
+            "rank": 6,
+            "dropout": shape.get("dropout", 0.0),
+            "targets": TARGETS.get(row.kind, ["all"]),
+        }
     parallel: dict[str, Any] = {
         "pipeline": row.stages,
         "tensor": row.shards,
@@ -134,6 +163,8 @@ def resolved(config: Config, ranks: int) -> ResolvedConfig:
 @cache
 def is_legal(row: Row) -> bool:
     """Whether the planner lets it start."""
+    if row.trained == "lora":  # frozen, the tied weight's copies have no gradients to be summed
+        return is_legal(row._replace(trained="all", tied=False))
     if (row.kind, row.targets) != (AXES.kind[0], AXES.targets[0]):
         # two ranks divide the heads and widths of all kinds
         return is_legal(row._replace(kind=AXES.kind[0], targets=AXES.targets[0]))
@@ -202,6 +233,19 @@ def legal_rows(most_ranks: int) -> list[Row]:
     return [row for row in all_rows() if row.ranks <= most_ranks and is_legal(row)]
 
 
+def representatives(rows: Iterable[Row]) -> list[Row]:
+    """Rows in which all pairs of these are met: of each kind with each targets, one of the two that
+    train all weights or adapters, where both are legal. Legality depends on neither.
+    """
+    return [
+        row
+        for row in rows
+        if not is_legal(row._replace(trained="all"))
+        or (AXES.kind.index(row.kind) + AXES.targets.index(row.targets)) % 2
+        == AXES.trained.index(row.trained)
+    ]
+
+
 def smallest_selection(rows: list[Row], met: Callable[[Row], set[Meeting]]) -> list[Row]:
     """The smallest of some greedy choices, which differ in the order of equals."""
     shuffled = [random.Random(seed).sample(rows, len(rows)) for seed in range(8)]
@@ -213,4 +257,4 @@ if __name__ == "__main__":
     total, few = len(list(all_rows())), len(selection(legal, triples))
     print(f"    # {len(legal):,} of {total:,} are legal; in {few} of them meet every three levels")
     for row in sorted(smallest_selection(legal_rows(MOST_RANKS), pairs)):
-        print(f"    Row{tuple(row)},")
+        print(in_words(row))

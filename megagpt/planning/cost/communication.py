@@ -43,13 +43,15 @@ def communication(layout: Layout, pipeline_rank: int, shard: Shard) -> Communica
 def gathers(shard: Shard) -> float:
     """Return the bytes of gathering parameters.
 
-    ZeRO 1, 2: e n once, the updated parameters. ZeRO 3: e n times `gathers_of_step`. All times
-    (D - 1) / D.
+    ZeRO 1, 2: e n once, the updated parameters. ZeRO 3: e (n + f) times `gathers_of_step`. All
+    times (D - 1) / D.
     """
     if shard.stage == 0:
         return 0
-    times = 1 if shard.stage < 3 else gathers_of_step(shard)
-    return times * shard.layout.element_bytes * shard.elements * ring(shard.layout.data)
+    gathered = (
+        shard.elements * gathers_of_step(shard) if shard.stage == 3 else shard.trained_elements
+    )
+    return shard.layout.element_bytes * gathered * ring(shard.layout.data)
 
 
 def gathers_of_step(shard: Shard) -> float:
@@ -93,7 +95,7 @@ def reductions(shard: Shard) -> float:
     both_ways = 1 if shard.stage == 3 or layout.zero.use_multi_rank_bucket_allreduce is False else 2
     times = layout.micro_batches if per_micro_batch else 1
     size = layout.accumulation_bytes if shard.stage == 1 else layout.element_bytes
-    return times * both_ways * size * shard.elements * ring(layout.data)
+    return times * both_ways * size * shard.trained_elements * ring(layout.data)
 
 
 def tensor(layout: Layout, stage: int) -> float:
@@ -108,6 +110,8 @@ def tensor(layout: Layout, stage: int) -> float:
 
     Sequence parallelism sends the same, as reduce-scatters and all-gathers (Korthikanti et al.
     2022, section 4.2.2), and gathers the inputs of two matrices once more.
+
+    The low-rank states of each adapter are summed once, T e rank, forward or backward.
     """
     blocks, embedding, head = model_layers(layout.model, layout.stages[stage])
     model = layout.model
@@ -117,6 +121,9 @@ def tensor(layout: Layout, stage: int) -> float:
     sums = (blocks * (4 + repeated) + embedding + head) * hidden
     if model.qk_norm == "whole":
         sums += 2 * blocks * (3 if full else 2) * layout.tokens * FP32_BYTES
+    if layout.lora is not None:
+        adapters = len(layout.lora.projections(model))
+        sums += blocks * adapters * layout.lora.rank * layout.tokens * layout.element_bytes
     return 2 * sums * ring(layout.tensor)
 
 

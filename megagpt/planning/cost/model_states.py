@@ -4,10 +4,11 @@ The ZeRO paper counts 16 bytes a parameter (Rajbhandari et al. 2020, arXiv 1910.
 2 weights, 2 gradients, 12 optimizer). This module counts what DeepSpeed 0.19.8 allocates, with its
 padding and copies.
 
-In the formulas, n is the number of elements of a rank's stages on its tensor shard, D the number of
-ranks on the data axis, e the bytes of an element (2 in 16 bit, 4 in fp32), a those of an
-accumulated gradient. `tests/planning/test_memory.py` counts the live tensors. Line numbers refer to
-DeepSpeed's `runtime/`.
+In the formulas, n is the number of trained elements of a rank's stages on its tensor shard, f that
+of frozen ones (the base of adapters; else 0), D the number of ranks on the data axis, e the bytes
+of an element (2 in 16 bit, 4 in fp32), a those of an accumulated gradient.
+`tests/planning/test_memory.py` counts the live tensors. Line numbers refer to DeepSpeed's
+`runtime/`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from functools import cached_property
 from megagpt.planning.layout import Layout
 from megagpt.planning.parameters import (
     Parameter,
+    frozen_of_rank,
     groups_of_rank,
     parameters_of_rank,
     partitions_of_rank,
@@ -131,8 +133,26 @@ class Shard:
 
     @cached_property
     def elements(self) -> int:
-        """n: the elements of the rank's stages on its tensor shard."""
+        """The elements of the rank's stages on its tensor shard, n + f."""
+        return self.trained_elements + frozen_of_rank(self.layout, self.pipeline_rank)
+
+    @property
+    def trained_elements(self) -> int:
+        """The elements of the trained parameters, n."""
         return sum(self.groups)
+
+    @cached_property
+    def trained(self) -> tuple[Parameter, ...]:
+        """The parameters that have gradients, master weights and moments."""
+        if self.layout.lora is None:
+            return self.parameters
+        return tuple(parameter for parameter in self.parameters if parameter.trained)
+
+    @cached_property
+    def frozen_partitions(self) -> list[int]:
+        """ZeRO 3: the partitions of the frozen parameters, cut like the others."""
+        frozen = (parameter for parameter in self.parameters if not parameter.trained)
+        return [-(-parameter.numel // self.layout.data) for parameter in frozen]
 
     @cached_property
     def groups(self) -> tuple[int, int]:
@@ -155,14 +175,14 @@ class Shard:
 
     @cached_property
     def partitions(self) -> tuple[int, ...]:
-        """ZeRO 3: each parameter is cut into D parts of ceil(numel / D) elements."""
+        """ZeRO 3: each trained parameter is cut into D parts of ceil(numel / D) elements."""
         return partitions_of_rank(self.layout, self.pipeline_rank)
 
     @cached_property
     def partition(self) -> int:
         """Elements whose master weights and moments this rank keeps."""
         if self.stage == 0:
-            return self.elements
+            return self.trained_elements
         return sum(self.partitions) if self.stage == 3 else self.padded // self.layout.data
 
     @property
@@ -179,7 +199,7 @@ class Shard:
         held = [0] * self.layout.data
         for decayed, size in zip((True, False), self.group_partitions, strict=True):
             start = 0
-            for parameter in self.parameters:
+            for parameter in self.trained:
                 if parameter.decayed != decayed or not size:
                     continue
                 end = start + parameter.numel
@@ -194,7 +214,7 @@ class Shard:
         for decayed, size in zip((True, False), self.group_partitions, strict=True):
             start = 0
             first, last = self.data_rank * size, (self.data_rank + 1) * size
-            for parameter in self.parameters:
+            for parameter in self.trained:
                 if parameter.decayed == decayed:
                     end = start + parameter.numel
                     if start < last and end > first:
@@ -220,7 +240,7 @@ class Shard:
         limit = _given(self.layout.zero.sub_group_size, SUB_GROUP_SIZE)
         tiles: list[int] = []
         for decayed in (True, False):
-            members = zip(self.parameters, self.partitions, strict=True)
+            members = zip(self.trained, self.partitions, strict=True)
             tiles += _tiles(
                 [numel for parameter, numel in members if parameter.decayed == decayed], limit
             )
@@ -238,10 +258,10 @@ class Shard:
         threshold = _given(zero.stage3_param_persistence_threshold, PERSISTENCE_THRESHOLD)
         bound = _given(zero.stage3_model_persistence_threshold, sys.maxsize)
         gathered = 0
-        for parameter, partition in zip(self.parameters, self.partitions, strict=True):
+        for parameter in self.parameters:
             if parameter.numel <= threshold and parameter.numel + total <= bound:
                 total += parameter.numel
-                gathered += self.layout.data * partition
+                gathered += round_up(parameter.numel, self.layout.data)
         return gathered
 
     @property
@@ -283,22 +303,25 @@ def _given(value: int | None, default: int) -> int:
 def parameters(shard: Shard) -> Bytes:
     """Return the bytes of the parameters.
 
-    ZeRO 0: e n. ZeRO 1, 2: e round_up(n, 2 D) for each group. ZeRO 3: e sum(ceil(numel / D)),
-    on the device, in host memory, or on NVMe. With NVMe, `max_in_cpu` elements and pieces below
-    1 MiB stay in host memory.
+    ZeRO 0: e (n + f). ZeRO 1, 2: e f, and e round_up(n, 2 D) for each group. ZeRO 3: e sum(ceil(
+    numel / D)), on the device, in host memory, or on NVMe. With NVMe, pieces below 1 MiB stay in
+    host memory, and `max_in_cpu` trained elements.
     """
     size = shard.layout.element_bytes
     if shard.stage < 3:
-        return Bytes(device=size * (shard.elements if shard.stage == 0 else shard.padded))
+        trained = shard.trained_elements if shard.stage == 0 else shard.padded
+        return Bytes(device=size * (shard.elements - shard.trained_elements + trained))
     place = shard.layout.zero.parameter_device
+    held = shard.partition + sum(shard.frozen_partitions)
     if place != "nvme":
-        return placed(size * shard.partition, place)
+        return placed(size * held, place)
     small = sum(numel for numel in shard.partitions if size * numel < LEAST_SWAPPED_BYTES)
     assert shard.layout.zero.offload_param is not None
     kept = max(
         small, min(shard.partition, _given(shard.layout.zero.offload_param.max_in_cpu, MAX_IN_CPU))
     )
-    return Bytes(host=size * kept, nvme=size * (shard.partition - kept))
+    kept += sum(n for n in shard.frozen_partitions if size * n < LEAST_SWAPPED_BYTES)
+    return Bytes(host=size * kept, nvme=size * (held - kept))
 
 
 def persistent_parameters(shard: Shard) -> Bytes:
@@ -328,7 +351,8 @@ def accumulating_gradients(shard: Shard) -> Bytes:
     share = _gradient_partition(shard)
     if shard.stage <= 1 or layout.reduces_per_step:
         local = layout.accumulation_bytes if shard.stage == 1 else layout.element_bytes
-        return Bytes(device=local * shard.elements) + (share if shard.stage == 3 else Bytes())
+        whole = Bytes(device=local * shard.trained_elements)
+        return whole + (share if shard.stage == 3 else Bytes())
     if shard.stage == 2 and not shard.accumulates_compactly:
         more = layout.micro_batches > 1 or layout.zero.optimizer_device == "none"
         return placed(
@@ -346,7 +370,7 @@ def reduced_gradients(shard: Shard) -> Bytes:
     """
     layout = shard.layout
     if shard.stage == 0:
-        return Bytes(device=layout.element_bytes * shard.elements)
+        return Bytes(device=layout.element_bytes * shard.trained_elements)
     if shard.stage == 3 or shard.accumulates_compactly:
         return _gradient_partition(shard)
     if layout.zero.optimizer_device != "none":
@@ -436,7 +460,7 @@ def _zero12_buffers(shard: Shard) -> Bytes:
     if shard.stage == 3:
         return Bytes()
     size = shard.layout.element_bytes
-    largest = size * max(parameter.numel for parameter in shard.parameters)
+    largest = size * max(parameter.numel for parameter in shard.trained)
     return Bytes(device=largest, host=largest + size * shard.partition)
 
 
@@ -472,7 +496,7 @@ def _saved_runs(shard: Shard) -> Sequence[int]:
         return shard.tiles
     if shard.stage > 0:
         return shard.group_partitions
-    in_groups = sorted(shard.parameters, key=lambda parameter: not parameter.decayed)
+    in_groups = sorted(shard.trained, key=lambda parameter: not parameter.decayed)
     return [parameter.numel for parameter in in_groups[shard.data_rank :: shard.layout.data]]
 
 

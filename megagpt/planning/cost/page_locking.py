@@ -60,7 +60,7 @@ def _of_zero12(shard: Shard) -> Iterator[int]:
     element = layout.element_bytes
     for numel in shard.group_partitions:
         yield from (FP32_BYTES * numel, element * numel, FP32_BYTES * numel)
-    yield element * max(parameter.numel for parameter in shard.parameters)
+    yield element * max(parameter.numel for parameter in shard.trained)
     accumulates = layout.micro_batches > 1 and not layout.reduces_per_step
     if shard.stage == 2 and accumulates and not shard.accumulates_compactly:
         yield from (element * numel for numel in shard.touched_parameters())
@@ -87,6 +87,8 @@ def _of_optimizer(shard: Shard) -> Iterator[int]:
 def _of_parameters(shard: Shard) -> Iterator[int]:
     """Yield the blocks of offloaded parameters: a flat one for each group, always (stage3.py:906).
 
+    Frozen ones keep a block each (zero/partition_parameters.py:1843).
+
     NVMe has one block of I/O buffers (swap_tensor/partitioned_param_swapper.py).
     """
     offload = shard.layout.zero.offload_param
@@ -95,8 +97,10 @@ def _of_parameters(shard: Shard) -> Iterator[int]:
     element = shard.layout.element_bytes
     if offload.device == "cpu":
         for decayed in (True, False):
-            members = zip(shard.parameters, shard.partitions, strict=True)
+            members = zip(shard.trained, shard.partitions, strict=True)
             yield element * sum(numel for one, numel in members if one.decayed == decayed)
+        if offload.pin_memory:
+            yield from (element * numel for numel in shard.frozen_partitions)
     else:
         count = offload.buffer_count or PARAMETER_BUFFER_COUNT
         yield element * count * (offload.buffer_size or PARAMETER_BUFFER_SIZE)

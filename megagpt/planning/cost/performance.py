@@ -108,6 +108,7 @@ def estimate(layout: Layout, assumed: Assumptions, *, simulated: bool = True) ->
     reduction_s, update_s = end_of_step(layout, assumed, ranks)
     step_s = passes_s + reduction_s + update_s
     peak = 1e12 * assumed.peak_tflops * layout.world_size
+    needed = model_flops_per_token(layout.model, lora=layout.lora)
     return Estimate(
         step_s=step_s,
         passes_s=passes_s,
@@ -115,7 +116,7 @@ def estimate(layout: Layout, assumed: Assumptions, *, simulated: bool = True) ->
         update_s=update_s,
         bubble=1 - sum(busy_s) / (layout.pipeline * passes_s),
         tokens_per_s=layout.tokens_per_step / step_s,
-        mfu=layout.tokens_per_step * model_flops_per_token(layout.model) / (step_s * peak),
+        mfu=layout.tokens_per_step * needed / (step_s * peak),
         parts=_parts(layout, work, busy_s, passes_s) | {REDUCTION: reduction_s, UPDATE: update_s},
     )
 
@@ -224,11 +225,12 @@ def stage_work(layout: Layout, assumed: Assumptions, stage: int) -> StageWork:
     tensor_forward = 2 / 5 if layout.recompute == "full" else 2 / 4
     gather_s, reduce_s = _data_axis(layout, assumed, stage)
     forward_s = products_s + memory_s + tensor_forward * tensor_s
-    backward_s = (FORWARD_AND_BACKWARD - 1 + again) * products_s
+    passes = _products_passes(layout)
+    backward_s = (passes - 1 + again) * products_s
     backward_s += memory_backward_s + (1 - tensor_forward) * tensor_s
     waiting = max(0.0, gather_s - forward_s), max(0.0, gather_s + reduce_s - backward_s)
     return StageWork(
-        products_s=FORWARD_AND_BACKWARD * products_s,
+        products_s=passes * products_s,
         recomputation_s=again * products_s,
         memory_s=memory_s + memory_backward_s,
         tensor_s=tensor_s,
@@ -238,14 +240,25 @@ def stage_work(layout: Layout, assumed: Assumptions, stage: int) -> StageWork:
     )
 
 
+def _products_passes(layout: Layout) -> float:
+    """Return the products of forward and backward, in those of the forward.
+
+    A frozen weight has no gradient, which is a third of its products.
+    """
+    if layout.lora is None:
+        return FORWARD_AND_BACKWARD
+    forward = sum(layer_flops(layout.model, causal=True))
+    return model_flops_per_token(layout.model, causal=True, lora=layout.lora) / forward
+
+
 def memory_traffic(layout: Layout, stage: int) -> tuple[float, float]:
     """Return the bytes that forward and backward move through device memory for one micro-batch.
 
     Forward writes each tensor that autograd keeps without recomputation, and reads it once.
     Backward reads it and does the same with its gradient, twice: for the gradient of the input
     and of the weight. Recomputation repeats the forward. Weights are read once forward and once
-    backward, and their gradients are added to. Logits: written, read, their gradient written and
-    read by two products; all of that in forward, which computes the loss's gradient.
+    backward, and gradients that they have are added to. Logits: written, read, their gradient
+    written and read by two products; all of that in forward, which computes the loss's gradient.
     """
     blocks, _, has_head = model_layers(layout.model, layout.stages[stage])
     whole = blocks * kept_by_block(layout, "none")
@@ -257,7 +270,8 @@ def memory_traffic(layout: Layout, stage: int) -> tuple[float, float]:
     model, element = layout.model, layout.element_bytes
     weights = blocks * model.block_matmul_parameters * element / layout.tensor
     logits = layout.tokens * model.vocab_size * element / layout.tensor if has_head else 0.0
-    return 2 * whole + weights + 5 * logits, 4 * whole + 2 * again + 3 * weights
+    backward = weights if layout.lora is not None else 3 * weights
+    return 2 * whole + weights + 5 * logits, 4 * whole + 2 * again + backward
 
 
 def forward_flops(layout: Layout, stage: int) -> float:

@@ -13,6 +13,7 @@ upper bounds where DeepSpeed decides at run time.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from kernels.costs import loss_chunk_rows
@@ -259,11 +260,12 @@ def recomputation(layout: Layout) -> float:
 
 
 def gathered_parameters(shard: Shard) -> float:
-    """Return the bytes that ZeRO 3 gathers, at most e min(n, L + 2 x the largest module).
+    """Return the bytes that ZeRO 3 gathers, at most e min(n + f, L + 2 x the largest module).
 
     L is the larger of `stage3_max_live_parameters` and `stage3_max_reuse_distance`, 0 with
     parameters on NVMe. Two modules, because full recomputation gathers the next one before
-    backward has released the last.
+    backward has released the last. DeepSpeed keeps the frozen parameters of a block that is
+    recomputed until its backward has ended (zero/partitioned_param_coordinator.py:393).
     """
     zero = shard.layout.zero
     if shard.stage < 3 or (shard.layout.data == 1 and zero.parameter_device == "none"):
@@ -274,8 +276,13 @@ def gathered_parameters(shard: Shard) -> float:
         else zero.stage3_max_live_parameters
     )
     ahead = 0 if zero.parameter_device == "nvme" else max(live, reuse_distance(shard.layout))
-    largest = largest_module(shard.layout, shard.pipeline_rank)
-    whole = min(shard.elements, ahead + 2 * largest)
+    needed = 2 * largest_module(shard.layout, shard.pipeline_rank)
+    if shard.layout.lora is not None and shard.layout.recompute == "full":
+        of_block: Counter[str] = Counter()
+        for parameter in shard.parameters:
+            of_block[".".join(parameter.name.split(".")[:2])] += parameter.numel
+        needed = max(needed, *of_block.values())
+    whole = min(shard.elements, ahead + needed)
     return shard.layout.element_bytes * max(0, whole - shard.persistent)
 
 
@@ -294,9 +301,9 @@ def reduce_buffers(shard: Shard) -> float:
 
 def reduce_copies(shard: Shard) -> float:
     """Return the bytes of the flat copy of a bucket to be sent: e min(n, `reduce_bucket_size`)."""
-    return (
-        _gradient_bytes(shard) * min(shard.elements, _bucket(shard)) if shard.layout.data > 1 else 0
-    )
+    if shard.layout.data == 1:
+        return 0
+    return _gradient_bytes(shard) * min(shard.trained_elements, _bucket(shard))
 
 
 def _bucket(shard: Shard) -> int:

@@ -23,7 +23,9 @@ from megagpt.parallel.engine import Engine, build_engine, build_mesh
 from megagpt.parallel.pipeline import StepResult
 from megagpt.parallel.rectangles import Box
 from megagpt.parity.compare import micro_batches
+from megagpt.planning.flops import adapter_elements
 from tests.support.collectives import counted
+from tests.support.plain import adapters_that_act
 
 
 def build(config: dict[str, Any]) -> Engine:
@@ -272,8 +274,12 @@ def evidence(engine: Engine) -> dict[str, Any]:
         "adam": type(compat.base_optimizer(engine.deepspeed)).__name__,
         "parameter_type": str(parameters[0].dtype),
         "accumulates_in": str(getattr(zero, "gradient_accumulation_dtype", None)),
-        "whole_elements": engine.config.megagpt.model.num_parameters,
+        "whole_elements": whole_elements(engine),
         "stage_elements": sum(getattr(p, "ds_numel", p.numel()) for p in parameters),
+        "trained_elements": sum(
+            getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad
+        ),
+        "frozen_with_gradient": sum(not p.requires_grad and p.grad is not None for p in parameters),
         "parameter_elements": sum(p.numel() for p in parameters),
         "shard_elements": sum(shard.ds_numel for shard in shards),
         "shard_elements_in_memory": sum(shard.numel() for shard in shards),
@@ -289,6 +295,13 @@ def evidence(engine: Engine) -> dict[str, Any]:
         "devices": devices(engine),
         "versions": deepspeed.__version__,
     }
+
+
+def whole_elements(engine: Engine) -> int:
+    """Of the whole model, with its adapters if it has any."""
+    model, lora = engine.config.megagpt.model, engine.config.megagpt.training.lora
+    adapters = 0 if lora is None else model.num_layers * adapter_elements(lora, model)
+    return model.num_parameters + adapters
 
 
 def devices(engine: Engine) -> dict[str, list[str]]:
@@ -311,6 +324,7 @@ def train_swapping_small_tensors(config: dict[str, Any], steps: int) -> dict[str
     from deepspeed.runtime.swap_tensor import optimizer_utils, partitioned_param_swapper
 
     with (
+        adapters_that_act(),
         patch.object(optimizer_utils, "MIN_AIO_BYTES", 0),
         patch.object(partitioned_param_swapper, "MIN_AIO_BYTES", 0),
     ):

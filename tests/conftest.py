@@ -52,10 +52,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     that start ranks or commands come first, the longest before others, so that workers end
     together.
     """
-    if not config.pluginmanager.hasplugin("kernels.emulator.plugin"):
-        elsewhere = [item for item in items if item.get_closest_marker("emulated")]
-        config.hook.pytest_deselected(items=elsewhere)
-        items[:] = [item for item in items if item not in set(elsewhere)]
+    on_emulator = config.pluginmanager.hasplugin("kernels.emulator.plugin")
+    elsewhere = [item for item in items if _runs_elsewhere(item, on_emulator)]
+    config.hook.pytest_deselected(items=elsewhere)
+    items[:] = [item for item in items if item not in set(elsewhere)]
     if (number := config.getoption("rotation")) is not None:
         others = others_turn(items, number, config.getoption("one_case_in"))
         config.hook.pytest_deselected(items=others)
@@ -64,6 +64,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.path for item in items if PROCESSES.intersection(getattr(item, "fixturenames", ()))
     )
     items.sort(key=lambda item: (-waiting[item.path], item.path))
+
+
+def _runs_elsewhere(item: pytest.Item, on_emulator: bool) -> bool:
+    """Some tests need the emulator; on it none starts ranks, which would run without it."""
+    if on_emulator:
+        return not PROCESSES.isdisjoint(getattr(item, "fixturenames", ()))
+    return item.get_closest_marker("emulated") is not None
 
 
 def others_turn(items: list[pytest.Item], number: int, one_in: int) -> list[pytest.Item]:

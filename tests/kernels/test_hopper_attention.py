@@ -3,7 +3,7 @@ GPU, that it runs.
 
 Triton's interpreter knows no Gluon. Without a GPU the compiled kernel runs on the emulator: the
 tests marked ``emulated`` (python -m pytest -p kernels.emulator.plugin), which
-test_on_the_emulator.py starts.
+emulator/test_on_the_emulator.py starts.
 """
 
 import importlib.util

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 GPUS = ("sm_80", "sm_90")
-OWN = ("test_shipped_kernels.py", "test_hopper_attention.py")
+OWN = ("emulator/test_shipped_kernels.py", "test_hopper_attention.py")
 OTHERS = (
     "test_activations.py", "test_attention.py", "test_cross_entropy.py", "test_dropout.py",
     "test_norms.py", "test_rotary.py",
 )  # fmt: skip
-DIRECTORY = Path(__file__).parent
+DIRECTORY = Path(__file__).parents[1]
 
 
 def emulate(gpu: str, *arguments: str, timeout_s: int) -> None:
@@ -50,7 +50,7 @@ def test_a_selection(gpu: str, request: pytest.FixtureRequest) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", GPUS)
-@pytest.mark.parametrize("file", [*OWN, "test_emulator_mutations.py"])
+@pytest.mark.parametrize("file", [*OWN, "emulator/test_mutations.py"])
 def test_all_that_is_for_the_emulator_alone(file: str, gpu: str) -> None:
     if (file, gpu) == ("test_hopper_attention.py", "sm_80"):
         pytest.skip("for compute capability 9.0 alone")

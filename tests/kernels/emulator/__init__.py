@@ -1,0 +1,1 @@
+"""Tests of the emulator, and of compiled kernels that run on it."""

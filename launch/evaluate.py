@@ -138,4 +138,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    end_process(run_command(main))
+    code = run_command(main)
+    if RankEnvironment.read().world_size == 1:
+        sys.exit(code)
+    end_process(code)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megagpt.data.compression import SourceFile, name_without_compression, open_decompressed
+from megagpt.data.token_files.marks import EXPORT, FOREIGN, UNPACK
 from megagpt.utils import UserError
 
 Kind = Literal["text", "json", "table", "parquet", "arrow", "empty"]
@@ -38,30 +39,7 @@ MARKS: tuple[tuple[bytes, Kind], ...] = (
     (b"ARROW1", "arrow"),
     (b"\xff\xff\xff\xff", "arrow"),  # a stream, as `datasets` saves it
 )
-UNPACK = "unpack it and name what is in it"
-EXPORT = "export it as JSON lines, parquet or text"
 TOKENS = "if it has ids of tokens, train on it as it is: --set megagpt.data.path=FILE"
-# What people have beside text: how it begins -> what it is, what to do.
-FOREIGN: tuple[tuple[bytes, str, str], ...] = (
-    (b"version https://git-lfs.github.com/spec/", "a Git LFS pointer", "git lfs pull"),
-    (b"PK\x03\x04", "a zip archive (or a file of an office program)", UNPACK),
-    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", UNPACK),
-    (b"Rar!\x1a\x07", "a rar archive", UNPACK),
-    (b"\x04\x22\x4d\x18", "lz4 data", "lz4 -d FILE"),
-    (b"\xff\x06\x00\x00sNaPpY", "snappy data", UNPACK),
-    (b"%PDF-", "a PDF", "extract its text, for example: pdftotext FILE"),
-    (b"SQLite format 3\x00", "an SQLite database", EXPORT),
-    (b"\x89HDF\r\n", "an HDF5 file", EXPORT),
-    (b"Obj\x01", "an Avro file", EXPORT),
-    (b"ORC", "an ORC file", EXPORT),
-    (b"\x93NUMPY", "an array of numpy", EXPORT),
-    (b"\x80\x04\x95", "a pickle, which is never loaded", EXPORT),
-    (b"\x80\x05\x95", "a pickle, which is never loaded", EXPORT),
-    (b"\x89PNG\r\n", "an image", EXPORT),
-    (b"\xff\xd8\xff", "an image", EXPORT),
-    (b"GIF8", "an image", EXPORT),
-    (b"\x7fELF", "a program", EXPORT),
-)
 UTF_32 = (b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff")
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 

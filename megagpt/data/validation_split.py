@@ -6,9 +6,12 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
-from megagpt.data.corpora import Corpus, TextPiece
 from megagpt.data.manifest import Split
+
+if TYPE_CHECKING:
+    from megagpt.data.corpora import Corpus, TextPiece
 
 FEW_DOCUMENTS = 20
 FRACTION_OF_MANY = 0.01

@@ -113,10 +113,12 @@ def train(
 ) -> PlainRun:
     """Train with AdamW, weight decay and clipping as the configuration says.
 
-    Its mesh, ZeRO, offload and precision do not matter, and its scheduler is left out. Forward and
-    backward compute in ``dtype``, everything else in fp32.
+    Its mesh, ZeRO, offload, precision and recomputation do not matter, and its scheduler is left
+    out. Forward and backward compute in ``dtype``, everything else in fp32.
     """
-    model = initialise_(build(config.megagpt), config.megagpt.training.seed).to(device)
+    training = config.megagpt.training.model_copy(update={"recompute": "none"})
+    whole = build(config.megagpt.model_copy(update={"training": training}))
+    model = initialise_(whole, training.seed).to(device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     start = _flat(trained)
     optimizer = adam(config, model)

@@ -1,9 +1,11 @@
 """The device's peak, and what DeepSpeed is told of it."""
 
 import itertools
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -94,7 +96,10 @@ def test_a_cpu_s_mfu_uses_the_highest_peak_measured_and_is_never_above_one(
 ) -> None:
     """A start on a busy machine measured 1 FLOP/s; a measurement fits into 1 % of every 10 s."""
     model = ModelConfig(num_layers=1, hidden_size=8, num_heads=1, vocab_size=8, vocabulary=8)
-    monitor_config, training = SimpleNamespace(log_interval_steps=1), SimpleNamespace(total_steps=9)
+    monitor_config, training = (
+        SimpleNamespace(log_interval_steps=1),
+        SimpleNamespace(total_steps=9, lora=None),
+    )
     sections = SimpleNamespace(model=model, monitor=monitor_config, training=training)
     computed = model_flops_per_token(model) * 100  # FLOP/s, at 100 tokens in steps of 1 s
     clock_s, peaks = [0.0], iter([4 * computed, 2 * computed])
@@ -131,8 +136,9 @@ def test_a_cpu_s_mfu_uses_the_highest_peak_measured_and_is_never_above_one(
 def test_deepspeed_is_told_of_a_missing_accelerator_only(
     available: bool, chosen: dict[str, str], told: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    environment = dict(chosen)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: available)
-    monkeypatch.setattr(device.os, "environ", environment)
-    device.announce_to_deepspeed()
-    assert environment.get("DS_ACCELERATOR") == told
+    with patch.dict(os.environ, chosen):
+        if not chosen:
+            os.environ.pop("DS_ACCELERATOR", None)
+        device.announce_to_deepspeed()
+        assert os.environ.get("DS_ACCELERATOR") == told

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import runpy
 import shutil
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -116,7 +118,7 @@ def exit_code(monkeypatch: pytest.MonkeyPatch, command: str, texts: str) -> int:
     words = [texts if word == "TEXTS" else word for word in COMMANDS[command]]
     monkeypatch.setattr(sys, "argv", [f"launch/{command}.py", *words])
     monkeypatch.setattr(sys, "path", list(sys.path))
-    with pytest.raises(SystemExit) as ended:
+    with patch.dict(os.environ), pytest.raises(SystemExit) as ended:  # evaluate adopts a launch
         runpy.run_path(str(REPOSITORY / "launch" / f"{command}.py"), run_name="__main__")
     return int(ended.value.code or 0)
 
@@ -176,6 +178,7 @@ def test_training_executes_no_pickle(
 LOADING = """
 import time
 from pathlib import Path
+from unittest.mock import patch
 from megagpt.inference.stored_model import load_model
 from megagpt.utils import UserError
 

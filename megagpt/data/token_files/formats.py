@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megagpt.data.kinds import FOREIGN
+from megagpt.data.token_files.marks import FOREIGN
 from megagpt.data.token_files.megatron_index import MARK, read_index
 from megagpt.schema.model import GPT2_VOCABULARY
 from megagpt.utils import UserError

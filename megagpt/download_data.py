@@ -28,6 +28,7 @@ from megagpt.data.corpora import Corpus, open_source
 from megagpt.data.encoding_pool import EncodedPiece, batches, encoder
 from megagpt.data.integrity import check_file, record_tokenizer
 from megagpt.data.manifest import (
+    FRACTION_OF_MANY,
     MANIFEST_FILE,
     DatasetManifest,
     Split,
@@ -42,7 +43,7 @@ from megagpt.data.tokenizer import (
     parse_tokenizer_name,
     store_tokenizer,
 )
-from megagpt.data.validation_split import FRACTION_OF_MANY, assign_splits
+from megagpt.data.validation_split import assign_splits
 from megagpt.data.writer import (
     PROGRESS_FILE,
     SPLITS,

@@ -29,6 +29,7 @@ from megagpt.utils import UserError, human_count
 
 MANIFEST_FILE = "manifest.json"
 OFFSET_DTYPE = np.dtype("<u8")
+FRACTION_OF_MANY = 0.01  # of the documents are held out for validation, where there are many
 TOKENIZER_FILE = "tokenizer.json"
 # Beside it, those that a model has: what transformers, and llama.cpp's converter, look for.
 MODEL_TOKENIZER_FILES = (

@@ -6,15 +6,11 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
-from megagpt.data.manifest import Split
-
-if TYPE_CHECKING:
-    from megagpt.data.corpora import Corpus, TextPiece
+from megagpt.data.corpora import Corpus, TextPiece
+from megagpt.data.manifest import FRACTION_OF_MANY, Split
 
 FEW_DOCUMENTS = 20
-FRACTION_OF_MANY = 0.01
 FRACTION_OF_FEW = 0.1
 
 

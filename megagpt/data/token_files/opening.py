@@ -20,6 +20,7 @@ import numpy as np
 
 from megagpt.data.integrity import probes_of, record_tokenizer
 from megagpt.data.manifest import (
+    FRACTION_OF_MANY,
     MANIFEST_FILE,
     TOKENIZER_FILE,
     DatasetManifest,
@@ -31,7 +32,6 @@ from megagpt.data.token_files.declared import NOTHING, Declared
 from megagpt.data.token_files.formats import TokenFile, read_file
 from megagpt.data.token_files.ids_only import IdsOnly
 from megagpt.data.token_files.segments import SearchedStarts, Segment, StoredStarts
-from megagpt.data.validation_split import FRACTION_OF_MANY
 from megagpt.utils import UserError
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from tests.support.processes import (
     Start,
     ranks_of,
     seconds_to_its_end,
-    steps_on_record,
     until,
+    until_it_trains,
 )
 from tests.support.ranks import RankPool
 from tests.support.shards import stored_tensors
@@ -211,7 +211,7 @@ def test_one_process_saves_and_exits_with_three(
 ) -> None:
     run = tmp_path / "run"
     (process,) = start("--deepspeed_config", configuration, "--run_dir", run)
-    until(lambda: steps_on_record(run) > 2)
+    until_it_trains(run, [process])
     if how == "stop file":
         (run / "stop").touch()
     else:
@@ -338,7 +338,7 @@ def test_one_of_two_ranks_is_told_and_both_save_the_same_step(
     ranks = start(
         *words, run, ranks=2, faults="slow@step=3,seconds=0.5"
     )  # so that it is told in time
-    until(lambda: steps_on_record(run) > 2)
+    until_it_trains(run, ranks)
     at_s = time.monotonic()
     ranks[told].send_signal(signal.SIGTERM)
     assert [rank.wait(PATIENCE_S) for rank in ranks] == [3, 3]
@@ -372,7 +372,7 @@ def test_ctrl_c_under_the_launcher(start: Start, configuration: Path, tmp_path: 
     """
     run = tmp_path / "run"
     (process,) = start("--deepspeed_config", configuration, "--run_dir", run, launched=2)
-    until(lambda: steps_on_record(run) > 2)
+    until_it_trains(run, [process])
     os.killpg(process.pid, signal.SIGINT)
     record = until(lambda: EndRecord.read(run))
     assert (record.reason, record.exit_code) == ("pre-empted", 3)
@@ -387,7 +387,7 @@ def test_ranks_whose_launcher_is_killed_save_and_end(
 ) -> None:
     run = tmp_path / "run"
     (process,) = start("--deepspeed_config", configuration, "--run_dir", run, launched=2)
-    until(lambda: steps_on_record(run) > 2)
+    until_it_trains(run, [process])
     process.kill()
     record = until(lambda: EndRecord.read(run))
     assert (record.reason, record.exit_code, record.detail) == ("pre-empted", 3, "ORPHANED")
@@ -403,7 +403,7 @@ def test_ranks_whose_launcher_is_told_to_end_save_and_end(
     """
     run = tmp_path / "run"
     (process,) = start("--deepspeed_config", configuration, "--run_dir", run, launched=2)
-    until(lambda: steps_on_record(run) > 2)
+    until_it_trains(run, [process])
     told = time.monotonic()
     process.send_signal(signal.SIGTERM)
     record = until(lambda: EndRecord.read(run))

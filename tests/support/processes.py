@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,14 @@ def ranks_of(run: Path) -> list[processes.Process]:
         for member in processes.all_processes()
         if str(run) in member.words and member.is_alive()
     ]
+
+
+def until_it_trains(run: Path, of: Sequence[Process], steps: int = 3) -> None:
+    """Wait for the first steps of a run; a process that has ended before them says why."""
+    until(lambda: steps_on_record(run) >= steps or any(p.poll() is not None for p in of))
+    if steps_on_record(run) < steps:
+        ended = next(p for p in of if p.poll() is not None)
+        raise AssertionError(f"ended: {ended.stderr.read() if ended.stderr else ended.returncode}")
 
 
 def steps_on_record(run: Path) -> int:
